@@ -1,0 +1,62 @@
+# make demo    a synthetic cohort from the embedded simulated one (about 15 minutes on 2 cores)
+# make test    all tests
+# Both create the environment in .venv first, with nothing but Python 3.11 and make.
+SHELL := bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+
+.PHONY: demo test check format lock clean
+
+# The lock is complete, so pip need not resolve anything (--no-deps). torch comes first, with its own dependencies: a CPU
+# wheel that lies on the machine (PIP_FIND_LINKS) has none, the registry's brings CUDA.
+$(VENV)/.ready: envs/requirements.lock pyproject.toml
+	@echo "Creating the environment in $(VENV) (a few minutes, once)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $$(grep '^torch==' envs/requirements.lock)
+	$(PIP) --no-deps -r envs/requirements.lock
+	$(PIP) --no-deps --editable .
+	@touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready envs/requirements-test.lock
+	$(PIP) --no-deps -r envs/requirements-test.lock
+	@touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/snakemake --cores $(CORES) --rerun-incomplete --quiet rules
+	@echo
+	@echo "The demo is complete. Look at:"
+	@echo "  results/demo/report.html          real beside synthetic, measured figures"
+	@echo "  results/demo/contact-sheet.png    the same images as one picture"
+	@echo "  results/demo/release/             the synthetic cohort, a BIDS dataset"
+
+test: $(VENV)/.ready-test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.ready-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile rules
+	$(BIN)/mypy
+	$(BIN)/snakemake --lint
+
+format: $(VENV)/.ready-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/snakefmt Snakefile rules
+
+# Pins the newest versions that pyproject.toml allows, in a throw-away environment.
+lock:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet $$(grep '^torch==' envs/requirements.lock) -e .
+	build/lock/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > build/run.txt
+	build/lock/bin/python -m pip install --quiet -e .[test]
+	build/lock/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > build/all.txt
+	(sed -n '/^#/p' envs/requirements.lock; cat build/run.txt) > build/lock.txt && mv build/lock.txt envs/requirements.lock
+	(sed -n '/^#/p' envs/requirements-test.lock; comm -13 <(sort build/run.txt) <(sort build/all.txt)) > build/lock.txt && mv build/lock.txt envs/requirements-test.lock
+	rm -rf build
+
+clean:
+	rm -rf $(VENV) results .snakemake

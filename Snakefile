@@ -1,0 +1,50 @@
+# Population-scale synthesis of medical images, from a cohort to a released synthetic cohort.
+#
+#   snakemake --cores 2                                            the demo (config/config.yaml)
+#   snakemake --cores 2 --configfile config/studies/ixi.yaml       a study
+#   snakemake --profile slurm --configfile my-study.yaml           the same on a cluster
+from snakemake.utils import min_version
+
+min_version("9.19")
+
+
+report: "workflow/report/workflow.rst"
+
+
+include: "rules/common.smk"
+include: "rules/cohort.smk"
+include: "rules/preprocess.smk"
+include: "rules/autoencoder.smk"
+include: "rules/latents.smk"
+include: "rules/diffusion.smk"
+include: "rules/generate.smk"
+include: "rules/release.smk"
+include: "rules/evaluate.smk"
+include: "rules/report.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        RELEASE,
+        METRICS,
+        REPORT,
+    localrule: True
+    message:
+        f"Done. Look at {REPORT} first; the synthetic cohort is in {RELEASE_ROOT}"
+
+
+rule evaluate:
+    input:
+        METRICS,
+    localrule: True
+    message:
+        f"Measured figures are in {METRICS}"
+
+
+rule release:
+    input:
+        RELEASE,
+    localrule: True
+    message:
+        f"The synthetic cohort is in {RELEASE_ROOT}"

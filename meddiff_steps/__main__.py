@@ -1,0 +1,65 @@
+"""Command line: `python -m meddiff_steps STEP --help`.  Only the module of the step that is asked for is imported."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+
+from meddiff_steps import __version__
+from meddiff_steps.errors import UserError
+
+#: Every step with one line of help, in the order data flows.
+STEPS = {
+    "freeze": "write the content-addressed config files of a study",
+    "simulate": "make the simulated brain cohort (a BIDS dataset)",
+    "cohort": "read a cohort and write its manifest: scans, covariates, splits",
+    "preprocess": "bring one shard of scans to the study's grid and intensity scale",
+    "quality": "merge the quality tables and stop if too many scans were left out",
+    "autoencoder": "train the autoencoder (resumable)",
+    "latents": "encode one shard of scans",
+    "scale": "measure the per-channel scale of the training latents",
+    "diffusion": "train the covariate-conditioned latent diffusion model (resumable)",
+    "plan": "decide which synthetic subjects to make, with which covariates",
+    "generate": "sample and decode one shard of planned subjects",
+    "images": "write one shard of synthetic images into the release",
+    "release": "complete the released dataset: participants, description, sidecars",
+    "evaluate": "measure covariate fidelity and sharpness against held-out real scans",
+    "showcase": "sample the sweeps and interpolations that the report shows",
+    "report": "write report.html",
+}
+
+
+def usage() -> str:
+    width = max(map(len, STEPS)) + 2
+    lines = [f"meddiff_steps {__version__}", "", "usage: python -m meddiff_steps STEP [OPTIONS]    (STEP --help lists the options)", ""]
+    return "\n".join(lines + [f"  {name:<{width}}{text}" for name, text in STEPS.items()])
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    name = arguments[0]
+    if name not in STEPS:
+        print(f"error: there is no step {name!r}.\n\n{usage()}", file=sys.stderr)
+        return 2
+    import typer
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(importlib.import_module(f"meddiff_steps.steps.{name}").run)
+    try:
+        app(arguments[1:], prog_name=f"python -m meddiff_steps {name}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

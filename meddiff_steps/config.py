@@ -1,0 +1,530 @@
+"""One study, one model: every default, unit and bound of the workflow lives here and nowhere else.
+
+A study is one YAML file.  `load_study` reads and validates it; `freeze` writes what each stage is allowed to
+see into content-addressed JSON files; `load_stage` is how a step reads its own.  The JSON Schema for editors
+(`config/study.schema.json`) is generated from these classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+
+from meddiff_steps.errors import UserError
+from meddiff_steps.files import write_atomic
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
+Alphanumeric = Annotated[str, Field(pattern=r"^[A-Za-z0-9]+$")]
+
+
+class Section(BaseModel):
+    """A part of a study: unknown keys are refused, values cannot change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# --------------------------------------------------------------------------------------------- covariates
+
+
+class ContinuousCovariate(Section):
+    """A number with a unit, for example age in years."""
+
+    unit: str = Field(description="Unit of the column, for example `year` or `mL`.")
+    range: tuple[float, float] = Field(description="Smallest and largest plausible value; anything outside is refused.")
+    column: str | None = Field(None, description="Column in the source table; the covariate's own name by default.")
+    description: str = Field("", description="One sentence for data dictionaries.")
+
+    @model_validator(mode="after")
+    def _range_is_ordered(self) -> Self:
+        low, high = self.range
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise ValueError(f"range must be [low, high] with low < high, found [{low:g}, {high:g}]")
+        return self
+
+
+class CategoricalCovariate(Section):
+    """A label from a fixed list, for example sex."""
+
+    levels: list[str] = Field(min_length=2, description="All labels that may occur, as written in the source table.")
+    column: str | None = Field(None, description="Column in the source table; the covariate's own name by default.")
+    description: str = Field("", description="One sentence for data dictionaries.")
+
+    @field_validator("levels", mode="before")
+    @classmethod
+    def _levels_are_text(cls, value: Any) -> Any:
+        return [f"{v:g}" if isinstance(v, (int, float)) and not isinstance(v, bool) else v for v in value] if isinstance(value, list) else value
+
+    @field_validator("levels")
+    @classmethod
+    def _levels_are_unique(cls, value: list[str]) -> list[str]:
+        if len(set(value)) != len(value):
+            raise ValueError(f"levels must be distinct, found {value}")
+        return value
+
+
+def _covariate_kind(value: Any) -> str:
+    has_levels = "levels" in value if isinstance(value, dict) else isinstance(value, CategoricalCovariate)
+    return "categorical" if has_levels else "continuous"
+
+
+Covariate = Annotated[
+    Annotated[ContinuousCovariate, Tag("continuous")] | Annotated[CategoricalCovariate, Tag("categorical")],
+    Discriminator(_covariate_kind),
+]
+Covariates = dict[Name, Covariate]
+
+
+# ------------------------------------------------------------------------------------------------- cohort
+
+
+class SimulatedSource(Section):
+    """A simulated brain cohort from the MNI152 templates that ship with nilearn (no data needed)."""
+
+    source: Literal["simulated"] = "simulated"
+    subjects: Annotated[int, Field(ge=20, le=1_000_000)] = 600
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt] = Field((32, 40, 32), description="Voxels.")
+    spacing_mm: PositiveFloat = 5.0
+    case_share: Fraction = Field(0.2, description="Share of subjects with the simulated diagnosis.")
+    missing_share: Fraction = Field(0.02, description="Share of age values left out, so that missing values are exercised.")
+
+
+class BidsSource(Section):
+    """A BIDS dataset: images under sub-*/[ses-*/]DATATYPE, covariates in participants.tsv and sessions.tsv."""
+
+    source: Literal["bids"]
+    root: str = Field(description="Directory that holds dataset_description.json; relative paths start at the working directory.")
+    datatype: str = "anat"
+    suffix: str = "T1w"
+    entities: dict[str, str] = Field({}, description="Entities an image name must carry, for example {acq: mprage}.")
+
+
+class TableSource(Section):
+    """A CSV, TSV or Parquet table with one row per image and a column of paths."""
+
+    source: Literal["table"]
+    table: str = Field(description="The table; relative paths start at the working directory.")
+    path_column: str = "path"
+    subject_column: str = Field("subject_id", description="Column that says whom the image shows; splits are made by it.")
+    root: str | None = Field(None, description="Directory that relative image paths start at; the table's own by default.")
+
+
+CohortSource = Annotated[SimulatedSource | BidsSource | TableSource, Field(discriminator="source")]
+
+
+class Splits(Section):
+    """Shares of subjects; a subject's split is a stable hash of its id, so newcomers move nobody."""
+
+    train: Fraction = 0.75
+    val: Fraction = 0.05
+    calibration: Fraction = 0.1
+    test: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def _shares_add_up(self) -> Self:
+        total = self.train + self.val + self.calibration + self.test
+        if abs(total - 1.0) > 1e-6:
+            raise ValueError(f"train + val + calibration + test must be 1, found {total:g}")
+        if self.train == 0 or self.test == 0:
+            raise ValueError("train and test must both be above 0: every figure is reported on held-out subjects")
+        return self
+
+
+# --------------------------------------------------------------------------------------------- preprocess
+
+
+class Preprocess(Section):
+    """From any scan to one grid and one intensity scale [0, 1]; defined once, used by every later stage."""
+
+    shape: tuple[PositiveInt, PositiveInt] | tuple[PositiveInt, PositiveInt, PositiveInt] = Field(
+        (32, 40, 32), description="Voxels (3D, axes left-right, posterior-anterior, inferior-superior) or pixels (2D, rows, columns)."
+    )
+    spacing_mm: PositiveFloat | None = Field(5.0, description="Isotropic voxel size of the 3D grid; null for 2D images.")
+    center: Literal["image", "foreground"] = Field("image", description="What the grid is centred on.")
+    foreground: Literal["nonzero", "all"] = Field("nonzero", description="Voxels that intensity percentiles are taken over.")
+    percentiles: tuple[float, float] = Field((0.0, 99.5), description="Mapped to 0 and 1; values outside are clipped.")
+    brain_mask: str | None = Field(
+        None, description="Path pattern of a mask per scan, with {subject_id}, {session_id} and {scan_id}; voxels outside become 0."
+    )
+    shards: Annotated[int, Field(ge=1, le=10_000)] = 2
+    max_failed_share: Fraction = Field(0.05, description="More left-out scans than this stop the study.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        low, high = self.percentiles
+        if not 0.0 <= low < high <= 100.0:
+            raise ValueError(f"percentiles must be 0 <= low < high <= 100, found [{low:g}, {high:g}]")
+        if (len(self.shape) == 3) != (self.spacing_mm is not None):
+            raise ValueError("a 3D shape needs spacing_mm in millimetres, a 2D shape needs spacing_mm: null")
+        return self
+
+
+# --------------------------------------------------------------------------------------------- models
+
+
+class Optimiser(Section):
+    steps: PositiveInt
+    batch_size: PositiveInt
+    learning_rate: PositiveFloat
+    warmup_steps: Annotated[int, Field(ge=0)] = 50
+    gradient_clip: PositiveFloat = Field(1.0, description="Largest gradient norm.")
+    log_every: PositiveInt = Field(25, description="Steps that one point of the training curve averages.")
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.999, description="Decay per step of the averaged weights that are released.")
+    checkpoint_every: PositiveInt = Field(250, description="Steps between resumable checkpoints.")
+    validate_every: PositiveInt = Field(200, description="Steps between validation losses.")
+
+
+class Perceptual(Section):
+    """Feature-space L1 (LPIPS style) on monai.losses.PerceptualLoss; weights are never downloaded."""
+
+    weight: Annotated[float, Field(ge=0.0)] = 0.0
+    network: str = Field("medicalnet_resnet10_23datasets", description="A network name of monai.losses.PerceptualLoss.")
+    weights: str | None = Field(None, description="Local path of that network's weights; needed when weight is above 0.")
+
+    @model_validator(mode="after")
+    def _weights_given(self) -> Self:
+        if self.weight > 0 and self.weights is None:
+            raise ValueError("perceptual.weight is above 0 but perceptual.weights names no file; nothing is downloaded at run time")
+        return self
+
+
+class Adversarial(Section):
+    """Patch discriminator (least squares), as in Pinaya et al. 2022."""
+
+    weight: Annotated[float, Field(ge=0.0)] = 0.0
+    start_step: Annotated[int, Field(ge=0)] = Field(0, description="Step at which the term is switched on.")
+    channels: PositiveInt = 32
+    layers: PositiveInt = 2
+    learning_rate: PositiveFloat = 2e-4
+
+
+class Autoencoder(Section):
+    """KL-regularised autoencoder (first stage)."""
+
+    stem: Literal["haar", "space_to_depth", "none"] = Field(
+        "haar", description="Invertible 2x reduction before the first convolution: orthonormal Haar wavelet, plain rearrangement, or none."
+    )
+    linear_path: bool = Field(True, description="A linear map of blocks beside the network, started at the best linear code of the training images.")
+    channels: list[PositiveInt] = Field([32, 64], min_length=1, description="Feature channels per level; each level after the first halves the size.")
+    num_res_blocks: PositiveInt = 1
+    norm_num_groups: PositiveInt = 16
+    latent_channels: PositiveInt = 16
+    kl_weight: Annotated[float, Field(ge=0.0)] = Field(1e-7, description="Weight of the KL divergence in nats per image, beside the mean absolute error.")
+    spectral_weight: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Weight of the L1 distance between Fourier magnitudes, which keeps fine detail.")
+    perceptual: Perceptual = Perceptual()
+    adversarial: Adversarial = Adversarial()
+    gradient_checkpointing: bool = False
+    optimiser: Optimiser = Optimiser(steps=1500, batch_size=8, learning_rate=1e-3)
+
+    @model_validator(mode="after")
+    def _channels_divide(self) -> Self:
+        wrong = [c for c in self.channels if c % self.norm_num_groups]
+        if wrong:
+            raise ValueError(f"channels must be multiples of norm_num_groups={self.norm_num_groups}, found {wrong}")
+        return self
+
+    @property
+    def downsampling(self) -> int:
+        """Voxels per latent cell along one axis."""
+        return 2 ** (len(self.channels) - 1) * (1 if self.stem == "none" else 2)
+
+
+class Augmentation(Section):
+    """Variants of each training scan, drawn once and encoded with it (variant 0 is always the scan itself)."""
+
+    variants: PositiveInt = 1
+    flip: bool = Field(False, description="Mirror left-right in half of the variants.")
+    max_shift_voxels: Annotated[int, Field(ge=0)] = Field(0, description="Largest whole-voxel shift per axis; no interpolation, so nothing is blurred.")
+
+
+class Latents(Section):
+    batch_size: PositiveInt = 8
+
+
+class Diffusion(Section):
+    """Latent diffusion model conditioned on the study's covariates."""
+
+    prediction_type: Literal["epsilon", "v_prediction", "flow"] = "v_prediction"
+    schedule: Literal["scaled_linear", "linear", "cosine"] = Field("scaled_linear", description="Noise schedule; ignored by `flow`.")
+    num_train_timesteps: Annotated[int, Field(ge=10)] = 1000
+    beta_start: PositiveFloat = Field(0.0015, description="Pinaya et al. 2022.")
+    beta_end: PositiveFloat = Field(0.0205, description="Pinaya et al. 2022.")
+    zero_terminal_snr: bool = Field(False, description="Rescale the schedule so that the last step is pure noise (Lin et al. 2023).")
+    channels: list[PositiveInt] = Field([32, 64], min_length=1)
+    attention_levels: list[bool] = [False, True]
+    num_res_blocks: PositiveInt = 2
+    num_head_channels: PositiveInt = 32
+    norm_num_groups: PositiveInt = 16
+    covariate_dim: PositiveInt = Field(64, description="Width of one covariate token.")
+    covariate_dropout: Fraction = Field(0.1, description="Probability that one covariate is replaced by its learnt null, each on its own.")
+    condition_dropout: Fraction = Field(0.1, description="Probability that all covariates are dropped at once (classifier-free guidance).")
+    gradient_checkpointing: bool = False
+    optimiser: Optimiser = Optimiser(steps=1200, batch_size=32, learning_rate=5e-4)
+
+    @model_validator(mode="after")
+    def _levels_match(self) -> Self:
+        if len(self.attention_levels) != len(self.channels):
+            raise ValueError(f"attention_levels needs one entry per level: {len(self.channels)} channels, {len(self.attention_levels)} entries")
+        wrong = [c for c in self.channels if c % self.norm_num_groups]
+        if wrong:
+            raise ValueError(f"channels must be multiples of norm_num_groups={self.norm_num_groups}, found {wrong}")
+        attended = [c for c, a in zip(self.channels, self.attention_levels, strict=True) if a and c % self.num_head_channels]
+        if attended:
+            raise ValueError(f"channels with attention must be multiples of num_head_channels={self.num_head_channels}, found {attended}")
+        if self.beta_start >= self.beta_end:
+            raise ValueError(f"beta_start must be below beta_end, found {self.beta_start:g} >= {self.beta_end:g}")
+        if self.zero_terminal_snr and self.prediction_type == "epsilon":
+            raise ValueError("zero_terminal_snr cannot be used with epsilon prediction: the last step would divide by zero")
+        return self
+
+
+# --------------------------------------------------------------------------------------- plan and generate
+
+Scalar = float | int | str
+Condition = Scalar | list[Scalar]
+
+
+class PlanGroup(Section):
+    """A group of synthetic subjects with the same origin of covariates; its subjects are numbered from 0 on their own."""
+
+    name: Alphanumeric = Field(description="Prefix of the synthetic subject ids.")
+    subjects: PositiveInt = Field(description="Number of subjects; for `grid` and `counterfactual`, subjects per grid point.")
+    covariates: Literal["copula", "table", "grid", "counterfactual"] = "copula"
+    where: dict[Name, Condition] = Field(
+        {}, description="Copula only. A level, a list of levels, a number, or [low, high]: every subject of the group fulfils it."
+    )
+    table: str | None = Field(None, description="Table only. CSV, TSV or Parquet with a column per covariate; empty cells are missing values.")
+    grid: dict[Name, list[Scalar]] = Field({}, description="Grid and counterfactual. Values per covariate; all combinations are planned.")
+    base: dict[Name, Scalar] = Field({}, description="Grid and counterfactual. Values of the covariates that stay fixed; the rest is drawn from the copula.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.covariates == "table") != (self.table is not None):
+            raise ValueError("`table` must name a file when covariates is `table`, and only then")
+        if (self.covariates in ("grid", "counterfactual")) != bool(self.grid):
+            raise ValueError("`grid` must be given when covariates is `grid` or `counterfactual`, and only then")
+        if self.where and self.covariates != "copula":
+            raise ValueError("`where` belongs to covariates: copula")
+        if self.covariates == "counterfactual" and len(self.grid) != 1:
+            raise ValueError("a counterfactual group moves exactly one covariate; `grid` must have one entry")
+        return self
+
+
+class Generate(Section):
+    sampler: Literal["ddpm", "ddim", "pndm", "heun", "dpmpp", "unipc", "flow"] = "dpmpp"
+    num_inference_steps: PositiveInt | None = Field(None, description="Steps; the sampler's tested default when left out.")
+    guidance_scale: Annotated[float, Field(ge=0.0)] = Field(1.0, description="1 is plain conditional sampling (one network pass per step).")
+    batch_size: PositiveInt = Field(16, description="Fixed: it changes the last bits, so it belongs to the recipe; short batches are padded.")
+    shard_size: PositiveInt = Field(250, description="Subjects per job.")
+
+
+class Evaluate(Section):
+    bootstrap: Annotated[int, Field(ge=100)] = 1000
+    sweep_steps: Annotated[int, Field(ge=3)] = Field(5, description="Images per counterfactual sweep in the report.")
+
+
+class Release(Section):
+    name: str = Field("Synthetic cohort", description="Name in dataset_description.json.")
+    authors: list[str] = []
+    licence: str = Field("CC0", description="Licence of the synthetic images.")
+    suffix: Literal["T1w", "T2w", "PDw", "FLAIR", "T2starw", "inplaneT1", "inplaneT2"] = Field("T1w", description="BIDS suffix of 3D images: their contrast.")
+    skull_stripped: bool = Field(True, description="Whether the images that the model learnt from show the brain only (BIDS SkullStripped).")
+    acknowledgements: str = Field("", description="Acknowledgement that the source data ask for.")
+
+
+class Compute(Section):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: PositiveInt = Field(1, description="GPUs (or processes) per training job.")
+    precision: Literal["auto", "32-true", "bf16-mixed"] = Field("auto", description="Around the networks only; `auto` takes bf16 where the hardware has it.")
+    compile: bool = Field(False, description="torch.compile with static shapes; worth it on GPUs.")
+
+
+# ------------------------------------------------------------------------------------------------- study
+
+
+class Study(Section):
+    """A whole study, as written in one YAML file."""
+
+    study: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")] = Field(description="Names the results folder.")
+    title: str = ""
+    results: str = "results"
+    seed: str = Field("meddiff", min_length=1, description="Root of every random number; any text. Publish it with the cohort.")
+    cohort: CohortSource = Field(SimulatedSource())
+    covariates: Covariates = Field(min_length=1)
+    splits: Splits = Splits()
+    preprocess: Preprocess = Preprocess()
+    autoencoder: Autoencoder = Autoencoder()
+    augmentation: Augmentation = Augmentation()
+    latents: Latents = Latents()
+    diffusion: Diffusion = Diffusion()
+    plan: list[PlanGroup] = Field(min_length=1)
+    generate: Generate = Generate()
+    evaluate: Evaluate = Evaluate()
+    release: Release = Release()
+    compute: Compute = Compute()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        factor = self.autoencoder.downsampling * 2 ** (len(self.diffusion.channels) - 1)
+        wrong = [n for n in self.preprocess.shape if n % factor]
+        if wrong:
+            raise ValueError(
+                f"preprocess.shape {list(self.preprocess.shape)} must be divisible by {factor} "
+                f"(autoencoder {self.autoencoder.downsampling} x diffusion {factor // self.autoencoder.downsampling}); change the shape or use fewer levels"
+            )
+        names = [g.name for g in self.plan]
+        if len(set(names)) != len(names):
+            raise ValueError(f"plan: group names must be distinct, found {names}")
+        for group in self.plan:
+            for field in ("where", "grid", "base"):
+                for name, value in getattr(group, field).items():
+                    self._check_request(f"plan.{group.name}.{field}.{name}", name, value if isinstance(value, list) else [value])
+        if (self.generate.sampler == "flow") and self.diffusion.prediction_type != "flow":
+            raise ValueError("generate.sampler: flow needs diffusion.prediction_type: flow")
+        if self.diffusion.prediction_type == "flow" and self.generate.sampler not in ("flow", "dpmpp", "unipc"):
+            raise ValueError(f"diffusion.prediction_type: flow can be sampled by flow, dpmpp or unipc, not {self.generate.sampler}")
+        return self
+
+    def _check_request(self, where: str, name: str, values: list[Scalar]) -> None:
+        covariate = self.covariates.get(name)
+        if covariate is None:
+            raise ValueError(f"{where}: no such covariate; declared are {sorted(self.covariates)}")
+        for value in values:
+            if isinstance(covariate, CategoricalCovariate):
+                if str(value) not in covariate.levels:
+                    raise ValueError(f"{where}: {value!r} is not one of {covariate.levels}")
+            elif not isinstance(value, (int, float)) or not covariate.range[0] <= value <= covariate.range[1]:
+                raise ValueError(f"{where}: {value!r} is outside the declared range {list(covariate.range)} {covariate.unit}")
+
+    @property
+    def spatial_dims(self) -> int:
+        return len(self.preprocess.shape)
+
+
+#: The sections each stage may read, and therefore what makes it run again when it changes.
+STAGES: dict[str, tuple[str, ...]] = {
+    "simulate": ("seed", "cohort"),
+    "cohort": ("seed", "cohort", "covariates", "splits"),
+    "preprocess": ("preprocess",),
+    "quality": ("preprocess",),
+    "autoencoder": ("seed", "augmentation", "autoencoder", "compute"),
+    "latents": ("seed", "augmentation", "latents", "compute"),
+    "diffusion": ("seed", "covariates", "diffusion", "compute"),
+    "plan": ("seed", "covariates", "plan", "generate"),
+    "generate": ("generate", "compute"),
+    "images": ("study", "release", "preprocess"),
+    "release": ("study", "title", "cohort", "covariates", "release", "preprocess", "generate"),
+    "evaluate": ("seed", "covariates", "plan", "evaluate"),
+    "showcase": ("seed", "covariates", "generate", "evaluate", "compute"),
+    "report": ("study", "title", "cohort", "covariates", "preprocess"),
+}
+
+
+def load_study(path: Path) -> Study:
+    """Read and validate a study.
+
+    Raises
+    ------
+    UserError
+        The file is missing, is no YAML mapping, or breaks a rule; every problem is listed with its key.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such study file. Give a YAML file, for example config/config.yaml.") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a directory, expected a YAML file. Name the study file itself.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file ({error.reason}). A study is a YAML file in UTF-8.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    return parse_study(raw, str(path))
+
+
+def parse_study(raw: Any, origin: str) -> Study:
+    """Validate an already parsed study; `origin` names it in error messages."""
+    if not isinstance(raw, dict):
+        raise UserError(f"{origin}: expected a mapping of sections, found {type(raw).__name__}. See config/README.md.")
+    try:
+        return Study.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(_explain(error, origin)) from None
+
+
+def _explain(error: ValidationError, origin: str) -> str:
+    tags = {"continuous", "categorical", "simulated", "bids", "table"}
+    lines = [f"{origin}: {error.error_count()} problem(s) in the study:"]
+    for problem in error.errors(include_url=False):
+        where = ".".join(str(part) for i, part in enumerate(problem["loc"]) if not (i and str(part) in tags) and not re.match(r"(tuple|function)\b", str(part)))
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = "unknown key. Check the spelling against config/README.md, or remove it"
+        found = problem.get("input")
+        shown = f" (found {found!r})" if problem["type"] != "missing" and isinstance(found, (str, int, float, bool, type(None))) else ""
+        lines.append(f"  {where or 'study'}: {message}{shown}")
+    return "\n".join(lines)
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def freeze(study: Study, stage: str | None, folder: Path) -> Path:
+    """Write what `stage` may read (the whole study for None) to a content-addressed file and return its path.
+
+    The file never changes after it is written, so a job that starts hours later reads what was frozen at the
+    start, whatever happened to the YAML meanwhile.
+    """
+    everything = study.model_dump(mode="json")
+    content = everything if stage is None else {name: everything[name] for name in STAGES[stage]}
+    text = canonical_json(content)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    path = Path(folder) / f"{stage or 'study'}-{digest}.json"
+    if not path.exists():
+        write_atomic(path, (text + "\n").encode())
+    return path
+
+
+def load_stage(path: Path, stage: str) -> Study:
+    """Read a file that `freeze` wrote for `stage`; reading any section the stage did not declare raises AttributeError."""
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such frozen config. Make one with: python -m meddiff_steps freeze STUDY.yaml") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise UserError(f"{path}: not a frozen config ({error}). Make one with: python -m meddiff_steps freeze STUDY.yaml") from None
+    missing = [name for name in STAGES[stage] if name not in raw]
+    if missing:
+        raise UserError(f"{path}: no section {missing}, which stage `{stage}` reads. Freeze it from the study again.")
+    placeholder: dict[str, Any] = {"study": "placeholder", "covariates": {"x": {"unit": "", "range": [0, 1]}}, "plan": [{"name": "x", "subjects": 1}]}
+    values = {}
+    for name in STAGES[stage]:
+        probe = _Unchecked.model_validate(placeholder | {name: raw[name]})
+        values[name] = getattr(probe, name)
+    view = Study.model_construct(**values)
+    for name in set(Study.model_fields) - set(STAGES[stage]):
+        view.__dict__.pop(name, None)
+    return view
+
+
+class _Unchecked(Study):
+    """A study without the rules that relate its sections: one section at a time is read back through it."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        return self
+
+
+def json_schema() -> str:
+    """The JSON Schema of a study file, for editors."""
+    return json.dumps(Study.model_json_schema(), indent=2, sort_keys=True) + "\n"

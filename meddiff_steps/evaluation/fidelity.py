@@ -1,0 +1,162 @@
+"""Covariate fidelity: does a synthetic image show what was asked for?
+
+The instrument (`predictors`) measures covariates from images.  It errs on real images too, so every figure on synthetic
+images stands beside its *ceiling*: the same figure on held-out real scans, whose true covariates are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from meddiff_steps.config import CategoricalCovariate, Covariates
+from meddiff_steps.evaluation.statistics import Bootstrap, Figure, Statistic, auc, figure, macro, mean_of, pearson, slope
+
+#: Columns of a predictions table.  `unit` is what is resampled: the subject of a real scan, the noise of a synthetic one.
+#: Numbers have one row per image and level null; a label has a row per level (of two levels: the second), in which
+#: `requested_or_true` is 1 for that level and 0 otherwise, and `measured` its probability.
+PREDICTION_COLUMNS = {
+    "id": "string",
+    "unit": "string",
+    "kind": "string",
+    "covariate": "string",
+    "level": "string",
+    "requested_or_true": "float64",
+    "measured": "float64",
+}
+
+
+def predictions_table(
+    ids: Sequence[str], units: Sequence[str], kind: str, wanted: pd.DataFrame, measured: Mapping[str, np.ndarray], covariates: Covariates
+) -> pd.DataFrame:
+    """Measured covariates beside what was requested (synthetic) or is true (real).
+
+    Parameters
+    ----------
+    ids, units
+        Image and resampling unit of each row.
+    kind
+        "real" or "synthetic".
+    wanted
+        A row per image, a column per covariate; rows that are null are left out for that covariate.
+    measured
+        What `Predictors.measure` gave for the same images.
+    covariates
+        The study's schema.
+
+    Returns
+    -------
+    pandas.DataFrame
+        `PREDICTION_COLUMNS`.
+    """
+    parts = []
+    for name, values in measured.items():
+        covariate, column = covariates[name], wanted[name].reset_index(drop=True)
+        present = column.notna().to_numpy(dtype=bool)
+        base = {"id": np.asarray(ids, dtype=object)[present], "unit": np.asarray(units, dtype=object)[present], "kind": kind, "covariate": name}
+        if isinstance(covariate, CategoricalCovariate):
+            for i, level in enumerate(covariate.levels):
+                if i or len(covariate.levels) > 2:
+                    truth = (column[present] == level).to_numpy(dtype=np.float64)
+                    parts.append(pd.DataFrame(base | {"level": level, "requested_or_true": truth, "measured": values[present, i]}))
+        else:
+            parts.append(pd.DataFrame(base | {"level": None, "requested_or_true": column[present].to_numpy(dtype=np.float64), "measured": values[present]}))
+    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(PREDICTION_COLUMNS))
+    return table[list(PREDICTION_COLUMNS)].astype(PREDICTION_COLUMNS)
+
+
+def covariate_fidelity(predictions: pd.DataFrame, covariates: Covariates, *, resamples: int = 1000, seed: str = "") -> dict[str, Any]:
+    """How well synthetic images show the requested covariates, beside the ceiling on held-out real scans.
+
+    Parameters
+    ----------
+    predictions
+        Rows of both kinds, as `predictions_table` makes them.
+    covariates
+        The study's schema; those without predictions are left out.
+    resamples, seed
+        Of the bootstrap over units.
+
+    Returns
+    -------
+    dict
+        Per continuous covariate: `r` (Pearson, requested and measured), `slope` (of measured on requested), `mae` and `bias`
+        (mean of measured minus requested) in `unit`, and `share_of_ceiling` (r over the ceiling's r).  Per categorical covariate:
+        `auc` (one-vs-rest macro average beyond two levels) and `share_of_ceiling`.  Each is a figure; r, slope, mae, bias and auc
+        carry a `ceiling`.
+    """
+    out: dict[str, Any] = {}
+    for name, covariate in covariates.items():
+        rows = predictions[predictions["covariate"] == name]
+        if rows.empty:
+            continue
+        categorical = isinstance(covariate, CategoricalCovariate)
+        head = "auc" if categorical else "r"
+        results: dict[str, dict[str, tuple[float, np.ndarray, int]]] = {}
+        for kind in ("synthetic", "real"):
+            part = rows[rows["kind"] == kind]
+            statistics, units = _label_statistics(part) if categorical else _number_statistics(part)
+            boot = Bootstrap(units, resamples, seed, f"fidelity {kind}")
+            results[kind] = {key: (*boot.draws(statistic), boot.n) for key, statistic in statistics.items()}
+        entry: dict[str, Any] = {"kind": "categorical"} if isinstance(covariate, CategoricalCovariate) else {"kind": "continuous", "unit": covariate.unit}
+        for key, drawn in results["synthetic"].items():
+            entry[key] = figure(*drawn) | {"ceiling": figure(*results["real"][key])}
+        (value, draws, n), (best, bests, _) = results["synthetic"][head], results["real"][head]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            entry["share_of_ceiling"] = figure(float(np.divide(value, best)), draws / bests, n)
+        out[name] = entry
+    return out
+
+
+def correlation_structure(predictions: pd.DataFrame, covariates: Covariates, *, resamples: int = 1000, seed: str = "") -> dict[str, dict[str, Figure]]:
+    """Do covariates go together in synthetic images as they were requested to?
+
+    Returns
+    -------
+    dict
+        Per pair of continuous covariates "a~b", Pearson's r over the images where both are known: `requested` and `measured`
+        (synthetic), `true` and `real_measured` (held-out real scans: what the instrument makes of a known correlation).
+    """
+    numbers = [name for name, c in covariates.items() if not isinstance(c, CategoricalCovariate)]
+    wide = {
+        kind: predictions[(predictions["kind"] == kind) & predictions["covariate"].isin(numbers)].pivot(
+            index=["id", "unit"], columns="covariate", values=["requested_or_true", "measured"]
+        )
+        for kind in ("synthetic", "real")
+    }
+    out: dict[str, dict[str, Figure]] = {}
+    for a, b in combinations(numbers, 2):
+        pair: dict[str, Figure] = {}
+        for kind, names in (("synthetic", ("requested", "measured")), ("real", ("true", "real_measured"))):
+            if not {("measured", a), ("measured", b)} <= set(wide[kind].columns):
+                break
+            both = wide[kind].dropna(subset=[("measured", a), ("measured", b)])
+            boot = Bootstrap(both.index.get_level_values("unit").to_numpy(dtype=str), resamples, seed, f"correlation {kind}")
+            for label, what in zip(names, ("requested_or_true", "measured"), strict=True):
+                pair[label] = boot.figure(pearson(both[(what, a)].to_numpy(), both[(what, b)].to_numpy()) if len(both) else mean_of(np.empty(0)))
+        if pair:
+            out[f"{a}~{b}"] = pair
+    return out
+
+
+def _number_statistics(rows: pd.DataFrame) -> tuple[dict[str, Statistic], np.ndarray]:
+    wanted, measured = (rows[c].to_numpy(dtype=np.float64) for c in ("requested_or_true", "measured"))
+    units = rows["unit"].to_numpy(dtype=str)
+    if len(rows) == 0:
+        return dict.fromkeys(("r", "slope", "mae", "bias"), mean_of(wanted)), units
+    error = measured - wanted
+    return {"r": pearson(wanted, measured), "slope": slope(wanted, measured), "mae": mean_of(np.abs(error)), "bias": mean_of(error)}, units
+
+
+def _label_statistics(rows: pd.DataFrame) -> tuple[dict[str, Statistic], np.ndarray]:
+    """AUC per level over the same images in the same order, averaged."""
+    per_level, units = [], np.empty(0, dtype=str)
+    for _, part in rows.groupby("level", sort=True):
+        ordered = part.sort_values("id", kind="stable")
+        units = ordered["unit"].to_numpy(dtype=str)
+        per_level.append(auc(ordered["requested_or_true"].to_numpy() > 0.5, ordered["measured"].to_numpy()))
+    return {"auc": macro(per_level) if per_level else mean_of(np.empty(0))}, units

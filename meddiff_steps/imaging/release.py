@@ -1,0 +1,452 @@
+"""The synthetic cohort as a dataset: 3D as BIDS derivative, 2D as PNG with a table.
+
+Every file says that it is synthetic on its own: NIfTI in `descrip` and in a header extension, PNG in text chunks,
+and the dataset in its sidecar, tables, description and README.  Equal input gives equal bytes.
+
+Volumes are int16 from 0 to 1000.  The step of 0.001 adds noise 70 dB below full scale, far below any generative model's error;
+8 bits would save a third of the bytes and band dark tissue, 12 bits cost 15 % more and store decoder noise.  Integers
+without scl_slope are read alike by every tool.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import logging
+import re
+import shutil
+import sys
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+from PIL import Image as PilImage
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from meddiff_steps import __version__
+from meddiff_steps.cohort.manifest import content_digest
+from meddiff_steps.config import CategoricalCovariate, Covariates, Release
+from meddiff_steps.errors import UserError
+from meddiff_steps.files import write_atomic
+from meddiff_steps.imaging.shards import Shards
+
+logger = logging.getLogger(__name__)
+
+#: Stored value of an image value of 1.
+VOLUME_SCALE, PICTURE_SCALE = 1000, 255
+#: zlib level of NIfTI files: 3 % smaller than 1; 9 takes half as long again for 1 % more.
+GZIP_LEVEL = 6
+#: NIfTI header extension code "comment": plain text, read by every tool that reads extensions.
+COMMENT = 6
+BIDS_VERSION = "1.10.0"
+SYNTHETIC = "SYNTHETIC: made by a generative model. Shows no real person."
+
+_CAUTION = """Do not mix these images with scans of people without keeping the mark, and draw no diagnosis from them.
+Every image says in its own file that it is synthetic; converting to another format can lose that."""
+_SAMPLE_ID = re.compile(r"[A-Za-z0-9]+")
+_LICENCES = {
+    "CC0": ("Creative Commons Zero 1.0 Universal (public domain dedication)", "https://creativecommons.org/publicdomain/zero/1.0/legalcode"),
+    "PDDL": ("Open Data Commons Public Domain Dedication and License 1.0", "https://opendatacommons.org/licenses/pddl/1-0/"),
+    "CC-BY-4.0": ("Creative Commons Attribution 4.0 International", "https://creativecommons.org/licenses/by/4.0/legalcode"),
+    "CC-BY-SA-4.0": ("Creative Commons Attribution-ShareAlike 4.0 International", "https://creativecommons.org/licenses/by-sa/4.0/legalcode"),
+    "CC-BY-NC-4.0": ("Creative Commons Attribution-NonCommercial 4.0 International", "https://creativecommons.org/licenses/by-nc/4.0/legalcode"),
+    "CC-BY-NC-SA-4.0": (
+        "Creative Commons Attribution-NonCommercial-ShareAlike 4.0 International",
+        "https://creativecommons.org/licenses/by-nc-sa/4.0/legalcode",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What turns an array into a picture of something: spacing (mm; None for 2D) and shape without the channel axis."""
+
+    shape: tuple[int, ...]
+    spacing_mm: float | None
+
+    @property
+    def affine(self) -> np.ndarray:
+        """(4, 4) RAS+ affine in mm of a 3D grid; the middle of the grid is the origin."""
+        assert self.spacing_mm is not None
+        affine = np.diag([self.spacing_mm] * 3 + [1.0])
+        affine[:3, 3] = -self.spacing_mm * (np.array(self.shape) - 1) / 2
+        return affine
+
+
+# --------------------------------------------------------------------------------------------------- images
+
+
+def image_path(sample_id: str, spatial_dims: int, suffix: str = "T1w") -> str:
+    """Where a sample's image lies in the release, with forward slashes.
+
+    >>> image_path("demo000001", 3)
+    'sub-demo000001/anat/sub-demo000001_T1w.nii.gz'
+    >>> image_path("demo000001", 2)
+    'images/demo000001.png'
+    """
+    return f"sub-{sample_id}/anat/sub-{sample_id}_{suffix}.nii.gz" if spatial_dims == 3 else f"images/{sample_id}.png"
+
+
+def encode_volume(image: np.ndarray, grid: Grid, sample_id: str, study: str) -> tuple[bytes, np.ndarray]:
+    """A compressed NIfTI-1 file.
+
+    Parameters
+    ----------
+    image
+        (x, y, z) in [0, 1], RAS+.
+    grid
+        Shape and spacing (mm) of `image`.
+    sample_id, study
+        Named in the header.
+
+    Returns
+    -------
+    content
+        The file's bytes, the same for the same input.
+    stored
+        int16 (x, y, z), 0 to 1000.
+    """
+    stored = np.rint(image * VOLUME_SCALE).astype(np.int16)
+    volume = nib.Nifti1Image(stored, grid.affine)
+    volume.header.set_xyzt_units("mm", "sec")
+    volume.header.set_slope_inter(1, 0)
+    volume.header["cal_max"] = VOLUME_SCALE
+    volume.header["descrip"] = f"SYNTHETIC, no real person; {study}".encode("ascii", "replace")[:79]
+    volume.set_qform(grid.affine, code="aligned")  # not "scanner": there was none
+    volume.set_sform(grid.affine, code="aligned")
+    volume.header.extensions.append(nib.nifti1.Nifti1Extension(COMMENT, _mark(sample_id, study).encode()))
+    return gzip.compress(volume.to_bytes(), GZIP_LEVEL, mtime=0), stored
+
+
+def encode_picture(image: np.ndarray, sample_id: str, study: str) -> tuple[bytes, np.ndarray]:
+    """A PNG file (bytes) and its pixels, uint8 (rows, columns), from `image` (rows, columns) in [0, 1]."""
+    stored = np.rint(image * PICTURE_SCALE).astype(np.uint8)
+    text = PngInfo()
+    text.add_text("Description", SYNTHETIC)
+    text.add_text("Synthesis", _mark(sample_id, study))
+    stream = io.BytesIO()
+    PilImage.fromarray(stored).save(stream, format="PNG", pnginfo=text)
+    return stream.getvalue(), stored
+
+
+def _mark(sample_id: str, study: str) -> str:
+    return json.dumps({"synthetic": True, "sample_id": sample_id, "study": study}, sort_keys=True)
+
+
+def read_mark(path: Path) -> dict[str, Any] | None:
+    """The mark that `write_images` left in a file, or None if there is none."""
+    try:
+        if path.suffix == ".png":
+            with PilImage.open(path, formats=["PNG"]) as picture:
+                text = picture.info.get("Synthesis")
+        else:
+            header = nib.load(path).header
+            text = next((e.text for e in header.extensions if e.code == COMMENT), None)  # type: ignore[attr-defined]
+        mark = json.loads(text) if text else None
+    except (OSError, EOFError, zlib.error, ValueError, AttributeError, nib.filebasedimages.ImageFileError):
+        return None
+    return mark if isinstance(mark, dict) and mark.get("synthetic") is True else None
+
+
+def write_images(generated: Path, release: Path, grid: Grid, study: str, suffix: str = "T1w") -> pd.DataFrame:
+    """Write every image of one generated shard into the release.
+
+    Parameters
+    ----------
+    generated
+        Shard with `sample_id` and `image` (1, *grid.shape) in [0, 1].
+    release
+        Root of the dataset.
+    grid
+        Shape and spacing of the images.
+    study
+        Named in every file.
+    suffix
+        BIDS suffix of volumes.
+
+    Returns
+    -------
+    DataFrame
+        sample_id, path (relative to `release`), bytes, sha256 (of the file), voxel_sha256 (`content_digest` of the stored
+        integers: independent of compression and header), sorted by sample_id.
+
+    Raises
+    ------
+    UserError
+        The shape is not the study's, an id is not letters and digits or occurs twice, or an image has values outside [0, 1].
+    """
+    shards = Shards([generated])
+    if shards.shape("image") != (1, *grid.shape):
+        raise UserError(f"{generated}: images of shape {shards.shape('image')}, expected {(1, *grid.shape)} by preprocess.shape. Generate the shard again.")
+    samples = shards.column("sample_id")
+    for sample_id in samples:
+        if not _SAMPLE_ID.fullmatch(sample_id):
+            raise UserError(f"{generated}: sample_id {sample_id!r} may hold letters and digits only (BIDS). Rename the group in `plan`, and plan again.")
+    if len(set(samples)) < len(samples):
+        twice = sorted({s for s in samples if samples.count(s) > 1})
+        raise UserError(f"{generated}: sample_id {_shorten(twice)} occurs more than once. Generate the shard again.")
+    rows = []
+    for row in tqdm(sorted(range(len(samples)), key=samples.__getitem__), desc="images", unit="image", mininterval=5, file=sys.stderr):
+        sample_id = samples[row]
+        image = shards.tensor("image", row)[0].astype(np.float32)
+        if not (image.min() >= 0 and image.max() <= 1):  # false for NaN, too
+            found = f"values from {image.min():g} to {image.max():g}"
+            raise UserError(f"{generated}: image of {sample_id} holds {found}, expected 0 to 1. Generate the shard again.")
+        path = image_path(sample_id, len(grid.shape), suffix)
+        content, stored = encode_volume(image, grid, sample_id, study) if len(grid.shape) == 3 else encode_picture(image, sample_id, study)
+        write_atomic(release / path, content)
+        rows.append((sample_id, path, len(content), hashlib.sha256(content).hexdigest(), content_digest(stored)))
+    table = pd.DataFrame(rows, columns=["sample_id", "path", "bytes", "sha256", "voxel_sha256"])
+    return table.astype({"sample_id": "string", "path": "string", "bytes": "int64", "sha256": "string", "voxel_sha256": "string"})
+
+
+# -------------------------------------------------------------------------------------------------- dataset
+
+
+@dataclass(frozen=True)
+class Story:
+    """What the texts of a dataset say about where it comes from.
+
+    Attributes
+    ----------
+    study, title
+        As in the study file.
+    config
+        The study's `release` section.
+    covariates
+        The study's covariates.
+    grid
+        Shape and spacing of the images.
+    sampler
+        One phrase, for example "dpmpp, guidance scale 1".
+    card
+        The cohort's card; `scans` and `subjects` (counts) and `simulated` (bool) are read.
+    sources
+        BIDS SourceDatasets entries, as far as known.
+    """
+
+    study: str
+    title: str
+    config: Release
+    covariates: Covariates
+    grid: Grid
+    sampler: str
+    card: dict[str, Any]
+    sources: Sequence[dict[str, str]] = ()
+
+
+def complete_dataset(release: Path, plan: pd.DataFrame, images: pd.DataFrame, story: Story) -> Path:
+    """Add everything but the images to a dataset; `dataset_description.json` comes last and says that it is whole.
+
+    Images in the folder that are not planned any more are removed if they carry this study's mark.
+
+    Parameters
+    ----------
+    release
+        Root of the dataset; holds the images already.
+    plan
+        sample_id and a column per covariate (requested values).
+    images
+        Tables that `write_images` returned, one below the other.
+    story
+        What the texts say.
+
+    Returns
+    -------
+    Path
+        The dataset_description.json.
+
+    Raises
+    ------
+    UserError
+        A planned sample has no image, an image is not planned, occurs twice, or is not on disk as written; or a stranger's
+        image lies in the folder.
+    """
+    _check_complete(release, plan, images)
+    description = release / "dataset_description.json"
+    description.unlink(missing_ok=True)  # while the parts change there is no whole
+    volumes = len(story.grid.shape) == 3
+    _remove_stale(release, set(images["path"]), story.study)
+
+    write_atomic(release / "participants.tsv", _participants(plan, images, story.covariates, volumes).encode())
+    _write_json(release / "participants.json", _participants_dictionary(story.covariates, volumes))
+    if volumes:
+        for suffix in get_args(Release.model_fields["suffix"].annotation):
+            (release / f"{suffix}.json").unlink(missing_ok=True)  # the sidecar of an earlier suffix
+        _write_json(release / f"{story.config.suffix}.json", _sidecar(story))
+    write_atomic(release / "README", _readme(len(plan), story).encode())
+    write_atomic(release / "CHANGES", f"1.0.0\n  - First release: {len(plan)} synthetic subjects.\n".encode())
+    write_atomic(release / "LICENSE", _licence(story.config).encode())
+    _write_json(description, _description(story, volumes))
+    return description
+
+
+def _check_complete(release: Path, plan: pd.DataFrame, images: pd.DataFrame) -> None:
+    planned, made = set(plan["sample_id"]), set(images["sample_id"])
+    twice = sorted(images["sample_id"][images["sample_id"].duplicated()])
+    if twice:
+        raise UserError(f"release: {len(twice)} sample(s) have more than one image: {_shorten(twice)}. Give each images table once.")
+    if planned - made:
+        raise UserError(
+            f"release: {len(planned - made)} planned sample(s) have no image: {_shorten(sorted(planned - made))}. Run the `images` step of their shards."
+        )
+    if made - planned:
+        raise UserError(
+            f"release: {len(made - planned)} image(s) are not in the plan: {_shorten(sorted(made - planned))}. Give the plan that they were made by."
+        )
+    wrong = []
+    for path, size in zip(images["path"], images["bytes"], strict=True):
+        try:
+            if (release / path).stat().st_size != size:
+                wrong.append(path)
+        except FileNotFoundError:
+            wrong.append(path)
+    if wrong:
+        raise UserError(f"release: {len(wrong)} image(s) in {release} are missing or changed: {_shorten(wrong)}. Run the `images` step again.")
+
+
+def _remove_stale(release: Path, wanted: set[str], study: str) -> None:
+    for partial in release.rglob(".partial-*"):
+        partial.unlink()  # of a writer that was killed; all writers have ended before a dataset is completed
+    found = {p.relative_to(release).as_posix(): p for pattern in ("sub-*/anat/*.nii.gz", "images/*.png") for p in release.glob(pattern)}
+    stale = sorted(set(found) - wanted)
+    strange = [name for name in stale if (read_mark(found[name]) or {}).get("study") != study]
+    if strange:
+        raise UserError(
+            f"{release}: {len(strange)} image(s) were not made by study {study!r}: {_shorten(strange)}. Move them elsewhere: the folder is published as it is."
+        )
+    for name in stale:
+        found[name].unlink()
+    for folder in {found[name].parent.parent for name in stale if name.startswith("sub-")}:
+        if not any(p.is_file() for p in folder.rglob("*")):
+            shutil.rmtree(folder)
+    if stale:
+        logger.warning("removed %d image(s) of an earlier plan: %s", len(stale), _shorten(stale))
+
+
+def _participants(plan: pd.DataFrame, images: pd.DataFrame, covariates: Covariates, volumes: bool) -> str:
+    table = plan.sort_values("sample_id", ignore_index=True)
+    columns = {"participant_id": [f"sub-{s}" for s in table["sample_id"]]}
+    if not volumes:
+        paths = dict(zip(images["sample_id"], images["path"], strict=True))
+        columns["image"] = [paths[s] for s in table["sample_id"]]
+    for name in covariates:
+        columns[name] = [_cell(value) for value in table[name]]
+    return pd.DataFrame(columns).to_csv(sep="\t", index=False, lineterminator="\n")
+
+
+def _cell(value: Any) -> str:
+    if pd.isna(value):
+        return "n/a"
+    return value if isinstance(value, str) else f"{float(value):.6g}"
+
+
+def _participants_dictionary(covariates: Covariates, volumes: bool) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "Description": "Synthetic subjects and the covariates that were requested for them. No row describes a real person.",
+        "participant_id": {"Description": "Synthetic subject; no real person stands behind it."},
+    }
+    if not volumes:
+        fields["image"] = {"Description": "Path of the subject's synthetic image."}
+    for name, covariate in covariates.items():
+        own = covariate.description.strip().rstrip(".")
+        fields[name] = {"Description": f"{own + '. ' if own else ''}Value that the model was asked for (requested), not measured in the image; n/a: left open."}
+        if isinstance(covariate, CategoricalCovariate):
+            fields[name]["Levels"] = {level: level for level in covariate.levels}
+        else:
+            fields[name]["Units"] = covariate.unit
+    return fields
+
+
+def _sidecar(story: Story) -> dict[str, Any]:
+    # Under one key of its own: BIDS-Prov (BEP028) will give GeneratedBy in sidecars another meaning.
+    return {
+        "Description": SYNTHETIC,
+        "SkullStripped": story.config.skull_stripped,
+        "Synthesis": {
+            "Synthetic": True,
+            "Study": story.study,
+            "DigitalSourceType": "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia",
+            "Software": "meddiff_steps",
+            "SoftwareVersion": __version__,
+            "IntensityUnits": f"arbitrary; 0 to {VOLUME_SCALE}",
+        },
+    }
+
+
+def _description(story: Story, volumes: bool) -> dict[str, Any]:
+    software = {"Name": "meddiff_steps", "Version": __version__, "Description": f"Latent diffusion model of study {story.study}, sampled with {story.sampler}."}
+    fields: dict[str, Any] = {
+        "Name": story.config.name,
+        "License": story.config.licence,
+        "GeneratedBy": [software],
+        "Description": f"{SYNTHETIC} {_origin(story)}",
+        "Keywords": ["synthetic", "generative model", "latent diffusion"],
+        "Synthetic": True,
+    }
+    if volumes:
+        # A derivative: a model stands between these images and any scan.
+        fields |= {"BIDSVersion": BIDS_VERSION, "DatasetType": "derivative"}
+    if story.config.authors:
+        fields["Authors"] = story.config.authors
+    if story.config.acknowledgements:
+        fields["Acknowledgements"] = story.config.acknowledgements
+    if story.sources:
+        fields["SourceDatasets"] = list(story.sources)
+    return fields
+
+
+def _origin(story: Story) -> str:
+    what = "simulated images (no real person was ever imaged)" if story.card.get("simulated") else "real images"
+    return f"The model learnt from a cohort of {story.card['scans']} {what} of {story.card['subjects']} subjects, of which a part was held out for evaluation."
+
+
+def _readme(subjects: int, story: Story) -> str:
+    size = " x ".join(map(str, story.grid.shape))
+    if story.grid.spacing_mm is None:
+        layout = f"images/ID.png: grey pictures of {size} pixels (rows x columns), 0 to {PICTURE_SCALE}. participants.tsv names the picture of each subject."
+    else:
+        path = image_path("ID", 3, story.config.suffix)
+        layout = (
+            f"{path}: volumes of {size} voxels of {story.grid.spacing_mm:g} mm, axes left-right, posterior-anterior, inferior-superior,\n"
+            f"origin in the middle of the grid, int16 from 0 to {VOLUME_SCALE} in arbitrary units. The layout is BIDS {BIDS_VERSION}, type derivative."
+        )
+    lines = []
+    for name, covariate in story.covariates.items():
+        meaning = f"one of {', '.join(covariate.levels)}" if isinstance(covariate, CategoricalCovariate) else f"in {covariate.unit}"
+        lines.append(f"- {name}: {meaning}{'. ' + covariate.description if covariate.description else ''}")
+    title = f"Study {story.study}: {story.title}" if story.title else f"Study {story.study}"
+    parts = [
+        f"# {story.config.name}",
+        f"{SYNTHETIC}\n{subjects} synthetic subjects. {title}.",
+        f"## Where they come from\n{_origin(story)}\nSampling: {story.sampler}. Software: meddiff_steps {__version__}.",
+        f"## What is here\n{layout}",
+        "## Covariates\nparticipants.tsv holds the values that the model was asked for, not measurements of the images; n/a means left open.\n"
+        + "\n".join(lines),
+        f"## Please note\n{_CAUTION}",
+        f"## Licence\n{story.config.licence}; see LICENSE.",
+    ]
+    if story.config.acknowledgements:
+        parts.append(f"## Acknowledgements\n{story.config.acknowledgements}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _licence(config: Release) -> str:
+    name, url = _LICENCES.get(config.licence, (config.licence, None))
+    return f"{config.name}\n\nThe synthetic images and tables in this dataset are released under:\n\n{name}\n" + (f"{url}\n" if url else "")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    write_atomic(path, (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _shorten(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,153 @@
+"""Shards: Arrow IPC files with one row per image, fixed-shape tensors, read through a memory map.
+
+A shard is written row by row (memory stays at a few rows) and appears under its name only when it is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+
+from meddiff_steps.errors import UserError
+from meddiff_steps.files import atomic_path
+
+#: Upper bound of one Arrow record batch; it bounds the writer's memory.
+BATCH_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Column type of a fixed-shape tensor, for example Tensor("float16", (1, 32, 40, 32))."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def arrow(self) -> pa.DataType:
+        return pa.fixed_shape_tensor(pa.from_numpy_dtype(np.dtype(self.dtype)), self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+
+
+class ShardWriter:
+    """Write one shard row by row.
+
+    >>> with ShardWriter(path, {"scan_id": pa.string(), "image": Tensor("float16", (1, 32, 40, 32))}) as shard:
+    ...     shard.append(scan_id="sub-01", image=volume)        # doctest: +SKIP
+
+    The file appears under `path` when the block ends without an exception, and not at all otherwise.
+    """
+
+    def __init__(self, path: Path, columns: Mapping[str, pa.DataType | Tensor]) -> None:
+        self.columns = dict(columns)
+        row_bytes = sum(c.nbytes for c in self.columns.values() if isinstance(c, Tensor)) + 1
+        self._rows_per_batch = max(1, BATCH_BYTES // row_bytes)
+        self._schema = pa.schema([(n, c.arrow if isinstance(c, Tensor) else c) for n, c in self.columns.items()])
+        self._rows: list[dict[str, Any]] = []
+        self._atomic = atomic_path(path)
+
+    def __enter__(self) -> Self:
+        self._file = pa.OSFile(str(self._atomic.__enter__()), "wb")
+        self._writer = pa.ipc.new_file(self._file, self._schema)
+        return self
+
+    def append(self, **row: Any) -> None:
+        """Add one row; tensors are cast to the column's dtype and must have its shape."""
+        for name, column in self.columns.items():
+            if isinstance(column, Tensor):
+                value = np.asarray(row[name], dtype=column.dtype)
+                if value.shape != column.shape:
+                    raise ValueError(f"column {name!r}: expected shape {column.shape}, found {value.shape}")
+                row[name] = value
+        self._rows.append(row)
+        if len(self._rows) >= self._rows_per_batch:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._rows:
+            return
+        arrays = []
+        for name, column in self.columns.items():
+            values = [row[name] for row in self._rows]
+            arrays.append(pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack(values)) if isinstance(column, Tensor) else pa.array(values, column))
+        self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
+        self._rows.clear()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self._flush()
+        self._writer.close()
+        self._file.close()
+        self._atomic.__exit__(kind, error, trace)
+
+
+class Shards:
+    """All rows of several shards, in the order given, without loading them.
+
+    Parameters
+    ----------
+    paths
+        Files that `ShardWriter` wrote, all with the same columns.
+
+    Raises
+    ------
+    UserError
+        A file is missing, truncated or no shard.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        if not paths:
+            raise UserError("no shard was given: at least one .arrow file is needed")
+        self._batches: list[pa.RecordBatch] = []
+        for path in paths:
+            try:
+                reader = pa.ipc.open_file(pa.memory_map(str(path)))
+                self._batches += [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            except (pa.ArrowInvalid, OSError) as error:
+                raise UserError(f"{path}: not a readable shard ({error}). Delete it and run the workflow again: it will be rebuilt.") from None
+            self.schema = reader.schema
+        self._starts = np.cumsum([0] + [b.num_rows for b in self._batches])
+        self._views: dict[tuple[int, str], np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def shape(self, column: str) -> tuple[int, ...]:
+        """Shape of one tensor of `column`."""
+        return tuple(self.schema.field(column).type.shape)
+
+    def column(self, name: str) -> list[Any]:
+        """A plain column (ids, numbers) as a list."""
+        return [value for batch in self._batches for value in batch.column(name).to_pylist()]
+
+    def tensor(self, column: str, row: int) -> np.ndarray:
+        """One tensor as a read-only view into the memory map."""
+        index = int(np.searchsorted(self._starts, row, side="right")) - 1
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        key = (index, column)
+        if key not in self._views:
+            self._views[key] = self._batches[index].column(column).to_numpy_ndarray()
+        return self._views[key][row - self._starts[index]]
+
+    def tensors(self, column: str, rows: Sequence[int] | np.ndarray | None = None, dtype: str = "float32") -> np.ndarray:
+        """Selected tensors (all rows for None) as one new array (rows, *shape)."""
+        chosen = range(len(self)) if rows is None else rows
+        out = np.empty((len(chosen), *self.shape(column)), dtype)
+        for i, row in enumerate(chosen):
+            out[i] = self.tensor(column, int(row))
+        return out
+
+    def batches(self, column: str, size: int) -> Iterator[tuple[range, np.ndarray]]:
+        """Consecutive rows, `size` at a time, as (row numbers, float32 array)."""
+        for start in range(0, len(self), size):
+            rows = range(start, min(start + size, len(self)))
+            yield rows, self.tensors(column, rows)

@@ -1,0 +1,135 @@
+"""First stage: KL-regularised autoencoder, MONAI's network behind an invertible stem."""
+
+from __future__ import annotations
+
+import torch
+from monai.networks.nets import AutoencoderKL
+from torch import Tensor, nn
+
+from meddiff_steps import config
+from meddiff_steps.models.stem import Stem
+
+#: Bounds of the posterior log-variance; the same that MONAI clamps to.
+LOG_VARIANCE_RANGE = (-30.0, 20.0)
+
+
+#: Log-variance that a posterior starts with when the latents start whitened: 0.03 standard deviations of noise.
+INITIAL_LOG_VARIANCE = -7.0
+
+
+class Autoencoder(nn.Module):
+    """Images in [0, 1] to a Gaussian posterior over latents, and back.
+
+    MONAI's AutoencoderKL takes most of its time in the full-resolution level; the stem removes that level
+    without losing information.  Attention is off at every level: one 3D bottleneck map of the published size
+    would take half a gigabyte per head and image.
+
+    With `linear_path` a linear map of blocks to latent channels and back runs beside the network, which then
+    only learns what is not linear (residual autoencoding as in Chen et al. 2025, DC-AE, here with a learnt
+    map).  `fit_linear_path` starts it at the Karhunen-Loeve transform of the training images, the best linear
+    code there is, so that training starts near 28 dB and not near 0.
+
+    Parameters
+    ----------
+    settings
+        The study's `autoencoder` section.
+    spatial_dims
+        2 or 3.
+    """
+
+    def __init__(self, settings: config.Autoencoder, spatial_dims: int, in_channels: int = 1) -> None:
+        super().__init__()
+        self.stem = Stem(spatial_dims, settings.stem)
+        channels = self.stem.channels(in_channels)
+        levels = len(settings.channels)
+        self.net = AutoencoderKL(
+            spatial_dims=spatial_dims,
+            in_channels=channels,
+            out_channels=channels,
+            channels=tuple(settings.channels),
+            num_res_blocks=(settings.num_res_blocks,) * levels,
+            attention_levels=(False,) * levels,
+            with_encoder_nonlocal_attn=False,
+            with_decoder_nonlocal_attn=False,
+            latent_channels=settings.latent_channels,
+            norm_num_groups=settings.norm_num_groups,
+            use_checkpoint=settings.gradient_checkpointing,
+        )
+        self.block = settings.downsampling
+        self.analysis: nn.Module | None = None
+        self.synthesis: nn.Module | None = None
+        if settings.linear_path:
+            forward, backward = ((nn.Conv2d, nn.ConvTranspose2d), (nn.Conv3d, nn.ConvTranspose3d))[spatial_dims - 2]
+            self.analysis = forward(in_channels, settings.latent_channels, self.block, stride=self.block)
+            self.synthesis = backward(settings.latent_channels, in_channels, self.block, stride=self.block)
+            # The network starts at zero, so that the whole is the linear code at first.
+            for convolution in (self.net.quant_conv_mu.conv, self.net.quant_conv_log_sigma.conv, self.net.decoder.blocks[-1].conv):
+                nn.init.zeros_(convolution.weight)
+                nn.init.zeros_(convolution.bias)
+            nn.init.constant_(self.net.quant_conv_log_sigma.conv.bias, INITIAL_LOG_VARIANCE)
+
+    @torch.no_grad()
+    def fit_linear_path(self, images: Tensor) -> None:
+        """Set the linear path to the whitened Karhunen-Loeve transform of non-overlapping blocks.
+
+        Parameters
+        ----------
+        images
+            Training images in [0, 1], (n, 1, *spatial); some dozens are enough, since every image has many blocks.
+        """
+        if self.analysis is None or self.synthesis is None:
+            return
+        blocks = images.double() * 2.0 - 1.0
+        for axis in range(2, images.ndim):
+            blocks = blocks.unfold(axis, self.block, self.block)
+        blocks = blocks.reshape(-1, self.block ** (images.ndim - 2))
+        mean = blocks.mean(0)
+        variances, vectors = torch.linalg.eigh((blocks - mean).T @ (blocks - mean) / len(blocks))
+        channels = self.analysis.out_channels
+        order = torch.argsort(variances, descending=True)[:channels]
+        # Signs of eigenvectors are arbitrary; fix them, so that the same data give the same weights.
+        basis = vectors[:, order].T
+        basis = basis * torch.sign(basis[torch.arange(len(basis)), basis.abs().argmax(1)])[:, None]
+        deviations = variances[order].clamp_min(1e-8).sqrt()
+        shape = self.analysis.weight.shape
+        self.analysis.weight[: len(order)] = (basis / deviations[:, None]).reshape(len(order), *shape[1:]).float()
+        self.analysis.bias[: len(order)] = -(basis @ mean / deviations).float()
+        self.synthesis.weight[: len(order)] = (basis * deviations[:, None]).reshape(len(order), *shape[1:]).float()
+        # The mean of a block is nearly the same at each of its voxels, and a transposed convolution has one bias.
+        self.synthesis.bias.fill_(float(mean.mean()))
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior mean and log-variance, float32, each (b, latent_channels, *spatial / downsampling).
+
+        The log-variance is read before MONAI turns it into a standard deviation: squaring that in half
+        precision underflows and makes the KL infinite.
+        """
+        x = x * 2.0 - 1.0
+        features = self.net.encoder(self.stem(x))
+        mean = self.net.quant_conv_mu(features).float()
+        if self.analysis is not None:
+            mean = mean + self.analysis(x).float()
+        log_variance = self.net.quant_conv_log_sigma(features).float().clamp(*LOG_VARIANCE_RANGE)
+        return mean, log_variance
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Images, float32 (b, 1, *spatial), nominally in [0, 1], not clipped."""
+        image = self.stem.inverse(self.net.decode(z)).float()
+        if self.synthesis is not None:
+            image = image + self.synthesis(z).float()
+        return (image + 1.0) / 2.0
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruction, mean and log-variance; the latent is the mean plus `noise` standard deviations."""
+        mean, log_variance = self.encode(x)
+        z = mean if noise is None else mean + torch.exp(0.5 * log_variance) * noise
+        return self.decode(z), mean, log_variance
+
+
+def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL(N(mean, variance) || N(0, 1)) per image in nats, summed over the latent; float32 (b,).
+
+    Kingma and Welling 2014, appendix B.
+    """
+    mean, log_variance = mean.float(), log_variance.float()
+    return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).flatten(1).sum(1)

@@ -1,0 +1,112 @@
+"""Second stage: MONAI's diffusion UNet, conditioned on any mix of covariates, each of which may be missing."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from monai.networks.nets import DiffusionModelUNet
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from meddiff_steps import config
+
+#: Frequencies of the sine features of a standardised covariate: periods of 16 to 1 standard deviations.
+FREQUENCIES = tuple(2.0 * math.pi / period for period in (16.0, 8.0, 4.0, 2.0, 1.0))
+
+
+class CovariateTokens(nn.Module):
+    """One token per covariate.
+
+    With a single token, cross-attention is a softmax over one key and adds the same bias everywhere; with one
+    token per covariate the network can attend to them by place and by feature.  Missing and dropped covariates
+    have a learnt token of their own.
+
+    Parameters
+    ----------
+    levels
+        Per covariate: the number of levels, or 0 for a continuous one.
+    dim
+        Width of a token.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, levels: list[int], dim: int) -> None:
+        super().__init__()
+        self.levels = levels
+        self.null = nn.Parameter(torch.randn(len(levels), dim) * 0.02)
+        self.register_buffer("frequencies", torch.tensor(FREQUENCIES), persistent=False)
+        features = 1 + 2 * len(FREQUENCIES)
+        self.embed = nn.ModuleList(
+            nn.Embedding(n, dim) if n else nn.Sequential(nn.Linear(features, dim), nn.SiLU(), nn.Linear(dim, dim)) for n in levels
+        )
+
+    def forward(self, covariates: Tensor) -> Tensor:
+        """(b, k) standardised values or level numbers, NaN where missing -> (b, k, dim)."""
+        tokens = []
+        for i, (n, embed) in enumerate(zip(self.levels, self.embed, strict=True)):
+            value = covariates[:, i]
+            known = torch.isfinite(value)
+            value = torch.where(known, value, torch.zeros_like(value))
+            if n:
+                token = embed(value.long())
+            else:
+                phases = value[:, None] * self.frequencies
+                token = embed(torch.cat([value[:, None], phases.sin(), phases.cos()], 1))
+            tokens.append(torch.where(known[:, None], token, self.null[i].to(token.dtype)))
+        return torch.stack(tokens, 1)
+
+
+class Denoiser(nn.Module):
+    """Predicts epsilon, v or the flow velocity from noisy latents, the time and the covariates.
+
+    Covariates enter twice: as cross-attention tokens, and added to the time embedding, which scales and shifts
+    nothing at first (zero-initialised) and reaches every residual block.
+
+    Parameters
+    ----------
+    settings
+        The study's `diffusion` section.
+    spatial_dims, latent_channels
+        Of the latents.
+    levels
+        Per covariate: the number of levels, or 0 for a continuous one.
+    """
+
+    def __init__(self, settings: config.Diffusion, spatial_dims: int, latent_channels: int, levels: list[int]) -> None:
+        super().__init__()
+        depth = len(settings.channels)
+        self.tokens = CovariateTokens(levels, settings.covariate_dim)
+        self.unet = DiffusionModelUNet(
+            spatial_dims=spatial_dims,
+            in_channels=latent_channels,
+            out_channels=latent_channels,
+            num_res_blocks=(settings.num_res_blocks,) * depth,
+            channels=tuple(settings.channels),
+            attention_levels=tuple(settings.attention_levels),
+            norm_num_groups=settings.norm_num_groups,
+            num_head_channels=tuple(settings.num_head_channels if a else 0 for a in settings.attention_levels),
+            with_conditioning=True,
+            cross_attention_dim=settings.covariate_dim,
+            num_class_embeds=1,
+            use_flash_attention=True,
+        )
+        # MONAI adds class_embedding(class_labels) to the time embedding; with the identity in its place, the
+        # covariate vector itself is added.
+        self.unet.class_embedding = nn.Identity()
+        time_dim = 4 * settings.channels[0]
+        self.to_time = nn.Sequential(
+            nn.LayerNorm(len(levels) * settings.covariate_dim), nn.Linear(len(levels) * settings.covariate_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
+        )
+        nn.init.zeros_(self.to_time[-1].weight)
+        nn.init.zeros_(self.to_time[-1].bias)
+        if settings.gradient_checkpointing:
+            for block in [*self.unet.down_blocks, self.unet.middle_block, *self.unet.up_blocks]:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+    def forward(self, x: Tensor, timesteps: Tensor, covariates: Tensor) -> Tensor:
+        """x (b, c, *spatial), timesteps (b,) in [0, num_train_timesteps), covariates (b, k) -> (b, c, *spatial) float32."""
+        tokens = self.tokens(covariates)
+        return self.unet(x, timesteps=timesteps, context=tokens, class_labels=self.to_time(tokens.flatten(1))).float()

@@ -1,0 +1,135 @@
+"""Models on disk: safetensors weights and a card that says what they are and how to build them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from meddiff_steps import config
+from meddiff_steps.cohort.covariates import CovariateEncoding
+from meddiff_steps.errors import UserError
+from meddiff_steps.files import atomic_path, write_atomic
+from meddiff_steps.models.autoencoder import Autoencoder
+from meddiff_steps.models.denoiser import Denoiser
+from meddiff_steps.training.checkpoint import weights_digest
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON with sorted keys, atomically."""
+    write_atomic(path, (json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that a step wrote.
+
+    Raises
+    ------
+    UserError
+        The file is missing or is no JSON object.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}). Delete it and run the workflow again.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}. Delete it and run the workflow again.")
+    return content
+
+
+def save_model(module: nn.Module, weights: Path, card: Path, content: dict[str, Any]) -> None:
+    """Write the weights and, last, the card with their digest: a card on disk means that its weights are whole."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+    with atomic_path(weights) as path:
+        save_file(tensors, path)
+    parameters = sum(value.numel() for value in tensors.values())
+    write_json(card, content | {"weights_sha256": weights_digest(tensors), "parameters": parameters})
+
+
+def _load(module: nn.Module, weights: Path, card: dict[str, Any]) -> None:
+    try:
+        tensors = load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{weights}: not readable as safetensors ({error}). Train again, or give the right file.") from None
+    found = weights_digest(tensors)
+    if found != card["weights_sha256"]:
+        raise UserError(f"{weights}: its digest {found[:12]} is not the one its card names ({card['weights_sha256'][:12]}). Weights and card must come from the same training.")
+    module.load_state_dict(tensors)
+    module.requires_grad_(False).eval()
+
+
+def load_autoencoder(weights: Path, card_path: Path) -> tuple[Autoencoder, dict[str, Any]]:
+    """The trained first stage, in evaluation mode on the CPU, and its card."""
+    card = read_json(card_path)
+    model = Autoencoder(config.Autoencoder.model_validate(card["settings"]), len(card["image_shape"]) - 1)
+    _load(model, weights, card)
+    return model, card
+
+
+@dataclass(frozen=True)
+class LatentDiffusion:
+    """A trained second stage with all that sampling needs.
+
+    Attributes
+    ----------
+    denoiser
+        In evaluation mode.
+    settings
+        The `diffusion` section it was trained with.
+    latent_shape
+        (c, *spatial).
+    offset, scale
+        Per channel, (c, 1, ...): the network sees (z - offset) / scale.
+    encoding
+        How covariates become its input.
+    """
+
+    denoiser: Denoiser
+    settings: config.Diffusion
+    latent_shape: tuple[int, ...]
+    offset: Tensor
+    scale: Tensor
+    encoding: CovariateEncoding
+
+    @classmethod
+    def load(cls, weights: Path, card_path: Path) -> Self:
+        card = read_json(card_path)
+        settings = config.Diffusion.model_validate(card["settings"])
+        encoding = CovariateEncoding.from_json(card["encoding"])
+        shape = tuple(card["latent_shape"])
+        denoiser = Denoiser(settings, len(shape) - 1, shape[0], level_counts(encoding))
+        _load(denoiser, weights, card)
+        per_channel = (shape[0], *(1,) * (len(shape) - 1))
+        offset, scale = (torch.tensor(card[f"latent_{name}"], dtype=torch.float32).reshape(per_channel) for name in ("offset", "scale"))
+        return cls(denoiser, settings, shape, offset, scale, encoding)
+
+
+def level_counts(encoding: CovariateEncoding) -> list[int]:
+    """Per encoded covariate: the number of its levels, or 0 for a continuous one."""
+    return [len(encoding.levels.get(name, ())) for name in encoding.names]
+
+
+def channel_statistics(latents: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation per channel over all training latents, float64 (c,), in one pass.
+
+    Parameters
+    ----------
+    latents
+        Posterior means, each (c, *spatial); an iterator is fine.
+    """
+    count, total, square = 0, np.zeros(1), np.zeros(1)
+    for latent in latents:
+        flat = latent.reshape(latent.shape[0], -1).astype(np.float64)
+        count, total, square = count + flat.shape[1], total + flat.sum(1), square + (flat**2).sum(1)
+    if count == 0:
+        raise UserError("no training latent was found: the train split is empty after preprocessing. See preprocessed/qc.parquet.")
+    mean = total / count
+    return mean, np.sqrt(np.maximum(square / count - mean**2, 1e-12))

@@ -1,0 +1,272 @@
+"""report.html: one self-contained page, headline figures first.
+
+The page loads nothing from outside (pictures are embedded, a content security policy forbids the rest) and holds no dates or
+paths of the machine, so equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+
+from meddiff_steps.config import CategoricalCovariate, Covariates
+
+SPLITS = ("train", "val", "calibration", "test")
+#: Figures have these keys (and perhaps floor and ceiling).
+_FIGURE_KEYS = {"value", "low", "high"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An embedded PNG: `alt` says what is seen for those who do not see it."""
+
+    png: bytes
+    alt: str
+    caption: str
+
+    @property
+    def data(self) -> str:
+        return base64.b64encode(self.png).decode("ascii")
+
+    @property
+    def width(self) -> int:
+        """Width on the page in CSS pixels; pictures are drawn at 120 dots per inch and shown at 96."""
+        return round(struct.unpack(">I", self.png[16:20])[0] * 96 / 120)
+
+
+@dataclass(frozen=True)
+class Table:
+    header: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Card:
+    title: str
+    content: Any
+
+
+@dataclass(frozen=True)
+class Section:
+    id: str
+    title: str
+    text: list[str] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    cards: list[Card] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A number, what it means, and what it is to be compared with."""
+
+    figure: str
+    words: str
+    detail: str = ""
+
+
+# --------------------------------------------------------------------------------------------------- wording
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A number as people write it: at least `digits` significant ones, thousands separated, no exponents for common sizes."""
+    if value is None:
+        return "not defined"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int) or float(value).is_integer() and abs(value) >= 10**digits:
+        return f"{int(value):,}"
+    if value != 0 and not 1e-4 <= abs(value) < 1e7:
+        return f"{value:.{digits}g}"
+    places = max(0, digits - 1 - int(np.floor(np.log10(abs(value))))) if value else 0
+    return f"{value:,.{places}f}"
+
+
+def interval(figure: Mapping[str, Any] | None, digits: int = 3) -> str:
+    """A figure with its interval, such as "0.942 [0.930, 0.951]"."""
+    if not figure or figure.get("value") is None:
+        return "not defined"
+    if figure.get("low") is None or figure.get("high") is None:
+        return number(figure["value"], digits)
+    return f"{number(figure['value'], digits)} [{number(figure['low'], digits)}, {number(figure['high'], digits)}]"
+
+
+def percent(figure: Mapping[str, Any] | None) -> str:
+    """A ratio figure in percent, such as "92 % [90, 95]"."""
+    if not figure or figure.get("value") is None:
+        return "not defined"
+    text = f"{100 * figure['value']:.0f} %"
+    return text if figure.get("low") is None or figure.get("high") is None else f"{text} [{100 * figure['low']:.0f}, {100 * figure['high']:.0f}]"
+
+
+def headlines(metrics: Mapping[str, Any]) -> list[Headline]:
+    """What a reader should know first, from metrics.json alone."""
+    counts, quality, bands = metrics["n"], metrics["reconstruction"], metrics["spectrum"]
+    out = [
+        Headline(number(counts["training_subjects"]), "real subjects learnt from", f"{number(counts['subjects'])} in the cohort; the rest is held out"),
+        Headline(number(counts["generated"]), "synthetic subjects generated", f"figures are about {number(counts['synthetic'])} of them"),
+        Headline(
+            f"{number(quality['psnr']['value'])} dB",
+            "PSNR of held-out scans after encoding and decoding",
+            f"95 % interval {_range(quality['psnr'])}, n {quality['psnr']['n']}",
+        ),
+    ]
+    for name, entry in metrics["covariates"].items():
+        key = "auc" if entry["kind"] == "categorical" else "r"
+        words = f"reading the requested {name} from synthetic images" if key == "auc" else f"correlation of requested and measured {name}"
+        out.append(Headline(f"{'AUC' if key == 'auc' else 'r'} {number(entry[key]['value'])}", words, f"ceiling {interval(entry[key].get('ceiling'))}"))
+    synthetic = bands["synthetic"]
+    out.append(
+        Headline(
+            percent({"value": synthetic["above_half"]["value"]}),
+            "of the real power in the finest detail of synthetic images (above half of Nyquist)",
+            f"{percent(synthetic['quarter_to_half'])} between a quarter and half; reconstructions {percent(bands['reconstruction']['above_half'])} above half",
+        )
+    )
+    return out
+
+
+def _range(figure: Mapping[str, Any]) -> str:
+    return f"{number(figure.get('low'))} to {number(figure.get('high'))}"
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+
+def fidelity_table(metrics: Mapping[str, Any]) -> Table:
+    """Every fidelity figure beside its ceiling."""
+    rows = []
+    names = {"r": "r", "slope": "slope", "mae": "mean absolute error", "bias": "bias", "auc": "AUC"}
+    for name, entry in metrics.items():
+        for key, label in names.items():
+            if key in entry:
+                unit = f", {entry['unit']}" if key in ("mae", "bias") else ""
+                share = percent(entry["share_of_ceiling"]) if key in ("r", "auc") else ""
+                rows.append([name, f"{label}{unit}", interval(entry[key]), interval(entry[key].get("ceiling")), share, number(entry[key]["n"])])
+    return Table(["covariate", "figure", "synthetic", "ceiling (real, held out)", "share of ceiling", "n"], rows)
+
+
+def correlation_table(correlations: Mapping[str, Any]) -> Table:
+    """Pairs of covariates as requested and as measured."""
+    header = ["pair", "requested", "measured on synthetic", "true (real)", "measured on real"]
+    keys = ("requested", "measured", "true", "real_measured")
+    return Table(header, [[pair.replace("~", " and "), *(interval(entry.get(k)) for k in keys)] for pair, entry in correlations.items()])
+
+
+def band_table(spectrum: Mapping[str, Any]) -> Table:
+    """Power over real in three bands."""
+    labels = {"below_quarter": "below a quarter of Nyquist", "quarter_to_half": "a quarter to half", "above_half": "above half"}
+    rows = [
+        [label, percent(spectrum["synthetic"][band]), percent(spectrum["synthetic"][band].get("ceiling")), percent(spectrum["reconstruction"][band])]
+        for band, label in labels.items()
+    ]
+    return Table(["spatial frequency", "synthetic over real", "real over real (random halves)", "reconstruction over its image"], rows)
+
+
+def quality_table(quality: Mapping[str, Any]) -> Table:
+    """Reconstruction of held-out scans."""
+    settings = quality["settings"]
+    similarity = "MS-SSIM" if settings["metric"] == "ms_ssim" else "SSIM (image too small for several scales)"
+    detail = f"{similarity}, window {settings['kernel_size']}, {settings['scales']} scale{'s' if settings['scales'] != 1 else ''}"
+    named = (("psnr", "PSNR, dB"), (settings["metric"], detail), ("l1", "mean absolute error"))
+    return Table(["figure", "held-out scans", "n"], [[label, interval(quality[key], 4), number(quality[key]["n"])] for key, label in named])
+
+
+def covariate_table(manifest: pd.DataFrame, requested: pd.DataFrame, covariates: Covariates) -> Table:
+    """Counts and covariates per split, and as requested of the synthetic cohort."""
+    groups = {split: manifest[manifest["split"] == split] for split in SPLITS} | {"synthetic (requested)": requested}
+    rows = [
+        ["subjects", *(number(int(g["subject_id"].nunique() if "subject_id" in g else len(g))) for g in groups.values())],
+        ["scans", *(number(len(g)) for g in groups.values())],
+    ]
+    for name, covariate in covariates.items():
+        if isinstance(covariate, CategoricalCovariate):
+            for level in covariate.levels:
+                rows.append([f"{name} = {level}", *(_share(g[name], level) for g in groups.values())])
+        else:
+            rows.append([f"{name}, {covariate.unit}", *(_spread(g[name]) for g in groups.values())])
+        if any(g[name].isna().any() for g in groups.values()):
+            rows.append([f"{name} missing", *(number(int(g[name].isna().sum())) for g in groups.values())])
+    return Table(["", *groups], rows)
+
+
+def _share(values: pd.Series, level: str) -> str:
+    present = values.dropna()
+    return f"{(present == level).sum()} ({100 * (present == level).mean():.0f} %)" if len(present) else "–"
+
+
+def _spread(values: pd.Series) -> str:
+    present = values.dropna().astype(float)
+    if present.empty:
+        return "–"
+    return f"{number(present.mean())} ± {number(present.std(ddof=1) if len(present) > 1 else 0.0)} ({number(present.min())} to {number(present.max())})"
+
+
+def quality_control(qc: pd.DataFrame) -> tuple[list[str], list[Table]]:
+    """What preprocessing did: sentences, and the scans left out with their reasons."""
+    kept = qc[qc["status"] == "ok"]
+    text = [f"{number(len(kept))} of {number(len(qc))} scans preprocessed, {number(len(qc) - len(kept))} left out."]
+    for column, words in (("shape", "Sizes as acquired (voxels)"), ("spacing_mm", "Voxel sizes as acquired (mm)"), ("orientation", "Orientations")):
+        counts = (
+            kept[column].dropna().value_counts(sort=False).sort_index().sort_values(ascending=False, kind="stable") if column in kept else pd.Series(dtype=int)
+        )
+        if len(counts):
+            shown = "; ".join(f"{str(value).strip('[]')} ({number(int(count))})" for value, count in counts.head(4).items())
+            text.append(f"{words}: {shown}{f'; and {len(counts) - 4} more' if len(counts) > 4 else ''}.")
+    if "cut_off_share" in kept and kept["cut_off_share"].notna().any():
+        cut = kept["cut_off_share"].dropna()
+        text.append(
+            f"Foreground outside the grid: median {100 * cut.median():.2f} %, at most {100 * cut.max():.2f} % ({kept['scan_id'].loc[cut.index[int(cut.argmax())]]})."
+        )
+    lost = qc[qc["status"] != "ok"]
+    if lost.empty:
+        return text, []
+    rows = []
+    for reason, group in lost.groupby("reason", sort=True):
+        ids = ", ".join(group["scan_id"].head(5))
+        rows.append([str(reason), number(len(group)), f"{ids}{', …' if len(group) > 5 else ''}"])
+    return text, [Table(["reason", "scans", "which"], rows)]
+
+
+# ------------------------------------------------------------------------------------------------------ page
+
+
+def _show_value(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return number(value, 4) if isinstance(value, float) else str(value)
+
+
+def render(*, title: str, study: str, lead: str, simulated: bool, headline: Sequence[Headline], sections: Iterable[Section]) -> bytes:
+    """The page as UTF-8; all text is escaped.
+
+    Parameters
+    ----------
+    title, study, lead
+        Heading, name of the study, one introductory paragraph.
+    simulated
+        Shows the banner that says so.
+    headline, sections
+        In the order of the page; sections without content are left out.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters |= {
+        "is_figure": lambda keys: _FIGURE_KEYS <= set(keys),
+        "show_figure": lambda figure: interval(figure, 4) + (f", n {figure['n']}" if "n" in figure else ""),
+        "show_value": _show_value,
+    }
+    filled = [s for s in sections if s.text or s.pictures or s.tables or s.cards]
+    page = environment.get_template("page.html.jinja").render(title=title, study=study, lead=lead, simulated=simulated, headline=headline, sections=filled)
+    return page.encode("utf-8")

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pyarrow as pa
+import torch
+import typer
+from tqdm import tqdm
+
+from meddiff_steps.cohort.manifest import read_manifest, rows_by_split
+from meddiff_steps.config import load_stage
+from meddiff_steps.evaluation.image_quality import reconstruction_quality
+from meddiff_steps.files import atomic_path
+from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
+from meddiff_steps.models.files import save_model
+from meddiff_steps.training.autoencoder import AutoencoderTask
+from meddiff_steps.training.backend import make_fabric, resolve
+from meddiff_steps.training.checkpoint import state_key
+from meddiff_steps.training.loop import fit
+
+log = logging.getLogger(__name__)
+
+#: Held-out scans that are reconstructed for the card and the report.
+MAX_RECONSTRUCTIONS = 256
+
+
+def run(
+    config: Annotated[Path, typer.Option(help="frozen config of stage `autoencoder`")],
+    manifest: Annotated[Path, typer.Option(help="cohort/manifest.parquet")],
+    images: Annotated[list[Path], typer.Option(help="preprocessed shard; repeat for all of them")],
+    weights: Annotated[Path, typer.Option(help="weights to write (safetensors)")],
+    card: Annotated[Path, typer.Option(help="card to write (JSON)")],
+    history: Annotated[Path, typer.Option(help="training curve to write (Parquet)")],
+    reconstructions: Annotated[Path, typer.Option(help="held-out scans and their reconstructions to write (Arrow)")],
+    state: Annotated[Path, typer.Option(help="folder for resumable checkpoints")],
+    threads: Annotated[int, typer.Option(help="CPU threads; changes the last bits of CPU results")] = 1,
+) -> None:
+    """Train the autoencoder on the train split, resuming after a kill, and measure it on held-out scans."""
+    study = load_stage(config, "autoencoder")
+    settings = study.autoencoder
+    shards = Shards(images)
+    rows = rows_by_split(read_manifest(manifest), shards.column("scan_id"))
+    fabric = make_fabric(study.compute, threads)
+    task = AutoencoderTask(settings, study.augmentation, shards, rows["train"], rows["val"], study.seed, fabric)
+    curve = fit(task, settings.optimiser, fabric, state / state_key(config, [manifest, *images]), "autoencoder")
+    if not fabric.is_global_zero:
+        return
+
+    with atomic_path(history) as path:
+        curve.to_parquet(path, index=False)
+    held_out = [(split, row) for split in ("test", "val") for row in rows[split]][:MAX_RECONSTRUCTIONS]
+    ids = shards.column("scan_id")
+    pairs = {"test": ([], []), "val": ([], [])}
+    shape = shards.shape("image")
+    columns = {"scan_id": pa.string(), "split": pa.string(), "image": Tensor("float16", shape), "reconstruction": Tensor("float16", shape)}
+    with ShardWriter(reconstructions, columns) as writer, torch.no_grad():
+        for split, row in tqdm(held_out, desc="reconstructing held-out scans", mininterval=5, file=sys.stderr):
+            image = shards.tensors("image", [row])
+            with fabric.autocast():
+                reconstruction = task.modules["average"](fabric.to_device(torch.from_numpy(image)))[0].clamp(0, 1).float().cpu().numpy()
+            writer.append(scan_id=ids[row], split=split, image=image[0], reconstruction=reconstruction[0])
+            pairs[split][0].append(image[0])
+            pairs[split][1].append(reconstruction[0])
+    metrics = {split: reconstruction_quality(np.stack(real), np.stack(made)) for split, (real, made) in pairs.items() if real}
+    save_model(
+        task.modules["average"],
+        weights,
+        card,
+        {
+            "settings": settings.model_dump(mode="json"),
+            "image_shape": list(shape),
+            "latent_shape": [settings.latent_channels, *(n // settings.downsampling for n in shape[1:])],
+            "precision": resolve(study.compute)[1],
+            "scans": {split: len(indices) for split, indices in rows.items()},
+            "held_out": metrics,
+        },
+    )
+    for split, figures in metrics.items():
+        log.info("%s: PSNR %.2f dB", split, figures["psnr"]["value"])

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from meddiff_steps.cohort.covariates import CovariateEncoding
+from meddiff_steps.cohort.manifest import read_manifest, rows_by_split
+from meddiff_steps.config import load_stage
+from meddiff_steps.files import atomic_path
+from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.models.files import level_counts, read_json, save_model
+from meddiff_steps.training.backend import make_fabric, resolve
+from meddiff_steps.training.checkpoint import state_key
+from meddiff_steps.training.diffusion import DiffusionTask, LatentData
+from meddiff_steps.training.loop import fit
+
+log = logging.getLogger(__name__)
+
+
+def run(
+    config: Annotated[Path, typer.Option(help="frozen config of stage `diffusion`")],
+    manifest: Annotated[Path, typer.Option(help="cohort/manifest.parquet")],
+    latents: Annotated[list[Path], typer.Option(help="latent shard; repeat for all of them")],
+    scale: Annotated[Path, typer.Option(help="latents/manifest.json")],
+    weights: Annotated[Path, typer.Option(help="weights to write (safetensors)")],
+    card: Annotated[Path, typer.Option(help="card to write (JSON)")],
+    history: Annotated[Path, typer.Option(help="training curve to write (Parquet)")],
+    state: Annotated[Path, typer.Option(help="folder for resumable checkpoints")],
+    threads: Annotated[int, typer.Option(help="CPU threads; changes the last bits of CPU results")] = 1,
+) -> None:
+    """Train the covariate-conditioned latent diffusion model, resuming after a kill."""
+    study = load_stage(config, "diffusion")
+    settings = study.diffusion
+    table = read_manifest(manifest)
+    shards = Shards(latents)
+    ids, variants = shards.column("scan_id"), np.array(shards.column("variant"))
+    rows = rows_by_split(table, ids)
+    encoding = CovariateEncoding.fit(table, study.covariates)
+    statistics = read_json(scale)
+    data = LatentData(
+        shards=shards,
+        offset=np.array(statistics["offset"], np.float32),
+        scale=np.array(statistics["scale"], np.float32),
+        covariates=encoding.encode(table.set_index("scan_id").loc[ids].reset_index()),
+        train_rows=np.array(rows["train"]),
+        val_rows=np.array([row for row in rows["val"] if variants[row] == 0], dtype=np.int64),
+    )
+    fabric = make_fabric(study.compute, threads)
+    task = DiffusionTask(settings, data, level_counts(encoding), study.seed, fabric)
+    curve = fit(task, settings.optimiser, fabric, state / state_key(config, [manifest, scale, *latents]), "diffusion")
+    if not fabric.is_global_zero:
+        return
+    with atomic_path(history) as path:
+        curve.to_parquet(path, index=False)
+    validation = curve[curve["metric"] == "val/loss"]["value"]
+    save_model(
+        task.modules["average"],
+        weights,
+        card,
+        {
+            "settings": settings.model_dump(mode="json"),
+            "latent_shape": statistics["latent_shape"],
+            "latent_offset": statistics["offset"],
+            "latent_scale": statistics["scale"],
+            "encoding": encoding.to_json(),
+            "precision": resolve(study.compute)[1],
+            "scans": {split: len({ids[row] for row in indices}) for split, indices in rows.items()},
+            "validation_loss": float(validation.iloc[-1]) if len(validation) else None,
+        },
+    )

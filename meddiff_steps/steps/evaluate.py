@@ -1,0 +1,236 @@
+"""Step `evaluate`: covariate fidelity, reconstruction quality and sharpness, each beside what real scans give."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import typer
+from tqdm import tqdm
+
+from meddiff_steps.cohort.manifest import read_manifest
+from meddiff_steps.config import Covariates, Study, load_stage
+from meddiff_steps.errors import UserError
+from meddiff_steps.evaluation import spectrum
+from meddiff_steps.evaluation.fidelity import correlation_structure, covariate_fidelity, predictions_table
+from meddiff_steps.evaluation.image_quality import reconstruction_quality
+from meddiff_steps.evaluation.predictors import MAX_TRAINING_SCANS, Predictors, fit_predictors
+from meddiff_steps.files import atomic_path, write_atomic
+from meddiff_steps.imaging.shards import Shards
+
+logger = logging.getLogger(__name__)
+
+#: Images measured at most, of either kind: beyond it intervals hardly shrink. Chosen by a hash of the id, so the choice is stable.
+MAX_SYNTHETIC, MAX_HELD_OUT = 5_000, 5_000
+#: Ceilings come from the test split; with fewer test subjects than this, from validation and calibration subjects as well.
+ENOUGH_SUBJECTS = 100
+#: Reconstruction figures come from the test split alone from this many subjects on, else from all held-out scans.
+MIN_TEST_SUBJECTS = 10
+#: Image values read at once.
+BATCH_VALUES = 2**23
+
+
+def run(
+    config: Annotated[Path, typer.Option(help="Frozen config of stage `evaluate`.")],
+    manifest: Annotated[Path, typer.Option(help="cohort/manifest.parquet.")],
+    images: Annotated[list[Path], typer.Option(help="Preprocessed shard; repeat for every shard.")],
+    generated: Annotated[list[Path], typer.Option(help="Generated shard; repeat for every shard.")],
+    plan: Annotated[Path, typer.Option(help="plan.parquet.")],
+    reconstructions: Annotated[Path, typer.Option(help="Held-out images beside their reconstructions (.arrow).")],
+    out: Annotated[Path, typer.Option(help="Figures to write (metrics.json).")],
+    predictions: Annotated[Path, typer.Option(help="Table to write: requested or true beside measured covariates (.parquet).")],
+) -> None:
+    """Measure covariate fidelity, reconstruction quality and sharpness.
+
+    Predictors of the covariates learn from real training scans only and are applied to synthetic images and to held-out real
+    scans.  Grid and counterfactual groups are left out where other groups exist: their covariates are spread on purpose, and
+    correlations over them would flatter.
+    """
+    study = load_stage(config, "evaluate")
+    scans = read_manifest(manifest, study.covariates)
+    real, synthetic, paired = Shards(images), Shards(generated), Shards([reconstructions])
+    if real.shape("image") != synthetic.shape("image"):
+        raise UserError(f"generated images have shape {synthetic.shape('image')}, preprocessed ones {real.shape('image')}. Both must come from this study.")
+    cohort = _join(real, "scan_id", scans, f"{manifest}")
+    wanted, groups = _requests(synthetic, plan, study)
+    options: dict[str, Any] = {"resamples": study.evaluate.bootstrap, "seed": study.seed}
+
+    train = _choose(cohort[cohort["split"] == "train"], "scan_id", MAX_TRAINING_SCANS)
+    if train.empty:
+        raise UserError(f"{manifest}: no preprocessed scan is in the train split, so nothing can be measured. Check splits and preprocessed/qc.parquet.")
+    predictors = fit_predictors(
+        (batch for _, batch in _read(real, "image", train["row"], "learning to measure")), train, train["subject_id"].tolist(), study.covariates
+    )
+
+    held_out, splits = _held_out(cohort)
+    held_out = _choose(held_out, "scan_id", MAX_HELD_OUT)
+    wanted = _choose(wanted, "sample_id", MAX_SYNTHETIC)
+    real_table, real_power = _measure(predictors, real, held_out, "scan_id", "subject_id", "real", study.covariates)
+    synthetic_table, synthetic_power = _measure(predictors, synthetic, wanted, "sample_id", "seed_key", "synthetic", study.covariates)
+    measured = pd.concat([synthetic_table, real_table], ignore_index=True)
+
+    rows, quality, image_power, reconstruction_power = _reconstructions(paired, scans, str(reconstructions), options)
+    shape = real.shape("image")[1:]
+    curves = {"real": real_power, "synthetic": synthetic_power, "image": image_power, "reconstruction": reconstruction_power}
+    metrics = {
+        "covariates": covariate_fidelity(measured, study.covariates, **options),
+        "correlations": correlation_structure(measured, study.covariates, **options),
+        "predictors": predictors.card(),
+        "reconstruction": quality,
+        "spectrum": {
+            "bands_of_nyquist": {name: list(edges) for name, edges in spectrum.BANDS.items()},
+            "reconstruction": spectrum.band_power_ratio(reconstruction_power, image_power, paired=True, units=rows["subject_id"].tolist(), **options),
+            "synthetic": spectrum.band_power_ratio(
+                synthetic_power,
+                real_power,
+                paired=False,
+                units=wanted["seed_key"].tolist(),
+                reference_units=held_out["subject_id"].tolist(),
+                **options,
+            ),
+            "frequency_of_nyquist": [float(f"{f:.6g}") for f in spectrum.ring_frequencies(shape)],
+            "radial_average": {name: [float(f"{v:.6g}") for v in power.mean(0) / spectrum.ring_sizes(shape)] for name, power in curves.items() if len(power)},
+        },
+        "n": {
+            "subjects": int(scans["subject_id"].nunique()),
+            "scans": len(scans),
+            "training_subjects": int(cohort.loc[cohort["split"] == "train", "subject_id"].nunique()),
+            "training_scans": int((cohort["split"] == "train").sum()),
+            "held_out_subjects": int(held_out["subject_id"].nunique()),
+            "held_out_scans": len(held_out),
+            "held_out_splits": splits,
+            "planned": groups["planned"],
+            "generated": len(synthetic),
+            "synthetic": len(wanted),
+            "synthetic_groups": groups["used"],
+            "reconstructions": len(rows),
+            "reconstruction_splits": sorted(set(rows["split"])),
+        },
+    }
+    with atomic_path(predictions) as temporary:
+        measured.to_parquet(temporary, index=False)
+    write_atomic(out, (json.dumps(metrics, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    for name, entry in metrics["covariates"].items():
+        key = "auc" if entry["kind"] == "categorical" else "r"
+        logger.info("%s: %s %s on synthetic images, %s on held-out real scans", name, key, entry[key]["value"], entry[key]["ceiling"]["value"])
+
+
+# --------------------------------------------------------------------------------------------------- inputs
+
+
+def _join(shards: Shards, key: str, table: pd.DataFrame, origin: str) -> pd.DataFrame:
+    """Rows of `table` that are in the shards, in the shards' order, with the shard row as `row`."""
+    ids = shards.column(key)
+    repeated = pd.Series(ids)[pd.Series(ids).duplicated()].tolist()
+    if repeated:
+        raise UserError(f"{key} {repeated[0]} is in the shards more than once. The same shard was probably given twice.")
+    absent = sorted(set(ids) - set(table[key]))
+    if absent:
+        raise UserError(f"{origin}: no row for {key} {absent[0]} ({len(absent)} such images). Images and table are of different runs; run the workflow again.")
+    return pd.DataFrame({key: ids, "row": range(len(ids))}).merge(table, on=key, how="left", validate="one_to_one")
+
+
+def _requests(synthetic: Shards, plan: Path, study: Study) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Planned rows of the generated images that fidelity is measured on, and which groups they are of."""
+    try:
+        planned = pd.read_parquet(plan)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{plan}: not a readable plan ({error}). Run the `plan` step again.") from None
+    missing = [c for c in ("sample_id", "group", "seed_key", *study.covariates) if c not in planned]
+    if missing:
+        raise UserError(f"{plan}: no column {missing[0]}. Run the `plan` step again.")
+    joined = _join(synthetic, "sample_id", planned, f"{plan}")
+    if len(joined) < len(planned):
+        logger.warning("%d of %d planned subjects were generated; figures are about those", len(joined), len(planned))
+    drawn = {group.name for group in study.plan if group.covariates in ("copula", "table")}
+    kept = joined[joined["group"].isin(drawn)]
+    used = joined if kept.empty else kept
+    return used.reset_index(drop=True), {"planned": len(planned), "used": sorted(set(used["group"]))}
+
+
+def _choose(table: pd.DataFrame, key: str, most: int) -> pd.DataFrame:
+    """At most `most` rows, those whose id has the smallest SHA-256; the order stays."""
+    if len(table) > most:
+        digests = table[key].map(lambda name: hashlib.sha256(str(name).encode()).hexdigest())
+        table = table[digests.rank(method="first") <= most]
+        logger.info("%d rows chosen by hash of %s", most, key)
+    return table.reset_index(drop=True)
+
+
+def _held_out(cohort: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Real scans for ceilings, and the splits they are of."""
+    splits = ["test"]
+    if cohort.loc[cohort["split"] == "test", "subject_id"].nunique() < ENOUGH_SUBJECTS:
+        splits = [s for s in ("test", "val", "calibration") if (cohort["split"] == s).any()]
+    chosen = cohort[cohort["split"].isin(splits)]
+    if chosen.empty:
+        raise UserError("no preprocessed scan is in a held-out split, so there is no ceiling to compare with. Check splits and preprocessed/qc.parquet.")
+    return chosen, splits
+
+
+def _read(shards: Shards, column: str, rows: np.ndarray | pd.Series, task: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Selected images in bounded batches, as (positions in `rows`, float32 images)."""
+    numbers = np.asarray(rows, dtype=int)
+    step = max(1, BATCH_VALUES // int(np.prod(shards.shape(column))))
+    with tqdm(total=len(numbers), desc=task, unit="image", mininterval=5, file=sys.stderr) as progress:
+        for start in range(0, len(numbers), step):
+            chosen = np.arange(start, min(start + step, len(numbers)))
+            yield chosen, shards.tensors(column, numbers[chosen])
+            progress.update(len(chosen))
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+
+
+def _measure(
+    predictors: Predictors, shards: Shards, table: pd.DataFrame, key: str, unit: str, kind: str, covariates: Covariates
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """Predictions and radial power of the images of `table`, in one pass."""
+    values: dict[str, list[np.ndarray]] = {name: [] for name in predictors.by_name}
+    powers = []
+    for chosen, batch in _read(shards, "image", table["row"], f"measuring {kind} images"):
+        if not np.isfinite(batch).all():
+            bad = chosen[~np.isfinite(batch).reshape(len(batch), -1).all(1)][0]
+            raise UserError(
+                f"{key} {table[key].iloc[bad]}: the image has values that are not finite. Delete its shard and make it again; if it returns, train longer."
+            )
+        for name, part in predictors.measure(batch).items():
+            values[name].append(part)
+        powers.append(spectrum.radial_power(batch))
+    measured = {name: np.concatenate(parts) for name, parts in values.items()}
+    return predictions_table(table[key].tolist(), table[unit].tolist(), kind, table, measured, covariates), np.concatenate(powers)
+
+
+class _Lazy:
+    """A tensor column that is read as it is sliced."""
+
+    def __init__(self, shards: Shards, column: str, rows: np.ndarray) -> None:
+        self.shards, self.column, self.rows = shards, column, rows
+        self.shape = (len(rows), *shards.shape(column))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        return self.shards.tensors(self.column, self.rows[index])
+
+
+def _reconstructions(paired: Shards, scans: pd.DataFrame, origin: str, options: dict[str, Any]) -> tuple[pd.DataFrame, dict[str, Any], np.ndarray, np.ndarray]:
+    """Rows used (test split; all held-out ones when it is small), quality, and radial power of images and reconstructions."""
+    table = _join(paired, "scan_id", scans, origin)
+    if (table["split"] == "train").any():
+        raise UserError(f"{origin}: holds training scans, expected held-out ones only. Run the step that writes reconstructions again.")
+    test = table[table["split"] == "test"]
+    rows = (test if test["subject_id"].nunique() >= MIN_TEST_SUBJECTS else table).reset_index(drop=True)
+    numbers = rows["row"].to_numpy(dtype=int)
+    quality = reconstruction_quality(_Lazy(paired, "image", numbers), _Lazy(paired, "reconstruction", numbers), subjects=rows["subject_id"].tolist(), **options)
+    powers = [np.concatenate([spectrum.radial_power(b) for _, b in _read(paired, c, numbers, f"spectrum of each {c}")]) for c in ("image", "reconstruction")]
+    return rows, quality, powers[0], powers[1]

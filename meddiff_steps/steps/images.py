@@ -1,0 +1,29 @@
+"""Step `images`: one shard of synthetic images as files of the release."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from meddiff_steps.config import load_stage
+from meddiff_steps.files import atomic_path
+from meddiff_steps.imaging.release import Grid, write_images
+
+
+def run(
+    config: Annotated[Path, typer.Option(help="Frozen config of stage `images`.")],
+    generated: Annotated[Path, typer.Option(help="Shard of generated images (.arrow).")],
+    release: Annotated[Path, typer.Option(help="Root folder of the released dataset.")],
+    out: Annotated[Path, typer.Option(help="Table to write (.parquet): path and digests of every image.")],
+) -> None:
+    """Write one shard of synthetic images into the release.
+
+    3D studies get one NIfTI file per subject, 2D studies one PNG; each says in its own header that it is synthetic.
+    """
+    study = load_stage(config, "images")
+    grid = Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
+    table = write_images(generated, release, grid, study.study, study.release.suffix)
+    with atomic_path(out) as temporary:
+        table.to_parquet(temporary, index=False)

@@ -1,0 +1,61 @@
+"""Step `plan`: from the manifest's training rows to plan.parquet."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import pyarrow as pa
+import typer
+
+from meddiff_steps.cohort.covariates import parse_covariates
+from meddiff_steps.cohort.manifest import read_manifest
+from meddiff_steps.cohort.table import load_table
+from meddiff_steps.config import Covariates, PlanGroup, load_stage
+from meddiff_steps.errors import UserError
+from meddiff_steps.files import atomic_path
+from meddiff_steps.synthesis.plan import build_plan
+
+log = logging.getLogger(__name__)
+
+
+def run(
+    config: Annotated[Path, typer.Option(help="Frozen config of stage `plan`.")],
+    manifest: Annotated[Path, typer.Option(help="Manifest of the cohort (Parquet); its training rows are used.")],
+    out: Annotated[Path, typer.Option(help="Plan to write (Parquet).")],
+) -> None:
+    """Decide which synthetic subjects to make: one row each, with its covariates, its seed key and its shard.
+
+    The covariates come from a copula fitted to the training rows, from the user's table, or from a grid.  A subject's row
+    does not depend on how many subjects are asked for.
+    """
+    study = load_stage(config, "plan")
+    scans = read_manifest(manifest, study.covariates)
+    training = scans[scans["split"] == "train"]
+    tables = {group.name: _read_requests(group, study.covariates) for group in study.plan if group.table is not None}
+    plan = build_plan(study.plan, study.covariates, training, study.seed, study.generate.shard_size, tables)
+    with atomic_path(out) as temporary:
+        plan.to_parquet(temporary, index=False, schema=_schema(plan))
+    log.info("%s: %d synthetic subjects in %d shards", out, len(plan), plan["shard"].nunique())
+
+
+def _read_requests(group: PlanGroup, covariates: Covariates) -> pd.DataFrame:
+    """The table of a group, with typed columns under the covariates' own names."""
+    by_name: Covariates = {name: covariate.model_copy(update={"column": None}) for name, covariate in covariates.items()}
+    try:
+        return parse_covariates(load_table(Path(str(group.table))), by_name)
+    except UserError as error:
+        raise UserError(f"plan.{group.name}.table {group.table}: {error}") from None
+
+
+def _schema(plan: pd.DataFrame) -> pa.Schema:
+    """Column types by kind, so that a column of nulls keeps its type."""
+
+    def kind(column: pd.Series) -> pa.DataType:
+        if pd.api.types.is_integer_dtype(column):
+            return pa.int64()
+        return pa.float64() if pd.api.types.is_float_dtype(column) else pa.string()
+
+    return pa.schema([(str(name), kind(plan[name])) for name in plan.columns])

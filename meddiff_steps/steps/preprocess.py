@@ -1,0 +1,38 @@
+"""Step `preprocess`: one shard of scans to the study's grid and intensity scale."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import typer
+
+from meddiff_steps.cohort.manifest import read_manifest
+from meddiff_steps.cohort.splits import shard_of
+from meddiff_steps.config import load_stage
+from meddiff_steps.errors import UserError
+from meddiff_steps.files import atomic_path
+from meddiff_steps.imaging.preprocess import preprocess_shard
+
+
+def run(
+    config: Annotated[Path, typer.Option(help="Frozen config of stage `preprocess`.")],
+    manifest: Annotated[Path, typer.Option(help="cohort/manifest.parquet.")],
+    shard: Annotated[int, typer.Option(min=0, help="Number of the shard, from 0.")],
+    out: Annotated[Path, typer.Option(help="Shard to write (.arrow).")],
+    qc: Annotated[Path, typer.Option(help="Quality table to write (.parquet).")],
+    threads: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
+) -> None:
+    """Bring one shard of scans to the study's grid and intensity scale.
+
+    Writes the images, and a table that says what was done to each scan and why any was left out.
+    """
+    study = load_stage(config, "preprocess")
+    if shard >= study.preprocess.shards:
+        raise UserError(f"--shard {shard}: preprocess.shards is {study.preprocess.shards}, so shards are numbered 0 to {study.preprocess.shards - 1}.")
+    rows = read_manifest(manifest)
+    mine = [shard_of(subject, study.preprocess.shards) == shard for subject in rows["subject_id"]]
+    table = preprocess_shard(rows[pd.Series(mine, index=rows.index, dtype=bool)], study.preprocess, out, threads)
+    with atomic_path(qc) as temporary:
+        table.to_parquet(temporary, index=False)

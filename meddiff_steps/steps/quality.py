@@ -1,0 +1,53 @@
+"""Step `quality`: the quality tables of all shards as one, and the decision whether the study may go on."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import typer
+
+from meddiff_steps.config import load_stage
+from meddiff_steps.errors import UserError
+from meddiff_steps.files import atomic_path
+
+logger = logging.getLogger(__name__)
+
+
+def run(
+    config: Annotated[Path, typer.Option(help="Frozen config of stage `quality`.")],
+    qc: Annotated[list[Path], typer.Option(help="Quality table of one shard; repeat for every shard.")],
+    out: Annotated[Path, typer.Option(help="Table to write (preprocessed/qc.parquet).")],
+) -> None:
+    """Merge the quality tables and stop if too many scans were left out.
+
+    The limit is preprocess.max_failed_share.
+    """
+    study = load_stage(config, "quality")
+    table = pd.concat([pd.read_parquet(path) for path in qc], ignore_index=True).sort_values("scan_id", ignore_index=True)
+    left_out = table[table["status"] == "left out"]
+    if len(left_out) == len(table):
+        raise UserError(f"preprocess: none of {len(table)} scans could be used.\n{_reasons(left_out)}")
+    share = len(left_out) / len(table)
+    if share > study.preprocess.max_failed_share:
+        raise UserError(
+            f"preprocess: {len(left_out)} of {len(table)} scans ({share:.1%}) were left out, more than preprocess.max_failed_share "
+            f"({study.preprocess.max_failed_share:.1%}).\n{_reasons(left_out)}\nRepair these scans, take them out of the cohort, or raise the limit."
+        )
+    logger.info("%d of %d scans are usable", len(table) - len(left_out), len(table))
+    if len(left_out):
+        logger.warning("left out:\n%s", _reasons(left_out))
+    with atomic_path(out) as temporary:
+        table.to_parquet(temporary, index=False)
+
+
+def _reasons(left_out: pd.DataFrame) -> str:
+    """The five commonest reasons, each with how many scans, up to three of them, and the first message in full."""
+    counts = left_out["reason"].value_counts(sort=False).sort_index().sort_values(ascending=False, kind="stable")
+    lines = []
+    for reason, count in counts.head(5).items():
+        examples = left_out[left_out["reason"] == reason]
+        lines.append(f"  {count} x {reason}: {', '.join(examples['scan_id'].head(3))}{', ...' if count > 3 else ''}. First: {examples['message'].iloc[0]}")
+    return "\n".join(lines)

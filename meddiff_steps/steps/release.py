@@ -1,0 +1,61 @@
+"""Step `release`: the images become a dataset."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import typer
+
+from meddiff_steps.config import BidsSource, Study, load_stage
+from meddiff_steps.errors import UserError
+from meddiff_steps.imaging.release import Grid, Story, complete_dataset
+
+logger = logging.getLogger(__name__)
+
+
+def run(
+    config: Annotated[Path, typer.Option(help="Frozen config of stage `release`.")],
+    plan: Annotated[Path, typer.Option(help="plan.parquet.")],
+    images: Annotated[list[Path], typer.Option(help="Table of one shard of images; repeat for every shard.")],
+    cohort_card: Annotated[Path, typer.Option(help="cohort/card.json.")],
+    out: Annotated[Path, typer.Option(help="dataset_description.json in the root folder of the release.")],
+) -> None:
+    """Complete the released dataset: participants, description, sidecar, README, licence.
+
+    Refuses a release in which a planned subject has no image, or an image is not planned.
+    """
+    if out.name != "dataset_description.json":
+        raise UserError(f"--out {out}: expected a path that ends in dataset_description.json. Its folder is the dataset.")
+    study = load_stage(config, "release")
+    steps = study.generate.num_inference_steps
+    story = Story(
+        study=study.study,
+        title=study.title,
+        config=study.release,
+        covariates=study.covariates,
+        grid=Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm),
+        sampler=f"{study.generate.sampler}{f', {steps} steps' if steps else ''}, guidance scale {study.generate.guidance_scale:g}",
+        card=json.loads(cohort_card.read_text(encoding="utf-8")),
+        sources=_sources(study),
+    )
+    tables = pd.concat([pd.read_parquet(path) for path in images], ignore_index=True)
+    complete_dataset(out.parent, pd.read_parquet(plan), tables, story)
+    logger.info("%s: %d synthetic subjects", out.parent, len(tables))
+
+
+def _sources(study: Study) -> list[dict[str, str]]:
+    """What the source cohort says about its own address: DOI or URL, never a path of this machine."""
+    if not isinstance(study.cohort, BidsSource):
+        return []
+    try:
+        described = json.loads((Path(study.cohort.root) / "dataset_description.json").read_text(encoding="utf-8"))
+        if isinstance(described.get("DatasetDOI"), str):
+            return [{"DOI": described["DatasetDOI"]}]
+        entries = [{key: str(entry[key]) for key in ("DOI", "URL", "Version") if key in entry} for entry in described.get("SourceDatasets", [])]
+    except (OSError, ValueError, AttributeError, TypeError):  # optional information, written by others
+        return []
+    return [entry for entry in entries if "DOI" in entry or entry.get("URL", "").startswith("http")]

@@ -1,0 +1,92 @@
+"""From planned subjects to images: noise by key, sampling and decoding in fixed, padded batches."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+from tqdm import tqdm
+
+from meddiff_steps.config import Generate
+from meddiff_steps.diffusion.noise import batch_noise, seed_key
+from meddiff_steps.diffusion.samplers import sample
+from meddiff_steps.diffusion.schedules import NoiseProcess
+from meddiff_steps.models.autoencoder import Autoencoder
+from meddiff_steps.models.files import LatentDiffusion
+from meddiff_steps.training.backend import channels_last, to_channels_last
+
+
+class Generator:
+    """Draws subjects from a trained model.
+
+    A batch always has `settings.batch_size` rows, the last one padded with repeats, because the size of a batch
+    changes the last bits of its results; which subjects share a batch does not.
+
+    Parameters
+    ----------
+    model, autoencoder
+        The two trained stages.
+    settings
+        The study's `generate` section.
+    """
+
+    def __init__(self, model: LatentDiffusion, autoencoder: Autoencoder, settings: Generate, fabric: Fabric) -> None:
+        self.model, self.settings, self.fabric = model, settings, fabric
+        self.process = NoiseProcess.of(model.settings)
+        self.spatial_dims = len(model.latent_shape) - 1
+        self.denoiser = fabric.to_device(to_channels_last(model.denoiser, self.spatial_dims))
+        self.autoencoder = fabric.to_device(to_channels_last(autoencoder, self.spatial_dims))
+        self.offset, self.scale = fabric.to_device(model.offset), fabric.to_device(model.scale)
+
+    def images(self, subjects: pd.DataFrame, label: str) -> Iterator[tuple[str, np.ndarray]]:
+        """(sample_id, image float32 (1, *spatial) in [0, 1]) for every row of a plan, in order."""
+        covariates = self.model.encoding.encode(subjects)
+        roots = zip(subjects["cohort_root"], subjects["noise_index"], subjects["attempt"], strict=True)
+        subjects_of = [(str(root), int(index), int(attempt)) for root, index, attempt in roots]
+        keys, ids = list(subjects["seed_key"]), list(subjects["sample_id"])
+        size = self.settings.batch_size
+        with tqdm(total=len(ids), desc=label, unit="image", mininterval=5, file=sys.stderr) as bar:
+            for start in range(0, len(ids), size):
+                rows = list(range(start, min(start + size, len(ids))))
+                padded = rows + [rows[-1]] * (size - len(rows))
+                noise = batch_noise([keys[i] for i in padded], self.model.latent_shape)
+                images = self.decode(self.latents(noise, covariates[padded], [subjects_of[i] for i in padded]))
+                for i, image in zip(rows, images, strict=False):
+                    yield ids[i], image
+                bar.update(len(rows))
+
+    @torch.no_grad()
+    def latents(self, noise: np.ndarray, covariates: np.ndarray, subjects: Sequence[tuple[str, int, int]]) -> Tensor:
+        """Normalised latents (b, c, *spatial) from noise of that shape; `subjects` are (cohort_root, index, attempt)."""
+
+        def step_noise(step: int) -> Tensor:
+            keys = [seed_key(*subject, f"steps/{step}") for subject in subjects]
+            return self.fabric.to_device(torch.from_numpy(batch_noise(keys, self.model.latent_shape)))
+
+        def denoise(x: Tensor, timesteps: Tensor, values: Tensor) -> Tensor:
+            with self.fabric.autocast():
+                return self.denoiser(x.contiguous(memory_format=channels_last(self.spatial_dims)), timesteps, values)
+
+        return sample(
+            denoise,
+            self.fabric.to_device(torch.from_numpy(noise)),
+            self.fabric.to_device(torch.from_numpy(covariates)),
+            self.process,
+            self.settings.sampler,
+            num_inference_steps=self.settings.num_inference_steps,
+            guidance_scale=self.settings.guidance_scale,
+            step_noise=step_noise,
+        )
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Images float32 (b, 1, *spatial), clipped to [0, 1], from normalised latents."""
+        z = (latents * self.scale + self.offset).contiguous(memory_format=channels_last(self.spatial_dims))
+        with self.fabric.autocast():
+            images = self.autoencoder.decode(z)
+        return images.clamp(0, 1).float().cpu().numpy()

@@ -1,0 +1,148 @@
+"""Training of the first stage."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from monai.losses import PatchAdversarialLoss, PerceptualLoss
+from monai.networks.nets import PatchDiscriminator
+from torch import Tensor, nn
+
+from meddiff_steps import config
+from meddiff_steps.imaging.augment import draw_variant
+from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.models.autoencoder import Autoencoder, kl_divergence
+from meddiff_steps.training.backend import channels_last, to_channels_last
+from meddiff_steps.training.loop import batch_rows, rank_share, step_generator
+
+#: Held-out scans that a validation looks at; enough for a stable mean, few enough to be quick.
+VALIDATION_SCANS = 32
+
+#: Training scans from which the linear path is computed.
+LINEAR_PATH_SCANS = 64
+
+
+def spectral_loss(reconstruction: Tensor, image: Tensor) -> Tensor:
+    """Mean absolute difference of Fourier magnitudes (orthonormal transform), which penalises lost fine detail."""
+    axes = tuple(range(2, image.ndim))
+    return (torch.fft.rfftn(reconstruction, dim=axes, norm="ortho").abs() - torch.fft.rfftn(image, dim=axes, norm="ortho").abs()).abs().mean()
+
+
+class AutoencoderTask:
+    """L1 + KL, and where configured perceptual, spectral and adversarial terms (Pinaya et al. 2022, appendix).
+
+    Parameters
+    ----------
+    settings, augmentation
+        The study's `autoencoder` and `latents.augmentation` sections.
+    shards
+        Preprocessed images in [0, 1].
+    train_rows, val_rows
+        Rows of `shards`.
+    root
+        The study's seed.
+    """
+
+    def __init__(
+        self,
+        settings: config.Autoencoder,
+        augmentation: config.Augmentation,
+        shards: Shards,
+        train_rows: Sequence[int],
+        val_rows: Sequence[int],
+        root: str,
+        fabric: Fabric,
+    ) -> None:
+        self.settings, self.augmentation, self.shards, self.fabric = settings, augmentation, shards, fabric
+        self.root = f"{root}/autoencoder"
+        self.train_rows, self.val_rows = np.asarray(train_rows), np.asarray(val_rows)[:VALIDATION_SCANS]
+        self.shape = shards.shape("image")
+        self.spatial_dims = len(self.shape) - 1
+        torch.manual_seed(int(step_generator(self.root, "weights", 0).integers(2**31)))
+        model = Autoencoder(settings, self.spatial_dims)
+        model.fit_linear_path(torch.from_numpy(shards.tensors("image", self._sample_rows(LINEAR_PATH_SCANS))))
+        model = to_channels_last(model, self.spatial_dims)
+        average = copy.deepcopy(model).requires_grad_(False).eval()
+        optimiser = torch.optim.AdamW(model.parameters(), lr=settings.optimiser.learning_rate, weight_decay=0.0)
+        self.net, wrapped = fabric.setup(model, optimiser)
+        self.modules: dict[str, nn.Module] = {"model": model, "average": fabric.to_device(average)}
+        self.optimisers: dict[str, torch.optim.Optimizer] = {"model": wrapped}
+        if settings.perceptual.weight > 0:
+            self.perceptual = fabric.to_device(
+                PerceptualLoss(self.spatial_dims, settings.perceptual.network, is_fake_3d=False, pretrained=True, pretrained_path=settings.perceptual.weights)
+            )
+        if settings.adversarial.weight > 0:
+            adversarial = settings.adversarial
+            discriminator = to_channels_last(
+                PatchDiscriminator(self.spatial_dims, adversarial.channels, in_channels=1, num_layers_d=adversarial.layers, norm="INSTANCE"), self.spatial_dims
+            )
+            critic = torch.optim.AdamW(discriminator.parameters(), lr=adversarial.learning_rate, weight_decay=0.0)
+            self.discriminator, wrapped = fabric.setup(discriminator, critic)
+            self.modules["discriminator"], self.optimisers["discriminator"] = discriminator, wrapped
+            self.adversarial_loss = PatchAdversarialLoss(criterion="least_squares")
+
+    def _sample_rows(self, count: int) -> np.ndarray:
+        """Some training rows, the same ones every time."""
+        return self.train_rows[np.sort(step_generator(self.root, "sample", 0).permutation(len(self.train_rows))[:count])]
+
+    def _images(self, rows: np.ndarray) -> Tensor:
+        images = torch.from_numpy(self.shards.tensors("image", rows))
+        return self.fabric.to_device(images).contiguous(memory_format=channels_last(self.spatial_dims))
+
+    def train_step(self, step: int) -> dict[str, Tensor]:
+        settings, fabric = self.settings, self.fabric
+        rows = rank_share(batch_rows(self.root, step, settings.optimiser.batch_size, len(self.train_rows)), fabric)
+        generator = step_generator(self.root, f"batch/{fabric.global_rank}", step)
+        images = self.shards.tensors("image", self.train_rows[rows])
+        if self.augmentation.variants > 1:
+            images = np.stack([draw_variant(self.augmentation, self.spatial_dims, generator)(image) for image in images])
+        x = fabric.to_device(torch.from_numpy(images)).contiguous(memory_format=channels_last(self.spatial_dims))
+        latent_shape = (len(images), settings.latent_channels, *(n // settings.downsampling for n in self.shape[1:]))
+        noise = fabric.to_device(torch.from_numpy(generator.standard_normal(latent_shape, dtype=np.float32)))
+
+        reconstruction, mean, log_variance = self.net(x, noise)
+        losses = {"train/l1": (reconstruction - x).abs().mean(), "train/kl": kl_divergence(mean, log_variance).mean()}
+        loss = losses["train/l1"] + settings.kl_weight * losses["train/kl"]
+        if settings.spectral_weight > 0:
+            losses["train/spectral"] = spectral_loss(reconstruction, x)
+            loss = loss + settings.spectral_weight * losses["train/spectral"]
+        if settings.perceptual.weight > 0:
+            losses["train/perceptual"] = self.perceptual(reconstruction, x)
+            loss = loss + settings.perceptual.weight * losses["train/perceptual"]
+        adversarial = settings.adversarial.weight > 0 and step >= settings.adversarial.start_step
+        if adversarial:
+            self.discriminator.requires_grad_(False)
+            judged = self.discriminator(reconstruction.contiguous())[-1]
+            losses["train/fooling"] = self.adversarial_loss(judged, target_is_real=True, for_discriminator=False)
+            loss = loss + settings.adversarial.weight * losses["train/fooling"]
+        self._update("model", self.net, loss)
+        if adversarial:
+            self.discriminator.requires_grad_(True)
+            fake = self.adversarial_loss(self.discriminator(reconstruction.detach().contiguous())[-1], target_is_real=False, for_discriminator=True)
+            real = self.adversarial_loss(self.discriminator(x.contiguous())[-1], target_is_real=True, for_discriminator=True)
+            losses["train/discriminator"] = 0.5 * (fake + real)
+            self._update("discriminator", self.discriminator, losses["train/discriminator"])
+        return {name: value.detach() for name, value in losses.items()}
+
+    def _update(self, name: str, module: nn.Module, loss: Tensor) -> None:
+        optimiser = self.optimisers[name]
+        optimiser.zero_grad(set_to_none=True)
+        self.fabric.backward(loss)
+        self.fabric.clip_gradients(module, optimiser, max_norm=self.settings.optimiser.gradient_clip)
+        optimiser.step()
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Mean absolute error and PSNR (dB) of the averaged weights on held-out scans, posterior mean decoded."""
+        l1, psnr = [], []
+        for row in self.val_rows:
+            x = self._images(np.array([row]))
+            with self.fabric.autocast():
+                reconstruction = self.modules["average"](x)[0].clamp(0, 1)
+            l1.append(float((reconstruction - x).abs().mean()))
+            psnr.append(-10.0 * float((reconstruction - x).square().mean().clamp_min(1e-12).log10()))
+        return {"val/l1": float(np.mean(l1)), "val/psnr": float(np.mean(psnr))}

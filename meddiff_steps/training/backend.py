@@ -1,0 +1,73 @@
+"""Device, precision and processes: the one place that asks what the machine can do."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from meddiff_steps.config import Compute
+from meddiff_steps.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 in hardware (AVX512-BF16 or AMX); elsewhere it is emulated and slow."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def resolve(compute: Compute) -> tuple[str, str]:
+    """Device ("cpu" or "cuda") and precision ("32-true" or "bf16-mixed") that `compute` means on this machine.
+
+    Raises
+    ------
+    UserError
+        `compute.device` is cuda and no GPU is visible.
+    """
+    has_cuda = torch.cuda.is_available()
+    if compute.device == "cuda" and not has_cuda:
+        raise UserError(
+            "compute.device is cuda, but this job sees no GPU. Run it where one is given (a rule's `gpu` resource, or CUDA_VISIBLE_DEVICES), "
+            "or set compute.device to auto or cpu."
+        )
+    device = "cuda" if has_cuda and compute.device != "cpu" else "cpu"
+    if compute.precision != "auto":
+        return device, compute.precision
+    return device, "bf16-mixed" if (torch.cuda.is_bf16_supported() if device == "cuda" else cpu_has_bf16()) else "32-true"
+
+
+def make_fabric(compute: Compute, threads: int) -> Fabric:
+    """Fabric for this job, launched.
+
+    Parameters
+    ----------
+    compute
+        The study's `compute` section; see `resolve`.
+    threads
+        CPU threads per process. The number changes the last bits of CPU results.
+    """
+    device, precision = resolve(compute)
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("high")
+    fabric = Fabric(accelerator=device, devices=compute.devices, precision=precision, strategy="ddp" if compute.devices > 1 else "auto")
+    fabric.launch()
+    if fabric.is_global_zero:
+        log.info("running on %d x %s, %s, %d CPU threads", compute.devices, device, precision, threads)
+    return fabric
+
+
+def to_channels_last(module: nn.Module, spatial_dims: int) -> nn.Module:
+    """Store convolution weights channels-last, which both oneDNN and cuDNN convolve faster (2D and 3D)."""
+    return module.to(memory_format=channels_last(spatial_dims))
+
+
+def channels_last(spatial_dims: int) -> torch.memory_format:
+    return torch.channels_last_3d if spatial_dims == 3 else torch.channels_last

@@ -1,0 +1,92 @@
+"""Everything a training needs to go on after a kill, in one safetensors file (never a pickle).
+
+Checkpoints live outside the outputs of a rule, because Snakemake deletes those when a job fails.  Their folder is
+named by what determines the training (its config and its data), so a changed study never resumes an old one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from meddiff_steps.files import atomic_path, sha256_file
+
+log = logging.getLogger(__name__)
+
+
+def state_key(config: Path, inputs: Sequence[Path]) -> str:
+    """Name of the state folder of a training: a digest of its frozen config and its input files' contents."""
+    digest = hashlib.sha256(config.read_bytes())
+    for path in inputs:
+        digest.update(sha256_file(path).encode())
+    return digest.hexdigest()[:16]
+
+
+class CheckpointFolder:
+    """The newest checkpoint of one training."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+
+    def save(self, step: int, modules: Mapping[str, nn.Module], optimisers: Mapping[str, Optimizer], extra: dict[str, Any]) -> None:
+        """Write all weights and optimiser moments after `step` updates, then remove the checkpoint before it.
+
+        `extra` is JSON (the training curve so far).
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, module in modules.items():
+            tensors |= {f"module/{name}/{key}": value for key, value in module.state_dict().items()}
+        for name, optimiser in optimisers.items():
+            for index, state in optimiser.state_dict()["state"].items():
+                tensors |= {f"optimiser/{name}/{index}/{key}": value for key, value in state.items()}
+        with atomic_path(self.folder / f"step-{step:09d}.safetensors") as path:
+            # One metadata entry only: with more, safetensors orders them at random.
+            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path, {"state": json.dumps({"step": step} | extra)})
+        for old in sorted(self.folder.glob("step-*.safetensors"))[:-1]:
+            old.unlink()
+
+    def restore(self, modules: Mapping[str, nn.Module], optimisers: Mapping[str, Optimizer]) -> tuple[int, dict[str, Any]]:
+        """Load the newest readable checkpoint; returns (updates done, extra), or (0, {}) where there is none."""
+        for path in sorted(self.folder.glob("step-*.safetensors"), reverse=True):
+            try:
+                with safe_open(path, framework="pt") as stream:
+                    extra = json.loads(stream.metadata()["state"])
+                    tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 - not a dict
+            except (SafetensorError, OSError, KeyError) as error:
+                log.warning("%s cannot be read (%s); trying the one before it", path, error)
+                continue
+            for name, module in modules.items():
+                prefix = f"module/{name}/"
+                module.load_state_dict({key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)})
+            for name, optimiser in optimisers.items():
+                prefix = f"optimiser/{name}/"
+                state: dict[int, dict[str, Tensor]] = {}
+                for key, value in tensors.items():
+                    if key.startswith(prefix):
+                        index, field = key.removeprefix(prefix).split("/")
+                        state.setdefault(int(index), {})[field] = value
+                optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+            step = extra.pop("step")
+            log.info("resuming after step %d from %s", step, path)
+            return step, extra
+        return 0, {}
+
+
+def weights_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Identity of a model: SHA-256 over its sorted tensors (name, dtype, shape, bytes), not over file bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

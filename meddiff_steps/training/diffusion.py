@@ -1,0 +1,128 @@
+"""Training of the second stage on cached latents."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from meddiff_steps import config
+from meddiff_steps.diffusion.schedules import NoiseProcess
+from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.models.denoiser import Denoiser
+from meddiff_steps.training.backend import channels_last, to_channels_last
+from meddiff_steps.training.loop import batch_rows, rank_share, step_generator
+
+#: Held-out latents that a validation looks at.
+VALIDATION_LATENTS = 64
+
+
+@dataclass(frozen=True)
+class LatentData:
+    """Cached posteriors and who they belong to.
+
+    Attributes
+    ----------
+    shards
+        Columns `mean` and `log_variance`, float16 (c, *spatial).
+    offset, scale
+        Per latent channel, (c,): the training mean and standard deviation; the network sees (z - offset) / scale.
+    covariates
+        Encoded covariates per row of `shards`, float32 (rows, k), NaN where missing.
+    train_rows, val_rows
+        Rows of `shards`; validation uses unaugmented ones.
+    """
+
+    shards: Shards
+    offset: np.ndarray
+    scale: np.ndarray
+    covariates: np.ndarray
+    train_rows: np.ndarray
+    val_rows: np.ndarray
+
+    def draw(self, rows: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """Samples of the posteriors of `rows`, normalised, float32 (len(rows), c, *spatial)."""
+        mean = self.shards.tensors("mean", rows)
+        deviation = np.exp(0.5 * self.shards.tensors("log_variance", rows))
+        z = mean + deviation * generator.standard_normal(mean.shape, dtype=np.float32)
+        per_channel = (slice(None),) + (None,) * (mean.ndim - 2)
+        return (z - self.offset[per_channel]) / self.scale[per_channel]
+
+
+class DiffusionTask:
+    """Denoising score matching with covariate dropout (classifier-free guidance, Ho and Salimans 2022).
+
+    Parameters
+    ----------
+    settings
+        The study's `diffusion` section.
+    levels
+        Per covariate: the number of levels, or 0 for a continuous one.
+    root
+        The study's seed.
+    """
+
+    def __init__(self, settings: config.Diffusion, data: LatentData, levels: list[int], root: str, fabric: Fabric) -> None:
+        self.settings, self.data, self.fabric = settings, data, fabric
+        self.root = f"{root}/diffusion"
+        self.process = NoiseProcess.of(settings)
+        self.val_rows = data.val_rows[:VALIDATION_LATENTS]
+        shape = data.shards.shape("mean")
+        self.spatial_dims = len(shape) - 1
+        torch.manual_seed(int(step_generator(self.root, "weights", 0).integers(2**31)))
+        model = to_channels_last(Denoiser(settings, self.spatial_dims, shape[0], levels), self.spatial_dims)
+        average = copy.deepcopy(model).requires_grad_(False).eval()
+        optimiser = torch.optim.AdamW(model.parameters(), lr=settings.optimiser.learning_rate, weight_decay=0.0)
+        self.net, wrapped = fabric.setup(model, optimiser)
+        self.modules: dict[str, nn.Module] = {"model": model, "average": fabric.to_device(average)}
+        self.optimisers: dict[str, torch.optim.Optimizer] = {"model": wrapped}
+
+    def train_step(self, step: int) -> dict[str, Tensor]:
+        settings, fabric = self.settings, self.fabric
+        rows = self.data.train_rows[rank_share(batch_rows(self.root, step, settings.optimiser.batch_size, len(self.data.train_rows)), fabric)]
+        generator = step_generator(self.root, f"batch/{fabric.global_rank}", step)
+        x0 = self.data.draw(rows, generator)
+        # Stratified times: one per equal slice of [0, 1), which lowers the variance of the loss (Kingma et al. 2021).
+        uniform = (generator.permutation(len(rows)) + generator.random(len(rows))) / len(rows)
+        covariates = drop(self.data.covariates[rows], settings.covariate_dropout, settings.condition_dropout, generator)
+        noise = generator.standard_normal(x0.shape, dtype=np.float32)
+        loss = self._loss(self.net, x0, uniform, noise, covariates)
+        optimiser = self.optimisers["model"]
+        optimiser.zero_grad(set_to_none=True)
+        fabric.backward(loss)
+        fabric.clip_gradients(self.net, optimiser, max_norm=settings.optimiser.gradient_clip)
+        optimiser.step()
+        return {"train/loss": loss.detach()}
+
+    def _loss(self, net: nn.Module, x0: np.ndarray, uniform: np.ndarray, noise: np.ndarray, covariates: np.ndarray) -> Tensor:
+        to_device, layout = self.fabric.to_device, channels_last(self.spatial_dims)
+        clean, eps = to_device(torch.from_numpy(x0)), to_device(torch.from_numpy(noise))
+        timesteps = self.process.training_timesteps(to_device(torch.from_numpy(uniform)))
+        noisy = self.process.add_noise(clean, eps, timesteps).contiguous(memory_format=layout)
+        predicted = net(noisy, timesteps, to_device(torch.from_numpy(covariates)))
+        return (predicted - self.process.target(clean, eps, timesteps)).square().mean()
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Loss of the averaged weights on held-out latents at fixed times and noise."""
+        losses = []
+        for start in range(0, len(self.val_rows), 16):
+            rows = self.val_rows[start : start + 16]
+            generator = step_generator(self.root, "validation", start)
+            x0 = self.data.draw(rows, generator)
+            uniform = (np.arange(start, start + len(rows)) + 0.5) / len(self.val_rows)
+            noise = generator.standard_normal(x0.shape, dtype=np.float32)
+            with self.fabric.autocast():
+                loss = self._loss(self.modules["average"], x0, uniform, noise, self.data.covariates[rows])
+            losses.append((float(loss), len(rows)))
+        return {"val/loss": sum(loss * n for loss, n in losses) / len(self.val_rows)} if losses else {}
+
+
+def drop(covariates: np.ndarray, each: float, together: float, generator: np.random.Generator) -> np.ndarray:
+    """Replace covariates by NaN (the learnt null): each on its own with one probability, all of a row with another."""
+    gone = (generator.random(covariates.shape) < each) | (generator.random((len(covariates), 1)) < together)
+    return np.where(gone, np.float32("nan"), covariates)

@@ -1,0 +1,134 @@
+"""The training loop that both stages share: learning rate, averaging, curves, checkpoints, resume.
+
+Nothing in it draws a random number; a task derives all it needs from the step number.  An interrupted and resumed
+training therefore takes exactly the steps of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from meddiff_steps.config import Optimiser
+from meddiff_steps.diffusion.noise import seed_key
+from meddiff_steps.training.checkpoint import CheckpointFolder
+
+log = logging.getLogger(__name__)
+
+
+class Task(Protocol):
+    """What the loop trains.
+
+    `modules["model"]` is the network; `modules["average"]`, of the same shape, receives its running average and is
+    what is validated and released.
+    """
+
+    modules: Mapping[str, nn.Module]
+    optimisers: Mapping[str, torch.optim.Optimizer]
+
+    def train_step(self, step: int) -> dict[str, Tensor]:
+        """One update; returns detached scalar losses by name."""
+
+    def validate(self) -> dict[str, float]:
+        """Losses of `modules["average"]` on held-out data, the same data and noise at every call."""
+
+
+def step_generator(root: str, stream: str, step: int) -> np.random.Generator:
+    """The random numbers of one training step: a function of study seed, purpose and step alone."""
+    return np.random.Generator(np.random.Philox(key=int(seed_key(root, step, 0, stream), 16)))
+
+
+def batch_rows(root: str, step: int, batch_size: int, count: int) -> np.ndarray:
+    """Rows of the batch of `step`: consecutive pieces of an endless sequence of shuffled epochs, (batch_size,)."""
+    position = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = position // count
+    order = {int(e): step_generator(root, "order", int(e)).permutation(count) for e in np.unique(epochs)}
+    return np.array([order[int(e)][p % count] for e, p in zip(epochs, position, strict=True)])
+
+
+def rank_share(rows: np.ndarray, fabric: Fabric) -> np.ndarray:
+    """This process's part of a batch; the parts of all processes make the batch without overlap."""
+    return rows[fabric.global_rank :: fabric.world_size]
+
+
+def learning_rate_scale(step: int, settings: Optimiser) -> float:
+    """Linear warm-up, then a cosine to zero at the last step; in (0, 1]."""
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Exponential moving average of the weights; the decay grows from 0.1 so that the first steps are forgotten."""
+    decay = min(decay, (1 + step) / (10 + step))
+    targets = [p for p in average.state_dict().values() if p.is_floating_point()]
+    sources = [p for p in model.state_dict().values() if p.is_floating_point()]
+    torch._foreach_lerp_(targets, sources, 1.0 - decay)
+
+
+def fit(task: Task, settings: Optimiser, fabric: Fabric, state: Path, label: str) -> pd.DataFrame:
+    """Train `task` to its last step, resuming from `state` if it holds a checkpoint.
+
+    Returns
+    -------
+    DataFrame
+        The training curve: step, metric, value.
+    """
+    checkpoints = CheckpointFolder(state)
+    start, extra = checkpoints.restore(task.modules, task.optimisers)
+    history: list[tuple[int, str, float]] = [tuple(row) for row in extra.get("history", [])]
+    base_rates = {name: [group["lr"] for group in optimiser.param_groups] for name, optimiser in task.optimisers.items()}
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = defaultdict(int)
+    writer = SummaryWriter(str(state / "tensorboard"), purge_step=start) if fabric.is_global_zero else None
+    bar = tqdm(range(start, settings.steps), initial=start, total=settings.steps, desc=label, mininterval=5, file=sys.stderr, disable=not fabric.is_global_zero)
+
+    def record(step: int, values: Mapping[str, float]) -> None:
+        for metric, value in values.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{label}: {metric} is {value} at step {step}. Lower the learning rate, or set compute.precision to 32-true.")
+            history.append((step, metric, value))
+            if writer:
+                writer.add_scalar(metric, value, step)
+        bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
+
+    for step in bar:
+        done = step + 1
+        scale = learning_rate_scale(step, settings)
+        for name, optimiser in task.optimisers.items():
+            for group, rate in zip(optimiser.param_groups, base_rates[name], strict=True):
+                group["lr"] = rate * scale
+        losses = task.train_step(step)
+        update_average(task.modules["average"], task.modules["model"], settings.ema_decay, step)
+        for name, value in losses.items():
+            sums[name] = sums[name] + value if name in sums else value
+            counts[name] += 1
+        last = done == settings.steps
+        save = done % settings.checkpoint_every == 0 or last
+        # The curve is also written at every checkpoint, so that a resumed run averages over the same steps.
+        if done % settings.log_every == 0 or save:
+            record(done, {name: float(value) / counts[name] for name, value in sums.items()})
+            sums.clear()
+            counts.clear()
+        if done % settings.validate_every == 0 or last:
+            record(done, task.validate())
+        if save and fabric.is_global_zero:
+            checkpoints.save(done, task.modules, task.optimisers, {"history": history})
+    if writer:
+        writer.close()
+    return pd.DataFrame(history, columns=["step", "metric", "value"]).astype({"step": "int64", "value": "float64"})

@@ -1,0 +1,115 @@
+# The study, the paths and what jobs ask for; no rules here.
+import json
+import math
+import os
+import sys
+from os import environ
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+from meddiff_steps import config as study_config
+from meddiff_steps.errors import UserError
+from meddiff_steps.provenance.digest import code_digest
+from meddiff_steps.synthesis.size import plan_shards
+
+# Jobs run `python`; make that the interpreter that runs Snakemake, also when its environment was not activated.
+environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environ.get("PATH", "")])
+
+
+def read_study():
+    """The study of this run.
+
+    A job on a cluster parses the workflow again, possibly hours after it was submitted. It reads what the main
+    process froze when it started, not the YAML, which may have been edited since.
+    """
+    frozen = environ.get("MEDDIFF_STUDY")
+    if frozen and not workflow.is_main_process:
+        return study_config.parse_study(json.loads(Path(frozen).read_text()), frozen)
+    if "study" in config:
+        return study_config.parse_study(dict(config), ", ".join(map(str, workflow.configfiles)) or "--config")
+    default = Path(workflow.basedir) / "config" / "config.yaml"
+    if config:
+        import yaml
+
+        return study_config.parse_study(yaml.safe_load(default.read_text()) | dict(config), f"{default} with --config")
+    return study_config.load_study(default)
+
+
+try:
+    STUDY = read_study()
+except UserError as error:
+    raise WorkflowError(str(error)) from None
+
+RESULTS = f"{STUDY.results}/{STUDY.study}"
+if workflow.is_main_process:
+    environ["MEDDIFF_STUDY"] = str(study_config.freeze(STUDY, None, Path(RESULTS, "config")))
+
+
+def settings(stage):
+    """Path of the frozen config of one stage; it changes exactly when something the stage may read changes."""
+    return str(study_config.freeze(STUDY, stage, Path(RESULTS, "config")))
+
+
+# ------------------------------------------------------------------------------------------------ paths
+
+SIMULATED = f"{RESULTS}/cohort/simulated/participants.tsv"
+MANIFEST = f"{RESULTS}/cohort/manifest.parquet"
+COHORT_CARD = f"{RESULTS}/cohort/card.json"
+PREPROCESSED = f"{RESULTS}/preprocessed/shard-{{shard}}.arrow"
+QC_SHARD = f"{RESULTS}/preprocessed/qc/shard-{{shard}}.parquet"
+QC = f"{RESULTS}/preprocessed/qc.parquet"
+AUTOENCODER = f"{RESULTS}/autoencoder/model.safetensors"
+AUTOENCODER_CARD = f"{RESULTS}/autoencoder/card.json"
+AUTOENCODER_HISTORY = f"{RESULTS}/autoencoder/history.parquet"
+RECONSTRUCTIONS = f"{RESULTS}/autoencoder/reconstructions.arrow"
+LATENTS = f"{RESULTS}/latents/shard-{{shard}}.arrow"
+LATENT_SCALE = f"{RESULTS}/latents/manifest.json"
+DIFFUSION = f"{RESULTS}/diffusion/model.safetensors"
+DIFFUSION_CARD = f"{RESULTS}/diffusion/card.json"
+DIFFUSION_HISTORY = f"{RESULTS}/diffusion/history.parquet"
+PLAN = f"{RESULTS}/plan.parquet"
+GENERATED = f"{RESULTS}/generated/shard-{{shard}}.arrow"
+IMAGES = f"{RESULTS}/images/shard-{{shard}}.parquet"
+RELEASE_ROOT = f"{RESULTS}/release"
+RELEASE = f"{RELEASE_ROOT}/dataset_description.json"
+METRICS = f"{RESULTS}/evaluation/metrics.json"
+PREDICTIONS = f"{RESULTS}/evaluation/predictions.parquet"
+SHOWCASE = f"{RESULTS}/evaluation/showcase.arrow"
+REPORT = f"{RESULTS}/report.html"
+CONTACT_SHEET = f"{RESULTS}/contact-sheet.png"
+# Training state lives outside the outputs of rules: Snakemake deletes those when a job fails.
+STATE = f"{RESULTS}/state"
+
+
+def shard_names(count):
+    return [f"{i:04d}" for i in range(count)]
+
+
+COHORT_SHARDS = shard_names(STUDY.preprocess.shards)
+PLAN_SHARDS = shard_names(plan_shards(STUDY.plan, STUDY.generate.shard_size))
+
+
+wildcard_constraints:
+    shard=r"\d{4}",
+
+
+# -------------------------------------------------------------------------------------- what jobs ask for
+
+VOXELS = math.prod(STUDY.preprocess.shape)
+GPUS = 0 if STUDY.compute.device == "cpu" else STUDY.compute.devices
+
+
+def memory(base_mb, bytes_per_voxel=0, images=1):
+    """mem_mb of a job: a base for Python and its libraries plus bytes per voxel of the images it holds; more at every attempt."""
+    return lambda wildcards, attempt: int((base_mb + bytes_per_voxel * images * VOXELS / 2**20) * 1.5 ** (attempt - 1))
+
+
+def minutes(value):
+    """runtime of a job in minutes; doubles at every attempt."""
+    return lambda wildcards, attempt: int(value * 2 ** (attempt - 1))
+
+
+def repeat(option, files):
+    """The same command-line option once per file."""
+    return " ".join(f"{option} {file}" for file in files)

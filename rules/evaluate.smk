@@ -1,0 +1,30 @@
+rule measure:
+    input:
+        manifest=MANIFEST,
+        images=expand(PREPROCESSED, shard=COHORT_SHARDS),
+        generated=expand(GENERATED, shard=PLAN_SHARDS),
+        plan=PLAN,
+        reconstructions=RECONSTRUCTIONS,
+    output:
+        metrics=report(METRICS, caption="../workflow/report/metrics.rst", category="Figures"),
+        predictions=PREDICTIONS,
+    log:
+        f"{RESULTS}/logs/evaluate.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/evaluate.tsv"
+    conda:
+        "../envs/meddiff.yaml"
+    threads: 8
+    resources:
+        mem_mb=memory(6000),
+        runtime=minutes(120),
+    params:
+        config=settings("evaluate"),
+        code=code_digest("evaluate"),
+        images=lambda wildcards, input: repeat("--images", input.images),
+        generated=lambda wildcards, input: repeat("--generated", input.generated),
+    message:
+        "Measuring covariate fidelity and sharpness"
+    shell:
+        "python -m meddiff_steps evaluate --config {params.config} --manifest {input.manifest} {params.images} {params.generated} "
+        "--plan {input.plan} --reconstructions {input.reconstructions} --out {output.metrics} --predictions {output.predictions} 2>&1 | tee {log}"

@@ -1,0 +1,52 @@
+rule images:
+    input:
+        GENERATED,
+    output:
+        IMAGES,
+    log:
+        f"{RESULTS}/logs/images/{{shard}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/images/{{shard}}.tsv"
+    conda:
+        "../envs/meddiff.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory(1500, 64, 4),
+        runtime=minutes(120),
+    params:
+        config=settings("images"),
+        code=code_digest("images"),
+        release=RELEASE_ROOT,
+    message:
+        "Writing the images of shard {wildcards.shard}"
+    shell:
+        "python -m meddiff_steps images --config {params.config} --generated {input} --release {params.release} --out {output} 2>&1 | tee {log}"
+
+
+rule describe:
+    input:
+        plan=PLAN,
+        images=expand(IMAGES, shard=PLAN_SHARDS),
+        card=COHORT_CARD,
+    output:
+        RELEASE,
+    log:
+        f"{RESULTS}/logs/release.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/release.tsv"
+    localrule: True
+    conda:
+        "../envs/meddiff.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory(1500),
+        runtime=minutes(30),
+    params:
+        config=settings("release"),
+        code=code_digest("release"),
+        images=lambda wildcards, input: repeat("--images", input.images),
+    message:
+        "Completing the released dataset"
+    shell:
+        "python -m meddiff_steps release --config {params.config} --plan {input.plan} {params.images} "
+        "--cohort-card {input.card} --out {output} 2>&1 | tee {log}"

@@ -1,0 +1,103 @@
+"""Covariate fidelity from tables of known predictions."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate, Covariates
+from meddiff_steps.evaluation.fidelity import PREDICTION_COLUMNS, correlation_structure, covariate_fidelity, predictions_table
+from meddiff_steps.evaluation.statistics import philox
+
+COVARIATES: Covariates = {
+    "a": ContinuousCovariate(unit="mL", range=(0, 1000)),
+    "b": ContinuousCovariate(unit="year", range=(-100, 1000)),
+    "sex": CategoricalCovariate(levels=["F", "M"]),
+    "site": CategoricalCovariate(levels=["x", "y", "z"]),
+}
+
+
+def cohort(kind: str, n: int, noise: float = 1.0) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    rng = philox("test", f"fidelity {kind}")
+    a = rng.normal(50, 10, n)
+    wanted = pd.DataFrame({"a": a, "b": 0.5 * a + rng.normal(0, 5, n), "sex": np.where(rng.random(n) < 0.5, "F", "M"), "site": rng.choice(["x", "y", "z"], n)})
+    chance = np.clip(np.where(wanted["sex"] == "M", 0.7, 0.3) + rng.normal(0, 0.1, n), 0, 1)
+    site = np.eye(3)[wanted["site"].map(["x", "y", "z"].index)] * 0.8 + 0.1
+    measured = {"a": a + rng.normal(0, noise, n), "b": wanted["b"].to_numpy() * 0.5 + 3, "sex": np.stack([1 - chance, chance], 1), "site": site}
+    return wanted, measured
+
+
+def table(noise: float = 1.0) -> pd.DataFrame:
+    parts = []
+    for kind, n, spread in (("synthetic", 200, noise), ("real", 80, 1.0)):
+        wanted, measured = cohort(kind, n, spread)
+        ids = [f"{kind}-{i}" for i in range(n)]
+        parts.append(predictions_table(ids, ids, kind, wanted, measured, COVARIATES))
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_figures_of_known_predictions() -> None:
+    out = covariate_fidelity(table(), COVARIATES, resamples=300)
+    a, b = out["a"], out["b"]
+    assert a["r"]["value"] == pytest.approx(10 / np.hypot(10, 1), abs=0.003)
+    assert a["slope"]["value"] == pytest.approx(1.0, abs=0.03)
+    assert a["mae"]["value"] == pytest.approx(np.sqrt(2 / np.pi), abs=0.1)
+    assert a["bias"]["low"] < 0 < a["bias"]["high"]
+    assert (a["unit"], a["r"]["n"], a["r"]["ceiling"]["n"]) == ("mL", 200, 80)
+    assert a["share_of_ceiling"]["value"] == pytest.approx(a["r"]["value"] / a["r"]["ceiling"]["value"], abs=1e-5)
+    assert a["share_of_ceiling"]["low"] < 1.0 < a["share_of_ceiling"]["high"]
+    assert b["r"]["value"] == pytest.approx(1.0)  # a measurement that is squeezed but in order: r does not see it, slope does
+    assert b["slope"]["value"] == pytest.approx(0.5)
+    assert out["sex"]["auc"]["value"] > 0.98
+    assert out["site"]["auc"]["value"] == 1.0
+
+
+def test_a_worse_generator_scores_below_its_ceiling() -> None:
+    out = covariate_fidelity(table(noise=8.0), COVARIATES, resamples=300)["a"]
+    assert out["r"]["high"] < out["r"]["ceiling"]["low"]
+    assert out["share_of_ceiling"]["high"] < 0.95
+
+
+def test_shuffled_requests_give_nothing() -> None:
+    wanted, measured = cohort("synthetic", 300)
+    order = philox("test", "shuffle").permutation(300)
+    ids = [str(i) for i in range(300)]
+    shuffled = predictions_table(ids, ids, "synthetic", wanted.iloc[order], measured, COVARIATES)
+    out = covariate_fidelity(shuffled, COVARIATES, resamples=300)
+    # 3.5 standard errors: a 95 % interval would miss one shuffle in twenty.
+    assert abs(out["a"]["r"]["value"]) < 3.5 / np.sqrt(300)
+    for name in ("sex", "site"):
+        assert abs(out[name]["auc"]["value"] - 0.5) < 3.5 * np.sqrt(301 / (12 * 150 * 150))
+
+
+def test_rows_without_a_request_are_skipped() -> None:
+    wanted, measured = cohort("synthetic", 50)
+    wanted.loc[:9, "a"] = np.nan
+    wanted.loc[:4, "sex"] = None
+    ids = [str(i) for i in range(50)]
+    rows = predictions_table(ids, ids, "synthetic", wanted, measured, COVARIATES)
+    assert rows.groupby("covariate").size().to_dict() == {"a": 40, "b": 50, "sex": 45, "site": 150}
+    assert list(rows.columns) == list(PREDICTION_COLUMNS)
+    out = covariate_fidelity(rows, COVARIATES, resamples=100)
+    assert out["a"]["r"]["n"] == 40
+    assert out["a"]["r"]["ceiling"]["value"] is None  # no real rows
+    assert out["a"]["share_of_ceiling"]["value"] is None
+
+
+def test_no_predictions_no_figures() -> None:
+    empty = predictions_table([], [], "real", pd.DataFrame(columns=list(COVARIATES)), {}, COVARIATES)
+    assert covariate_fidelity(empty, COVARIATES, resamples=100) == {}
+    assert correlation_structure(empty, COVARIATES, resamples=100) == {}
+
+
+def test_correlations_as_requested_and_as_measured() -> None:
+    pairs = correlation_structure(table(), COVARIATES, resamples=200)
+    assert list(pairs) == ["a~b"]
+    expected = 0.5 * 10 / np.hypot(5, 5)
+    for key, n in (("requested", 200), ("measured", 200), ("true", 80), ("real_measured", 80)):
+        assert abs(np.arctanh(pairs["a~b"][key]["value"]) - np.arctanh(expected)) < 3.5 / np.sqrt(n)
+
+
+def test_shared_noise_counts_once() -> None:
+    wanted, measured = cohort("synthetic", 60)
+    rows = predictions_table([str(i) for i in range(60)], [str(i % 20) for i in range(60)], "synthetic", wanted, measured, COVARIATES)
+    assert covariate_fidelity(rows, COVARIATES, resamples=100)["a"]["r"]["n"] == 20

@@ -1,0 +1,304 @@
+"""The release: images that say what they are, tables that fit them, and a dataset that the BIDS validator accepts."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from PIL import Image as PilImage
+
+from meddiff_steps.cohort.manifest import content_digest
+from meddiff_steps.config import freeze, parse_study
+from meddiff_steps.errors import UserError
+from meddiff_steps.imaging import release as module
+from meddiff_steps.imaging.io import read_image
+from meddiff_steps.imaging.release import image_path, read_mark
+from meddiff_steps.imaging.shards import ShardWriter, Tensor
+from meddiff_steps.steps import images as images_step
+from meddiff_steps.steps import release as release_step
+
+SHAPE = {3: (12, 16, 14), 2: (24, 20)}
+
+
+class Workplace:
+    """A study with four synthetic subjects in two shards, up to the `generate` step."""
+
+    def __init__(self, root: Path, dims: int = 3, **changes: Any) -> None:
+        self.root, self.dims, self.release = root, dims, root / "release"
+        self.study = {
+            "study": "test",
+            "title": "A test",
+            "covariates": {
+                "age": {"unit": "year", "range": [0, 120], "description": "Age at scan."},
+                "sex": {"levels": ["F", "M"]},
+                "ventricles_ml": {"unit": "mL", "range": [0, 200]},
+            },
+            "preprocess": {"shape": list(SHAPE[dims]), "spacing_mm": 5.0 if dims == 3 else None},
+            "autoencoder": {"channels": [32], "stem": "none"},
+            "plan": [{"name": "demo", "subjects": 4}],
+            "release": {"name": "Test cohort", "authors": ["A. Author", "B. Author"], "acknowledgements": "Thanks to all."},
+            **changes,
+        }
+        self.samples = [f"demo{i:06d}" for i in range(4)]
+        values = np.random.default_rng(0).random((4, 1, *SHAPE[dims])).astype(np.float16)
+        values[:, :, 0, 0], values[:, :, 1, 0] = 0, 1
+        self.values = dict(zip(self.samples, values, strict=True))
+        for shard, members in enumerate((self.samples[:3], self.samples[3:])):
+            self.write_shard(shard, {s: self.values[s] for s in members})
+        self.plan = pd.DataFrame({"sample_id": self.samples, "group": "demo", "index": range(4), "attempt": 0, "shard": [0, 0, 0, 1]})
+        self.plan["age"], self.plan["sex"], self.plan["ventricles_ml"] = [92.5, np.nan, 50, 1 / 3], ["F", "M", None, "F"], [20.123456789, 30, 40, 50]
+        self.card = {"scans": 30, "subjects": 25, "simulated": False, "source": "bids"}
+
+    def write_shard(self, shard: int, images: dict[str, np.ndarray]) -> None:
+        shape = next(iter(images.values())).shape
+        with ShardWriter(self.root / f"generated-{shard}.arrow", {"sample_id": pa.string(), "image": Tensor("float16", shape)}) as writer:
+            for sample_id, image in images.items():
+                writer.append(sample_id=sample_id, image=image)
+
+    def frozen(self, stage: str) -> Path:
+        return freeze(parse_study(self.study, "test"), stage, self.root)
+
+    def images(self, shard: int) -> pd.DataFrame:
+        images_step.run(self.frozen("images"), self.root / f"generated-{shard}.arrow", self.release, self.root / f"images-{shard}.parquet")
+        return pd.read_parquet(self.root / f"images-{shard}.parquet")
+
+    def complete(self, shards: tuple[int, ...] = (0, 1)) -> None:
+        self.plan.to_parquet(self.root / "plan.parquet", index=False)
+        (self.root / "card.json").write_text(json.dumps(self.card))
+        tables = [self.root / f"images-{s}.parquet" for s in shards]
+        release_step.run(self.frozen("release"), self.root / "plan.parquet", tables, self.root / "card.json", self.release / "dataset_description.json")
+
+    def run(self) -> Path:
+        for shard in (0, 1):
+            self.images(shard)
+        self.complete()
+        return self.release
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# --------------------------------------------------------------------------------------------------- images
+
+
+def test_volume(tmp_path: Path) -> None:
+    place = Workplace(tmp_path)
+    table = place.images(0)
+    assert table.columns.tolist() == ["sample_id", "path", "bytes", "sha256", "voxel_sha256"]
+    assert table["path"].tolist() == [f"sub-{s}/anat/sub-{s}_T1w.nii.gz" for s in place.samples[:3]]
+    row = table.iloc[1]
+    path = place.release / row["path"]
+    assert path.stat().st_size == row["bytes"] and hashlib.sha256(path.read_bytes()).hexdigest() == row["sha256"]
+
+    volume = nib.Nifti1Image.from_filename(path)
+    stored = np.asarray(volume.dataobj)
+    assert stored.dtype == np.int16 and stored.min() == 0 and stored.max() == 1000
+    assert content_digest(stored) == row["voxel_sha256"]
+    assert np.abs(stored / 1000 - place.values["demo000001"][0].astype(np.float64)).max() <= 0.0005 + 1e-9
+    header = volume.header
+    assert header.get_xyzt_units() == ("mm", "sec") and header["descrip"].item().startswith(b"SYNTHETIC")
+    assert int(header["qform_code"]) == int(header["sform_code"]) == 2
+    assert np.allclose(header.get_qform(), header.get_sform())
+    assert nib.aff2axcodes(volume.affine) == ("R", "A", "S") and np.allclose(header.get_zooms(), 5)
+    assert np.allclose(nib.affines.apply_affine(volume.affine, (np.array(volume.shape) - 1) / 2), 0), "the middle of the grid is the origin"
+    assert read_mark(path) == {"synthetic": True, "sample_id": "demo000001", "study": "test"}
+    assert np.array_equal(read_image(path).array, stored), "our own reader takes it, so a release can be a cohort"
+
+
+def test_mark_survives_a_usual_edit(tmp_path: Path) -> None:
+    place = Workplace(tmp_path)
+    path = place.release / place.images(0)["path"][0]
+    volume = nib.Nifti1Image.from_filename(path)
+    nib.save(nib.Nifti1Image(volume.get_fdata() * 2, volume.affine, volume.header), tmp_path / "edited.nii.gz")
+    assert read_mark(tmp_path / "edited.nii.gz") is not None
+
+
+def test_picture(tmp_path: Path) -> None:
+    place = Workplace(tmp_path, dims=2)
+    table = place.images(0)
+    path = place.release / table["path"][2]
+    assert table["path"][2] == "images/demo000002.png"
+    with PilImage.open(path) as picture:
+        assert picture.mode == "L" and picture.info["Description"].startswith("SYNTHETIC")
+        pixels = np.asarray(picture)
+    assert np.abs(pixels / 255 - place.values["demo000002"][0].astype(np.float64)).max() <= 0.5 / 255 + 1e-9
+    assert read_mark(path) == {"synthetic": True, "sample_id": "demo000002", "study": "test"}
+
+
+@pytest.mark.parametrize("dims", [3, 2])
+def test_equal_input_gives_equal_bytes(tmp_path: Path, dims: int) -> None:
+    first, second = (files(Workplace(tmp_path / name, dims).run()) for name in ("a", "b"))
+    assert first == second and len(first) == 4 + (7 if dims == 3 else 6)
+    again = Workplace(tmp_path / "a", dims)
+    again.run()
+    assert files(again.release) == first, "a rerun in place changes nothing"
+
+
+@pytest.mark.parametrize(("value", "words"), [(np.nan, "nan"), (1.5, "1.5"), (-0.5, "-0.5")])
+def test_values_out_of_range_are_refused(tmp_path: Path, value: float, words: str) -> None:
+    place = Workplace(tmp_path)
+    broken = place.values["demo000003"].copy()
+    broken[0, 5, 5, 5] = value
+    place.write_shard(1, {"demo000003": broken})
+    with pytest.raises(UserError, match=rf"demo000003 holds values .*{words}"):
+        place.images(1)
+    assert not (tmp_path / "images-1.parquet").exists()
+
+
+def test_wrong_shape_and_wrong_names_are_refused(tmp_path: Path) -> None:
+    place = Workplace(tmp_path)
+    place.write_shard(0, {"demo000000": np.zeros((1, 4, 4, 4))})
+    with pytest.raises(UserError, match=r"shape \(1, 4, 4, 4\), expected \(1, 12, 16, 14\)"):
+        place.images(0)
+    place.write_shard(0, {"../demo": place.values["demo000000"]})
+    with pytest.raises(UserError, match="letters and digits only"):
+        place.images(0)
+
+
+def test_empty_shard(tmp_path: Path) -> None:
+    place = Workplace(tmp_path)
+    with ShardWriter(tmp_path / "generated-0.arrow", {"sample_id": pa.string(), "image": Tensor("float16", (1, *SHAPE[3]))}):
+        pass
+    assert len(place.images(0)) == 0
+
+
+# -------------------------------------------------------------------------------------------------- dataset
+
+
+def test_dataset(tmp_path: Path) -> None:
+    root = Workplace(tmp_path).run()
+    with open(root / "participants.tsv", encoding="utf-8", newline="") as stream:
+        rows = list(csv.reader(stream, delimiter="\t"))
+    assert rows[0] == ["participant_id", "age", "sex", "ventricles_ml"]
+    assert rows[1:3] == [["sub-demo000000", "92.5", "F", "20.1235"], ["sub-demo000001", "n/a", "M", "30"]]
+    assert rows[3][2] == "n/a" and len(rows) == 5
+    dictionary = read_json(root / "participants.json")
+    assert dictionary["age"]["Units"] == "year" and "requested" in dictionary["age"]["Description"] and "Age at scan" in dictionary["age"]["Description"]
+    assert dictionary["sex"]["Levels"] == {"F": "F", "M": "M"}
+    description = read_json(root / "dataset_description.json")
+    assert description["DatasetType"] == "derivative" and description["BIDSVersion"] == "1.10.0" and description["License"] == "CC0"
+    assert description["GeneratedBy"][0]["Name"] == "meddiff_steps" and "SYNTHETIC" in description["Description"]
+    sidecar = read_json(root / "T1w.json")
+    assert sidecar["SkullStripped"] is True and sidecar["Synthesis"]["Synthetic"] is True
+    assert "GeneratedBy" not in sidecar, "reserved by BEP028 for references"
+    readme = (root / "README").read_text()
+    assert "SYNTHETIC" in readme and "30 real images" in readme and "Thanks to all." in readme and "ventricles_ml: in mL" in readme
+    assert "creativecommons.org/publicdomain/zero/1.0" in (root / "LICENSE").read_text()
+
+
+def test_simulated_source_is_named(tmp_path: Path) -> None:
+    place = Workplace(tmp_path)
+    place.card["simulated"] = True
+    assert "simulated images (no real person was ever imaged)" in (place.run() / "README").read_text()
+
+
+def test_source_dataset_is_named_if_it_has_an_address(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    described = {"Name": "Source", "SourceDatasets": [{"URL": "https://example.org/data", "Version": "2"}, {"URL": "file:///private/data"}]}
+    (tmp_path / "source" / "dataset_description.json").write_text(json.dumps(described))
+    place = Workplace(tmp_path, cohort={"source": "bids", "root": str(tmp_path / "source")})
+    place.run()
+    assert read_json(place.release / "dataset_description.json")["SourceDatasets"] == [{"URL": "https://example.org/data", "Version": "2"}]
+    assert str(tmp_path) not in "".join(p.read_text() for p in place.release.iterdir() if p.is_file())
+
+
+def test_pictures_make_no_claim_to_be_bids(tmp_path: Path) -> None:
+    root = Workplace(tmp_path, dims=2).run()
+    description = read_json(root / "dataset_description.json")
+    assert "BIDSVersion" not in description and "DatasetType" not in description and description["Synthetic"] is True
+    table = pd.read_csv(root / "participants.tsv", sep="\t")
+    assert table["image"].tolist() == [f"images/demo{i:06d}.png" for i in range(4)]
+    assert all((root / path).is_file() for path in table["image"])
+    assert not (root / "T1w.json").exists()
+
+
+def test_missing_and_surplus_images_are_named(tmp_path: Path) -> None:
+    place = Workplace(tmp_path)
+    place.images(0), place.images(1)
+    with pytest.raises(UserError, match=r"1 planned sample\(s\) have no image: demo000003"):
+        place.complete((0,))
+    assert not (place.release / "dataset_description.json").exists()
+    with pytest.raises(UserError, match=r"more than one image: demo000003"):
+        place.complete((0, 1, 1))
+    place.plan = place.plan.iloc[:2]
+    with pytest.raises(UserError, match=r"2 image\(s\) are not in the plan: demo000002, demo000003"):
+        place.complete()
+
+
+def test_missing_or_changed_file_is_named(tmp_path: Path) -> None:
+    place = Workplace(tmp_path)
+    place.run()
+    path = place.release / image_path("demo000002", 3)
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(UserError, match="missing or changed: sub-demo000002/anat"):
+        place.complete()
+    path.unlink()
+    with pytest.raises(UserError, match="missing or changed: sub-demo000002/anat"):
+        place.complete()
+
+
+def test_images_of_an_earlier_plan_are_removed_and_strangers_are_not(tmp_path: Path) -> None:
+    place = Workplace(tmp_path)
+    place.write_shard(2, {"demo000009": place.values["demo000000"]})
+    place.images(2)
+    partial = place.release / "sub-demo000009/anat/.partial-1-sub-demo000009_T1w.nii.gz"
+    partial.write_bytes(b"killed")
+    place.run()
+    assert not (place.release / "sub-demo000009").exists()
+    assert len(list(place.release.glob("sub-*"))) == 4
+
+    stranger = place.release / "sub-real01/anat/sub-real01_T1w.nii.gz"
+    stranger.parent.mkdir(parents=True)
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), stranger)
+    with pytest.raises(UserError, match="not made by study 'test': sub-real01/anat"):
+        place.complete()
+    assert stranger.exists()
+
+
+def test_description_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A release that was interrupted while it was completed again does not look whole."""
+    place = Workplace(tmp_path)
+    place.run()
+
+    def fail(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_licence", fail)
+    with pytest.raises(KeyboardInterrupt):
+        place.complete()
+    assert not (place.release / "dataset_description.json").exists()
+
+
+# -------------------------------------------------------------------------------------------- the validator
+
+
+@pytest.mark.parametrize("suffix", ["T1w", "FLAIR"])
+def test_bids_validator(tmp_path: Path, suffix: str) -> None:
+    name = "bids-validator-deno"
+    validator = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if validator is None:
+        pytest.skip(f"{name} is not installed (pip install {name})")
+    place = Workplace(tmp_path)
+    place.study["release"] = {**place.study["release"], "suffix": suffix}
+    root = place.run()
+    result = subprocess.run([validator, "--max-rows", "-1", "--format", "json", str(root)], capture_output=True, text=True, check=False)
+    report = json.loads(result.stdout)
+    assert [(i["code"], i.get("subCode"), i.get("location")) for i in report["issues"]["issues"]] == [], "neither errors nor warnings"
+    assert result.returncode == 0
+    assert sorted(report["summary"]["subjects"]) == place.samples
