@@ -12,6 +12,7 @@ from meddiff_steps.errors import UserError
 #: Every step with one line of help, in the order data flows.
 STEPS = {
     "freeze": "write the content-addressed config files of a study",
+    "schema": "write the JSON Schema and the key reference of studies",
     "simulate": "make the simulated brain cohort (a BIDS dataset)",
     "cohort": "read a cohort and write its manifest: scans, covariates, splits",
     "preprocess": "bring one shard of scans to the study's grid and intensity scale",

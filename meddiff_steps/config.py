@@ -277,9 +277,10 @@ class Diffusion(Section):
         wrong = [c for c in self.channels if c % self.norm_num_groups]
         if wrong:
             raise ValueError(f"channels must be multiples of norm_num_groups={self.norm_num_groups}, found {wrong}")
-        attended = [c for c, a in zip(self.channels, self.attention_levels, strict=True) if a and c % self.num_head_channels]
+        # The middle block attends at the width of the last level, whatever attention_levels says.
+        attended = [c for c, a in zip(self.channels, [*self.attention_levels[:-1], True], strict=True) if a and c % self.num_head_channels]
         if attended:
-            raise ValueError(f"channels with attention must be multiples of num_head_channels={self.num_head_channels}, found {attended}")
+            raise ValueError(f"channels with attention (and the last level) must be multiples of num_head_channels={self.num_head_channels}, found {attended}")
         if self.beta_start >= self.beta_end:
             raise ValueError(f"beta_start must be below beta_end, found {self.beta_start:g} >= {self.beta_end:g}")
         if self.zero_terminal_snr and self.prediction_type == "epsilon":
@@ -381,6 +382,9 @@ class Study(Section):
                 f"preprocess.shape {list(self.preprocess.shape)} must be divisible by {factor} "
                 f"(autoencoder {self.autoencoder.downsampling} x diffusion {factor // self.autoencoder.downsampling}); change the shape or use fewer levels"
             )
+        taken = sorted(set(self.covariates) & RESERVED_COLUMNS)
+        if taken:
+            raise ValueError(f"covariates {taken} have names of columns that the tables already have; call them something else and set `column`")
         names = [g.name for g in self.plan]
         if len(set(names)) != len(names):
             raise ValueError(f"plan: group names must be distinct, found {names}")
@@ -409,6 +413,11 @@ class Study(Section):
     def spatial_dims(self) -> int:
         return len(self.preprocess.shape)
 
+
+#: Columns of the manifest and the plan; no covariate can have their names.
+RESERVED_COLUMNS = frozenset(
+    "scan_id subject_id session_id path sha256 content_sha256 split sample_id group index attempt cohort_root noise_index seed_key shard".split()
+)
 
 #: The sections each stage may read, and therefore what makes it run again when it changes.
 STAGES: dict[str, tuple[str, ...]] = {
@@ -528,3 +537,59 @@ class _Unchecked(Study):
 def json_schema() -> str:
     """The JSON Schema of a study file, for editors."""
     return json.dumps(Study.model_json_schema(), indent=2, sort_keys=True) + "\n"
+
+
+def key_reference() -> str:
+    """Every key of a study as Markdown tables: type, default and meaning."""
+    lines = ["# Keys of a study", "", "Generated from `meddiff_steps/config.py` by `python -m meddiff_steps schema`; a test compares.", ""]
+    for title, model in _sections():
+        lines += [f"## `{title}`", "", " ".join((model.__doc__ or "").split()), "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        for name, field in model.model_fields.items():
+            if field.is_required():
+                default = "required"
+            elif isinstance(field.default, BaseModel):
+                default = f"see `{name}`"
+            else:
+                default = f"`{json.dumps(field.default)}`"
+            kind = _type_name(field.annotation).replace("|", "\\|")
+            lines.append(f"| `{name}` | {kind} | {default} | {(field.description or '').replace('|', chr(92) + '|')} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _sections() -> list[tuple[str, type[BaseModel]]]:
+    found: list[tuple[str, type[BaseModel]]] = [("study", Study)]
+    listed = [("cohort (source: simulated)", SimulatedSource), ("cohort (source: bids)", BidsSource), ("cohort (source: table)", TableSource)]
+    listed += [("covariates.NAME (a number)", ContinuousCovariate), ("covariates.NAME (a label)", CategoricalCovariate)]
+    for name, field in Study.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            listed += _nested(name, field.annotation)
+    return [*found, *listed, ("plan (a list of groups)", PlanGroup)]
+
+
+def _nested(name: str, model: type[BaseModel]) -> list[tuple[str, type[BaseModel]]]:
+    found = [(name, model)]
+    for key, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found += _nested(f"{name}.{key}", field.annotation)
+    return found
+
+
+def _type_name(annotation: Any) -> str:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
+    if isinstance(annotation, type) and not hasattr(annotation, "__args__"):
+        return {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "NoneType": "null"}.get(annotation.__name__, annotation.__name__)
+    origin = getattr(annotation, "__origin__", None)
+    arguments = getattr(annotation, "__args__", ())
+    if origin is Literal:
+        return " | ".join(f"`{value}`" for value in arguments)
+    if origin is Annotated or (origin is not None and hasattr(annotation, "__metadata__")):
+        return _type_name(origin if origin is not Annotated else arguments[0])
+    if origin is list:
+        return f"list of {_type_name(arguments[0])}"
+    if origin is tuple:
+        return "[" + ", ".join(_type_name(a) for a in arguments) + "]"
+    if origin is dict:
+        return f"mapping to {_type_name(arguments[1])}"
+    return " | ".join(dict.fromkeys(_type_name(a) for a in arguments)) if arguments else str(annotation)

@@ -63,7 +63,7 @@ class ShardWriter:
         """Add one row; tensors are cast to the column's dtype and must have its shape."""
         for name, column in self.columns.items():
             if isinstance(column, Tensor):
-                value = np.asarray(row[name], dtype=column.dtype)
+                value = np.asarray(row[name], dtype=column.dtype, order="C")
                 if value.shape != column.shape:
                     raise ValueError(f"column {name!r}: expected shape {column.shape}, found {value.shape}")
                 row[name] = value
@@ -82,10 +82,15 @@ class ShardWriter:
         self._rows.clear()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None:
-            self._flush()
-        self._writer.close()
-        self._file.close()
+        try:
+            if kind is None:
+                self._flush()
+            self._writer.close()
+            self._file.close()
+        except BaseException as failure:  # a full disk, most likely: leave nothing that looks finished
+            self._file.close()
+            self._atomic.__exit__(type(failure), failure, failure.__traceback__)
+            raise
         self._atomic.__exit__(kind, error, trace)
 
 
@@ -107,13 +112,17 @@ class Shards:
         if not paths:
             raise UserError("no shard was given: at least one .arrow file is needed")
         self._batches: list[pa.RecordBatch] = []
+        self._paths: list[Path] = []
         for path in paths:
             try:
                 reader = pa.ipc.open_file(pa.memory_map(str(path)))
                 self._batches += [reader.get_batch(i) for i in range(reader.num_record_batches)]
             except (pa.ArrowInvalid, OSError) as error:
                 raise UserError(f"{path}: not a readable shard ({error}). Delete it and run the workflow again: it will be rebuilt.") from None
+            if self._paths and reader.schema != self.schema:
+                raise UserError(f"{path}: its columns differ from those of {self._paths[0]}. Shards of one stage must come from one config; run the workflow again.")
             self.schema = reader.schema
+            self._paths.append(path)
         self._starts = np.cumsum([0] + [b.num_rows for b in self._batches])
         self._views: dict[tuple[int, str], np.ndarray] = {}
 

@@ -83,20 +83,20 @@ class Autoencoder(nn.Module):
         for axis in range(2, images.ndim):
             blocks = blocks.unfold(axis, self.block, self.block)
         blocks = blocks.reshape(-1, self.block ** (images.ndim - 2))
-        mean = blocks.mean(0)
-        variances, vectors = torch.linalg.eigh((blocks - mean).T @ (blocks - mean) / len(blocks))
-        channels = self.analysis.out_channels
-        order = torch.argsort(variances, descending=True)[:channels]
+        # Centred on one number, not on a mean block: a transposed convolution has one bias per channel.
+        center = blocks.mean()
+        blocks = blocks - center
+        variances, vectors = torch.linalg.eigh(blocks.T @ blocks / len(blocks))
+        order = torch.argsort(variances, descending=True)[: self.analysis.out_channels]
         # Signs of eigenvectors are arbitrary; fix them, so that the same data give the same weights.
         basis = vectors[:, order].T
         basis = basis * torch.sign(basis[torch.arange(len(basis)), basis.abs().argmax(1)])[:, None]
-        deviations = variances[order].clamp_min(1e-8).sqrt()
-        shape = self.analysis.weight.shape
-        self.analysis.weight[: len(order)] = (basis / deviations[:, None]).reshape(len(order), *shape[1:]).float()
-        self.analysis.bias[: len(order)] = -(basis @ mean / deviations).float()
-        self.synthesis.weight[: len(order)] = (basis * deviations[:, None]).reshape(len(order), *shape[1:]).float()
-        # The mean of a block is nearly the same at each of its voxels, and a transposed convolution has one bias.
-        self.synthesis.bias.fill_(float(mean.mean()))
+        deviations = variances[order].clamp_min(1e-8).sqrt()[:, None]
+        shape = (len(order), *self.analysis.weight.shape[1:])
+        self.analysis.weight[: len(order)] = (basis / deviations).reshape(shape).float()
+        self.analysis.bias[: len(order)] = -(basis / deviations).sum(1).float() * float(center)
+        self.synthesis.weight[: len(order)] = (basis * deviations).reshape(shape).float()
+        self.synthesis.bias.fill_(float(center))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and log-variance, float32, each (b, latent_channels, *spatial / downsampling).

@@ -87,7 +87,7 @@ class Denoiser(nn.Module):
             channels=tuple(settings.channels),
             attention_levels=tuple(settings.attention_levels),
             norm_num_groups=settings.norm_num_groups,
-            num_head_channels=tuple(settings.num_head_channels if a else 0 for a in settings.attention_levels),
+            num_head_channels=settings.num_head_channels,
             with_conditioning=True,
             cross_attention_dim=settings.covariate_dim,
             num_class_embeds=1,

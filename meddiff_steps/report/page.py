@@ -82,7 +82,7 @@ def number(value: Any, digits: int = 3) -> str:
         return "not defined"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
-    if isinstance(value, int) or float(value).is_integer() and abs(value) >= 10**digits:
+    if isinstance(value, int) or (float(value).is_integer() and abs(value) >= 10**digits):
         return f"{int(value):,}"
     if value != 0 and not 1e-4 <= abs(value) < 1e7:
         return f"{value:.{digits}g}"
@@ -223,9 +223,8 @@ def quality_control(qc: pd.DataFrame) -> tuple[list[str], list[Table]]:
             text.append(f"{words}: {shown}{f'; and {len(counts) - 4} more' if len(counts) > 4 else ''}.")
     if "cut_off_share" in kept and kept["cut_off_share"].notna().any():
         cut = kept["cut_off_share"].dropna()
-        text.append(
-            f"Foreground outside the grid: median {100 * cut.median():.2f} %, at most {100 * cut.max():.2f} % ({kept['scan_id'].loc[cut.index[int(cut.argmax())]]})."
-        )
+        worst = kept["scan_id"].loc[cut.index[int(cut.argmax())]]
+        text.append(f"Foreground outside the grid: median {100 * cut.median():.2f} %, at most {100 * cut.max():.2f} % ({worst}).")
     lost = qc[qc["status"] != "ok"]
     if lost.empty:
         return text, []
@@ -263,7 +262,7 @@ def render(*, title: str, study: str, lead: str, simulated: bool, headline: Sequ
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
     environment.filters |= {
-        "is_figure": lambda keys: _FIGURE_KEYS <= set(keys),
+        "is_figure": lambda keys: set(keys) >= _FIGURE_KEYS,
         "show_figure": lambda figure: interval(figure, 4) + (f", n {figure['n']}" if "n" in figure else ""),
         "show_value": _show_value,
     }

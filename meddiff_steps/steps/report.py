@@ -77,7 +77,7 @@ def run(
     real_word = "simulated" if simulated else "real"
     lead = (
         f"A diffusion model learnt from {number(counts['training_scans'])} {real_word} images of {number(counts['training_subjects'])} subjects and then made "
-        f"{number(counts['generated'])} synthetic ones. Everything below is measured on subjects it never saw, or on the synthetic images."
+        f"{number(counts['generated'])} synthetic ones. Every figure of quality is measured on subjects it never saw, or on the synthetic images."
     )
     checks, left_out = quality_control(_parquet(qc))
     sections = [
@@ -98,7 +98,7 @@ def run(
                 Picture(
                     figures.spectra(measured["spectrum"]),
                     "Radially averaged power spectra of real, synthetic and reconstructed images, and their ratios over spatial frequency.",
-                    "Left: power of held-out real, synthetic and reconstructed images. Right: ratio to real. Dotted: a quarter and half of Nyquist. Hann-windowed.",
+                    "Left: power of held-out real, synthetic and reconstructed images (Hann-windowed). Right: ratio to real. Dotted: the bands.",
                 )
             ],
             tables=[band_table(measured["spectrum"])],
@@ -222,14 +222,14 @@ def _contact_sheet(real: Shards, synthetic: Shards, scans: pd.DataFrame, planned
         ]
         title = ""
     how = (
-        "Axial, coronal and sagittal middle slices in radiological convention (the subject's right is on the left; anterior is up in axial and left in sagittal slices). "
+        "Axial, coronal and sagittal middle slices, radiological convention (the subject's right is on the left; in sagittal slices, anterior). "
         if spatial_dims == 3
         else ""
     )
     return Picture(
         figures.image_grid(blocks, title=title),
         f"{len(shown)} held-out {kind.split(',')[0].lower()} images beside {len(shown)} synthetic ones, each with its covariates.",
-        f"{how}Grey values 0 to 1, bicubic interpolation. Each held-out scan stands beside the synthetic image whose request is closest; nothing was picked by eye.",
+        f"{how}Grey values 0 to 1, bicubic. Each held-out scan stands beside the synthetic image whose request is closest; none was picked by eye.",
     )
 
 
@@ -276,7 +276,7 @@ def _fidelity_pictures(predictions: pd.DataFrame, metrics: dict[str, Any]) -> li
     if not metrics or predictions.empty:
         return []
     alt = f"Requested against measured {', '.join(metrics)}, synthetic images over held-out real scans."
-    caption = "Orange: synthetic, requested against measured. Grey: held-out real scans, true against measured, which shows the predictor's own error. Bars: quartiles."
+    caption = "Orange: synthetic, requested against measured. Grey: held-out real scans, true against measured: the predictor's own error. Bars: quartiles."
     return [Picture(figures.scatter(predictions, metrics), alt, caption)]
 
 

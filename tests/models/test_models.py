@@ -1,0 +1,114 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from meddiff_steps import config
+from meddiff_steps.models.autoencoder import Autoencoder, kl_divergence
+from meddiff_steps.models.denoiser import CovariateTokens, Denoiser
+from meddiff_steps.models.files import channel_statistics
+from meddiff_steps.models.stem import Stem
+
+SMALL = config.Autoencoder(channels=[8, 16], norm_num_groups=4, latent_channels=4)
+UNET = config.Diffusion(channels=[8, 16], norm_num_groups=4, num_head_channels=8, covariate_dim=8, num_res_blocks=1)
+
+
+@pytest.mark.parametrize("kind", ["haar", "space_to_depth", "none"])
+@pytest.mark.parametrize("shape", [(2, 1, 8, 12), (2, 3, 4, 6, 8)])
+def test_a_stem_is_orthonormal_and_invertible(kind, shape):
+    stem = Stem(len(shape) - 2, kind)
+    x = torch.randn(shape)
+    y = stem(x)
+    assert y.shape[1] == stem.channels(shape[1])
+    assert torch.allclose(y.square().sum(), x.square().sum(), rtol=1e-5)
+    assert torch.allclose(stem.inverse(y), x, atol=1e-5)
+
+
+def test_the_first_haar_channel_is_the_block_mean():
+    x = torch.randn(1, 1, 4, 4, 4)
+    mean = torch.nn.functional.avg_pool3d(x, 2)
+    assert torch.allclose(Stem(3, "haar")(x)[:, :1] / math.sqrt(8), mean, atol=1e-6)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("stem", ["haar", "none"])
+@pytest.mark.parametrize("linear", [True, False])
+def test_autoencoder_shapes(dims, stem, linear):
+    settings = SMALL.model_copy(update={"stem": stem, "linear_path": linear})
+    model = Autoencoder(settings, dims)
+    x = torch.rand(2, 1, *(8, 16, 8)[:dims])
+    reconstruction, mean, log_variance = model(x, None)
+    assert reconstruction.shape == x.shape
+    assert mean.shape == log_variance.shape == (2, 4, *(n // settings.downsampling for n in x.shape[2:]))
+
+
+def test_the_linear_path_starts_at_the_best_linear_code():
+    # Blocks that live in a 4-dimensional space can be coded with 4 channels without loss.
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randn(4, 4, 4, 4, generator=generator)
+    weights = torch.randn(6, 2, 2, 2, 4, generator=generator) * 0.1
+    blocks = torch.einsum("nxyzk,kabc->nxaybzc", weights, patterns).reshape(6, 1, 8, 8, 8) * 0.2 + 0.5
+    model = Autoencoder(SMALL, 3)
+    model.fit_linear_path(blocks)
+    reconstruction, mean, _ = model(blocks)
+    assert torch.allclose(reconstruction, blocks, atol=2e-3)
+    assert torch.allclose(mean.square().mean((0, 2, 3, 4)), torch.ones(4), atol=0.01)
+
+
+def test_kl_against_torch_and_at_tiny_variances():
+    mean, log_variance = torch.randn(3, 4, 2, 2, 2), torch.randn(3, 4, 2, 2, 2)
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean, torch.exp(0.5 * log_variance)), torch.distributions.Normal(0.0, 1.0)
+    )
+    assert torch.allclose(kl_divergence(mean, log_variance), expected.flatten(1).sum(1), rtol=1e-4)
+    # In half precision the square of the standard deviation underflows; the log-variance does not.
+    assert torch.isfinite(kl_divergence(torch.zeros(1, 1), torch.full((1, 1), -30.0).half())).all()
+
+
+def test_missing_covariates_use_their_null_and_no_other():
+    tokens = CovariateTokens([0, 3], 8)
+    known = tokens(torch.tensor([[0.5, 2.0]]))
+    missing = tokens(torch.tensor([[math.nan, 2.0]]))
+    assert torch.equal(missing[:, 0], tokens.null[:1])
+    assert torch.equal(missing[:, 1], known[:, 1])
+    tokens(torch.tensor([[math.nan, math.nan]])).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in tokens.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_the_denoiser_depends_on_every_input(dims):
+    torch.manual_seed(0)
+    model = Denoiser(UNET, dims, 4, [0, 2]).eval()
+    # The output convolution and the covariate path start at zero; move them, as training would.
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    x, t, c = torch.randn(2, 4, *(4, 8, 4)[:dims]), torch.tensor([10.0, 10.0]), torch.tensor([[0.1, 0.0], [0.1, 0.0]])
+    base = model(x, t, c)
+    assert base.shape == x.shape
+    assert base.dtype == torch.float32
+    for changed in (model(x + 0.1, t, c), model(x, t + 300.5, c), model(x, t, c + torch.tensor([1.0, 0.0])), model(x, t, c + torch.tensor([0.0, 1.0]))):
+        assert (changed - base).abs().max() > 1e-4
+
+
+def test_gradient_checkpointing_changes_nothing():
+    results = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = Denoiser(UNET.model_copy(update={"gradient_checkpointing": checkpointing}), 2, 4, [0])
+        torch.manual_seed(1)
+        x = torch.randn(1, 4, 8, 8)
+        for parameter in model.parameters():
+            parameter.data += 0.01
+        model(x, torch.tensor([3.0]), torch.zeros(1, 1)).square().mean().backward()
+        results.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_channel_statistics_in_one_pass():
+    rng = np.random.default_rng(0)
+    latents = [rng.normal([[1.0], [-2.0]], [[3.0], [0.5]], (2, 50)).astype(np.float32) for _ in range(20)]
+    mean, std = channel_statistics(iter(latents))
+    stacked = np.concatenate(latents, 1)
+    assert np.allclose(mean, stacked.mean(1), atol=1e-5)
+    assert np.allclose(std, stacked.std(1), atol=1e-5)

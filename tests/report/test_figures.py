@@ -1,0 +1,110 @@
+"""Pictures: orientation of planes, layout, same bytes twice."""
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from meddiff_steps.report import figures
+from meddiff_steps.report.figures import Block, Tile
+
+
+@pytest.fixture
+def head() -> np.ndarray:
+    """A volume whose right, anterior and superior sides are marked by brightness."""
+    volume = np.zeros((1, 8, 10, 6), np.float16)
+    volume[0, -1] += 0.2  # right
+    volume[0, :, -1] += 0.3  # anterior
+    volume[0, :, :, -1] += 0.4  # superior
+    return volume
+
+
+def test_planes_follow_radiological_convention(head: np.ndarray) -> None:
+    axial, coronal, sagittal = figures.planes(head)
+    assert (axial.shape, coronal.shape, sagittal.shape) == ((10, 8), (6, 8), (6, 10))
+    assert axial[0, 4] > axial[-1, 4]  # anterior is up
+    assert axial[5, 0] > axial[5, -1]  # the subject's right is on the left
+    assert coronal[0, 4] > coronal[-1, 4]  # superior is up
+    assert coronal[3, 0] > coronal[3, -1]
+    assert sagittal[0, 5] > sagittal[-1, 5]
+    assert sagittal[3, 0] > sagittal[3, -1]  # anterior is on the left
+
+
+def test_a_2d_image_is_shown_as_it_is() -> None:
+    image = np.arange(12, dtype=np.float32).reshape(1, 3, 4)
+    (plane,) = figures.planes(image)
+    np.testing.assert_array_equal(plane, image[0])
+
+
+def test_mosaic_centres_pictures_on_a_common_height() -> None:
+    tall, short = np.ones((6, 2)), np.ones((2, 3))
+    side = figures.mosaic([tall, short])
+    assert side.shape == (6, 2 + 1 + 3)
+    np.testing.assert_array_equal(side[:, 2], 0)
+    np.testing.assert_array_equal(side[2:4, 3:], 1)
+    assert side[:, 3:].sum() == 6
+    assert figures.mosaic([tall.T, short], vertical=True).shape == (2 + 1 + 2, 6)
+
+
+def predictions() -> tuple[pd.DataFrame, dict]:
+    rng = np.random.default_rng(0)
+    rows = [(k, "size", None, v, v + rng.normal()) for k in ("real", "synthetic") for v in rng.uniform(0, 50, 30)]
+    rows += [(k, "site", level, float(i % 2), rng.random()) for k in ("real", "synthetic") for level in ("a$1", "b") for i in range(30)]
+    figure = {"value": 0.9, "low": 0.8, "high": 0.95, "n": 30, "ceiling": {"value": None, "low": None, "high": None, "n": 30}}
+    metrics = {"size": {"kind": "continuous", "unit": "$mL$", "r": figure}, "site": {"kind": "categorical", "auc": figure}}
+    return pd.DataFrame(rows, columns=["kind", "covariate", "level", "requested_or_true", "measured"]), metrics
+
+
+def everything(head: np.ndarray) -> dict[str, Callable[[], bytes]]:
+    tiles = [Tile(head, "age 40 $\nsex F"), Tile(head), Tile(head, "one line")]
+    history = pd.DataFrame({"step": [0, 10, 0, 10, 0], "metric": ["train/l1", "train/l1", "val_l1", "val_l1", "psnr"], "value": [1.0, 0.01, 1.1, np.nan, 20.0]})
+    curve = [10.0, 1.0, 0.1, 0.01]
+    spectrum = {"frequency_of_nyquist": [0.1, 0.4, 0.6, 0.9], "radial_average": {"real": curve, "synthetic": curve, "image": curve, "reconstruction": curve}}
+    return {
+        "grid": lambda: figures.image_grid([Block("Real", tiles, 2), Block("", tiles, 3, row_labels=["row"])], title="Title"),
+        "strip": lambda: figures.strip([tiles, tiles], difference=True),
+        "short strip": lambda: figures.strip([tiles[:1]], difference=True),
+        "reconstruction": lambda: figures.reconstruction_grid([("typical", head, head * 0.9)]),
+        "scatter": lambda: figures.scatter(*predictions()),
+        "spectra": lambda: figures.spectra(spectrum),
+        "losses": lambda: figures.loss_curves(history),
+    }
+
+
+@pytest.mark.parametrize("name", ["grid", "strip", "short strip", "reconstruction", "scatter", "spectra", "losses"])
+def test_pictures_are_png_without_metadata_and_the_same_twice(head: np.ndarray, name: str) -> None:
+    draw = everything(head)[name]
+    first = draw()
+    picture = Image.open(io.BytesIO(first))
+    assert picture.format == "PNG"
+    assert set(picture.info) <= {"dpi"}
+    assert min(picture.size) > 50
+    assert draw() == first
+
+
+def test_the_users_matplotlib_settings_do_not_matter(head: np.ndarray) -> None:
+    import matplotlib
+
+    plain = everything(head)["losses"]()
+    with matplotlib.rc_context({"lines.linewidth": 9, "axes.facecolor": "red", "savefig.dpi": 30}):
+        assert everything(head)["losses"]() == plain
+
+
+def grey(picture: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(picture)).convert("L"), dtype=float)
+
+
+def test_grid_pixels_are_square() -> None:
+    dark = np.argwhere(grey(figures.image_grid([Block("", [Tile(np.zeros((1, 10, 20), np.float32))], 1)], width=3.0)) < 20)
+    height, width = np.ptp(dark, axis=0) + 1
+    assert width == pytest.approx(2 * height, abs=3)
+
+
+def test_grid_shows_row_0_on_top() -> None:
+    image = np.zeros((1, 20, 20), np.float32)
+    image[0, :10] = 1.0  # upper half white
+    shown = grey(figures.image_grid([Block("", [Tile(image)], 1)], width=3.0))
+    assert np.argwhere(shown < 20)[:, 0].min() > 0.45 * shown.shape[0]

@@ -1,0 +1,166 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from meddiff_steps import config
+from meddiff_steps.imaging.augment import Variant, draw_variant
+from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
+from meddiff_steps.training import loop
+from meddiff_steps.training.autoencoder import AutoencoderTask, spectral_loss
+from meddiff_steps.training.backend import make_fabric
+from meddiff_steps.training.checkpoint import weights_digest
+from meddiff_steps.training.diffusion import DiffusionTask, LatentData, drop
+
+OPTIMISER = config.Optimiser(steps=7, batch_size=4, learning_rate=1e-3, warmup_steps=2, log_every=2, checkpoint_every=3, validate_every=4)
+
+
+@pytest.fixture(scope="module")
+def fabric():
+    return make_fabric(config.Compute(device="cpu", precision="32-true"), threads=1)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "shard.arrow"
+    rng = np.random.default_rng(0)
+    with ShardWriter(path, {"scan_id": pa.string(), "image": Tensor("float16", (1, 8, 8, 8))}) as shard:
+        for i in range(10):
+            shard.append(scan_id=str(i), image=rng.random((1, 8, 8, 8)))
+    return Shards([path])
+
+
+def autoencoder_task(images, fabric, **changes):
+    settings = config.Autoencoder(channels=[8, 16], norm_num_groups=4, latent_channels=4, optimiser=OPTIMISER, **changes)
+    return AutoencoderTask(settings, config.Augmentation(variants=2, flip=True, max_shift_voxels=1), images, range(8), range(8, 10), "seed", fabric)
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    path = tmp_path_factory.mktemp("latents") / "shard.arrow"
+    rng = np.random.default_rng(0)
+    shape = Tensor("float16", (4, 4, 4, 4))
+    with ShardWriter(path, {"mean": shape, "log_variance": shape}) as shard:
+        for _ in range(10):
+            shard.append(mean=rng.normal(size=shape.shape), log_variance=np.full(shape.shape, -4.0))
+    return LatentData(Shards([path]), np.zeros(4, np.float32), np.ones(4, np.float32), rng.normal(size=(10, 2)).astype(np.float32), np.arange(8), np.arange(8, 10))
+
+
+def diffusion_task(latents, fabric):
+    settings = config.Diffusion(channels=[8, 16], norm_num_groups=4, num_head_channels=8, covariate_dim=8, num_res_blocks=1, optimiser=OPTIMISER)
+    return DiffusionTask(settings, latents, [0, 0], "seed", fabric)
+
+
+def digests(task):
+    return {name: weights_digest(module.state_dict()) for name, module in task.modules.items()}
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["autoencoder", "adversarial", "diffusion"])
+@pytest.mark.parametrize("kill_at", [1, 4, 6])
+def test_a_killed_and_resumed_training_gives_the_same_weights_and_curve(tmp_path, images, latents, fabric, kind, kill_at):
+    def make():
+        if kind == "diffusion":
+            return diffusion_task(latents, fabric)
+        adversarial = config.Adversarial(weight=0.1, start_step=2, channels=8, layers=1) if kind == "adversarial" else config.Adversarial()
+        return autoencoder_task(images, fabric, adversarial=adversarial)
+
+    straight = make()
+    curve = loop.fit(straight, OPTIMISER, fabric, tmp_path / "straight", "test")
+
+    interrupted = make()
+    step = interrupted.train_step
+
+    def train_step(number):
+        if number == kill_at:
+            raise Killed
+        return step(number)
+
+    interrupted.train_step = train_step
+    with pytest.raises(Killed):
+        loop.fit(interrupted, OPTIMISER, fabric, tmp_path / "resumed", "test")
+    resumed = make()
+    assert loop.fit(resumed, OPTIMISER, fabric, tmp_path / "resumed", "test").equals(curve)
+    assert digests(resumed) == digests(straight)
+
+
+def test_a_truncated_checkpoint_is_not_resumed_from(tmp_path, latents, fabric):
+    task = diffusion_task(latents, fabric)
+    loop.fit(task, OPTIMISER, fabric, tmp_path, "test")
+    (newest,) = tmp_path.glob("step-*.safetensors")
+    newest.write_bytes(newest.read_bytes()[:1000])
+    again = diffusion_task(latents, fabric)
+    loop.fit(again, OPTIMISER, fabric, tmp_path, "test")
+    assert digests(again) == digests(task)
+
+
+def test_a_finished_training_trains_no_more(tmp_path, latents, fabric):
+    loop.fit(diffusion_task(latents, fabric), OPTIMISER, fabric, tmp_path, "test")
+    task = diffusion_task(latents, fabric)
+    task.train_step = None
+    assert len(loop.fit(task, OPTIMISER, fabric, tmp_path, "test"))
+
+
+def test_the_seed_decides_the_weights(tmp_path, latents, fabric):
+    first = diffusion_task(latents, fabric)
+    torch.manual_seed(123)
+    assert digests(diffusion_task(latents, fabric)) == digests(first)
+
+
+def test_losses_fall(tmp_path, images, fabric):
+    settings = OPTIMISER.model_copy(update={"steps": 40, "log_every": 10})
+    task = autoencoder_task(images, fabric)
+    curve = loop.fit(task, settings, fabric, tmp_path, "test")
+    l1 = curve[curve["metric"] == "train/l1"]["value"].to_numpy()
+    assert l1[-1] < l1[0]
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(tmp_path, latents, fabric):
+    task = diffusion_task(latents, fabric)
+    task.train_step = lambda step: {"train/loss": torch.tensor(float("nan"))}
+    with pytest.raises(FloatingPointError, match="learning rate"):
+        loop.fit(task, OPTIMISER, fabric, tmp_path, "test")
+
+
+def test_epochs_are_permutations_and_steps_are_reproducible():
+    rows = np.concatenate([loop.batch_rows("root", step, 4, 10) for step in range(5)])
+    assert sorted(rows[:10]) == list(range(10))
+    assert sorted(rows[10:]) == list(range(10))
+    assert list(rows[:10]) != list(rows[10:])
+    assert list(loop.batch_rows("root", 2, 4, 10)) == list(rows[8:12])
+
+
+def test_the_learning_rate_warms_up_and_falls_to_nearly_zero():
+    scales = [loop.learning_rate_scale(step, OPTIMISER) for step in range(OPTIMISER.steps)]
+    assert scales[0] == 0.5
+    assert max(scales) == 1.0
+    assert scales[-1] < 0.15
+    assert all(a >= b for a, b in zip(scales[2:], scales[3:], strict=False))
+
+
+def test_covariate_dropout_has_the_stated_rates():
+    kept = drop(np.zeros((20000, 3), np.float32), each=0.2, together=0.1, generator=np.random.default_rng(0))
+    assert np.isnan(kept).all(1).mean() == pytest.approx(0.1 + 0.9 * 0.2**3, abs=0.01)
+    assert np.isnan(kept[:, 0]).mean() == pytest.approx(1 - 0.9 * 0.8, abs=0.01)
+
+
+def test_variants_shift_without_wrapping_and_flip_left_right():
+    image = np.arange(27, dtype=np.float32).reshape(1, 3, 3, 3) + 1
+    shifted = Variant(False, (1, 0, 0))(image)
+    assert (shifted[:, 0] == 0).all()
+    assert np.array_equal(shifted[:, 1:], image[:, :-1])
+    assert np.array_equal(Variant(True, (0, 0, 0))(image), image[:, ::-1])
+    flat = image[:, 0]
+    assert np.array_equal(Variant(True, (0, 0))(flat), flat[:, :, ::-1])
+    drawn = {draw_variant(config.Augmentation(flip=True, max_shift_voxels=1), 3, np.random.default_rng(i)) for i in range(200)}
+    assert len(drawn) > 40
+
+
+def test_the_spectral_loss_sees_blur_that_a_mean_does_not():
+    x = torch.rand(1, 1, 16, 16)
+    blurred = torch.nn.functional.avg_pool2d(x, 3, 1, 1)
+    assert spectral_loss(x, x) == 0
+    assert spectral_loss(blurred, x) > 0.1
