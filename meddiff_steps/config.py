@@ -247,6 +247,10 @@ class Augmentation(Section):
 
 
 class Latents(Section):
+    normalisation: Literal["position", "channel"] = Field(
+        "position",
+        description="What the diffusion model sees: latents standardised at every position and channel, or with one mean and deviation per channel.",
+    )
     batch_size: PositiveInt = 8
 
 
@@ -427,6 +431,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "quality": ("preprocess",),
     "autoencoder": ("seed", "augmentation", "autoencoder", "compute"),
     "latents": ("seed", "augmentation", "latents", "compute"),
+    "scale": ("latents",),
     "diffusion": ("seed", "covariates", "diffusion", "compute"),
     "plan": ("seed", "covariates", "plan", "generate"),
     "generate": ("generate", "compute"),

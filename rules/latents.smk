@@ -31,7 +31,8 @@ rule scale:
         manifest=MANIFEST,
         latents=expand(LATENTS, shard=COHORT_SHARDS),
     output:
-        LATENT_SCALE,
+        scale=LATENT_SCALE,
+        manifest=LATENT_MANIFEST,
     log:
         f"{RESULTS}/logs/scale.log",
     benchmark:
@@ -44,9 +45,10 @@ rule scale:
         mem_mb=memory(1000),
         runtime=minutes(60),
     params:
+        config=settings("scale"),
         code=code_digest("scale"),
         latents=lambda wildcards, input: repeat("--latents", input.latents),
     message:
         "Measuring the scale of the latents"
     shell:
-        "python -m meddiff_steps scale --manifest {input.manifest} {params.latents} --out {output} 2>&1 | tee {log}"
+        "python -m meddiff_steps scale --config {params.config} --manifest {input.manifest} {params.latents} --scale {output.scale} --out {output.manifest} 2>&1 | tee {log}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -69,14 +70,21 @@ class Denoiser(nn.Module):
     ----------
     settings
         The study's `diffusion` section.
-    spatial_dims, latent_channels
-        Of the latents.
+    latent_shape
+        (c, *spatial).
     levels
         Per covariate: the number of levels, or 0 for a continuous one.
     """
 
-    def __init__(self, settings: config.Diffusion, spatial_dims: int, latent_channels: int, levels: list[int]) -> None:
+    offset: Tensor
+    scale: Tensor
+
+    def __init__(self, settings: config.Diffusion, latent_shape: Sequence[int], levels: list[int]) -> None:
         super().__init__()
+        spatial_dims, latent_channels = len(latent_shape) - 1, latent_shape[0]
+        # How latents were standardised travels with the weights, so that it cannot be lost or mistyped.
+        self.register_buffer("offset", torch.zeros(1, *latent_shape))
+        self.register_buffer("scale", torch.ones(1, *latent_shape))
         depth = len(settings.channels)
         self.tokens = CovariateTokens(levels, settings.covariate_dim)
         self.unet = DiffusionModelUNet(
@@ -105,6 +113,10 @@ class Denoiser(nn.Module):
         if settings.gradient_checkpointing:
             for block in [*self.unet.down_blocks, self.unet.middle_block, *self.unet.up_blocks]:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+    def latents(self, standardised: Tensor) -> Tensor:
+        """The autoencoder's latents from what this model generates, (b, c, *spatial)."""
+        return standardised * self.scale + self.offset
 
     def forward(self, x: Tensor, timesteps: Tensor, covariates: Tensor) -> Tensor:
         """x (b, c, *spatial), timesteps (b,) in [0, num_train_timesteps), covariates (b, k) -> (b, c, *spatial) float32."""

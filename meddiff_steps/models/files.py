@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from meddiff_steps import config
 from meddiff_steps.cohort.covariates import CovariateEncoding
@@ -86,8 +83,6 @@ class LatentDiffusion:
         The `diffusion` section it was trained with.
     latent_shape
         (c, *spatial).
-    offset, scale
-        Per channel, (c, 1, ...): the network sees (z - offset) / scale.
     encoding
         How covariates become its input.
     """
@@ -95,8 +90,6 @@ class LatentDiffusion:
     denoiser: Denoiser
     settings: config.Diffusion
     latent_shape: tuple[int, ...]
-    offset: Tensor
-    scale: Tensor
     encoding: CovariateEncoding
 
     @classmethod
@@ -105,31 +98,11 @@ class LatentDiffusion:
         settings = config.Diffusion.model_validate(card["settings"])
         encoding = CovariateEncoding.from_json(card["encoding"])
         shape = tuple(card["latent_shape"])
-        denoiser = Denoiser(settings, len(shape) - 1, shape[0], level_counts(encoding))
+        denoiser = Denoiser(settings, shape, level_counts(encoding))
         _load(denoiser, weights, card)
-        per_channel = (shape[0], *(1,) * (len(shape) - 1))
-        offset, scale = (torch.tensor(card[f"latent_{name}"], dtype=torch.float32).reshape(per_channel) for name in ("offset", "scale"))
-        return cls(denoiser, settings, shape, offset, scale, encoding)
+        return cls(denoiser, settings, shape, encoding)
 
 
 def level_counts(encoding: CovariateEncoding) -> list[int]:
     """Per encoded covariate: the number of its levels, or 0 for a continuous one."""
     return [len(encoding.levels.get(name, ())) for name in encoding.names]
-
-
-def channel_statistics(latents: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation per channel over all training latents, float64 (c,), in one pass.
-
-    Parameters
-    ----------
-    latents
-        Posterior means, each (c, *spatial); an iterator is fine.
-    """
-    count, total, square = 0, np.zeros(1), np.zeros(1)
-    for latent in latents:
-        flat = latent.reshape(latent.shape[0], -1).astype(np.float64)
-        count, total, square = count + flat.shape[1], total + flat.sum(1), square + (flat**2).sum(1)
-    if count == 0:
-        raise UserError("no training latent was found: the train split is empty after preprocessing. See preprocessed/qc.parquet.")
-    mean = total / count
-    return mean, np.sqrt(np.maximum(square / count - mean**2, 1e-12))

@@ -6,13 +6,14 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from safetensors.numpy import load_file
 
 from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.cohort.manifest import read_manifest, rows_by_split
 from meddiff_steps.config import load_stage
 from meddiff_steps.files import atomic_path
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.models.files import level_counts, read_json, save_model
+from meddiff_steps.models.files import level_counts, save_model
 from meddiff_steps.training.backend import make_fabric, resolve
 from meddiff_steps.training.checkpoint import state_key
 from meddiff_steps.training.diffusion import DiffusionTask, LatentData
@@ -25,7 +26,7 @@ def run(
     config: Annotated[Path, typer.Option(help="frozen config of stage `diffusion`")],
     manifest: Annotated[Path, typer.Option(help="cohort/manifest.parquet")],
     latents: Annotated[list[Path], typer.Option(help="latent shard; repeat for all of them")],
-    scale: Annotated[Path, typer.Option(help="latents/manifest.json")],
+    scale: Annotated[Path, typer.Option(help="latents/scale.safetensors")],
     weights: Annotated[Path, typer.Option(help="weights to write (safetensors)")],
     card: Annotated[Path, typer.Option(help="card to write (JSON)")],
     history: Annotated[Path, typer.Option(help="training curve to write (Parquet)")],
@@ -40,11 +41,11 @@ def run(
     ids, variants = shards.column("scan_id"), np.array(shards.column("variant"))
     rows = rows_by_split(table, ids)
     encoding = CovariateEncoding.fit(table, study.covariates)
-    statistics = read_json(scale)
+    statistics = load_file(scale)
     data = LatentData(
         shards=shards,
-        offset=np.array(statistics["offset"], np.float32),
-        scale=np.array(statistics["scale"], np.float32),
+        offset=statistics["offset"],
+        scale=statistics["scale"],
         covariates=encoding.encode(table.set_index("scan_id").loc[ids].reset_index()),
         train_rows=np.array(rows["train"]),
         val_rows=np.array([row for row in rows["val"] if variants[row] == 0], dtype=np.int64),
@@ -63,9 +64,7 @@ def run(
         card,
         {
             "settings": settings.model_dump(mode="json"),
-            "latent_shape": statistics["latent_shape"],
-            "latent_offset": statistics["offset"],
-            "latent_scale": statistics["scale"],
+            "latent_shape": list(shards.shape("mean")),
             "encoding": encoding.to_json(),
             "precision": resolve(study.compute)[1],
             "scans": {split: len({ids[row] for row in indices}) for split, indices in rows.items()},

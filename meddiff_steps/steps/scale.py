@@ -3,21 +3,39 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
+from safetensors.numpy import save_file
 
 from meddiff_steps.cohort.manifest import read_manifest, rows_by_split
+from meddiff_steps.config import load_stage
+from meddiff_steps.files import atomic_path
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.models.files import channel_statistics, write_json
+from meddiff_steps.models.files import write_json
+from meddiff_steps.models.latents import standardisation
 
 
 def run(
+    config: Annotated[Path, typer.Option(help="frozen config of stage `scale`")],
     manifest: Annotated[Path, typer.Option(help="cohort/manifest.parquet")],
     latents: Annotated[list[Path], typer.Option(help="latent shard; repeat for all of them")],
+    scale: Annotated[Path, typer.Option(help="latents/scale.safetensors to write")],
     out: Annotated[Path, typer.Option(help="latents/manifest.json to write")],
 ) -> None:
-    """Measure mean and standard deviation of every latent channel over the whole train split, in one pass."""
+    """Measure how the latents of the whole train split are to be standardised, in one pass."""
+    study = load_stage(config, "scale")
     shards = Shards(latents)
     rows = rows_by_split(read_manifest(manifest), shards.column("scan_id"))["train"]
-    offset, scale = channel_statistics(shards.tensor("mean", row) for row in rows)
-    write_json(out, {"latent_shape": list(shards.shape("mean")), "offset": np.round(offset, 6).tolist(), "scale": np.round(scale, 6).tolist(), "train_latents": len(rows)})
+    offset, deviation = standardisation((shards.tensor("mean", row) for row in rows), study.latents.normalisation)
+    with atomic_path(scale) as path:
+        save_file({"offset": offset, "scale": deviation}, path)
+    axes = tuple(range(1, offset.ndim))
+    write_json(
+        out,
+        {
+            "normalisation": study.latents.normalisation,
+            "latent_shape": list(offset.shape),
+            "train_latents": len(rows),
+            "channel_offset": offset.mean(axes).round(5).tolist(),
+            "channel_scale": deviation.mean(axes).round(5).tolist(),
+        },
+    )

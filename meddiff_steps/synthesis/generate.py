@@ -39,9 +39,9 @@ class Generator:
         self.model, self.settings, self.fabric = model, settings, fabric
         self.process = NoiseProcess.of(model.settings)
         self.spatial_dims = len(model.latent_shape) - 1
-        self.denoiser = fabric.to_device(to_channels_last(model.denoiser, self.spatial_dims))
+        to_channels_last(model.denoiser, self.spatial_dims)
+        self.denoiser = fabric.to_device(model.denoiser)
         self.autoencoder = fabric.to_device(to_channels_last(autoencoder, self.spatial_dims))
-        self.offset, self.scale = fabric.to_device(model.offset), fabric.to_device(model.scale)
 
     def images(self, subjects: pd.DataFrame, label: str) -> Iterator[tuple[str, np.ndarray]]:
         """(sample_id, image float32 (1, *spatial) in [0, 1]) for every row of a plan, in order."""
@@ -62,7 +62,7 @@ class Generator:
 
     @torch.no_grad()
     def latents(self, noise: np.ndarray, covariates: np.ndarray, subjects: Sequence[tuple[str, int, int]]) -> Tensor:
-        """Normalised latents (b, c, *spatial) from noise of that shape; `subjects` are (cohort_root, index, attempt)."""
+        """Standardised latents (b, c, *spatial) from noise of that shape; `subjects` are (cohort_root, index, attempt)."""
 
         def step_noise(step: int) -> Tensor:
             keys = [seed_key(*subject, f"steps/{step}") for subject in subjects]
@@ -85,8 +85,8 @@ class Generator:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
-        """Images float32 (b, 1, *spatial), clipped to [0, 1], from normalised latents."""
-        z = (latents * self.scale + self.offset).contiguous(memory_format=channels_last(self.spatial_dims))
+        """Images float32 (b, 1, *spatial), clipped to [0, 1], from standardised latents."""
+        z = self.denoiser.latents(latents).contiguous(memory_format=channels_last(self.spatial_dims))
         with self.fabric.autocast():
             images = self.autoencoder.decode(z)
         return images.clamp(0, 1).float().cpu().numpy()

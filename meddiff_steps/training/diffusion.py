@@ -30,7 +30,7 @@ class LatentData:
     shards
         Columns `mean` and `log_variance`, float16 (c, *spatial).
     offset, scale
-        Per latent channel, (c,): the training mean and standard deviation; the network sees (z - offset) / scale.
+        float32 (c, *spatial): the network sees (z - offset) / scale; see `models.latents.standardisation`.
     covariates
         Encoded covariates per row of `shards`, float32 (rows, k), NaN where missing.
     train_rows, val_rows
@@ -45,12 +45,11 @@ class LatentData:
     val_rows: np.ndarray
 
     def draw(self, rows: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """Samples of the posteriors of `rows`, normalised, float32 (len(rows), c, *spatial)."""
+        """Samples of the posteriors of `rows`, standardised, float32 (len(rows), c, *spatial)."""
         mean = self.shards.tensors("mean", rows)
         deviation = np.exp(0.5 * self.shards.tensors("log_variance", rows))
         z = mean + deviation * generator.standard_normal(mean.shape, dtype=np.float32)
-        per_channel = (slice(None),) + (None,) * (mean.ndim - 2)
-        return (z - self.offset[per_channel]) / self.scale[per_channel]
+        return (z - self.offset) / self.scale
 
 
 class DiffusionTask:
@@ -74,7 +73,10 @@ class DiffusionTask:
         shape = data.shards.shape("mean")
         self.spatial_dims = len(shape) - 1
         torch.manual_seed(int(step_generator(self.root, "weights", 0).integers(2**31)))
-        model = to_channels_last(Denoiser(settings, self.spatial_dims, shape[0], levels), self.spatial_dims)
+        model = Denoiser(settings, shape, levels)
+        model.offset.copy_(torch.from_numpy(data.offset)[None])
+        model.scale.copy_(torch.from_numpy(data.scale)[None])
+        to_channels_last(model, self.spatial_dims)
         average = copy.deepcopy(model).requires_grad_(False).eval()
         optimiser = torch.optim.AdamW(model.parameters(), lr=settings.optimiser.learning_rate, weight_decay=0.0)
         self.net, wrapped = fabric.setup(model, optimiser)

@@ -7,7 +7,7 @@ import torch
 from meddiff_steps import config
 from meddiff_steps.models.autoencoder import Autoencoder, kl_divergence
 from meddiff_steps.models.denoiser import CovariateTokens, Denoiser
-from meddiff_steps.models.files import channel_statistics
+from meddiff_steps.models.latents import standardisation
 from meddiff_steps.models.stem import Stem
 
 SMALL = config.Autoencoder(channels=[8, 16], norm_num_groups=4, latent_channels=4)
@@ -79,7 +79,7 @@ def test_missing_covariates_use_their_null_and_no_other():
 @pytest.mark.parametrize("dims", [2, 3])
 def test_the_denoiser_depends_on_every_input(dims):
     torch.manual_seed(0)
-    model = Denoiser(UNET, dims, 4, [0, 2]).eval()
+    model = Denoiser(UNET, (4, *(4, 8, 4)[:dims]), [0, 2]).eval()
     # The output convolution and the covariate path start at zero; move them, as training would.
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
@@ -95,7 +95,7 @@ def test_gradient_checkpointing_changes_nothing():
     results = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        model = Denoiser(UNET.model_copy(update={"gradient_checkpointing": checkpointing}), 2, 4, [0])
+        model = Denoiser(UNET.model_copy(update={"gradient_checkpointing": checkpointing}), (4, 8, 8), [0])
         torch.manual_seed(1)
         x = torch.randn(1, 4, 8, 8)
         for parameter in model.parameters():
@@ -105,10 +105,22 @@ def test_gradient_checkpointing_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_channel_statistics_in_one_pass():
+@pytest.mark.parametrize("kind", ["position", "channel"])
+def test_standardised_latents_have_mean_0_and_deviation_1(kind):
     rng = np.random.default_rng(0)
-    latents = [rng.normal([[1.0], [-2.0]], [[3.0], [0.5]], (2, 50)).astype(np.float32) for _ in range(20)]
-    mean, std = channel_statistics(iter(latents))
-    stacked = np.concatenate(latents, 1)
-    assert np.allclose(mean, stacked.mean(1), atol=1e-5)
-    assert np.allclose(std, stacked.std(1), atol=1e-5)
+    place = rng.normal(size=(2, 4, 5))
+    latents = [(place + rng.normal(size=(2, 4, 5)) * [[[3.0]], [[0.5]]]).astype(np.float32) for _ in range(400)]
+    offset, scale = standardisation(iter(latents), kind)
+    z = (np.stack(latents) - offset) / scale
+    axes = (0, 2, 3) if kind == "channel" else (0,)
+    assert offset.shape == scale.shape == (2, 4, 5)
+    assert np.allclose(z.mean(axes), 0, atol=1e-3)
+    assert np.allclose(z.std(axes), 1, atol=0.02)
+
+
+def test_a_constant_background_stays_small():
+    rng = np.random.default_rng(0)
+    latents = [np.concatenate([rng.normal(size=(1, 3, 4)), np.full((1, 3, 4), 5.0)], 1).astype(np.float32) for _ in range(50)]
+    offset, scale = standardisation(iter(latents), "position")
+    assert np.allclose(offset[:, 3:], 5.0)
+    assert 0.01 < scale[:, 3:].max() < 0.2

@@ -43,7 +43,7 @@ def latents(tmp_path_factory):
     with ShardWriter(path, {"mean": shape, "log_variance": shape}) as shard:
         for _ in range(10):
             shard.append(mean=rng.normal(size=shape.shape), log_variance=np.full(shape.shape, -4.0))
-    return LatentData(Shards([path]), np.zeros(4, np.float32), np.ones(4, np.float32), rng.normal(size=(10, 2)).astype(np.float32), np.arange(8), np.arange(8, 10))
+    return LatentData(Shards([path]), np.zeros(shape.shape, np.float32), np.ones(shape.shape, np.float32), rng.normal(size=(10, 2)).astype(np.float32), np.arange(8), np.arange(8, 10))
 
 
 def diffusion_task(latents, fabric):

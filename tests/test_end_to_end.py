@@ -1,0 +1,203 @@
+"""The whole workflow on a tiny simulated study, through Snakemake, as a user runs it."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from meddiff_steps.imaging.shards import Shards
+
+ROOT = Path(__file__).parents[1]
+
+STUDY = {
+    "study": "tiny",
+    "cohort": {"source": "simulated", "subjects": 40, "shape": [16, 20, 16], "spacing_mm": 10},
+    "covariates": {
+        "age": {"unit": "year", "range": [40, 90]},
+        "sex": {"levels": ["F", "M"]},
+        "brain_ml": {"unit": "mL", "range": [500, 2500]},
+    },
+    "splits": {"train": 0.5, "val": 0.15, "calibration": 0.15, "test": 0.2},
+    "preprocess": {"shape": [16, 24, 16], "spacing_mm": 10, "shards": 2},
+    "augmentation": {"variants": 2, "flip": True},
+    "autoencoder": {
+        "channels": [8, 16],
+        "norm_num_groups": 4,
+        "latent_channels": 4,
+        "optimiser": {"steps": 30, "batch_size": 2, "learning_rate": 1e-3, "checkpoint_every": 5},
+    },
+    "diffusion": {
+        "channels": [8, 16],
+        "norm_num_groups": 4,
+        "num_head_channels": 8,
+        "covariate_dim": 16,
+        "num_res_blocks": 1,
+        "optimiser": {"steps": 30, "batch_size": 4, "learning_rate": 1e-3, "checkpoint_every": 5},
+    },
+    "plan": [{"name": "syn", "subjects": 18}, {"name": "old", "subjects": 4, "where": {"age": [70, 85], "sex": "F"}}],
+    "generate": {"batch_size": 4, "shard_size": 11, "guidance_scale": 1.5},
+    "evaluate": {"bootstrap": 200, "sweep_steps": 3},
+    "release": {"name": "Tiny", "authors": ["A Tester", "B Tester"]},
+}
+
+CONTRACT = """
+cohort/manifest.parquet preprocessed/shard-0000.arrow preprocessed/shard-0001.arrow preprocessed/qc.parquet
+autoencoder/model.safetensors autoencoder/card.json latents/shard-0000.arrow latents/manifest.json
+diffusion/model.safetensors diffusion/card.json plan.parquet generated/shard-0000.arrow generated/shard-0001.arrow
+release/dataset_description.json release/participants.tsv evaluation/metrics.json report.html
+""".split()
+
+
+def snakemake(folder: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--directory", str(folder), "--cores", "2", "--configfile", str(folder / "study.yaml"), *arguments]
+
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+ENVIRONMENT.pop("MEDDIFF_STUDY", None)
+
+
+def run(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(snakemake(folder, *arguments), env=ENVIRONMENT, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+def run_and_kill(folder: Path, when: Callable[[], bool]) -> None:
+    """Start the workflow and `kill -9` it with all its jobs as soon as `when()` holds."""
+    process = subprocess.Popen(snakemake(folder, "--rerun-incomplete"), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 600
+    while not when():
+        assert process.poll() is None, "the workflow ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    run(folder, "--unlock")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Digest of every result, leaving out logs, timings and training state."""
+    root = folder / "results/tiny"
+    files = [p for p in root.rglob("*") if p.is_file() and p.relative_to(root).parts[0] not in {"logs", "benchmarks", "state", "config"}]
+    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files if not p.name.startswith(".")}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY))
+    run(folder)
+    return folder
+
+
+def test_every_contract_file_is_there(study):
+    assert [name for name in CONTRACT if not (study / "results/tiny" / name).exists()] == []
+
+
+def test_a_second_run_does_nothing(study):
+    assert "Nothing to be done" in run(study)
+
+
+def test_manifest_and_plan_have_their_columns(study):
+    manifest = pd.read_parquet(study / "results/tiny/cohort/manifest.parquet")
+    assert {"scan_id", "subject_id", "path", "sha256", "split", "age", "sex", "brain_ml"} <= set(manifest)
+    assert manifest.groupby("subject_id")["split"].nunique().max() == 1
+    plan = pd.read_parquet(study / "results/tiny/plan.parquet")
+    assert {"sample_id", "index", "attempt", "seed_key", "shard"} <= set(plan)
+    assert plan["seed_key"].is_unique
+    old = plan[plan["group"] == "old"]
+    assert old["age"].between(70, 85).all()
+    assert (old["sex"] == "F").all()
+
+
+def test_images_are_in_range_and_differ(study):
+    shards = Shards(sorted((study / "results/tiny/generated").glob("*.arrow")))
+    images = shards.tensors("image")
+    assert len(images) == 22
+    assert 0 <= images.min()
+    assert images.max() <= 1
+    assert len({image.tobytes() for image in images}) == 22
+
+
+def test_metrics_are_figures(study):
+    metrics = json.loads((study / "results/tiny/evaluation/metrics.json").read_text())
+    figure = metrics["covariates"]["brain_ml"]["r"]
+    assert figure["low"] <= figure["value"] <= figure["high"]
+
+
+def test_the_release_is_valid_bids(study):
+    validator = shutil.which("bids-validator-deno", path=str(Path(sys.executable).parent))
+    if validator is None:
+        pytest.skip("bids-validator-deno is not installed")
+    done = subprocess.run([validator, "--max-rows", "-1", "--json", str(study / "results/tiny/release")], capture_output=True, text=True)
+    issues = json.loads(done.stdout)["issues"]["issues"]
+    assert [issue for issue in issues if issue["severity"] == "error"] == []
+
+
+def test_a_subject_is_the_same_in_another_cohort_size_shard_and_order(study, tmp_path):
+    """Fewer subjects in other shards: the same models must give the same bytes for the same subject."""
+    changed = STUDY | {"plan": [STUDY["plan"][1], {"name": "syn", "subjects": 7}], "generate": STUDY["generate"] | {"shard_size": 3}}
+    shutil.copytree(study, tmp_path / "copy")
+    folder = tmp_path / "copy"
+    (folder / "study.yaml").write_text(yaml.safe_dump(changed))
+    run(folder, "results/tiny/release/dataset_description.json", "--rerun-triggers", "params", "input", "mtime")
+
+    def images(where: Path) -> dict[str, bytes]:
+        shards = Shards(sorted((where / "results/tiny/generated").glob("*.arrow")))
+        return {name: np.ascontiguousarray(shards.tensor("image", i)).tobytes() for i, name in enumerate(shards.column("sample_id"))}
+
+    before = images(study)
+    after = {name: image for name, image in images(folder).items() if name in before}
+    assert len(after) == 11
+    assert all(before[name] == image for name, image in after.items())
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "first", "untouched"),
+    [
+        ("generate", {"guidance_scale": 2.0}, "generate", {"cohort", "preprocess", "autoencoder", "latents", "diffusion"}),
+        ("diffusion", {"covariate_dropout": 0.2}, "diffusion", {"cohort", "preprocess", "autoencoder", "latents"}),
+        ("release", {"licence": "CC-BY-4.0"}, "images", {"cohort", "autoencoder", "diffusion", "generate", "measure"}),
+    ],
+)
+def test_a_changed_setting_reruns_its_stage_and_nothing_before(study, section, change, first, untouched):
+    original = (study / "study.yaml").read_text()
+    try:
+        (study / "study.yaml").write_text(yaml.safe_dump(STUDY | {section: STUDY[section] | change}))
+        rules = set(run(study, "--dry-run", "--quiet", "progress").split())
+    finally:
+        (study / "study.yaml").write_text(original)
+    jobs = {word for word in rules if word in untouched | {first}}
+    assert first in jobs
+    assert jobs & untouched == set()
+
+
+@pytest.mark.slow
+def test_killed_runs_finish_with_the_same_bytes(study, tmp_path):
+    (tmp_path / "study.yaml").write_text((study / "study.yaml").read_text())
+    results = tmp_path / "results/tiny"
+    run_and_kill(tmp_path, lambda: any(results.glob("state/autoencoder/*/step-*.safetensors")))
+    run_and_kill(tmp_path, lambda: (results / "autoencoder/card.json").exists())
+    run_and_kill(tmp_path, lambda: any(results.glob("state/diffusion/*/step-*.safetensors")))
+    run_and_kill(tmp_path, lambda: any(results.glob("generated/.partial-*")))
+    run(tmp_path, "--rerun-incomplete")
+    assert digests(tmp_path) == digests(study)
+
+
+def test_a_bad_study_stops_before_any_job(tmp_path):
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY | {"preproces": {}}))
+    done = subprocess.run(snakemake(tmp_path, "-n"), env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "preproces: unknown key" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
