@@ -152,9 +152,7 @@ class Preprocess(Section):
     center: Literal["image", "foreground"] = Field("image", description="What the grid is centred on.")
     foreground: Literal["nonzero", "all"] = Field("nonzero", description="Voxels that intensity percentiles are taken over.")
     percentiles: tuple[float, float] = Field((0.0, 99.5), description="Mapped to 0 and 1; values outside are clipped.")
-    brain_mask: str | None = Field(
-        None, description="Path pattern of a mask per scan, with {subject_id}, {session_id} and {scan_id}; voxels outside become 0."
-    )
+    brain_mask: str | None = Field(None, description="Path pattern of a mask per scan, with {subject_id}, {session_id} and {scan_id}; voxels outside become 0.")
     shards: Annotated[int, Field(ge=1, le=10_000)] = 2
     max_failed_share: Fraction = Field(0.05, description="More left-out scans than this stop the study.")
 
@@ -250,6 +248,9 @@ class Latents(Section):
     normalisation: Literal["position", "channel"] = Field(
         "position",
         description="What the diffusion model sees: latents standardised at every position and channel, or with one mean and deviation per channel.",
+    )
+    gaussian_rank: Annotated[int, Field(ge=0)] = Field(
+        64, description="Principal components of the Gaussian model of the latents that the diffusion network starts from; 0 leaves it out."
     )
     batch_size: PositiveInt = 8
 
@@ -420,7 +421,23 @@ class Study(Section):
 
 #: Columns of the manifest and the plan; no covariate can have their names.
 RESERVED_COLUMNS = frozenset(
-    "scan_id subject_id session_id path sha256 content_sha256 split sample_id group index attempt cohort_root noise_index seed_key shard".split()
+    [
+        "scan_id",
+        "subject_id",
+        "session_id",
+        "path",
+        "sha256",
+        "content_sha256",
+        "split",
+        "sample_id",
+        "group",
+        "index",
+        "attempt",
+        "cohort_root",
+        "noise_index",
+        "seed_key",
+        "shard",
+    ]
 )
 
 #: The sections each stage may read, and therefore what makes it run again when it changes.
@@ -431,7 +448,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "quality": ("preprocess",),
     "autoencoder": ("seed", "augmentation", "autoencoder", "compute"),
     "latents": ("seed", "augmentation", "latents", "compute"),
-    "scale": ("latents",),
+    "scale": ("covariates", "latents"),
     "diffusion": ("seed", "covariates", "diffusion", "compute"),
     "plan": ("seed", "covariates", "plan", "generate"),
     "generate": ("generate", "compute"),
@@ -563,13 +580,13 @@ def key_reference() -> str:
 
 
 def _sections() -> list[tuple[str, type[BaseModel]]]:
-    found: list[tuple[str, type[BaseModel]]] = [("study", Study)]
-    listed = [("cohort (source: simulated)", SimulatedSource), ("cohort (source: bids)", BidsSource), ("cohort (source: table)", TableSource)]
+    listed: list[tuple[str, type[BaseModel]]] = [("study", Study)]
+    listed += [("cohort (source: simulated)", SimulatedSource), ("cohort (source: bids)", BidsSource), ("cohort (source: table)", TableSource)]
     listed += [("covariates.NAME (a number)", ContinuousCovariate), ("covariates.NAME (a label)", CategoricalCovariate)]
     for name, field in Study.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             listed += _nested(name, field.annotation)
-    return [*found, *listed, ("plan (a list of groups)", PlanGroup)]
+    return [*listed, ("plan (a list of groups)", PlanGroup)]
 
 
 def _nested(name: str, model: type[BaseModel]) -> list[tuple[str, type[BaseModel]]]:
@@ -584,9 +601,11 @@ def _type_name(annotation: Any) -> str:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "section"
     if isinstance(annotation, type) and not hasattr(annotation, "__args__"):
-        return {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "NoneType": "null"}.get(annotation.__name__, annotation.__name__)
+        return {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "NoneType": "null"}.get(
+            annotation.__name__, annotation.__name__
+        )
     origin = getattr(annotation, "__origin__", None)
-    arguments = getattr(annotation, "__args__", ())
+    arguments: tuple[Any, ...] = getattr(annotation, "__args__", ())
     if origin is Literal:
         return " | ".join(f"`{value}`" for value in arguments)
     if origin is Annotated or (origin is not None and hasattr(annotation, "__metadata__")):

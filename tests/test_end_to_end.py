@@ -51,16 +51,42 @@ STUDY = {
     "release": {"name": "Tiny", "authors": ["A Tester", "B Tester"]},
 }
 
-CONTRACT = """
-cohort/manifest.parquet preprocessed/shard-0000.arrow preprocessed/shard-0001.arrow preprocessed/qc.parquet
-autoencoder/model.safetensors autoencoder/card.json latents/shard-0000.arrow latents/manifest.json
-diffusion/model.safetensors diffusion/card.json plan.parquet generated/shard-0000.arrow generated/shard-0001.arrow
-release/dataset_description.json release/participants.tsv evaluation/metrics.json report.html
-""".split()
+CONTRACT = [
+    "cohort/manifest.parquet",
+    "preprocessed/shard-0000.arrow",
+    "preprocessed/shard-0001.arrow",
+    "preprocessed/qc.parquet",
+    "autoencoder/model.safetensors",
+    "autoencoder/card.json",
+    "latents/shard-0000.arrow",
+    "latents/manifest.json",
+    "diffusion/model.safetensors",
+    "diffusion/card.json",
+    "plan.parquet",
+    "generated/shard-0000.arrow",
+    "generated/shard-0001.arrow",
+    "release/dataset_description.json",
+    "release/participants.tsv",
+    "evaluation/metrics.json",
+    "report.html",
+]
 
 
 def snakemake(folder: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--directory", str(folder), "--cores", "2", "--configfile", str(folder / "study.yaml"), *arguments]
+    return [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "-s",
+        str(ROOT / "Snakefile"),
+        "--directory",
+        str(folder),
+        "--cores",
+        "2",
+        "--configfile",
+        str(folder / "study.yaml"),
+        *arguments,
+    ]
 
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -75,7 +101,9 @@ def run(folder: Path, *arguments: str) -> str:
 
 def run_and_kill(folder: Path, when: Callable[[], bool]) -> None:
     """Start the workflow and `kill -9` it with all its jobs as soon as `when()` holds."""
-    process = subprocess.Popen(snakemake(folder, "--rerun-incomplete"), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        snakemake(folder, "--rerun-incomplete"), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     deadline = time.monotonic() + 600
     while not when():
         assert process.poll() is None, "the workflow ended before it could be killed"
@@ -125,7 +153,7 @@ def test_images_are_in_range_and_differ(study):
     shards = Shards(sorted((study / "results/tiny/generated").glob("*.arrow")))
     images = shards.tensors("image")
     assert len(images) == 22
-    assert 0 <= images.min()
+    assert images.min() >= 0
     assert images.max() <= 1
     assert len({image.tobytes() for image in images}) == 22
 

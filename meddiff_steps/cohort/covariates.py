@@ -57,7 +57,7 @@ def cell_text(value: Any) -> str:
     """
     if isinstance(value, str):
         return value.strip()
-    if value is None or pd.api.types.is_scalar(value) and pd.isna(value):
+    if value is None or (pd.api.types.is_scalar(value) and pd.isna(value)):
         return ""
     if isinstance(value, (float, np.floating)) and float(value).is_integer():
         return str(int(value))

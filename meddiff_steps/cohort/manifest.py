@@ -270,7 +270,9 @@ def rows_by_split(manifest: pd.DataFrame, scan_ids: Sequence[str]) -> dict[str, 
     split_of = dict(zip(manifest["scan_id"], manifest["split"], strict=True))
     unknown = [scan for scan in scan_ids if scan not in split_of]
     if unknown:
-        raise UserError(f"{len(unknown)} scan(s) are not in the manifest, for example {unknown[0]}. The images belong to another cohort; run the workflow again.")
+        raise UserError(
+            f"{len(unknown)} scan(s) are not in the manifest, for example {unknown[0]}. The images belong to another cohort; run the workflow again."
+        )
     rows: dict[str, list[int]] = {split: [] for split in SPLITS}
     for row, scan in enumerate(scan_ids):
         rows[split_of[scan]].append(row)

@@ -113,6 +113,7 @@ class Shards:
             raise UserError("no shard was given: at least one .arrow file is needed")
         self._batches: list[pa.RecordBatch] = []
         self._paths: list[Path] = []
+        self.schema = pa.schema([])
         for path in paths:
             try:
                 reader = pa.ipc.open_file(pa.memory_map(str(path)))
@@ -120,7 +121,9 @@ class Shards:
             except (pa.ArrowInvalid, OSError) as error:
                 raise UserError(f"{path}: not a readable shard ({error}). Delete it and run the workflow again: it will be rebuilt.") from None
             if self._paths and reader.schema != self.schema:
-                raise UserError(f"{path}: its columns differ from those of {self._paths[0]}. Shards of one stage must come from one config; run the workflow again.")
+                raise UserError(
+                    f"{path}: its columns differ from those of {self._paths[0]}. Shards of one stage must come from one config; run the workflow again."
+                )
             self.schema = reader.schema
             self._paths.append(path)
         self._starts = np.cumsum([0] + [b.num_rows for b in self._batches])

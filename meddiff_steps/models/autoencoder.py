@@ -56,17 +56,20 @@ class Autoencoder(nn.Module):
             use_checkpoint=settings.gradient_checkpointing,
         )
         self.block = settings.downsampling
-        self.analysis: nn.Module | None = None
-        self.synthesis: nn.Module | None = None
+        self.analysis: nn.Conv2d | nn.Conv3d | None = None
+        self.synthesis: nn.ConvTranspose2d | nn.ConvTranspose3d | None = None
         if settings.linear_path:
-            forward, backward = ((nn.Conv2d, nn.ConvTranspose2d), (nn.Conv3d, nn.ConvTranspose3d))[spatial_dims - 2]
-            self.analysis = forward(in_channels, settings.latent_channels, self.block, stride=self.block)
-            self.synthesis = backward(settings.latent_channels, in_channels, self.block, stride=self.block)
+            conv, transposed = (nn.Conv2d, nn.ConvTranspose2d) if spatial_dims == 2 else (nn.Conv3d, nn.ConvTranspose3d)
+            self.analysis = conv(in_channels, settings.latent_channels, self.block, stride=self.block)
+            self.synthesis = transposed(settings.latent_channels, in_channels, self.block, stride=self.block)
             # The network starts at zero, so that the whole is the linear code at first.
-            for convolution in (self.net.quant_conv_mu.conv, self.net.quant_conv_log_sigma.conv, self.net.decoder.blocks[-1].conv):
-                nn.init.zeros_(convolution.weight)
-                nn.init.zeros_(convolution.bias)
-            nn.init.constant_(self.net.quant_conv_log_sigma.conv.bias, INITIAL_LOG_VARIANCE)
+            last = list(self.net.decoder.get_submodule("blocks").children())[-1]
+            for convolution in (self.net.quant_conv_mu, self.net.quant_conv_log_sigma, last):
+                for parameter in convolution.parameters():
+                    nn.init.zeros_(parameter)
+            for name, parameter in self.net.quant_conv_log_sigma.named_parameters():
+                if name.endswith("bias"):
+                    nn.init.constant_(parameter, INITIAL_LOG_VARIANCE)
 
     @torch.no_grad()
     def fit_linear_path(self, images: Tensor) -> None:
@@ -77,7 +80,7 @@ class Autoencoder(nn.Module):
         images
             Training images in [0, 1], (n, 1, *spatial); some dozens are enough, since every image has many blocks.
         """
-        if self.analysis is None or self.synthesis is None:
+        if self.analysis is None or self.synthesis is None or self.analysis.bias is None or self.synthesis.bias is None:
             return
         blocks = images.double() * 2.0 - 1.0
         for axis in range(2, images.ndim):

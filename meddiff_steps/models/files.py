@@ -58,7 +58,7 @@ def _load(module: nn.Module, weights: Path, card: dict[str, Any]) -> None:
         raise UserError(f"{weights}: not readable as safetensors ({error}). Train again, or give the right file.") from None
     found = weights_digest(tensors)
     if found != card["weights_sha256"]:
-        raise UserError(f"{weights}: its digest {found[:12]} is not the one its card names ({card['weights_sha256'][:12]}). Weights and card must come from the same training.")
+        raise UserError(f"{weights}: its digest {found[:12]} is not the one its card names ({card['weights_sha256'][:12]}). Take both from the same training.")
     module.load_state_dict(tensors)
     module.requires_grad_(False).eval()
 
@@ -98,7 +98,7 @@ class LatentDiffusion:
         settings = config.Diffusion.model_validate(card["settings"])
         encoding = CovariateEncoding.from_json(card["encoding"])
         shape = tuple(card["latent_shape"])
-        denoiser = Denoiser(settings, shape, level_counts(encoding))
+        denoiser = Denoiser(settings, shape, level_counts(encoding), card["gaussian_rank"])
         _load(denoiser, weights, card)
         return cls(denoiser, settings, shape, encoding)
 

@@ -27,13 +27,18 @@ def source_of(module: str) -> Path | None:
 
 
 @cache
+def _parsed(source: Path) -> ast.Module:
+    return ast.parse(source.read_text(encoding="utf-8"))
+
+
+@cache
 def imports_of(module: str) -> frozenset[str]:
     """Modules of this package that `module` imports, also inside functions."""
     source = source_of(module)
     if source is None:
         return frozenset()
     found = set()
-    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+    for node in ast.walk(_parsed(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -43,7 +48,7 @@ def imports_of(module: str) -> frozenset[str]:
 
 @cache
 def code_digest(step: str) -> str:
-    """Digest of all sources that step `step` runs, 16 hexadecimal digits; comments count."""
+    """Digest of all sources that step `step` runs, 16 hexadecimal digits; comments and layout do not count."""
     reached: set[str] = set()
     waiting = [f"{PACKAGE}.steps.{step}"]
     while waiting:
@@ -55,7 +60,7 @@ def code_digest(step: str) -> str:
     for module in sorted(reached):
         source = source_of(module)
         if source is not None:
-            digest.update(module.encode() + b"\0" + source.read_bytes() + b"\0")
+            digest.update(f"{module}\0{ast.dump(_parsed(source))}\0".encode())
             # Text beside the code that it renders.
             for template in sorted(source.parent.glob("*.jinja")):
                 digest.update(template.read_bytes())

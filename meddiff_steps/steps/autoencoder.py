@@ -54,7 +54,7 @@ def run(
         curve.to_parquet(path, index=False)
     held_out = [(split, row) for split in ("test", "val") for row in rows[split]][:MAX_RECONSTRUCTIONS]
     ids = shards.column("scan_id")
-    pairs = {"test": ([], []), "val": ([], [])}
+    pairs: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {"test": ([], []), "val": ([], [])}
     shape = shards.shape("image")
     columns = {"scan_id": pa.string(), "split": pa.string(), "image": Tensor("float16", shape), "reconstruction": Tensor("float16", shape)}
     with ShardWriter(reconstructions, columns) as writer, torch.no_grad():

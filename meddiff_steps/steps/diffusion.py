@@ -41,11 +41,9 @@ def run(
     ids, variants = shards.column("scan_id"), np.array(shards.column("variant"))
     rows = rows_by_split(table, ids)
     encoding = CovariateEncoding.fit(table, study.covariates)
-    statistics = load_file(scale)
     data = LatentData(
         shards=shards,
-        offset=statistics["offset"],
-        scale=statistics["scale"],
+        prior=load_file(scale),
         covariates=encoding.encode(table.set_index("scan_id").loc[ids].reset_index()),
         train_rows=np.array(rows["train"]),
         val_rows=np.array([row for row in rows["val"] if variants[row] == 0], dtype=np.int64),
@@ -65,6 +63,7 @@ def run(
         {
             "settings": settings.model_dump(mode="json"),
             "latent_shape": list(shards.shape("mean")),
+            "gaussian_rank": task.modules["average"].rank,
             "encoding": encoding.to_json(),
             "precision": resolve(study.compute)[1],
             "scans": {split: len({ids[row] for row in indices}) for split, indices in rows.items()},

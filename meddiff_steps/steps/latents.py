@@ -34,7 +34,8 @@ def run(
     shards = Shards([images])
     ids = shards.column("scan_id")
     spatial_dims = len(card["image_shape"]) - 1
-    model = fabric.to_device(to_channels_last(model, spatial_dims))
+    to_channels_last(model, spatial_dims)
+    fabric.to_device(model)
     latent = Tensor("float16", tuple(card["latent_shape"]))
     size = study.latents.batch_size
     jobs = [(row, variant) for row in range(len(ids)) for variant in range(augmentation.variants)]

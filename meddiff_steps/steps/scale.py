@@ -6,12 +6,13 @@ from typing import Annotated
 import typer
 from safetensors.numpy import save_file
 
+from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.cohort.manifest import read_manifest, rows_by_split
 from meddiff_steps.config import load_stage
 from meddiff_steps.files import atomic_path
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.models.files import write_json
-from meddiff_steps.models.latents import standardisation
+from meddiff_steps.models.files import level_counts, write_json
+from meddiff_steps.models.latents import covariate_features, fit_gaussian, standardisation
 
 
 def run(
@@ -21,13 +22,29 @@ def run(
     scale: Annotated[Path, typer.Option(help="latents/scale.safetensors to write")],
     out: Annotated[Path, typer.Option(help="latents/manifest.json to write")],
 ) -> None:
-    """Measure how the latents of the whole train split are to be standardised, in one pass."""
+    """Measure how the latents of the train split are to be standardised, and fit the Gaussian that the diffusion model starts from."""
     study = load_stage(config, "scale")
     shards = Shards(latents)
-    rows = rows_by_split(read_manifest(manifest), shards.column("scan_id"))["train"]
+    table, ids = read_manifest(manifest), shards.column("scan_id")
+    rows = rows_by_split(table, ids)["train"]
     offset, deviation = standardisation((shards.tensor("mean", row) for row in rows), study.latents.normalisation)
+    tensors = {"offset": offset, "scale": deviation}
+    if study.latents.gaussian_rank:
+        encoding = CovariateEncoding.fit(table, study.covariates)
+        encoded = encoding.encode(table.set_index("scan_id").loc[[ids[row] for row in rows]].reset_index())
+        gaussian = fit_gaussian(
+            lambda i: (shards.tensors("mean", [rows[i]])[0] - offset) / deviation,
+            covariate_features(encoded, level_counts(encoding)),
+            study.latents.gaussian_rank,
+        )
+        tensors |= {
+            "effects": gaussian.effects,
+            "basis": gaussian.basis,
+            "variances": gaussian.variances,
+            "residual": gaussian.residual,
+        }
     with atomic_path(scale) as path:
-        save_file({"offset": offset, "scale": deviation}, path)
+        save_file(tensors, path)
     axes = tuple(range(1, offset.ndim))
     write_json(
         out,

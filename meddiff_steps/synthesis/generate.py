@@ -39,9 +39,10 @@ class Generator:
         self.model, self.settings, self.fabric = model, settings, fabric
         self.process = NoiseProcess.of(model.settings)
         self.spatial_dims = len(model.latent_shape) - 1
-        to_channels_last(model.denoiser, self.spatial_dims)
-        self.denoiser = fabric.to_device(model.denoiser)
-        self.autoencoder = fabric.to_device(to_channels_last(autoencoder, self.spatial_dims))
+        self.denoiser, self.autoencoder = model.denoiser, autoencoder
+        for network in (self.denoiser, self.autoencoder):
+            to_channels_last(network, self.spatial_dims)
+            fabric.to_device(network)
 
     def images(self, subjects: pd.DataFrame, label: str) -> Iterator[tuple[str, np.ndarray]]:
         """(sample_id, image float32 (1, *spatial) in [0, 1]) for every row of a plan, in order."""

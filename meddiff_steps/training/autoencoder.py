@@ -65,7 +65,7 @@ class AutoencoderTask:
         torch.manual_seed(int(step_generator(self.root, "weights", 0).integers(2**31)))
         model = Autoencoder(settings, self.spatial_dims)
         model.fit_linear_path(torch.from_numpy(shards.tensors("image", self._sample_rows(LINEAR_PATH_SCANS))))
-        model = to_channels_last(model, self.spatial_dims)
+        to_channels_last(model, self.spatial_dims)
         average = copy.deepcopy(model).requires_grad_(False).eval()
         optimiser = torch.optim.AdamW(model.parameters(), lr=settings.optimiser.learning_rate, weight_decay=0.0)
         self.net, wrapped = fabric.setup(model, optimiser)
@@ -77,9 +77,8 @@ class AutoencoderTask:
             )
         if settings.adversarial.weight > 0:
             adversarial = settings.adversarial
-            discriminator = to_channels_last(
-                PatchDiscriminator(self.spatial_dims, adversarial.channels, in_channels=1, num_layers_d=adversarial.layers, norm="INSTANCE"), self.spatial_dims
-            )
+            discriminator = PatchDiscriminator(self.spatial_dims, adversarial.channels, in_channels=1, num_layers_d=adversarial.layers, norm="INSTANCE")
+            to_channels_last(discriminator, self.spatial_dims)
             critic = torch.optim.AdamW(discriminator.parameters(), lr=adversarial.learning_rate, weight_decay=0.0)
             self.discriminator, wrapped = fabric.setup(discriminator, critic)
             self.modules["discriminator"], self.optimisers["discriminator"] = discriminator, wrapped

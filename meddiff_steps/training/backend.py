@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Literal
 
 import torch
 from lightning_fabric import Fabric
@@ -24,7 +25,7 @@ def cpu_has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def resolve(compute: Compute) -> tuple[str, str]:
+def resolve(compute: Compute) -> tuple[str, Literal["32-true", "bf16-mixed"]]:
     """Device ("cpu" or "cuda") and precision ("32-true" or "bf16-mixed") that `compute` means on this machine.
 
     Raises
@@ -64,9 +65,9 @@ def make_fabric(compute: Compute, threads: int) -> Fabric:
     return fabric
 
 
-def to_channels_last(module: nn.Module, spatial_dims: int) -> nn.Module:
-    """Store convolution weights channels-last, which both oneDNN and cuDNN convolve faster (2D and 3D)."""
-    return module.to(memory_format=channels_last(spatial_dims))
+def to_channels_last(module: nn.Module, spatial_dims: int) -> None:
+    """Store convolution weights channels-last, in place; both oneDNN and cuDNN convolve faster so (2D and 3D)."""
+    module.to(memory_format=channels_last(spatial_dims))  # type: ignore[call-overload]
 
 
 def channels_last(spatial_dims: int) -> torch.memory_format:

@@ -29,8 +29,9 @@ class LatentData:
     ----------
     shards
         Columns `mean` and `log_variance`, float16 (c, *spatial).
-    offset, scale
-        float32 (c, *spatial): the network sees (z - offset) / scale; see `models.latents.standardisation`.
+    prior
+        `offset` and `scale`, float32 (c, *spatial): the network sees (z - offset) / scale; with a Gaussian also
+        `effects`, `basis`, `variances` and `residual`. See `models.latents`.
     covariates
         Encoded covariates per row of `shards`, float32 (rows, k), NaN where missing.
     train_rows, val_rows
@@ -38,8 +39,7 @@ class LatentData:
     """
 
     shards: Shards
-    offset: np.ndarray
-    scale: np.ndarray
+    prior: dict[str, np.ndarray]
     covariates: np.ndarray
     train_rows: np.ndarray
     val_rows: np.ndarray
@@ -49,7 +49,7 @@ class LatentData:
         mean = self.shards.tensors("mean", rows)
         deviation = np.exp(0.5 * self.shards.tensors("log_variance", rows))
         z = mean + deviation * generator.standard_normal(mean.shape, dtype=np.float32)
-        return (z - self.offset) / self.scale
+        return (z - self.prior["offset"]) / self.prior["scale"]
 
 
 class DiffusionTask:
@@ -73,9 +73,10 @@ class DiffusionTask:
         shape = data.shards.shape("mean")
         self.spatial_dims = len(shape) - 1
         torch.manual_seed(int(step_generator(self.root, "weights", 0).integers(2**31)))
-        model = Denoiser(settings, shape, levels)
-        model.offset.copy_(torch.from_numpy(data.offset)[None])
-        model.scale.copy_(torch.from_numpy(data.scale)[None])
+        model = Denoiser(settings, shape, levels, rank=len(data.prior.get("basis", ())))
+        for name, value in data.prior.items():
+            buffer = model.get_buffer(name)
+            buffer.copy_(torch.from_numpy(value).reshape(buffer.shape))
         to_channels_last(model, self.spatial_dims)
         average = copy.deepcopy(model).requires_grad_(False).eval()
         optimiser = torch.optim.AdamW(model.parameters(), lr=settings.optimiser.learning_rate, weight_decay=0.0)

@@ -36,8 +36,8 @@ class Task(Protocol):
     what is validated and released.
     """
 
-    modules: Mapping[str, nn.Module]
-    optimisers: Mapping[str, torch.optim.Optimizer]
+    modules: dict[str, nn.Module]
+    optimisers: dict[str, torch.optim.Optimizer]
 
     def train_step(self, step: int) -> dict[str, Tensor]:
         """One update; returns detached scalar losses by name."""

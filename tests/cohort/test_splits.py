@@ -26,7 +26,7 @@ def test_the_hash_is_pinned() -> None:
 
 def test_fractions_are_uniform_and_below_one() -> None:
     values = np.array([stable_fraction(s) for s in MANY])
-    assert 0 <= values.min() and values.max() < 1
+    assert values.min() >= 0 and values.max() < 1
     counts = np.histogram(values, bins=10, range=(0, 1))[0]
     assert ((counts - 400) ** 2 / 400).sum() < 27.9  # chi-square, 9 degrees of freedom, p = 0.001
 

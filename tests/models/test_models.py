@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from meddiff_steps import config
+from meddiff_steps.diffusion.schedules import NoiseProcess
 from meddiff_steps.models.autoencoder import Autoencoder, kl_divergence
 from meddiff_steps.models.denoiser import CovariateTokens, Denoiser
-from meddiff_steps.models.latents import standardisation
+from meddiff_steps.models.latents import covariate_features, fit_gaussian, standardisation
 from meddiff_steps.models.stem import Stem
 
 SMALL = config.Autoencoder(channels=[8, 16], norm_num_groups=4, latent_channels=4)
@@ -58,9 +59,7 @@ def test_the_linear_path_starts_at_the_best_linear_code():
 
 def test_kl_against_torch_and_at_tiny_variances():
     mean, log_variance = torch.randn(3, 4, 2, 2, 2), torch.randn(3, 4, 2, 2, 2)
-    expected = torch.distributions.kl_divergence(
-        torch.distributions.Normal(mean, torch.exp(0.5 * log_variance)), torch.distributions.Normal(0.0, 1.0)
-    )
+    expected = torch.distributions.kl_divergence(torch.distributions.Normal(mean, torch.exp(0.5 * log_variance)), torch.distributions.Normal(0.0, 1.0))
     assert torch.allclose(kl_divergence(mean, log_variance), expected.flatten(1).sum(1), rtol=1e-4)
     # In half precision the square of the standard deviation underflows; the log-variance does not.
     assert torch.isfinite(kl_divergence(torch.zeros(1, 1), torch.full((1, 1), -30.0).half())).all()
@@ -124,3 +123,44 @@ def test_a_constant_background_stays_small():
     offset, scale = standardisation(iter(latents), "position")
     assert np.allclose(offset[:, 3:], 5.0)
     assert 0.01 < scale[:, 3:].max() < 0.2
+
+
+def test_the_gaussian_fit_recovers_effects_and_components():
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(60, 2)))[0].T
+    features = rng.normal(size=(4000, 2))
+    effects = rng.normal(size=(2, 60))
+    x = features @ effects + rng.normal(size=(4000, 2)) * [3.0, 2.0] @ basis + 0.1 * rng.normal(size=(4000, 60))
+    fit = fit_gaussian(lambda row: x[row].reshape(4, 3, 5), features, rank=2)
+    assert np.allclose(fit.effects, effects, atol=0.2)
+    assert np.allclose(np.abs(fit.basis @ basis.T), np.eye(2), atol=0.05)
+    assert np.allclose(fit.variances, [9, 4], rtol=0.15)
+    assert fit.residual.mean() == pytest.approx(0.01, rel=0.1)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])
+def test_the_linear_prediction_is_the_posterior_mean_of_the_gaussian(prediction_type):
+    """Against the general formula with dense matrices."""
+    rng = np.random.default_rng(1)
+    settings = UNET.model_copy(update={"prediction_type": prediction_type})
+    model = Denoiser(settings, (4, 4, 2), [0, 2], rank=3)
+    size = 32
+    basis = np.linalg.qr(rng.normal(size=(size, 3)))[0].T
+    effects = rng.normal(size=(3, size))
+    variances, residual = np.array([5.0, 2.0, 1.0]), rng.uniform(0.1, 0.5, size)
+    for name, value in {"basis": basis, "effects": effects, "variances": variances, "residual": residual}.items():
+        model.get_buffer(name).copy_(torch.from_numpy(value))
+    x, t = rng.normal(size=(2, size)), torch.tensor([100.0, 700.0])
+    covariates = np.array([[0.7, 1.0], [np.nan, 0.0]], np.float32)
+    prediction, clean = model.linear_prediction(torch.from_numpy(x).float().reshape(2, 4, 4, 2), t, torch.from_numpy(covariates))
+    features = covariate_features(covariates, [0, 2])
+    assert np.allclose(model.features(torch.from_numpy(covariates)).numpy(), features)
+    covariance = np.diag(residual) + basis.T @ np.diag(variances) @ basis
+    for i, (alpha, sigma) in enumerate(zip(*(a.numpy() for a in NoiseProcess.of(settings).alpha_sigma(t)), strict=True)):
+        mean = features[i] @ effects
+        inverse = np.linalg.inv(alpha**2 * covariance + sigma**2 * np.eye(size))
+        x0 = mean + alpha * covariance @ inverse @ (x[i] - alpha * mean)
+        noise = sigma * inverse @ (x[i] - alpha * mean)
+        expected = {"epsilon": noise, "v_prediction": alpha * noise - sigma * x0, "flow": noise - x0}[prediction_type]
+        assert np.allclose(clean[i].flatten(), x0, atol=1e-4)
+        assert np.allclose(prediction[i].flatten(), expected, atol=1e-4)
