@@ -159,13 +159,15 @@ class Denoiser(nn.Module):
         E[e | x] = sigma q, where q = C^-1 (x - alpha m) and C = alpha^2 S + sigma^2 (Gaussian conditioning).  S is of low
         rank plus diagonal, so C^-1 needs one small system per subject (Woodbury identity).
         """
+        if bool((timesteps == timesteps[0]).all()):  # sampling: one system serves the whole batch
+            timesteps = timesteps[:1]
         alpha, sigma = (a.float()[:, None] for a in self.process.alpha_sigma(timesteps))
         mean = self.features(covariates) @ self.effects
         centred = x.float().flatten(1) - alpha * mean
         weights = 1.0 / (alpha**2 * self.residual + sigma**2)
         weighted = weights * centred
         system = torch.diag(1.0 / self.variances) + alpha[:, :, None] ** 2 * (self.basis * weights[:, None]) @ self.basis.T
-        factors = torch.linalg.solve(system, (weighted @ self.basis.T)[..., None])[..., 0]
+        factors = torch.linalg.solve(system.expand(len(x), -1, -1), (weighted @ self.basis.T)[..., None])[..., 0]
         q = weighted - alpha**2 * weights * (factors @ self.basis)
         noise = sigma * q
         clean = mean + alpha * (self.residual * q + ((q @ self.basis.T) * self.variances) @ self.basis)

@@ -130,12 +130,12 @@ def test_the_gaussian_fit_recovers_effects_and_components():
     basis = np.linalg.qr(rng.normal(size=(60, 2)))[0].T
     features = rng.normal(size=(4000, 2))
     effects = rng.normal(size=(2, 60))
-    x = features @ effects + rng.normal(size=(4000, 2)) * [3.0, 2.0] @ basis + 0.1 * rng.normal(size=(4000, 60))
+    x = features @ effects + rng.normal(size=(4000, 2)) * [3.0, 2.0] @ basis + 0.5 * rng.normal(size=(4000, 60))
     fit = fit_gaussian(lambda row: x[row].reshape(4, 3, 5), features, rank=2)
     assert np.allclose(fit.effects, effects, atol=0.2)
     assert np.allclose(np.abs(fit.basis @ basis.T), np.eye(2), atol=0.05)
     assert np.allclose(fit.variances, [9, 4], rtol=0.15)
-    assert fit.residual.mean() == pytest.approx(0.01, rel=0.1)
+    assert fit.residual.mean() == pytest.approx(0.25, rel=0.1)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])
