@@ -30,8 +30,6 @@ rule scale:
     input:
         manifest=MANIFEST,
         latents=expand(LATENTS, shard=COHORT_SHARDS),
-        autoencoder=AUTOENCODER,
-        card=AUTOENCODER_CARD,
     output:
         scale=LATENT_SCALE,
         manifest=LATENT_MANIFEST,
@@ -53,4 +51,4 @@ rule scale:
     message:
         "Measuring the scale of the latents"
     shell:
-        "python -m meddiff_steps scale --config {params.config} --manifest {input.manifest} {params.latents} --autoencoder {input.autoencoder} --autoencoder-card {input.card} --scale {output.scale} --out {output.manifest} 2>&1 | tee {log}"
+        "python -m meddiff_steps scale --config {params.config} --manifest {input.manifest} {params.latents} --scale {output.scale} --out {output.manifest} 2>&1 | tee {log}"

@@ -101,14 +101,6 @@ class Autoencoder(nn.Module):
         self.synthesis.weight[: len(order)] = (basis * deviations).reshape(shape).float()
         self.synthesis.bias.fill_(float(center))
 
-    @torch.no_grad()
-    def latent_gain(self) -> Tensor:
-        """How much an image changes per unit of each latent channel, (latent_channels,): the norm of the channel's linear
-        pattern, or 1 for all where there is no linear path."""
-        if self.synthesis is None:
-            return torch.ones(self.net.latent_channels)
-        return self.synthesis.weight.flatten(1).norm(dim=1)
-
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and log-variance, float32, each (b, latent_channels, *spatial / downsampling).
 

@@ -60,24 +60,6 @@ def standardisation(latents: Iterable[np.ndarray], kind: Literal["position", "ch
     return mean.astype(np.float32), deviation.astype(np.float32)
 
 
-def loss_weights(scale: np.ndarray, gain: np.ndarray) -> np.ndarray:
-    """Weight of each standardised latent in the diffusion loss, float32 (c, *spatial), mean 1.
-
-    Standardised, every latent counts the same, also those whose variation cannot be seen: fine channels and the
-    background.  The amplitude that one deviation has in the image (`scale` times the channel's `gain`) puts the
-    network's effort where it shows.  A weight does not change what the best prediction is.
-
-    Parameters
-    ----------
-    scale
-        (c, *spatial), from `standardisation`.
-    gain
-        (c,), from `Autoencoder.latent_gain`.
-    """
-    amplitude = scale * gain.reshape(-1, *(1,) * (scale.ndim - 1))
-    return (amplitude / amplitude.mean()).astype(np.float32)
-
-
 #: Training latents that the principal components are computed from; more change them little and cost memory.
 MAX_COMPONENT_ROWS = 1024
 

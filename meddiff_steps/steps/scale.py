@@ -11,16 +11,14 @@ from meddiff_steps.cohort.manifest import read_manifest, rows_by_split
 from meddiff_steps.config import load_stage
 from meddiff_steps.files import atomic_path
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.models.files import level_counts, load_autoencoder, write_json
-from meddiff_steps.models.latents import covariate_features, fit_gaussian, loss_weights, standardisation
+from meddiff_steps.models.files import level_counts, write_json
+from meddiff_steps.models.latents import covariate_features, fit_gaussian, standardisation
 
 
 def run(
     config: Annotated[Path, typer.Option(help="frozen config of stage `scale`")],
     manifest: Annotated[Path, typer.Option(help="cohort/manifest.parquet")],
     latents: Annotated[list[Path], typer.Option(help="latent shard; repeat for all of them")],
-    weights: Annotated[Path, typer.Option("--autoencoder", help="autoencoder/model.safetensors")],
-    card: Annotated[Path, typer.Option("--autoencoder-card", help="autoencoder/card.json")],
     scale: Annotated[Path, typer.Option(help="latents/scale.safetensors to write")],
     out: Annotated[Path, typer.Option(help="latents/manifest.json to write")],
 ) -> None:
@@ -30,8 +28,7 @@ def run(
     table, ids = read_manifest(manifest), shards.column("scan_id")
     rows = rows_by_split(table, ids)["train"]
     offset, deviation = standardisation((shards.tensor("mean", row) for row in rows), study.latents.normalisation)
-    autoencoder, _ = load_autoencoder(weights, card)
-    tensors = {"offset": offset, "scale": deviation, "weight": loss_weights(deviation, autoencoder.latent_gain().numpy())}
+    tensors = {"offset": offset, "scale": deviation}
     if study.latents.gaussian_rank:
         encoding = CovariateEncoding.fit(table, study.covariates)
         encoded = encoding.encode(table.set_index("scan_id").loc[[ids[row] for row in rows]].reset_index())

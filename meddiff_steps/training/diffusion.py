@@ -30,9 +30,8 @@ class LatentData:
     shards
         Columns `mean` and `log_variance`, float16 (c, *spatial).
     prior
-        `offset` and `scale`, float32 (c, *spatial): the network sees (z - offset) / scale; `weight` of the same shape:
-        what each of them counts in the loss; with a Gaussian also `effects`, `basis`, `variances` and `residual`. See
-        `models.latents`.
+        `offset` and `scale`, float32 (c, *spatial): the network sees (z - offset) / scale; with a Gaussian also
+        `effects`, `basis`, `variances` and `residual`. See `models.latents`.
     covariates
         Encoded covariates per row of `shards`, float32 (rows, k), NaN where missing.
     train_rows, val_rows
@@ -73,12 +72,9 @@ class DiffusionTask:
         self.val_rows = data.val_rows[:VALIDATION_LATENTS]
         shape = data.shards.shape("mean")
         self.spatial_dims = len(shape) - 1
-        self.weight = fabric.to_device(torch.from_numpy(data.prior["weight"]))
         torch.manual_seed(int(step_generator(self.root, "weights", 0).integers(2**31)))
         model = Denoiser(settings, shape, levels, rank=len(data.prior.get("basis", ())))
         for name, value in data.prior.items():
-            if name == "weight":
-                continue
             buffer = model.get_buffer(name)
             buffer.copy_(torch.from_numpy(value).reshape(buffer.shape))
         to_channels_last(model, self.spatial_dims)
@@ -111,7 +107,7 @@ class DiffusionTask:
         timesteps = self.process.training_timesteps(to_device(torch.from_numpy(uniform)))
         noisy = self.process.add_noise(clean, eps, timesteps).contiguous(memory_format=layout)
         predicted = net(noisy, timesteps, to_device(torch.from_numpy(covariates)))
-        return (predicted - self.process.target(clean, eps, timesteps)).square().mul(self.weight).mean()
+        return (predicted - self.process.target(clean, eps, timesteps)).square().mean()
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

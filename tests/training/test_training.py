@@ -43,7 +43,7 @@ def latents(tmp_path_factory):
     with ShardWriter(path, {"mean": shape, "log_variance": shape}) as shard:
         for _ in range(10):
             shard.append(mean=rng.normal(size=shape.shape), log_variance=np.full(shape.shape, -4.0))
-    prior = {"offset": np.zeros(shape.shape, np.float32), "scale": np.ones(shape.shape, np.float32), "weight": np.ones(shape.shape, np.float32)}
+    prior = {"offset": np.zeros(shape.shape, np.float32), "scale": np.ones(shape.shape, np.float32)}
     return LatentData(Shards([path]), prior, rng.normal(size=(10, 2)).astype(np.float32), np.arange(8), np.arange(8, 10))
 
 
