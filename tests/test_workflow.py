@@ -46,4 +46,3 @@ def test_the_slurm_profile_plans_the_published_scale(tmp_path):
     total = int(re.search(r"^total\s+(\d+)", done.stdout, re.M).group(1))
     assert 900 < total < 2500
     assert re.search(r"^generate\s+400", done.stdout, re.M)
-    assert "gpu=1" in done.stdout
