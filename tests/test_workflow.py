@@ -46,3 +46,9 @@ def test_the_slurm_profile_plans_the_published_scale(tmp_path):
     total = int(re.search(r"^total\s+(\d+)", done.stdout, re.M).group(1))
     assert 900 < total < 2500
     assert re.search(r"^generate\s+400", done.stdout, re.M)
+
+
+def test_exactly_the_rules_that_run_networks_ask_for_a_gpu():
+    rules = "\n".join(path.read_text() for path in (ROOT / "rules").glob("*.smk"))
+    blocks = dict(re.findall(r"^rule (\w+):\n(.*?)(?=^rule |\Z)", rules, re.M | re.S))
+    assert {name for name, body in blocks.items() if re.search(r"^        gpu=", body, re.M)} == {"autoencoder", "latents", "diffusion", "generate", "showcase"}
