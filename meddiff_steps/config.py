@@ -245,10 +245,6 @@ class Augmentation(Section):
 
 
 class Latents(Section):
-    normalisation: Literal["position", "channel"] = Field(
-        "position",
-        description="What the diffusion model sees: latents standardised at every position and channel, or with one mean and deviation per channel.",
-    )
     gaussian_rank: Annotated[int, Field(ge=0)] = Field(
         64, description="Principal components of the Gaussian model of the latents that the diffusion network starts from; 0 leaves it out."
     )
@@ -272,6 +268,9 @@ class Diffusion(Section):
     covariate_dim: PositiveInt = Field(64, description="Width of one covariate token.")
     covariate_dropout: Fraction = Field(0.1, description="Probability that one covariate is replaced by its learnt null, each on its own.")
     condition_dropout: Fraction = Field(0.1, description="Probability that all covariates are dropped at once (classifier-free guidance).")
+    component_steps: Annotated[int, Field(ge=0)] = Field(
+        800, description="Steps of the small network that learns how the Gaussian's components depend on each other; 0 leaves it out."
+    )
     gradient_checkpointing: bool = False
     optimiser: Optimiser = Optimiser(steps=1200, batch_size=32, learning_rate=5e-4)
 
@@ -440,7 +439,7 @@ RESERVED_COLUMNS = frozenset(
     ]
 )
 
-#: The sections each stage may read, and therefore what makes it run again when it changes.
+#: What each stage may read, and therefore what makes it run again when it changes: sections, or one key of a section.
 STAGES: dict[str, tuple[str, ...]] = {
     "simulate": ("seed", "cohort"),
     "cohort": ("seed", "cohort", "covariates", "splits"),
@@ -450,7 +449,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "latents": ("seed", "augmentation", "latents", "compute"),
     "scale": ("covariates", "latents"),
     "diffusion": ("seed", "covariates", "diffusion", "compute"),
-    "plan": ("seed", "covariates", "plan", "generate"),
+    "plan": ("seed", "covariates", "plan", "generate.shard_size"),
     "generate": ("generate", "compute"),
     "images": ("study", "release", "preprocess"),
     "release": ("study", "title", "cohort", "covariates", "release", "preprocess", "generate"),
@@ -517,7 +516,12 @@ def freeze(study: Study, stage: str | None, folder: Path) -> Path:
     start, whatever happened to the YAML meanwhile.
     """
     everything = study.model_dump(mode="json")
-    content = everything if stage is None else {name: everything[name] for name in STAGES[stage]}
+    content = everything
+    if stage is not None:
+        content = {}
+        for name in STAGES[stage]:
+            section, _, key = name.partition(".")
+            content[section] = {key: everything[section][key]} if key else everything[section]
     text = canonical_json(content)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     path = Path(folder) / f"{stage or 'study'}-{digest}.json"
@@ -527,25 +531,31 @@ def freeze(study: Study, stage: str | None, folder: Path) -> Path:
 
 
 def load_stage(path: Path, stage: str) -> Study:
-    """Read a file that `freeze` wrote for `stage`; reading any section the stage did not declare raises AttributeError."""
+    """Read a file that `freeze` wrote for `stage`; reading what the stage did not declare raises AttributeError."""
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such frozen config. Make one with: python -m meddiff_steps freeze STUDY.yaml") from None
     except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
         raise UserError(f"{path}: not a frozen config ({error}). Make one with: python -m meddiff_steps freeze STUDY.yaml") from None
-    missing = [name for name in STAGES[stage] if name not in raw]
+    declared = [name.partition(".")[::2] for name in STAGES[stage]]
+    missing = [section for section, key in declared if section not in raw or (key and key not in raw[section])]
     if missing:
         raise UserError(f"{path}: no section {missing}, which stage `{stage}` reads. Freeze it from the study again.")
     placeholder: dict[str, Any] = {"study": "placeholder", "covariates": {"x": {"unit": "", "range": [0, 1]}}, "plan": [{"name": "x", "subjects": 1}]}
     values = {}
-    for name in STAGES[stage]:
-        probe = _Unchecked.model_validate(placeholder | {name: raw[name]})
-        values[name] = getattr(probe, name)
+    for section, key in declared:
+        values[section] = getattr(_Unchecked.model_validate(placeholder | {section: raw[section]}), section)
+        if key:
+            _keep_only(values[section], {key})
     view = Study.model_construct(**values)
-    for name in set(Study.model_fields) - set(STAGES[stage]):
-        view.__dict__.pop(name, None)
+    _keep_only(view, set(values))
     return view
+
+
+def _keep_only(section: BaseModel, names: set[str]) -> None:
+    for name in set(type(section).model_fields) - names:
+        section.__dict__.pop(name, None)
 
 
 class _Unchecked(Study):

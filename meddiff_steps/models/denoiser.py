@@ -13,10 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 from meddiff_steps import config
 from meddiff_steps.diffusion.schedules import NoiseProcess
+from meddiff_steps.models.prior import Prior
 
 #: Frequencies of the sine features of a standardised covariate: periods of 16 to 1 standard deviations.
 FREQUENCIES = tuple(2.0 * math.pi / period for period in (16.0, 8.0, 4.0, 2.0, 1.0))
 
+
+#: Hidden units of the prior's component network.
+COMPONENT_WIDTH = 256
 
 #: Channels of the learnt map of positions that the network sees beside the latents.
 POSITION_CHANNELS = 8
@@ -66,10 +70,9 @@ class CovariateTokens(nn.Module):
 class Denoiser(nn.Module):
     """Predicts epsilon, v or the flow velocity from noisy latents, the time and the covariates.
 
-    Two parts are added.  A Gaussian that was fitted to the training latents gives the best linear prediction in
-    closed form: what all subjects share, linear effects of covariates, and how distant places vary together.  MONAI's
-    UNet, which starts at zero, learns what is not Gaussian.  It sees the noisy latents, the Gaussian's estimate of
-    the clean ones and a learnt map of positions.
+    Two parts are added.  The `Prior` knows what all subjects share, the effects of covariates and how distant places vary
+    together.  MONAI's UNet, which starts at zero, learns all else.  It sees the noisy latents, the prior's estimate of the
+    clean ones and a learnt map of positions.
 
     Covariates enter the UNet twice: as cross-attention tokens, and added to the time embedding, which reaches every
     residual block.
@@ -83,30 +86,21 @@ class Denoiser(nn.Module):
     levels
         Per covariate: the number of levels, or 0 for a continuous one.
     rank
-        Components of the Gaussian; 0 leaves all of it out.
+        Components of the prior; 0 leaves it out.
     """
 
     offset: Tensor
     scale: Tensor
-    effects: Tensor
-    basis: Tensor
-    variances: Tensor
-    residual: Tensor
 
     def __init__(self, settings: config.Diffusion, latent_shape: Sequence[int], levels: list[int], rank: int = 0) -> None:
         super().__init__()
         spatial_dims, latent_channels = len(latent_shape) - 1, latent_shape[0]
-        size, depth = math.prod(latent_shape), len(settings.channels)
+        depth = len(settings.channels)
         self.process = NoiseProcess.of(settings)
-        self.levels, self.rank = levels, rank
         # How latents were standardised travels with the weights, so that it cannot be lost or mistyped.
         self.register_buffer("offset", torch.zeros(1, *latent_shape))
-        self.register_buffer("scale", torch.ones(1, *latent_shape))
-        if rank:
-            self.register_buffer("effects", torch.zeros(sum(n or 1 for n in levels), size))
-            self.register_buffer("basis", torch.zeros(rank, size))
-            self.register_buffer("variances", torch.ones(rank))
-            self.register_buffer("residual", torch.ones(size))
+        self.register_buffer("scale", torch.ones(1, latent_channels, *(1,) * spatial_dims))
+        self.prior = Prior(self.process, latent_shape, levels, rank, COMPONENT_WIDTH if settings.component_steps else 0) if rank else None
         self.positions = nn.Parameter(torch.randn(1, POSITION_CHANNELS, *latent_shape[1:]))
         self.tokens = CovariateTokens(levels, settings.covariate_dim)
         self.unet = DiffusionModelUNet(
@@ -143,50 +137,8 @@ class Denoiser(nn.Module):
         """x (b, c, *spatial), timesteps (b,), covariates (b, k) -> (b, c, *spatial) float32."""
         tokens = self.tokens(covariates)
         inputs = [x, self.positions.expand(len(x), *self.positions.shape[1:])]
-        linear = None
-        if self.rank:
-            linear, clean = self.linear_prediction(x, timesteps, covariates)
+        if self.prior is not None:
+            noise, clean = self.prior(x, timesteps, covariates)
             inputs.insert(1, clean)
         learnt = self.unet(torch.cat(inputs, 1), timesteps=timesteps, context=tokens, class_labels=self.to_time(tokens.flatten(1))).float()
-        return learnt if linear is None else learnt + linear
-
-    @torch.autocast("cuda", enabled=False)
-    @torch.autocast("cpu", enabled=False)
-    def linear_prediction(self, x: Tensor, timesteps: Tensor, covariates: Tensor) -> tuple[Tensor, Tensor]:
-        """The exact prediction if latents were the fitted Gaussian, and its estimate of x0; each (b, c, *spatial) float32.
-
-        With x = alpha x0 + sigma e and x0 ~ N(m, S), the posterior means are E[x0 | x] = m + alpha S q and
-        E[e | x] = sigma q, where q = C^-1 (x - alpha m) and C = alpha^2 S + sigma^2 (Gaussian conditioning).  S is of low
-        rank plus diagonal, so C^-1 needs one small system per subject (Woodbury identity).
-        """
-        if bool((timesteps == timesteps[0]).all()):  # sampling: one system serves the whole batch
-            timesteps = timesteps[:1]
-        alpha, sigma = (a.float()[:, None] for a in self.process.alpha_sigma(timesteps))
-        mean = self.features(covariates) @ self.effects
-        centred = x.float().flatten(1) - alpha * mean
-        weights = 1.0 / (alpha**2 * self.residual + sigma**2)
-        weighted = weights * centred
-        system = torch.diag(1.0 / self.variances) + alpha[:, :, None] ** 2 * (self.basis * weights[:, None]) @ self.basis.T
-        factors = torch.linalg.solve(system.expand(len(x), -1, -1), (weighted @ self.basis.T)[..., None])[..., 0]
-        q = weighted - alpha**2 * weights * (factors @ self.basis)
-        noise = sigma * q
-        clean = mean + alpha * (self.residual * q + ((q @ self.basis.T) * self.variances) @ self.basis)
-        match self.process.prediction_type:
-            case "epsilon":
-                prediction = noise
-            case "v_prediction":
-                prediction = alpha * noise - sigma * clean
-            case "flow":
-                prediction = noise - clean
-        return prediction.reshape(x.shape), clean.reshape(x.shape)
-
-    def features(self, covariates: Tensor) -> Tensor:
-        """The torch twin of `models.latents.covariate_features`, (b, k) -> (b, F)."""
-        columns = []
-        for value, count in zip(covariates.T, self.levels, strict=True):
-            known = torch.isfinite(value)
-            if count == 0:
-                columns.append(torch.where(known, value, 0.0))
-            else:
-                columns += [torch.where(known, (value == level).float() - 1.0 / count, 0.0) for level in range(count)]
-        return torch.stack(columns, 1)
+        return learnt if self.prior is None else learnt + self.process.target(clean, noise, timesteps)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from safetensors.numpy import load_file
+from safetensors.torch import load_file, save_file
 
 from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.cohort.manifest import read_manifest, rows_by_split
@@ -16,7 +16,9 @@ from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.files import level_counts, save_model
 from meddiff_steps.training.backend import make_fabric, resolve
 from meddiff_steps.training.checkpoint import state_key
-from meddiff_steps.training.diffusion import DiffusionTask, LatentData
+from meddiff_steps.training.components import train_components
+from meddiff_steps.training.diffusion import DiffusionTask
+from meddiff_steps.training.latent_data import LatentData
 from meddiff_steps.training.loop import fit
 
 log = logging.getLogger(__name__)
@@ -49,8 +51,19 @@ def run(
         val_rows=np.array([row for row in rows["val"] if variants[row] == 0], dtype=np.int64),
     )
     fabric = make_fabric(study.compute, threads)
-    task = DiffusionTask(settings, data, level_counts(encoding), study.seed, fabric)
-    curve = fit(task, settings.optimiser, fabric, state / state_key(config, [manifest, scale, *latents]), "diffusion")
+    levels, state = level_counts(encoding), state / state_key(config, [manifest, scale, *latents])
+    components = state / "components.safetensors"
+    if settings.component_steps and "prior.basis" in data.prior:
+        if not components.exists():
+            tensors, gain = train_components(data, settings, levels, study.seed)
+            log.info("components: held-out loss %.3f of the Gaussian's", gain)
+            if fabric.is_global_zero:
+                with atomic_path(components) as path:
+                    save_file(tensors, path)
+            fabric.barrier()
+        data.prior.update(load_file(components))
+    task = DiffusionTask(settings, data, levels, study.seed, fabric)
+    curve = fit(task, settings.optimiser, fabric, state, "diffusion")
     if not fabric.is_global_zero:
         return
     with atomic_path(history) as path:
@@ -63,7 +76,7 @@ def run(
         {
             "settings": settings.model_dump(mode="json"),
             "latent_shape": list(shards.shape("mean")),
-            "gaussian_rank": task.modules["average"].rank,
+            "gaussian_rank": len(data.prior.get("prior.basis", ())),
             "encoding": encoding.to_json(),
             "precision": resolve(study.compute)[1],
             "scans": {split: len({ids[row] for row in indices}) for split, indices in rows.items()},

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -27,32 +28,26 @@ def run(
     shards = Shards(latents)
     table, ids = read_manifest(manifest), shards.column("scan_id")
     rows = rows_by_split(table, ids)["train"]
-    offset, deviation = standardisation((shards.tensor("mean", row) for row in rows), study.latents.normalisation)
+    offset, deviation = standardisation(shards.tensor("mean", row) for row in rows)
     tensors = {"offset": offset, "scale": deviation}
     if study.latents.gaussian_rank:
         encoding = CovariateEncoding.fit(table, study.covariates)
-        encoded = encoding.encode(table.set_index("scan_id").loc[[ids[row] for row in rows]].reset_index())
+        scans = table.set_index("scan_id").loc[[ids[row] for row in rows]].reset_index()
         gaussian = fit_gaussian(
-            lambda i: (shards.tensors("mean", [rows[i]])[0] - offset) / deviation,
-            covariate_features(encoded, level_counts(encoding)),
+            lambda i: ((shards.tensors("mean", [rows[i]]) - offset) / deviation)[0],
+            covariate_features(encoding.encode(scans), level_counts(encoding)),
             study.latents.gaussian_rank,
+            scans["subject_id"].to_numpy(),
         )
-        tensors |= {
-            "effects": gaussian.effects,
-            "basis": gaussian.basis,
-            "variances": gaussian.variances,
-            "residual": gaussian.residual,
-        }
+        tensors |= {f"prior.{name}": value for name, value in asdict(gaussian).items()}
     with atomic_path(scale) as path:
         save_file(tensors, path)
-    axes = tuple(range(1, offset.ndim))
     write_json(
         out,
         {
-            "normalisation": study.latents.normalisation,
-            "latent_shape": list(offset.shape),
+            "latent_shape": list(offset.shape[1:]),
             "train_latents": len(rows),
-            "channel_offset": offset.mean(axes).round(5).tolist(),
-            "channel_scale": deviation.mean(axes).round(5).tolist(),
+            "channel_offset": offset.mean(tuple(range(2, offset.ndim)))[0].round(5).tolist(),
+            "channel_scale": deviation.ravel().round(5).tolist(),
         },
     )

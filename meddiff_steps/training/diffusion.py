@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,44 +11,13 @@ from torch import Tensor, nn
 
 from meddiff_steps import config
 from meddiff_steps.diffusion.schedules import NoiseProcess
-from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.denoiser import Denoiser
 from meddiff_steps.training.backend import channels_last, to_channels_last
+from meddiff_steps.training.latent_data import LatentData, drop
 from meddiff_steps.training.loop import batch_rows, rank_share, step_generator
 
 #: Held-out latents that a validation looks at.
 VALIDATION_LATENTS = 64
-
-
-@dataclass(frozen=True)
-class LatentData:
-    """Cached posteriors and who they belong to.
-
-    Attributes
-    ----------
-    shards
-        Columns `mean` and `log_variance`, float16 (c, *spatial).
-    prior
-        `offset` and `scale`, float32 (c, *spatial): the network sees (z - offset) / scale; with a Gaussian also
-        `effects`, `basis`, `variances` and `residual`. See `models.latents`.
-    covariates
-        Encoded covariates per row of `shards`, float32 (rows, k), NaN where missing.
-    train_rows, val_rows
-        Rows of `shards`; validation uses unaugmented ones.
-    """
-
-    shards: Shards
-    prior: dict[str, np.ndarray]
-    covariates: np.ndarray
-    train_rows: np.ndarray
-    val_rows: np.ndarray
-
-    def draw(self, rows: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """Samples of the posteriors of `rows`, standardised, float32 (len(rows), c, *spatial)."""
-        mean = self.shards.tensors("mean", rows)
-        deviation = np.exp(0.5 * self.shards.tensors("log_variance", rows))
-        z = mean + deviation * generator.standard_normal(mean.shape, dtype=np.float32)
-        return (z - self.prior["offset"]) / self.prior["scale"]
 
 
 class DiffusionTask:
@@ -73,13 +41,13 @@ class DiffusionTask:
         shape = data.shards.shape("mean")
         self.spatial_dims = len(shape) - 1
         torch.manual_seed(int(step_generator(self.root, "weights", 0).integers(2**31)))
-        model = Denoiser(settings, shape, levels, rank=len(data.prior.get("basis", ())))
-        for name, value in data.prior.items():
-            buffer = model.get_buffer(name)
-            buffer.copy_(torch.from_numpy(value).reshape(buffer.shape))
+        model = Denoiser(settings, shape, levels, rank=len(data.prior.get("prior.basis", ())))
+        model.load_state_dict(data.prior, strict=False)
+        if model.prior is not None:
+            model.prior.requires_grad_(False)
         to_channels_last(model, self.spatial_dims)
         average = copy.deepcopy(model).requires_grad_(False).eval()
-        optimiser = torch.optim.AdamW(model.parameters(), lr=settings.optimiser.learning_rate, weight_decay=0.0)
+        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=settings.optimiser.learning_rate, weight_decay=0.0)
         self.net, wrapped = fabric.setup(model, optimiser)
         self.modules: dict[str, nn.Module] = {"model": model, "average": fabric.to_device(average)}
         self.optimisers: dict[str, torch.optim.Optimizer] = {"model": wrapped}
@@ -123,9 +91,3 @@ class DiffusionTask:
                 loss = self._loss(self.modules["average"], x0, uniform, noise, self.data.covariates[rows])
             losses.append((float(loss), len(rows)))
         return {"val/loss": sum(loss * n for loss, n in losses) / len(self.val_rows)} if losses else {}
-
-
-def drop(covariates: np.ndarray, each: float, together: float, generator: np.random.Generator) -> np.ndarray:
-    """Replace covariates by NaN (the learnt null): each on its own with one probability, all of a row with another."""
-    gone = (generator.random(covariates.shape) < each) | (generator.random((len(covariates), 1)) < together)
-    return np.where(gone, np.float32("nan"), covariates)

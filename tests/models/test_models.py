@@ -3,12 +3,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from meddiff_steps import config
 from meddiff_steps.diffusion.schedules import NoiseProcess
+from meddiff_steps.models import prior as prior_module
 from meddiff_steps.models.autoencoder import Autoencoder, kl_divergence
 from meddiff_steps.models.denoiser import CovariateTokens, Denoiser
 from meddiff_steps.models.latents import covariate_features, fit_gaussian, standardisation
+from meddiff_steps.models.prior import Prior
 from meddiff_steps.models.stem import Stem
 
 SMALL = config.Autoencoder(channels=[8, 16], norm_num_groups=4, latent_channels=4)
@@ -104,25 +107,22 @@ def test_gradient_checkpointing_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["position", "channel"])
-def test_standardised_latents_have_mean_0_and_deviation_1(kind):
+def test_standardised_latents_have_mean_0_everywhere_and_deviation_1_per_channel():
     rng = np.random.default_rng(0)
     place = rng.normal(size=(2, 4, 5))
     latents = [(place + rng.normal(size=(2, 4, 5)) * [[[3.0]], [[0.5]]]).astype(np.float32) for _ in range(400)]
-    offset, scale = standardisation(iter(latents), kind)
+    offset, scale = standardisation(iter(latents))
     z = (np.stack(latents) - offset) / scale
-    axes = (0, 2, 3) if kind == "channel" else (0,)
-    assert offset.shape == scale.shape == (2, 4, 5)
-    assert np.allclose(z.mean(axes), 0, atol=1e-3)
-    assert np.allclose(z.std(axes), 1, atol=0.02)
+    assert offset.shape == (1, 2, 4, 5)
+    assert scale.shape == (1, 2, 1, 1)
+    assert np.allclose(z.mean(0), 0, atol=1e-3)
+    assert np.allclose(z.std((0, 2, 3)), 1, atol=0.01)
 
 
-def test_a_constant_background_stays_small():
-    rng = np.random.default_rng(0)
-    latents = [np.concatenate([rng.normal(size=(1, 3, 4)), np.full((1, 3, 4), 5.0)], 1).astype(np.float32) for _ in range(50)]
-    offset, scale = standardisation(iter(latents), "position")
-    assert np.allclose(offset[:, 3:], 5.0)
-    assert 0.01 < scale[:, 3:].max() < 0.2
+def test_constant_latents_can_be_standardised():
+    offset, scale = standardisation(np.full((1, 3, 4), 5.0, np.float32) for _ in range(5))
+    assert np.all(offset == 5.0)
+    assert np.all(scale > 0)
 
 
 def test_the_gaussian_fit_recovers_effects_and_components():
@@ -131,36 +131,69 @@ def test_the_gaussian_fit_recovers_effects_and_components():
     features = rng.normal(size=(4000, 2))
     effects = rng.normal(size=(2, 60))
     x = features @ effects + rng.normal(size=(4000, 2)) * [3.0, 2.0] @ basis + 0.5 * rng.normal(size=(4000, 60))
-    fit = fit_gaussian(lambda row: x[row].reshape(4, 3, 5), features, rank=2)
+    fit = fit_gaussian(lambda row: x[row].reshape(4, 3, 5), features, rank=2, subjects=np.arange(4000))
     assert np.allclose(fit.effects, effects, atol=0.2)
     assert np.allclose(np.abs(fit.basis @ basis.T), np.eye(2), atol=0.05)
     assert np.allclose(fit.variances, [9, 4], rtol=0.15)
     assert fit.residual.mean() == pytest.approx(0.25, rel=0.1)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])
-def test_the_linear_prediction_is_the_posterior_mean_of_the_gaussian(prediction_type):
-    """Against the general formula with dense matrices."""
+def test_variances_are_those_of_subjects_that_the_components_have_not_seen():
+    """Of pure noise in many dimensions, sample components explain far more variance in their own sample than in another."""
+    x = np.random.default_rng(0).normal(size=(200, 500))
+    fit = fit_gaussian(lambda row: x[row], np.zeros((200, 1)), rank=5, subjects=np.arange(200))
+    assert fit.variances == pytest.approx(np.ones(5), rel=0.25)
+    assert np.square(x @ fit.basis.T).mean() > 5
+    variants = x[np.repeat(np.arange(100), 2)]
+    fit = fit_gaussian(lambda row: variants[row], np.zeros((200, 1)), rank=5, subjects=np.repeat(np.arange(100), 2))
+    assert fit.variances == pytest.approx(np.ones(5), rel=0.25)
+
+
+def random_prior(prediction_type="v_prediction", residual=None, width=0):
     rng = np.random.default_rng(1)
-    settings = UNET.model_copy(update={"prediction_type": prediction_type})
-    model = Denoiser(settings, (4, 4, 2), [0, 2], rank=3)
     size = 32
-    basis = np.linalg.qr(rng.normal(size=(size, 3)))[0].T
-    effects = rng.normal(size=(3, size))
-    variances, residual = np.array([5.0, 2.0, 1.0]), rng.uniform(0.1, 0.5, size)
-    for name, value in {"basis": basis, "effects": effects, "variances": variances, "residual": residual}.items():
-        model.get_buffer(name).copy_(torch.from_numpy(value))
-    x, t = rng.normal(size=(2, size)), torch.tensor([100.0, 700.0])
-    covariates = np.array([[0.7, 1.0], [np.nan, 0.0]], np.float32)
-    prediction, clean = model.linear_prediction(torch.from_numpy(x).float().reshape(2, 4, 4, 2), t, torch.from_numpy(covariates))
-    features = covariate_features(covariates, [0, 2])
-    assert np.allclose(model.features(torch.from_numpy(covariates)).numpy(), features)
-    covariance = np.diag(residual) + basis.T @ np.diag(variances) @ basis
-    for i, (alpha, sigma) in enumerate(zip(*(a.numpy() for a in NoiseProcess.of(settings).alpha_sigma(t)), strict=True)):
-        mean = features[i] @ effects
-        inverse = np.linalg.inv(alpha**2 * covariance + sigma**2 * np.eye(size))
-        x0 = mean + alpha * covariance @ inverse @ (x[i] - alpha * mean)
-        noise = sigma * inverse @ (x[i] - alpha * mean)
-        expected = {"epsilon": noise, "v_prediction": alpha * noise - sigma * x0, "flow": noise - x0}[prediction_type]
-        assert np.allclose(clean[i].flatten(), x0, atol=1e-4)
-        assert np.allclose(prediction[i].flatten(), expected, atol=1e-4)
+    prior = Prior(NoiseProcess.of(UNET.model_copy(update={"prediction_type": prediction_type})), (4, 4, 2), [0, 2], rank=3, width=width)
+    values = {
+        "basis": np.linalg.qr(rng.normal(size=(size, 3)))[0].T,
+        "effects": rng.normal(size=(3, size)),
+        "variances": np.array([5.0, 2.0, 1.0]),
+        "residual": np.full(size, 0.3) if residual is None else residual,
+    }
+    prior.load_state_dict({name: torch.from_numpy(value).float() for name, value in values.items()}, strict=False)
+    return prior, values
+
+
+COVARIATES = np.array([[0.7, 1.0], [np.nan, 0.0]], np.float32)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])
+def test_the_prior_is_the_posterior_mean_of_its_gaussian(prediction_type):
+    """Against the general formula with dense matrices."""
+    prior, values = random_prior(prediction_type)
+    x, t = np.random.default_rng(2).normal(size=(2, 32)), torch.tensor([100.0, 700.0])
+    noise, clean = prior(torch.from_numpy(x).float().reshape(2, 4, 4, 2), t, torch.from_numpy(COVARIATES))
+    features = covariate_features(COVARIATES, [0, 2])
+    # The residual is variance beside the components, so S on the components is `variances` and 0.3 elsewhere.
+    basis = values["basis"]
+    covariance = 0.3 * (np.eye(32) - basis.T @ basis) + basis.T @ np.diag(values["variances"]) @ basis
+    for i, (alpha, sigma) in enumerate(zip(*(a.numpy() for a in prior.process.alpha_sigma(t)), strict=True)):
+        mean = features[i] @ values["effects"]
+        q = np.linalg.solve(alpha**2 * covariance + sigma**2 * np.eye(32), x[i] - alpha * mean)
+        assert np.allclose(clean[i].flatten(), mean + alpha * covariance @ q, atol=1e-4)
+        assert np.allclose(noise[i].flatten(), sigma * q, atol=1e-4)
+
+
+def test_the_prior_stays_consistent_whatever_its_network_says():
+    """alpha * clean + sigma * noise is always x, so every sampler and prediction type sees the same estimate."""
+    prior, _ = random_prior(residual=np.random.default_rng(0).uniform(0.1, 0.5, 32), width=8)
+    nn.init.normal_(prior.network.last.weight)
+    x, t = torch.randn(2, 4, 4, 2), torch.tensor([100.0, 700.0])
+    noise, clean = prior(x, t, torch.from_numpy(COVARIATES))
+    alpha, sigma = (a.float().reshape(2, 1, 1, 1) for a in prior.process.alpha_sigma(t))
+    assert torch.allclose(alpha * clean + sigma * noise, x, atol=1e-4)
+    prior.network = None
+    assert not torch.allclose(prior(x, t, torch.from_numpy(COVARIATES))[1], clean, atol=1e-2)
+
+
+def test_covariate_features_are_the_same_in_torch():
+    assert np.array_equal(prior_module.covariate_features(torch.from_numpy(COVARIATES), [0, 2]).numpy(), covariate_features(COVARIATES, [0, 2]))

@@ -10,7 +10,9 @@ from meddiff_steps.training import loop
 from meddiff_steps.training.autoencoder import AutoencoderTask, spectral_loss
 from meddiff_steps.training.backend import make_fabric
 from meddiff_steps.training.checkpoint import weights_digest
-from meddiff_steps.training.diffusion import DiffusionTask, LatentData, drop
+from meddiff_steps.training.components import train_components
+from meddiff_steps.training.diffusion import DiffusionTask
+from meddiff_steps.training.latent_data import LatentData, drop
 
 OPTIMISER = config.Optimiser(steps=7, batch_size=4, learning_rate=1e-3, warmup_steps=2, log_every=2, checkpoint_every=3, validate_every=4)
 
@@ -43,7 +45,7 @@ def latents(tmp_path_factory):
     with ShardWriter(path, {"mean": shape, "log_variance": shape}) as shard:
         for _ in range(10):
             shard.append(mean=rng.normal(size=shape.shape), log_variance=np.full(shape.shape, -4.0))
-    prior = {"offset": np.zeros(shape.shape, np.float32), "scale": np.ones(shape.shape, np.float32)}
+    prior = {"offset": torch.zeros(1, *shape.shape), "scale": torch.ones(1, 4, 1, 1, 1)}
     return LatentData(Shards([path]), prior, rng.normal(size=(10, 2)).astype(np.float32), np.arange(8), np.arange(8, 10))
 
 
@@ -165,3 +167,36 @@ def test_the_spectral_loss_sees_blur_that_a_mean_does_not():
     blurred = torch.nn.functional.avg_pool2d(x, 3, 1, 1)
     assert spectral_loss(x, x) == 0
     assert spectral_loss(blurred, x) > 0.1
+
+
+def curved_latents(path, bend):
+    """Two components of which the second follows the square of the first by `bend`, in 2 x 4 numbers; 300 rows."""
+    rng = np.random.default_rng(0)
+    first = rng.normal(size=300)
+    second = bend * (first**2 - 1) / np.sqrt(2) + np.sqrt(1 - bend**2) * rng.normal(size=300)
+    shape = Tensor("float32", (2, 4))
+    basis = np.linalg.qr(rng.normal(size=(8, 2)))[0].T
+    with ShardWriter(path, {"mean": shape, "log_variance": shape}) as shard:
+        for row in np.stack([first, second], 1) @ basis + 0.05 * rng.normal(size=(300, 8)):
+            shard.append(mean=row.reshape(2, 4), log_variance=np.full((2, 4), -9.0))
+    prior = {"offset": torch.zeros(1, 2, 4), "scale": torch.ones(1, 2, 1), "prior.effects": torch.zeros(1, 8)}
+    prior |= {"prior.basis": torch.from_numpy(basis).float(), "prior.variances": torch.ones(2), "prior.residual": torch.full((8,), 0.0025)}
+    return LatentData(Shards([path]), prior, rng.normal(size=(300, 1)).astype(np.float32), np.arange(200), np.arange(200, 300))
+
+
+def test_components_learn_a_curved_dependence_and_only_where_there_is_one(tmp_path):
+    settings = config.Diffusion(component_steps=300)
+    curved, straight = (curved_latents(tmp_path / f"{bend}.arrow", bend) for bend in (0.95, 0.0))
+    tensors, gain = train_components(curved, settings, [0], "seed")
+    assert gain < 0.9
+    again, _ = train_components(curved, settings, [0], "seed")
+    assert weights_digest(tensors) == weights_digest(again)
+    assert train_components(straight, settings, [0], "seed")[1] > 0.97
+
+
+def test_without_held_out_subjects_the_last_weights_are_kept(tmp_path):
+    data = curved_latents(tmp_path / "x.arrow", 0.95)
+    data = LatentData(data.shards, data.prior, data.covariates, data.train_rows, np.zeros(0, np.int64))
+    tensors, gain = train_components(data, config.Diffusion(component_steps=20), [0], "seed")
+    assert gain == 1.0
+    assert tensors["prior.network.last.weight"].abs().max() > 0
