@@ -32,8 +32,9 @@ demo: $(VENV)/.ready
 	@echo "  results/demo/contact-sheet.png    the same images as one picture"
 	@echo "  results/demo/release/             the synthetic cohort, a BIDS dataset"
 
+# One process per core, each with one thread; the longest file, which runs the workflow, begins first.
 test: $(VENV)/.ready-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile tests/test_end_to_end.py tests
 
 check: $(VENV)/.ready-test
 	$(BIN)/ruff check .

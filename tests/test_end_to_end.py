@@ -44,6 +44,7 @@ STUDY = {
         "num_head_channels": 8,
         "covariate_dim": 16,
         "num_res_blocks": 1,
+        "component_steps": 20,
         "optimiser": {"steps": 30, "batch_size": 4, "learning_rate": 1e-3, "checkpoint_every": 5},
     },
     "plan": [{"name": "syn", "subjects": 18}, {"name": "old", "subjects": 4, "where": {"age": [70, 85], "sex": "F"}}],

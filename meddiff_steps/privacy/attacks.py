@@ -1,0 +1,152 @@
+"""What an attacker gains, in figures with intervals; each beside what it would be if nothing leaked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy.stats import binomtest
+
+from meddiff_steps.evaluation.statistics import Bootstrap, Figure, Statistic, auc, mean_of, rounded
+
+#: False-positive rates at which a membership attack is judged (Carlini et al. 2022: the average hides the few it exposes).
+FALSE_POSITIVE_RATES = (0.01, 0.05, 0.10)
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927); with no hit, its upper end is at least 3 / n (the rule of three)."""
+    if n == 0:
+        return 0.0, 1.0
+    interval = binomtest(hits, n).proportion_ci(method="wilson")
+    return float(interval.low), min(1.0, max(float(interval.high), 3.0 / n if hits == 0 else 0.0))
+
+
+def share(flags: np.ndarray) -> Figure:
+    """Share of true values with its Wilson interval."""
+    hits, n = int(np.sum(flags)), len(flags)
+    low, high = wilson(hits, n)
+    return {"value": rounded(hits / n) if n else None, "low": rounded(low), "high": rounded(high), "n": n}
+
+
+def excess_copies(synthetic: np.ndarray, held_out: np.ndarray) -> Figure:
+    """Copies beyond those that unseen real scans would be taken for: (p_syn - p_real) / (1 - p_real), at least 0.
+
+    Giomi et al. 2023 (Anonymeter), equation 2; the interval combines the two Wilson intervals (Newcombe 1998, method 10).
+
+    Parameters
+    ----------
+    synthetic, held_out
+        Whether each image is flagged, bool.
+    """
+    a, b = float(np.mean(synthetic)), float(np.mean(held_out))
+    (a_low, a_high), (b_low, b_high) = (wilson(int(np.sum(x)), len(x)) for x in (synthetic, held_out))
+    scale = max(1.0 - b, 1e-9)
+    low = a - b - np.hypot(a - a_low, b_high - b)
+    high = a - b + np.hypot(a_high - a, b - b_low)
+    ends = [min(1.0, max(0.0, float(x) / scale)) for x in (a - b, low, high)]
+    return {"value": rounded(ends[0]), "low": rounded(ends[1]), "high": rounded(ends[2]), "n": len(synthetic)}
+
+
+def nearer_to_training(to_training: np.ndarray, to_held_out: np.ndarray) -> Figure:
+    """Share of synthetic images nearer to the training set than to as many unseen scans; 0.5 if nothing leaked.
+
+    Platzer and Reutterer 2021.  Ties count half.
+
+    Parameters
+    ----------
+    to_training, to_held_out
+        Similarity of each synthetic image to the nearest of n training scans and of n held-out scans, (m,).
+    """
+    wins = float(np.sum(to_training > to_held_out) + 0.5 * np.sum(to_training == to_held_out))
+    low, high = wilson(round(wins), len(to_training))
+    return {"value": rounded(wins / len(to_training)), "low": rounded(low), "high": rounded(high), "n": len(to_training)}
+
+
+def authenticity(to_training: np.ndarray, nearest: np.ndarray, among_training: np.ndarray) -> Figure:
+    """Share of images that are not nearer to a training scan than any other training scan is to that one.
+
+    Alaa et al. 2022, "How faithful is your synthetic data?", section 3.  Density biases it: compare with the same figure
+    of held-out real scans.
+
+    Parameters
+    ----------
+    to_training, nearest
+        Similarity of each image to its nearest training scan, and which one that is, (n,).
+    among_training
+        Similarity of each training scan to its nearest other, (m,).
+    """
+    return share(to_training <= among_training[nearest])
+
+
+def true_positive_rate(members: np.ndarray, scores: np.ndarray, false_positive_rate: float) -> Statistic:
+    """Share of members above the threshold that this share of non-members exceeds; columns (rows,)."""
+    order = np.argsort(-scores, kind="stable")
+    member = np.asarray(members, dtype=bool)[order]
+    ends = np.flatnonzero(np.concatenate([np.diff(-np.asarray(scores)[order]) > 0, [True]]))
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        ordered = weights[:, order]
+        hits, false = np.cumsum(ordered * member, axis=1)[:, ends], np.cumsum(ordered * ~member, axis=1)[:, ends]
+        total_false = false[:, -1:]
+        allowed = false <= false_positive_rate * total_false + 1e-9
+        # Thresholds are sorted, so what is allowed comes first; none allowed means that nobody is called a member.
+        count = allowed.sum(1)
+        rows = np.arange(len(hits))
+        return np.where(count > 0, hits[rows, np.maximum(count - 1, 0)], 0.0) / hits[:, -1]
+
+    return statistic
+
+
+def membership(members: np.ndarray, scores: np.ndarray, subjects: Sequence[str], resamples: int, seed: str, label: str) -> dict[str, Any]:
+    """How well `scores` tell training subjects from others: AUC (0.5 if nothing leaked) and TPR at low FPR (the FPR itself).
+
+    Parameters
+    ----------
+    members, scores, subjects
+        Per scan: in the training set or not, the attacker's score, whose it is.
+    """
+    bootstrap = Bootstrap(list(subjects), resamples, seed, f"membership|{label}")
+    result: dict[str, Any] = {"auc": bootstrap.figure(auc(members, scores))}
+    for rate in FALSE_POSITIVE_RATES:
+        result[f"tpr_at_{rate:g}"] = bootstrap.figure(true_positive_rate(members, scores, rate))
+    # The worst-off: members whom an attacker would find without accusing any of the others.
+    worst = scores[members] > scores[~members].max(initial=-np.inf)
+    return result | {"exposed_members": int(worst.sum()), "members": int(members.sum()), "others": int((~members).sum())}
+
+
+def density_ratio(candidates: np.ndarray, synthetic: np.ndarray, reference: np.ndarray, dimensions: int = 8) -> np.ndarray:
+    """log p_synthetic(x) - log p_reference(x), by Gaussian kernel densities on principal components, (n,).
+
+    DOMIAS (van Breugel et al. 2023): a model that has overfitted puts more density on its training subjects than the
+    population does.
+
+    Parameters
+    ----------
+    candidates, synthetic, reference
+        Embeddings (n, d), (s, d), (r, d); the reference is real and neither member nor tested.
+    """
+    mean = synthetic.mean(0)
+    basis = np.linalg.svd(synthetic - mean, full_matrices=False)[2][: min(dimensions, len(synthetic) - 1, len(reference) - 1)]
+    projected = [(x - mean) @ basis.T for x in (candidates, synthetic, reference)]
+    scale = projected[1].std(0) + 1e-12
+    x, s, r = (p / scale for p in projected)
+
+    def log_density(points: np.ndarray, data: np.ndarray) -> np.ndarray:
+        n, d = data.shape
+        width = n ** (-1.0 / (d + 4))  # Scott's rule
+        square = ((points**2).sum(1)[:, None] + (data**2).sum(1)[None] - 2 * points @ data.T) / width**2
+        lowest = square.min(1, keepdims=True)
+        return -0.5 * lowest[:, 0] + np.log(np.exp(-0.5 * (square - lowest)).sum(1)) - np.log(n) - d * np.log(width)
+
+    return log_density(x, s) - log_density(x, r)
+
+
+def flag_rate_is_nominal(flags: np.ndarray, level: float) -> bool:
+    """Whether held-out real scans are flagged no more often than the level allows (one-sided binomial test at 1 %)."""
+    return len(flags) > 0 and bool(binomtest(int(np.sum(flags)), len(flags), level, alternative="greater").pvalue > 0.01)
+
+
+def mean_figure(values: np.ndarray, subjects: Sequence[str], resamples: int, seed: str, label: str) -> Figure:
+    """Mean over scans with a bootstrap interval over subjects."""
+    return Bootstrap(list(subjects), resamples, seed, label).figure(mean_of(values))

@@ -1,0 +1,178 @@
+"""Three ways to ask how near an image comes to its nearest training scan.
+
+Each detector turns images into directions, searched exactly by cosine, and gives one similarity per image.  They fail in
+different ways: the aligned one misses what was rotated, the learned one may not have learnt what matters, the latent one
+sees only what the autoencoder kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from monai.metrics.regression import compute_ssim_and_cs
+from torch import Tensor
+from torch.nn import functional
+
+from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.models.autoencoder import Autoencoder
+from meddiff_steps.privacy.embedder import Embedder
+from meddiff_steps.privacy.perturbations import flip
+from meddiff_steps.privacy.search import nearest, unit_rows
+
+#: Images held at once.
+BATCH = 32
+
+#: The aligned detector compares at this size first, and its best candidates at full size.
+ALIGNED_SIDE = {2: 32, 3: 16}
+CANDIDATES = 20
+MAX_SHIFT = 1  # voxels, along every axis
+
+#: Where the mean training image is darker than this, nobody has anatomy.
+BACKGROUND = 0.05
+
+#: Side of the SSIM window.
+WINDOW = 7
+
+
+class Detector(Protocol):
+    """`vectors` are compared by cosine; `similarity` is what thresholds apply to."""
+
+    name: str
+
+    def vectors(self, images: Tensor) -> np.ndarray:
+        """Directions of images (b, 1, *spatial) in [0, 1], float32 (b, d), norm 1 or 0."""
+
+    def similarity(self, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Similarity to the nearest training scan and its number in the training set, (b,) each."""
+
+
+class Embedding:
+    """Cosine of the directions that `encode` gives, of the image and of its mirror image.
+
+    Parameters
+    ----------
+    encode
+        (b, 1, *spatial) -> (b, d).
+    references
+        Directions of the training scans, (m, d).
+    """
+
+    def __init__(self, name: str, encode: torch.nn.Module, references: np.ndarray | None = None) -> None:
+        self.name, self.encode = name, encode
+        self.references = np.zeros((0, 0), np.float32) if references is None else references
+
+    @torch.no_grad()
+    def vectors(self, images: Tensor) -> np.ndarray:
+        return unit_rows(self.encode(images).flatten(1).numpy())
+
+    def similarity(self, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        best, index = zip(*(nearest(self.vectors(x), self.references) for x in (images, flip(images))), strict=True)
+        mirrored = best[1][:, 0] > best[0][:, 0]
+        return np.maximum(best[0][:, 0], best[1][:, 0]), np.where(mirrored, index[1][:, 0], index[0][:, 0])
+
+
+class LatentEncoder(torch.nn.Module):
+    """Standardised posterior means of the autoencoder, (b, c, *spatial)."""
+
+    def __init__(self, autoencoder: Autoencoder, offset: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.autoencoder, self.offset, self.scale = autoencoder, offset, scale
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (self.autoencoder.encode(images)[0] - self.offset) / self.scale
+
+
+class Aligned:
+    """Structural similarity to the training scan that fits best, over small shifts and the mirror image.
+
+    A search by correlation of coarse, masked images finds the 20 nearest; the best shift of each is chosen by the same
+    correlation, and the highest SSIM inside the mask (Wang et al. 2004) is the similarity.  On registered brains this finds
+    copies better than any embedding (DeepSSIM, arXiv 2509.16582, table 2), as long as they were not rotated.
+
+    Parameters
+    ----------
+    mean
+        Mean training image, (1, *spatial); it gives the mask and is taken off before correlating.
+    training
+        The training scans at full size, as they are numbered in `references`.
+    """
+
+    name = "aligned"
+
+    def __init__(self, mean: np.ndarray, training: TrainingImages, references: np.ndarray | None = None) -> None:
+        self.mean, self.training = torch.from_numpy(mean)[None], training
+        self.dims = mean.ndim - 1
+        self.factor = -(-max(mean.shape) // ALIGNED_SIDE[self.dims])
+        self.mask = self.mean > BACKGROUND
+        if not bool(self.mask.any()):
+            self.mask = torch.ones_like(self.mask)
+        self.coarse_mask = self._pool(self.mask.float()) > 0.5
+        self.references = np.zeros((0, 0), np.float32) if references is None else references
+
+    def _pool(self, images: Tensor) -> Tensor:
+        return (functional.avg_pool3d if self.dims == 3 else functional.avg_pool2d)(images, self.factor)
+
+    def vectors(self, images: Tensor) -> np.ndarray:
+        return unit_rows(self._pool((images - self.mean) * self.mask)[:, self.coarse_mask[0]].numpy())
+
+    @torch.no_grad()
+    def similarity(self, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        score, index = np.full(len(images), -1.0), np.zeros(len(images), np.int64)
+        shifts = torch.cartesian_prod(*[torch.arange(-MAX_SHIFT, MAX_SHIFT + 1)] * self.dims).tolist()
+        for i, image in enumerate(images):
+            variants = torch.stack([torch.roll(x, shift, dims=list(range(1, self.dims + 1))) for x in (image, flip(image[None])[0]) for shift in shifts])
+            vectors = self.vectors(variants)
+            found = np.unique(nearest(vectors[[len(shifts) // 2, len(shifts) + len(shifts) // 2]], self.references, CANDIDATES)[1])
+            best = (vectors @ self.references[found].T).argmax(0)
+            values = self._ssim(variants[best], torch.from_numpy(self.training[found]))
+            score[i], index[i] = values.max(), found[values.argmax()]
+        return score, index
+
+    def _ssim(self, a: Tensor, b: Tensor) -> np.ndarray:
+        window = min(WINDOW, *a.shape[2:])
+        ssim, _ = compute_ssim_and_cs(a, b, self.dims, [window] * self.dims, [1.5] * self.dims, kernel_type="uniform")
+        trim = [slice((n - m) // 2, (n - m) // 2 + m) for n, m in zip(a.shape[2:], ssim.shape[2:], strict=True)]
+        inside = self.mask[(slice(None), slice(None), *trim)].float()
+        return ((ssim * inside).flatten(1).sum(1) / inside.sum().clamp_min(1.0)).numpy()
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """The training scans by their number, read from their shards when they are needed."""
+
+    shards: Shards
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: np.ndarray) -> np.ndarray:
+        return self.shards.tensors("image", self.rows[index])
+
+    def batches(self) -> Iterator[Tensor]:
+        for start in range(0, len(self), BATCH):
+            yield torch.from_numpy(self.shards.tensors("image", self.rows[start : start + BATCH]))
+
+
+def references(detector: Detector, training: TrainingImages) -> np.ndarray:
+    """Directions of all training scans, (m, d)."""
+    return np.concatenate([detector.vectors(images) for images in training.batches()])
+
+
+def make_detectors(training: TrainingImages, embedder: Embedder, latent: LatentEncoder, vectors: Mapping[str, np.ndarray], mean: np.ndarray) -> list[Detector]:
+    """The three detectors, with the training directions that `references` gave before."""
+    return [
+        Aligned(mean, training, vectors.get("aligned")),
+        Embedding("learned", embedder, vectors.get("learned")),
+        Embedding("latent", latent, vectors.get("latent")),
+    ]
+
+
+def score(detectors: list[Detector], images: Tensor) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Per detector: similarity to the nearest training scan, and its number, (b,) each."""
+    found = {detector.name: detector.similarity(images) for detector in detectors}
+    return {name: values for name, (values, _) in found.items()}, {name: index for name, (_, index) in found.items()}

@@ -1,0 +1,84 @@
+import numpy as np
+import pytest
+from scipy.stats import norm
+from sklearn.metrics import roc_curve
+
+from meddiff_steps.privacy import attacks
+
+
+def test_with_no_hit_the_interval_ends_at_the_rule_of_three():
+    low, high = attacks.wilson(0, 100)
+    assert low == 0
+    assert high == pytest.approx(norm.ppf(0.975) ** 2 / (100 + norm.ppf(0.975) ** 2))
+    assert attacks.wilson(0, 1000)[1] == pytest.approx(norm.ppf(0.975) ** 2 / (1000 + norm.ppf(0.975) ** 2))
+    assert attacks.wilson(0, 2)[1] == 1.0
+    assert attacks.wilson(0, 0) == (0.0, 1.0)
+
+
+def test_excess_copies_are_those_beyond_the_base_rate():
+    held_out = np.arange(200) < 10
+    assert attacks.excess_copies(np.arange(200) < 10, held_out)["value"] == 0
+    assert attacks.excess_copies(np.ones(200, bool), held_out)["value"] == 1
+    figure = attacks.excess_copies(np.arange(200) < 105, held_out)
+    assert figure["value"] == pytest.approx((0.525 - 0.05) / 0.95, abs=1e-5)
+    assert 0.3 < figure["low"] < figure["value"] < figure["high"] < 0.7
+
+
+def test_excess_copies_cover_the_truth():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(300):
+        figure = attacks.excess_copies(rng.random(150) < 0.2, rng.random(150) < 0.1)
+        covered += figure["low"] <= 0.1 / 0.9 <= figure["high"]
+    assert covered / 300 > 0.9
+
+
+def test_nearer_to_training_is_half_where_nothing_leaked():
+    x = np.random.default_rng(0).random((2, 1000))
+    figure = attacks.nearer_to_training(*x)
+    assert figure["low"] < 0.5 < figure["high"]
+    assert attacks.nearer_to_training(np.ones(10), np.ones(10))["value"] == 0.5
+    assert attacks.nearer_to_training(np.ones(10), np.zeros(10))["value"] == 1
+
+
+def test_copies_are_not_authentic():
+    among = np.array([0.5, 0.6, 0.7])
+    assert attacks.authenticity(np.array([0.99, 0.2]), np.array([0, 2]), among)["value"] == 0.5
+
+
+def test_the_true_positive_rate_is_that_of_the_roc_curve():
+    rng = np.random.default_rng(0)
+    members = rng.random(300) < 0.5
+    scores = np.round(rng.normal(size=300) + members, 1)  # with ties
+    false, true, _ = roc_curve(members, scores, drop_intermediate=False)
+    for rate in (0.01, 0.05, 0.1, 0.5):
+        value = attacks.true_positive_rate(members, scores, rate)(np.ones((1, 300)))[0]
+        assert value == pytest.approx(true[false <= rate + 1e-9].max())
+
+
+def test_an_attack_that_knows_nothing_and_one_that_knows_all():
+    rng = np.random.default_rng(0)
+    members = np.arange(200) < 100
+    subjects = [str(i) for i in range(200)]
+    nothing = attacks.membership(members, rng.random(200), subjects, 200, "seed", "a")
+    assert nothing["auc"]["low"] < 0.5 < nothing["auc"]["high"]
+    everything = attacks.membership(members, members.astype(float), subjects, 200, "seed", "a")
+    assert everything["auc"]["value"] == 1
+    assert everything["tpr_at_0.01"]["value"] == 1
+    assert everything["exposed_members"] == 100
+
+
+def test_the_density_ratio_finds_what_a_generator_has_learnt_by_heart():
+    rng = np.random.default_rng(0)
+    members, others, reference = rng.normal(size=(3, 60, 6))
+    overfitted = np.repeat(members, 5, axis=0) + 0.05 * rng.normal(size=(300, 6))
+    ratio = attacks.density_ratio(np.concatenate([members, others]), overfitted, reference)
+    assert (ratio[:60, None] > ratio[None, 60:]).mean() > 0.8
+    fresh = attacks.density_ratio(np.concatenate([members, others]), rng.normal(size=(300, 6)), reference)
+    assert 0.35 < (fresh[:60, None] > fresh[None, 60:]).mean() < 0.65
+
+
+def test_a_flag_rate_far_above_the_level_is_not_nominal():
+    assert attacks.flag_rate_is_nominal(np.arange(100) < 7, 0.05)
+    assert not attacks.flag_rate_is_nominal(np.arange(100) < 20, 0.05)
+    assert not attacks.flag_rate_is_nominal(np.zeros(0, bool), 0.05)
