@@ -332,6 +332,33 @@ class Generate(Section):
     shard_size: PositiveInt = Field(250, description="Subjects per job.")
 
 
+class Embedder(Section):
+    """The learned copy detector (SimCLR)."""
+
+    temperature: PositiveFloat = Field(0.1, description="Of the NT-Xent loss; smaller attends to the nearest strangers.")
+    optimiser: Optimiser = Optimiser(steps=300, batch_size=64, learning_rate=1e-3, warmup_steps=20)
+
+
+class Privacy(Section):
+    """What may be released: every synthetic image is compared with every training scan."""
+
+    enforce: Literal["stop", "report"] = Field("stop", description="`stop`: a verdict of FAIL ends the run before the release; `report`: it is only told.")
+    level: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(
+        0.05, description="Share of unseen real subjects that the filter may take for copies; fixes the thresholds."
+    )
+    subgroup: Name | None = Field(None, description="Categorical covariate whose levels get thresholds of their own where they have enough subjects.")
+    max_attempts: PositiveInt = Field(5, description="Draws per planned subject before it is given up as failed.")
+    max_failed_share: Fraction = Field(0.05, description="The run stops if more planned subjects than this have failed.")
+    embedder: Embedder = Embedder()
+    bootstrap: Annotated[int, Field(ge=100)] = 500
+    max_excess_copies: Fraction = Field(0.05, description="Gate: copies before the filter beyond those that unseen real scans would be taken for.")
+    max_membership_auc: Annotated[float, Field(ge=0.5, le=1.0)] = Field(0.6, description="Gate: AUC of every membership attack on the released cohort.")
+    max_nearer_to_training: Annotated[float, Field(ge=0.5, le=1.0)] = Field(
+        0.6, description="Gate: share of released images nearer to the training set than to as many unseen scans."
+    )
+    min_recall: Fraction = Field(0.95, description="Gate: share of planted copies that the detectors must find.")
+
+
 class Evaluate(Section):
     bootstrap: Annotated[int, Field(ge=100)] = 1000
     sweep_steps: Annotated[int, Field(ge=3)] = Field(5, description="Images per counterfactual sweep in the report.")
@@ -373,6 +400,7 @@ class Study(Section):
     diffusion: Diffusion = Diffusion()
     plan: list[PlanGroup] = Field(min_length=1)
     generate: Generate = Generate()
+    privacy: Privacy = Privacy()
     evaluate: Evaluate = Evaluate()
     release: Release = Release()
     compute: Compute = Compute()
@@ -449,8 +477,13 @@ STAGES: dict[str, tuple[str, ...]] = {
     "latents": ("seed", "augmentation", "latents", "compute"),
     "scale": ("covariates", "latents"),
     "diffusion": ("seed", "covariates", "diffusion", "compute"),
+    "embedder": ("seed", "privacy.embedder"),
+    "calibrate": ("seed", "privacy.level", "privacy.subgroup"),
     "plan": ("seed", "covariates", "plan", "generate.shard_size"),
     "generate": ("generate", "compute"),
+    "filter": ("generate", "compute", "privacy.subgroup", "privacy.max_attempts"),
+    "privacy": ("seed", "privacy"),
+    "gate": ("privacy.enforce",),
     "images": ("study", "release", "preprocess"),
     "release": ("study", "title", "cohort", "covariates", "release", "preprocess", "generate"),
     "evaluate": ("seed", "covariates", "plan", "evaluate"),
@@ -521,7 +554,10 @@ def freeze(study: Study, stage: str | None, folder: Path) -> Path:
         content = {}
         for name in STAGES[stage]:
             section, _, key = name.partition(".")
-            content[section] = {key: everything[section][key]} if key else everything[section]
+            if key:
+                content.setdefault(section, {})[key] = everything[section][key]
+            else:
+                content[section] = everything[section]
     text = canonical_json(content)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     path = Path(folder) / f"{stage or 'study'}-{digest}.json"
@@ -547,7 +583,7 @@ def load_stage(path: Path, stage: str) -> Study:
     for section, key in declared:
         values[section] = getattr(_Unchecked.model_validate(placeholder | {section: raw[section]}), section)
         if key:
-            _keep_only(values[section], {key})
+            _keep_only(values[section], {other for name, other in declared if name == section})
     view = Study.model_construct(**values)
     _keep_only(view, set(values))
     return view

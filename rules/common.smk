@@ -71,6 +71,15 @@ DIFFUSION_CARD = f"{RESULTS}/diffusion/card.json"
 DIFFUSION_HISTORY = f"{RESULTS}/diffusion/history.parquet"
 PLAN = f"{RESULTS}/plan.parquet"
 GENERATED = f"{RESULTS}/generated/shard-{{shard}}.arrow"
+EMBEDDER = f"{RESULTS}/privacy/embedder.safetensors"
+EMBEDDER_CARD = f"{RESULTS}/privacy/embedder.json"
+REFERENCE = f"{RESULTS}/privacy/reference.safetensors"
+CALIBRATION = f"{RESULTS}/privacy/calibration.json"
+FILTERED = f"{RESULTS}/filtered/shard-{{shard}}.arrow"
+DECISIONS_SHARD = f"{RESULTS}/privacy/decisions/shard-{{shard}}.parquet"
+DECISIONS = f"{RESULTS}/privacy/decisions.parquet"
+PRIVACY_REPORT = f"{RESULTS}/privacy/report.json"
+RELEASED = f"{RESULTS}/privacy/released.parquet"
 IMAGES = f"{RESULTS}/images/shard-{{shard}}.parquet"
 RELEASE_ROOT = f"{RESULTS}/release"
 RELEASE = f"{RELEASE_ROOT}/dataset_description.json"
@@ -79,6 +88,15 @@ PREDICTIONS = f"{RESULTS}/evaluation/predictions.parquet"
 SHOWCASE = f"{RESULTS}/evaluation/showcase.arrow"
 REPORT = f"{RESULTS}/report.html"
 CONTACT_SHEET = f"{RESULTS}/contact-sheet.png"
+# Inputs of a rule that are also options of its step, by the same names.
+DETECTOR_FILES = {
+    "autoencoder": AUTOENCODER,
+    "autoencoder_card": AUTOENCODER_CARD,
+    "scale": LATENT_SCALE,
+    "embedder": EMBEDDER,
+    "embedder_card": EMBEDDER_CARD,
+}
+DIFFUSION_FILES = {"diffusion": DIFFUSION, "diffusion_card": DIFFUSION_CARD}
 # Training state lives outside the outputs of rules: Snakemake deletes those when a job fails.
 STATE = f"{RESULTS}/state"
 
@@ -114,3 +132,8 @@ def minutes(value):
 def repeat(option, files):
     """The same command-line option once per file."""
     return " ".join(f"{option} {file}" for file in files)
+
+
+def options(files, names):
+    """--name FILE for each of `names` among a rule's input."""
+    return " ".join(f"--{name.replace('_', '-')} {files[name]}" for name in names)

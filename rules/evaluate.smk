@@ -2,7 +2,7 @@ rule measure:
     input:
         manifest=MANIFEST,
         images=expand(PREPROCESSED, shard=COHORT_SHARDS),
-        generated=expand(GENERATED, shard=PLAN_SHARDS),
+        generated=expand(FILTERED, shard=PLAN_SHARDS),
         plan=PLAN,
         reconstructions=RECONSTRUCTIONS,
     output:

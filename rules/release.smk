@@ -1,6 +1,7 @@
 rule images:
     input:
-        GENERATED,
+        filtered=FILTERED,
+        released=RELEASED,
     output:
         IMAGES,
     log:
@@ -20,12 +21,13 @@ rule images:
     message:
         "Writing the images of shard {wildcards.shard}"
     shell:
-        "python -m meddiff_steps images --config {params.config} --generated {input} --release {params.release} --out {output} 2>&1 | tee {log}"
+        "python -m meddiff_steps images --config {params.config} --generated {input.filtered} --released {input.released} --release {params.release} --out {output} 2>&1 | tee {log}"
 
 
 rule describe:
     input:
-        plan=PLAN,
+        released=RELEASED,
+        report=PRIVACY_REPORT,
         images=expand(IMAGES, shard=PLAN_SHARDS),
         card=COHORT_CARD,
     output:
@@ -48,5 +50,5 @@ rule describe:
     message:
         "Completing the released dataset"
     shell:
-        "python -m meddiff_steps release --config {params.config} --plan {input.plan} {params.images} "
+        "python -m meddiff_steps release --config {params.config} --released {input.released} --privacy {input.report} {params.images} "
         "--cohort-card {input.card} --out {output} 2>&1 | tee {log}"

@@ -35,8 +35,9 @@ rule report:
         qc=QC,
         manifest=MANIFEST,
         images=expand(PREPROCESSED, shard=COHORT_SHARDS),
-        generated=expand(GENERATED, shard=PLAN_SHARDS),
+        generated=expand(FILTERED, shard=PLAN_SHARDS),
         plan=PLAN,
+        privacy=PRIVACY_REPORT,
         autoencoder_card=AUTOENCODER_CARD,
         autoencoder_history=AUTOENCODER_HISTORY,
         diffusion_card=DIFFUSION_CARD,
@@ -71,4 +72,4 @@ rule report:
         "{params.images} {params.generated} --plan {input.plan} --autoencoder-card {input.autoencoder_card} "
         "--autoencoder-history {input.autoencoder_history} --diffusion-card {input.diffusion_card} --diffusion-history {input.diffusion_history} "
         "--reconstructions {input.reconstructions} --showcase {input.showcase} --metrics {input.metrics} --predictions {input.predictions} "
-        "--out {output.page} --contact-sheet {output.contact_sheet} 2>&1 | tee {log}"
+        "--privacy {input.privacy} --out {output.page} --contact-sheet {output.contact_sheet} 2>&1 | tee {log}"

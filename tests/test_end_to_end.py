@@ -49,6 +49,7 @@ STUDY = {
     },
     "plan": [{"name": "syn", "subjects": 18}, {"name": "old", "subjects": 4, "where": {"age": [70, 85], "sex": "F"}}],
     "generate": {"batch_size": 4, "shard_size": 11, "guidance_scale": 1.5},
+    "privacy": {"level": 0.45, "enforce": "report", "bootstrap": 100, "embedder": {"optimiser": {"steps": 20, "batch_size": 8, "learning_rate": 1e-3}}},
     "evaluate": {"bootstrap": 200, "sweep_steps": 3},
     "release": {"name": "Tiny", "authors": ["A Tester", "B Tester"]},
 }
@@ -67,6 +68,9 @@ CONTRACT = [
     "plan.parquet",
     "generated/shard-0000.arrow",
     "generated/shard-0001.arrow",
+    "filtered/shard-0000.arrow",
+    "privacy/decisions.parquet",
+    "privacy/report.json",
     "release/dataset_description.json",
     "release/participants.tsv",
     "evaluation/metrics.json",

@@ -19,7 +19,7 @@ import re
 import shutil
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -156,7 +156,7 @@ def read_mark(path: Path) -> dict[str, Any] | None:
     return mark if isinstance(mark, dict) and mark.get("synthetic") is True else None
 
 
-def write_images(generated: Path, release: Path, grid: Grid, study: str, suffix: str = "T1w") -> pd.DataFrame:
+def write_images(generated: Path, release: Path, grid: Grid, study: str, suffix: str = "T1w", only: Collection[str] | None = None) -> pd.DataFrame:
     """Write every image of one generated shard into the release.
 
     Parameters
@@ -171,6 +171,8 @@ def write_images(generated: Path, release: Path, grid: Grid, study: str, suffix:
         Named in every file.
     suffix
         BIDS suffix of volumes.
+    only
+        Ids of the images that may be written; all for None.
 
     Returns
     -------
@@ -194,7 +196,8 @@ def write_images(generated: Path, release: Path, grid: Grid, study: str, suffix:
         twice = sorted({s for s in samples if samples.count(s) > 1})
         raise UserError(f"{generated}: sample_id {_shorten(twice)} occurs more than once. Generate the shard again.")
     rows = []
-    for row in tqdm(sorted(range(len(samples)), key=samples.__getitem__), desc="images", unit="image", mininterval=5, file=sys.stderr):
+    chosen = [row for row, sample_id in enumerate(samples) if only is None or sample_id in only]
+    for row in tqdm(sorted(chosen, key=samples.__getitem__), desc="images", unit="image", mininterval=5, file=sys.stderr):
         sample_id = samples[row]
         image = shards.tensor("image", row)[0].astype(np.float32)
         if not (image.min() >= 0 and image.max() <= 1):  # false for NaN, too
@@ -231,6 +234,8 @@ class Story:
         The cohort's card; `scans` and `subjects` (counts) and `simulated` (bool) are read.
     sources
         BIDS SourceDatasets entries, as far as known.
+    privacy
+        The privacy report; `verdict`, `enforce` and `calibration` are read. None: not tested.
     """
 
     study: str
@@ -241,6 +246,7 @@ class Story:
     sampler: str
     card: dict[str, Any]
     sources: Sequence[dict[str, str]] = ()
+    privacy: dict[str, Any] | None = None
 
 
 def complete_dataset(release: Path, plan: pd.DataFrame, images: pd.DataFrame, story: Story) -> Path:
@@ -388,7 +394,7 @@ def _description(story: Story, volumes: bool) -> dict[str, Any]:
         "Name": story.config.name,
         "License": story.config.licence,
         "GeneratedBy": [software],
-        "Description": f"{SYNTHETIC} {_origin(story)}",
+        "Description": f"{SYNTHETIC} {_origin(story)} Privacy: {_privacy(story)}",
         "Keywords": ["synthetic", "generative model", "latent diffusion"],
         "Synthetic": True,
     }
@@ -407,6 +413,25 @@ def _description(story: Story, volumes: bool) -> dict[str, Any]:
 def _origin(story: Story) -> str:
     what = "simulated images (no real person was ever imaged)" if story.card.get("simulated") else "real images"
     return f"The model learnt from a cohort of {story.card['scans']} {what} of {story.card['subjects']} subjects, of which a part was held out for evaluation."
+
+
+def _privacy(story: Story) -> str:
+    if story.privacy is None:
+        return "What these images reveal about the subjects that the model learnt from was not tested."
+    calibration = story.privacy["calibration"]
+    text = f"Verdict: {story.privacy['verdict']}."
+    if calibration["status"] == "CALIBRATED":
+        text += (
+            f" Every image was compared with every training scan by {len(calibration['detectors'])} detectors, and drawn again if one of them found it nearer"
+            f" than {100 * (1 - calibration['level']):g} % of {calibration['subjects']} unseen real subjects come."
+        )
+    else:
+        text += (
+            f" The filter had no thresholds: {calibration['needed']} unseen real subjects are needed for its level and there were {calibration['subjects']}."
+        )
+    if story.privacy["verdict"] == "FAIL":
+        text += " This dataset was written although it failed, because its study says so (privacy.enforce: report). It must not be treated as anonymous."
+    return text + " A verdict is the outcome of stated tests, not a proof of anonymity."
 
 
 def _readme(subjects: int, story: Story) -> str:
@@ -431,6 +456,7 @@ def _readme(subjects: int, story: Story) -> str:
         f"## What is here\n{layout}",
         "## Covariates\nparticipants.tsv holds the values that the model was asked for, not measurements of the images; n/a means left open.\n"
         + "\n".join(lines),
+        f"## Privacy\n{_privacy(story)}",
         f"## Please note\n{_CAUTION}",
         f"## Licence\n{story.config.licence}; see LICENSE.",
     ]

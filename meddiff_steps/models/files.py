@@ -17,6 +17,7 @@ from meddiff_steps.errors import UserError
 from meddiff_steps.files import atomic_path, write_atomic
 from meddiff_steps.models.autoencoder import Autoencoder
 from meddiff_steps.models.denoiser import Denoiser
+from meddiff_steps.models.embedder import Embedder
 from meddiff_steps.training.checkpoint import weights_digest
 
 
@@ -69,6 +70,14 @@ def load_autoencoder(weights: Path, card_path: Path) -> tuple[Autoencoder, dict[
     model = Autoencoder(config.Autoencoder.model_validate(card["settings"]), len(card["image_shape"]) - 1)
     _load(model, weights, card)
     return model, card
+
+
+def load_embedder(weights: Path, card_path: Path) -> Embedder:
+    """The trained copy detector, in evaluation mode on the CPU."""
+    card = read_json(card_path)
+    model = Embedder(card["image_shape"][1:])
+    _load(model, weights, card)
+    return model
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,12 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from monai.metrics.regression import compute_ssim_and_cs
 from torch import Tensor
 from torch.nn import functional
 
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.autoencoder import Autoencoder
-from meddiff_steps.privacy.embedder import Embedder
+from meddiff_steps.models.embedder import Embedder
 from meddiff_steps.privacy.perturbations import flip
 from meddiff_steps.privacy.search import nearest, unit_rows
 
@@ -28,7 +27,7 @@ BATCH = 32
 
 #: The aligned detector compares at this size first, and its best candidates at full size.
 ALIGNED_SIDE = {2: 32, 3: 16}
-CANDIDATES = 20
+CANDIDATES = 20  # halved between the image and its mirror image
 MAX_SHIFT = 1  # voxels, along every axis
 
 #: Where the mean training image is darker than this, nobody has anatomy.
@@ -110,6 +109,9 @@ class Aligned:
         self.mask = self.mean > BACKGROUND
         if not bool(self.mask.any()):
             self.mask = torch.ones_like(self.mask)
+        # Nothing outside the bounding box of the mask counts, so nothing there is computed.
+        ends = [(int(where.min()), int(where.max()) + 1) for where in self.mask.nonzero().T[2:]]
+        self.box = (slice(None), slice(None), *(slice(max(0, a - WINDOW // 2), b + WINDOW // 2) for a, b in ends))
         self.coarse_mask = self._pool(self.mask.float()) > 0.5
         self.references = np.zeros((0, 0), np.float32) if references is None else references
 
@@ -126,7 +128,7 @@ class Aligned:
         for i, image in enumerate(images):
             variants = torch.stack([torch.roll(x, shift, dims=list(range(1, self.dims + 1))) for x in (image, flip(image[None])[0]) for shift in shifts])
             vectors = self.vectors(variants)
-            found = np.unique(nearest(vectors[[len(shifts) // 2, len(shifts) + len(shifts) // 2]], self.references, CANDIDATES)[1])
+            found = np.unique(nearest(vectors[[len(shifts) // 2, len(shifts) + len(shifts) // 2]], self.references, CANDIDATES // 2)[1])
             best = (vectors @ self.references[found].T).argmax(0)
             values = self._ssim(variants[best], torch.from_numpy(self.training[found]))
             score[i], index[i] = values.max(), found[values.argmax()]
@@ -134,10 +136,30 @@ class Aligned:
 
     def _ssim(self, a: Tensor, b: Tensor) -> np.ndarray:
         window = min(WINDOW, *a.shape[2:])
-        ssim, _ = compute_ssim_and_cs(a, b, self.dims, [window] * self.dims, [1.5] * self.dims, kernel_type="uniform")
-        trim = [slice((n - m) // 2, (n - m) // 2 + m) for n, m in zip(a.shape[2:], ssim.shape[2:], strict=True)]
-        inside = self.mask[(slice(None), slice(None), *trim)].float()
-        return ((ssim * inside).flatten(1).sum(1) / inside.sum().clamp_min(1.0)).numpy()
+        values = ssim_map(a[self.box], b[self.box], min(window, *a[self.box].shape[2:]))
+        trim = [slice((n - m) // 2, (n - m) // 2 + m) for n, m in zip(a[self.box].shape[2:], values.shape[2:], strict=True)]
+        inside = self.mask[self.box][(slice(None), slice(None), *trim)].float()
+        return ((values * inside).flatten(1).sum(1) / inside.sum().clamp_min(1.0)).numpy()
+
+
+def ssim_map(a: Tensor, b: Tensor, window: int) -> Tensor:
+    """SSIM at every place where a uniform window fits, (n, 1, *spatial - window + 1), for images in [0, 1].
+
+    Wang et al. 2004, equation 13.  monai.metrics.regression.compute_ssim_and_cs gives the same numbers by a dense
+    convolution, which took 0.4 s per image at 32 x 40 x 32 here; this filters one axis at a time.
+    """
+    dims = a.ndim - 2
+    pool = functional.avg_pool3d if dims == 3 else functional.avg_pool2d
+
+    def mean(x: Tensor) -> Tensor:
+        for axis in range(dims):
+            x = pool(x, [window if axis == i else 1 for i in range(dims)], stride=1)
+        return x
+
+    mean_a, mean_b = mean(a), mean(b)
+    variance_a, variance_b, covariance = mean(a * a) - mean_a**2, mean(b * b) - mean_b**2, mean(a * b) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    return (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2))
 
 
 @dataclass(frozen=True)

@@ -180,6 +180,36 @@ def quality_table(quality: Mapping[str, Any]) -> Table:
     return Table(["figure", "held-out scans", "n"], [[label, interval(quality[key], 4), number(quality[key]["n"])] for key, label in named])
 
 
+def privacy_section(report: Mapping[str, Any]) -> Section:
+    """The verdict of `privacy/report.json`, its gates and its controls."""
+    counts, calibration = report["counts"], report["calibration"]
+    text = [
+        f"Verdict: {report['verdict']}. It is the worst of the gates below; none makes up for another. A gate is CONDITIONAL where its limit lies inside the "
+        "interval, so that the data do not say. A verdict is the outcome of these tests, not a proof of anonymity.",
+        f"{number(counts['candidates'])} images were drawn for {number(counts['planned'])} planned subjects; {number(counts['rejected'])} were rejected, "
+        f"{number(counts['duplicates'])} left out as near duplicates of each other, {number(counts['failed'])} subjects failed, "
+        f"{number(counts['released'])} released.",
+    ]
+    if calibration["status"] != "CALIBRATED":
+        text.append(
+            f"NOT CALIBRATED: there are {calibration['subjects']} calibration subjects and {calibration['needed']} are needed for the level "
+            f"{calibration['level']:g}. Nothing was rejected for being too near to a training scan."
+        )
+    rows = [[gate["name"], interval(gate["figure"]), number(gate["limit"]), gate["outcome"]] for gate in report["gates"]]
+    tables = [Table(["gate", "figure", "limit", "outcome"], rows)]
+    if report["controls"]:
+        planted = [[f"planted copies, {kind}", percent(figure), str(figure["n"])] for kind, figure in report["controls"]["positive"].items()]
+        strangers = report["controls"]["negative"]
+        tables.append(Table(["control", "flagged", "n"], [*planted, ["unseen real subjects", percent(strangers), str(strangers["n"])]]))
+    loss = report["attacks"].get("denoising_loss")
+    if loss:
+        text.append(
+            f"Whoever had the model's weights could tell training subjects by their denoising loss with AUC {interval(loss['auc'])} (0.5: not at all). "
+            "Weights are therefore not part of the release."
+        )
+    return Section("privacy", "Does it give training subjects away?", text=text, tables=tables)
+
+
 def covariate_table(manifest: pd.DataFrame, requested: pd.DataFrame, covariates: Covariates) -> Table:
     """Counts and covariates per split, and as requested of the synthetic cohort."""
     groups = {split: manifest[manifest["split"] == split] for split in SPLITS} | {"synthetic (requested)": requested}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import pandas as pd
 import typer
 
 from meddiff_steps.config import load_stage
@@ -14,7 +15,8 @@ from meddiff_steps.imaging.release import Grid, write_images
 
 def run(
     config: Annotated[Path, typer.Option(help="Frozen config of stage `images`.")],
-    generated: Annotated[Path, typer.Option(help="Shard of generated images (.arrow).")],
+    generated: Annotated[Path, typer.Option(help="Shard of filtered images (.arrow).")],
+    released: Annotated[Path, typer.Option(help="privacy/released.parquet; images of other subjects are left out.")],
     release: Annotated[Path, typer.Option(help="Root folder of the released dataset.")],
     out: Annotated[Path, typer.Option(help="Table to write (.parquet): path and digests of every image.")],
 ) -> None:
@@ -24,6 +26,6 @@ def run(
     """
     study = load_stage(config, "images")
     grid = Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
-    table = write_images(generated, release, grid, study.study, study.release.suffix)
+    table = write_images(generated, release, grid, study.study, study.release.suffix, set(pd.read_parquet(released)["sample_id"]))
     with atomic_path(out) as temporary:
         table.to_parquet(temporary, index=False)

@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 
 def run(
     config: Annotated[Path, typer.Option(help="Frozen config of stage `release`.")],
-    plan: Annotated[Path, typer.Option(help="plan.parquet.")],
+    released: Annotated[Path, typer.Option(help="privacy/released.parquet: the plan of what may be released.")],
+    privacy: Annotated[Path, typer.Option(help="privacy/report.json.")],
     images: Annotated[list[Path], typer.Option(help="Table of one shard of images; repeat for every shard.")],
     cohort_card: Annotated[Path, typer.Option(help="cohort/card.json.")],
     out: Annotated[Path, typer.Option(help="dataset_description.json in the root folder of the release.")],
@@ -41,9 +42,10 @@ def run(
         sampler=f"{study.generate.sampler}{f', {steps} steps' if steps else ''}, guidance scale {study.generate.guidance_scale:g}",
         card=json.loads(cohort_card.read_text(encoding="utf-8")),
         sources=_sources(study),
+        privacy=json.loads(privacy.read_text(encoding="utf-8")),
     )
     tables = pd.concat([pd.read_parquet(path) for path in images], ignore_index=True)
-    complete_dataset(out.parent, pd.read_parquet(plan), tables, story)
+    complete_dataset(out.parent, pd.read_parquet(released), tables, story)
     logger.info("%s: %d synthetic subjects", out.parent, len(tables))
 
 

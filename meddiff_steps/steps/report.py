@@ -28,6 +28,7 @@ from meddiff_steps.report.page import (
     fidelity_table,
     headlines,
     number,
+    privacy_section,
     quality_control,
     quality_table,
     render,
@@ -59,6 +60,7 @@ def run(
     predictions: Annotated[Path, typer.Option(help="Requested or true beside measured covariates (.parquet).")],
     out: Annotated[Path, typer.Option(help="Page to write (.html).")],
     contact_sheet: Annotated[Path, typer.Option(help="Picture of real beside synthetic images to write (.png).")],
+    privacy: Annotated[Path | None, typer.Option(help="privacy/report.json; left out of the page if not given.")] = None,
 ) -> None:
     """Write report.html, one self-contained page, and its contact sheet as a PNG.
 
@@ -90,6 +92,7 @@ def run(
             pictures=_fidelity_pictures(table, measured["covariates"]),
             tables=[t for t in (fidelity_table(measured["covariates"]), correlation_table(measured["correlations"])) if t.rows],
         ),
+        *([privacy_section(_json(privacy))] if privacy else []),
         Section(
             "sharpness",
             "How sharp are they?",

@@ -302,3 +302,9 @@ def _fill(group: PlanGroup, source: _Source, indices: np.ndarray, fixed: Mapping
     for name, value in fixed.items():
         rows[name] = _typed(name, value, source.covariates)
     return rows
+
+
+def redraw(subjects: pd.DataFrame, attempt: int) -> pd.DataFrame:
+    """The same planned subjects with the noise of another attempt: same covariates, another person."""
+    keys = [seed_key(str(root), int(index), attempt, "noise") for root, index in zip(subjects["cohort_root"], subjects["noise_index"], strict=True)]
+    return subjects.assign(attempt=attempt, seed_key=keys)

@@ -1,0 +1,126 @@
+"""The filter: a synthetic image that is too near to a training scan is drawn again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+
+from meddiff_steps.privacy.calibration import Thresholds
+from meddiff_steps.privacy.detectors import BATCH, Detector, score
+from meddiff_steps.synthesis.plan import redraw
+
+#: Draws the images of planned subjects, (sample_id, image (1, *spatial)) in their order.
+Draw = Callable[[pd.DataFrame], Iterable[tuple[str, np.ndarray]]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One image that was drawn, and what became of it.
+
+    Attributes
+    ----------
+    decision
+        `accepted`, or `rejected` for the reason given: the detectors that fired, or `not an image` (constant or not finite).
+    similarity, nearest
+        Per detector: to the nearest training scan, and its number.  Private.
+    """
+
+    sample_id: str
+    attempt: int
+    seed_key: str
+    decision: str
+    reason: str
+    similarity: Mapping[str, float]
+    nearest: Mapping[str, int]
+    image: np.ndarray
+
+    def row(self) -> dict[str, object]:
+        """Without the image, for a table."""
+        front = {"sample_id": self.sample_id, "attempt": self.attempt, "seed_key": self.seed_key, "decision": self.decision, "reason": self.reason}
+        return front | {f"similarity_{k}": v for k, v in self.similarity.items()} | {f"nearest_{k}": v for k, v in self.nearest.items()}
+
+
+def judge(
+    subjects: pd.DataFrame, images: Iterable[tuple[str, np.ndarray]], groups: Mapping[str, str], detectors: list[Detector], thresholds: Thresholds | None
+) -> Iterator[Candidate]:
+    """Judge the images of `subjects`, in order, a batch at a time; without thresholds nothing but non-images is rejected.
+
+    Raises
+    ------
+    ValueError
+        Images and subjects are not the same, in the same order.
+    """
+    rows = list(zip(subjects["sample_id"], subjects["attempt"], subjects["seed_key"], strict=True))
+    pending: list[tuple[tuple[str, int, str], np.ndarray]] = []
+
+    def flush() -> Iterator[Candidate]:
+        stack = np.stack([image for _, image in pending]).astype(np.float32)
+        finite = np.isfinite(stack).all(tuple(range(1, stack.ndim)))
+        real = finite & (np.ptp(np.where(finite.reshape(-1, *[1] * (stack.ndim - 1)), stack, 0).reshape(len(stack), -1), axis=1) > 1e-6)
+        similarity, nearest = score(detectors, torch.from_numpy(np.where(real.reshape(-1, *[1] * (stack.ndim - 1)), stack, 0)))
+        owners = np.array([groups[key[0]] for key, _ in pending])
+        flags = thresholds.flags(similarity, owners) if thresholds else {}
+        for i, ((sample_id, attempt, key), image) in enumerate(pending):
+            reason = ", ".join(name for name, values in flags.items() if values[i]) if real[i] else "not an image"
+            yield Candidate(
+                str(sample_id),
+                int(attempt),
+                str(key),
+                "rejected" if reason else "accepted",
+                reason,
+                {name: float(values[i]) for name, values in similarity.items()},
+                {name: int(values[i]) for name, values in nearest.items()},
+                image,
+            )
+        pending.clear()
+
+    for row, (sample_id, image) in zip(rows, images, strict=True):
+        if row[0] != sample_id:
+            raise ValueError(f"expected the image of {row[0]}, found that of {sample_id}")
+        pending.append((row, image))
+        if len(pending) == BATCH:
+            yield from flush()
+    if pending:
+        yield from flush()
+
+
+def fill(
+    subjects: pd.DataFrame,
+    first: Iterable[tuple[str, np.ndarray]],
+    draw: Draw,
+    groups: Mapping[str, str],
+    detectors: list[Detector],
+    thresholds: Thresholds | None,
+    max_attempts: int,
+) -> Iterator[Candidate]:
+    """Every candidate until each planned subject has an accepted image or `max_attempts` were rejected.
+
+    A subject's attempts depend on its own keys alone, so that a larger cohort rejects the same ones.
+
+    Parameters
+    ----------
+    subjects
+        Planned subjects with distinct sample ids.
+    first
+        Their images at the planned attempt.
+    draw
+        Draws redrawn subjects.
+    groups
+        Subgroup per sample id.
+    """
+    images = first
+    for attempt in range(max_attempts):
+        rejected = []
+        for candidate in judge(subjects, images, groups, detectors, thresholds):
+            if candidate.decision == "rejected":
+                rejected.append(candidate.sample_id)
+            yield candidate
+        subjects = redraw(subjects[subjects["sample_id"].isin(rejected)], attempt + 1)
+        if subjects.empty:
+            return
+        if attempt + 1 < max_attempts:
+            images = draw(subjects)

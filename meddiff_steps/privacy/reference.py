@@ -1,0 +1,148 @@
+"""The training set as the detectors see it, and their calibration and controls.  Private: never part of a release."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.models.files import load_autoencoder, load_embedder
+from meddiff_steps.privacy.attacks import flag_rate_is_nominal, share
+from meddiff_steps.privacy.calibration import Thresholds, calibrate, subjects_needed
+from meddiff_steps.privacy.detectors import BATCH, Detector, LatentEncoder, TrainingImages, make_detectors, references, score
+from meddiff_steps.privacy.perturbations import perturbed_copies
+from meddiff_steps.training.loop import step_generator
+
+#: Training scans that are copied for the positive controls, each in six ways.
+CONTROL_SCANS = 24
+
+
+@dataclass(frozen=True)
+class ReferenceFiles:
+    """The files that the detectors are built from."""
+
+    images: Sequence[Path]
+    autoencoder: Path
+    autoencoder_card: Path
+    scale: Path
+    embedder: Path
+    embedder_card: Path
+
+
+def build_reference(files: ReferenceFiles, training_rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Mean training image, rows of the training scans, and their directions under each detector."""
+    training = TrainingImages(Shards(files.images), training_rows)
+    total = np.zeros(training.shards.shape("image"))
+    for batch in training.batches():
+        total += batch.sum(0, dtype=torch.float64).numpy()
+    mean = (total / len(training)).astype(np.float32)
+    detectors = _detectors(files, training, {}, mean)
+    tensors: dict[str, np.ndarray] = {"mean": mean, "rows": training_rows.astype(np.int64)}
+    return tensors | {detector.name: references(detector, training) for detector in detectors}
+
+
+def load_detectors(files: ReferenceFiles, reference: Mapping[str, np.ndarray]) -> list[Detector]:
+    """The three detectors with the reference that `build_reference` made."""
+    return _detectors(files, TrainingImages(Shards(files.images), reference["rows"]), reference, reference["mean"])
+
+
+def _detectors(files: ReferenceFiles, training: TrainingImages, vectors: Mapping[str, np.ndarray], mean: np.ndarray) -> list[Detector]:
+    autoencoder, _ = load_autoencoder(files.autoencoder, files.autoencoder_card)
+    scale = load_file(files.scale)
+    latent = LatentEncoder(autoencoder, scale["offset"], scale["scale"])
+    return make_detectors(training, load_embedder(files.embedder, files.embedder_card), latent, vectors, mean)
+
+
+def score_scans(detectors: list[Detector], shards: Shards, rows: Sequence[int] | np.ndarray, label: str) -> dict[str, np.ndarray]:
+    """Per detector: similarity of each scan to its nearest training scan, (len(rows),)."""
+    parts: list[dict[str, np.ndarray]] = []
+    for start in tqdm(range(0, len(rows), BATCH), desc=label, mininterval=5, file=sys.stderr):
+        parts.append(score(detectors, torch.from_numpy(shards.tensors("image", rows[start : start + BATCH])))[0])
+    return {detector.name: np.concatenate([part[detector.name] for part in parts]) if parts else np.zeros(0) for detector in detectors}
+
+
+def nearest_of_subject(scores: Mapping[str, np.ndarray], subjects: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The largest similarity among the scans of each subject, and the subjects in order; subjects are what is exchangeable."""
+    names, number = np.unique(np.asarray(subjects, dtype=str), return_inverse=True)
+    best = {}
+    for detector, values in scores.items():
+        best[detector] = np.full(len(names), -np.inf)
+        np.maximum.at(best[detector], number, values)
+    return best, names
+
+
+def any_flag(flags: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Whether at least one detector fires, bool (n,)."""
+    return np.logical_or.reduce(list(flags.values()))
+
+
+def calibration_card(
+    files: ReferenceFiles, reference: Mapping[str, np.ndarray], table: pd.DataFrame, groups: pd.Series, level: float, seed: str
+) -> dict[str, Any]:
+    """Thresholds from the calibration split, and both controls.
+
+    Parameters
+    ----------
+    table
+        One row per preprocessed scan: row (in the shards), subject_id, split.
+    groups
+        Subgroup per subject id.
+    level, seed
+        Of the study.
+
+    Returns
+    -------
+    dict
+        status (`CALIBRATED` or `NOT_CALIBRATED`), level, subjects, needed, thresholds, groups, and under `controls`:
+        positive (recall per kind of copy), negative (share of unseen real subjects flagged, and whether that is nominal).
+    """
+    shards, detectors = Shards(files.images), load_detectors(files, reference)
+    names = [detector.name for detector in detectors]
+
+    def of(split: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        scans = table[table["split"] == split]
+        return nearest_of_subject(score_scans(detectors, shards, scans["row"].to_numpy(), split), scans["subject_id"].to_numpy())
+
+    scores, subjects = of("calibration")
+    card: dict[str, Any] = {"status": "NOT_CALIBRATED", "level": level, "detectors": names, "subjects": len(subjects)}
+    card["needed"] = subjects_needed(level, len(names))
+    thresholds = calibrate(scores, groups.reindex(subjects).to_numpy(), level) if len(subjects) else None
+    if thresholds is None:
+        return card
+    card |= {"status": "CALIBRATED", "thresholds": thresholds.overall, "groups": thresholds.groups}
+
+    test_scores, test_subjects = of("test")
+    flags = any_flag(thresholds.flags(test_scores, groups.reindex(test_subjects).to_numpy()))
+    negative = share(flags) | {"level": level, "nominal": flag_rate_is_nominal(flags, level)}
+    positive = {}
+    chosen = step_generator(seed, "privacy/controls", 0).permutation(reference["rows"])[:CONTROL_SCANS]
+    owner = groups.reindex(table.set_index("row").loc[chosen, "subject_id"]).to_numpy()
+    for kind, copies in _copies(files, torch.from_numpy(shards.tensors("image", chosen)), seed).items():
+        found = thresholds.flags(score(detectors, copies)[0], owner)
+        positive[kind] = share(any_flag(found)) | {"by_detector": {name: float(np.mean(values)) for name, values in found.items()}}
+    return card | {"controls": {"positive": positive, "negative": negative}}
+
+
+@torch.no_grad()
+def _copies(files: ReferenceFiles, images: Tensor, seed: str) -> dict[str, Tensor]:
+    """Each image reconstructed by the autoencoder, and changed in the ways of `perturbed_copies`."""
+    autoencoder, _ = load_autoencoder(files.autoencoder, files.autoencoder_card)
+    copies = {"reconstructed": autoencoder(images)[0].clamp(0, 1)}
+    return copies | perturbed_copies(images, step_generator(seed, "privacy/copies", 0))
+
+
+def thresholds_of(card: Mapping[str, Any]) -> Thresholds | None:
+    """The thresholds in a calibration card; None where it is not calibrated."""
+    if card["status"] != "CALIBRATED":
+        return None
+    return Thresholds(dict(card["thresholds"]), {k: dict(v) for k, v in card["groups"].items()}, card["level"], card["subjects"])

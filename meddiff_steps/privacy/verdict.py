@@ -1,0 +1,62 @@
+"""From figures to one word, by limits that are stated beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from meddiff_steps.evaluation.statistics import Figure
+
+Outcome = Literal["PASS", "CONDITIONAL", "FAIL", "NOT_EVALUATED"]
+
+#: From best to worst; no gate makes up for another.
+SEVERITY: tuple[Outcome, ...] = ("PASS", "CONDITIONAL", "NOT_EVALUATED", "FAIL")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One condition of the verdict.
+
+    Attributes
+    ----------
+    name, figure, limit
+        What was measured and what it was held against.
+    outcome
+        `FAIL` where the whole interval is beyond the limit, `PASS` where all of it is within, `CONDITIONAL` where the
+        limit lies inside the interval: the data do not say.
+    meaning
+        What a failure would mean, in plain words.
+    """
+
+    name: str
+    figure: Figure | dict[str, Any]
+    limit: float
+    outcome: Outcome
+    meaning: str
+
+    @property
+    def passed(self) -> bool:
+        return self.outcome == "PASS"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"passed": self.passed}
+
+
+def at_most(name: str, figure: Figure, limit: float, meaning: str) -> Gate:
+    """A gate on a figure that should be small."""
+    low, high = figure.get("low"), figure.get("high")
+    if low is None or high is None:
+        return Gate(name, figure, limit, "NOT_EVALUATED", meaning)
+    return Gate(name, figure, limit, "PASS" if high <= limit else "FAIL" if low > limit else "CONDITIONAL", meaning)
+
+
+def holds(name: str, condition: bool | None, figure: dict[str, Any], limit: float, meaning: str, otherwise: Outcome = "FAIL") -> Gate:
+    """A gate on a plain condition; None means that it could not be evaluated."""
+    return Gate(name, figure, limit, "NOT_EVALUATED" if condition is None else "PASS" if condition else otherwise, meaning)
+
+
+def verdict(gates: Iterable[Gate]) -> Outcome:
+    """The worst outcome of all gates; `NOT_EVALUATED` without gates."""
+    outcomes = [gate.outcome for gate in gates]
+    return max(outcomes, key=SEVERITY.index) if outcomes else "NOT_EVALUATED"

@@ -1,0 +1,37 @@
+"""Step `embedder`: the network of the learned copy detector."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+
+from meddiff_steps.cohort.manifest import read_manifest, rows_by_split
+from meddiff_steps.config import load_stage
+from meddiff_steps.errors import UserError
+from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.models.files import save_model
+from meddiff_steps.privacy.embedder import train_embedder
+
+
+def run(
+    config: Annotated[Path, typer.Option(help="frozen config of stage `embedder`")],
+    manifest: Annotated[Path, typer.Option(help="cohort/manifest.parquet")],
+    images: Annotated[list[Path], typer.Option(help="preprocessed shard; repeat for all of them")],
+    weights: Annotated[Path, typer.Option(help="weights to write (safetensors)")],
+    card: Annotated[Path, typer.Option(help="card to write (JSON)")],
+    threads: Annotated[int, typer.Option(help="CPU threads; changes the last bits of CPU results")] = 1,
+) -> None:
+    """Train the embedding that finds changed copies, on the train split only."""
+    study = load_stage(config, "embedder")
+    torch.set_num_threads(threads)
+    shards = Shards(images)
+    rows = np.array(rows_by_split(read_manifest(manifest), shards.column("scan_id"))["train"])
+    if len(rows) < 2:
+        raise UserError(f"{manifest}: {len(rows)} training scan; telling subjects apart cannot be learnt from fewer than 2. Add scans or change splits.")
+    model, losses = train_embedder(study.privacy.embedder, shards, rows, study.seed)
+    last = losses[-max(1, len(losses) // 10) :]
+    save_model(model, weights, card, {"image_shape": list(shards.shape("image")), "training_scans": len(rows), "loss": round(float(np.mean(last)), 5)})

@@ -1,0 +1,44 @@
+"""Step `gate`: nothing is released without a verdict, and nothing after a FAIL unless the study says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import typer
+
+from meddiff_steps.config import load_stage
+from meddiff_steps.errors import UserError
+from meddiff_steps.files import atomic_path
+from meddiff_steps.models.files import read_json
+
+
+def run(
+    config: Annotated[Path, typer.Option(help="frozen config of stage `gate`")],
+    report: Annotated[Path, typer.Option(help="privacy/report.json")],
+    decisions: Annotated[Path, typer.Option(help="privacy/decisions.parquet")],
+    plan: Annotated[Path, typer.Option(help="plan.parquet")],
+    out: Annotated[Path, typer.Option(help="the plan of what may be released to write (Parquet)")],
+) -> None:
+    """Let the accepted subjects pass, or stop the run with what failed."""
+    study = load_stage(config, "gate")
+    result = read_json(report)
+    if result["verdict"] == "FAIL" and study.privacy.enforce == "stop":
+        bad = [gate for gate in result["gates"] if gate["outcome"] == "FAIL"]
+        failed = [f"  {gate['name']}: {gate['figure'].get('value')} against {gate['limit']}; {gate['meaning']}" for gate in bad]
+        raise UserError(
+            f"{report}: the privacy verdict is FAIL, so nothing is released:\n" + "\n".join(failed) + "\n"
+            "Train on more subjects, for fewer steps, or with augmentation. To look at the cohort all the same, set privacy.enforce: report; "
+            "the release then says that it failed."
+        )
+    table = pd.read_parquet(decisions)
+    accepted = table.loc[table["decision"] == "accepted"].set_index("sample_id")
+    if accepted.empty:
+        raise UserError(f"{decisions}: no candidate was accepted, so there is nothing to release. {report} says what rejected them.")
+    planned = pd.read_parquet(plan)
+    released = planned[planned["sample_id"].isin(accepted.index)].reset_index(drop=True)
+    for column in ("attempt", "seed_key"):
+        released[column] = accepted.loc[released["sample_id"], column].to_numpy()
+    with atomic_path(out) as path:
+        released.to_parquet(path, index=False)
