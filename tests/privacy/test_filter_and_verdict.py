@@ -1,0 +1,174 @@
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from meddiff_steps.config import Privacy, freeze, parse_study
+from meddiff_steps.diffusion.noise import seed_key
+from meddiff_steps.errors import UserError
+from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
+from meddiff_steps.models.files import write_json
+from meddiff_steps.privacy import audit
+from meddiff_steps.privacy.calibration import Thresholds
+from meddiff_steps.privacy.filter import fill
+from meddiff_steps.privacy.verdict import at_most, holds, verdict
+from meddiff_steps.steps import gate
+
+THRESHOLDS = Thresholds({"brightness": 0.5}, {}, 0.05, 100)
+
+
+class Brightness:
+    """Similarity is the mean intensity: enough to see what the filter does with a similarity."""
+
+    name = "brightness"
+
+    def vectors(self, images):
+        return images.flatten(1).numpy()
+
+    def similarity(self, images):
+        return images.flatten(1).mean(1).numpy(), np.zeros(len(images), np.int64)
+
+
+def plan(count):
+    return pd.DataFrame(
+        {
+            "sample_id": [f"s{i}" for i in range(count)],
+            "cohort_root": "root",
+            "noise_index": np.arange(count),
+            "attempt": 0,
+            "seed_key": [seed_key("root", i, 0, "noise") for i in range(count)],
+            "age": np.linspace(20, 80, count),
+            "subgroup": ["F", "M"] * (count // 2),
+        }
+    )
+
+
+def image(brightness):
+    picture = np.full((1, 4, 4), brightness, np.float32)
+    picture[0, 0, 0] += 0.01
+    return picture
+
+
+def drawn(subjects):
+    """Subject 1 is too bright at its first two attempts, subject 2 always, subject 3 is no image at first."""
+    for name, attempt in zip(subjects["sample_id"], subjects["attempt"], strict=True):
+        bad = (name == "s1" and attempt < 2) or name == "s2"
+        yield name, np.full((1, 4, 4), np.nan, np.float32) if name == "s3" and attempt == 0 else image(0.9 if bad else 0.1)
+
+
+def candidates(count=8, max_attempts=4, thresholds=THRESHOLDS):
+    subjects = plan(count)
+    groups = dict(zip(subjects["sample_id"], subjects["subgroup"], strict=True))
+    return list(fill(subjects, drawn(subjects), drawn, groups, [Brightness()], thresholds, max_attempts))
+
+
+def test_what_is_too_near_is_drawn_again_with_the_next_attempt_and_the_same_covariates():
+    found = candidates()
+    first = [c for c in found if c.sample_id == "s1"]
+    assert [(c.attempt, c.decision) for c in first] == [(0, "rejected"), (1, "rejected"), (2, "accepted")]
+    assert first[2].seed_key == seed_key("root", 1, 2, "noise")
+    assert [c.decision for c in found if c.sample_id == "s2"] == ["rejected"] * 4
+    assert [(c.decision, c.reason) for c in found if c.sample_id == "s3"] == [("rejected", "not an image"), ("accepted", "")]
+    assert sum(c.decision == "accepted" for c in found) == 7
+
+
+def test_a_larger_cohort_makes_the_same_decisions_for_the_smaller_one():
+    small, large = ({(c.sample_id, c.attempt): c.decision for c in candidates(n)} for n in (6, 40))
+    assert small.items() <= large.items()
+
+
+def test_without_thresholds_only_what_is_no_image_is_rejected():
+    found = candidates(thresholds=None)
+    assert {c.sample_id for c in found if c.decision == "rejected"} == {"s3"}
+
+
+def test_counts_add_up():
+    found = candidates()
+    table = pd.DataFrame([c.row() for c in found])
+    counts = audit.count(table, plan(8), ["s5"])
+    assert counts["planned"] == counts["released"] + counts["duplicates"] + counts["failed"] == 8
+    assert counts["failed"] == 1
+    assert counts["candidates"] == counts["rejected"] + counts["released"] + counts["duplicates"]
+    assert counts["rejected"] == sum(counts["rejected_by_reason"].values())
+    for key in ("planned", "released", "failed", "rejected", "candidates"):
+        assert sum(group[key] for group in counts["subgroups"].values()) == counts[key]
+
+
+@pytest.mark.parametrize(("low", "high", "outcome"), [(0.0, 0.04, "PASS"), (0.02, 0.2, "CONDITIONAL"), (0.06, 0.2, "FAIL"), (None, None, "NOT_EVALUATED")])
+def test_a_gate_follows_the_interval_and_not_the_figure(low, high, outcome):
+    assert at_most("x", {"value": 0.03, "low": low, "high": high, "n": 9}, 0.05, "").outcome == outcome
+
+
+def test_no_gate_makes_up_for_another():
+    good, bad = holds("a", True, {}, 0, ""), holds("b", False, {}, 0, "")
+    unknown = holds("c", None, {}, 0, "")
+    assert verdict([good, good]) == "PASS"
+    assert verdict([good] * 9 + [unknown]) == "NOT_EVALUATED"
+    assert verdict([good] * 9 + [unknown, bad]) == "FAIL"
+    assert verdict([]) == "NOT_EVALUATED"
+
+
+def calibrated(recall=1.0, nominal=True):
+    figure = {"value": recall, "low": 0.9, "high": 1.0, "n": 24}
+    controls = {"positive": {"rotated": figure, "noised": figure | {"value": 1.0}}, "negative": {"value": 0.05, "n": 90, "nominal": nominal}}
+    return {"status": "CALIBRATED", "subjects": 90, "needed": 59, "level": 0.05, "controls": controls}
+
+
+NOTHING_LEAKED = {"nearer_to_training": {}, "membership": {}}
+FEW = {"value": 0.0, "low": 0.0, "high": 0.02, "n": 200}
+ALL_FILLED = {"failed": 0, "planned": 200}
+
+
+def outcome(calibration, before=FEW, counts=ALL_FILLED):
+    found = audit.gates(Privacy(), calibration, before, NOTHING_LEAKED, counts)
+    return verdict(found), {gate.name: gate.outcome for gate in found}
+
+
+def test_the_verdict_of_a_model_that_copies_is_fail():
+    assert outcome(calibrated())[0] == "PASS"
+    assert outcome(calibrated(), before={"value": 0.9, "low": 0.85, "high": 0.95, "n": 200})[0] == "FAIL"
+    assert outcome(calibrated(), counts={"failed": 20, "planned": 200})[0] == "FAIL"
+
+
+def test_a_weak_detector_or_too_few_subjects_never_pass():
+    assert outcome(calibrated(recall=0.8)) == (
+        "NOT_EVALUATED",
+        {"calibrated": "PASS", "planted copies are found": "NOT_EVALUATED", "strangers are not flagged": "PASS", "copies before the filter": "PASS"}
+        | {"planned subjects are filled": "PASS"},
+    )
+    assert outcome({"status": "NOT_CALIBRATED", "subjects": 10, "needed": 59, "level": 0.05}, before=None)[0] == "NOT_EVALUATED"
+    assert outcome(calibrated(nominal=False))[0] == "CONDITIONAL"
+
+
+def test_near_duplicates_are_found_but_not_among_counterfactuals(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.random((6, 1, 8, 8)).astype(np.float32)
+    images[4] = images[0] + 1e-3
+    images[5] = images[1]
+    with ShardWriter(tmp_path / "x.arrow", {"sample_id": pa.string(), "image": Tensor("float32", (1, 8, 8))}) as shard:
+        for i, picture in enumerate(images):
+            shard.append(sample_id=f"s{i}", image=picture)
+    planned = plan(6).assign(noise_index=[0, 1, 2, 3, 4, 1])
+    assert audit.near_duplicates(Shards([tmp_path / "x.arrow"]), planned) == ["s4"]
+
+
+def test_a_fail_stops_the_release_and_says_why(tmp_path):
+    minimal = {"study": "x", "covariates": {"age": {"unit": "year", "range": [0, 100]}}, "plan": [{"name": "syn", "subjects": 2}]}
+    bad = {"name": "copies before the filter", "figure": {"value": 0.9}, "limit": 0.05, "outcome": "FAIL", "meaning": "learnt by heart"}
+    write_json(tmp_path / "report.json", {"verdict": "FAIL", "gates": [bad]})
+    subjects = plan(2)
+    subjects.to_parquet(tmp_path / "plan.parquet")
+    accepted = pd.DataFrame(
+        {"sample_id": ["s0", "s1", "s1"], "attempt": [0, 0, 1], "seed_key": ["a", "b", "c"], "decision": ["rejected", "rejected", "accepted"]}
+    )
+    accepted.to_parquet(tmp_path / "decisions.parquet")
+    files = [tmp_path / "report.json", tmp_path / "decisions.parquet", tmp_path / "plan.parquet", tmp_path / "released.parquet"]
+    with pytest.raises(UserError, match=r"verdict is FAIL(.|\n)*copies before the filter: 0.9 against 0.05; learnt by heart"):
+        gate.run(freeze(parse_study(minimal, "a"), "gate", tmp_path), *files)
+    assert not files[3].exists()
+    gate.run(freeze(parse_study(minimal | {"privacy": {"enforce": "report"}}, "a"), "gate", tmp_path), *files)
+    released = pd.read_parquet(files[3])
+    assert released[["sample_id", "attempt", "seed_key"]].to_numpy().tolist() == [["s1", 1, "c"]]
+    accepted.assign(decision="rejected").to_parquet(files[1])
+    with pytest.raises(UserError, match="no candidate was accepted"):
+        gate.run(freeze(parse_study(minimal | {"privacy": {"enforce": "report"}}, "a"), "gate", tmp_path), *files)
