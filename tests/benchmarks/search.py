@@ -1,0 +1,74 @@
+"""Time and memory of the exact nearest-neighbour search, beside other ways: `python tests/benchmarks/search.py`.
+
+Every row runs in a process of its own, so that its peak memory is its own.  faiss is compared where it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+DIM = 64
+SIZES = [(1_000, 1_000), (10_000, 10_000), (100_000, 30_000)]
+METHODS = ["meddiff", "numpy", "scikit-learn", "faiss"]
+
+
+def vectors(count: int, seed: int) -> np.ndarray:
+    x = np.random.default_rng(seed).standard_normal((count, DIM), dtype=np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def search(method: str, queries: np.ndarray, references: np.ndarray, k: int) -> np.ndarray:
+    if method == "meddiff":
+        from meddiff_steps.privacy.search import nearest
+
+        return nearest(queries, references, k)[0]
+    if method == "numpy":
+        product = queries @ references.T
+        return -np.sort(-np.partition(product, -k, axis=1)[:, -k:], axis=1)
+    if method == "scikit-learn":
+        from sklearn.neighbors import NearestNeighbors
+
+        distance, _ = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(references).kneighbors(queries)
+        return 1 - distance**2 / 2
+    import faiss
+
+    index = faiss.IndexFlatIP(DIM)
+    index.add(references)
+    return index.search(queries, k)[0]
+
+
+def one(method: str, queries: int, references: int, k: int) -> None:
+    a, b = vectors(queries, 0), vectors(references, 1)
+    search(method, a[:100], b[:100], k)  # imports and threads
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    found = search(method, a, b, k)
+    seconds = time.perf_counter() - start
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(f"{method:14} {queries:>8,} x {references:>7,}  {seconds:8.2f} s  {grown:8.0f} MiB  checksum {float(found.sum()):.2f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--one", nargs=4, metavar=("METHOD", "QUERIES", "REFERENCES", "K"))
+    arguments = parser.parse_args()
+    if arguments.one:
+        method, *numbers = arguments.one
+        one(method, *map(int, numbers))
+        return
+    for queries, references in SIZES:
+        for method in METHODS:
+            if method == "numpy" and queries * references > 5e8:
+                print(f"{method:14} {queries:>8,} x {references:>7,}  left out: {queries * references * 4 / 2**30:.0f} GiB of similarities")
+                continue
+            done = subprocess.run([sys.executable, __file__, "--one", method, str(queries), str(references), "20"], capture_output=True, text=True)
+            print(done.stdout.strip() or f"{method:14} failed: {done.stderr.strip().splitlines()[-1]}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

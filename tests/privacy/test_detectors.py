@@ -1,0 +1,98 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from monai.metrics.regression import compute_ssim_and_cs
+from scipy.ndimage import gaussian_filter
+
+from meddiff_steps import config
+from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
+from meddiff_steps.privacy import perturbations
+from meddiff_steps.privacy.detectors import Aligned, Embedding, TrainingImages, references, ssim_map
+from meddiff_steps.privacy.embedder import train_embedder
+
+SHAPE = (1, 16, 18, 14)
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory) -> TrainingImages:
+    """Smooth blobs inside a common outline: strangers are alike, as brains are."""
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("scans") / "shard.arrow"
+    outline = np.zeros(SHAPE[1:])
+    outline[2:-2, 2:-2, 2:-2] = 0.6
+    outline = gaussian_filter(outline, 1)
+    with ShardWriter(path, {"scan_id": pa.string(), "image": Tensor("float16", SHAPE)}) as shard:
+        for i in range(80):
+            texture = gaussian_filter(rng.normal(size=SHAPE[1:]), 1.2)
+            shard.append(scan_id=str(i), image=np.clip(outline * (1 + 0.35 * texture / texture.std()), 0, 1)[None])
+    return TrainingImages(Shards([path]), np.arange(60))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 12, 13, 14), (2, 1, 20, 17)])
+def test_the_ssim_is_that_of_monai(shape):
+    a, b = torch.rand(2, *shape)
+    dims = len(shape) - 2
+    expected, _ = compute_ssim_and_cs(a, b, dims, [7] * dims, [1.5] * dims, kernel_type="uniform")
+    assert torch.allclose(ssim_map(a, b, 7), expected, atol=1e-4)
+
+
+def strangers_and_copies(detector, scans):
+    strangers = torch.from_numpy(scans.shards.tensors("image", np.arange(60, 80)))
+    originals = torch.from_numpy(scans[np.arange(12)])
+    highest = detector.similarity(strangers)[0].max()
+    copies = perturbations.perturbed_copies(originals, np.random.default_rng(0))
+    return highest, {kind: detector.similarity(images) for kind, images in copies.items()}
+
+
+def test_the_aligned_detector_finds_copies_and_whose_they_are(scans):
+    detector = Aligned(scans[np.arange(60)].mean(0), scans)
+    detector.references = references(detector, scans)
+    highest, copies = strangers_and_copies(detector, scans)
+    for kind in ("mirrored", "noised", "recontrasted", "cropped"):
+        assert (copies[kind][0] > highest).all(), kind
+        assert copies[kind][1].tolist() == list(range(12))
+    shifted = torch.roll(torch.from_numpy(scans[np.arange(12)]), (1, -1), (2, 4))
+    assert (detector.similarity(shifted)[0] > highest).all()
+
+
+def test_the_learned_detector_finds_rotated_copies(scans):
+    settings = config.Embedder(optimiser=config.Optimiser(steps=120, batch_size=30, learning_rate=1e-3, warmup_steps=5))
+    embedder, losses = train_embedder(settings, scans.shards, scans.rows, "seed")
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
+    detector = Embedding("learned", embedder)
+    detector.references = references(detector, scans)
+    highest, copies = strangers_and_copies(detector, scans)
+    for kind in ("rotated", "mirrored", "noised"):
+        assert (copies[kind][0] > highest).mean() > 0.9, kind
+        assert (copies[kind][1] == np.arange(12)).mean() > 0.9
+
+
+def test_constant_images_are_similar_to_nobody(scans):
+    detector = Embedding("plain", torch.nn.Flatten())
+    detector.references = references(detector, scans)
+    assert np.all(detector.similarity(torch.full((2, *SHAPE), 0.5))[0] == 0)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_rotating_back_and_forth_gives_the_image_again(dims):
+    shape = (1, 1, 24, 20, 28)[: dims + 2]
+    image = torch.from_numpy(gaussian_filter(np.random.default_rng(0).random(shape), (0, 0, *[3] * dims)).astype(np.float32))
+    image = image * 0
+    image[..., 9:15, 8:13] = 1.0
+    image = torch.from_numpy(gaussian_filter(image.numpy(), (0, 0, *[2] * dims)))
+    none, zoom = torch.zeros(1, dims), torch.zeros(1)
+    degrees = torch.zeros(1, 3 if dims == 3 else 1)
+    degrees[0, 0] = 10.0
+    there = perturbations.affine(image, degrees, none, zoom)
+    back = perturbations.affine(there, -degrees, none, zoom)
+    assert (there - image).abs().max() > 0.02
+    assert (back - image).abs().max() < 0.03
+    assert torch.allclose(perturbations.affine(image, 0 * degrees, none, zoom), image, atol=1e-4)
+
+
+def test_a_mirror_image_is_mirrored_left_right():
+    volume, picture = torch.zeros(1, 1, 4, 5, 6), torch.zeros(1, 1, 4, 5)
+    volume[0, 0, 0, 2, 3] = picture[0, 0, 1, 0] = 1
+    assert perturbations.flip(volume)[0, 0, 3, 2, 3] == 1
+    assert perturbations.flip(picture)[0, 0, 1, 4] == 1
