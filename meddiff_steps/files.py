@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from meddiff_steps.errors import UserError
 
 #: Access that new files get; asked once, because asking means setting it.
 _UMASK = os.umask(0)
@@ -43,3 +47,25 @@ def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, as hex."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON with sorted keys, atomically."""
+    write_atomic(path, (json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that a step wrote.
+
+    Raises
+    ------
+    UserError
+        The file is missing or is no JSON object.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}). Delete it and run the workflow again.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}. Delete it and run the workflow again.")
+    return content

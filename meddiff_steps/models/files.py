@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -14,33 +13,11 @@ from torch import nn
 from meddiff_steps import config
 from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.errors import UserError
-from meddiff_steps.files import atomic_path, write_atomic
+from meddiff_steps.files import atomic_path, read_json, write_json
 from meddiff_steps.models.autoencoder import Autoencoder
 from meddiff_steps.models.denoiser import Denoiser
 from meddiff_steps.models.embedder import Embedder
 from meddiff_steps.training.checkpoint import weights_digest
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON with sorted keys, atomically."""
-    write_atomic(path, (json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object that a step wrote.
-
-    Raises
-    ------
-    UserError
-        The file is missing or is no JSON object.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}). Delete it and run the workflow again.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}. Delete it and run the workflow again.")
-    return content
 
 
 def save_model(module: nn.Module, weights: Path, card: Path, content: dict[str, Any]) -> None:

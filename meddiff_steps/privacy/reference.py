@@ -24,7 +24,7 @@ from meddiff_steps.privacy.perturbations import perturbed_copies
 from meddiff_steps.training.loop import step_generator
 
 #: Training scans that are copied for the positive controls, each in six ways.
-CONTROL_SCANS = 24
+CONTROL_SCANS = 20
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def calibration_card(
 
     test_scores, test_subjects = of("test")
     flags = any_flag(thresholds.flags(test_scores, groups.reindex(test_subjects).to_numpy()))
-    negative = share(flags) | {"level": level, "nominal": flag_rate_is_nominal(flags, level)}
+    negative = share(flags) | {"flagged": int(flags.sum()), "level": level, "nominal": flag_rate_is_nominal(flags, level)}
     positive = {}
     chosen = step_generator(seed, "privacy/controls", 0).permutation(reference["rows"])[:CONTROL_SCANS]
     owner = groups.reindex(table.set_index("row").loc[chosen, "subject_id"]).to_numpy()

@@ -15,9 +15,8 @@ from safetensors.numpy import save_file
 from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.config import load_stage
 from meddiff_steps.errors import UserError
-from meddiff_steps.files import atomic_path
+from meddiff_steps.files import atomic_path, write_json
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.models.files import write_json
 from meddiff_steps.privacy.reference import ReferenceFiles, build_reference, calibration_card
 
 log = logging.getLogger(__name__)

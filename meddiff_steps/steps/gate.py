@@ -10,8 +10,7 @@ import typer
 
 from meddiff_steps.config import load_stage
 from meddiff_steps.errors import UserError
-from meddiff_steps.files import atomic_path
-from meddiff_steps.models.files import read_json
+from meddiff_steps.files import atomic_path, read_json
 
 
 def run(

@@ -14,11 +14,11 @@ from safetensors.numpy import load_file
 
 from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.config import load_stage
-from meddiff_steps.files import atomic_path
+from meddiff_steps.files import atomic_path, read_json, write_json
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.models.files import LatentDiffusion, load_autoencoder, read_json, write_json
+from meddiff_steps.models.files import LatentDiffusion, load_autoencoder
 from meddiff_steps.privacy import attacks, audit
-from meddiff_steps.privacy.reference import ReferenceFiles, load_detectors, score_scans, thresholds_of
+from meddiff_steps.privacy.reference import ReferenceFiles, load_detectors
 
 log = logging.getLogger(__name__)
 
@@ -71,12 +71,9 @@ def run(
     duplicates = audit.near_duplicates(after, planned)
     counts = audit.count(table, planned, duplicates)
     copies = None
-    thresholds = thresholds_of(card)
-    if thresholds:
-        groups = scans[settings.subgroup].astype(str).to_numpy() if settings.subgroup else np.full(len(scans), "all")
-        real = thresholds.flags(score_scans(detectors, shards, test_rows, "test scans"), groups[test_rows])
-        first = table[table["attempt"] == 0]
-        copies = attacks.excess_copies((first["decision"] == "rejected").to_numpy(), np.logical_or.reduce(list(real.values())))
+    if card["status"] == "CALIBRATED":
+        first, strangers = table[table["attempt"] == 0], card["controls"]["negative"]
+        copies = attacks.excess_copies((first["decision"] == "rejected").to_numpy(), np.arange(strangers["n"]) < strangers["flagged"])
     found: dict[str, Any] = {"excess_copies_before": copies, **sets}
     found["denoising_loss"] = _loss_attack(study, scans, shards, train_rows, test_rows, autoencoder, autoencoder_card, diffusion, diffusion_card)
     gates = audit.gates(settings, card, copies, sets.get("after", {"nearer_to_training": {}, "membership": {}}), counts)

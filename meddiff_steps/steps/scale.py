@@ -10,9 +10,9 @@ from safetensors.numpy import save_file
 from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.cohort.manifest import read_manifest, rows_by_split
 from meddiff_steps.config import load_stage
-from meddiff_steps.files import atomic_path
+from meddiff_steps.files import atomic_path, write_json
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.models.files import level_counts, write_json
+from meddiff_steps.models.files import level_counts
 from meddiff_steps.models.latents import covariate_features, fit_gaussian, standardisation
 
 

@@ -6,8 +6,8 @@ import pytest
 from meddiff_steps.config import Privacy, freeze, parse_study
 from meddiff_steps.diffusion.noise import seed_key
 from meddiff_steps.errors import UserError
+from meddiff_steps.files import write_json
 from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
-from meddiff_steps.models.files import write_json
 from meddiff_steps.privacy import audit
 from meddiff_steps.privacy.calibration import Thresholds
 from meddiff_steps.privacy.filter import fill
