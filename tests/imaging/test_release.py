@@ -24,7 +24,7 @@ from meddiff_steps.errors import UserError
 from meddiff_steps.imaging import release as module
 from meddiff_steps.imaging.io import read_image
 from meddiff_steps.imaging.release import image_path, read_mark
-from meddiff_steps.imaging.shards import ShardWriter, Tensor
+from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
 from meddiff_steps.steps import images as images_step
 from meddiff_steps.steps import release as release_step
 
@@ -58,6 +58,7 @@ class Workplace:
             self.write_shard(shard, {s: self.values[s] for s in members})
         self.plan = pd.DataFrame({"sample_id": self.samples, "group": "demo", "index": range(4), "attempt": 0, "shard": [0, 0, 0, 1]})
         self.plan["age"], self.plan["sex"], self.plan["ventricles_ml"] = [92.5, np.nan, 50, 1 / 3], ["F", "M", None, "F"], [20.123456789, 30, 40, 50]
+        self.privacy = {"verdict": "PASS", "calibration": {"status": "CALIBRATED", "detectors": ["a", "b"], "level": 0.05, "subjects": 99, "needed": 39}}
         self.card = {"scans": 30, "subjects": 25, "simulated": False, "source": "bids"}
 
     def write_shard(self, shard: int, images: dict[str, np.ndarray]) -> None:
@@ -69,15 +70,20 @@ class Workplace:
     def frozen(self, stage: str) -> Path:
         return freeze(parse_study(self.study, "test"), stage, self.root)
 
-    def images(self, shard: int) -> pd.DataFrame:
-        images_step.run(self.frozen("images"), self.root / f"generated-{shard}.arrow", self.release, self.root / f"images-{shard}.parquet")
+    def images(self, shard: int, without: str = "") -> pd.DataFrame:
+        generated, released = self.root / f"generated-{shard}.arrow", self.root / f"released-{shard}.parquet"
+        ids = Shards([generated]).column("sample_id") if generated.exists() else []
+        pd.DataFrame({"sample_id": [name for name in ids if name != without]}).to_parquet(released)
+        images_step.run(self.frozen("images"), generated, released, self.release, self.root / f"images-{shard}.parquet")
         return pd.read_parquet(self.root / f"images-{shard}.parquet")
 
     def complete(self, shards: tuple[int, ...] = (0, 1)) -> None:
         self.plan.to_parquet(self.root / "plan.parquet", index=False)
         (self.root / "card.json").write_text(json.dumps(self.card))
+        (self.root / "privacy.json").write_text(json.dumps(self.privacy))
         tables = [self.root / f"images-{s}.parquet" for s in shards]
-        release_step.run(self.frozen("release"), self.root / "plan.parquet", tables, self.root / "card.json", self.release / "dataset_description.json")
+        inputs = self.root / "plan.parquet", self.root / "privacy.json", tables, self.root / "card.json"
+        release_step.run(self.frozen("release"), *inputs, self.release / "dataset_description.json")
 
     def run(self) -> Path:
         for shard in (0, 1):
@@ -119,6 +125,30 @@ def test_volume(tmp_path: Path) -> None:
     assert np.allclose(nib.affines.apply_affine(volume.affine, (np.array(volume.shape) - 1) / 2), 0), "the middle of the grid is the origin"
     assert read_mark(path) == {"synthetic": True, "sample_id": "demo000001", "study": "test"}
     assert np.array_equal(read_image(path).array, stored), "our own reader takes it, so a release can be a cohort"
+
+
+def test_what_may_not_be_released_is_not_written(tmp_path: Path) -> None:
+    place = Workplace(tmp_path)
+    first = place.samples[0]
+    assert first not in place.images(0, without=first)["sample_id"].tolist()
+    assert not (place.release / f"sub-{first}").exists()
+
+
+@pytest.mark.parametrize(
+    ("verdict", "status", "words"),
+    [
+        ("PASS", "CALIBRATED", "Verdict: PASS. Every image was compared with every training scan by 2 detectors"),
+        ("FAIL", "CALIBRATED", "It must not be treated as anonymous"),
+        ("NOT_EVALUATED", "NOT_CALIBRATED", "39 unseen real subjects are needed for its level and there were 99"),
+    ],
+)
+def test_the_dataset_says_its_verdict(tmp_path: Path, verdict: str, status: str, words: str) -> None:
+    place = Workplace(tmp_path)
+    place.privacy["verdict"] = verdict
+    place.privacy["calibration"]["status"] = status
+    root = place.run()
+    assert words in (root / "README").read_text()
+    assert words in read_json(root / "dataset_description.json")["Description"]
 
 
 def test_mark_survives_a_usual_edit(tmp_path: Path) -> None:
