@@ -22,6 +22,7 @@ include: "rules/privacy.smk"
 include: "rules/release.smk"
 include: "rules/evaluate.smk"
 include: "rules/report.smk"
+include: "rules/distill.smk"
 
 
 rule all:

@@ -28,6 +28,7 @@ STEPS = {
     "filter": "reject and redraw images that are too near to a training scan",
     "privacy": "attack the cohort before and after the filter, and give the verdict",
     "gate": "stop before the release if the verdict is FAIL",
+    "distill": "make a training cohort of accepted synthetic images",
     "images": "write one shard of synthetic images into the release",
     "release": "complete the released dataset: participants, description, sidecars",
     "evaluate": "measure covariate fidelity and sharpness against held-out real scans",

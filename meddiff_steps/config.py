@@ -356,7 +356,16 @@ class Privacy(Section):
     max_nearer_to_training: Annotated[float, Field(ge=0.5, le=1.0)] = Field(
         0.6, description="Gate: share of released images nearer to the training set than to as many unseen scans."
     )
+    max_table_risk: Fraction = Field(
+        0.1, description="Gate: success of singling out and attribute inference on the covariate table beyond that on subjects who were not trained on."
+    )
     min_recall: Fraction = Field(0.95, description="Gate: share of planted copies that the detectors must find.")
+
+
+class Distill(Section):
+    """A second model, trained only on synthetic images that the filter accepted, makes the released cohort (Fernandez et al. 2023)."""
+
+    subjects: Annotated[int, Field(ge=0)] = Field(0, description="Synthetic subjects of the first model that the second learns from; 0: no second model.")
 
 
 class Evaluate(Section):
@@ -401,6 +410,7 @@ class Study(Section):
     plan: list[PlanGroup] = Field(min_length=1)
     generate: Generate = Generate()
     privacy: Privacy = Privacy()
+    distill: Distill = Distill()
     evaluate: Evaluate = Evaluate()
     release: Release = Release()
     compute: Compute = Compute()
@@ -482,8 +492,9 @@ STAGES: dict[str, tuple[str, ...]] = {
     "plan": ("seed", "covariates", "plan", "generate.shard_size"),
     "generate": ("generate", "compute"),
     "filter": ("generate", "compute", "privacy.subgroup", "privacy.max_attempts"),
-    "privacy": ("seed", "privacy"),
+    "privacy": ("seed", "covariates", "privacy"),
     "gate": ("privacy.enforce",),
+    "distill": ("seed", "covariates"),
     "images": ("study", "release", "preprocess"),
     "release": ("study", "title", "cohort", "covariates", "release", "preprocess", "generate"),
     "evaluate": ("seed", "covariates", "plan", "evaluate"),

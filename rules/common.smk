@@ -46,9 +46,9 @@ if workflow.is_main_process:
     environ["MEDDIFF_STUDY"] = str(study_config.freeze(STUDY, None, Path(RESULTS, "config")))
 
 
-def settings(stage):
+def settings(stage, study=STUDY):
     """Path of the frozen config of one stage; it changes exactly when something the stage may read changes."""
-    return str(study_config.freeze(STUDY, stage, Path(RESULTS, "config")))
+    return str(study_config.freeze(study, stage, Path(RESULTS, "config")))
 
 
 # ------------------------------------------------------------------------------------------------ paths
@@ -89,14 +89,14 @@ SHOWCASE = f"{RESULTS}/evaluation/showcase.arrow"
 REPORT = f"{RESULTS}/report.html"
 CONTACT_SHEET = f"{RESULTS}/contact-sheet.png"
 # Inputs of a rule that are also options of its step, by the same names.
-DETECTOR_FILES = {
-    "autoencoder": AUTOENCODER,
-    "autoencoder_card": AUTOENCODER_CARD,
-    "scale": LATENT_SCALE,
-    "embedder": EMBEDDER,
-    "embedder_card": EMBEDDER_CARD,
-}
-DIFFUSION_FILES = {"diffusion": DIFFUSION, "diffusion_card": DIFFUSION_CARD}
+AUTOENCODER_FILES = {"autoencoder": AUTOENCODER, "autoencoder_card": AUTOENCODER_CARD}
+DETECTOR_FILES = AUTOENCODER_FILES | {"scale": LATENT_SCALE, "embedder": EMBEDDER, "embedder_card": EMBEDDER_CARD}
+# The model that makes what is released: the one trained on real scans, or, with distill.subjects, one that never saw them.
+RELEASED_MODEL = f"{RESULTS}/distilled/diffusion" if STUDY.distill.subjects else f"{RESULTS}/diffusion"
+DIFFUSION_FILES = {"diffusion": f"{RELEASED_MODEL}/model.safetensors", "diffusion_card": f"{RELEASED_MODEL}/card.json"}
+# What the first model's cohort was found to be, shown beside that of the second.
+TEACHER = f"{RESULTS}/teacher"
+TEACHER_REPORTS = {"teacher_privacy": f"{TEACHER}/privacy/report.json", "teacher_metrics": f"{TEACHER}/evaluation/metrics.json"} if STUDY.distill.subjects else {}
 # Training state lives outside the outputs of rules: Snakemake deletes those when a job fails.
 STATE = f"{RESULTS}/state"
 

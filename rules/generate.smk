@@ -26,10 +26,8 @@ rule plan:
 rule generate:
     input:
         plan=PLAN,
-        autoencoder=AUTOENCODER,
-        autoencoder_card=AUTOENCODER_CARD,
-        diffusion=DIFFUSION,
-        diffusion_card=DIFFUSION_CARD,
+        **AUTOENCODER_FILES,
+        **DIFFUSION_FILES,
     output:
         GENERATED,
     log:
@@ -46,9 +44,9 @@ rule generate:
     params:
         config=settings("generate"),
         code=code_digest("generate"),
+        models=lambda wildcards, input: options(input, AUTOENCODER_FILES | DIFFUSION_FILES),
     message:
         "Generating shard {wildcards.shard}"
     shell:
         "python -m meddiff_steps generate --config {params.config} --plan {input.plan} --shard {wildcards.shard} "
-        "--autoencoder {input.autoencoder} --autoencoder-card {input.autoencoder_card} "
-        "--diffusion {input.diffusion} --diffusion-card {input.diffusion_card} --out {output} --threads {threads} 2>&1 | tee {log}"
+        "{params.models} --out {output} --threads {threads} 2>&1 | tee {log}"

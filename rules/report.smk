@@ -1,10 +1,8 @@
 rule showcase:
     input:
         manifest=MANIFEST,
-        autoencoder=AUTOENCODER,
-        autoencoder_card=AUTOENCODER_CARD,
-        diffusion=DIFFUSION,
-        diffusion_card=DIFFUSION_CARD,
+        **AUTOENCODER_FILES,
+        **DIFFUSION_FILES,
     output:
         SHOWCASE,
     log:
@@ -21,16 +19,17 @@ rule showcase:
     params:
         config=settings("showcase"),
         code=code_digest("showcase"),
+        models=lambda wildcards, input: options(input, AUTOENCODER_FILES | DIFFUSION_FILES),
     message:
         "Sampling counterfactual sweeps and interpolations for the report"
     shell:
         "python -m meddiff_steps showcase --config {params.config} --manifest {input.manifest} "
-        "--autoencoder {input.autoencoder} --autoencoder-card {input.autoencoder_card} "
-        "--diffusion {input.diffusion} --diffusion-card {input.diffusion_card} --out {output} --threads {threads} 2>&1 | tee {log}"
+        "{params.models} --out {output} --threads {threads} 2>&1 | tee {log}"
 
 
 rule report:
     input:
+        **TEACHER_REPORTS,
         cohort_card=COHORT_CARD,
         qc=QC,
         manifest=MANIFEST,
@@ -40,8 +39,8 @@ rule report:
         privacy=PRIVACY_REPORT,
         autoencoder_card=AUTOENCODER_CARD,
         autoencoder_history=AUTOENCODER_HISTORY,
-        diffusion_card=DIFFUSION_CARD,
-        diffusion_history=DIFFUSION_HISTORY,
+        diffusion_card=f"{RELEASED_MODEL}/card.json",
+        diffusion_history=f"{RELEASED_MODEL}/history.parquet",
         reconstructions=RECONSTRUCTIONS,
         showcase=SHOWCASE,
         metrics=METRICS,
@@ -65,6 +64,7 @@ rule report:
         code=code_digest("report"),
         images=lambda wildcards, input: repeat("--images", input.images),
         generated=lambda wildcards, input: repeat("--generated", input.generated),
+        teacher=lambda wildcards, input: options(input, TEACHER_REPORTS),
     message:
         "Writing the report"
     shell:
@@ -72,4 +72,4 @@ rule report:
         "{params.images} {params.generated} --plan {input.plan} --autoencoder-card {input.autoencoder_card} "
         "--autoencoder-history {input.autoencoder_history} --diffusion-card {input.diffusion_card} --diffusion-history {input.diffusion_history} "
         "--reconstructions {input.reconstructions} --showcase {input.showcase} --metrics {input.metrics} --predictions {input.predictions} "
-        "--privacy {input.privacy} --out {output.page} --contact-sheet {output.contact_sheet} 2>&1 | tee {log}"
+        "--privacy {input.privacy} {params.teacher} --out {output.page} --contact-sheet {output.contact_sheet} 2>&1 | tee {log}"

@@ -29,23 +29,23 @@ def share(flags: np.ndarray) -> Figure:
     return {"value": rounded(hits / n) if n else None, "low": rounded(low), "high": rounded(high), "n": n}
 
 
-def excess_copies(synthetic: np.ndarray, held_out: np.ndarray) -> Figure:
-    """Copies beyond those that unseen real scans would be taken for: (p_syn - p_real) / (1 - p_real), at least 0.
+def excess_risk(attack: np.ndarray, control: np.ndarray) -> Figure:
+    """Success beyond that of the same attack where nothing can have leaked: (p_attack - p_control) / (1 - p_control), at least 0.
 
     Giomi et al. 2023 (Anonymeter), equation 2; the interval combines the two Wilson intervals (Newcombe 1998, method 10).
 
     Parameters
     ----------
-    synthetic, held_out
-        Whether each image is flagged, bool.
+    attack, control
+        Whether each attempt succeeded, bool.
     """
-    a, b = float(np.mean(synthetic)), float(np.mean(held_out))
-    (a_low, a_high), (b_low, b_high) = (wilson(int(np.sum(x)), len(x)) for x in (synthetic, held_out))
+    a, b = float(np.mean(attack)), float(np.mean(control))
+    (a_low, a_high), (b_low, b_high) = (wilson(int(np.sum(x)), len(x)) for x in (attack, control))
     scale = max(1.0 - b, 1e-9)
     low = a - b - np.hypot(a - a_low, b_high - b)
     high = a - b + np.hypot(a_high - a, b - b_low)
     ends = [min(1.0, max(0.0, float(x) / scale)) for x in (a - b, low, high)]
-    return {"value": rounded(ends[0]), "low": rounded(ends[1]), "high": rounded(ends[2]), "n": len(synthetic)}
+    return {"value": rounded(ends[0]), "low": rounded(ends[1]), "high": rounded(ends[2]), "n": len(attack)}
 
 
 def nearer_to_training(to_training: np.ndarray, to_held_out: np.ndarray) -> Figure:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from meddiff_steps.config import Privacy
+from meddiff_steps.config import CategoricalCovariate, Covariates, Privacy
 from meddiff_steps.diffusion.noise import batch_noise
 from meddiff_steps.evaluation.statistics import Figure
 from meddiff_steps.imaging.shards import Shards
@@ -175,7 +175,30 @@ def count(decisions: pd.DataFrame, planned: pd.DataFrame, duplicates: Sequence[s
     }
 
 
-def gates(settings: Privacy, calibration: Mapping[str, Any], before: Figure | None, after: Mapping[str, Any], counts: Mapping[str, Any]) -> list[Gate]:
+def covariate_drift(planned: pd.DataFrame, released: pd.DataFrame, covariates: Covariates) -> dict[str, float]:
+    """How far the released covariates moved from the planned ones, because the filter rejects some subjects oftener than others.
+
+    Returns
+    -------
+    dict
+        Per covariate: the difference of means in standard deviations of the plan, or the largest change of a level's share.
+    """
+    drift = {}
+    for name, covariate in covariates.items():
+        before, after = planned[name].dropna(), released[name].dropna()
+        if len(before) == 0 or len(after) == 0:
+            continue
+        if isinstance(covariate, CategoricalCovariate):
+            shares = [column.value_counts(normalize=True).reindex(covariate.levels, fill_value=0.0) for column in (before, after)]
+            drift[name] = round(float((shares[1] - shares[0]).abs().max()), 5)
+        else:
+            drift[name] = round(float((after.mean() - before.mean()) / (before.std(ddof=0) or 1.0)), 5)
+    return drift
+
+
+def gates(
+    settings: Privacy, calibration: Mapping[str, Any], before: Figure | None, after: Mapping[str, Any], table: Mapping[str, Any], counts: Mapping[str, Any]
+) -> list[Gate]:
     """All conditions of the verdict.
 
     Parameters
@@ -186,6 +209,8 @@ def gates(settings: Privacy, calibration: Mapping[str, Any], before: Figure | No
         Excess copies before the filter; None where nothing is calibrated.
     after
         Attacks on the cohort that would be released.
+    table
+        Attacks on its covariates, from `table_attacks`.
     counts
         From `count`.
     """
@@ -207,6 +232,12 @@ def gates(settings: Privacy, calibration: Mapping[str, Any], before: Figure | No
     for name, figures in after["membership"].items():
         meaning = "from the released images it can be told who was in the training set"
         found.append(at_most(f"membership, {name}", figures["auc"], settings.max_membership_auc, meaning))
+    if table:
+        meaning = "the released covariates point at single training subjects"
+        found.append(at_most("singling out by covariates", table["singling_out"], settings.max_table_risk, meaning))
+        for name, figure in table["inference"].items():
+            meaning = "the released covariates give away one covariate of a training subject whose others are known"
+            found.append(at_most(f"inference of {name}", figure, settings.max_table_risk, meaning))
     share = counts["failed"] / max(1, counts["planned"])
     failed = {"value": share, "n": counts["planned"]}
     found.append(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from meddiff_steps.errors import UserError
+
 #: Similarities held at once, float32; bounds memory whatever the number of queries and references.
 BLOCK_ELEMENTS = 2**26
 
@@ -16,13 +18,16 @@ def unit_rows(vectors: np.ndarray) -> np.ndarray:
 
     Raises
     ------
-    ValueError
+    UserError
         A value is not finite.
     """
     rows = np.asarray(vectors, dtype=np.float32).reshape(len(vectors), -1)
     bad = ~np.isfinite(rows).all(1)
     if bad.any():
-        raise ValueError(f"{int(bad.sum())} of {len(rows)} vectors are not finite, the first in row {int(bad.argmax())}")
+        raise UserError(
+            f"{int(bad.sum())} of {len(rows)} vectors are not finite, the first in row {int(bad.argmax())}: a network has diverged, or an image holds NaN. "
+            "Look at the training curves and at preprocessed/qc.parquet, and train again with a lower learning rate."
+        )
     rows = rows - rows.mean(1, keepdims=True)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     constant = norms <= 1e-6 * np.sqrt(rows.shape[1])

@@ -201,6 +201,12 @@ def privacy_section(report: Mapping[str, Any]) -> Section:
         planted = [[f"planted copies, {kind}", percent(figure), str(figure["n"])] for kind, figure in report["controls"]["positive"].items()]
         strangers = report["controls"]["negative"]
         tables.append(Table(["control", "flagged", "n"], [*planted, ["unseen real subjects", percent(strangers), str(strangers["n"])]]))
+    drift = report["attacks"].get("covariate_drift")
+    if drift:
+        largest = max(drift, key=lambda name: abs(drift[name]))
+        text.append(
+            f"Released against planned covariates: the largest drift is that of {largest}, {drift[largest]:+.3f} (standard deviations, or of a level's share)."
+        )
     loss = report["attacks"].get("denoising_loss")
     if loss:
         text.append(
@@ -208,6 +214,29 @@ def privacy_section(report: Mapping[str, Any]) -> Section:
             "Weights are therefore not part of the release."
         )
     return Section("privacy", "Does it give training subjects away?", text=text, tables=tables)
+
+
+def distillation_section(privacy: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]]) -> Section:
+    """Privacy and quality of the first model's cohort beside those of the second, which made the release.
+
+    Parameters
+    ----------
+    privacy, metrics
+        `privacy/report.json` and `evaluation/metrics.json` of the first and of the second.
+    """
+    gates = [{gate["name"]: gate for gate in report["gates"]} for report in privacy]
+    rows = [["verdict", *(report["verdict"] for report in privacy)]]
+    rows += [[name, *(interval(each[name]["figure"]) if name in each else "" for each in gates)] for name in gates[1]]
+    for name, entry in metrics[1]["covariates"].items():
+        key = "auc" if entry["kind"] == "categorical" else "r"
+        rows.append([f"{name}, {key} with what was asked", *(interval(each["covariates"][name][key]) for each in metrics)])
+    for band in metrics[1]["spectrum"]["synthetic"]:
+        rows.append([f"power over that of real images, {band}", *(interval(each["spectrum"]["synthetic"][band]) for each in metrics)])
+    text = [
+        "The released images come from a second diffusion model that never saw a real scan: it learnt from images of the first model that the filter had "
+        "accepted. Only the autoencoder, which both share, learnt from real scans."
+    ]
+    return Section("distillation", "The second model beside the first", text=text, tables=[Table(["figure", "first model", "second model"], rows)])
 
 
 def covariate_table(manifest: pd.DataFrame, requested: pd.DataFrame, covariates: Covariates) -> Table:

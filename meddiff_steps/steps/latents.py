@@ -20,7 +20,7 @@ from meddiff_steps.training.loop import step_generator
 
 def run(
     config: Annotated[Path, typer.Option(help="frozen config of stage `latents`")],
-    images: Annotated[Path, typer.Option(help="preprocessed shard")],
+    images: Annotated[Path, typer.Option(help="preprocessed (or filtered synthetic) shard")],
     autoencoder: Annotated[Path, typer.Option(help="autoencoder/model.safetensors")],
     autoencoder_card: Annotated[Path, typer.Option(help="autoencoder/card.json")],
     out: Annotated[Path, typer.Option(help="latent shard to write (Arrow)")],
@@ -32,7 +32,8 @@ def run(
     fabric = make_fabric(study.compute, threads)
     model, card = load_autoencoder(autoencoder, autoencoder_card)
     shards = Shards([images])
-    ids = shards.column("scan_id")
+    # Synthetic images, from which a distilled model learns, are named by their sample id.
+    ids = shards.column("scan_id" if "scan_id" in shards.schema.names else "sample_id")
     spatial_dims = len(card["image_shape"]) - 1
     to_channels_last(model, spatial_dims)
     fabric.to_device(model)

@@ -19,6 +19,7 @@ from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.files import LatentDiffusion, load_autoencoder
 from meddiff_steps.privacy import attacks, audit
 from meddiff_steps.privacy.reference import ReferenceFiles, load_detectors
+from meddiff_steps.privacy.table_attacks import table_attacks
 
 log = logging.getLogger(__name__)
 
@@ -73,10 +74,17 @@ def run(
     copies = None
     if card["status"] == "CALIBRATED":
         first, strangers = table[table["attempt"] == 0], card["controls"]["negative"]
-        copies = attacks.excess_copies((first["decision"] == "rejected").to_numpy(), np.arange(strangers["n"]) < strangers["flagged"])
+        copies = attacks.excess_risk((first["decision"] == "rejected").to_numpy(), np.arange(strangers["n"]) < strangers["flagged"])
     found: dict[str, Any] = {"excess_copies_before": copies, **sets}
     found["denoising_loss"] = _loss_attack(study, scans, shards, train_rows, test_rows, autoencoder, autoencoder_card, diffusion, diffusion_card)
-    gates = audit.gates(settings, card, copies, sets.get("after", {"nearer_to_training": {}, "membership": {}}), counts)
+    accepted = set(table.loc[table["decision"] == "accepted", "sample_id"]) - set(duplicates)
+    released = planned[planned["sample_id"].isin(accepted)]
+    people = scans.drop_duplicates("subject_id")
+    found["covariate_table"] = table_attacks(
+        released, people[people["split"] == "train"], people[people["split"].isin(["calibration", "test"])], study.covariates, study.seed
+    )
+    found["covariate_drift"] = audit.covariate_drift(planned, released, study.covariates)
+    gates = audit.gates(settings, card, copies, sets.get("after", {"nearer_to_training": {}, "membership": {}}), found["covariate_table"], counts)
     with atomic_path(decisions) as path:
         table.assign(decision=np.where(table["sample_id"].isin(duplicates) & (table["decision"] == "accepted"), "duplicate", table["decision"])).to_parquet(
             path, index=False

@@ -25,6 +25,7 @@ from meddiff_steps.report.page import (
     band_table,
     correlation_table,
     covariate_table,
+    distillation_section,
     fidelity_table,
     headlines,
     number,
@@ -61,6 +62,8 @@ def run(
     out: Annotated[Path, typer.Option(help="Page to write (.html).")],
     contact_sheet: Annotated[Path, typer.Option(help="Picture of real beside synthetic images to write (.png).")],
     privacy: Annotated[Path | None, typer.Option(help="privacy/report.json; left out of the page if not given.")] = None,
+    teacher_privacy: Annotated[Path | None, typer.Option(help="The same of the first model, where a second made the release.")] = None,
+    teacher_metrics: Annotated[Path | None, typer.Option(help="Its metrics.")] = None,
 ) -> None:
     """Write report.html, one self-contained page, and its contact sheet as a PNG.
 
@@ -93,6 +96,11 @@ def run(
             tables=[t for t in (fidelity_table(measured["covariates"]), correlation_table(measured["correlations"])) if t.rows],
         ),
         *([privacy_section(_json(privacy))] if privacy else []),
+        *(
+            [distillation_section([_json(teacher_privacy), _json(privacy)], [_json(teacher_metrics), measured])]
+            if privacy and teacher_privacy and teacher_metrics
+            else []
+        ),
         Section(
             "sharpness",
             "How sharp are they?",

@@ -44,7 +44,8 @@ class DiffusionTask:
         model = Denoiser(settings, shape, levels, rank=len(data.prior.get("prior.basis", ())))
         model.load_state_dict(data.prior, strict=False)
         if model.prior is not None:
-            model.prior.requires_grad_(False)
+            # Its dropout is for its own training; here it would draw random numbers that no resumed run repeats.
+            model.prior.requires_grad_(False).eval()
         to_channels_last(model, self.spatial_dims)
         average = copy.deepcopy(model).requires_grad_(False).eval()
         optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=settings.optimiser.learning_rate, weight_decay=0.0)

@@ -17,9 +17,9 @@ def test_with_no_hit_the_interval_ends_at_the_rule_of_three():
 
 def test_excess_copies_are_those_beyond_the_base_rate():
     held_out = np.arange(200) < 10
-    assert attacks.excess_copies(np.arange(200) < 10, held_out)["value"] == 0
-    assert attacks.excess_copies(np.ones(200, bool), held_out)["value"] == 1
-    figure = attacks.excess_copies(np.arange(200) < 105, held_out)
+    assert attacks.excess_risk(np.arange(200) < 10, held_out)["value"] == 0
+    assert attacks.excess_risk(np.ones(200, bool), held_out)["value"] == 1
+    figure = attacks.excess_risk(np.arange(200) < 105, held_out)
     assert figure["value"] == pytest.approx((0.525 - 0.05) / 0.95, abs=1e-5)
     assert 0.3 < figure["low"] < figure["value"] < figure["high"] < 0.7
 
@@ -28,7 +28,7 @@ def test_excess_copies_cover_the_truth():
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(300):
-        figure = attacks.excess_copies(rng.random(150) < 0.2, rng.random(150) < 0.1)
+        figure = attacks.excess_risk(rng.random(150) < 0.2, rng.random(150) < 0.1)
         covered += figure["low"] <= 0.1 / 0.9 <= figure["high"]
     assert covered / 300 > 0.9
 

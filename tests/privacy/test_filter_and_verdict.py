@@ -120,7 +120,7 @@ ALL_FILLED = {"failed": 0, "planned": 200}
 
 
 def outcome(calibration, before=FEW, counts=ALL_FILLED):
-    found = audit.gates(Privacy(), calibration, before, NOTHING_LEAKED, counts)
+    found = audit.gates(Privacy(), calibration, before, NOTHING_LEAKED, {}, counts)
     return verdict(found), {gate.name: gate.outcome for gate in found}
 
 

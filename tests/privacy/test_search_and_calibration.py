@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
+from meddiff_steps.errors import UserError
 from meddiff_steps.privacy import search
 from meddiff_steps.privacy.calibration import Thresholds, calibrate, conformal_threshold, subjects_needed
 from meddiff_steps.privacy.search import nearest, unit_rows
@@ -16,7 +17,7 @@ def test_unit_rows_multiply_to_pearson():
 def test_a_constant_image_is_similar_to_nothing_and_nan_is_refused():
     rows = unit_rows(np.stack([np.full(10, 0.7), np.arange(10.0)]))
     assert np.all(rows[0] == 0)
-    with pytest.raises(ValueError, match="1 of 2 vectors are not finite, the first in row 1"):
+    with pytest.raises(UserError, match="1 of 2 vectors are not finite, the first in row 1"):
         unit_rows(np.array([[1.0, 2.0], [np.nan, 0.0]]))
 
 

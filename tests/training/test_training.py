@@ -6,6 +6,7 @@ import torch
 from meddiff_steps import config
 from meddiff_steps.imaging.augment import Variant, draw_variant
 from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
+from meddiff_steps.models.denoiser import COMPONENT_WIDTH
 from meddiff_steps.training import loop
 from meddiff_steps.training.autoencoder import AutoencoderTask, spectral_loss
 from meddiff_steps.training.backend import make_fabric
@@ -45,7 +46,9 @@ def latents(tmp_path_factory):
     with ShardWriter(path, {"mean": shape, "log_variance": shape}) as shard:
         for _ in range(10):
             shard.append(mean=rng.normal(size=shape.shape), log_variance=np.full(shape.shape, -4.0))
-    prior = {"offset": torch.zeros(1, *shape.shape), "scale": torch.ones(1, 4, 1, 1, 1)}
+    prior = {"offset": torch.zeros(1, *shape.shape), "scale": torch.ones(1, 4, 1, 1, 1), "prior.effects": torch.zeros(2, 256)}
+    prior |= {"prior.basis": torch.eye(256)[:3], "prior.variances": torch.ones(3), "prior.residual": torch.ones(256)}
+    prior["prior.network.last.weight"] = torch.ones(3, COMPONENT_WIDTH)  # a trained network, with dropout, has something to say
     return LatentData(Shards([path]), prior, rng.normal(size=(10, 2)).astype(np.float32), np.arange(8), np.arange(8, 10))
 
 

@@ -1,0 +1,130 @@
+"""Attacks on the covariate table that goes out beside the images: singling out and attribute inference.
+
+Both after Giomi et al. 2023 (Anonymeter, PoPETs 2023-2, sections 4 and 5): an attack that works as well on people who were
+never trained on has learnt about the population; only what it gains beyond that is a leak.  The `anonymeter` package pins
+an old numpy, so the definitions are implemented here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from meddiff_steps.config import CategoricalCovariate, Covariates
+from meddiff_steps.evaluation.statistics import Figure, philox
+from meddiff_steps.privacy.attacks import excess_risk
+
+#: Predicates that are tried, and covariates that each combines.
+PREDICATES, COMBINED = 500, 3
+
+#: A guess of a continuous covariate counts as right within this share of the true value.
+TOLERANCE = 0.05
+
+
+def table_attacks(released: pd.DataFrame, train: pd.DataFrame, others: pd.DataFrame, covariates: Covariates, seed: str) -> dict[str, Any]:
+    """Both attacks on training subjects, beside the same attacks on as many subjects who were not trained on.
+
+    Parameters
+    ----------
+    released, train, others
+        One row per synthetic, training and unseen subject, with all covariates.
+
+    Returns
+    -------
+    dict
+        `singling_out` and, by covariate, `inference`; see `singling_out` and `infer_attribute`.  Empty without subjects.
+    """
+    generator = philox(seed, "privacy/table")
+    count = min(len(train), len(others))
+    if count == 0 or released.empty:
+        return {}
+    names = list(covariates)
+    targets = [frame[names].iloc[np.sort(generator.permutation(len(frame))[:count])].reset_index(drop=True) for frame in (train, others)]
+    result: dict[str, Any] = {"singling_out": singling_out(released[names], *targets, covariates, generator), "inference": {}}
+    if len(names) > 1:
+        result["inference"] = {name: infer_attribute(released[names], *targets, covariates, name) for name in names}
+    return result
+
+
+def singling_out(released: pd.DataFrame, train: pd.DataFrame, others: pd.DataFrame, covariates: Covariates, generator: np.random.Generator) -> Figure:
+    """Predicates true of exactly one synthetic subject: how much oftener are they true of exactly one training subject?
+
+    A predicate takes a random synthetic subject and up to three of its covariates: a level as it is, a number as "at
+    least" where it is above the median and "at most" where it is below, a missing value as missing.
+
+    Parameters
+    ----------
+    train, others
+        Equally many, because a predicate singles out more easily in a smaller table.
+
+    Returns
+    -------
+    dict
+        The excess risk with its interval, and the two success rates `attack` and `control`.
+    """
+    names = list(covariates)
+    medians = {name: released[name].median() for name in names if not isinstance(covariates[name], CategoricalCovariate)}
+    hits: list[tuple[bool, bool]] = []
+    for _ in range(PREDICATES):
+        row = released.iloc[int(generator.integers(len(released)))]
+        chosen = [names[i] for i in generator.permutation(len(names))[:COMBINED]]
+
+        def matches(table: pd.DataFrame, row: pd.Series = row, chosen: list[str] = chosen) -> int:
+            true = np.ones(len(table), dtype=bool)
+            for name in chosen:
+                column, value = table[name], row[name]
+                if pd.isna(value):
+                    true &= column.isna().to_numpy()
+                elif name in medians:
+                    true &= ((column >= value) if value >= medians[name] else (column <= value)).to_numpy()
+                else:
+                    true &= (column == value).to_numpy()
+            return int(true.sum())
+
+        if matches(released) == 1:
+            hits.append((matches(train) == 1, matches(others) == 1))
+    return _against_control(np.array(hits, dtype=bool).reshape(-1, 2).T)
+
+
+def infer_attribute(released: pd.DataFrame, train: pd.DataFrame, others: pd.DataFrame, covariates: Covariates, secret: str) -> Figure:
+    """Guess one covariate of a person whose others are known, from the nearest synthetic subject (Gower 1971).
+
+    A number counts as guessed within 5 % of the truth; subjects whose secret is missing are no targets.
+
+    Returns
+    -------
+    dict
+        The excess risk with its interval, and the two success rates `attack` and `control`.
+    """
+    known = [name for name in covariates if name != secret]
+    donors = released[released[secret].notna()].reset_index(drop=True)
+    rates = []
+    for table in (train, others):
+        targets = table[table[secret].notna()]
+        if donors.empty or targets.empty:
+            return _against_control(np.zeros((2, 0), dtype=bool))
+        distance = np.zeros((len(targets), len(donors)))
+        for name in known:
+            a, b = targets[name].to_numpy()[:, None], donors[name].to_numpy()[None]
+            missing = pd.isna(a) | pd.isna(b)
+            if isinstance(covariates[name], CategoricalCovariate):
+                apart = (a != b).astype(float)
+            else:
+                spread = float(np.nanmax(b.astype(float)) - np.nanmin(b.astype(float))) if not pd.isna(b).all() else 0.0
+                apart = np.minimum(np.abs(a.astype(float) - b.astype(float)) / (spread or 1.0), 1.0)
+            distance += np.where(missing, pd.isna(a) != pd.isna(b), apart)
+        guess, truth = donors[secret].to_numpy()[distance.argmin(1)], targets[secret].to_numpy()
+        if isinstance(covariates[secret], CategoricalCovariate):
+            rates.append(guess == truth)
+        else:
+            rates.append(np.abs(guess.astype(float) - truth.astype(float)) <= TOLERANCE * np.abs(truth.astype(float)))
+    return _against_control(rates)
+
+
+def _against_control(rates: Any) -> Figure:
+    attack, control = (np.asarray(rate, dtype=bool) for rate in rates)
+    if len(attack) == 0 or len(control) == 0:
+        return {"value": None, "low": None, "high": None, "n": 0}
+    return excess_risk(attack, control) | {"attack": round(float(attack.mean()), 4), "control": round(float(control.mean()), 4)}
