@@ -207,6 +207,24 @@ def test_a_changed_setting_reruns_its_stage_and_nothing_before(study, section, c
 
 
 @pytest.mark.slow
+def test_a_distilled_model_learns_from_accepted_synthetic_images_alone(study, tmp_path):
+    shutil.copytree(study, tmp_path / "copy")
+    folder = tmp_path / "copy"
+    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY | {"distill": {"subjects": 14}}))
+    run(folder)
+    results = folder / "results/tiny"
+    manifest = pd.read_parquet(results / "distilled/manifest.parquet")
+    decisions = pd.read_parquet(results / "teacher/privacy/decisions.parquet")
+    assert set(manifest["scan_id"]) == set(decisions.loc[decisions["decision"] != "rejected", "sample_id"])
+    card = json.loads((results / "distilled/diffusion/card.json").read_text())
+    assert card["scans"]["train"] == (manifest["split"] == "train").sum()
+    # The first model is as it was; what is released comes from the second.
+    assert digests(folder)["diffusion/model.safetensors"] == digests(study)["diffusion/model.safetensors"]
+    assert digests(folder)["generated/shard-0000.arrow"] != digests(study)["generated/shard-0000.arrow"]
+    assert "The second model beside the first" in (results / "report.html").read_text()
+
+
+@pytest.mark.slow
 def test_killed_runs_finish_with_the_same_bytes(study, tmp_path):
     (tmp_path / "study.yaml").write_text((study / "study.yaml").read_text())
     results = tmp_path / "results/tiny"

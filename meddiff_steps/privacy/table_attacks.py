@@ -41,10 +41,10 @@ def table_attacks(released: pd.DataFrame, train: pd.DataFrame, others: pd.DataFr
     if count == 0 or released.empty:
         return {}
     names = list(covariates)
-    targets = [frame[names].iloc[np.sort(generator.permutation(len(frame))[:count])].reset_index(drop=True) for frame in (train, others)]
-    result: dict[str, Any] = {"singling_out": singling_out(released[names], *targets, covariates, generator), "inference": {}}
+    members, strangers = (frame[names].iloc[np.sort(generator.permutation(len(frame))[:count])].reset_index(drop=True) for frame in (train, others))
+    result: dict[str, Any] = {"singling_out": singling_out(released[names], members, strangers, covariates, generator), "inference": {}}
     if len(names) > 1:
-        result["inference"] = {name: infer_attribute(released[names], *targets, covariates, name) for name in names}
+        result["inference"] = {name: infer_attribute(released[names], members, strangers, covariates, name) for name in names}
     return result
 
 
