@@ -8,7 +8,7 @@ from scipy.ndimage import gaussian_filter
 from meddiff_steps import config
 from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
 from meddiff_steps.privacy import perturbations
-from meddiff_steps.privacy.detectors import Aligned, Embedding, TrainingImages, references, ssim_map
+from meddiff_steps.privacy.detectors import Aligned, Embedding, TrainingImages, extent, references, ssim_map
 from meddiff_steps.privacy.embedder import train_embedder
 
 SHAPE = (1, 16, 18, 14)
@@ -37,8 +37,8 @@ def test_the_ssim_is_that_of_monai(shape):
     assert torch.allclose(ssim_map(a, b, 7), expected, atol=1e-4)
 
 
-def strangers_and_copies(detector, scans):
-    strangers = torch.from_numpy(scans.shards.tensors("image", np.arange(60, 80)))
+def strangers_and_copies(detector, scans, others=range(60, 80)):
+    strangers = torch.from_numpy(scans.shards.tensors("image", np.array(others)))
     originals = torch.from_numpy(scans[np.arange(12)])
     highest = detector.similarity(strangers)[0].max()
     copies = perturbations.perturbed_copies(originals, np.random.default_rng(0))
@@ -54,6 +54,30 @@ def test_the_aligned_detector_finds_copies_and_whose_they_are(scans):
         assert copies[kind][1].tolist() == list(range(12))
     shifted = torch.roll(torch.from_numpy(scans[np.arange(12)]), (1, -1), (2, 4))
     assert (detector.similarity(shifted)[0] > highest).all()
+
+
+def test_the_extent_is_the_bounding_box_of_what_is_not_zero():
+    image = torch.zeros(2, 1, 6, 7)
+    image[0, 0, 1, 2] = image[0, 0, 3, 5] = 0.5
+    inside = extent(image)
+    assert inside[0, 0].nonzero().tolist() == [[i, j] for i in (1, 2, 3) for j in (2, 3, 4, 5)]
+    assert inside[1].sum() == 0
+
+
+def test_copies_of_pictures_that_fill_the_frame_are_found_when_their_borders_are_cut_off(tmp_path):
+    rng = np.random.default_rng(0)
+    # Like radiographs: mostly the same anatomy, with little that is a person's own.
+    common = gaussian_filter(rng.normal(size=(48, 48)), 2) / 0.14
+    pictures = [0.5 + 0.1 * common + 0.02 * gaussian_filter(rng.normal(size=(48, 48)), 1.5) / 0.19 for _ in range(60)]
+    with ShardWriter(tmp_path / "x.arrow", {"image": Tensor("float16", (1, 48, 48))}) as shard:
+        for picture in pictures:
+            shard.append(image=np.clip(picture, 0.01, 1)[None])
+    scans = TrainingImages(Shards([tmp_path / "x.arrow"]), np.arange(40))
+    detector = Aligned(scans[np.arange(40)].mean(0), scans)
+    detector.references = references(detector, scans)
+    highest, copies = strangers_and_copies(detector, scans, range(40, 60))
+    assert (copies["cropped"][0] > highest).all()
+    assert copies["cropped"][1].tolist() == list(range(12))
 
 
 def test_the_learned_detector_finds_rotated_copies(scans):
