@@ -317,10 +317,10 @@ def _realism_text(measured: dict[str, Any]) -> list[str]:
     spaces = measured["realism"]
     named = "; ".join(f"{name} ({entry['description']}, digest {entry['digest']})" for name, entry in spaces.items())
     text = [
-        f"Images are compared as rows of features, in several spaces: {named}. Figures of different spaces cannot be compared with each other, nor with published "
-        "ones; what counts is how far a figure is from that of as many real training scans in place of the synthetic images (real against real).",
-        "An AUC near 1 means that a simple classifier always tells synthetic from real, by whatever little it is that differs; precision falls when images look "
-        "like no real one, recall and coverage when kinds of real images are missing. Copies of training scans would score perfectly here: see the section on privacy.",
+        f"Images are compared as rows of features, in several spaces: {named}. Figures of different spaces cannot be compared, nor can published ones; "
+        "what counts is how far a figure is from that of as many real training scans in place of the synthetic images (real against real).",
+        "An AUC near 1 means that a simple classifier tells synthetic from real, by whatever little differs; precision falls when images look like no "
+        "real one, recall and coverage when kinds of real images are missing. Copies of training scans would score perfectly: see the section on privacy.",
     ]
     return text + [f"{name}: not measured, {entry['skipped']}." for name, entry in spaces.items() if "skipped" in entry]
 
@@ -329,8 +329,8 @@ def _realism_pictures(places: pd.DataFrame, spaces: dict[str, Any]) -> list[Pict
     if places.empty:
         return []
     caption = (
-        "Each point is an image, along the two directions in which real training scans vary most. Good: orange crosses mix with grey circles and spread as far. "
-        "Bad: crosses beside the circles (not real), in a clump (not various), or missing where circles are (a kind of image is left out)."
+        "Each point is an image, along the two directions in which real training scans vary most. Good: orange crosses mix with grey circles and spread as "
+        "far. Bad: crosses beside the circles (not real), in a clump (not various), or missing where circles are (a kind of image is left out)."
     )
     alt = f"Synthetic and held-out real images in the feature spaces {', '.join(spaces)}, principal components 1 and 2."
     return [Picture(figures.feature_spaces(places, spaces), alt, caption)]
