@@ -292,7 +292,7 @@ def network_space(settings: FeatureNetwork, spatial_dims: int) -> FeatureSpace:
     if not path.is_file():
         raise UserError(f"evaluate.features.{settings.name}: there is no file {path}. Nothing is downloaded; put the weights there or change the path.")
     network = _torchscript(path, settings) if settings.architecture == "torchscript" else _resnet(path, settings, spatial_dims)
-    network.requires_grad_(False).eval()
+    network.eval()  # extraction runs without gradients
 
     def features(images: Tensor) -> Tensor:
         if settings.zscore:

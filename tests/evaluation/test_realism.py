@@ -74,7 +74,7 @@ def test_kid_is_unbiased_and_its_test_keeps_its_level() -> None:
 
 
 def test_kid_sees_a_difference() -> None:
-    found = r.kernel_figure(sample("p", 40, shift=1.0), sample("q", 40), resamples=200, permutations=199, seed="", label="")
+    found = r.kernel_figure(sample("p", 40, shift=3.0), sample("q", 40), resamples=200, permutations=199, seed="", label="")
     assert found["p_value"] == pytest.approx(1 / 200)
     assert found["low"] > 0
     assert found["low"] < found["value"] < found["high"]
