@@ -93,7 +93,7 @@ def run(
     measured = pd.concat([synthetic_table, real_table], ignore_index=True)
 
     labels = [name for name, c in study.covariates.items() if isinstance(c, CategoricalCovariate)]
-    groups = pd.concat([table.set_index(key)[labels] for table, key in ((wanted, "sample_id"), (held_out, "scan_id"))])
+    levels = pd.concat([table.set_index(key)[labels] for table, key in ((wanted, "sample_id"), (held_out, "scan_id"))])
     spaces = _feature_spaces(study, len(real.shape("image")) - 1, embedder, embedder_card)
     like, various, places = _realism_and_diversity(study, spaces, real, synthetic, {"training": train, "held_out": held_out, "synthetic": wanted})
 
@@ -104,7 +104,7 @@ def run(
         "covariates": covariate_fidelity(measured, study.covariates, **options),
         "correlations": correlation_structure(measured, study.covariates, **options),
         "distributions": distribution_distances(measured, study.covariates, resamples=study.evaluate.realism_bootstrap, seed=study.seed),
-        "subgroups": subgroup_fidelity(measured, groups, study.covariates, **options),
+        "subgroups": subgroup_fidelity(measured, levels, study.covariates, **options),
         "training_range": {name: list(ends) for name, ends in trained.items()},
         "realism": like,
         "diversity": various,
