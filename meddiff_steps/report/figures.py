@@ -317,8 +317,9 @@ def feature_spaces(places: pd.DataFrame, spaces: Mapping[str, Any]) -> bytes:
             shares = [f"{100 * share:.0f} %" for share in spaces[name]["explained"]]
             panel.set(title=plain(name), xlabel=f"component 1 ({shares[0]} of real variance)", ylabel=f"component 2 ({shares[1]})")
             panel.margins(0.08)
-        axes[0].legend(fontsize=7.5, loc="upper left", handletextpad=0.2, borderaxespad=0, frameon=True, framealpha=0.8, edgecolor="none")
-        drawing.tight_layout()
+        handles, labels = axes[0].get_legend_handles_labels()
+        drawing.legend(handles, labels, fontsize=8, loc="upper center", ncols=2, handletextpad=0.2)
+        drawing.tight_layout(rect=(0, 0, 1, 0.94))
         return png(drawing)
 
 

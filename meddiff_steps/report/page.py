@@ -158,7 +158,7 @@ def realism_table(metrics: Mapping[str, Any]) -> Table:
     """Realism and diversity of every feature space beside real against real."""
     names = {
         "frechet": ("Frechet distance (squared)", "floor", "low, near its floor"),
-        "kid": ("kernel distance (KID)", "floor", "0 or below"),
+        "kid": ("kernel distance (KID)", "floor", "near 0"),
         "classifier_auc": ("AUC of telling synthetic from real", "floor", "0.5"),
         "precision": ("precision: look real", "ceiling", "near its ceiling"),
         "recall": ("recall: real ones within reach", "ceiling", "near its ceiling"),

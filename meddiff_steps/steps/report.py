@@ -330,7 +330,8 @@ def _realism_pictures(places: pd.DataFrame, spaces: dict[str, Any]) -> list[Pict
         return []
     caption = (
         "Each point is an image, along the two directions in which real training scans vary most. Good: orange crosses mix with grey circles and spread as "
-        "far. Bad: crosses beside the circles (not real), in a clump (not various), or missing where circles are (a kind of image is left out)."
+        "far. Bad: crosses beside the circles (not real), in a clump (not various), or missing where circles are (a kind of image is left out). "
+        "Two directions show only a part of what differs; the table is about all of them."
     )
     alt = f"Synthetic and held-out real images in the feature spaces {', '.join(spaces)}, principal components 1 and 2."
     return [Picture(figures.feature_spaces(places, spaces), alt, caption)]
