@@ -306,8 +306,10 @@ def feature_spaces(places: pd.DataFrame, spaces: Mapping[str, Any]) -> bytes:
     with styled():
         names = [name for name in spaces if (places["space"] == name).any()]
         drawing, axes = _grid(len(names), 3, 3.35, 3.5)
-        looks = {"held_out": ("real, held out", {"marker": "o", "facecolors": "none", "edgecolors": REAL, "linewidths": 0.8, "s": 16})}
-        looks["synthetic"] = ("synthetic", {"marker": "x", "color": SYNTHETIC, "linewidths": 0.9, "s": 14})
+        looks: dict[str, tuple[str, dict[str, Any]]] = {
+            "held_out": ("real, held out", {"marker": "o", "facecolors": "none", "edgecolors": REAL, "linewidths": 0.8, "s": 16}),
+            "synthetic": ("synthetic", {"marker": "x", "color": SYNTHETIC, "linewidths": 0.9, "s": 14}),
+        }
         for name, panel in zip(names, axes, strict=True):
             rows = places[places["space"] == name]
             for kind, (label, style) in looks.items():

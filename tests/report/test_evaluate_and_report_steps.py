@@ -155,7 +155,8 @@ def test_metrics_of_a_perfect_generator(study: Fabricated) -> None:
     assert size["slope"]["value"] == pytest.approx(1.0, abs=0.1)
     assert size["share_of_ceiling"]["value"] == pytest.approx(1.0, abs=0.03)
     assert sex["auc"]["value"] > 0.9
-    assert size["r"]["n"] == 39  # one request is null; the sweep is left out
+    beyond = size["extrapolation"]["mae"]["n"] if "extrapolation" in size else 0
+    assert size["r"]["n"] + beyond == 39  # one request is null; the sweep is left out
     assert metrics["reconstruction"]["psnr"]["value"] == pytest.approx(20.0, abs=0.05)
     assert metrics["reconstruction"]["psnr"]["n"] == 24  # the test split alone
     for figure in metrics["spectrum"]["synthetic"].values():
@@ -194,7 +195,7 @@ def test_realism_and_diversity_of_a_perfect_generator(study: Fabricated) -> None
         assert (entry["frechet"]["n"], entry["classifier_auc"]["n"]) == (40, 85)
         for key in ("precision", "recall", "density", "coverage", "vendi"):
             figure = metrics["diversity"]["features"][name][key]
-            assert figure["high"] > figure["ceiling"]["low"]
+            assert figure["high"] >= figure["ceiling"]["low"]
     kind = metrics["diversity"]["ssim_settings"]["metric"]
     pairs = metrics["diversity"][kind]
     assert (pairs["pairs"], pairs["floor"]["pairs"]) == (20, 20)
