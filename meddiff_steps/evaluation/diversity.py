@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from meddiff_steps.evaluation.image_quality import SsimSettings, structural_similarity
 from meddiff_steps.evaluation.realism import Sample
-from meddiff_steps.evaluation.statistics import Bootstrap, Figure, Statistic, centred, figure, mean_of, philox
+from meddiff_steps.evaluation.statistics import Bootstrap, Figure, Statistic, centred, figure, mean_of, philox, rounded
 
 #: Image values compared at once; SSIM holds about ten float32 copies.
 PAIR_VALUES = 2**21
@@ -139,10 +139,18 @@ def diversity(samples: Mapping[str, Sample], *, neighbours: int, resamples: int,
         found: dict[str, Figure] = {}
         for name, values in manifold_shares(reference.features, sample.features, neighbours).items():
             units = sample.units if name in ("precision", "density") else reference.units
-            found[name] = Bootstrap(units, resamples, seed, f"manifold {kind} {name}").figure(mean_of(values))
+            found[name] = _surely(Bootstrap(units, resamples, seed, f"manifold {kind} {name}").figure(mean_of(values)), name)
         found["vendi"] = vendi_figure(sample, width, resamples=slow_resamples, seed=seed, label=kind)
         out = found if not out else {name: out[name] | {"ceiling": found[name]} for name in found}
     return out
+
+
+def _surely(entry: Figure, name: str) -> Figure:
+    """Resamples of a share of 0 or 1 are all alike, though another sample might differ: up to 3 / n by the rule of three."""
+    if name != "density" and entry["value"] in (0.0, 1.0) and entry["low"] is not None:
+        reach = rounded(min(1.0, 3.0 / entry["n"]))
+        entry |= {"high": reach} if entry["value"] == 0.0 else {"low": rounded(1.0 - (reach or 0.0))}
+    return entry
 
 
 # ----------------------------------------------------------------------------------- similarity of pairs

@@ -263,15 +263,16 @@ def _realism_and_diversity(
     ids = {"synthetic": "sample_id", "training": "scan_id", "held_out": "scan_id"}
     tables = {kind: _choose(tables[kind], key, settings.max_images if kind == "held_out" else count) for kind, key in ids.items()}
     units = {kind: tables[kind]["seed_key" if kind == "synthetic" else "subject_id"].to_numpy(dtype=str) for kind in ids}
+    rows = {kind: table["row"].to_numpy(dtype=int) for kind, table in tables.items()}
     shards = {kind: synthetic if kind == "synthetic" else real for kind in ids}
     smallest = min(map(len, tables.values()))
 
     like: dict[str, Any] = {}
     by_space: dict[str, Any] = {}
     places = []
-    found = {kind: feature_spaces.extract(spaces, shards[kind], tables[kind]["row"], f"features of {kind} images") for kind in ids}
+    found = {kind: feature_spaces.extract(spaces, shards[kind], rows[kind], f"features of {kind} images") for kind in ids}
     for space in spaces:
-        card = {"digest": space.digest, "description": space.description, "images": {kind: len(table) for kind, table in tables.items()}}
+        card: dict[str, Any] = {"digest": space.digest, "description": space.description, "images": {kind: len(table) for kind, table in tables.items()}}
         if smallest < MIN_IMAGES:
             like[space.name] = by_space[space.name] = card | {"skipped": f"{smallest} images of one kind, at least {MIN_IMAGES} are needed"}
             continue
@@ -284,26 +285,16 @@ def _realism_and_diversity(
         for kind in ("held_out", "synthetic"):
             first = scale.components(samples[kind].features)[:, :2]
             places.append(pd.DataFrame({"id": tables[kind][ids[kind]], "kind": kind, "space": space.name, "pc1": first[:, 0], "pc2": first[:, 1]}))
-        logger.info(
-            "%s: classifier AUC %s, floor %s",
-            space.name,
-            *(f["value"] for f in (like[space.name]["classifier_auc"], like[space.name]["classifier_auc"]["floor"])),
-        )
+        told = like[space.name]["classifier_auc"]
+        logger.info("%s: AUC of telling synthetic from real %s, real from real %s", space.name, told["value"], told["floor"]["value"])
 
     shape = real.shape("image")[1:]
     ssim = SsimSettings.for_shape(shape)
-    pairs = {
-        kind: pair_similarity(
-            lambda chosen, kind=kind: shards[kind].tensors("image", tables[kind]["row"].to_numpy()[chosen]),
-            units[kind],
-            shape,
-            pairs=settings.ssim_pairs,
-            resamples=settings.bootstrap,
-            seed=study.seed,
-            label=kind,
-        )
-        for kind in ("synthetic", "training")
-    }
+    common = {"pairs": settings.ssim_pairs, "resamples": settings.bootstrap, "seed": study.seed}
+    pairs = {}
+    for kind in ("synthetic", "training"):
+        images = _Lazy(shards[kind], "image", rows[kind])
+        pairs[kind] = pair_similarity(images.__getitem__, units[kind], shape, label=kind, **common)
     various = {ssim.name: pairs["synthetic"] | {"floor": pairs["training"]}, "ssim_settings": ssim.card() | {"metric": ssim.name}, "features": by_space}
     empty = pd.DataFrame({"id": pd.Series(dtype="string"), "kind": "", "space": "", "pc1": 0.0, "pc2": 0.0})
     return like, various, pd.concat(places, ignore_index=True) if places else empty
@@ -319,7 +310,7 @@ class _Lazy:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: slice) -> np.ndarray:
+    def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
         return self.shards.tensors(self.column, self.rows[index])
 
 
