@@ -368,9 +368,34 @@ class Distill(Section):
     subjects: Annotated[int, Field(ge=0)] = Field(0, description="Synthetic subjects of the first model that the second learns from; 0: no second model.")
 
 
+class FeatureNetwork(Section):
+    """A network of the user's own, whose features realism and diversity are measured on; nothing is downloaded."""
+
+    name: Name = Field(description="Of the feature space in metrics.json and in the report.")
+    weights: str = Field(description="A file on this machine: TorchScript, or safetensors of a MONAI ResNet. TorchScript is code: take it from whom you trust.")
+    architecture: Literal["torchscript", "resnet10", "resnet18", "resnet34", "resnet50"] = "torchscript"
+    channels: PositiveInt = Field(1, description="Input channels; the grey image is repeated in each.")
+    zscore: bool = Field(False, description="Give the network images with mean 0 and standard deviation 1 (MedicalNet) rather than in [0, 1].")
+
+
 class Evaluate(Section):
     bootstrap: Annotated[int, Field(ge=100)] = 1000
     sweep_steps: Annotated[int, Field(ge=3)] = Field(5, description="Images per counterfactual sweep in the report.")
+    max_images: Annotated[int, Field(ge=20, le=5000)] = Field(
+        500, description="Synthetic, training and held-out images at most, of each, that realism and diversity are measured on."
+    )
+    realism_bootstrap: Annotated[int, Field(ge=100)] = Field(200, description="Resamples behind the intervals of Frechet, KID, Vendi and Wasserstein.")
+    permutations: Annotated[int, Field(ge=100)] = Field(1000, description="Of the test behind KID; the smallest p-value is 1 / (permutations + 1).")
+    ssim_pairs: PositiveInt = Field(100, description="Pairs of images whose similarity is averaged, of synthetic and of real images.")
+    neighbours: PositiveInt = Field(5, description="Nearest neighbours that span the manifolds of precision, recall, density and coverage.")
+    features: list[FeatureNetwork] = Field([], description="Feature spaces beside the built-in ones: networks whose weights you have.")
+
+    @model_validator(mode="after")
+    def _names_are_distinct(self) -> Self:
+        names = ["random", "embedder", "radiomics", *(network.name for network in self.features)]
+        if len(set(names)) != len(names):
+            raise ValueError(f"features: names must be distinct and none of random, embedder, radiomics; found {names[3:]}")
+        return self
 
 
 class Release(Section):
@@ -498,7 +523,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "images": ("study", "release", "preprocess"),
     "release": ("study", "title", "cohort", "covariates", "release", "preprocess", "generate"),
     "evaluate": ("seed", "covariates", "plan", "evaluate"),
-    "showcase": ("seed", "covariates", "generate", "evaluate", "compute"),
+    "showcase": ("seed", "covariates", "generate", "evaluate.sweep_steps", "compute"),
     "report": ("study", "title", "cohort", "covariates", "preprocess"),
 }
 

@@ -85,18 +85,22 @@ RELEASE_ROOT = f"{RESULTS}/release"
 RELEASE = f"{RELEASE_ROOT}/dataset_description.json"
 METRICS = f"{RESULTS}/evaluation/metrics.json"
 PREDICTIONS = f"{RESULTS}/evaluation/predictions.parquet"
+COMPONENTS = f"{RESULTS}/evaluation/components.parquet"
 SHOWCASE = f"{RESULTS}/evaluation/showcase.arrow"
 REPORT = f"{RESULTS}/report.html"
 CONTACT_SHEET = f"{RESULTS}/contact-sheet.png"
 # Inputs of a rule that are also options of its step, by the same names.
 AUTOENCODER_FILES = {"autoencoder": AUTOENCODER, "autoencoder_card": AUTOENCODER_CARD}
-DETECTOR_FILES = AUTOENCODER_FILES | {"scale": LATENT_SCALE, "embedder": EMBEDDER, "embedder_card": EMBEDDER_CARD}
+EMBEDDER_FILES = {"embedder": EMBEDDER, "embedder_card": EMBEDDER_CARD}
+DETECTOR_FILES = AUTOENCODER_FILES | {"scale": LATENT_SCALE} | EMBEDDER_FILES
 # The model that makes what is released: the one trained on real scans, or, with distill.subjects, one that never saw them.
 RELEASED_MODEL = f"{RESULTS}/distilled/diffusion" if STUDY.distill.subjects else f"{RESULTS}/diffusion"
 DIFFUSION_FILES = {"diffusion": f"{RELEASED_MODEL}/model.safetensors", "diffusion_card": f"{RELEASED_MODEL}/card.json"}
 # What the first model's cohort was found to be, shown beside that of the second.
 TEACHER = f"{RESULTS}/teacher"
-TEACHER_REPORTS = {"teacher_privacy": f"{TEACHER}/privacy/report.json", "teacher_metrics": f"{TEACHER}/evaluation/metrics.json"} if STUDY.distill.subjects else {}
+TEACHER_REPORTS = (
+    {"teacher_privacy": f"{TEACHER}/privacy/report.json", "teacher_metrics": f"{TEACHER}/evaluation/metrics.json"} if STUDY.distill.subjects else {}
+)
 # Training state lives outside the outputs of rules: Snakemake deletes those when a job fails.
 STATE = f"{RESULTS}/state"
 

@@ -81,14 +81,17 @@ if STUDY.distill.subjects:
 
     use rule measure as teacher_measure with:
         input:
+            **EMBEDDER_FILES,
             manifest=MANIFEST,
             images=expand(PREPROCESSED, shard=COHORT_SHARDS),
             generated=expand(TEACHER_FILTERED, shard=TEACHER_SHARDS),
             plan=TEACHER_PLAN,
             reconstructions=RECONSTRUCTIONS,
+            networks=[network.weights for network in STUDY.evaluate.features],
         output:
             metrics=TEACHER_REPORTS["teacher_metrics"],
             predictions=f"{TEACHER}/evaluation/predictions.parquet",
+            components=f"{TEACHER}/evaluation/components.parquet",
         log:
             f"{RESULTS}/logs/teacher/evaluate.log",
         benchmark:
@@ -98,6 +101,7 @@ if STUDY.distill.subjects:
             code=code_digest("evaluate"),
             images=lambda wildcards, input: repeat("--images", input.images),
             generated=lambda wildcards, input: repeat("--generated", input.generated),
+            embedder=lambda wildcards, input: options(input, EMBEDDER_FILES),
         message:
             "Measuring the cohort of the first model"
 

@@ -1,13 +1,16 @@
 rule measure:
     input:
+        **EMBEDDER_FILES,
         manifest=MANIFEST,
         images=expand(PREPROCESSED, shard=COHORT_SHARDS),
         generated=expand(FILTERED, shard=PLAN_SHARDS),
         plan=PLAN,
         reconstructions=RECONSTRUCTIONS,
+        networks=[network.weights for network in STUDY.evaluate.features],
     output:
         metrics=report(METRICS, caption="../workflow/report/metrics.rst", category="Figures"),
         predictions=PREDICTIONS,
+        components=COMPONENTS,
     log:
         f"{RESULTS}/logs/evaluate.log",
     benchmark:
@@ -23,8 +26,10 @@ rule measure:
         code=code_digest("evaluate"),
         images=lambda wildcards, input: repeat("--images", input.images),
         generated=lambda wildcards, input: repeat("--generated", input.generated),
+        embedder=lambda wildcards, input: options(input, EMBEDDER_FILES),
     message:
-        "Measuring covariate fidelity and sharpness"
+        "Measuring covariate fidelity, realism, diversity and sharpness"
     shell:
         "python -m meddiff_steps evaluate --config {params.config} --manifest {input.manifest} {params.images} {params.generated} "
-        "--plan {input.plan} --reconstructions {input.reconstructions} --out {output.metrics} --predictions {output.predictions} 2>&1 | tee {log}"
+        "--plan {input.plan} --reconstructions {input.reconstructions} {params.embedder} --out {output.metrics} --predictions {output.predictions} "
+        "--components {output.components} 2>&1 | tee {log}"

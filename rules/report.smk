@@ -1,8 +1,8 @@
 rule showcase:
     input:
-        manifest=MANIFEST,
         **AUTOENCODER_FILES,
         **DIFFUSION_FILES,
+        manifest=MANIFEST,
     output:
         SHOWCASE,
     log:
@@ -45,6 +45,7 @@ rule report:
         showcase=SHOWCASE,
         metrics=METRICS,
         predictions=PREDICTIONS,
+        components=COMPONENTS,
     output:
         page=report(REPORT, caption="../workflow/report/report.rst", category="Report"),
         contact_sheet=report(CONTACT_SHEET, caption="../workflow/report/contact_sheet.rst", category="Report"),
@@ -71,5 +72,5 @@ rule report:
         "python -m meddiff_steps report --config {params.config} --cohort-card {input.cohort_card} --qc {input.qc} --manifest {input.manifest} "
         "{params.images} {params.generated} --plan {input.plan} --autoencoder-card {input.autoencoder_card} "
         "--autoencoder-history {input.autoencoder_history} --diffusion-card {input.diffusion_card} --diffusion-history {input.diffusion_history} "
-        "--reconstructions {input.reconstructions} --showcase {input.showcase} --metrics {input.metrics} --predictions {input.predictions} "
+        "--reconstructions {input.reconstructions} --showcase {input.showcase} --metrics {input.metrics} --predictions {input.predictions} --components {input.components} "
         "--privacy {input.privacy} {params.teacher} --out {output.page} --contact-sheet {output.contact_sheet} 2>&1 | tee {log}"

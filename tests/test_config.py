@@ -76,6 +76,8 @@ def test_the_generated_files_have_not_drifted():
         ("cohort", {"source": "dicomweb"}, "cohort"),
         ("cohort", {"source": "bids"}, "cohort.root"),
         ("compute.devices", 0, "compute.devices"),
+        ("evaluate", {"features": [{"name": "random", "weights": "x.pt"}]}, "none of random, embedder, radiomics"),
+        ("evaluate", {"features": [{"name": "mine"}]}, "evaluate.features.0.weights"),
     ],
 )
 def test_a_bad_study_is_refused_with_the_key_and_the_reason(path, value, expected):

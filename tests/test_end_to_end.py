@@ -50,7 +50,7 @@ STUDY = {
     "plan": [{"name": "syn", "subjects": 18}, {"name": "old", "subjects": 4, "where": {"age": [70, 85], "sex": "F"}}],
     "generate": {"batch_size": 4, "shard_size": 11, "guidance_scale": 1.5},
     "privacy": {"level": 0.45, "enforce": "report", "bootstrap": 100, "embedder": {"optimiser": {"steps": 20, "batch_size": 8, "learning_rate": 1e-3}}},
-    "evaluate": {"bootstrap": 200, "sweep_steps": 3},
+    "evaluate": {"bootstrap": 200, "sweep_steps": 3, "realism_bootstrap": 100, "permutations": 100, "ssim_pairs": 20},
     "release": {"name": "Tiny", "authors": ["A Tester", "B Tester"]},
 }
 

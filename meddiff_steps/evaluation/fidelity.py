@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import wasserstein_distance
 
 from meddiff_steps.config import CategoricalCovariate, Covariates
-from meddiff_steps.evaluation.statistics import Bootstrap, Figure, Statistic, auc, figure, macro, mean_of, pearson, slope
+from meddiff_steps.evaluation.statistics import Bootstrap, Figure, Statistic, auc, centred, figure, macro, mean_of, pearson, philox, slope
 
 #: Columns of a predictions table.  `unit` is what is resampled: the subject of a real scan, the noise of a synthetic one.
 #: Numbers have one row per image and level null; a label has a row per level (of two levels: the second), in which
-#: `requested_or_true` is 1 for that level and 0 otherwise, and `measured` its probability.
+#: `requested_or_true` is 1 for that level and 0 otherwise, and `measured` its probability.  `extrapolated` marks numbers beyond what
+#: training scans have: neither generator nor predictor has seen the like.
 PREDICTION_COLUMNS = {
     "id": "string",
     "unit": "string",
@@ -27,11 +29,20 @@ PREDICTION_COLUMNS = {
     "level": "string",
     "requested_or_true": "float64",
     "measured": "float64",
+    "extrapolated": "bool",
 }
+#: Subgroups with fewer independent images than this, of either kind, get counts but no figures.
+MIN_SUBGROUP = 10
 
 
 def predictions_table(
-    ids: Sequence[str], units: Sequence[str], kind: str, wanted: pd.DataFrame, measured: Mapping[str, np.ndarray], covariates: Covariates
+    ids: Sequence[str],
+    units: Sequence[str],
+    kind: str,
+    wanted: pd.DataFrame,
+    measured: Mapping[str, np.ndarray],
+    covariates: Covariates,
+    trained: Mapping[str, tuple[float, float]] | None = None,
 ) -> pd.DataFrame:
     """Measured covariates beside what was requested (synthetic) or is true (real).
 
@@ -47,6 +58,9 @@ def predictions_table(
         What `Predictors.measure` gave for the same images.
     covariates
         The study's schema.
+    trained
+        Smallest and largest value of each continuous covariate among training scans (`training_range`); nothing is marked as
+        extrapolated without.
 
     Returns
     -------
@@ -58,15 +72,25 @@ def predictions_table(
         covariate, column = covariates[name], wanted[name].reset_index(drop=True)
         present = column.notna().to_numpy(dtype=bool)
         base = {"id": np.asarray(ids, dtype=object)[present], "unit": np.asarray(units, dtype=object)[present], "kind": kind, "covariate": name}
+        base["extrapolated"] = False
         if isinstance(covariate, CategoricalCovariate):
             for i, level in enumerate(covariate.levels):
                 if i or len(covariate.levels) > 2:
                     truth = (column[present] == level).to_numpy(dtype=np.float64)
                     parts.append(pd.DataFrame(base | {"level": level, "requested_or_true": truth, "measured": values[present, i]}))
         else:
-            parts.append(pd.DataFrame(base | {"level": None, "requested_or_true": column[present].to_numpy(dtype=np.float64), "measured": values[present]}))
+            numbers = column[present].to_numpy(dtype=np.float64)
+            low, high = (trained or {}).get(name, (-np.inf, np.inf))
+            outside = (numbers < low) | (numbers > high)
+            parts.append(pd.DataFrame(base | {"level": None, "requested_or_true": numbers, "measured": values[present], "extrapolated": outside}))
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(PREDICTION_COLUMNS))
     return table[list(PREDICTION_COLUMNS)].astype(PREDICTION_COLUMNS)
+
+
+def training_range(training: pd.DataFrame, covariates: Covariates) -> dict[str, tuple[float, float]]:
+    """Smallest and largest value of each continuous covariate in a table of training scans."""
+    numbers = {name: training[name].dropna().astype(float) for name, c in covariates.items() if not isinstance(c, CategoricalCovariate)}
+    return {name: (float(values.min()), float(values.max())) for name, values in numbers.items() if len(values)}
 
 
 def covariate_fidelity(predictions: pd.DataFrame, covariates: Covariates, *, resamples: int = 1000, seed: str = "") -> dict[str, Any]:
@@ -87,11 +111,13 @@ def covariate_fidelity(predictions: pd.DataFrame, covariates: Covariates, *, res
         Per continuous covariate: `r` (Pearson, requested and measured), `slope` (of measured on requested), `mae` and `bias`
         (mean of measured minus requested) in `unit`, and `share_of_ceiling` (r over the ceiling's r).  Per categorical covariate:
         `auc` (one-vs-rest macro average beyond two levels) and `share_of_ceiling`.  Each is a figure; r, slope, mae, bias and auc
-        carry a `ceiling`.
+        carry a `ceiling`.  Rows that are extrapolated are left out of all of these; `extrapolation`, where there are such synthetic
+        images, has their `mae` and `bias`.
     """
     out: dict[str, Any] = {}
     for name, covariate in covariates.items():
-        rows = predictions[predictions["covariate"] == name]
+        every = predictions[predictions["covariate"] == name]
+        rows = every[~every["extrapolated"]]
         if rows.empty:
             continue
         categorical = isinstance(covariate, CategoricalCovariate)
@@ -108,7 +134,87 @@ def covariate_fidelity(predictions: pd.DataFrame, covariates: Covariates, *, res
         (value, draws, n), (best, bests, _) = results["synthetic"][head], results["real"][head]
         with np.errstate(divide="ignore", invalid="ignore"):
             entry["share_of_ceiling"] = figure(float(np.divide(value, best)), draws / bests, n)
+        beyond = every[every["extrapolated"] & (every["kind"] == "synthetic")]
+        if len(beyond):
+            statistics, units = _number_statistics(beyond)
+            boot = Bootstrap(units, resamples, seed, "fidelity extrapolation")
+            entry["extrapolation"] = {key: boot.figure(statistics[key]) for key in ("mae", "bias")}
         out[name] = entry
+    return out
+
+
+def subgroup_fidelity(
+    predictions: pd.DataFrame, groups: pd.DataFrame, covariates: Covariates, *, resamples: int = 1000, seed: str = ""
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """`covariate_fidelity` within each level of each categorical covariate: who is served worse?
+
+    Parameters
+    ----------
+    predictions
+        As for `covariate_fidelity`.
+    groups
+        Indexed by image id, a column per categorical covariate: what was requested (synthetic) or is true (real).
+
+    Returns
+    -------
+    dict
+        Per categorical covariate and level: `images` (counts of both kinds) and `covariates`, figures of all other covariates, empty
+        where there are fewer than `MIN_SUBGROUP` units of either kind.
+    """
+    out: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, covariate in covariates.items():
+        if not isinstance(covariate, CategoricalCovariate) or name not in groups:
+            continue
+        level_of = predictions["id"].map(groups[name])
+        others = {other: c for other, c in covariates.items() if other != name}
+        for level in covariate.levels:
+            rows = predictions[level_of == level]
+            counts = {kind: int(rows.loc[rows["kind"] == kind, "id"].nunique()) for kind in ("synthetic", "real")}
+            units = [rows.loc[rows["kind"] == kind, "unit"].nunique() for kind in counts]
+            figures = covariate_fidelity(rows, others, resamples=resamples, seed=seed) if min(units) >= MIN_SUBGROUP else {}
+            out.setdefault(name, {})[level] = {"images": counts, "covariates": figures}
+    return out
+
+
+def distribution_distances(predictions: pd.DataFrame, covariates: Covariates, *, resamples: int = 200, seed: str = "") -> dict[str, dict[str, Any]]:
+    """How far measured covariates of the synthetic cohort are from those of held-out real scans, as a distribution.
+
+    Both are measured by the same instrument, so its errors are in both.  The distance is the first Wasserstein distance: how far a
+    value has to be moved, on average, to turn one distribution into the other.
+
+    Returns
+    -------
+    dict
+        Per continuous covariate `wasserstein` in its unit and `relative`, in standard deviations of the real measurements, each with a
+        `floor` (random halves of the real scans: fewer images than the figure has, so on the high side); and `requested`, the
+        distance in the unit between requested and true values: what the request alone brings.
+    """
+    out: dict[str, dict[str, Any]] = {}
+    for name, covariate in covariates.items():
+        if isinstance(covariate, CategoricalCovariate):
+            continue
+        rows = predictions[predictions["covariate"] == name]
+        sides = [rows[rows["kind"] == kind] for kind in ("synthetic", "real")]
+        if any(side["unit"].nunique() < 2 for side in sides):
+            continue
+        boots = [Bootstrap(side["unit"].to_numpy(dtype=str), resamples, seed, f"distribution {i}") for i, side in enumerate(sides)]
+        weights = [boot.all_weights() for boot in boots]
+
+        def distance(column: str, sides: list[pd.DataFrame] = sides, weights: list[np.ndarray] = weights) -> tuple[float, np.ndarray]:
+            a, b = (side[column].to_numpy(dtype=np.float64) for side in sides)
+            value = float(wasserstein_distance(a, b))
+            draws = np.array([wasserstein_distance(a, b, u, v) for u, v in zip(*weights, strict=True)])
+            return value, centred(value, draws, 0.0)
+
+        real = sides[1]["measured"].to_numpy(dtype=np.float64)
+        rng = philox(seed, "distribution halves")
+        halves = [(rng.permutation(boots[1].n) < boots[1].n // 2)[boots[1].unit_of_row] for _ in range(resamples)]
+        floor = np.array([wasserstein_distance(real[half], real[~half]) for half in halves])
+        spread = float(real.std()) or np.nan
+        value, draws = distance("measured")
+        out[name] = {"unit": covariate.unit, "requested": figure(*distance("requested_or_true"), boots[0].n)}
+        for key, scale in (("wasserstein", 1.0), ("relative", spread)):
+            out[name][key] = figure(value / scale, draws / scale, boots[0].n) | {"floor": figure(float(np.median(floor)) / scale, floor / scale, boots[1].n)}
     return out
 
 

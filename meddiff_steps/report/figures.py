@@ -293,6 +293,38 @@ def _label_panel(axes: Axes, name: str, rows: pd.DataFrame, entry: Mapping[str, 
     axes.legend(loc="upper center", fontsize=7.5, ncols=2, handletextpad=0.2, borderaxespad=0)
 
 
+def feature_spaces(places: pd.DataFrame, spaces: Mapping[str, Any]) -> bytes:
+    """Where images lie along the two main directions of real variation, a panel per feature space.
+
+    Parameters
+    ----------
+    places
+        Columns `kind` (held_out or synthetic), `space`, `pc1`, `pc2`.
+    spaces
+        Per space `explained`, shares of the variance of real scans.
+    """
+    with styled():
+        names = [name for name in spaces if (places["space"] == name).any()]
+        drawing, axes = _grid(len(names), 3, 3.35, 3.5)
+        looks: dict[str, tuple[str, dict[str, Any]]] = {
+            "held_out": ("real, held out", {"marker": "o", "facecolors": "none", "edgecolors": REAL, "linewidths": 0.8, "s": 16}),
+            "synthetic": ("synthetic", {"marker": "x", "color": SYNTHETIC, "linewidths": 0.9, "s": 14}),
+        }
+        for name, panel in zip(names, axes, strict=True):
+            rows = places[places["space"] == name]
+            for kind, (label, style) in looks.items():
+                part = rows[rows["kind"] == kind]
+                thin = part.iloc[:: max(1, len(part) // 1000)]
+                panel.scatter(thin["pc1"], thin["pc2"], label=f"{label}, n {len(part)}", alpha=0.8, **style)
+            shares = [f"{100 * share:.0f} %" for share in spaces[name]["explained"]]
+            panel.set(title=plain(name), xlabel=f"component 1 ({shares[0]} of real variance)", ylabel=f"component 2 ({shares[1]})")
+            panel.margins(0.08)
+        handles, labels = axes[0].get_legend_handles_labels()
+        drawing.legend(handles, labels, fontsize=8, loc="upper center", ncols=2, handletextpad=0.2)
+        drawing.tight_layout(rect=(0, 0, 1, 0.94))
+        return png(drawing)
+
+
 def spectra(spectrum: Mapping[str, Any]) -> bytes:
     """Radially averaged power, and power over real, with the band edges."""
     with styled():

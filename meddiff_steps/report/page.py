@@ -154,6 +154,76 @@ def fidelity_table(metrics: Mapping[str, Any]) -> Table:
     return Table(["covariate", "figure", "synthetic", "ceiling (real, held out)", "share of ceiling", "n"], rows)
 
 
+def realism_table(metrics: Mapping[str, Any]) -> Table:
+    """Realism and diversity of every feature space beside real against real."""
+    names = {
+        "frechet": ("Frechet distance (squared)", "floor", "low, near its floor"),
+        "kid": ("kernel distance (KID)", "floor", "near 0"),
+        "classifier_auc": ("AUC of telling synthetic from real", "floor", "0.5"),
+        "precision": ("precision: look real", "ceiling", "near its ceiling"),
+        "recall": ("recall: real ones within reach", "ceiling", "near its ceiling"),
+        "density": ("density", "ceiling", "near its ceiling"),
+        "coverage": ("coverage: real ones with a synthetic one nearby", "ceiling", "near its ceiling"),
+        "vendi": ("Vendi score: effective number of different images", "ceiling", "near its ceiling"),
+    }
+    rows = []
+    for space, entry in metrics["realism"].items():
+        both = entry | metrics["diversity"]["features"].get(space, {})
+        for key, (label, reference, good) in names.items():
+            if key in both:
+                figure = both[key]
+                shown = f"{interval(figure)}, p {number(figure['p_value'], 2)}" if "p_value" in figure else interval(figure)
+                rows.append([space, label, shown, interval(figure[reference]), good, number(figure["n"])])
+    settings = metrics["diversity"]["ssim_settings"]
+    figure = metrics["diversity"][settings["metric"]]
+    label = f"{'MS-SSIM' if settings['metric'] == 'ms_ssim' else 'SSIM'} of {number(figure['pairs'])} pairs, window {settings['kernel_size']}"
+    rows.append(["images", label, interval(figure), interval(figure["floor"]), "near that of real pairs", number(figure["n"])])
+    return Table(["features", "figure", "synthetic against held-out real", "real against real", "good is", "n"], rows)
+
+
+def distribution_table(metrics: Mapping[str, Any]) -> Table:
+    """How far distributions of measured covariates are apart."""
+    header = ["covariate", "distance of distributions", "of random halves of real scans", "in standard deviations of real scans", "requested from true"]
+    rows = []
+    for name, entry in metrics.items():
+        distance = entry["wasserstein"]
+        row = [f"{name}, {entry['unit']}", interval(distance), interval(distance["floor"]), interval(entry["relative"]), interval(entry["requested"])]
+        rows.append(row)
+    return Table(header, rows)
+
+
+def subgroup_table(subgroups: Mapping[str, Any]) -> Table:
+    """Fidelity within the levels of categorical covariates, one figure per covariate."""
+    rows = []
+    for name, levels in subgroups.items():
+        for level, entry in levels.items():
+            counts = f"{number(entry['images']['synthetic'])} / {number(entry['images']['real'])}"
+            for other, figures in entry["covariates"].items():
+                key = "auc" if figures["kind"] == "categorical" else "r"
+                bias = f"{interval(figures['bias'])} {figures['unit']}" if "bias" in figures else ""
+                rows.append(
+                    [f"{name} = {level}", f"{other}, {'AUC' if key == 'auc' else 'r'}", interval(figures[key]), interval(figures[key]["ceiling"]), bias, counts]
+                )
+            if not entry["covariates"]:
+                rows.append([f"{name} = {level}", "too few images", "", "", "", counts])
+    return Table(["subgroup", "figure", "synthetic", "ceiling (real, held out)", "bias", "images, synthetic / real"], rows)
+
+
+def extrapolation_table(metrics: Mapping[str, Any], ranges: Mapping[str, Any]) -> Table:
+    """Requests beyond what training scans have, which other figures leave out."""
+    rows = [
+        [
+            name,
+            f"{number(ranges[name][0])} to {number(ranges[name][1])} {entry['unit']}",
+            number(entry["extrapolation"]["mae"]["n"]),
+            *(interval(entry["extrapolation"][key]) for key in ("mae", "bias")),
+        ]
+        for name, entry in metrics.items()
+        if "extrapolation" in entry
+    ]
+    return Table(["requested beyond training", "training scans have", "images", "mean absolute error", "bias"], rows)
+
+
 def correlation_table(correlations: Mapping[str, Any]) -> Table:
     """Pairs of covariates as requested and as measured."""
     header = ["pair", "requested", "measured on synthetic", "true (real)", "measured on real"]

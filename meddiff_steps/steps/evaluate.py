@@ -1,4 +1,4 @@
-"""Step `evaluate`: covariate fidelity, reconstruction quality and sharpness, each beside what real scans give."""
+"""Step `evaluate`: covariate fidelity, realism, diversity, reconstruction quality and sharpness, each beside what real scans give."""
 
 from __future__ import annotations
 
@@ -17,14 +17,25 @@ import typer
 from tqdm import tqdm
 
 from meddiff_steps.cohort.manifest import read_manifest
-from meddiff_steps.config import Covariates, Study, load_stage
+from meddiff_steps.config import CategoricalCovariate, Covariates, Study, load_stage
 from meddiff_steps.errors import UserError
+from meddiff_steps.evaluation import features as feature_spaces
 from meddiff_steps.evaluation import spectrum
-from meddiff_steps.evaluation.fidelity import correlation_structure, covariate_fidelity, predictions_table
-from meddiff_steps.evaluation.image_quality import reconstruction_quality
+from meddiff_steps.evaluation.diversity import diversity, pair_similarity
+from meddiff_steps.evaluation.fidelity import (
+    correlation_structure,
+    covariate_fidelity,
+    distribution_distances,
+    predictions_table,
+    subgroup_fidelity,
+    training_range,
+)
+from meddiff_steps.evaluation.image_quality import SsimSettings, reconstruction_quality
 from meddiff_steps.evaluation.predictors import MAX_TRAINING_SCANS, Predictors, fit_predictors
-from meddiff_steps.files import atomic_path, write_atomic
+from meddiff_steps.evaluation.realism import MIN_IMAGES, Sample, Scale, realism
+from meddiff_steps.files import atomic_path, read_json, write_atomic
 from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.models.files import load_embedder
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +58,11 @@ def run(
     reconstructions: Annotated[Path, typer.Option(help="Held-out images beside their reconstructions (.arrow).")],
     out: Annotated[Path, typer.Option(help="Figures to write (metrics.json).")],
     predictions: Annotated[Path, typer.Option(help="Table to write: requested or true beside measured covariates (.parquet).")],
+    embedder: Annotated[Path | None, typer.Option(help="privacy/embedder.safetensors: a feature space; left out if not given.")] = None,
+    embedder_card: Annotated[Path | None, typer.Option(help="privacy/embedder.json.")] = None,
+    components: Annotated[Path | None, typer.Option(help="Table to write: where each image lies in the feature spaces (.parquet).")] = None,
 ) -> None:
-    """Measure covariate fidelity, reconstruction quality and sharpness.
+    """Measure covariate fidelity, realism, diversity, reconstruction quality and sharpness.
 
     Predictors of the covariates learn from real training scans only and are applied to synthetic images and to held-out real
     scans.  Grid and counterfactual groups are left out where other groups exist: their covariates are spread on purpose, and
@@ -73,9 +87,15 @@ def run(
     held_out, splits = _held_out(cohort)
     held_out = _choose(held_out, "scan_id", MAX_HELD_OUT)
     wanted = _choose(wanted, "sample_id", MAX_SYNTHETIC)
-    real_table, real_power = _measure(predictors, real, held_out, "scan_id", "subject_id", "real", study.covariates)
-    synthetic_table, synthetic_power = _measure(predictors, synthetic, wanted, "sample_id", "seed_key", "synthetic", study.covariates)
+    trained = training_range(cohort[cohort["split"] == "train"], study.covariates)
+    real_table, real_power = _measure(predictors, real, held_out, "scan_id", "subject_id", "real", study.covariates, trained)
+    synthetic_table, synthetic_power = _measure(predictors, synthetic, wanted, "sample_id", "seed_key", "synthetic", study.covariates, trained)
     measured = pd.concat([synthetic_table, real_table], ignore_index=True)
+
+    labels = [name for name, c in study.covariates.items() if isinstance(c, CategoricalCovariate)]
+    levels = pd.concat([table.set_index(key)[labels] for table, key in ((wanted, "sample_id"), (held_out, "scan_id"))])
+    spaces = _feature_spaces(study, len(real.shape("image")) - 1, embedder, embedder_card)
+    like, various, places = _realism_and_diversity(study, spaces, real, synthetic, {"training": train, "held_out": held_out, "synthetic": wanted})
 
     rows, quality, image_power, reconstruction_power = _reconstructions(paired, scans, str(reconstructions), options)
     shape = real.shape("image")[1:]
@@ -83,6 +103,11 @@ def run(
     metrics = {
         "covariates": covariate_fidelity(measured, study.covariates, **options),
         "correlations": correlation_structure(measured, study.covariates, **options),
+        "distributions": distribution_distances(measured, study.covariates, resamples=study.evaluate.realism_bootstrap, seed=study.seed),
+        "subgroups": subgroup_fidelity(measured, levels, study.covariates, **options),
+        "training_range": {name: list(ends) for name, ends in trained.items()},
+        "realism": like,
+        "diversity": various,
         "predictors": predictors.card(),
         "reconstruction": quality,
         "spectrum": {
@@ -117,6 +142,9 @@ def run(
     }
     with atomic_path(predictions) as temporary:
         measured.to_parquet(temporary, index=False)
+    if components is not None:
+        with atomic_path(components) as temporary:
+            places.to_parquet(temporary, index=False)
     write_atomic(out, (json.dumps(metrics, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
     for name, entry in metrics["covariates"].items():
         key = "auc" if entry["kind"] == "categorical" else "r"
@@ -191,7 +219,14 @@ def _read(shards: Shards, column: str, rows: np.ndarray | pd.Series, task: str) 
 
 
 def _measure(
-    predictors: Predictors, shards: Shards, table: pd.DataFrame, key: str, unit: str, kind: str, covariates: Covariates
+    predictors: Predictors,
+    shards: Shards,
+    table: pd.DataFrame,
+    key: str,
+    unit: str,
+    kind: str,
+    covariates: Covariates,
+    trained: dict[str, tuple[float, float]],
 ) -> tuple[pd.DataFrame, np.ndarray]:
     """Predictions and radial power of the images of `table`, in one pass."""
     values: dict[str, list[np.ndarray]] = {name: [] for name in predictors.by_name}
@@ -206,7 +241,63 @@ def _measure(
             values[name].append(part)
         powers.append(spectrum.radial_power(batch))
     measured = {name: np.concatenate(parts) for name, parts in values.items()}
-    return predictions_table(table[key].tolist(), table[unit].tolist(), kind, table, measured, covariates), np.concatenate(powers)
+    return predictions_table(table[key].tolist(), table[unit].tolist(), kind, table, measured, covariates, trained), np.concatenate(powers)
+
+
+def _feature_spaces(study: Study, spatial_dims: int, embedder: Path | None, card: Path | None) -> list[feature_spaces.FeatureSpace]:
+    spaces = [feature_spaces.random_space(spatial_dims), feature_spaces.radiomic_space()]
+    if embedder is not None and card is not None:
+        spaces.append(feature_spaces.embedder_space(load_embedder(embedder, card), read_json(card)["weights_sha256"]))
+    return spaces + [feature_spaces.network_space(network, spatial_dims) for network in study.evaluate.features]
+
+
+def _realism_and_diversity(
+    study: Study, spaces: list[feature_spaces.FeatureSpace], real: Shards, synthetic: Shards, tables: dict[str, pd.DataFrame]
+) -> tuple[dict[str, Any], dict[str, Any], pd.DataFrame]:
+    """Both sections of metrics.json, and the first two principal components of held-out and synthetic images in every space.
+
+    As many training scans as synthetic images are taken, so that a floor has the bias of its figure.
+    """
+    settings = study.evaluate
+    count = min(len(tables["synthetic"]), len(tables["training"]), settings.max_images)
+    ids = {"synthetic": "sample_id", "training": "scan_id", "held_out": "scan_id"}
+    tables = {kind: _choose(tables[kind], key, settings.max_images if kind == "held_out" else count) for kind, key in ids.items()}
+    units = {kind: tables[kind]["seed_key" if kind == "synthetic" else "subject_id"].to_numpy(dtype=str) for kind in ids}
+    rows = {kind: table["row"].to_numpy(dtype=int) for kind, table in tables.items()}
+    shards = {kind: synthetic if kind == "synthetic" else real for kind in ids}
+    smallest = min(map(len, tables.values()))
+
+    like: dict[str, Any] = {}
+    by_space: dict[str, Any] = {}
+    places = []
+    found = {kind: feature_spaces.extract(spaces, shards[kind], rows[kind], f"features of {kind} images") for kind in ids}
+    for space in spaces:
+        card: dict[str, Any] = {"digest": space.digest, "description": space.description, "images": {kind: len(table) for kind, table in tables.items()}}
+        if smallest < MIN_IMAGES:
+            like[space.name] = by_space[space.name] = card | {"skipped": f"{smallest} images of one kind, at least {MIN_IMAGES} are needed"}
+            continue
+        scale = Scale.of(found["training"][space.name], smallest)
+        samples = {kind: Sample(scale.standard(found[kind][space.name]), units[kind]) for kind in ids}
+        card |= {"features": len(scale.mean), "components": scale.basis.shape[1], "explained": [float(f"{x:.4g}") for x in scale.explained[:2]]}
+        common: dict[str, Any] = {"resamples": settings.bootstrap, "slow_resamples": settings.realism_bootstrap, "seed": study.seed}
+        like[space.name] = card | realism(samples, scale, permutations=settings.permutations, **common)
+        by_space[space.name] = card | {"neighbours": settings.neighbours} | diversity(samples, neighbours=settings.neighbours, **common)
+        for kind in ("held_out", "synthetic"):
+            first = scale.components(samples[kind].features)[:, :2]
+            places.append(pd.DataFrame({"id": tables[kind][ids[kind]], "kind": kind, "space": space.name, "pc1": first[:, 0], "pc2": first[:, 1]}))
+        told = like[space.name]["classifier_auc"]
+        logger.info("%s: AUC of telling synthetic from real %s, real from real %s", space.name, told["value"], told["floor"]["value"])
+
+    shape = real.shape("image")[1:]
+    ssim = SsimSettings.for_shape(shape)
+    common = {"pairs": settings.ssim_pairs, "resamples": settings.bootstrap, "seed": study.seed}
+    pairs = {}
+    for kind in ("synthetic", "training"):
+        images = _Lazy(shards[kind], "image", rows[kind])
+        pairs[kind] = pair_similarity(images.__getitem__, units[kind], shape, label=kind, **common)
+    various = {ssim.name: pairs["synthetic"] | {"floor": pairs["training"]}, "ssim_settings": ssim.card() | {"metric": ssim.name}, "features": by_space}
+    empty = pd.DataFrame({"id": pd.Series(dtype="string"), "kind": "", "space": "", "pc1": 0.0, "pc2": 0.0})
+    return like, various, pd.concat(places, ignore_index=True) if places else empty
 
 
 class _Lazy:
@@ -219,7 +310,7 @@ class _Lazy:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: slice) -> np.ndarray:
+    def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
         return self.shards.tensors(self.column, self.rows[index])
 
 

@@ -26,13 +26,17 @@ from meddiff_steps.report.page import (
     correlation_table,
     covariate_table,
     distillation_section,
+    distribution_table,
+    extrapolation_table,
     fidelity_table,
     headlines,
     number,
     privacy_section,
     quality_control,
     quality_table,
+    realism_table,
     render,
+    subgroup_table,
 )
 
 logger = logging.getLogger(__name__)
@@ -62,6 +66,7 @@ def run(
     out: Annotated[Path, typer.Option(help="Page to write (.html).")],
     contact_sheet: Annotated[Path, typer.Option(help="Picture of real beside synthetic images to write (.png).")],
     privacy: Annotated[Path | None, typer.Option(help="privacy/report.json; left out of the page if not given.")] = None,
+    components: Annotated[Path | None, typer.Option(help="evaluation/components.parquet; the picture of features is left out if not given.")] = None,
     teacher_privacy: Annotated[Path | None, typer.Option(help="The same of the first model, where a second made the release.")] = None,
     teacher_metrics: Annotated[Path | None, typer.Option(help="Its metrics.")] = None,
 ) -> None:
@@ -93,7 +98,24 @@ def run(
             "Do the images show what was asked for?",
             text=_fidelity_text(measured),
             pictures=_fidelity_pictures(table, measured["covariates"]),
-            tables=[t for t in (fidelity_table(measured["covariates"]), correlation_table(measured["correlations"])) if t.rows],
+            tables=[
+                table
+                for table in (
+                    fidelity_table(measured["covariates"]),
+                    extrapolation_table(measured["covariates"], measured["training_range"]),
+                    correlation_table(measured["correlations"]),
+                    distribution_table(measured["distributions"]),
+                    subgroup_table(measured["subgroups"]),
+                )
+                if table.rows
+            ],
+        ),
+        Section(
+            "realism",
+            "Are they like real ones, and as various?",
+            text=_realism_text(measured),
+            pictures=_realism_pictures(_parquet(components), measured["realism"]) if components else [],
+            tables=[realism_table(measured)],
         ),
         *([privacy_section(_json(privacy))] if privacy else []),
         *(
@@ -289,6 +311,30 @@ def _fidelity_pictures(predictions: pd.DataFrame, metrics: dict[str, Any]) -> li
     alt = f"Requested against measured {', '.join(metrics)}, synthetic images over held-out real scans."
     caption = "Orange: synthetic, requested against measured. Grey: held-out real scans, true against measured: the predictor's own error. Bars: quartiles."
     return [Picture(figures.scatter(predictions, metrics), alt, caption)]
+
+
+def _realism_text(measured: dict[str, Any]) -> list[str]:
+    spaces = measured["realism"]
+    named = "; ".join(f"{name} ({entry['description']}, digest {entry['digest']})" for name, entry in spaces.items())
+    text = [
+        f"Images are compared as rows of features, in several spaces: {named}. Figures of different spaces cannot be compared, nor can published ones; "
+        "what counts is how far a figure is from that of as many real training scans in place of the synthetic images (real against real).",
+        "An AUC near 1 means that a simple classifier tells synthetic from real, by whatever little differs; precision falls when images look like no "
+        "real one, recall and coverage when kinds of real images are missing. Copies of training scans would score perfectly: see the section on privacy.",
+    ]
+    return text + [f"{name}: not measured, {entry['skipped']}." for name, entry in spaces.items() if "skipped" in entry]
+
+
+def _realism_pictures(places: pd.DataFrame, spaces: dict[str, Any]) -> list[Picture]:
+    if places.empty:
+        return []
+    caption = (
+        "Each point is an image, along the two directions in which real training scans vary most. Good: orange crosses mix with grey circles and spread as "
+        "far. Bad: crosses beside the circles (not real), in a clump (not various), or missing where circles are (a kind of image is left out). "
+        "Two directions show only a part of what differs; the table is about all of them."
+    )
+    alt = f"Synthetic and held-out real images in the feature spaces {', '.join(spaces)}, principal components 1 and 2."
+    return [Picture(figures.feature_spaces(places, spaces), alt, caption)]
 
 
 def _reconstruction_picture(shards: Shards) -> Picture:

@@ -5,7 +5,15 @@ import pandas as pd
 import pytest
 
 from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate, Covariates
-from meddiff_steps.evaluation.fidelity import PREDICTION_COLUMNS, correlation_structure, covariate_fidelity, predictions_table
+from meddiff_steps.evaluation.fidelity import (
+    PREDICTION_COLUMNS,
+    correlation_structure,
+    covariate_fidelity,
+    distribution_distances,
+    predictions_table,
+    subgroup_fidelity,
+    training_range,
+)
 from meddiff_steps.evaluation.statistics import philox
 
 COVARIATES: Covariates = {
@@ -101,3 +109,61 @@ def test_shared_noise_counts_once() -> None:
     wanted, measured = cohort("synthetic", 60)
     rows = predictions_table([str(i) for i in range(60)], [str(i % 20) for i in range(60)], "synthetic", wanted, measured, COVARIATES)
     assert covariate_fidelity(rows, COVARIATES, resamples=100)["a"]["r"]["n"] == 20
+
+
+def test_requests_beyond_training_are_reported_apart() -> None:
+    rows = []
+    for kind, n in (("synthetic", 60), ("real", 60)):
+        a = np.linspace(0, 59, n)
+        wrong = np.where(a > 50, 20.0, 0.0)  # what was never seen comes out too small
+        wanted = pd.DataFrame({"a": a})
+        rows.append(
+            predictions_table(
+                [f"{kind}{i}" for i in range(n)], [f"{kind}{i}" for i in range(n)], kind, wanted, {"a": a - wrong}, {"a": COVARIATES["a"]}, {"a": (0.0, 50.0)}
+            )
+        )
+    found = covariate_fidelity(pd.concat(rows), {"a": COVARIATES["a"]}, resamples=100)["a"]
+    assert (found["mae"]["value"], found["mae"]["n"], found["mae"]["ceiling"]["n"]) == (0.0, 51, 51)
+    assert (found["extrapolation"]["bias"]["value"], found["extrapolation"]["mae"]["value"], found["extrapolation"]["mae"]["n"]) == (-20.0, 20.0, 9)
+    assert "extrapolation" not in covariate_fidelity(table(), COVARIATES, resamples=100)["a"]
+
+
+def test_training_range_ignores_missing_values_and_labels() -> None:
+    training = pd.DataFrame({"a": [3.0, None, 1.0], "b": [None, None, None], "sex": ["F", "M", None], "site": ["x", "y", "z"]})
+    assert training_range(training, COVARIATES) == {"a": (1.0, 3.0)}
+
+
+def test_distance_of_shifted_distributions_is_the_shift() -> None:
+    rows = table()
+    moved = rows.copy()
+    moved.loc[(moved["kind"] == "synthetic") & (moved["covariate"] == "a"), "measured"] += 30.0
+    near, far = (distribution_distances(t, COVARIATES, resamples=100)["a"] for t in (rows, moved))
+    gap = [rows.loc[(rows["kind"] == kind) & (rows["covariate"] == "a"), "measured"].mean() for kind in ("synthetic", "real")]
+    assert far["wasserstein"]["value"] == pytest.approx(30.0 + gap[0] - gap[1], abs=0.3)  # equal shapes: the distance is that of the means
+    spread = rows.loc[(rows["kind"] == "real") & (rows["covariate"] == "a"), "measured"].std(ddof=0)
+    assert far["relative"]["value"] == pytest.approx(far["wasserstein"]["value"] / spread, rel=1e-4)
+    assert far["wasserstein"]["low"] > far["wasserstein"]["floor"]["high"]
+    assert near["wasserstein"]["low"] < near["wasserstein"]["floor"]["high"]
+    assert far["requested"] == near["requested"]
+    assert (far["unit"], far["wasserstein"]["n"], far["wasserstein"]["floor"]["n"]) == ("mL", 200, 80)
+    assert set(distribution_distances(rows, COVARIATES, resamples=100)) == {"a", "b"}  # labels have no distance
+
+
+def test_a_subgroup_that_is_served_worse_is_found() -> None:
+    rows, groups = [], []
+    for kind, n, spread in (("synthetic", 200, 1.0), ("real", 80, 1.0)):
+        wanted, measured = cohort(kind, n, spread)
+        if kind == "synthetic":
+            measured["a"] = np.where(wanted["sex"] == "M", measured["a"] + 12.0, measured["a"])
+        ids = [f"{kind}-{i}" for i in range(n)]
+        rows.append(predictions_table(ids, ids, kind, wanted, measured, COVARIATES))
+        groups.append(wanted[["sex", "site"]].set_axis(ids))
+    found = subgroup_fidelity(pd.concat(rows), pd.concat(groups), COVARIATES, resamples=100)
+    assert set(found) == {"sex", "site"}
+    assert set(found["site"]) == {"x", "y", "z"}
+    female, male = (found["sex"][level]["covariates"] for level in ("F", "M"))
+    assert set(male) == {"a", "b", "site"}
+    assert male["a"]["bias"]["low"] > 10 > female["a"]["bias"]["high"]
+    assert sum(found["sex"][level]["images"]["synthetic"] for level in ("F", "M")) == 200
+    few = subgroup_fidelity(pd.concat(rows), pd.concat(groups)[:205], COVARIATES, resamples=100)  # five real ones are left
+    assert few["sex"]["F"]["covariates"] == {}

@@ -14,6 +14,8 @@ from meddiff_steps.cohort.manifest import write_manifest
 from meddiff_steps.config import freeze, parse_study
 from meddiff_steps.errors import UserError
 from meddiff_steps.imaging.shards import ShardWriter, Tensor
+from meddiff_steps.models.embedder import Embedder
+from meddiff_steps.models.files import save_model
 from meddiff_steps.steps import evaluate, report
 
 SPLIT_OF = ["train"] * 6 + ["val", "calibration", "test", "test"]
@@ -50,7 +52,7 @@ class Fabricated:
                     {"name": "cohort", "subjects": synthetic},
                     {"name": "sweep", "subjects": 1, "covariates": "counterfactual", "grid": {"size": [low, high]}},
                 ],
-                "evaluate": {"bootstrap": 100},
+                "evaluate": {"bootstrap": 100, "realism_bootstrap": 100, "permutations": 100, "ssim_pairs": 20, "max_images": 45},
             },
             "test",
         )
@@ -87,6 +89,7 @@ class Fabricated:
             for panel in ("sweep:size", "sweep:sex", "interpolation"):
                 for position in range(3):
                     shard.append(panel=panel, row=0, position=position, label=f"{position}", image=made[position])
+        save_model(Embedder(shape), root / "embedder.safetensors", root / "embedder.json", {"image_shape": [1, *shape]})
         for name in ("autoencoder", "diffusion"):
             (root / f"{name}.json").write_text(json.dumps({"digest": "ab" * 32, "psnr": {"value": 30.0, "low": 29.0, "high": 31.0, "n": 9}}))
             pd.DataFrame({"step": [0, 10], "metric": ["train/loss", "val/loss"], "value": [1.0, 0.5]}).to_parquet(root / f"{name}.parquet", index=False)
@@ -105,6 +108,9 @@ class Fabricated:
             "reconstructions": r / "reconstructions.arrow",
             "out": r / f"metrics{tag}.json",
             "predictions": r / f"predictions{tag}.parquet",
+            "embedder": r / "embedder.safetensors",
+            "embedder_card": r / "embedder.json",
+            "components": r / f"components{tag}.parquet",
         }
         evaluate.run(**options | changes)
         return json.loads((r / f"metrics{tag}.json").read_text())
@@ -127,6 +133,7 @@ class Fabricated:
             showcase=r / "showcase.arrow",
             metrics=r / "metrics.json",
             predictions=r / "predictions.parquet",
+            components=r / "components.parquet",
             out=r / f"report{tag}.html",
             contact_sheet=r / f"sheet{tag}.png",
         )
@@ -148,7 +155,8 @@ def test_metrics_of_a_perfect_generator(study: Fabricated) -> None:
     assert size["slope"]["value"] == pytest.approx(1.0, abs=0.1)
     assert size["share_of_ceiling"]["value"] == pytest.approx(1.0, abs=0.03)
     assert sex["auc"]["value"] > 0.9
-    assert size["r"]["n"] == 39  # one request is null; the sweep is left out
+    beyond = size["extrapolation"]["mae"]["n"] if "extrapolation" in size else 0
+    assert size["r"]["n"] + beyond == 39  # one request is null; the sweep is left out
     assert metrics["reconstruction"]["psnr"]["value"] == pytest.approx(20.0, abs=0.05)
     assert metrics["reconstruction"]["psnr"]["n"] == 24  # the test split alone
     for figure in metrics["spectrum"]["synthetic"].values():
@@ -174,9 +182,64 @@ def test_metrics_of_a_perfect_generator(study: Fabricated) -> None:
     }
 
 
+def test_realism_and_diversity_of_a_perfect_generator(study: Fabricated) -> None:
+    metrics = json.loads((study.root / "metrics.json").read_text())
+    assert set(metrics["realism"]) == set(metrics["diversity"]["features"]) == {"random", "radiomics", "embedder"}
+    for name, entry in metrics["realism"].items():
+        assert entry["images"] == {"synthetic": 40, "training": 40, "held_out": 45}
+        assert re.fullmatch("[0-9a-f]{16}", entry["digest"])
+        assert metrics["diversity"]["features"][name]["digest"] == entry["digest"]
+        assert entry["kid"]["p_value"] > 0.01
+        assert entry["frechet"]["low"] < entry["frechet"]["floor"]["high"]
+        assert entry["classifier_auc"]["low"] < entry["classifier_auc"]["floor"]["high"]
+        assert (entry["frechet"]["n"], entry["classifier_auc"]["n"]) == (40, 85)
+        for key in ("precision", "recall", "density", "coverage", "vendi"):
+            figure = metrics["diversity"]["features"][name][key]
+            assert figure["high"] >= figure["ceiling"]["low"]
+    kind = metrics["diversity"]["ssim_settings"]["metric"]
+    pairs = metrics["diversity"][kind]
+    assert (pairs["pairs"], pairs["floor"]["pairs"]) == (20, 20)
+    assert pairs["low"] < pairs["floor"]["high"]
+    assert set(metrics["distributions"]) == {"size"}
+    assert metrics["distributions"]["size"]["relative"]["value"] < 0.6
+    assert set(metrics["subgroups"]["sex"]) == {"F", "M"}
+    assert metrics["subgroups"]["sex"]["F"]["covariates"]["size"]["r"]["value"] > 0.9
+    assert len(metrics["training_range"]["size"]) == 2
+    places = pd.read_parquet(study.root / "components.parquet")
+    assert places.groupby(["space", "kind"]).size().to_dict() == {
+        (s, k): n for s in ("random", "radiomics", "embedder") for k, n in (("held_out", 45), ("synthetic", 40))
+    }
+
+
+def test_a_failed_generator_is_caught(study: Fabricated, tmp_path: Path) -> None:
+    """The same image for everybody."""
+    plan = pd.read_parquet(study.root / "plan.parquet")
+    rng = np.random.default_rng(3)
+    with ShardWriter(tmp_path / "same.arrow", {"sample_id": pa.string(), "image": Tensor("float16", study.pictures[0].shape)}) as shard:
+        for name in plan["sample_id"]:
+            shard.append(sample_id=name, image=np.clip(study.pictures[0] + rng.normal(0, 0.01, study.pictures[0].shape), 0, 1))
+    metrics = study.evaluate("-same", generated=[tmp_path / "same.arrow"])
+    for name, entry in metrics["diversity"]["features"].items():
+        assert entry["recall"]["high"] < entry["recall"]["ceiling"]["low"], name
+        assert entry["vendi"]["high"] < entry["vendi"]["ceiling"]["low"], name
+    pairs = metrics["diversity"][metrics["diversity"]["ssim_settings"]["metric"]]
+    assert pairs["low"] > pairs["floor"]["high"]
+    assert all(entry["kid"]["p_value"] < 0.02 for entry in metrics["realism"].values())
+
+
+def test_too_few_images_say_so(study: Fabricated) -> None:
+    plan = pd.read_parquet(study.root / "plan.parquet").assign(group="cohort")
+    plan.loc[6:, "group"] = "sweep"
+    plan.to_parquet(study.root / "plan-few.parquet", index=False)
+    metrics = study.evaluate("-six", plan=study.root / "plan-few.parquet", embedder=None)
+    assert set(metrics["realism"]) == {"random", "radiomics"}
+    assert metrics["realism"]["random"]["skipped"].startswith("6 images")
+    assert pd.read_parquet(study.root / "components-six.parquet").empty
+
+
 def test_evaluate_repeats_byte_for_byte_and_batches_do_not_matter(study: Fabricated, monkeypatch: pytest.MonkeyPatch) -> None:
     study.evaluate("-again")
-    for name in ("metrics{}.json", "predictions{}.parquet"):
+    for name in ("metrics{}.json", "predictions{}.parquet", "components{}.parquet"):
         assert (study.root / name.format("-again")).read_bytes() == (study.root / name.format("")).read_bytes()
     monkeypatch.setattr(evaluate, "BATCH_VALUES", 7 * study.pictures[0].size)
     other = study.evaluate("-batches")
@@ -217,6 +280,12 @@ def test_report_says_what_matters(study: Fabricated) -> None:
         "ceiling",
         "above half of Nyquist",
         "120 of 120 scans preprocessed",
+        "Are they like real ones, and as various?",
+        "AUC of telling synthetic from real",
+        "effective number of different images",
+        "convolutional network with fixed random weights, digest",
+        "distance of distributions",
+        "sex = F",
     ):
         assert words in page
     images = re.findall(r"<img [^>]*>", page)

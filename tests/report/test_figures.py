@@ -63,6 +63,7 @@ def everything(head: np.ndarray) -> dict[str, Callable[[], bytes]]:
     history = pd.DataFrame({"step": [0, 10, 0, 10, 0], "metric": ["train/l1", "train/l1", "val_l1", "val_l1", "psnr"], "value": [1.0, 0.01, 1.1, np.nan, 20.0]})
     curve = [10.0, 1.0, 0.1, 0.01]
     spectrum = {"frequency_of_nyquist": [0.1, 0.4, 0.6, 0.9], "radial_average": {"real": curve, "synthetic": curve, "image": curve, "reconstruction": curve}}
+    places = pd.DataFrame([(k, s, i, i % 3) for k in ("held_out", "synthetic") for s in ("a$", "b") for i in range(9)], columns=["kind", "space", "pc1", "pc2"])
     return {
         "grid": lambda: figures.image_grid([Block("Real", tiles, 2), Block("", tiles, 3, row_labels=["row"])], title="Title"),
         "strip": lambda: figures.strip([tiles, tiles], difference=True),
@@ -71,10 +72,11 @@ def everything(head: np.ndarray) -> dict[str, Callable[[], bytes]]:
         "scatter": lambda: figures.scatter(*predictions()),
         "spectra": lambda: figures.spectra(spectrum),
         "losses": lambda: figures.loss_curves(history),
+        "features": lambda: figures.feature_spaces(places, {"a$": {"explained": [0.5, 0.25]}, "skipped": {}, "b": {"explained": [0.1, 0.01]}}),
     }
 
 
-@pytest.mark.parametrize("name", ["grid", "strip", "short strip", "reconstruction", "scatter", "spectra", "losses"])
+@pytest.mark.parametrize("name", ["grid", "strip", "short strip", "reconstruction", "scatter", "spectra", "losses", "features"])
 def test_pictures_are_png_without_metadata_and_the_same_twice(head: np.ndarray, name: str) -> None:
     draw = everything(head)[name]
     first = draw()

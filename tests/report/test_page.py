@@ -4,7 +4,20 @@ import pandas as pd
 import pytest
 
 from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate
-from meddiff_steps.report.page import Card, Headline, Section, Table, covariate_table, interval, number, percent, quality_control, render
+from meddiff_steps.report.page import (
+    Card,
+    Headline,
+    Section,
+    Table,
+    covariate_table,
+    extrapolation_table,
+    interval,
+    number,
+    percent,
+    quality_control,
+    render,
+    subgroup_table,
+)
 
 
 @pytest.mark.parametrize(
@@ -82,3 +95,11 @@ def test_quality_control_tells_what_was_left_out() -> None:
     assert "at most 2.00 % (b)" in text[2]
     assert tables[0].rows == [["NaN voxels", "1", "c"]]
     assert quality_control(qc[:2])[1] == []
+
+
+def test_requests_beyond_training_and_small_subgroups_are_named() -> None:
+    figure = {"value": 2.0, "low": 1.0, "high": 3.0, "n": 7}
+    metrics = {"age": {"unit": "year", "extrapolation": {"mae": figure, "bias": figure}}, "size": {"unit": "mL"}}
+    assert extrapolation_table(metrics, {"age": [40.0, 89.5]}).rows == [["age", "40.0 to 89.5 year", "7", "2.00 [1.00, 3.00]", "2.00 [1.00, 3.00]"]]
+    table = subgroup_table({"sex": {"F": {"images": {"synthetic": 9, "real": 1200}, "covariates": {}}}})
+    assert table.rows == [["sex = F", "too few images", "", "", "", "9 / 1,200"]]

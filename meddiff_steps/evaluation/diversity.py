@@ -1,0 +1,222 @@
+"""Diversity: do synthetic images vary as much as real ones, and cover what real ones show?
+
+Every figure stands beside the same figure of as many real training scans in place of the synthetic images.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.spatial.distance import cdist, pdist, squareform
+from tqdm import tqdm
+
+from meddiff_steps.evaluation.image_quality import SsimSettings, structural_similarity
+from meddiff_steps.evaluation.realism import Sample
+from meddiff_steps.evaluation.statistics import Bootstrap, Figure, Statistic, centred, figure, mean_of, philox, rounded
+
+#: Image values compared at once; SSIM holds about ten float32 copies.
+PAIR_VALUES = 2**21
+#: Images that the Vendi score is of, at most: it needs the eigenvalues of a matrix of this size for every resample.
+VENDI_IMAGES = 250
+
+
+# ------------------------------------------------------------------------ precision, recall, density, coverage
+
+
+def neighbour_radii(features: np.ndarray, neighbours: int) -> np.ndarray:
+    """Distance of each row (n, d) to its k-th nearest other row, (n,); k is at most n - 1."""
+    distances = cdist(features, features)
+    return np.partition(distances, min(neighbours, len(features) - 1), axis=1)[:, min(neighbours, len(features) - 1)]
+
+
+def manifold_shares(real: np.ndarray, synthetic: np.ndarray, neighbours: int) -> dict[str, np.ndarray]:
+    """What precision, recall, density and coverage are the means of.
+
+    Balls around the real images that reach their k-th nearest neighbour are where real images are; likewise for synthetic ones.
+    Kynkäänniemi et al. 2019 (precision, recall; equation 2) and Naeem et al. 2020 (density, coverage; equations 3 and 4), which the
+    package `prdc` computes; these lines keep the single images, which intervals need.
+
+    Parameters
+    ----------
+    real, synthetic
+        Features (r, d) and (s, d).
+    neighbours
+        k.
+
+    Returns
+    -------
+    dict
+        `precision` and `density` per synthetic image, `recall` and `coverage` per real one.
+    """
+    distances = cdist(real, synthetic)
+    inside = distances < neighbour_radii(real, neighbours)[:, None]
+    return {
+        "precision": inside.any(0) * 1.0,
+        "recall": (distances < neighbour_radii(synthetic, neighbours)[None]).any(1) * 1.0,
+        "density": inside.sum(0) / min(neighbours, len(real) - 1),
+        "coverage": inside.any(1) * 1.0,
+    }
+
+
+def expected_coverage(real: int, synthetic: int, neighbours: int) -> float:
+    """Coverage of two samples of one distribution: 1 - (r - 1)...(r - k) / ((s + r - 1)...(s + r - k)) (Naeem et al. 2020, lemma 2)."""
+    steps = np.arange(1, neighbours + 1)
+    return float(1.0 - np.prod((real - steps) / (synthetic + real - steps)))
+
+
+# --------------------------------------------------------------------------------------------------- Vendi
+
+
+def vendi_score(kernel: np.ndarray) -> float:
+    """Effective number of distinct images: exp of the entropy of the eigenvalues of K / n (Friedman and Dieng 2023, definition 3.1).
+
+    Parameters
+    ----------
+    kernel
+        Similarities K (n, n), symmetric, positive semi-definite, with 1 on the diagonal.
+
+    Returns
+    -------
+    float
+        1 if all are the same, n if none resembles another.
+    """
+    return _vendi(kernel, np.ones(len(kernel)))
+
+
+def _vendi(kernel: np.ndarray, weights: np.ndarray) -> float:
+    """Of rows drawn as often as `weights` (n,) says."""
+    root = np.sqrt(weights[weights > 0] / weights.sum())
+    values = np.maximum(np.linalg.eigvalsh(kernel[np.ix_(weights > 0, weights > 0)] * root * root[:, None]), 0.0)
+    return float(np.exp(-np.sum(values * np.log(np.where(values > 0, values, 1.0)))))
+
+
+def kernel_width(features: np.ndarray) -> float:
+    """Median squared distance between rows (n, d): the unit in which `vendi_figure` measures distance."""
+    return float(np.median(pdist(features, "sqeuclidean"))) or 1.0
+
+
+def vendi_figure(sample: Sample, width: float, *, resamples: int, seed: str, label: str) -> Figure:
+    """`vendi_score` with its interval, of at most `VENDI_IMAGES` images.
+
+    The kernel is exp(-|x - y|^2 / width).  Cosines, which the paper takes of embeddings, would call images alike that differ from real
+    ones in one direction, and different where they differ by next to nothing; distances in a unit of real images do neither.
+    """
+    chosen = np.unique(np.linspace(0, len(sample) - 1, min(len(sample), VENDI_IMAGES)).round().astype(int))
+    kernel = np.exp(-squareform(pdist(sample.features[chosen], "sqeuclidean")) / width)
+    boot = Bootstrap(sample.units[chosen], resamples, seed, f"vendi {label}")
+    draws = np.array([_vendi(kernel, weights) for weights in boot.all_weights()])
+    value = vendi_score(kernel)
+    return figure(value, centred(value, draws, 1.0), boot.n)
+
+
+def diversity(samples: Mapping[str, Sample], *, neighbours: int, resamples: int, slow_resamples: int, seed: str) -> dict[str, Any]:
+    """Diversity in one feature space.
+
+    Parameters
+    ----------
+    samples
+        `synthetic`, `training` (as many) and `held_out`, in standard deviations.
+    scale
+        Of the space.
+    neighbours
+        Of precision, recall, density and coverage.
+    resamples, slow_resamples, seed
+        Of the bootstraps; that of the Vendi score is the slow one.
+
+    Returns
+    -------
+    dict
+        `precision`, `recall`, `density`, `coverage` (against held-out scans) and `vendi`, each a figure with a
+        `ceiling`.  Intervals of the first four are over the images that are judged, with the balls as they are.
+    """
+    reference, width = samples["held_out"], kernel_width(samples["training"].features)
+    out: dict[str, Any] = {}
+    for kind in ("synthetic", "training"):
+        sample = samples[kind]
+        found: dict[str, Figure] = {}
+        for name, values in manifold_shares(reference.features, sample.features, neighbours).items():
+            units = sample.units if name in ("precision", "density") else reference.units
+            found[name] = _surely(Bootstrap(units, resamples, seed, f"manifold {kind} {name}").figure(mean_of(values)), name)
+        found["vendi"] = vendi_figure(sample, width, resamples=slow_resamples, seed=seed, label=kind)
+        out = found if not out else {name: out[name] | {"ceiling": found[name]} for name in found}
+    return out
+
+
+def _surely(entry: Figure, name: str) -> Figure:
+    """Resamples of a share of 0 or 1 are all alike, though another sample might differ: up to 3 / n by the rule of three."""
+    if name != "density" and entry["value"] in (0.0, 1.0) and entry["low"] is not None:
+        reach = rounded(min(1.0, 3.0 / entry["n"]))
+        entry |= {"high": reach} if entry["value"] == 0.0 else {"low": rounded(1.0 - (reach or 0.0))}
+    return entry
+
+
+# ----------------------------------------------------------------------------------- similarity of pairs
+
+
+def draw_pairs(units: Sequence[str] | np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Distinct unordered pairs of images of different units, int (pairs, 2); fewer than `count` where there are no more.
+
+    Public evaluation scripts compare all n (n - 1) ordered pairs, twice the work for the same mean, and read both images again for
+    each; a sample of pairs with an interval says as much.
+    """
+    codes = np.unique(np.asarray(units, dtype=str), return_inverse=True)[1]
+    n = len(codes)
+    if n * (n - 1) // 2 <= 4 * count:
+        pairs = np.stack(np.triu_indices(n, 1), axis=1)
+        pairs = pairs[codes[pairs[:, 0]] != codes[pairs[:, 1]]]
+        return pairs[rng.permutation(len(pairs))[:count]]
+    found: dict[tuple[int, int], None] = {}
+    for _ in range(100):
+        for a, b in rng.integers(0, n, size=(count, 2)):
+            if codes[a] != codes[b] and len(found) < count:
+                found[(min(a, b), max(a, b))] = None
+    return np.array(list(found), dtype=int).reshape(-1, 2)
+
+
+def pair_statistic(pairs: np.ndarray, values: np.ndarray) -> Statistic:
+    """Mean of the values (pairs,) of pairs of rows; a pair counts as often as both of its images were drawn, multiplied."""
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        drawn = weights[:, pairs[:, 0]] * weights[:, pairs[:, 1]]
+        return drawn @ values / drawn.sum(1)
+
+    return statistic
+
+
+def pair_similarity(
+    read: Callable[[np.ndarray], np.ndarray], units: Sequence[str] | np.ndarray, shape: Sequence[int], *, pairs: int, resamples: int, seed: str, label: str
+) -> Figure:
+    """Mean (MS-)SSIM of randomly drawn pairs of images: high where images resemble each other.
+
+    Parameters
+    ----------
+    read
+        Rows (k,) to images (k, 1, *shape) in [0, 1].
+    units
+        Subject of each image; two of one subject are never compared.
+    shape
+        Spatial; it decides the settings (`SsimSettings.for_shape`).  Values of different settings cannot be compared.
+    pairs, resamples, seed, label
+        How many pairs at most; the interval is over images, since pairs share them.
+
+    Returns
+    -------
+    dict
+        A figure with `pairs`, their number.
+    """
+    chosen = draw_pairs(units, pairs, philox(seed, f"pairs {label}"))
+    settings = SsimSettings.for_shape(shape)
+    step = max(1, PAIR_VALUES // int(np.prod(shape)))
+    boot = Bootstrap(units, resamples, seed, f"pairs {label}")
+    if len(chosen) == 0:
+        return figure(np.nan, np.full(resamples, np.nan), boot.n) | {"pairs": 0}
+    values = []
+    with tqdm(total=len(chosen), desc=f"similarity of {label} pairs", unit="pair", mininterval=5, file=sys.stderr) as progress:
+        for start in range(0, len(chosen), step):
+            part = chosen[start : start + step]
+            values.append(structural_similarity(read(part[:, 0]), read(part[:, 1]), settings))
+            progress.update(len(part))
+    return boot.figure(pair_statistic(chosen, np.concatenate(values))) | {"pairs": len(chosen)}

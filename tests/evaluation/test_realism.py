@@ -1,0 +1,127 @@
+"""Frechet distance, KID and the classifier against other ways to compute them."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+from meddiff_steps.evaluation import realism as r
+from meddiff_steps.evaluation.statistics import philox
+
+
+def draw(label: str, n: int, d: int = 6, shift: float = 0.0) -> np.ndarray:
+    rng = philox("test", f"realism {label}")
+    mixing = philox("test", "mixing").normal(size=(d, d))
+    return rng.normal(size=(n, d)) @ mixing + shift
+
+
+def sample(label: str, n: int, d: int = 6, shift: float = 0.0) -> r.Sample:
+    return r.Sample(draw(label, n, d, shift), np.array([f"{label}{i}" for i in range(n)]))
+
+
+def test_frechet_distance_agrees_with_the_matrix_root() -> None:
+    for n, m, d in ((50, 80, 6), (9, 7, 12)):  # the second pair has singular covariances
+        a, b = draw("a", n, d), 1.5 * draw("b", m, d, 0.3)
+        covariances = [np.cov(x, rowvar=False) for x in (a, b)]
+        root = np.real(scipy.linalg.sqrtm(covariances[0] @ covariances[1]))
+        expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
+        assert r.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6 if n > d else 1e-4)
+
+
+def test_frechet_distance_of_known_gaussians() -> None:
+    """With diagonal covariances it is the sum of squared differences of means and of standard deviations."""
+    signs = np.array(np.meshgrid(*[[-1.0, 1.0]] * 3)).reshape(3, -1).T  # mean 0, exactly uncorrelated
+    unit = signs * np.sqrt((len(signs) - 1) / len(signs))  # sample variance exactly 1
+    a, b = unit * [1.0, 2.0, 3.0] + [0.0, 1.0, 0.0], unit * [2.0, 2.0, 1.0] + [3.0, 1.0, -1.0]
+    assert r.frechet_distance(a, b) == pytest.approx(3**2 + 0 + 1 + (1 - 2) ** 2 + 0 + (3 - 1) ** 2, abs=1e-9)
+    assert r.frechet_distance(a, a) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_weighted_moments_are_those_of_repeated_rows() -> None:
+    rows = draw("weights", 12, 4)
+    weights = philox("test", "counts").integers(0, 4, size=(5, 12))
+    means, covariances = r._moments(rows, weights.astype(float))
+    for w, mean, covariance in zip(weights, means, covariances, strict=True):
+        repeated = rows.repeat(w, axis=0)
+        np.testing.assert_allclose(mean, repeated.mean(0))
+        np.testing.assert_allclose(covariance, np.cov(repeated, rowvar=False))
+
+
+def test_frechet_floor_shrinks_with_the_number_of_images() -> None:
+    values = [r.frechet_distance(draw("few", n), draw("others", n)) for n in (30, 120, 2000)]
+    assert values[0] > 2 * values[1] > 4 * values[2]
+
+
+def test_kernel_distance_agrees_with_a_double_loop() -> None:
+    a, b = draw("a", 9, 3), draw("b", 7, 3, 0.5)
+
+    def k(x: np.ndarray, y: np.ndarray) -> float:
+        return (float(x @ y) / 3 + 1) ** 3
+
+    within = [sum(k(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j) / (len(x) * (len(x) - 1)) for x in (a, b)]
+    between = sum(k(x, y) for x in a for y in b) / (len(a) * len(b))
+    assert r.kernel_distance(a, b) == pytest.approx(sum(within) - 2 * between, rel=1e-10)
+
+
+def test_kid_is_unbiased_and_its_test_keeps_its_level() -> None:
+    values, p_values = [], []
+    for i in range(60):
+        found = r.kernel_figure(sample(f"x{i}", 20, 3), sample(f"y{i}", 30, 3), resamples=100, permutations=100, seed=str(i), label="")
+        values.append(found["value"])
+        p_values.append(found["p_value"])
+    assert abs(np.mean(values)) < 2 * np.std(values) / np.sqrt(60)
+    assert 0.3 < np.mean(p_values) < 0.7
+    assert np.mean(np.array(p_values) < 0.1) < 0.25
+
+
+def test_kid_sees_a_difference() -> None:
+    found = r.kernel_figure(sample("p", 40, shift=3.0), sample("q", 40), resamples=200, permutations=199, seed="", label="")
+    assert found["p_value"] == pytest.approx(1 / 200)
+    assert found["low"] > 0
+    assert found["low"] < found["value"] < found["high"]
+
+
+def test_permutations_keep_subjects_whole() -> None:
+    units = np.array(["a", "a", "b", "c", "c", "c", "d"])
+    chosen = r._permuted(units, 2, 50, philox("test", "permutations"))
+    for unit in "abcd":
+        part = chosen[:, units == unit]
+        assert (part == part[:, :1]).all()
+    assert all(len(set(units[row])) == 2 for row in chosen)
+
+
+def test_classifier_is_at_chance_on_equals_and_perfect_on_others() -> None:
+    same = r.classifier_figure(sample("m", 60), sample("n", 60), resamples=200, seed="", label="")
+    assert same["low"] < 0.55
+    assert same["high"] > 0.4
+    other = r.classifier_figure(sample("m", 60), sample("n", 60, shift=8.0), resamples=200, seed="", label="")
+    assert other["value"] > 0.99
+    assert other["n"] == 120
+
+
+def test_classifier_does_not_learn_subjects_by_heart() -> None:
+    """Six near copies of each of 20 subjects on either side: judged on subjects it knows, the classifier would be perfect."""
+    rng = philox("test", "repeats")
+    sides = []
+    for side in "ab":
+        people = rng.normal(size=(20, 150)).repeat(6, axis=0)
+        sides.append(r.Sample(people + 0.01 * rng.normal(size=people.shape), np.array([f"{side}{i // 6}" for i in range(120)])))
+    assert r.classifier_figure(*sides, resamples=100, seed="", label="")["value"] < 0.75
+    careless = [r.Sample(s.features, np.array([f"{side}{i}" for i in range(120)])) for side, s in zip("ab", sides, strict=True)]
+    assert r.classifier_figure(*careless, resamples=100, seed="", label="")["value"] > 0.95
+
+
+def test_too_few_images_have_no_classifier() -> None:
+    assert r.classifier_figure(sample("m", 1), sample("n", 5), resamples=100, seed="", label="")["value"] is None
+
+
+def test_scale_standardises_and_survives_constant_features() -> None:
+    training = np.column_stack([draw("scale", 40, 3) * [1, 10, 100], np.full(40, 7.0)])
+    scale = r.Scale.of(training, 40)
+    standard = scale.standard(training)
+    np.testing.assert_allclose(standard.std(0), [1, 1, 1, 0], atol=1e-12)
+    assert scale.basis.shape == (4, 4)
+    assert r.Scale.of(training, 15).basis.shape == (4, 3)
+    reduced = scale.components(standard)
+    np.testing.assert_allclose(np.cov(reduced, rowvar=False) * (1 - np.eye(4)), 0, atol=1e-10)
+    assert scale.explained.sum() == pytest.approx(1.0)
+    np.testing.assert_allclose(scale.standard(np.full((1, 4), 8.0))[0, 3], 1.0)  # its own unit: nothing to divide by
