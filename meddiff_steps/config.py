@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from meddiff_steps.errors import UserError
 from meddiff_steps.files import write_atomic
+from meddiff_steps.provenance.canonical import canonical_json
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -546,11 +547,6 @@ def _explain(error: ValidationError, origin: str) -> str:
         shown = f" (found {found!r})" if problem["type"] != "missing" and isinstance(found, (str, int, float, bool, type(None))) else ""
         lines.append(f"  {where or 'study'}: {message}{shown}")
     return "\n".join(lines)
-
-
-def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal bytes."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def freeze(study: Study, stage: str | None, folder: Path) -> Path:
