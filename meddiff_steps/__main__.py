@@ -59,7 +59,9 @@ def main() -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(importlib.import_module(f"meddiff_steps.steps.{name}").run)
+    from meddiff_steps.provenance.record import recorded
+
+    app.command()(recorded(name, importlib.import_module(f"meddiff_steps.steps.{name}").run))
     try:
         app(arguments[1:], prog_name=f"python -m meddiff_steps {name}")
     except UserError as error:
