@@ -29,6 +29,7 @@ rule all:
     default_target: True
     input:
         RELEASE,
+        LEDGER,
         METRICS,
         REPORT,
     localrule: True
@@ -47,6 +48,7 @@ rule evaluate:
 rule release:
     input:
         RELEASE,
+        LEDGER,
     localrule: True
     message:
         f"The synthetic cohort is in {RELEASE_ROOT}"
