@@ -126,7 +126,7 @@ def complete(release: Path, public: Written, private: Written, shard_of: Mapping
     }
     write_json(release / ROOT, root)
     if key is not None:
-        dependencies = {path: digest for path, digest in facts.heads.items()} | {"config.json": sha256_file(release / CONFIG)}
+        dependencies = {**facts.heads, "config.json": sha256_file(release / CONFIG)}
         statement = signature.statement({ROOT: sha256_file(release / ROOT), LINES: sha256_file(release / LINES)}, study, dependencies)
         write_json(release / SIGNATURE, signature.sign(statement, key))
     return root
