@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -522,8 +521,8 @@ def check_content(release: Sealed) -> list[Check]:
             wrong["format"].append(f"{name}: lies at {row['image']['path']}")
         try:
             stored, affine, description = decode(path)
-        except DECODE_ERRORS as error:
-            wrong["decodes"].append(f"{row['image']['path']}: {type(error).__name__}: {error}")
+        except Undecodable as error:
+            wrong["decodes"].append(f"{row['image']['path']}: {error}")
             continue
         wrong["format"] += [f"{name}: {problem}" for problem in _format_problems(stored, study)]
         if imaging.voxel_digest(stored, affine) != row["image"]["voxel_sha256"]:
@@ -544,7 +543,8 @@ def check_content(release: Sealed) -> list[Check]:
     ]
 
 
-DECODE_ERRORS = (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError)
+class Undecodable(Exception):
+    """A file is not the image that its name promises."""
 
 
 def decode(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
@@ -552,14 +552,18 @@ def decode(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
 
     Raises
     ------
-    One of `DECODE_ERRORS`.
+    Undecodable
+        The file cannot be decoded.
     """
-    if path.suffix == ".png":
-        with PilImage.open(path, formats=["PNG"]) as picture:
-            return np.asarray(picture), None, str(picture.info.get("Description", ""))
-    volume = nib.Nifti1Image.from_filename(path)
-    header: Any = volume.header
-    return np.asarray(volume.dataobj.get_unscaled()), volume.affine, header["descrip"].item().decode("ascii", "replace")  # type: ignore[attr-defined]
+    try:
+        if path.suffix == ".png":
+            with PilImage.open(path, formats=["PNG"]) as picture:
+                return np.asarray(picture), None, str(picture.info.get("Description", ""))
+        volume = nib.Nifti1Image.from_filename(path)
+        header: Any = volume.header
+        return np.asarray(volume.dataobj.get_unscaled()), volume.affine, header["descrip"].item().decode("ascii", "replace")  # type: ignore[attr-defined]
+    except Exception as error:  # noqa: BLE001 decoders raise anything on damaged data
+        raise Undecodable(f"{type(error).__name__}: {error}") from None
 
 
 def _format_problems(stored: np.ndarray, study: config.Study) -> Iterator[str]:

@@ -103,7 +103,7 @@ def complete(release: Path, public: Written, private: Written, shard_of: Mapping
         write_atomic(release / LOCK, facts.lock.read_bytes())
     write_atomic(release / VERIFIER, Path(verify.__file__).read_bytes())
     if "BIDSVersion" in json.loads((release / "dataset_description.json").read_text(encoding="utf-8")):
-        write_atomic(release / ".bidsignore", b"provenance/\n")
+        write_atomic(release / ".bidsignore", b"/provenance\n")
     root = {
         "schema": SCHEMA,
         "study": study["study"],

@@ -27,7 +27,7 @@ ROUNDING = 0.002
 
 def check_privacy(release: Sealed, request: Request) -> Iterator[Check]:
     """Score some released images against all training scans, and hold them to the calibrated limits."""
-    from meddiff_steps.provenance.audit import DECODE_ERRORS, decode
+    from meddiff_steps.provenance.audit import Undecodable, decode
 
     study, results = release.study, request.results
     assert study is not None and results is not None
@@ -48,7 +48,7 @@ def check_privacy(release: Sealed, request: Request) -> Iterator[Check]:
     scale = imaging.VOLUME_SCALE if study.spatial_dims == 3 else imaging.PICTURE_SCALE
     try:
         stack = np.stack([decode(release.folder / row["image"]["path"])[0].astype(np.float32) / scale for row in rows])[:, None]
-    except DECODE_ERRORS as error:
+    except Undecodable as error:
         yield Check(7, "images", "finding", f"an image cannot be decoded ({error})")
         return
     parts = [score(detectors, torch.from_numpy(stack[start : start + BATCH]))[0] for start in range(0, len(stack), BATCH)]

@@ -120,11 +120,11 @@ def remake(rows: list[Row], study: config.Study, models: Path, threads: int) -> 
 
 def compare(row: Row, again: np.ndarray, folder: Path, study: config.Study) -> Comparison:
     """An image that was made again, beside the released file."""
-    from meddiff_steps.provenance.audit import DECODE_ERRORS, decode
+    from meddiff_steps.provenance.audit import Undecodable, decode
 
     try:
         stored, affine, _ = decode(folder / row["image"]["path"])
-    except DECODE_ERRORS:
+    except Undecodable:
         return Comparison(row["sample_id"], "differs", -1)
     if imaging.voxel_digest(again, affine) == row["image"]["voxel_sha256"]:
         return Comparison(row["sample_id"], "bitwise", 0)
