@@ -23,6 +23,7 @@ include: "rules/release.smk"
 include: "rules/evaluate.smk"
 include: "rules/report.smk"
 include: "rules/distill.smk"
+include: "rules/audit.smk"
 
 
 rule all:

@@ -35,7 +35,7 @@ STEPS = {
     "evaluate": "measure covariate fidelity and sharpness against held-out real scans",
     "showcase": "sample the sweeps and interpolations that the report shows",
     "report": "write report.html",
-    "audit": "check a release on ten points, from its form to making images again",
+    "audit": "check a release, from its form to making images again",
     "explain": "where one synthetic image comes from, as a tree",
     "diff": "which part of the recipe differs between two releases",
     "prove": "the path from one subject to the release's root",

@@ -82,9 +82,7 @@ rule ledger:
         config=settings("ledger"),
         code=code_digest("ledger"),
         images=lambda wildcards, input: repeat("--images", input.images),
-        files=lambda wildcards, input: options(
-            input, ["plan", "decisions", "privacy", "calibration", "autoencoder_card", "diffusion_card", "description"]
-        ),
+        files=lambda wildcards, input: options(input, ["plan", "decisions", "privacy", "calibration", "autoencoder_card", "diffusion_card", "description"]),
     message:
         "Writing the ledger and sealing the release"
     shell:

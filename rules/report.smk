@@ -1,8 +1,8 @@
 rule showcase:
     input:
-        manifest=MANIFEST,
         **AUTOENCODER_FILES,
         **DIFFUSION_FILES,
+        manifest=MANIFEST,
     output:
         SHOWCASE,
     log:
