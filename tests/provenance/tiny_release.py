@@ -29,6 +29,7 @@ SHAPE = {3: [8, 8, 8], 2: [8, 8]}
 LIMITS = {"aligned": 0.9, "learned": 0.8, "latent": 0.7}
 #: Subjects that were drawn again, given up, and taken for a double of another.
 AGAIN, GIVEN_UP, DOUBLE = "syn000001", "syn000002", "syn000004"
+UNTROUBLED = "syn000003"
 
 
 class Place:
@@ -141,7 +142,7 @@ class Place:
             for parameter in first.parameters():
                 parameter.mul_(1.7)
             for parameter in second.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))  # its last layer begins at zero
+                parameter.add_(0.3 * torch.randn_like(parameter))  # its last layer begins at zero
         files = self.model_files()
         settings = {"settings": study.autoencoder.model_dump(mode="json"), "image_shape": shape, "latent_shape": latent, "precision": "32-true"}
         self.stand_in(
