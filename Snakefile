@@ -23,12 +23,14 @@ include: "rules/release.smk"
 include: "rules/evaluate.smk"
 include: "rules/report.smk"
 include: "rules/distill.smk"
+include: "rules/audit.smk"
 
 
 rule all:
     default_target: True
     input:
         RELEASE,
+        LEDGER,
         METRICS,
         REPORT,
     localrule: True
@@ -47,6 +49,7 @@ rule evaluate:
 rule release:
     input:
         RELEASE,
+        LEDGER,
     localrule: True
     message:
         f"The synthetic cohort is in {RELEASE_ROOT}"

@@ -31,9 +31,15 @@ STEPS = {
     "distill": "make a training cohort of accepted synthetic images",
     "images": "write one shard of synthetic images into the release",
     "release": "complete the released dataset: participants, description, sidecars",
+    "ledger": "seal the release: a row per subject, run records, roots, and a signature if there is a key",
     "evaluate": "measure covariate fidelity and sharpness against held-out real scans",
     "showcase": "sample the sweeps and interpolations that the report shows",
     "report": "write report.html",
+    "audit": "check a release, from its form to making images again",
+    "explain": "where one synthetic image comes from, as a tree",
+    "diff": "which part of the recipe differs between two releases",
+    "prove": "the path from one subject to the release's root",
+    "keygen": "make a key to sign releases with",
 }
 
 
@@ -59,7 +65,9 @@ def main() -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(importlib.import_module(f"meddiff_steps.steps.{name}").run)
+    from meddiff_steps.provenance.record import recorded
+
+    app.command()(recorded(name, importlib.import_module(f"meddiff_steps.steps.{name}").run))
     try:
         app(arguments[1:], prog_name=f"python -m meddiff_steps {name}")
     except UserError as error:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -19,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from meddiff_steps.errors import UserError
 from meddiff_steps.files import write_atomic
+from meddiff_steps.provenance.canonical import canonical_json
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -405,6 +407,7 @@ class Release(Section):
     suffix: Literal["T1w", "T2w", "PDw", "FLAIR", "T2starw", "inplaneT1", "inplaneT2"] = Field("T1w", description="BIDS suffix of 3D images: their contrast.")
     skull_stripped: bool = Field(True, description="Whether the images that the model learnt from show the brain only (BIDS SkullStripped).")
     acknowledgements: str = Field("", description="Acknowledgement that the source data ask for.")
+    signing_key: str | None = Field(None, description="Path of a private key that `keygen` made; the release is then signed. Never published.")
 
 
 class Compute(Section):
@@ -525,7 +528,44 @@ STAGES: dict[str, tuple[str, ...]] = {
     "evaluate": ("seed", "covariates", "plan", "evaluate"),
     "showcase": ("seed", "covariates", "generate", "evaluate.sweep_steps", "compute"),
     "report": ("study", "title", "cohort", "covariates", "preprocess"),
+    "ledger": tuple(Study.model_fields),  # the release holds the whole study
 }
+
+#: Keys whose values are paths on the user's machine; `without_paths` blanks them in everything that is published.
+PATH_KEYS = {
+    ("results",),
+    ("cohort", "root"),
+    ("cohort", "table"),
+    ("preprocess", "brain_mask"),
+    ("autoencoder", "perceptual", "weights"),
+    ("plan", "table"),
+    ("release", "signing_key"),
+}
+
+
+def without_paths(content: dict[str, Any]) -> dict[str, Any]:
+    """A study, or the part of it that a stage may read, as it is published: paths of the user's machine are "(path)"."""
+
+    def blank(value: Any, keys: tuple[str, ...]) -> Any:
+        if isinstance(value, dict):
+            return {key: blank(item, (*keys, key)) for key, item in value.items()}
+        if isinstance(value, list):
+            return [blank(item, keys) for item in value]
+        return "(path)" if keys in PATH_KEYS and value is not None else value
+
+    return {key: blank(value, (key,)) for key, value in content.items()}
+
+
+def part_of(content: dict[str, Any], sections: Sequence[str]) -> dict[str, Any]:
+    """Some sections, or single keys of sections ("privacy.level"), of a study."""
+    part: dict[str, Any] = {}
+    for name in sections:
+        section, _, key = name.partition(".")
+        if key:
+            part.setdefault(section, {})[key] = content[section][key]
+        else:
+            part[section] = content[section]
+    return part
 
 
 def load_study(path: Path) -> Study:
@@ -573,11 +613,6 @@ def _explain(error: ValidationError, origin: str) -> str:
     return "\n".join(lines)
 
 
-def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal bytes."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
 def freeze(study: Study, stage: str | None, folder: Path) -> Path:
     """Write what `stage` may read (the whole study for None) to a content-addressed file and return its path.
 
@@ -585,15 +620,7 @@ def freeze(study: Study, stage: str | None, folder: Path) -> Path:
     start, whatever happened to the YAML meanwhile.
     """
     everything = study.model_dump(mode="json")
-    content = everything
-    if stage is not None:
-        content = {}
-        for name in STAGES[stage]:
-            section, _, key = name.partition(".")
-            if key:
-                content.setdefault(section, {})[key] = everything[section][key]
-            else:
-                content[section] = everything[section]
+    content = everything if stage is None else part_of(everything, STAGES[stage])
     text = canonical_json(content)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     path = Path(folder) / f"{stage or 'study'}-{digest}.json"

@@ -52,3 +52,39 @@ rule describe:
     shell:
         "python -m meddiff_steps release --config {params.config} --released {input.released} --privacy {input.report} {params.images} "
         "--cohort-card {input.card} --out {output} 2>&1 | tee {log}"
+
+
+rule ledger:
+    input:
+        plan=PLAN,
+        decisions=DECISIONS,
+        privacy=PRIVACY_REPORT,
+        calibration=CALIBRATION,
+        images=expand(IMAGES, shard=PLAN_SHARDS),
+        autoencoder_card=AUTOENCODER_CARD,
+        diffusion_card=DIFFUSION_FILES["diffusion_card"],
+        description=RELEASE,
+    output:
+        root=LEDGER,
+        private=PRIVATE_LEDGER,
+    log:
+        f"{RESULTS}/logs/ledger.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/ledger.tsv"
+    localrule: True
+    conda:
+        "../envs/meddiff.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory(2000),
+        runtime=minutes(60),
+    params:
+        config=settings("ledger"),
+        code=code_digest("ledger"),
+        images=lambda wildcards, input: repeat("--images", input.images),
+        files=lambda wildcards, input: options(input, ["plan", "decisions", "privacy", "calibration", "autoencoder_card", "diffusion_card", "description"]),
+    message:
+        "Writing the ledger and sealing the release"
+    shell:
+        "python -m meddiff_steps ledger --config {params.config} {params.files} {params.images} "
+        "--private {output.private} --out {output.root} 2>&1 | tee {log}"

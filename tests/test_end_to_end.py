@@ -110,9 +110,9 @@ def run_and_kill(folder: Path, when: Callable[[], bool]) -> None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Digest of every result, leaving out logs, timings and training state."""
+    """Digest of every result, leaving out logs, timings, run records (they hold times) and training state."""
     root = folder / "results/tiny"
-    files = [p for p in root.rglob("*") if p.is_file() and p.relative_to(root).parts[0] not in {"logs", "benchmarks", "state", "config"}]
+    files = [p for p in root.rglob("*") if p.is_file() and p.relative_to(root).parts[0] not in {"logs", "benchmarks", "state", "config", "records"}]
     return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files if not p.name.startswith(".")}
 
 

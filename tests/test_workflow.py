@@ -59,4 +59,5 @@ def test_exactly_the_rules_that_run_networks_ask_for_a_gpu():
         "generate",
         "filter",
         "showcase",
+        "audit",
     }

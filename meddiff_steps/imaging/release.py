@@ -137,6 +137,15 @@ def encode_picture(image: np.ndarray, sample_id: str, study: str) -> tuple[bytes
     return stream.getvalue(), stored
 
 
+def voxel_digest(stored: np.ndarray, affine: np.ndarray | None) -> str:
+    """SHA-256 of what an image shows: `content_digest` of its stored values and, in 3D, the affine (float32, as NIfTI keeps it).
+
+    Independent of compression and of everything else in the header.
+    """
+    geometry = "" if affine is None else np.asarray(affine, dtype="<f4").tobytes().hex()
+    return hashlib.sha256(f"meddiff/voxels/v1|{geometry}|{content_digest(stored)}".encode()).hexdigest()
+
+
 def _mark(sample_id: str, study: str) -> str:
     return json.dumps({"synthetic": True, "sample_id": sample_id, "study": study}, sort_keys=True)
 
@@ -177,8 +186,7 @@ def write_images(generated: Path, release: Path, grid: Grid, study: str, suffix:
     Returns
     -------
     DataFrame
-        sample_id, path (relative to `release`), bytes, sha256 (of the file), voxel_sha256 (`content_digest` of the stored
-        integers: independent of compression and header), sorted by sample_id.
+        sample_id, path (relative to `release`), bytes, sha256 (of the file), voxel_sha256 (`voxel_digest`), sorted by sample_id.
 
     Raises
     ------
@@ -206,7 +214,8 @@ def write_images(generated: Path, release: Path, grid: Grid, study: str, suffix:
         path = image_path(sample_id, len(grid.shape), suffix)
         content, stored = encode_volume(image, grid, sample_id, study) if len(grid.shape) == 3 else encode_picture(image, sample_id, study)
         write_atomic(release / path, content)
-        rows.append((sample_id, path, len(content), hashlib.sha256(content).hexdigest(), content_digest(stored)))
+        digest = voxel_digest(stored, grid.affine if len(grid.shape) == 3 else None)
+        rows.append((sample_id, path, len(content), hashlib.sha256(content).hexdigest(), digest))
     table = pd.DataFrame(rows, columns=["sample_id", "path", "bytes", "sha256", "voxel_sha256"])
     return table.astype({"sample_id": "string", "path": "string", "bytes": "int64", "sha256": "string", "voxel_sha256": "string"})
 

@@ -18,12 +18,11 @@ import pyarrow as pa
 import pytest
 from PIL import Image as PilImage
 
-from meddiff_steps.cohort.manifest import content_digest
 from meddiff_steps.config import freeze, parse_study
 from meddiff_steps.errors import UserError
 from meddiff_steps.imaging import release as module
 from meddiff_steps.imaging.io import read_image
-from meddiff_steps.imaging.release import image_path, read_mark
+from meddiff_steps.imaging.release import image_path, read_mark, voxel_digest
 from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
 from meddiff_steps.steps import images as images_step
 from meddiff_steps.steps import release as release_step
@@ -115,7 +114,9 @@ def test_volume(tmp_path: Path) -> None:
     volume = nib.Nifti1Image.from_filename(path)
     stored = np.asarray(volume.dataobj)
     assert stored.dtype == np.int16 and stored.min() == 0 and stored.max() == 1000
-    assert content_digest(stored) == row["voxel_sha256"]
+    assert voxel_digest(stored, volume.affine) == row["voxel_sha256"]
+    assert voxel_digest(stored, volume.affine * 1.001) != row["voxel_sha256"], "the geometry is part of it"
+    assert voxel_digest(stored[::-1], volume.affine) != row["voxel_sha256"]
     assert np.abs(stored / 1000 - place.values["demo000001"][0].astype(np.float64)).max() <= 0.0005 + 1e-9
     header = volume.header
     assert header.get_xyzt_units() == ("mm", "sec") and header["descrip"].item().startswith(b"SYNTHETIC")

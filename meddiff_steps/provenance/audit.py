@@ -1,0 +1,588 @@
+"""Audit of a release: what can be checked of a synthetic cohort, level by level.
+
+L0 form, L1 integrity and signature, L2 completeness (these three are `verify`, which needs Python alone), L3 lineage, L4
+consistency of recipes, L5 content; with the models L6 makes images again, with the real scans L7 compares with them again.
+Every level says what it found, or that it did not run and why.  The checks take no statement of the release on trust that they can
+compute themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from PIL import Image as PilImage
+from tqdm import tqdm
+
+from meddiff_steps import config
+from meddiff_steps.diffusion.noise import SCHEME as SEED_SCHEME
+from meddiff_steps.diffusion.noise import seed_key
+from meddiff_steps.errors import UserError
+from meddiff_steps.files import read_json, sha256_file
+from meddiff_steps.imaging import release as imaging
+from meddiff_steps.provenance import bundle, ledger, lineage, signature, verify
+from meddiff_steps.provenance.canonical import canonical_bytes
+from meddiff_steps.provenance.verify import Check, judged
+
+LEVELS = ("form", "integrity", "completeness", "lineage", "recipes", "content", "re-execution", "privacy")
+#: Files of the study without which a ledger cannot have been made.
+HEADS = ("plan.parquet", "privacy/decisions.parquet", "privacy/report.json", "autoencoder/card.json")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to audit, with what.
+
+    Attributes
+    ----------
+    release
+        Root of the dataset.
+    key
+        The publisher's public key.
+    private
+        The private ledger.
+    models
+        Folder with autoencoder/ and diffusion/ (or distilled/diffusion/), for L6.
+    results
+        The study's folder with the real scans, for L7.
+    sample, seed
+        Images that L6 and L7 look at, and what they are drawn by.
+    hash_images
+        Whether L1 reads the images; without, L5 does not run either.
+    threads
+        CPU threads of L6 and L7.
+    """
+
+    release: Path
+    key: Path | None = None
+    private: Path | None = None
+    models: Path | None = None
+    results: Path | None = None
+    sample: int = 20
+    seed: str = "audit"
+    hash_images: bool = True
+    threads: int = 1
+
+
+@dataclass
+class Report:
+    """All checks of an audit."""
+
+    release: str
+    checks: list[Check] = field(default_factory=list)
+    sha256: str | None = None
+
+    def status(self, level: int) -> str:
+        """`FINDINGS`, `NOT RUN` or `PASS`."""
+        outcomes = [check.outcome for check in self.checks if check.level == level]
+        if "finding" in outcomes:
+            return "FINDINGS"
+        return "PASS" if "pass" in outcomes else "NOT RUN"
+
+    @property
+    def passed(self) -> bool:
+        return not any(check.outcome == "finding" for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        levels = [{"level": i, "name": name, "status": self.status(i)} for i, name in enumerate(LEVELS)]
+        return {
+            "schema": "meddiff/audit/v1",
+            "release": self.release,
+            "root_sha256": self.sha256,
+            "passed": self.passed,
+            "levels": levels,
+            "checks": [vars(check) for check in self.checks],
+        }
+
+
+def audit(request: Request) -> Report:
+    """Run every level that can run.
+
+    Raises
+    ------
+    UserError
+        There is no release with provenance, or the key cannot be read.
+    """
+    if not (request.release / bundle.FOLDER).is_dir():
+        raise UserError(f"{request.release}: no folder `{bundle.FOLDER}`. Give the root of a release; one that was made without a ledger cannot be audited.")
+    key = signature.load_public(request.key) if request.key else None
+    report = Report(str(request.release))
+    try:
+        checks, root, form = verify.check_form(request.release)
+    except verify.Unreadable as error:
+        report.checks = [Check(0, "root-form", "finding", str(error))]
+        report.checks += [Check(level, "all", "not run", "the ledger or root.json cannot be read") for level in range(1, 8)]
+        return report
+    report.sha256 = sha256_file(request.release / bundle.ROOT)
+    release = Sealed(request.release, root)
+    report.checks += [*checks, *check_twins(release)]
+    sound = not any(check.outcome == "finding" for check in report.checks)
+    report.checks += verify.check_integrity(request.release, root, form, request.hash_images, _progress)
+    report.checks.append(check_signature(release, key))
+    report.checks += verify.check_completeness(request.release, root, form)
+    if not sound or release.study is None:
+        report.checks += [Check(level, "all", "not run", "L0 found the ledger, the config or the records malformed") for level in range(3, 8)]
+        return report
+    report.checks += check_lineage(release)
+    report.checks += check_recipes(release, request.private)
+    if request.hash_images:
+        report.checks += check_content(release)
+    else:
+        report.checks.append(Check(5, "all", "not run", "the images were not to be read"))
+    report.checks += _heavy(release, request)
+    return report
+
+
+def _heavy(release: Sealed, request: Request) -> Iterator[Check]:
+    """L6 and L7, which need torch, models and real scans."""
+    if request.models is None:
+        yield Check(6, "all", "not run", "no models: give --models, a folder with autoencoder/ and diffusion/")
+    else:
+        from meddiff_steps.provenance.reexecution import check_reexecution
+
+        yield from check_reexecution(release, request)
+    if request.results is None:
+        yield Check(7, "all", "not run", "no real scans: give --results, the study's folder")
+    else:
+        from meddiff_steps.provenance.recheck import check_privacy
+
+        yield from check_privacy(release, request)
+
+
+def _progress(items: Iterable[Any], total: int) -> Iterable[Any]:
+    return tqdm(items, total=total, desc="hash", unit="image", mininterval=5, file=sys.stderr)
+
+
+class Sealed:
+    """A release as its root.json describes it.
+
+    Attributes
+    ----------
+    study
+        The published study; None where it is not one.
+    records
+        Record by the path of each output.
+    problems
+        What could not be read of config and records.
+    """
+
+    def __init__(self, folder: Path, root: dict[str, Any]) -> None:
+        self.folder, self.root = folder, root
+        self.problems: list[str] = []
+        self.study: config.Study | None = None
+        self.config: dict[str, Any] = {}
+        self.records: dict[str, lineage.Record] = {}
+        try:
+            self.config = read_json(folder / bundle.CONFIG)
+            self.study = config.parse_study(self.config, bundle.CONFIG)
+        except UserError as error:
+            self.problems.append(str(error))
+        try:
+            self.records = lineage.read_records(folder / bundle.RECORDS)
+        except UserError as error:
+            self.problems.append(str(error))
+
+    def rows(self) -> Iterator[ledger.Row]:
+        """Rows of the ledger, one at a time."""
+        for _, row in ledger.read_lines(self.folder / bundle.LINES):
+            yield row
+
+    def released(self) -> Iterator[ledger.Row]:
+        return (row for row in self.rows() if row["image"] is not None)
+
+
+# ------------------------------------------------------------------------------------------------- L0, L1
+
+
+def check_twins(release: Sealed) -> list[Check]:
+    """L0: config and records can be read, and ledger.parquet holds the same rows as ledger.jsonl, which are canonical."""
+    differ: list[str] = []
+    try:
+        table = ledger.read_parquet(release.folder / bundle.TABLE)
+        missing: dict[str, Any] = {}
+        for number, content, row in verify.rows(release.folder):
+            twin = next(table, missing)
+            if row is None or _canonical(twin) != content:
+                differ.append(f"line {number}" + (f" ({row['sample_id']})" if isinstance(row, dict) and "sample_id" in row else ""))
+        differ += [f"{bundle.TABLE}: row {row.get('sample_id')} too many" for row in table]
+    except UserError as error:
+        differ.append(str(error))
+    return [
+        judged(0, "readable", release.problems, f"config and {len(release.records)} outputs' records can be read", "file(s) of provenance cannot be read"),
+        judged(0, "twins", differ, "ledger.parquet and ledger.jsonl hold the same canonical rows", "row(s) differ between ledger.parquet and ledger.jsonl"),
+    ]
+
+
+def _canonical(row: Mapping[str, Any]) -> bytes:
+    try:
+        return canonical_bytes(dict(row))
+    except ValueError:
+        return b""
+
+
+def check_signature(release: Sealed, key: signature.Ed25519PublicKey | None) -> Check:
+    """L1: who sealed the release; the same rules as `verify.check_signature`, by another implementation of the arithmetic."""
+    if key is None or not (release.folder / bundle.SIGNATURE).is_file():
+        return verify.check_signature(release.folder, release.root, b"no key" if key else None)
+    digest = sha256_file(release.folder / bundle.ROOT)
+    try:
+        statement = signature.verify(read_json(release.folder / bundle.SIGNATURE), key)
+        subjects = {entry["name"]: entry["digest"]["sha256"] for entry in statement["subject"]}
+    except (UserError, KeyError, TypeError) as error:
+        return Check(1, "signature", "finding", f"{bundle.SIGNATURE}: {error}")
+    if subjects.get(bundle.ROOT) != digest:
+        named = str(subjects.get(bundle.ROOT))
+        return Check(1, "signature", "finding", f"the signature is valid, but of another release: it names root.json {named[:16]}, here it is {digest[:16]}")
+    return Check(1, "signature", "pass", f"root.json, SHA-256 {digest}, is signed by key {signature.key_id(key)[:16]}")
+
+
+# ----------------------------------------------------------------------------------------------------- L3
+
+
+def check_lineage(release: Sealed) -> list[Check]:
+    """L3: the runs lead from the ledger back to the cohort without a gap, and name the weights that the rows name."""
+    inputs = {str(path): str(digest) for path, digest in release.root["inputs"].items()}
+    found = lineage.trace(inputs, release.records.get)
+    steps = found.steps()
+    names = {record["step"] for record in steps}
+    stray = sorted(path for path in release.records if path not in found.records)
+    ends = [f"{name} is not among the inputs of the ledger" for name in HEADS if name not in inputs]
+    ends += [f"no run of step `{name}`" for name in ("cohort", "autoencoder", "diffusion", "generate", "filter", "privacy", "images") if name not in names]
+    gaps = [f"{path}: no run wrote it" for path in found.missing]
+    gaps += [f"{path}: read with SHA-256 {wanted[:16]}, but written with {written[:16]}" for path, wanted, written in found.stale]
+    gaps += [f"{path}: leads to itself" for path in sorted(set(found.cyclic))]
+    checks = [
+        judged(3, "chain", gaps, f"{len(steps)} runs: every file that one read is what another wrote", "gap(s) in the chain of runs"),
+        judged(3, "ends", ends, "the chain leads from the ledger to the cohort", "end(s) of the chain are missing"),
+        judged(3, "stray-records", stray, "no record that leads nowhere", "record(s) that do not lead to this release"),
+        judged(3, "weights", _weight_problems(release, found), "the rows' weights were written by recorded trainings", "row(s) or models name other weights"),
+        _check_lock(release, steps),
+    ]
+    return checks + _code_notes(release, steps)
+
+
+def _weight_problems(release: Sealed, found: lineage.Lineage) -> Iterator[str]:
+    written: dict[str, set[str]] = {"autoencoder": set(), "diffusion": set()}
+    for path, record in found.records.items():
+        kind = record["step"]
+        if kind in written:
+            written[kind] |= {entry["weights_sha256"] for entry in lineage.entries(record, "outputs") if entry["path"] == path and "weights_sha256" in entry}
+    used: dict[tuple[str, str], tuple[str, int]] = {}
+    for row in release.rows():
+        for kind in written:
+            digest = row["recipe"][kind]
+            first, count = used.get((kind, digest), (row["sample_id"], 0))
+            used[kind, digest] = (first, count + 1)
+    for (kind, digest), (first, count) in used.items():
+        if digest not in written[kind]:
+            yield f"{kind} {digest[:16]} of {count} row(s), first {first}: no recorded training wrote it"
+    if len(used) > 2:
+        yield f"{len(used)} different weights in one cohort"
+
+
+def _check_lock(release: Sealed, steps: list[lineage.Record]) -> Check:
+    locks = {record["environment"].get("lock_sha256") for record in steps} - {None}
+    path = release.folder / bundle.LOCK
+    if not path.is_file():
+        return Check(3, "environment", "note", f"no {bundle.LOCK}: versions are known from the records alone")
+    if locks and sha256_file(path) not in locks:
+        return Check(3, "environment", "finding", f"{bundle.LOCK} is not the lock of any recorded run")
+    return Check(3, "environment", "pass", f"{bundle.LOCK} is the lock of the recorded runs")
+
+
+def _code_notes(release: Sealed, steps: list[lineage.Record]) -> list[Check]:
+    versions = Counter(str(record["code"].get("version")) for record in steps)
+    commits = Counter(str(record["code"].get("commit"))[:12] for record in steps)
+    dirty = sorted({record["step"] for record in steps if record["code"].get("dirty")})
+    notes = []
+    if set(versions) != {release.root["software"].get("version")} or len(commits) > 1:
+        notes.append(Check(3, "code", "note", f"runs by versions {dict(versions)}, commits {dict(commits)}"))
+    if dirty:
+        notes.append(Check(3, "uncommitted", "note", f"steps with uncommitted changes: {', '.join(dirty)}; their code digests are in the records"))
+    return notes or [Check(3, "code", "pass", f"all runs by version {next(iter(versions), '')}, commit {next(iter(commits), '')}")]
+
+
+# ----------------------------------------------------------------------------------------------------- L4
+
+
+def check_recipes(release: Sealed, private: Path | None) -> list[Check]:
+    """L4: what each row says could be so; keys and noise are computed again, no model is needed."""
+    study = release.study
+    assert study is not None
+    groups = {group.name: group for group in study.plan}
+    wrong: dict[str, list[str]] = {name: [] for name in ("keys", "unique", "noise", "recipe", "covariates", "groups", "attempts")}
+    owners: dict[str, tuple[str, str, int]] = {}
+    noises: dict[str, tuple[str, str, int]] = {}
+    counts: Counter[str] = Counter()
+    decisions: Counter[str] = Counter()
+    for row in tqdm(release.rows(), total=release.root["ledger"]["rows"], desc="recipes", unit="row", mininterval=5, file=sys.stderr):
+        name, group = row["sample_id"], groups.get(row["group"])
+        counts[row["group"]] += 1
+        decisions[row["privacy"]["decision"]] += 1
+        if group is None:
+            wrong["groups"].append(f"{name}: group {row['group']!r} is not in the plan")
+            continue
+        if (expected := config_recipe(study, row["recipe"])) != row["recipe"]:
+            wrong["recipe"].append(f"{name}: {difference(row['recipe'], expected)}")
+        wrong["covariates"] += [f"{name}: {problem}" for problem in covariate_problems(row, group, study.covariates)]
+        wrong["attempts"] += [f"{name}: {problem}" for problem in _attempt_problems(row, study.privacy.max_attempts)]
+        points = len(next(iter(group.grid.values()))) if group.covariates == "counterfactual" else 1
+        if row["cohort_root"] != f"{study.seed}/{row['group']}" or row["noise_index"] != row["index"] // points or name != f"{row['group']}{row['index']:06d}":
+            wrong["keys"].append(f"{name}: root {row['cohort_root']!r}, number {row['index']}, noise {row['noise_index']} do not follow from seed and plan")
+        if row["seed_key"] is None:
+            continue
+        if row["seed_key"] != seed_key(row["cohort_root"], row["noise_index"], row["attempt"], "noise"):
+            wrong["keys"].append(f"{name}: the key does not follow from root, number and attempt")
+        # The rows of one counterfactual subject share their noise on purpose; nobody else may.
+        origin = (name, row["group"], row["noise_index"] if points > 1 else row["index"])
+        for kind, known, value in (("key", owners, row["seed_key"]), ("noise", noises, row["noise_sha256"])):
+            other = known.setdefault(value, origin)
+            if other[1:] != origin[1:]:
+                wrong["unique"].append(f"{name} and {other[0]} share their {kind}")
+        if row["noise_sha256"] != ledger.noise_digest(row["seed_key"]):
+            wrong["noise"].append(f"{name}: this key gives other noise here")
+    for name, group in groups.items():
+        size = group.subjects * int(np.prod([len(values) for values in group.grid.values()])) if group.grid else group.subjects
+        if counts[name] != size:
+            wrong["groups"].append(f"group {name}: {counts[name]} rows, planned {size}")
+    seed = release.root["seed"]
+    if seed.get("scheme") != SEED_SCHEME or seed.get("root") != study.seed or seed.get("numbers") != ledger.NOISE_NUMBERS:
+        wrong["keys"].append(f"root.json: seed {seed}, expected scheme {SEED_SCHEME} and root {study.seed!r}")
+    rows = release.root["ledger"]["rows"]
+    return [
+        judged(4, "seed-keys", wrong["keys"], f"all keys of {rows} rows follow from the seed", "key(s) do not follow from the seed"),
+        judged(4, "unique", wrong["unique"], "no two subjects share a key or noise", "subject(s) share a key or noise with another"),
+        judged(4, "noise", wrong["noise"], "every key gives the noise whose digest the ledger holds", "key(s) give other noise than recorded"),
+        judged(4, "recipe", wrong["recipe"], "sampler, steps, guidance and batch size are those of the config", "row(s) differ from the config"),
+        judged(4, "covariates", wrong["covariates"], "all covariates are what the plan allows", "covariate(s) are not what the plan allows"),
+        judged(4, "groups", wrong["groups"], f"{len(groups)} group(s) have their planned size", "problem(s) with groups"),
+        judged(4, "attempts", wrong["attempts"], "attempts and decisions fit together", "row(s) whose attempts and decisions do not fit"),
+        judged(4, "verdict", _verdict_problems(release, decisions), f"counts and verdict ({release.root['privacy'].get('verdict')}) fit", "problem(s)"),
+        judged(4, "settings", _settings_problems(release), "the settings of every run are those of config.json", "run(s) had other settings than config.json"),
+        *check_private(release, private),
+    ]
+
+
+def config_recipe(study: config.Study, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe that the config asks for; what it leaves open (weights, a sampler's default steps) as the row has it."""
+    wanted = study.generate
+    return {
+        **recipe,
+        "sampler": wanted.sampler,
+        "num_inference_steps": wanted.num_inference_steps or recipe["num_inference_steps"],
+        "guidance_scale": wanted.guidance_scale,
+        "batch_size": wanted.batch_size,
+        "precision": study.compute.precision,
+    }
+
+
+def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """The fields that differ, with both values."""
+    return ", ".join(f"{key} {found.get(key)!r} instead of {expected.get(key)!r}" for key in sorted({*found, *expected}) if found.get(key) != expected.get(key))
+
+
+def covariate_problems(row: ledger.Row, group: config.PlanGroup, covariates: config.Covariates) -> Iterator[str]:
+    """Which covariates of a row the study could not have asked for."""
+    values = row["covariates"]
+    if set(values) != set(covariates):
+        yield f"covariates {sorted(values)}, declared {sorted(covariates)}"
+        return
+    for name, covariate in covariates.items():
+        value = values[name]
+        if value is None:
+            allowed = group.covariates == "table" or (name not in group.where and name not in group.grid and name not in group.base)
+        elif isinstance(covariate, config.CategoricalCovariate):
+            allowed = value in covariate.levels
+        else:
+            allowed = isinstance(value, (int, float)) and covariate.range[0] <= value <= covariate.range[1]
+        if not allowed:
+            yield f"{name} = {value!r}"
+            continue
+        if name in group.where and not _fulfils(value, group.where[name], isinstance(covariate, config.CategoricalCovariate)):
+            yield f"{name} = {value!r}, asked for {group.where[name]}"
+        fixed = group.grid.get(name, [group.base[name]] if name in group.base else None)
+        if fixed is not None and not any(_same(value, wanted) for wanted in fixed):
+            yield f"{name} = {value!r}, asked for one of {fixed}"
+
+
+def _same(value: Any, wanted: Any) -> bool:
+    if isinstance(value, str):
+        return value == (wanted if isinstance(wanted, str) else f"{wanted:g}")
+    return not isinstance(wanted, str) and abs(value - wanted) <= 1e-9 * max(1.0, abs(wanted))
+
+
+def _fulfils(value: Any, condition: Any, categorical: bool) -> bool:
+    if not isinstance(condition, list):
+        return _same(value, condition)
+    if categorical:
+        return any(_same(value, wanted) for wanted in condition)
+    return condition[0] <= value <= condition[1]
+
+
+def _attempt_problems(row: ledger.Row, most: int) -> Iterator[str]:
+    made = row["privacy"]["attempts"]
+    if not 1 <= made <= most:
+        yield f"{made} attempts, allowed {most}"
+    elif row["privacy"]["decision"] == "released" and row["attempt"] != made - 1:
+        yield f"released at attempt {row['attempt']} of {made}"
+    elif row["privacy"]["decision"] == "rejected" and made != most:
+        yield f"given up after {made} of {most} attempts"
+
+
+def _verdict_problems(release: Sealed, decisions: Counter[str]) -> Iterator[str]:
+    study, said = release.study, release.root["privacy"]
+    assert study is not None
+    if said.get("verdict") == "FAIL" and study.privacy.enforce == "stop":
+        yield "the verdict is FAIL and privacy.enforce is stop, but there is a release"
+    counts = said.get("counts", {})
+    for name, found in (("planned", sum(decisions.values())), ("released", decisions["released"])):
+        if counts.get(name, found) != found:
+            yield f"{found} {name} by the ledger, {counts[name]} by the privacy report"
+
+
+def _settings_problems(release: Sealed) -> Iterator[str]:
+    study = release.study
+    assert study is not None
+    teacher = config.PlanGroup(name="teacher", subjects=max(1, study.distill.subjects)).model_dump(mode="json")
+    for path, record in release.records.items():
+        said = record["config"]
+        try:
+            plans = [release.config] + ([release.config | {"plan": [teacher]}] if path.startswith("teacher/") else [])
+            known = {hashlib.sha256(canonical_bytes(config.part_of(content, said["sections"]))).hexdigest() for content in plans}
+        except (KeyError, TypeError, ValueError):
+            known = set()
+        if said.get("sha256") not in known:
+            yield f"{path} (step {record['step']})"
+
+
+def check_private(release: Sealed, private: Path | None) -> list[Check]:
+    """L4: the private ledger is the one that the release commits to, and agrees with the public one."""
+    if private is None:
+        return [Check(4, "private-ledger", "not run", "no private ledger: give --private")]
+    sealed = release.root["private_ledger"]
+    leaves: list[bytes] = []
+    accepted: dict[str, tuple[int, str]] = {}
+    tries: Counter[str] = Counter()
+    wrong: list[str] = []
+    try:
+        for row in ledger.read_parquet(private):
+            leaves.append(verify.leaf_hash(canonical_bytes(row)))
+            tries[row["sample_id"]] += 1
+            if row["decision"] != "rejected":
+                accepted[row["sample_id"]] = (row["attempt"], row["seed_key"]) if row["decision"] == "accepted" else (-1, "")
+            wrong += [f"{row['sample_id']}, attempt {row['attempt']}: {problem}" for problem in _candidate_problems(row)]
+    except (UserError, ValueError, KeyError, TypeError) as error:
+        return [Check(4, "private-ledger", "finding", f"{private} cannot be read as the private ledger ({error})")]
+    if verify.merkle_root(leaves).hex() != sealed.get("root") or len(leaves) != sealed.get("rows"):
+        wrong.append("its root is not the one that root.json commits to")
+    for row in release.rows():
+        mine = accepted.get(row["sample_id"])
+        if (mine if mine != (-1, "") else None) != ((row["attempt"], row["seed_key"]) if row["image"] else None):
+            wrong.append(f"{row['sample_id']}: released and accepted do not fit together")
+        if tries[row["sample_id"]] != row["privacy"]["attempts"]:
+            wrong.append(f"{row['sample_id']}: {tries[row['sample_id']]} candidates, {row['privacy']['attempts']} attempts")
+    return [
+        judged(4, "private-ledger", wrong, f"{len(leaves)} candidates; decisions follow from similarities and limits", "problem(s) with the private ledger")
+    ]
+
+
+def _candidate_problems(row: ledger.Row) -> Iterator[str]:
+    above = [name for name, limit in row["limit"].items() if limit is not None and row["similarity"][name] is not None and row["similarity"][name] > limit]
+    if row["decision"] == "rejected":
+        if row["reason"] != "not an image" and sorted(row["reason"].split(", ")) != sorted(above):
+            yield f"rejected for {row['reason']!r}, above its limit is {above}"
+    elif above:
+        yield f"{row['decision']}, but above its limit is {above}"
+
+
+# ----------------------------------------------------------------------------------------------------- L5
+
+
+def check_content(release: Sealed) -> list[Check]:
+    """L5: every image is decoded; it says that it is synthetic, and is what the ledger says it shows."""
+    study = release.study
+    assert study is not None
+    wrong: dict[str, list[str]] = {name: [] for name in ("decodes", "format", "voxels", "marks", "twins")}
+    shown: dict[str, tuple[str, str]] = {}
+    for row in tqdm(release.released(), total=release.root["ledger"]["released"], desc="content", unit="image", mininterval=5, file=sys.stderr):
+        name, path = row["sample_id"], release.folder / row["image"]["path"]
+        other, key = shown.setdefault(row["image"]["voxel_sha256"], (name, row["seed_key"]))
+        if key != row["seed_key"]:  # counterfactual images of one subject may be equal: their covariate then does nothing
+            wrong["twins"].append(f"{name} and {other}")
+        if row["image"]["path"] != imaging.image_path(name, study.spatial_dims, study.release.suffix):
+            wrong["format"].append(f"{name}: lies at {row['image']['path']}")
+        try:
+            stored, affine, description = decode(path)
+        except Undecodable as error:
+            wrong["decodes"].append(f"{row['image']['path']}: {error}")
+            continue
+        wrong["format"] += [f"{name}: {problem}" for problem in _format_problems(stored, study)]
+        if imaging.voxel_digest(stored, affine) != row["image"]["voxel_sha256"]:
+            wrong["voxels"].append(name)
+        mark = imaging.read_mark(path)
+        if not description.startswith("SYNTHETIC"):
+            wrong["marks"].append(f"{name}: the description is {description[:40]!r}")
+        if mark is None or mark.get("sample_id") != name or mark.get("study") != study.study:
+            wrong["marks"].append(f"{name}: the mark is {mark}")
+    wrong["marks"] += _dataset_marks(release.folder, study)
+    count = release.root["ledger"]["released"]
+    return [
+        judged(5, "decodes", wrong["decodes"], f"{count} images can be decoded", "image(s) cannot be decoded"),
+        judged(5, "format", wrong["format"], "shape, type and range are the study's", "problem(s) with shape, type, range or place"),
+        judged(5, "voxels", wrong["voxels"], "what the images show is what the ledger holds", "image(s) show something else than the ledger says"),
+        judged(5, "marks", wrong["marks"], "every image and the dataset say that they are synthetic", "mark(s) are missing or wrong"),
+        judged(5, "twins", wrong["twins"], "no two subjects show the same", "pair(s) of subjects show the same"),
+    ]
+
+
+class Undecodable(Exception):
+    """A file is not the image that its name promises."""
+
+
+def decode(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
+    """Stored values, affine (None for a picture) and description of a released image.
+
+    Raises
+    ------
+    Undecodable
+        The file cannot be decoded.
+    """
+    try:
+        if path.suffix == ".png":
+            with PilImage.open(path, formats=["PNG"]) as picture:
+                return np.asarray(picture), None, str(picture.info.get("Description", ""))
+        volume = nib.Nifti1Image.from_filename(path)
+        header: Any = volume.header
+        return np.asarray(volume.dataobj.get_unscaled()), volume.affine, header["descrip"].item().decode("ascii", "replace")  # type: ignore[attr-defined]
+    except Exception as error:  # noqa: BLE001 decoders raise anything on damaged data
+        raise Undecodable(f"{type(error).__name__}: {error}") from None
+
+
+def _format_problems(stored: np.ndarray, study: config.Study) -> Iterator[str]:
+    kind, top = (np.int16, imaging.VOLUME_SCALE) if study.spatial_dims == 3 else (np.uint8, imaging.PICTURE_SCALE)
+    if stored.shape != tuple(study.preprocess.shape) or stored.dtype != kind:
+        yield f"{stored.dtype} {stored.shape}, expected {np.dtype(kind)} {tuple(study.preprocess.shape)}"
+    elif stored.min() < 0 or stored.max() > top:
+        yield f"values from {stored.min()} to {stored.max()}, expected 0 to {top}"
+    elif stored.min() == stored.max():
+        yield f"the same value everywhere ({stored.min()})"
+
+
+def _dataset_marks(folder: Path, study: config.Study) -> Iterator[str]:
+    wanted: list[tuple[str, Callable[[Any], Any]]] = [("dataset_description.json", lambda content: content["Synthetic"])]
+    if study.spatial_dims == 3:
+        wanted.append((f"{study.release.suffix}.json", lambda content: content["Synthesis"]["Synthetic"]))
+    for name, mark in wanted:
+        try:
+            if mark(json.loads((folder / name).read_text(encoding="utf-8"))) is not True:
+                yield f"{name}: does not say that it is synthetic"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            yield f"{name}: no mark ({type(error).__name__}: {error})"

@@ -1,0 +1,154 @@
+"""From a file back to its sources, over run records: the outputs of one run are the inputs of the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from meddiff_steps.errors import UserError
+from meddiff_steps.files import read_json
+from meddiff_steps.provenance.record import SCHEMA, record_path
+
+Record = dict[str, Any]
+
+
+def entries(record: Record, side: str) -> Iterator[dict[str, Any]]:
+    """The files of one side ("inputs", "outputs") of a record: path, bytes, sha256."""
+    for files in record[side].values():
+        yield from files
+
+
+def check_record(record: Any, name: str) -> None:
+    """Refuse what is no record of this schema.
+
+    Raises
+    ------
+    UserError
+        A field is missing or of another type.
+    """
+    kinds = {"schema": str, "step": str, "parameters": dict, "inputs": dict, "outputs": dict, "config": dict, "code": dict, "environment": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]
+    if wrong or record["schema"] != SCHEMA:
+        raise UserError(f"{name}: not a run record ({', '.join(wrong) or record['schema']}). Get the release again, or run the workflow again.")
+    for side in ("inputs", "outputs"):
+        for files in record[side].values():
+            for entry in files if isinstance(files, list) else [None]:
+                if not (isinstance(entry, dict) and isinstance(entry.get("path"), str) and isinstance(entry.get("sha256"), str)):
+                    raise UserError(f"{name}: {side} must list files with path and sha256. Get the release again, or run the workflow again.")
+
+
+def is_declared(path: str) -> bool:
+    """Whether a file needs no run behind it: a frozen config (checked against the published one) or a file from outside the study."""
+    return path.startswith(("config/", "external/")) or PurePosixPath(path).is_absolute()
+
+
+@dataclass
+class Lineage:
+    """Runs that lead to some files.
+
+    Attributes
+    ----------
+    records
+        Record by the path of each of its outputs.
+    missing, stale, cyclic
+        Files without a run; files that are not what their run wrote (path, digest wanted, digest written); files that lead to themselves.
+    """
+
+    records: dict[str, Record] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    stale: list[tuple[str, str, str]] = field(default_factory=list)
+    cyclic: list[str] = field(default_factory=list)
+
+    def steps(self) -> list[Record]:
+        """The distinct records, by step and first output."""
+        distinct = {id(record): record for record in self.records.values()}
+        return sorted(distinct.values(), key=lambda r: (r["step"], next(entries(r, "outputs"))["path"]))
+
+
+def trace(heads: Mapping[str, str], producer: Any) -> Lineage:
+    """Walk from files back to their sources.
+
+    Parameters
+    ----------
+    heads
+        SHA-256 by path of the files to start from.
+    producer
+        producer(path) is the record of the run that wrote it, or None.
+    """
+    found = Lineage()
+    done: set[str] = set()
+    for head, digest in heads.items():
+        # (path, digest, is it left again): a depth-first walk without recursion.
+        stack: list[tuple[str, str, bool]] = [(head, digest, False)]
+        above: set[str] = set()
+        while stack:
+            path, wanted, leaving = stack.pop()
+            if leaving:
+                above.discard(path)
+                done.add(path)
+                continue
+            if is_declared(path):
+                continue
+            if path in above:
+                found.cyclic.append(path)
+                continue
+            record = found.records.get(path) or producer(path)
+            written = next((entry["sha256"] for entry in entries(record, "outputs") if entry["path"] == path), None) if record else None
+            if record is None or written is None:
+                found.missing.append(path)
+                continue
+            if written != wanted:
+                found.stale.append((path, wanted, written))
+            if path in done:
+                continue
+            for entry in entries(record, "outputs"):
+                found.records.setdefault(entry["path"], record)
+            above.add(path)
+            stack.append((path, wanted, True))
+            stack += [(entry["path"], entry["sha256"], False) for entry in entries(record, "inputs")]
+    found.missing = sorted(set(found.missing))
+    return found
+
+
+def study_records(results: Path) -> Any:
+    """A `producer` for `trace` over the records of a study's folder.
+
+    A run that wrote several files is found under the first; the others are found through an index of all records, made when
+    it is first needed.
+    """
+    index: dict[str, Record] = {}
+
+    def producer(path: str) -> Record | None:
+        direct = record_path(results, path)
+        if direct.is_file():
+            record = read_json(direct)
+            check_record(record, str(direct))
+            return record
+        if not index:
+            index.update(read_records(results / "records"))
+        return index.get(path)
+
+    return producer
+
+
+def read_records(folder: Path) -> dict[str, Record]:
+    """Record by the path of each of its outputs, of all records under a folder.
+
+    Raises
+    ------
+    UserError
+        A file is no record, or two records claim the same output.
+    """
+    found: dict[str, Record] = {}
+    for path in sorted(folder.rglob("*.json")):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        record = read_json(path)
+        check_record(record, str(path))
+        for entry in entries(record, "outputs"):
+            if entry["path"] in found:
+                raise UserError(f"{path}: {entry['path']} is an output of another record, too. Remove the older record, or get the release again.")
+            found[entry["path"]] = record
+    return found

@@ -1,0 +1,79 @@
+"""L7 of an audit: released images are compared with the real training scans again; only the owner of the scans can do this."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+
+from meddiff_steps.errors import UserError
+from meddiff_steps.files import read_json
+from meddiff_steps.imaging import release as imaging
+from meddiff_steps.privacy.detectors import BATCH, score
+from meddiff_steps.privacy.reference import ReferenceFiles, load_detectors, thresholds_of
+from meddiff_steps.provenance.reexecution import choose
+from meddiff_steps.provenance.verify import Check
+
+if TYPE_CHECKING:
+    from meddiff_steps.provenance.audit import Request, Sealed
+
+#: Similarity by which a released image, rounded to whole numbers, may exceed the limit that its unrounded self was held to.
+ROUNDING = 0.002
+
+
+def check_privacy(release: Sealed, request: Request) -> Iterator[Check]:
+    """Score some released images against all training scans, and hold them to the calibrated limits."""
+    from meddiff_steps.provenance.audit import Undecodable, decode
+
+    study, results = release.study, request.results
+    assert study is not None and results is not None
+    rows = choose(list(release.released()), request.sample, request.seed, "privacy")
+    if not rows:
+        yield Check(7, "images", "not run", "nothing was released")
+        return
+    try:
+        calibration = read_json(results / "privacy/calibration.json")
+        thresholds = thresholds_of(calibration)
+        detectors = load_detectors(_files(results), load_file(results / "privacy/reference.safetensors"))
+    except (UserError, OSError, KeyError) as error:
+        yield Check(7, "images", "not run", f"{results} lacks what the filter used ({error})")
+        return
+    if thresholds is None:
+        yield Check(7, "images", "not run", f"too few unseen subjects for limits ({calibration['subjects']} of {calibration.get('needed')})")
+        return
+    scale = imaging.VOLUME_SCALE if study.spatial_dims == 3 else imaging.PICTURE_SCALE
+    try:
+        stack = np.stack([decode(release.folder / row["image"]["path"])[0].astype(np.float32) / scale for row in rows])[:, None]
+    except Undecodable as error:
+        yield Check(7, "images", "finding", f"an image cannot be decoded ({error})")
+        return
+    parts = [score(detectors, torch.from_numpy(stack[start : start + BATCH]))[0] for start in range(0, len(stack), BATCH)]
+    similarity = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    subgroup = study.privacy.subgroup
+    groups = [str(row["covariates"][subgroup]) if subgroup else "all" for row in rows]
+    near = []
+    for i, row in enumerate(rows):
+        limits = thresholds.groups.get(groups[i], thresholds.overall)
+        over = [f"{name} {similarity[name][i]:.4f} > {limits[name]:.4f}" for name in similarity if similarity[name][i] > limits[name] + ROUNDING]
+        if over:
+            near.append(f"{row['sample_id']}: {', '.join(over)}")
+    if near:
+        yield Check(7, "images", "finding", f"{len(near)} of {len(rows)} released images are nearer to a training scan than allowed", near[:5])
+    else:
+        yield Check(7, "images", "pass", f"none of {len(rows)} released images is nearer to a training scan than {len(similarity)} detectors allow")
+
+
+def _files(results: Path) -> ReferenceFiles:
+    privacy = results / "privacy"
+    return ReferenceFiles(
+        sorted((results / "preprocessed").glob("shard-*.arrow")),
+        results / "autoencoder/model.safetensors",
+        results / "autoencoder/card.json",
+        results / "latents/scale.safetensors",
+        privacy / "embedder.safetensors",
+        privacy / "embedder.json",
+    )

@@ -1,0 +1,301 @@
+"""Run records: what a step really read and wrote, with which settings, code and environment.
+
+The command line wraps every step in `recorded`.  Its parameters that are paths tell the files; whether a file was read or
+written is not declared but seen: one that was not there before, or was replaced, is an output, any other an input.
+The record of `RESULTS/plan.parquet` is `RESULTS/records/plan.parquet.json`; it is written last, and only after success.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import logging
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from meddiff_steps import __version__, config
+from meddiff_steps.files import sha256_file, write_json
+from meddiff_steps.provenance.canonical import canonical_bytes
+from meddiff_steps.provenance.digest import code_digest, safetensors_digest
+
+log = logging.getLogger(__name__)
+
+SCHEMA = "meddiff/record/v1"
+RECORDS = "records"
+#: Folders that a step reads, and the file in them that stands for them.
+INPUT_FOLDERS = {"simulated": "participants.tsv"}
+#: Smaller files are hashed again rather than looked up.
+CACHED_FROM = 1 << 20
+PACKAGE_ROOT = Path(__file__).parents[2]
+#: Packages whose version can change a result.
+PACKAGES = ("diffusers", "lightning-fabric", "monai", "nibabel", "numpy", "pandas", "pillow", "pyarrow", "safetensors", "scikit-learn", "scipy", "torch")
+
+
+def recorded(step: str, run: Callable[..., None]) -> Callable[..., None]:
+    """`run`, leaving a record when it has ended well and worked on a study's results; the signature stays."""
+
+    @functools.wraps(run)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        bound = inspect.signature(run).bind(*args, **kwargs)
+        bound.apply_defaults()
+        results = _results_of(bound.arguments)
+        if results is None or not _first_process():
+            run(*args, **kwargs)
+            return
+        observer = Observer(step, results, bound.arguments)
+        run(*args, **kwargs)
+        try:
+            observer.finish()
+        except OSError as error:  # the step's own work is done and whole
+            log.warning("no record of this run could be written (%s); an audit will say that it is missing", error)
+
+    return wrapper
+
+
+def _results_of(arguments: Mapping[str, Any]) -> Path | None:
+    """The study's folder: the frozen config lies in its `config/`."""
+    frozen = arguments.get("config")
+    return frozen.parent.parent if isinstance(frozen, Path) and frozen.parent.name == "config" and frozen.is_file() else None
+
+
+def _first_process() -> bool:
+    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) == 0
+
+
+def record_path(results: Path, output: str) -> Path:
+    """Where the record of the run that wrote `output` (relative to the study's folder) lies."""
+    return results / RECORDS / f"{output}.json"
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+Stat = tuple[int, int, int, int]
+
+
+def _stat(path: Path) -> Stat | None:
+    """Size, times of change and inode: two equal ones mean that nobody wrote in between."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+@dataclass(frozen=True)
+class KnownDigests:
+    """Digests of large files, kept beside the records while size, times and inode stay the same.
+
+    A training set is read by hundreds of jobs; each would otherwise hash all of it again.  The time of the last status
+    change cannot be set by a program, so that a file that was written to is always hashed again.
+    """
+
+    folder: Path
+
+    def sha256(self, path: Path, name: str, stat: Stat) -> str:
+        if stat[0] < CACHED_FROM:
+            return sha256_file(path)
+        place = self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
+        try:
+            known = json.loads(place.read_text(encoding="utf-8"))
+            if known["stat"] == list(stat) and known["name"] == name:
+                return str(known["sha256"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        digest = sha256_file(path)
+        write_json(place, {"name": name, "stat": list(stat), "sha256": digest})
+        return digest
+
+
+# --------------------------------------------------------------------------------------------------- a run
+
+
+class Observer:
+    """Looks at the files of one run before and after it."""
+
+    def __init__(self, step: str, results: Path, arguments: Mapping[str, Any]) -> None:
+        self.step, self.results, self.arguments = step, results, dict(arguments)
+        self.started = time.time()
+        self.files: list[tuple[str, Path]] = []
+        for name, value in self.arguments.items():
+            for path in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(path, Path):
+                    self.files.append((name, path / INPUT_FOLDERS[name] if name in INPUT_FOLDERS else path))
+        self.before = {path: _stat(path) for _, path in self.files}
+
+    def finish(self) -> Path | None:
+        """Write the record; None if the step wrote no file."""
+        inputs: dict[str, list[dict[str, Any]]] = {}
+        outputs: dict[str, list[dict[str, Any]]] = {}
+        known = KnownDigests(self.results / RECORDS / ".digests")
+        with ThreadPoolExecutor(max(1, int(self.arguments.get("threads", 1)))) as pool:
+            described = list(pool.map(lambda item: self._describe(item[1], known), self.files))
+        for (name, path), entry in zip(self.files, described, strict=True):
+            if entry is not None:
+                kind = inputs if _stat(path) == self.before[path] else outputs
+                kind.setdefault(name, []).append(entry)
+        written = [entry["path"] for entries in outputs.values() for entry in entries]
+        if not written:
+            return None
+        main = next(iter(outputs.get("out", [])), {"path": written[0]})["path"]
+        content = {
+            "schema": SCHEMA,
+            "step": self.step,
+            "parameters": {name: value for name, value in self.arguments.items() if isinstance(value, (bool, int, float, str))},
+            "inputs": inputs,
+            "outputs": outputs,
+            "config": _config(self.step, self.arguments["config"]),
+            "code": {"version": __version__, "digest": code_digest(self.step), **_git()},
+            "environment": environment(),
+            "volatile": {
+                "started": datetime.fromtimestamp(self.started, UTC).isoformat(timespec="seconds"),
+                "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+                "seconds": round(time.time() - self.started, 3),
+                "host": socket.gethostname(),
+                "user": os.environ.get("USER", ""),
+                "job": os.environ.get("SLURM_JOB_ID", ""),
+                "folder": str(Path.cwd()),
+            },
+        }
+        path = record_path(self.results, main if not Path(main).is_absolute() else f"{self.step}-{Path(main).name}")
+        write_json(path, content)
+        return path
+
+    def _describe(self, path: Path, known: KnownDigests) -> dict[str, Any] | None:
+        stat = _stat(path)
+        if stat is None or not path.is_file():
+            return None
+        name = self._name(path)
+        entry = {"path": name, "bytes": stat[0], "sha256": known.sha256(path, name, stat)}
+        if path.suffix == ".safetensors" and stat != self.before[path]:
+            entry["weights_sha256"] = safetensors_digest(path)
+        return entry
+
+    def _name(self, path: Path) -> str:
+        try:
+            return path.resolve().relative_to(self.results.resolve()).as_posix()
+        except ValueError:
+            return str(path.resolve())
+
+
+def _config(step: str, frozen: Path) -> dict[str, Any]:
+    """Which sections the step could read, and their digest as published (without paths of this machine)."""
+    content = json.loads(frozen.read_text(encoding="utf-8"))
+    return {"sections": list(config.STAGES[step]), "sha256": hashlib.sha256(canonical_bytes(config.without_paths(content))).hexdigest()}
+
+
+def public(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without time, host and foreign paths: equal for equal runs, and says nothing of who ran it."""
+    shown = {key: value for key, value in record.items() if key != "volatile"}
+    for side in ("inputs", "outputs"):
+        shown[side] = {
+            name: [entry | {"path": f"external/{Path(entry['path']).name}"} if Path(entry["path"]).is_absolute() else entry for entry in entries]
+            for name, entries in record[side].items()
+        }
+    return shown
+
+
+# -------------------------------------------------------------------------------------------- surroundings
+
+
+@functools.cache
+def _git() -> dict[str, Any]:
+    """Commit of the package's own checkout, and the digest of what differs from it; nothing where it is not a checkout."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(PACKAGE_ROOT), *arguments], capture_output=True, text=True, timeout=20, check=False)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout if done.returncode == 0 else None
+
+    top = git("rev-parse", "--show-toplevel")
+    if top is None or Path(top.strip()).resolve() != PACKAGE_ROOT.resolve():
+        return {"commit": None, "dirty": None, "diff_sha256": None}
+    parts = ("meddiff_steps", "rules", "Snakefile")
+    commit, status, diff = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", *parts), git("diff", "HEAD", "--", *parts)
+    dirty = bool(status)
+    changes = hashlib.sha256(f"{status}\0{diff}".encode()).hexdigest() if dirty else None
+    return {"commit": commit.strip() if commit else None, "dirty": dirty, "diff_sha256": changes}
+
+
+def lock_file() -> Path | None:
+    """The lock of the environment, where the package runs from its checkout."""
+    path = PACKAGE_ROOT / "envs" / "requirements.lock"
+    return path if path.is_file() else None
+
+
+@functools.cache
+def environment() -> dict[str, Any]:
+    """What a result can depend on beside code and settings: versions, processor, accelerator, torch's switches."""
+    versions = {name: _version(name) for name in PACKAGES}
+    lock = lock_file()
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "kernel": platform.release(),
+        "libc": "-".join(platform.libc_ver()),
+        "cpu": _cpu(),
+        "packages": {name: version for name, version in versions.items() if version},
+        "lock_sha256": sha256_file(lock) if lock else None,
+        "variables": {
+            k: v for k, v in sorted(os.environ.items()) if k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG", "ONEDNN_MAX_CPU_ISA")
+        },
+    }
+    torch = sys.modules.get("torch")  # a step that never imported it does not depend on it
+    return found | ({"torch": _torch(torch)} if torch is not None else {})
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
+    except OSError:
+        return {"model": platform.processor(), "isa": []}
+    fields = dict(tuple(part.strip() for part in line.split(":", 1)) for line in lines if ":" in line)
+    flags = set(fields.get("flags", fields.get("Features", "")).split())
+    return {
+        "model": fields.get("model name", platform.processor()),
+        "isa": sorted(flags & {"avx", "avx2", "avx512f", "avx512_bf16", "amx_bf16", "fma", "asimd", "sve"}),
+    }
+
+
+def _torch(torch: Any) -> dict[str, Any]:
+    cuda = torch.cuda.is_available()
+    flags = {
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+    }
+    if cuda:
+        device = torch.cuda.get_device_properties(0)
+        flags["gpu"] = {
+            "name": device.name,
+            "multiprocessors": device.multi_processor_count,
+            "capability": f"{device.major}.{device.minor}",
+            "count": torch.cuda.device_count(),
+        }
+    return flags

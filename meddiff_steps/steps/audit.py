@@ -1,0 +1,39 @@
+"""Step `audit`: check a release, level by level."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from meddiff_steps.files import write_atomic, write_json
+from meddiff_steps.provenance.audit import Request, audit
+from meddiff_steps.provenance.audit_report import as_html, as_text
+
+
+def run(
+    release: Annotated[Path, typer.Argument(help="root of the release")],
+    key: Annotated[Path | None, typer.Option(help="the publisher's public key (PEM), from elsewhere than the release; L1")] = None,
+    private: Annotated[Path | None, typer.Option(help="the private ledger (privacy/ledger-private.parquet); L4")] = None,
+    models: Annotated[Path | None, typer.Option(help="folder with autoencoder/ and diffusion/; L6 makes images again")] = None,
+    results: Annotated[Path | None, typer.Option(help="the study's folder with the real scans; L7 compares with them again")] = None,
+    sample: Annotated[int, typer.Option(min=1, help="images that L6 and L7 look at")] = 20,
+    seed: Annotated[str, typer.Option(help="what those images are drawn by; choose one that the publisher could not know")] = "audit",
+    images: Annotated[bool, typer.Option(help="read the images; without, L1 looks at sizes only and L5 does not run")] = True,
+    threads: Annotated[int, typer.Option(help="CPU threads of L6 and L7")] = 1,
+    json: Annotated[Path | None, typer.Option(help="report to write (JSON)")] = None,
+    html: Annotated[Path | None, typer.Option(help="report to write (HTML)")] = None,
+) -> None:
+    """Check a release: form, integrity and signature, completeness, lineage, recipes, content, and with --models and --results
+    also by making images again and comparing with the real scans again.
+
+    Exit code 0: nothing found; 1: findings; 2: could not run.  A level that could not run says so and why.
+    """
+    report = audit(Request(release, key, private, models, results, sample, seed, images, threads))
+    if json is not None:
+        write_json(json, report.to_json())
+    if html is not None:
+        write_atomic(html, as_html(report).encode())
+    print(as_text(report))
+    raise typer.Exit(0 if report.passed else 1)

@@ -1,0 +1,23 @@
+"""Step `diff`: how two releases differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from meddiff_steps.provenance.story import compare
+
+
+def run(
+    first: Annotated[Path, typer.Argument(help="root of a release")],
+    second: Annotated[Path, typer.Argument(help="root of another")],
+) -> None:
+    """Name every field of config, recipes, images, code and environment that differs, and in how many subjects.
+
+    Exit code 0: the same; 1: they differ; 2: could not run.
+    """
+    lines = compare(first, second)
+    print("\n".join(lines) if lines else "no difference")
+    raise typer.Exit(1 if lines else 0)

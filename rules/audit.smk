@@ -1,0 +1,30 @@
+rule audit:
+    input:
+        root=LEDGER,
+        private=PRIVATE_LEDGER,
+        models=[AUTOENCODER, DIFFUSION_FILES["diffusion"], REFERENCE],
+    output:
+        touch(f"{RESULTS}/audit/passed"),
+    log:
+        text=f"{RESULTS}/logs/audit.log",
+        # Logs stay when a job fails, as this one does when something is found.
+        json=f"{RESULTS}/audit/audit.json",
+        html=f"{RESULTS}/audit/audit.html",
+    benchmark:
+        f"{RESULTS}/benchmarks/audit.tsv"
+    conda:
+        "../envs/meddiff.yaml"
+    threads: 8
+    resources:
+        mem_mb=memory(4000, 600, STUDY.generate.batch_size),
+        runtime=minutes(240),
+        gpu=min(GPUS, 1),
+    params:
+        release=RELEASE_ROOT,
+        results=RESULTS,
+        code=code_digest("audit"),
+    message:
+        f"Auditing the release; the report is {RESULTS}/audit/audit.html"
+    shell:
+        "python -m meddiff_steps audit {params.release} --private {input.private} --models {params.results} --results {params.results} "
+        "--json {log.json} --html {log.html} --threads {threads} 2>&1 | tee {log.text}"

@@ -1,0 +1,128 @@
+"""The ledger and what is released with it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from tiny_release import AGAIN, DOUBLE, GIVEN_UP, LIMITS, Place
+
+from meddiff_steps.errors import UserError
+from meddiff_steps.provenance import ledger, verify
+from meddiff_steps.provenance.audit import Request, audit
+from meddiff_steps.provenance.canonical import canonical_bytes
+
+
+def lines(release: Path) -> dict[str, dict]:
+    return {row["sample_id"]: row for _, row in ledger.read_lines(release / "provenance/ledger.jsonl")}
+
+
+def test_the_clean_release_passes_every_level_that_can_run(place):
+    report = audit(Request(place.release, key=Path(f"{place.key}.pub"), private=place.private))
+    assert [(check.name, check.text, check.examples) for check in report.checks if check.outcome == "finding"] == []
+    assert [report.status(level) for level in range(8)] == ["PASS"] * 6 + ["NOT RUN"] * 2
+    assert "signed by key" in next(check.text for check in report.checks if check.name == "signature")
+    assert {check.name for check in report.checks if check.outcome == "not run"} == {"all"}, "L6 and L7 say why"
+
+
+def test_a_row_for_everybody_who_was_planned(place):
+    rows = lines(place.release)
+    assert list(rows) == sorted(place.plan["sample_id"]) and len(rows) == 10
+    assert rows[GIVEN_UP]["privacy"] == {"decision": "rejected", "attempts": 2} and rows[DOUBLE]["privacy"] == {"decision": "duplicate", "attempts": 1}
+    for name in (GIVEN_UP, DOUBLE):
+        assert [rows[name][key] for key in ("attempt", "seed_key", "noise_sha256", "image")] == [None] * 4
+    assert rows[AGAIN]["attempt"] == 1 and rows[AGAIN]["privacy"]["attempts"] == 2
+    assert rows["cf000001"]["covariates"] == {"age": 70.5, "sex": "F"} and rows["cf000001"]["noise_index"] == 0
+    assert rows["cf000000"]["seed_key"] == rows["cf000001"]["seed_key"] != rows["cf000002"]["seed_key"]
+    card = json.loads((place.results / "diffusion/card.json").read_text())
+    assert rows[AGAIN]["recipe"]["diffusion"] == card["weights_sha256"] and rows[AGAIN]["recipe"]["num_inference_steps"] == 2
+
+
+def test_both_files_hold_the_same_rows(place):
+    table = list(ledger.read_parquet(place.release / "provenance/ledger.parquet"))
+    assert [canonical_bytes(row) for row in table] == (place.release / "provenance/ledger.jsonl").read_bytes().splitlines()
+    assert pd.read_parquet(place.release / "provenance/ledger.parquet")["sample_id"].tolist() == sorted(place.plan["sample_id"])
+
+
+def test_the_private_ledger_stays_private_and_its_root_is_published(place):
+    rows = list(ledger.read_parquet(place.private))
+    assert len(rows) == 12 and [(row["sample_id"], row["attempt"]) for row in rows] == sorted((row["sample_id"], row["attempt"]) for row in rows)
+    assert rows[0]["limit"] == LIMITS and set(rows[0]["nearest"]) == set(LIMITS)
+    root = json.loads((place.release / "provenance/root.json").read_text())
+    assert root["private_ledger"]["root"] == verify.merkle_root(verify.leaf_hash(canonical_bytes(row)) for row in rows).hex()
+    published = b"".join(path.read_bytes() for path in place.release.rglob("*") if path.is_file())
+    assert b"similarity" not in (place.release / "provenance/ledger.jsonl").read_bytes()
+    rejected = [row["seed_key"].encode() for row in rows if row["decision"] == "rejected"]
+    assert len(rejected) == 3 and not any(key in published for key in rejected), "nor the keys of what was rejected"
+    assert not list(place.release.rglob("*private*"))
+
+
+def test_nothing_of_this_machine_is_published(place, tmp_path):
+    texts = {path: path.read_bytes() for path in place.release.rglob("*") if path.is_file() and path.suffix in (".json", ".jsonl", "")}
+    root = str(place.results.parents[1]).encode()
+    assert [path for path, text in texts.items() if root in text] == []
+    study = json.loads((place.release / "provenance/config.json").read_text())
+    assert study["cohort"]["root"] == study["release"]["signing_key"] == study["results"] == "(path)"
+
+
+def test_sealing_again_gives_the_same_bytes(place, tmp_path):
+    folder = shutil.copytree(place.results, tmp_path / "results/tiny")
+    before = {path.relative_to(place.release): path.read_bytes() for path in place.release.rglob("*") if path.is_file()}
+    again = object.__new__(Place)
+    again.__dict__ |= place.__dict__ | {"results": folder, "release": folder / "release", "private": folder / "privacy/ledger-private.parquet"}
+    again.tables = [folder / table.relative_to(place.results) for table in place.tables]
+    again.complete(), again.seal()
+    assert {path.relative_to(again.release): path.read_bytes() for path in again.release.rglob("*") if path.is_file()} == before
+
+
+def test_the_root_does_not_depend_on_shards(place, tmp_path):
+    public = [json.loads((place.release / "provenance/root.json").read_text())]
+    public += [json.loads((Place(tmp_path / str(size), shard_size=size).release / "provenance/root.json").read_text()) for size in (10, 2)]
+    assert [len(root["ledger"]["shards"]) for root in public] == [3, 1, 5]
+    assert len({root["private_ledger"]["root"] for root in public}) == 1
+    # Shard size is no part of a row; so the same study in 1, 3 and 5 shards has one root.
+    assert len({root["ledger"]["root"] for root in public}) == 1
+    only = public[1]["ledger"]
+    assert only["shards"] == [{"shard": 0, "rows": 10, "ranges": [[0, 10]], "root": only["root"]}]
+
+
+def test_a_release_of_pictures(tmp_path):
+    place = Place(tmp_path, dims=2, sign=False)
+    report = audit(Request(place.release, private=place.private))
+    assert [(check.name, check.text, check.examples) for check in report.checks if check.outcome == "finding"] == []
+    assert next(check for check in report.checks if check.name == "signature").text.startswith("UNSIGNED")
+    assert not (place.release / ".bidsignore").exists()
+
+
+def test_bids_validator(place):
+    validator = shutil.which("bids-validator-deno", path=str(Path(sys.executable).parent))
+    if validator is None:
+        pytest.skip("bids-validator-deno is not installed")
+    done = subprocess.run([validator, "--max-rows", "-1", "--format", "json", str(place.release)], capture_output=True, text=True, check=False)
+    issues = json.loads(done.stdout)["issues"]["issues"]
+    assert [(issue["code"], issue.get("location")) for issue in issues] == []
+
+
+def test_tables_that_do_not_fit_are_refused(place):
+    plan = pd.read_parquet(place.results / "plan.parquet")
+    decisions = pd.read_parquet(place.results / "privacy/decisions.parquet")
+    images = pd.concat([pd.read_parquet(path) for path in place.tables])
+    recipe = ledger.Recipe("a", "d", "ddim", 2, 1.0, 4, "32-true")
+
+    def rows(plan=plan, decisions=decisions, images=images):
+        return list(ledger.public_rows(plan, decisions, images, place.study.covariates, recipe))
+
+    assert len(rows()) == 10
+    with pytest.raises(UserError, match=r"1 accepted subject\(s\) have no image"):
+        rows(images=images.iloc[1:])
+    with pytest.raises(UserError, match="more than one image"):
+        rows(images=pd.concat([images, images.iloc[:1]]))
+    with pytest.raises(UserError, match="no decision"):
+        rows(decisions=decisions[decisions["sample_id"] != "syn000000"])
+    with pytest.raises(UserError, match="not accepted"):
+        rows(decisions=decisions.assign(decision=decisions["decision"].where(decisions["sample_id"] != "syn000000", "rejected")))

@@ -1,0 +1,254 @@
+"""A small sealed release, made by the steps themselves from models that were never trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import torch
+
+from meddiff_steps import config
+from meddiff_steps.cohort.covariates import CovariateEncoding
+from meddiff_steps.cohort.manifest import write_manifest
+from meddiff_steps.files import atomic_path, write_json
+from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
+from meddiff_steps.models.autoencoder import Autoencoder
+from meddiff_steps.models.denoiser import Denoiser
+from meddiff_steps.models.files import level_counts, save_model
+from meddiff_steps.provenance.record import Observer, recorded
+from meddiff_steps.provenance.signature import generate as generate_key
+from meddiff_steps.steps import gate, generate, images, ledger, plan, release
+from meddiff_steps.synthesis.plan import redraw
+
+SHAPE = {3: [8, 8, 8], 2: [8, 8]}
+LIMITS = {"aligned": 0.9, "learned": 0.8, "latent": 0.7}
+#: Subjects that were drawn again, given up, and taken for a double of another.
+AGAIN, GIVEN_UP, DOUBLE = "syn000001", "syn000002", "syn000004"
+UNTROUBLED = "syn000003"
+
+
+class Place:
+    """A study's folder, up to and with its sealed release.
+
+    Parameters
+    ----------
+    shard_size
+        Subjects per shard.
+    sign
+        Whether the release is signed by `self.key`.
+    """
+
+    def __init__(self, root: Path, dims: int = 3, shard_size: int = 4, sign: bool = True, seed: str = "seed") -> None:
+        self.results = root / "results/tiny"
+        self.release = self.results / "release"
+        self.private = self.results / "privacy/ledger-private.parquet"
+        self.key = root / "key.pem"
+        generate_key(self.key)
+        self.study = config.parse_study(
+            {
+                "study": "tiny",
+                "seed": seed,
+                "covariates": {"age": {"unit": "year", "range": [20, 90]}, "sex": {"levels": ["F", "M"]}},
+                "cohort": {"source": "bids", "root": str(root / "secret")},
+                "preprocess": {"shape": SHAPE[dims], "spacing_mm": 20 if dims == 3 else None},
+                "autoencoder": {"channels": [8], "norm_num_groups": 4, "latent_channels": 2},
+                "diffusion": {
+                    "channels": [8],
+                    "attention_levels": [False],
+                    "norm_num_groups": 4,
+                    "num_head_channels": 8,
+                    "covariate_dim": 8,
+                    "num_res_blocks": 1,
+                },
+                "plan": [
+                    {"name": "syn", "subjects": 6, "where": {"age": [25, 88]}},
+                    {"name": "cf", "subjects": 2, "covariates": "counterfactual", "grid": {"age": [30, 70.5]}, "base": {"sex": "F"}},
+                ],
+                "generate": {"sampler": "ddim", "num_inference_steps": 2, "batch_size": 4, "shard_size": shard_size},
+                "privacy": {"max_attempts": 2},
+                "compute": {"device": "cpu", "precision": "32-true"},
+                "release": {"name": "Tiny", "authors": ["A. Author", "B. Author"], "signing_key": str(self.key) if sign else None},
+            },
+            "test",
+        )
+        self.make()
+
+    def frozen(self, stage: str) -> Path:
+        return config.freeze(self.study, stage, self.results / "config")
+
+    def real(self, step: str, run: Callable[..., None], **arguments: Any) -> None:
+        recorded(step, run)(config=self.frozen(step), **arguments)
+
+    def stand_in(self, step: str, write: Callable[[], None], **files: Any) -> None:
+        """A step that is too slow for a test: its files are written by `write`, and recorded as if it had run."""
+        observer = Observer(step, self.results, {"config": self.frozen(step), **files})
+        write()
+        observer.finish()
+
+    def make(self) -> None:
+        self.make_models()
+        root, models = self.results, self.model_files()
+        self.real("plan", plan.run, manifest=root / "cohort/manifest.parquet", out=root / "plan.parquet")
+        self.plan = pd.read_parquet(root / "plan.parquet")
+        self.shards = sorted(self.plan["shard"].unique())
+        for shard in self.shards:
+            self.make_shard(int(shard), models)
+        self.judge()
+        for shard in self.shards:
+            self.real(
+                "images",
+                images.run,
+                generated=root / f"filtered/shard-{shard:04d}.arrow",
+                released=root / "privacy/released.parquet",
+                release=self.release,
+                out=root / f"images/shard-{shard:04d}.parquet",
+            )
+        self.tables = [root / f"images/shard-{shard:04d}.parquet" for shard in self.shards]
+        self.complete()
+        self.seal()
+
+    def model_files(self) -> dict[str, Path]:
+        kinds = ("autoencoder", "diffusion")
+        return {kind: self.results / kind / "model.safetensors" for kind in kinds} | {f"{kind}_card": self.results / kind / "card.json" for kind in kinds}
+
+    def make_models(self) -> None:
+        root, study = self.results, self.study
+        (root / "cohort").mkdir(parents=True)
+        draw = np.random.default_rng(3)
+        ids = [f"sub-{i:02d}" for i in range(40)]
+        scans = pd.DataFrame({"scan_id": ids, "subject_id": ids, "session_id": None, "path": "x", "sha256": "0", "content_sha256": "0", "split": "train"})
+        scans = scans.assign(age=draw.uniform(21, 89, 40).round(1), sex=draw.choice(["F", "M"], 40))
+        manifest, card = root / "cohort/manifest.parquet", root / "cohort/card.json"
+
+        def write_cohort() -> None:
+            write_manifest(scans, manifest)
+            write_json(card, {"scans": 40, "subjects": 40, "simulated": False})
+
+        self.stand_in("cohort", write_cohort, out=manifest, card=card)
+        shard = root / "preprocessed/shard-0000.arrow"
+        self.stand_in("preprocess", lambda: write_json(shard, {"stands for": "images"}), manifest=manifest, out=shard)
+        torch.manual_seed(1)
+        first = Autoencoder(study.autoencoder, study.spatial_dims)
+        shape = [1, *study.preprocess.shape]
+        latent = [2, *(n // 2 for n in shape[1:])]
+        encoding = CovariateEncoding.fit(scans, study.covariates)
+        second = Denoiser(study.diffusion, latent, level_counts(encoding))
+        with torch.no_grad():  # brighter and rougher than an untrained network, so that images are images
+            for parameter in first.parameters():
+                parameter.mul_(1.7)
+            for parameter in second.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))  # its last layer begins at zero
+        files = self.model_files()
+        settings = {"settings": study.autoencoder.model_dump(mode="json"), "image_shape": shape, "latent_shape": latent, "precision": "32-true"}
+        self.stand_in(
+            "autoencoder",
+            lambda: save_model(first, files["autoencoder"], files["autoencoder_card"], settings),
+            manifest=manifest,
+            images=[shard],
+            weights=files["autoencoder"],
+            card=files["autoencoder_card"],
+        )
+        described = {"settings": study.diffusion.model_dump(mode="json"), "latent_shape": latent, "gaussian_rank": 0, "encoding": encoding.to_json()}
+        latents = root / "latents/shard-0000.arrow"
+        self.stand_in("latents", lambda: write_json(latents, {}), images=shard, autoencoder=files["autoencoder"], out=latents)
+        self.stand_in(
+            "diffusion",
+            lambda: save_model(second, files["diffusion"], files["diffusion_card"], described),
+            manifest=manifest,
+            latents=[latents],
+            weights=files["diffusion"],
+            card=files["diffusion_card"],
+        )
+        calibration = {"status": "CALIBRATED", "level": 0.05, "subjects": 99, "needed": 59, "detectors": list(LIMITS), "thresholds": LIMITS, "groups": {}}
+        place = root / "privacy/calibration.json"
+        self.stand_in("calibrate", lambda: write_json(place, calibration), images=[shard], autoencoder=files["autoencoder"], out=place)
+
+    def make_shard(self, shard: int, models: dict[str, Path]) -> None:
+        root = self.results
+        out, filtered = root / f"generated/shard-{shard:04d}.arrow", root / f"filtered/shard-{shard:04d}.arrow"
+        self.real("generate", generate.run, plan=root / "plan.parquet", shard=shard, out=out, **models)
+        redraw(self.plan, 1).to_parquet(root / "again.parquet")
+        generate.run(config=self.frozen("generate"), plan=root / "again.parquet", shard=shard, out=root / "again.arrow", **models)
+        decisions = root / f"privacy/decisions/shard-{shard:04d}.parquet"
+
+        def write() -> None:
+            first, second = Shards([out]), Shards([root / "again.arrow"])
+            columns = {"sample_id": pa.string(), "attempt": pa.int64(), "image": Tensor("float16", first.shape("image"))}
+            rows = []
+            with ShardWriter(filtered, columns) as writer:
+                for place, name in enumerate(first.column("sample_id")):
+                    for attempt, drawn in enumerate((first, second)):
+                        bad = name == GIVEN_UP or (name == AGAIN and attempt == 0)
+                        rows.append(self.candidate(name, attempt, bad))
+                        if not bad:
+                            writer.append(sample_id=name, attempt=attempt, image=drawn.tensor("image", place))
+                            break
+            with atomic_path(decisions) as path:
+                pd.DataFrame(rows).to_parquet(path, index=False)
+
+        files = {"plan": root / "plan.parquet", "generated": out, "calibration": root / "privacy/calibration.json", **models}
+        self.stand_in("filter", write, **files, out=filtered, decisions=decisions, shard=shard)
+        for name in ("again.parquet", "again.arrow"):
+            (root / name).unlink()
+
+    def candidate(self, name: str, attempt: int, bad: bool) -> dict[str, Any]:
+        draw = np.random.default_rng([*name.encode(), attempt])
+        similarity = {detector: draw.uniform(0, 1) * limit for detector, limit in LIMITS.items()} | ({"learned": 0.93} if bad else {})
+        row = redraw(self.plan[self.plan["sample_id"] == name], attempt).iloc[0]
+        front = {"sample_id": name, "attempt": attempt, "seed_key": row["seed_key"]}
+        front |= {"decision": "rejected" if bad else "accepted", "reason": "learned" if bad else ""}
+        nearest = {f"nearest_{detector}": int(draw.integers(40)) for detector in LIMITS}
+        return front | {f"similarity_{detector}": value for detector, value in similarity.items()} | nearest
+
+    def judge(self) -> None:
+        root = self.results
+        report, decisions = root / "privacy/report.json", root / "privacy/decisions.parquet"
+        parts = [root / f"privacy/decisions/shard-{shard:04d}.parquet" for shard in self.shards]
+
+        def write() -> None:
+            table = pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True)
+            table.loc[(table["sample_id"] == DOUBLE) & (table["decision"] == "accepted"), "decision"] = "duplicate"
+            with atomic_path(decisions) as path:
+                table.to_parquet(path, index=False)
+            counts = {
+                "planned": len(self.plan),
+                "released": int((table["decision"] == "accepted").sum()),
+                "duplicates": 1,
+                "failed": 1,
+                "candidates": len(table),
+            }
+            calibration = {"status": "CALIBRATED", "detectors": list(LIMITS), "level": 0.05, "subjects": 99, "needed": 59}
+            write_json(report, {"verdict": "PASS", "gates": [], "counts": counts, "calibration": calibration})
+
+        filtered = [root / f"filtered/shard-{shard:04d}.arrow" for shard in self.shards]
+        self.stand_in("privacy", write, plan=root / "plan.parquet", shard_decisions=parts, filtered=filtered, decisions=decisions, out=report)
+        self.real("gate", gate.run, report=report, decisions=decisions, plan=root / "plan.parquet", out=root / "privacy/released.parquet")
+
+    def complete(self) -> None:
+        root = self.results
+        card, report = root / "cohort/card.json", root / "privacy/report.json"
+        out = self.release / "dataset_description.json"
+        self.real("release", release.run, released=root / "privacy/released.parquet", privacy=report, images=self.tables, cohort_card=card, out=out)
+
+    def seal(self) -> dict[str, Any]:
+        root = self.results
+        files = {name: path for name, path in self.model_files().items() if name.endswith("card")}
+        self.real(
+            "ledger",
+            ledger.run,
+            plan=root / "plan.parquet",
+            decisions=root / "privacy/decisions.parquet",
+            privacy=root / "privacy/report.json",
+            calibration=root / "privacy/calibration.json",
+            images=self.tables,
+            description=self.release / "dataset_description.json",
+            private=self.private,
+            out=self.release / "provenance/root.json",
+            **files,
+        )
+        return json.loads((self.release / "provenance/root.json").read_text())
