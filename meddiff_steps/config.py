@@ -540,6 +540,7 @@ PATH_KEYS = {
     ("autoencoder", "perceptual", "weights"),
     ("plan", "table"),
     ("release", "signing_key"),
+    ("evaluate", "features", "weights"),
 }
 
 
