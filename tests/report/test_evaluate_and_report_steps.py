@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import torch
 
 from meddiff_steps.cohort.manifest import write_manifest
 from meddiff_steps.config import freeze, parse_study
@@ -89,6 +90,7 @@ class Fabricated:
             for panel in ("sweep:size", "sweep:sex", "interpolation"):
                 for position in range(3):
                     shard.append(panel=panel, row=0, position=position, label=f"{position}", image=made[position])
+        torch.manual_seed(0)
         save_model(Embedder(shape), root / "embedder.safetensors", root / "embedder.json", {"image_shape": [1, *shape]})
         for name in ("autoencoder", "diffusion"):
             (root / f"{name}.json").write_text(json.dumps({"digest": "ab" * 32, "psnr": {"value": 30.0, "low": 29.0, "high": 31.0, "n": 9}}))
