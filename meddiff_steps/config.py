@@ -386,7 +386,7 @@ class Evaluate(Section):
     max_images: Annotated[int, Field(ge=20, le=5000)] = Field(
         500, description="Synthetic, training and held-out images at most, of each, that realism and diversity are measured on."
     )
-    realism_bootstrap: Annotated[int, Field(ge=100)] = Field(200, description="Resamples behind the intervals of Frechet, KID, Vendi and Wasserstein.")
+    realism_bootstrap: Annotated[int, Field(ge=100)] = Field(200, description="Resamples behind the intervals of Frechet, KID and Wasserstein distances.")
     permutations: Annotated[int, Field(ge=100)] = Field(1000, description="Of the test behind KID; the smallest p-value is 1 / (permutations + 1).")
     ssim_pairs: PositiveInt = Field(100, description="Pairs of images whose similarity is averaged, of synthetic and of real images.")
     neighbours: PositiveInt = Field(5, description="Nearest neighbours that span the manifolds of precision, recall, density and coverage.")

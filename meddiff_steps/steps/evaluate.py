@@ -279,8 +279,8 @@ def _realism_and_diversity(
         scale = Scale.of(found["training"][space.name], smallest)
         samples = {kind: Sample(scale.standard(found[kind][space.name]), units[kind]) for kind in ids}
         card |= {"features": len(scale.mean), "components": scale.basis.shape[1], "explained": [float(f"{x:.4g}") for x in scale.explained[:2]]}
-        common: dict[str, Any] = {"resamples": settings.bootstrap, "slow_resamples": settings.realism_bootstrap, "seed": study.seed}
-        like[space.name] = card | realism(samples, scale, permutations=settings.permutations, **common)
+        common: dict[str, Any] = {"resamples": settings.bootstrap, "seed": study.seed}
+        like[space.name] = card | realism(samples, scale, slow_resamples=settings.realism_bootstrap, permutations=settings.permutations, **common)
         by_space[space.name] = card | {"neighbours": settings.neighbours} | diversity(samples, neighbours=settings.neighbours, **common)
         for kind in ("held_out", "synthetic"):
             first = scale.components(samples[kind].features)[:, :2]
@@ -290,11 +290,11 @@ def _realism_and_diversity(
 
     shape = real.shape("image")[1:]
     ssim = SsimSettings.for_shape(shape)
-    common = {"pairs": settings.ssim_pairs, "resamples": settings.bootstrap, "seed": study.seed}
+    options: dict[str, Any] = {"pairs": settings.ssim_pairs, "resamples": settings.bootstrap, "seed": study.seed}
     pairs = {}
     for kind in ("synthetic", "training"):
         images = _Lazy(shards[kind], "image", rows[kind])
-        pairs[kind] = pair_similarity(images.__getitem__, units[kind], shape, label=kind, **common)
+        pairs[kind] = pair_similarity(images.__getitem__, units[kind], shape, label=kind, **options)
     various = {ssim.name: pairs["synthetic"] | {"floor": pairs["training"]}, "ssim_settings": ssim.card() | {"metric": ssim.name}, "features": by_space}
     empty = pd.DataFrame({"id": pd.Series(dtype="string"), "kind": "", "space": "", "pc1": 0.0, "pc2": 0.0})
     return like, various, pd.concat(places, ignore_index=True) if places else empty

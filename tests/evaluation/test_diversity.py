@@ -63,12 +63,20 @@ def test_vendi_figure_tells_shift_from_collapse() -> None:
     width = d.kernel_width(points("training", 80))
 
     def score(features: np.ndarray) -> dict[str, float]:
-        return d.vendi_figure(Sample(features, np.arange(len(features)).astype(str)), width, resamples=100, seed="", label="")
+        return d.vendi_figure(Sample(features, np.arange(len(features)).astype(str)), width)
 
     base = score(points("set", 80))
     assert base["low"] < base["value"] < base["high"]
     assert score(points("set", 80) + 50.0)["value"] == pytest.approx(base["value"])
     assert score(0.05 * points("set", 80))["high"] < 0.5 * base["low"]
+
+
+def test_vendi_interval_covers_the_expected_score() -> None:
+    samples = [Sample(points(f"vendi {i}", 25), np.arange(25).astype(str)) for i in range(100)]
+    found = [d.vendi_figure(sample, 8.0) for sample in samples]
+    expected = np.mean([f["value"] for f in found])
+    assert sum(f["low"] <= expected <= f["high"] for f in found) >= 88
+    assert d.vendi_figure(Sample(points("vendi", 5), np.array(["one"] * 5)), 8.0)["low"] is None
 
 
 def test_pairs_are_distinct_and_of_different_subjects() -> None:
@@ -117,15 +125,11 @@ def test_intervals_cover_what_many_images_give() -> None:
 
 def test_the_same_images_as_training_reach_the_ceiling() -> None:
     base = {"training": points("training", 60), "held_out": points("held", 50), "synthetic": points("training", 60)}
-    found = d.diversity(
-        {k: Sample(v, np.array([f"{k}{i}" for i in range(len(v))])) for k, v in base.items()}, neighbours=5, resamples=100, slow_resamples=100, seed=""
-    )
+    found = d.diversity({k: Sample(v, np.array([f"{k}{i}" for i in range(len(v))])) for k, v in base.items()}, neighbours=5, resamples=100, seed="")
     for entry in found.values():
         assert entry["value"] == entry["ceiling"]["value"]
     base["synthetic"] = base["synthetic"] + 100.0  # like nothing real: no image in common, which 60 images say to within 3 / 60
-    found = d.diversity(
-        {k: Sample(v, np.array([f"{k}{i}" for i in range(len(v))])) for k, v in base.items()}, neighbours=5, resamples=100, slow_resamples=100, seed=""
-    )
+    found = d.diversity({k: Sample(v, np.array([f"{k}{i}" for i in range(len(v))])) for k, v in base.items()}, neighbours=5, resamples=100, seed="")
     assert (found["precision"]["value"], found["precision"]["low"], found["precision"]["high"]) == (0.0, 0.0, 0.05)
     assert (found["coverage"]["value"], found["coverage"]["high"]) == (0.0, 0.06)
     assert (found["precision"]["n"], found["recall"]["n"]) == (60, 50)

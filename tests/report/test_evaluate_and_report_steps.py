@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import torch
 
 from meddiff_steps.cohort.manifest import write_manifest
 from meddiff_steps.config import freeze, parse_study
@@ -89,6 +90,7 @@ class Fabricated:
             for panel in ("sweep:size", "sweep:sex", "interpolation"):
                 for position in range(3):
                     shard.append(panel=panel, row=0, position=position, label=f"{position}", image=made[position])
+        torch.manual_seed(0)
         save_model(Embedder(shape), root / "embedder.safetensors", root / "embedder.json", {"image_shape": [1, *shape]})
         for name in ("autoencoder", "diffusion"):
             (root / f"{name}.json").write_text(json.dumps({"digest": "ab" * 32, "psnr": {"value": 30.0, "low": 29.0, "high": 31.0, "n": 9}}))
@@ -195,7 +197,7 @@ def test_realism_and_diversity_of_a_perfect_generator(study: Fabricated) -> None
         assert (entry["frechet"]["n"], entry["classifier_auc"]["n"]) == (40, 85)
         for key in ("precision", "recall", "density", "coverage", "vendi"):
             figure = metrics["diversity"]["features"][name][key]
-            assert figure["high"] >= figure["ceiling"]["low"]
+            assert figure["value"] > 0.75 * figure["ceiling"]["value"], (name, key)
     kind = metrics["diversity"]["ssim_settings"]["metric"]
     pairs = metrics["diversity"][kind]
     assert (pairs["pairs"], pairs["floor"]["pairs"]) == (20, 20)
