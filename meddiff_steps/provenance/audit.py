@@ -194,7 +194,9 @@ class Sealed:
     def count_weights(self, row: ledger.Row) -> None:
         """Note which weights a row names: (kind, digest) -> first subject and number of rows."""
         recipe = row.get("recipe")
-        for kind in ("autoencoder", "diffusion") if isinstance(recipe, dict) else ():
+        if not isinstance(recipe, dict):
+            return
+        for kind in ("autoencoder", "diffusion"):
             digest = str(recipe.get(kind))
             first, count = self.weights.get((kind, digest), (str(row.get("sample_id")), 0))
             self.weights[kind, digest] = (first, count + 1)
@@ -220,7 +222,7 @@ def check_twins(release: Sealed) -> list[Check]:
             if next(table, None) != row or _canonical(row) != content:
                 differ.append(f"line {number} ({row.get('sample_id')})")
             release.count_weights(row)
-        differ += [f"{bundle.TABLE}: row {row.get('sample_id')} too many" for row in table]
+        differ += [f"{bundle.TABLE}: row {extra.get('sample_id')} too many" for extra in table]
     except UserError as error:
         differ.append(str(error))
     return [

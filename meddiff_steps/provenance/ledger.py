@@ -89,7 +89,7 @@ def public_rows(plan: pd.DataFrame, decisions: pd.DataFrame, images: pd.DataFram
     attempts = decisions.groupby("sample_id").size().to_dict()
     accepted = decisions[decisions["decision"] == "accepted"].set_index("sample_id")[["attempt", "seed_key"]].to_dict("index")
     duplicates = set(decisions.loc[decisions["decision"] == "duplicate", "sample_id"])
-    _check_fit(set(plan["sample_id"]), set(attempts), set(accepted), set(files))
+    _check_fit(*(set(map(str, names)) for names in (plan["sample_id"], attempts, accepted, files)))
     shared = asdict(recipe)
     shared["guidance_scale"] = _value(recipe.guidance_scale, False)
     categorical = {name for name, covariate in covariates.items() if isinstance(covariate, CategoricalCovariate)}
@@ -129,9 +129,14 @@ def _value(value: Any, categorical: bool) -> str | float | None:
     return str(value) if categorical else int(value) if float(value).is_integer() else float(value)
 
 
+def detectors_of(decisions: pd.DataFrame) -> list[str]:
+    """Names of the detectors that a table of decisions holds similarities of."""
+    return sorted(name.removeprefix("similarity_") for name in map(str, decisions) if name.startswith("similarity_"))
+
+
 def private_rows(plan: pd.DataFrame, decisions: pd.DataFrame, thresholds: Thresholds | None, subgroup: str | None) -> Iterator[Row]:
     """Rows of the private ledger, ordered by sample id and attempt: every candidate, its nearest training scans, the limits that it was held to."""
-    detectors = sorted(name.removeprefix("similarity_") for name in decisions if name.startswith("similarity_"))
+    detectors = detectors_of(decisions)
     groups = dict(zip(plan["sample_id"], plan[subgroup].astype(str) if subgroup else ["all"] * len(plan), strict=True))
     ordered = decisions.assign(sample_id=decisions["sample_id"].map(str)).sort_values(["sample_id", "attempt"])
     for candidate in ordered.to_dict("records"):
