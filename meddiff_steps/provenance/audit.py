@@ -180,6 +180,7 @@ class Sealed:
         self.study: config.Study | None = None
         self.config: dict[str, Any] = {}
         self.records: dict[str, lineage.Record] = {}
+        self.weights: dict[tuple[str, str], tuple[str, int]] = {}
         try:
             self.config = read_json(folder / bundle.CONFIG)
             self.study = config.parse_study(self.config, bundle.CONFIG)
@@ -189,6 +190,16 @@ class Sealed:
             self.records = lineage.read_records(folder / bundle.RECORDS)
         except UserError as error:
             self.problems.append(str(error))
+
+    def count_weights(self, row: ledger.Row) -> None:
+        """Note which weights a row names: (kind, digest) -> first subject and number of rows."""
+        recipe = row.get("recipe")
+        if not isinstance(recipe, dict):
+            return
+        for kind in ("autoencoder", "diffusion"):
+            digest = str(recipe.get(kind))
+            first, count = self.weights.get((kind, digest), (str(row.get("sample_id")), 0))
+            self.weights[kind, digest] = (first, count + 1)
 
     def rows(self) -> Iterator[ledger.Row]:
         """Rows of the ledger, one at a time."""
@@ -207,12 +218,11 @@ def check_twins(release: Sealed) -> list[Check]:
     differ: list[str] = []
     try:
         table = ledger.read_parquet(release.folder / bundle.TABLE)
-        missing: dict[str, Any] = {}
-        for number, content, row in verify.rows(release.folder):
-            twin = next(table, missing)
-            if row is None or _canonical(twin) != content:
-                differ.append(f"line {number}" + (f" ({row['sample_id']})" if isinstance(row, dict) and "sample_id" in row else ""))
-        differ += [f"{bundle.TABLE}: row {row.get('sample_id')} too many" for row in table]
+        for number, (content, row) in enumerate(ledger.read_lines(release.folder / bundle.LINES), start=1):
+            if next(table, None) != row or _canonical(row) != content:
+                differ.append(f"line {number} ({row.get('sample_id')})")
+            release.count_weights(row)
+        differ += [f"{bundle.TABLE}: row {extra.get('sample_id')} too many" for extra in table]
     except UserError as error:
         differ.append(str(error))
     return [
@@ -275,12 +285,7 @@ def _weight_problems(release: Sealed, found: lineage.Lineage) -> Iterator[str]:
         kind = record["step"]
         if kind in written:
             written[kind] |= {entry["weights_sha256"] for entry in lineage.entries(record, "outputs") if entry["path"] == path and "weights_sha256" in entry}
-    used: dict[tuple[str, str], tuple[str, int]] = {}
-    for row in release.rows():
-        for kind in written:
-            digest = row["recipe"][kind]
-            first, count = used.get((kind, digest), (row["sample_id"], 0))
-            used[kind, digest] = (first, count + 1)
+    used = release.weights
     for (kind, digest), (first, count) in used.items():
         if digest not in written[kind]:
             yield f"{kind} {digest[:16]} of {count} row(s), first {first}: no recorded training wrote it"
@@ -323,10 +328,12 @@ def check_recipes(release: Sealed, private: Path | None) -> list[Check]:
     noises: dict[str, tuple[str, str, int]] = {}
     counts: Counter[str] = Counter()
     decisions: Counter[str] = Counter()
+    outcomes: dict[str, Outcome] = {}
     for row in tqdm(release.rows(), total=release.root["ledger"]["rows"], desc="recipes", unit="row", mininterval=5, file=sys.stderr):
         name, group = row["sample_id"], groups.get(row["group"])
         counts[row["group"]] += 1
         decisions[row["privacy"]["decision"]] += 1
+        outcomes[name] = (row["attempt"], row["seed_key"], row["privacy"]["attempts"])
         if group is None:
             wrong["groups"].append(f"{name}: group {row['group']!r} is not in the plan")
             continue
@@ -367,7 +374,7 @@ def check_recipes(release: Sealed, private: Path | None) -> list[Check]:
         judged(4, "attempts", wrong["attempts"], "attempts and decisions fit together", "row(s) whose attempts and decisions do not fit"),
         judged(4, "verdict", _verdict_problems(release, decisions), f"counts and verdict ({release.root['privacy'].get('verdict')}) fit", "problem(s)"),
         judged(4, "settings", _settings_problems(release), "the settings of every run are those of config.json", "run(s) had other settings than config.json"),
-        *check_private(release, private),
+        *check_private(release, private, outcomes),
     ]
 
 
@@ -463,7 +470,11 @@ def _settings_problems(release: Sealed) -> Iterator[str]:
             yield f"{path} (step {record['step']})"
 
 
-def check_private(release: Sealed, private: Path | None) -> list[Check]:
+#: Attempt and key of a subject's released image (None if there is none), and the number of its attempts.
+Outcome = tuple[int | None, str | None, int]
+
+
+def check_private(release: Sealed, private: Path | None, outcomes: Mapping[str, Outcome]) -> list[Check]:
     """L4: the private ledger is the one that the release commits to, and agrees with the public one."""
     if private is None:
         return [Check(4, "private-ledger", "not run", "no private ledger: give --private")]
@@ -476,19 +487,18 @@ def check_private(release: Sealed, private: Path | None) -> list[Check]:
         for row in ledger.read_parquet(private):
             leaves.append(verify.leaf_hash(canonical_bytes(row)))
             tries[row["sample_id"]] += 1
-            if row["decision"] != "rejected":
-                accepted[row["sample_id"]] = (row["attempt"], row["seed_key"]) if row["decision"] == "accepted" else (-1, "")
+            if row["decision"] == "accepted":
+                accepted[row["sample_id"]] = (row["attempt"], row["seed_key"])
             wrong += [f"{row['sample_id']}, attempt {row['attempt']}: {problem}" for problem in _candidate_problems(row)]
     except (UserError, ValueError, KeyError, TypeError) as error:
         return [Check(4, "private-ledger", "finding", f"{private} cannot be read as the private ledger ({error})")]
     if verify.merkle_root(leaves).hex() != sealed.get("root") or len(leaves) != sealed.get("rows"):
         wrong.append("its root is not the one that root.json commits to")
-    for row in release.rows():
-        mine = accepted.get(row["sample_id"])
-        if (mine if mine != (-1, "") else None) != ((row["attempt"], row["seed_key"]) if row["image"] else None):
-            wrong.append(f"{row['sample_id']}: released and accepted do not fit together")
-        if tries[row["sample_id"]] != row["privacy"]["attempts"]:
-            wrong.append(f"{row['sample_id']}: {tries[row['sample_id']]} candidates, {row['privacy']['attempts']} attempts")
+    for name, (attempt, key, attempts) in outcomes.items():
+        if accepted.get(name, (None, None)) != (attempt, key):
+            wrong.append(f"{name}: released and accepted do not fit together")
+        if tries[name] != attempts:
+            wrong.append(f"{name}: {tries[name]} candidates, {attempts} attempts")
     return [
         judged(4, "private-ledger", wrong, f"{len(leaves)} candidates; decisions follow from similarities and limits", "problem(s) with the private ledger")
     ]

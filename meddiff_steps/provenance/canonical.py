@@ -22,61 +22,64 @@ def canonical_json(value: Any) -> str:
         A number is not finite, an integer is beyond 2^53, a key is no text, text holds half a surrogate pair, or a value is
         nothing that JSON knows.
     """
-    plain, simple = _plain(value)
-    if simple:
-        return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return _encode(plain)
+    if _simple(value):
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return _encode(value)
 
 
 def canonical_bytes(value: Any) -> bytes:
     """`canonical_json` in UTF-8: what is hashed and signed."""
-    return canonical_json(value).encode("utf-8")
+    return _utf8(canonical_json(value))
 
 
-def _plain(value: Any) -> tuple[Any, bool]:
-    """The value with whole floats as integers, and whether Python's own encoder, ten times as fast, already writes it as RFC 8785 asks."""
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"text with half a surrogate pair cannot be written as JSON: {text[:80]!r}") from None
+
+
+def _simple(value: Any) -> bool:
+    """Whether Python's own encoder, ten times as fast, writes a value as RFC 8785 asks."""
     kind = type(value)
-    if value is None or kind is bool:
-        return value, True
     if kind is str:
-        if not value.isascii():
-            try:
-                value.encode("utf-8")
-            except UnicodeEncodeError:
-                raise ValueError(f"text with half a surrogate pair cannot be written as JSON: {value!r}") from None
-        return value, True
-    if kind is int:
-        if abs(value) > EXACT:
-            raise ValueError(f"integer {value} is beyond 2^53 and not exact in JSON; write it as text")
-        return value, True
-    if kind is float:
-        if not math.isfinite(value):
-            raise ValueError(f"{value} cannot be written as JSON")
-        if value.is_integer() and abs(value) < EXACT:
-            return int(value), True  # also -0.0
-        return value, 1e-4 <= abs(value) < EXACT
+        return bool(value.isascii())
     if kind is dict:
-        if not all(type(key) is str for key in value):
-            raise ValueError(f"a key must be text, found {[key for key in value if type(key) is not str][:3]}")
-        parts = {key: _plain(item) for key, item in value.items()}
-        return {key: item for key, (item, _) in parts.items()}, all(simple for _, simple in parts.values()) and all(map(str.isascii, parts))
-    if kind in (list, tuple):
-        items = [_plain(item) for item in value]
-        return [item for item, _ in items], all(simple for _, simple in items)
-    raise ValueError(f"{kind.__name__} is nothing that JSON knows; convert it first")
+        return all(type(key) is str and key.isascii() and _simple(item) for key, item in value.items())
+    if kind is float:
+        return 1e-4 <= abs(value) < EXACT and value % 1 != 0
+    if kind is int:
+        return bool(-EXACT <= value <= EXACT)
+    return value is None or kind is bool or (kind in (list, tuple) and all(map(_simple, value)))
 
 
 def _encode(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{_text(key)}:{_encode(value[key])}" for key in sorted(value, key=lambda k: k.encode("utf-16-be"))) + "}"
-    if isinstance(value, list):
+    kind = type(value)
+    if value is None or kind is bool:
+        return json.dumps(value)
+    if kind is str:
+        _utf8(value)
+        return json.dumps(value, ensure_ascii=False)
+    if kind is int:
+        if abs(value) > EXACT:
+            raise ValueError(f"integer {value} is beyond 2^53 and not exact in JSON; write it as text")
+        return str(value)
+    if kind is float:
+        if not math.isfinite(value):
+            raise ValueError(f"{value} cannot be written as JSON")
+        return number(value)
+    if kind is dict:
+        if not all(type(key) is str for key in value):
+            raise ValueError(f"a key must be text, found {[key for key in value if type(key) is not str][:3]}")
+        return "{" + ",".join(f"{_encode(key)}:{_encode(value[key])}" for key in sorted(value, key=_utf16)) + "}"
+    if kind in (list, tuple):
         return "[" + ",".join(map(_encode, value)) + "]"
-    return number(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+    raise ValueError(f"{kind.__name__} is nothing that JSON knows; convert it first")
 
 
-def _text(value: str) -> str:
-    value.encode("utf-8")
-    return json.dumps(value, ensure_ascii=False)
+def _utf16(text: str) -> bytes:
+    _utf8(text)
+    return text.encode("utf-16-be")
 
 
 def number(value: float) -> str:

@@ -8,6 +8,7 @@ import json
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 PACKAGE = "meddiff_steps"
 
@@ -87,7 +88,7 @@ def safetensors_digest(path: Path) -> str:
     with open(path, "rb") as stream:
         try:
             length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length)) if length < 100_000_000 else None
+            header: dict[str, Any] = json.loads(stream.read(length)) if length < 100_000_000 else {"": None}
             header.pop("__metadata__", None)
             for name in sorted(header):
                 start, end = header[name]["data_offsets"]

@@ -89,8 +89,9 @@ def public_rows(plan: pd.DataFrame, decisions: pd.DataFrame, images: pd.DataFram
     attempts = decisions.groupby("sample_id").size().to_dict()
     accepted = decisions[decisions["decision"] == "accepted"].set_index("sample_id")[["attempt", "seed_key"]].to_dict("index")
     duplicates = set(decisions.loc[decisions["decision"] == "duplicate", "sample_id"])
-    _check_fit(set(plan["sample_id"]), set(attempts), set(accepted), set(files))
+    _check_fit(*(set(map(str, names)) for names in (plan["sample_id"], attempts, accepted, files)))
     shared = asdict(recipe)
+    shared["guidance_scale"] = _value(recipe.guidance_scale, False)
     categorical = {name for name, covariate in covariates.items() if isinstance(covariate, CategoricalCovariate)}
     ordered = plan.assign(sample_id=plan["sample_id"].map(str)).sort_values("sample_id")
     for chunk in (ordered.iloc[start : start + CHUNK] for start in range(0, len(ordered), CHUNK)):
@@ -124,18 +125,24 @@ def _check_fit(planned: set[str], judged: set[str], accepted: set[str], written:
 def _value(value: Any, categorical: bool) -> str | float | None:
     if pd.isna(value):
         return None
-    return str(value) if categorical else float(value)
+    # Whole numbers as such: it is how canonical JSON writes them, and how they are read back.
+    return str(value) if categorical else int(value) if float(value).is_integer() else float(value)
+
+
+def detectors_of(decisions: pd.DataFrame) -> list[str]:
+    """Names of the detectors that a table of decisions holds similarities of."""
+    return sorted(name.removeprefix("similarity_") for name in map(str, decisions) if name.startswith("similarity_"))
 
 
 def private_rows(plan: pd.DataFrame, decisions: pd.DataFrame, thresholds: Thresholds | None, subgroup: str | None) -> Iterator[Row]:
     """Rows of the private ledger, ordered by sample id and attempt: every candidate, its nearest training scans, the limits that it was held to."""
-    detectors = sorted(name.removeprefix("similarity_") for name in decisions if name.startswith("similarity_"))
+    detectors = detectors_of(decisions)
     groups = dict(zip(plan["sample_id"], plan[subgroup].astype(str) if subgroup else ["all"] * len(plan), strict=True))
     ordered = decisions.assign(sample_id=decisions["sample_id"].map(str)).sort_values(["sample_id", "attempt"])
     for candidate in ordered.to_dict("records"):
         limits = thresholds.groups.get(groups[candidate["sample_id"]], thresholds.overall) if thresholds else {}
         row: Row = {name: str(candidate[name]) for name in ("sample_id", "seed_key", "decision", "reason")}
-        row |= {"attempt": int(candidate["attempt"]), "noise_sha256": noise_digest(row["seed_key"])}
+        row["attempt"] = int(candidate["attempt"])
         similarity = {name: float(candidate[f"similarity_{name}"]) for name in detectors}
         row["similarity"] = {name: value if np.isfinite(value) else None for name, value in similarity.items()}
         row["nearest"] = {name: int(candidate[f"nearest_{name}"]) for name in detectors}
@@ -159,7 +166,7 @@ def public_schema(covariates: Covariates) -> pa.Schema:
 
 
 def private_schema(detectors: Sequence[str]) -> pa.Schema:
-    columns = [(name, pa.string()) for name in ("sample_id", "seed_key", "noise_sha256", "decision", "reason")] + [("attempt", pa.int64())]
+    columns = [(name, pa.string()) for name in ("sample_id", "seed_key", "decision", "reason")] + [("attempt", pa.int64())]
     columns += [(name, pa.struct([(detector, pa.float64()) for detector in detectors])) for name in ("similarity", "limit")]
     return pa.schema([*columns, ("nearest", pa.struct([(detector, pa.int64()) for detector in detectors]))])
 

@@ -270,7 +270,9 @@ def _cpu() -> dict[str, Any]:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
     except OSError:
         return {"model": platform.processor(), "isa": []}
-    fields = dict(tuple(part.strip() for part in line.split(":", 1)) for line in lines if ":" in line)
+    fields: dict[str, str] = {}
+    for name, _, value in (line.partition(":") for line in lines):
+        fields[name.strip()] = value.strip()
     flags = set(fields.get("flags", fields.get("Features", "")).split())
     return {
         "model": fields.get("model name", platform.processor()),

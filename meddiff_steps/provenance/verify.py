@@ -22,6 +22,7 @@ import csv
 import hashlib
 import json
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -164,11 +165,12 @@ def read_root(release: Path) -> dict[str, Any]:
     if not isinstance(root, dict) or root.get("schema") != ROOT_SCHEMA:
         raise Unreadable(f"{ROOT} is of schema {root.get('schema') if isinstance(root, dict) else None!r}, expected {ROOT_SCHEMA!r}")
     wrong = [name for name, kind in ROOT_FIELDS.items() if not isinstance(root.get(name), kind)]
-    ledger = root.get("ledger") if isinstance(root.get("ledger"), dict) else {}
+    ledger: dict[str, Any] = root["ledger"] if isinstance(root.get("ledger"), dict) else {}
+    files: dict[str, Any] = root["files"] if isinstance(root.get("files"), dict) else {}
     wrong += [f"ledger.{name}" for name, kind in (("root", str), ("rows", int), ("released", int), ("shards", list)) if not isinstance(ledger.get(name), kind)]
     if ledger.get("scheme") != SCHEME or ledger.get("schema") != LEDGER_SCHEMA:
         wrong.append("ledger.scheme or ledger.schema")
-    for name, entry in (root.get("files") if isinstance(root.get("files"), dict) else {}).items():
+    for name, entry in files.items():
         if not (isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str) and safe(name)):
             wrong.append(f"files.{name}")
     if wrong:
@@ -184,18 +186,19 @@ def safe(name: str) -> bool:
 
 def row_problem(row: Any) -> str | None:
     """What is wrong with the form of a row, or None."""
-    if not isinstance(row, dict) or set(row) != set(FIELDS):
+    if not isinstance(row, dict) or row.keys() != FIELDS.keys():
         return "fields are missing or unknown"
     for name, kinds in FIELDS.items():
-        if not isinstance(row[name], kinds) or isinstance(row[name], bool):
+        if type(row[name]) not in kinds:
             return f"{name} is {type(row[name]).__name__}"
     for name, parts in PARTS.items():
-        if row[name] is not None:
-            if set(row[name]) != set(parts):
+        part = row[name]
+        if part is not None:
+            if part.keys() != parts.keys():
                 return f"fields of {name} are missing or unknown"
-            for part, kinds in parts.items():
-                if not isinstance(row[name][part], kinds) or isinstance(row[name][part], bool):
-                    return f"{name}.{part} is {type(row[name][part]).__name__}"
+            for key, kinds in parts.items():
+                if type(part[key]) not in kinds:
+                    return f"{name}.{key} is {type(part[key]).__name__}"
     if row["privacy"]["decision"] not in DECISIONS:
         return f"privacy.decision is {row['privacy']['decision']!r}"
     if (row["privacy"]["decision"] == "released") != (row["image"] is not None):
@@ -322,26 +325,31 @@ def _shard_problems(shards: list[Any], ledger: Ledger) -> list[str]:
 
 
 def _altered(release: Path, files: list[tuple[str, int, str]], read: bool, progress: Callable[[Iterable[Any], int], Iterable[Any]] | None) -> list[str]:
+    base = str(release)
+
     def problem(entry: tuple[str, int, str]) -> str | None:
         name, size, digest = entry
-        path = release / name
+        path = f"{base}/{name}"
         try:
-            if path.is_symlink():
-                return f"{name}: a link"
-            if not path.is_file():
-                return f"{name}: not there"
-            if path.stat().st_size != size:
-                return f"{name}: {path.stat().st_size} bytes, sealed {size}"
+            found = os.lstat(path)
+            if not stat.S_ISREG(found.st_mode):
+                return f"{name}: a link, or no file"
+            if found.st_size != size:
+                return f"{name}: {found.st_size} bytes, sealed {size}"
             return f"{name}: another SHA-256" if read and sha256_file(path) != digest else None
+        except FileNotFoundError:
+            return f"{name}: not there"
         except OSError as error:
             return f"{name}: {error.strerror}"
 
+    if not read:
+        return [found for found in map(problem, files) if found]
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         results: Iterable[Any] = pool.map(problem, files, chunksize=64)
         return [found for found in (progress(results, len(files)) if progress else results) if found]
 
 
-def sha256_file(path: Path) -> str:
+def sha256_file(path: Path | str) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while block := stream.read(1 << 20):
@@ -354,20 +362,25 @@ def check_completeness(release: Path, root: dict[str, Any], ledger: Ledger) -> l
     sealed = set(root["files"]) | {path for path, _, _ in ledger.images} | {ROOT}
     if (release / SIGNATURE).is_file():
         sealed.add(SIGNATURE)
-    there, links, folders = set(), [], set()
-    for place, names, files in os.walk(release):
-        base = Path(place)
-        for name in names + files:
-            path = (base / name).relative_to(release).as_posix()
-            if (base / name).is_symlink():
-                links.append(path)
-            elif name in files:
-                there.add(path)
-            else:
-                folders.add(path)
+    there: set[str] = set()
+    links: list[str] = []
+    folders: set[str] = set()
+    waiting = [""]
+    while waiting:
+        place = waiting.pop()
+        with os.scandir(f"{release}/{place}") as found:
+            for entry in found:
+                name = f"{place}{entry.name}"
+                if entry.is_symlink():
+                    links.append(name)
+                elif entry.is_dir():
+                    folders.add(name)
+                    waiting.append(f"{name}/")
+                else:
+                    there.add(name)
     lower: dict[str, str] = {}
     clashes = [f"{name} and {lower[name.lower()]}" for name in sorted(there) if lower.setdefault(name.lower(), name) != name]
-    needed = {parent.as_posix() for name in sealed for parent in PurePosixPath(name).parents}
+    needed = {name[:end] for name in sealed for end, letter in enumerate(name) if letter == "/"}
     gaps = [f"{group}: {_gap(found)}" for group, found in ledger.indices.items() if sorted(found) != list(range(len(found)))]
     twice = len(ledger.images) - len({path for path, _, _ in ledger.images})
     checks = [

@@ -59,9 +59,8 @@ def run(
     bundle.prepare(release)
     rows = ledger.public_rows(planned, judged, tables, study.covariates, recipe)
     public = ledger.write_ledger(rows, ledger.public_schema(study.covariates), release / bundle.TABLE, release / bundle.LINES)
-    detectors = sorted(name.removeprefix("similarity_") for name in judged if name.startswith("similarity_"))
     candidates = ledger.private_rows(planned, judged, thresholds_of(read_json(calibration)), study.privacy.subgroup)
-    hidden = ledger.write_ledger(candidates, ledger.private_schema(detectors), private)
+    hidden = ledger.write_ledger(candidates, ledger.private_schema(ledger.detectors_of(judged)), private)
     folder = results or config.parent.parent
     read = [plan, decisions, privacy, calibration, *images, autoencoder_card, diffusion_card, description]
     facts = bundle.Facts(

@@ -80,15 +80,26 @@ def test_sealing_again_gives_the_same_bytes(place, tmp_path):
     assert {path.relative_to(again.release): path.read_bytes() for path in again.release.rglob("*") if path.is_file()} == before
 
 
-def test_the_root_does_not_depend_on_shards(place, tmp_path):
-    public = [json.loads((place.release / "provenance/root.json").read_text())]
-    public += [json.loads((Place(tmp_path / str(size), shard_size=size).release / "provenance/root.json").read_text()) for size in (10, 2)]
-    assert [len(root["ledger"]["shards"]) for root in public] == [3, 1, 5]
-    assert len({root["private_ledger"]["root"] for root in public}) == 1
-    # Shard size is no part of a row; so the same study in 1, 3 and 5 shards has one root.
-    assert len({root["ledger"]["root"] for root in public}) == 1
-    only = public[1]["ledger"]
-    assert only["shards"] == [{"shard": 0, "rows": 10, "ranges": [[0, 10]], "root": only["root"]}]
+def test_the_root_does_not_depend_on_shards_or_their_order(place, tmp_path):
+    plan, decisions = pd.read_parquet(place.results / "plan.parquet"), pd.read_parquet(place.results / "privacy/decisions.parquet")
+    tables = [pd.read_parquet(path) for path in place.tables]
+    recipe = ledger.Recipe("a", "d", "ddim", 2, 1.0, 4, "32-true")
+    roots = {}
+    for count in (1, 2, 7):
+        shard = [i * count // len(plan) for i in range(len(plan))]
+        mixed = plan.assign(shard=shard).sample(frac=1, random_state=count)
+        rows = ledger.public_rows(mixed, decisions.sample(frac=1, random_state=count), pd.concat(tables[::-1]), place.study.covariates, recipe)
+        written = ledger.write_ledger(rows, ledger.public_schema(place.study.covariates), tmp_path / f"{count}.parquet", tmp_path / f"{count}.jsonl")
+        shards = ledger.shard_roots(written, dict(zip(plan["sample_id"], shard, strict=True)))
+        assert len(shards) == count and sum(entry["rows"] for entry in shards) == len(plan)
+        for entry in shards:
+            mine = [written.leaves[i] for first, end in entry["ranges"] for i in range(first, end)]
+            assert verify.merkle_root(mine).hex() == entry["root"] and len(mine) == entry["rows"]
+        roots[count] = written.root
+        if count == 1:
+            assert shards == [{"shard": 0, "rows": 10, "ranges": [[0, 10]], "root": written.root}]
+    assert len(set(roots.values())) == 1
+    assert len({(tmp_path / f"{count}.jsonl").read_bytes() for count in roots}) == 1
 
 
 def test_a_release_of_pictures(tmp_path):
