@@ -20,8 +20,8 @@ rule audit:
         runtime=minutes(240),
         gpu=min(GPUS, 1),
     params:
-        release=RELEASE_ROOT,
-        results=RESULTS,
+        release=lambda wildcards, input: str(Path(input.root).parents[1]),
+        results=lambda wildcards, input: str(Path(input.private).parents[1]),
         code=code_digest("audit"),
     message:
         f"Auditing the release; the report is {RESULTS}/audit/audit.html"
