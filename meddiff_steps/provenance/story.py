@@ -100,17 +100,35 @@ def _tree(path: str, records: dict[str, lineage.Record], indent: str, last: bool
     named = ", ".join(f"{key} {value}" for key, value in sorted(parameters.items()))
     commit = f", commit {code['commit'][:12]}{' with changes' if code.get('dirty') else ''}" if code.get("commit") else ""
     yield f"{branch}{path} by `{record['step']}`{f' ({named})' if named else ''}, version {code.get('version')}{commit}"
-    parents: dict[str, str] = {}
+    below = indent + ("   " if last else "│  ")
+    parents = _parents(record, records)
+    shown: list[str] = []
+    more: Counter[str] = Counter()
+    for parent in parents:
+        source = records.get(parent)
+        if source is not None and any(known is not None and known["step"] == source["step"] for known in map(records.get, shown)):
+            more[source["step"]] += 1  # another shard: its story is the same
+        else:
+            shown.append(parent)
+    for number, parent in enumerate(shown):
+        yield from _tree(parent, records, below, number == len(shown) - 1 and not more, told)
+    for number, (step, count) in enumerate(sorted(more.items())):
+        yield f"{below}{'└─ ' if number == len(more) - 1 else '├─ '}and {count} more by `{step}`"
+
+
+def _parents(record: lineage.Record, records: dict[str, lineage.Record]) -> list[str]:
+    """What a run read: one file per run behind it, and files from outside the study."""
+    found: list[str] = []
+    runs: set[int] = set()
     for entry in lineage.entries(record, "inputs"):
         source = records.get(entry["path"])
-        if lineage.is_declared(entry["path"]):
-            if entry["path"].startswith("external/"):
-                parents[entry["path"]] = entry["path"]
-        elif source is None or id(source) not in map(id, (records.get(p) for p in parents.values())):
-            parents[entry["path"]] = entry["path"]
-    below = indent + ("   " if last else "│  ")
-    for number, parent in enumerate(parents):
-        yield from _tree(parent, records, below, number == len(parents) - 1, told)
+        if source is not None:
+            if id(source) not in runs:
+                found.append(entry["path"])
+            runs.add(id(source))
+        elif not entry["path"].startswith("config/"):
+            found.append(entry["path"])
+    return found
 
 
 # --------------------------------------------------------------------------------------------------- diff
