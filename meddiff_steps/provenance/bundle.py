@@ -134,11 +134,8 @@ def complete(release: Path, public: Written, private: Written, shard_of: Mapping
 
 def _files(release: Path, image_paths: set[str]) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file that is no image and not `root.json` or its signature."""
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(release.rglob("*")):
-        name = path.relative_to(release).as_posix()
-        if path.is_symlink():
-            raise UserError(f"{path}: a link, but a release holds files only. Remove it, or put the file itself there.")
-        if path.is_file() and name not in image_paths and name not in (ROOT, SIGNATURE):
-            found[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    return found
+    files, links, _ = verify.contents(release)
+    if links:
+        raise UserError(f"{release / links[0]}: a link, but a release holds files only. Remove it, or put the file itself there.")
+    others = sorted(files - image_paths - {ROOT, SIGNATURE})
+    return {name: {"bytes": (release / name).stat().st_size, "sha256": sha256_file(release / name)} for name in others}

@@ -45,7 +45,12 @@ def _simple(value: Any) -> bool:
     if kind is str:
         return bool(value.isascii())
     if kind is dict:
-        return all(type(key) is str and key.isascii() and _simple(item) for key, item in value.items())
+        for key, item in value.items():  # a loop, and text looked at in place: this is called for every field of every row
+            if type(key) is not str or not key.isascii():
+                return False
+            if not (item.isascii() if type(item) is str else _simple(item)):
+                return False
+        return True
     if kind is float:
         return 1e-4 <= abs(value) < EXACT and value % 1 != 0
     if kind is int:

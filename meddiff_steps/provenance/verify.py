@@ -357,12 +357,9 @@ def sha256_file(path: Path | str) -> str:
     return digest.hexdigest()
 
 
-def check_completeness(release: Path, root: dict[str, Any], ledger: Ledger) -> list[Check]:
-    """L2: the files are exactly those that are sealed; tables, ledger and folders name the same subjects."""
-    sealed = set(root["files"]) | {path for path, _, _ in ledger.images} | {ROOT}
-    if (release / SIGNATURE).is_file():
-        sealed.add(SIGNATURE)
-    there: set[str] = set()
+def contents(release: Path) -> tuple[set[str], list[str], set[str]]:
+    """Files, links and folders of a release, as paths in it; links are not followed."""
+    files: set[str] = set()
     links: list[str] = []
     folders: set[str] = set()
     waiting = [""]
@@ -377,7 +374,16 @@ def check_completeness(release: Path, root: dict[str, Any], ledger: Ledger) -> l
                     folders.add(name)
                     waiting.append(f"{name}/")
                 else:
-                    there.add(name)
+                    files.add(name)
+    return files, links, folders
+
+
+def check_completeness(release: Path, root: dict[str, Any], ledger: Ledger) -> list[Check]:
+    """L2: the files are exactly those that are sealed; tables, ledger and folders name the same subjects."""
+    sealed = set(root["files"]) | {path for path, _, _ in ledger.images} | {ROOT}
+    if (release / SIGNATURE).is_file():
+        sealed.add(SIGNATURE)
+    there, links, folders = contents(release)
     lower: dict[str, str] = {}
     clashes = [f"{name} and {lower[name.lower()]}" for name in sorted(there) if lower.setdefault(name.lower(), name) != name]
     needed = {name[:end] for name in sealed for end, letter in enumerate(name) if letter == "/"}

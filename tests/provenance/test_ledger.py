@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 from tiny_release import AGAIN, DOUBLE, GIVEN_UP, LIMITS, Place
 
+from meddiff_steps.diffusion.noise import noise, seed_key
 from meddiff_steps.errors import UserError
 from meddiff_steps.provenance import ledger, verify
 from meddiff_steps.provenance.audit import Request, audit
@@ -137,3 +139,12 @@ def test_tables_that_do_not_fit_are_refused(place):
         rows(decisions=decisions[decisions["sample_id"] != "syn000000"])
     with pytest.raises(UserError, match="not accepted"):
         rows(decisions=decisions.assign(decision=decisions["decision"].where(decisions["sample_id"] != "syn000000", "rejected")))
+
+
+def test_the_noise_digest_is_of_the_noise_that_generation_draws():
+    key, other = seed_key("seed/syn", 5, 0, "noise"), seed_key("seed/syn", 6, 0, "noise")
+    for _ in range(2):  # one digest leaves nothing for the next
+        for one in (key, other, "f" * 32, "0" * 32):
+            latent = noise(one, (3, 8, 4, 4)).ravel()[: ledger.NOISE_NUMBERS]
+            assert ledger.noise_digest(one) == hashlib.sha256(latent.astype("<f4").tobytes()).hexdigest()
+    assert ledger.noise_digest(seed_key("demo/cohort", 0, 0, "noise")) == "86b0dd1d5579bd0af8301097fb3b63b52ddb9af6ef1fbafab1d16336b6240e2b"
