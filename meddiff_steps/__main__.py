@@ -32,6 +32,10 @@ STEPS = {
     "images": "write one shard of synthetic images into the release",
     "release": "complete the released dataset: participants, description, sidecars",
     "evaluate": "measure covariate fidelity and sharpness against held-out real scans",
+    "augment_design": "freeze the design of the augmentation study and check the plan against it",
+    "augment_data": "gather the images that the study's classifiers may learn from",
+    "augment": "train the classifiers of some arms of the augmentation study",
+    "augment_test": "open the test split once and compare the arms",
     "showcase": "sample the sweeps and interpolations that the report shows",
     "report": "write report.html",
 }
