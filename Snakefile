@@ -21,6 +21,7 @@ include: "rules/generate.smk"
 include: "rules/privacy.smk"
 include: "rules/release.smk"
 include: "rules/evaluate.smk"
+include: "rules/augment.smk"
 include: "rules/report.smk"
 include: "rules/distill.smk"
 
@@ -42,6 +43,14 @@ rule evaluate:
     localrule: True
     message:
         f"Measured figures are in {METRICS}"
+
+
+rule augment:
+    input:
+        list(AUGMENT_REPORTS.values()),
+    localrule: True
+    message:
+        "The augmentation study is in " + AUGMENT_REPORTS["augmentation"] if AUGMENT_REPORTS else "There is no augmentation study: augment.target is not set"
 
 
 rule release:

@@ -96,7 +96,11 @@ RELEASED_MODEL = f"{RESULTS}/distilled/diffusion" if STUDY.distill.subjects else
 DIFFUSION_FILES = {"diffusion": f"{RELEASED_MODEL}/model.safetensors", "diffusion_card": f"{RELEASED_MODEL}/card.json"}
 # What the first model's cohort was found to be, shown beside that of the second.
 TEACHER = f"{RESULTS}/teacher"
-TEACHER_REPORTS = {"teacher_privacy": f"{TEACHER}/privacy/report.json", "teacher_metrics": f"{TEACHER}/evaluation/metrics.json"} if STUDY.distill.subjects else {}
+TEACHER_REPORTS = (
+    {"teacher_privacy": f"{TEACHER}/privacy/report.json", "teacher_metrics": f"{TEACHER}/evaluation/metrics.json"} if STUDY.distill.subjects else {}
+)
+# What the augmentation study found, and the record of the one time that it read the test split.
+AUGMENT_REPORTS = {"augmentation": f"{RESULTS}/augmentation/results.json", "opened": f"{RESULTS}/augmentation/test-opened.json"} if STUDY.augment.target else {}
 # Training state lives outside the outputs of rules: Snakemake deletes those when a job fails.
 STATE = f"{RESULTS}/state"
 

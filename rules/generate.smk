@@ -25,9 +25,9 @@ rule plan:
 
 rule generate:
     input:
-        plan=PLAN,
         **AUTOENCODER_FILES,
         **DIFFUSION_FILES,
+        plan=PLAN,
     output:
         GENERATED,
     log:

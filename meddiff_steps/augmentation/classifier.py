@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from meddiff_steps import config
 from meddiff_steps.privacy.perturbations import augment as perturb
+from meddiff_steps.training.backend import channels_last, to_channels_last
 from meddiff_steps.training.loop import batch_rows, learning_rate_scale, step_generator, update_average
 
 #: Images classified at once.
@@ -119,7 +120,8 @@ def train(
         Rows and levels of the val split.
     """
     schedule = settings.optimiser
-    model.to(device).train()
+    spatial_dims = model.conv1.weight.ndim - 2
+    to_channels_last(model.to(device).train(), spatial_dims)
     average = copy.deepcopy(model).requires_grad_(False).eval()
     optimiser = torch.optim.AdamW(model.parameters(), lr=schedule.learning_rate, weight_decay=settings.weight_decay)
     weights = torch.tensor(class_weights(task.levels, classes), dtype=torch.float32, device=device) if task.arm.balance == "weights" else None
@@ -137,7 +139,8 @@ def train(
             images, targets = share * images + (1 - share) * images[order], share * targets + (1 - share) * targets[order]
         for group in optimiser.param_groups:
             group["lr"] = schedule.learning_rate * learning_rate_scale(step, schedule)
-        loss = functional.cross_entropy(model(images.to(device)), targets.to(device), weight=weights)
+        images = images.to(device).contiguous(memory_format=channels_last(spatial_dims))
+        loss = functional.cross_entropy(model(images), targets.to(device), weight=weights)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.gradient_clip)
@@ -150,7 +153,7 @@ def train(
             curve.append((done, log_loss, macro_auc(validation[1], probability)))
             # Without validation subjects the loss is nan, and every later average replaces the one before.
             if best is None or not log_loss >= best[0]:
-                best = (log_loss, done, {name: value.detach().cpu().clone() for name, value in average.state_dict().items()})
+                best = (log_loss, done, {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in average.state_dict().items()})
     assert best is not None
     return Trained(task, best[2], pd.DataFrame(curve, columns=["step", "log_loss", "auc"]), best[1])
 
