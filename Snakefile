@@ -50,7 +50,7 @@ rule augment:
         list(AUGMENT_REPORTS.values()),
     localrule: True
     message:
-        "The augmentation study is in " + AUGMENT_REPORTS["augmentation"] if AUGMENT_REPORTS else "There is no augmentation study: augment.target is not set"
+        f"The augmentation study is in {AUGMENT_REPORTS.get('augmentation', 'no file: augment.target is not set')}"
 
 
 rule release:
