@@ -172,7 +172,7 @@ def check(augment: Augment, levels: list[str], samples: pd.DataFrame, planned: i
     Returns
     -------
     list of dict
-        Per arm its settings, recipe, and images per class (`real`, `added`).
+        Per arm name, settings, recipe, and images per class (`real`, `added`).
 
     Raises
     ------
@@ -199,7 +199,7 @@ def check(augment: Augment, levels: list[str], samples: pd.DataFrame, planned: i
             name: dict(zip(levels, np.bincount(samples["level"].to_numpy()[rows], minlength=classes).tolist(), strict=True))
             for name, rows in (("real", made.real), ("added", made.added))
         }
-        listed.append(arm.model_dump(mode="json") | {"recipe": recipe(arm), "images": counts})
+        listed.append({"name": arm.name, "settings": arm.model_dump(mode="json", exclude={"name"}), "recipe": recipe(arm), "images": counts})
     return listed
 
 

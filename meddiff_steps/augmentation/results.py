@@ -212,7 +212,7 @@ def summarise(
     predictions
         Of the test images (sets `test`, `shifted`, `synthetic`).
     validation
-        recipe, seed, auc and log_loss of the kept weights on the validation subjects.
+        arm, seed, step, auc and log_loss of the kept weights on the validation subjects.
     arms
         Settings and counts as `design.check` lists them.
     primary
@@ -232,7 +232,7 @@ def summarise(
                 shifted = compare(data, other, contrasts_of(augment, primary))
     listed = []
     for arm in arms:
-        of_arm = validation[validation["recipe"] == arm["recipe"]]
+        of_arm = validation[validation["arm"] == arm["name"]]
         listed.append(
             dict(arm)
             | {
@@ -240,9 +240,9 @@ def summarise(
                     "auc": rounded(float(of_arm["auc"].mean())),
                     "log_loss": rounded(float(of_arm["log_loss"].mean())),
                     "steps": of_arm["step"].astype(int).tolist(),
-                }
+                },
+                "figures": {name: found[arm["name"]] for name, found in sets.items() if arm["name"] in found},
             }
-            | {name: found[arm["name"]] for name, found in sets.items() if arm["name"] in found}
         )
     counts = np.bincount(test.levels, minlength=len(levels))
     return {

@@ -270,12 +270,12 @@ def augmentation_section(results: Mapping[str, Any], opened: Mapping[str, Any]) 
             + (f" The generator did see {number(saw)} training subjects of them." if saw else "")
         )
     header = ["arm", "real images", "added", "AUC", "AUPRC", "Brier", "calibration error", "AUC on validation"]
-    grouped = any("worst_group_auc" in arm.get("test", {}) for arm in arms)
+    grouped = any("worst_group_auc" in arm["figures"].get("test", {}) for arm in arms)
     rows = []
     for arm in arms:
-        figures_of = arm.get("test") or arm["synthetic"]
+        figures_of = arm["figures"].get("test") or arm["figures"]["synthetic"]
         images = [number(sum(arm["images"][kind].values())) for kind in ("real", "added")]
-        name = arm["name"] if "test" in arm else f"{arm['name']} (tested on synthetic)"
+        name = arm["name"] if "test" in arm["figures"] else f"{arm['name']} (tested on synthetic)"
         row = [name, *images, *(interval(figures_of[key]) for key in ("auc", "auprc", "brier", "ece")), number(arm["validation"]["auc"])]
         rows.append(row + ([interval(figures_of[key]) if key in figures_of else "" for key in ("worst_group_auc", "gap")] if grouped else []))
     header += [f"worst {results['subgroup']}", "gap"] if grouped else []
@@ -287,10 +287,17 @@ def augmentation_section(results: Mapping[str, Any], opened: Mapping[str, Any]) 
         compared.append([f"{row['arm']} minus {row['reference']}", interval(row["difference"]), number(row["p"]), adjusted, *delong])
     tables = [Table(header, rows), Table(["difference of AUC", "bootstrap", "p", "p (Holm)", "DeLong (subjects only)", "p"], compared)]
     names = {"test": "test split", "shifted": "kept-out group", "synthetic": "synthetic images"}
-    entries = [(arm["name"], [(words, arm[key]["auc"]) for key, words in names.items() if key in arm], arm.get("test", {}).get("seeds", [])) for arm in arms]
+    entries = [
+        (
+            arm["name"],
+            [(words, arm["figures"][key]["auc"]) for key, words in names.items() if key in arm["figures"]],
+            arm["figures"].get("test", {}).get("seeds", []),
+        )
+        for arm in arms
+    ]
     pictures = [
         Picture(
-            figures.arms(entries, reference["test"]["auc"]["value"]),
+            figures.arms(entries, reference["figures"]["test"]["auc"]["value"]),
             f"AUC of {len(arms)} arms with 95 % intervals.",
             "Further right is better. Bars: 95 % intervals; circles: single classifiers; grey line: the reference of the verdict; dotted: guessing. "
             "Overlapping bars do not mean that two arms are alike, since they saw the same test subjects: the table of differences decides.",
