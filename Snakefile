@@ -21,6 +21,7 @@ include: "rules/generate.smk"
 include: "rules/privacy.smk"
 include: "rules/release.smk"
 include: "rules/evaluate.smk"
+include: "rules/augment.smk"
 include: "rules/report.smk"
 include: "rules/distill.smk"
 include: "rules/audit.smk"
@@ -44,6 +45,14 @@ rule evaluate:
     localrule: True
     message:
         f"Measured figures are in {METRICS}"
+
+
+rule augment:
+    input:
+        list(AUGMENT_REPORTS.values()),
+    localrule: True
+    message:
+        f"The augmentation study is in {AUGMENT_REPORTS.get('augmentation', 'no file: augment.target is not set')}"
 
 
 rule release:

@@ -400,6 +400,124 @@ class Evaluate(Section):
         return self
 
 
+# --------------------------------------------------------------------------------------------- augmentation
+
+
+class Arm(Section):
+    """One training set of the augmentation study; every arm takes the same number of gradient steps."""
+
+    name: Name
+    real: Fraction = Field(1.0, description="Share of the real training subjects, by a stable hash: smaller shares are parts of larger ones.")
+    synthetic: Annotated[float, Field(ge=0.0, le=100.0)] = Field(
+        0.0, description="Images added per real one of the same class (with `real: 0`, per training scan; with `rare_only`, per scan that a class lacks)."
+    )
+    source: Literal["filtered", "generated", "reconstruction"] = Field(
+        "filtered",
+        description="What is added: accepted images, candidates before the filter, or the arm's own real scans through the autoencoder (a control).",
+    )
+    rare_only: bool = Field(False, description="Add only to classes rarer than the largest; `synthetic: 1` fills the whole gap.")
+    balance: Literal["none", "weights", "oversample"] = Field("none", description="Rare classes weigh more in the loss, or are drawn more often.")
+    classical: bool = Field(False, description="Change every training image at random: mirrored, moved, re-contrasted, noised, cropped.")
+    mixup: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Alpha of mixup (Zhang et al. 2018); 0 leaves it out.")
+    test: Literal["real", "synthetic"] = Field("real", description="`synthetic`: train on real, test on synthetic images.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.real == 0 and self.synthetic == 0:
+            raise ValueError(f"arm {self.name} has nothing to learn from: `real` or `synthetic` must be above 0")
+        if self.rare_only and not (self.real and self.synthetic):
+            raise ValueError(f"arm {self.name}: rare_only adds synthetic images to real ones; both `real` and `synthetic` must be above 0")
+        if self.source == "reconstruction" and (self.synthetic > 1 or self.rare_only):
+            raise ValueError(f"arm {self.name}: a scan has one reconstruction, so `synthetic` is at most 1 and `rare_only` is not possible")
+        if self.test == "synthetic" and self.synthetic:
+            raise ValueError(f"arm {self.name} is tested on synthetic images and must not learn from them: set `synthetic: 0`")
+        return self
+
+    @property
+    def plain(self) -> bool:
+        """Whether the arm is real scans and nothing else: what others are compared with."""
+        return not (self.synthetic or self.classical or self.mixup) and self.balance == "none" and self.test == "real"
+
+
+class Primary(Section):
+    """The one question that the verdict answers, declared before anything is trained."""
+
+    reference: Name = Field("real", description="Arm without synthetic images.")
+    arms: list[Name] = Field(
+        ["real_synthetic"], min_length=1, description="Arm compared with it; of several, the one that does best on the validation subjects."
+    )
+
+
+class Shift(Section):
+    """A group that is kept out of the classifier's training and tested on its own."""
+
+    covariate: Name = Field(description="Categorical covariate, for example site.")
+    levels: list[str] = Field(min_length=1, description="Its levels that are kept out.")
+
+
+class Classifier(Section):
+    """MONAI ResNet that learns the target from images alone; the same settings in every arm."""
+
+    longest_side: PositiveInt = Field(64, description="Images are reduced by block means until no side is longer.")
+    channels: list[PositiveInt] = Field([16, 32, 64, 128], min_length=4, max_length=4, description="Feature channels of the four stages.")
+    blocks: list[PositiveInt] = Field([1, 1, 1, 1], min_length=4, max_length=4, description="Residual blocks per stage ([2, 2, 2, 2] is ResNet-18).")
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    optimiser: Optimiser = Optimiser(steps=1000, batch_size=32, learning_rate=2e-3, ema_decay=0.98, validate_every=100)
+
+    @model_validator(mode="after")
+    def _batch_has_statistics(self) -> Self:
+        if self.optimiser.batch_size < 4:
+            raise ValueError(f"optimiser.batch_size must be at least 4 for batch normalisation, found {self.optimiser.batch_size}")
+        return self
+
+
+class Augment(Section):
+    """Downstream study: does training with synthetic images make a better classifier? Off without a target."""
+
+    target: Name | None = Field(None, description="Categorical covariate to be told from the image.")
+    groups: list[Alphanumeric] = Field([], description="Groups of the plan that arms may use; all `copula` and `table` groups by default.")
+    arms: list[Arm] = Field(
+        description="Training sets that are compared.",
+        default=[
+            Arm(name="real"),
+            Arm(name="real_synthetic", synthetic=1),
+            Arm(name="synthetic_only", real=0, synthetic=1),
+            Arm(name="quarter", real=0.25),
+            Arm(name="quarter_synthetic", real=0.25, synthetic=1),
+        ],
+        min_length=2,
+    )
+    primary: Primary = Primary()
+    margin: Annotated[float, Field(gt=0.0, le=0.5)] = Field(0.035, description="Loss of AUC that would be tolerated (non-inferiority; Packhäuser 2022).")
+    subgroup: Name | None = Field(None, description="Categorical covariate by whose levels figures are also given: worst group and gap.")
+    shift: Shift | None = Field(None, description="A group that is kept out of training and tested on its own.")
+    seeds: Annotated[int, Field(ge=2, le=100)] = Field(5, description="Classifiers per arm: initial weights and order of batches.")
+    jobs: PositiveInt = Field(1, description="Jobs that the arms are spread over.")
+    bootstrap: Annotated[int, Field(ge=200)] = Field(2000, description="Resamples of subjects and seeds.")
+    classifier: Classifier = Classifier()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        arms = {arm.name: arm for arm in self.arms}
+        if len(arms) != len(self.arms):
+            raise ValueError(f"names of arms must be distinct, found {[arm.name for arm in self.arms]}")
+        for name in (self.primary.reference, *self.primary.arms):
+            if name not in arms:
+                raise ValueError(f"primary names the arm {name}, which is not among the arms {sorted(arms)}")
+            if arms[name].test != "real":
+                raise ValueError(f"primary names the arm {name}, which is tested on synthetic images; figures on other images are not comparable")
+        if self.primary.reference in self.primary.arms:
+            raise ValueError(f"primary compares the arm {self.primary.reference} with itself")
+        if arms[self.primary.reference].synthetic:
+            raise ValueError(f"primary.reference {self.primary.reference} has synthetic images; it must be an arm without")
+        return self
+
+    @property
+    def sources(self) -> set[str]:
+        """What arms add to real scans."""
+        return {arm.source for arm in self.arms if arm.synthetic}
+
+
 class Release(Section):
     name: str = Field("Synthetic cohort", description="Name in dataset_description.json.")
     authors: list[str] = []
@@ -440,6 +558,7 @@ class Study(Section):
     privacy: Privacy = Privacy()
     distill: Distill = Distill()
     evaluate: Evaluate = Evaluate()
+    augment: Augment = Augment()
     release: Release = Release()
     compute: Compute = Compute()
 
@@ -462,11 +581,35 @@ class Study(Section):
             for field in ("where", "grid", "base"):
                 for name, value in getattr(group, field).items():
                     self._check_request(f"plan.{group.name}.{field}.{name}", name, value if isinstance(value, list) else [value])
+        self._check_augment()
         if (self.generate.sampler == "flow") and self.diffusion.prediction_type != "flow":
             raise ValueError("generate.sampler: flow needs diffusion.prediction_type: flow")
         if self.diffusion.prediction_type == "flow" and self.generate.sampler not in ("flow", "dpmpp", "unipc"):
             raise ValueError(f"diffusion.prediction_type: flow can be sampled by flow, dpmpp or unipc, not {self.generate.sampler}")
         return self
+
+    def _check_augment(self) -> None:
+        named = {"augment.target": self.augment.target, "augment.subgroup": self.augment.subgroup}
+        if self.augment.shift:
+            named["augment.shift.covariate"] = self.augment.shift.covariate
+        for where, name in named.items():
+            if name is None:
+                continue
+            covariate = self.covariates.get(name)
+            if covariate is None:
+                raise ValueError(f"{where}: {name} is no declared covariate; declared are {sorted(self.covariates)}")
+            if not isinstance(covariate, CategoricalCovariate):
+                raise ValueError(f"{where}: {name} is a number, and a label is needed; declare a categorical covariate, for example its terciles")
+        if self.augment.shift:
+            if self.augment.shift.covariate == self.augment.target:
+                raise ValueError("augment.shift.covariate: keeping levels of the target out of training leaves nothing to learn")
+            covariate = self.covariates[self.augment.shift.covariate]
+            levels = set(covariate.levels) if isinstance(covariate, CategoricalCovariate) else set()
+            if not set(self.augment.shift.levels) < levels:
+                raise ValueError(f"augment.shift.levels must be some, not all, of {sorted(levels)}, found {self.augment.shift.levels}")
+        unknown = sorted(set(self.augment.groups) - {group.name for group in self.plan})
+        if unknown:
+            raise ValueError(f"augment.groups: the plan has no group {unknown[0]}; it has {sorted(group.name for group in self.plan)}")
 
     def _check_request(self, where: str, name: str, values: list[Scalar]) -> None:
         covariate = self.covariates.get(name)
@@ -527,6 +670,10 @@ STAGES: dict[str, tuple[str, ...]] = {
     "release": ("study", "title", "cohort", "covariates", "release", "preprocess", "generate"),
     "evaluate": ("seed", "covariates", "plan", "evaluate"),
     "showcase": ("seed", "covariates", "generate", "evaluate.sweep_steps", "compute"),
+    "augment_design": ("seed", "covariates", "plan", "augment"),
+    "augment_data": ("seed", "covariates", "augment", "compute"),
+    "augment": ("seed", "augment", "compute"),
+    "augment_test": ("seed", "covariates", "augment"),
     "report": ("study", "title", "cohort", "covariates", "preprocess"),
     "ledger": tuple(Study.model_fields),  # the release holds the whole study
 }
@@ -682,7 +829,7 @@ def key_reference() -> str:
             elif isinstance(field.default, BaseModel):
                 default = f"see `{name}`"
             else:
-                default = f"`{json.dumps(field.default)}`"
+                default = f"`{json.dumps(field.default, default=lambda section: section.model_dump(mode='json', exclude_defaults=True))}`"
             kind = _type_name(field.annotation).replace("|", "\\|")
             lines.append(f"| `{name}` | {kind} | {default} | {(field.description or '').replace('|', chr(92) + '|')} |")
         lines.append("")
@@ -696,7 +843,7 @@ def _sections() -> list[tuple[str, type[BaseModel]]]:
     for name, field in Study.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             listed += _nested(name, field.annotation)
-    return [*listed, ("plan (a list of groups)", PlanGroup)]
+    return [*listed, ("plan (a list of groups)", PlanGroup), ("augment.arms (a list)", Arm), ("augment.shift", Shift)]
 
 
 def _nested(name: str, model: type[BaseModel]) -> list[tuple[str, type[BaseModel]]]:

@@ -103,6 +103,8 @@ TEACHER = f"{RESULTS}/teacher"
 TEACHER_REPORTS = (
     {"teacher_privacy": f"{TEACHER}/privacy/report.json", "teacher_metrics": f"{TEACHER}/evaluation/metrics.json"} if STUDY.distill.subjects else {}
 )
+# What the augmentation study found, and the record of the one time that it read the test split.
+AUGMENT_REPORTS = {"augmentation": f"{RESULTS}/augmentation/results.json", "opened": f"{RESULTS}/augmentation/test-opened.json"} if STUDY.augment.target else {}
 # Training state lives outside the outputs of rules: Snakemake deletes those when a job fails.
 STATE = f"{RESULTS}/state"
 

@@ -30,6 +30,7 @@ rule showcase:
 rule report:
     input:
         **TEACHER_REPORTS,
+        **AUGMENT_REPORTS,
         cohort_card=COHORT_CARD,
         qc=QC,
         manifest=MANIFEST,
@@ -65,7 +66,7 @@ rule report:
         code=code_digest("report"),
         images=lambda wildcards, input: repeat("--images", input.images),
         generated=lambda wildcards, input: repeat("--generated", input.generated),
-        teacher=lambda wildcards, input: options(input, TEACHER_REPORTS),
+        optional=lambda wildcards, input: options(input, TEACHER_REPORTS | AUGMENT_REPORTS),
     message:
         "Writing the report"
     shell:
@@ -73,4 +74,4 @@ rule report:
         "{params.images} {params.generated} --plan {input.plan} --autoencoder-card {input.autoencoder_card} "
         "--autoencoder-history {input.autoencoder_history} --diffusion-card {input.diffusion_card} --diffusion-history {input.diffusion_history} "
         "--reconstructions {input.reconstructions} --showcase {input.showcase} --metrics {input.metrics} --predictions {input.predictions} --components {input.components} "
-        "--privacy {input.privacy} {params.teacher} --out {output.page} --contact-sheet {output.contact_sheet} 2>&1 | tee {log}"
+        "--privacy {input.privacy} {params.optional} --out {output.page} --contact-sheet {output.contact_sheet} 2>&1 | tee {log}"

@@ -50,10 +50,11 @@ def test_the_slurm_profile_plans_the_published_scale(tmp_path):
 
 def test_exactly_the_rules_that_run_networks_ask_for_a_gpu():
     rules = "\n".join(path.read_text() for path in (ROOT / "rules").glob("*.smk"))
-    blocks = dict(re.findall(r"^rule (\w+):\n(.*?)(?=^rule |\Z)", rules, re.M | re.S))
-    found = {name for name, body in blocks.items() if re.search(r"^        gpu=", body, re.M)}
+    blocks = dict(re.findall(r"^ *rule (\w+):\n(.*?)(?=^ *rule |\Z)", rules, re.M | re.S))
+    found = {name for name, body in blocks.items() if re.search(r"^ +gpu=", body, re.M)}
     assert found == {
         "autoencoder",
+        "augment_train",
         "latents",
         "diffusion",
         "generate",

@@ -360,6 +360,69 @@ def spectra(spectrum: Mapping[str, Any]) -> bytes:
         return png(drawing)
 
 
+#: Colours of Okabe and Ito 2008 that differ for every kind of colour vision, and in grey; markers tell them apart once more.
+SERIES = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "D", ":"), ("#E69F00", "v", "-"), ("#56B4E9", "P", "--"))
+
+
+def _error(figures: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Values (n,) and distances to their interval's ends (2, n); nan where a figure is undefined."""
+    table = np.array([[np.nan if f.get(k) is None else f[k] for k in ("value", "low", "high")] for f in figures], dtype=float).reshape(-1, 3)
+    return table[:, 0], np.abs(table[:, 1:].T - table[:, 0])
+
+
+def arms(entries: Sequence[tuple[str, Sequence[tuple[str, Mapping[str, Any]]], Sequence[float | None]]], reference: float | None) -> bytes:
+    """AUC of every arm with its interval, one line each.
+
+    Parameters
+    ----------
+    entries
+        Per arm: its name, (name of the set of images, figure) per set, and the AUC of each seed on the first set.
+    reference
+        AUC of the arm that the primary contrast refers to, drawn as a line.
+    """
+    with styled():
+        sets = list(dict.fromkeys(name for _, figures, _ in entries for name, _ in figures))
+        drawing = figure(9.2, 0.9 + (0.34 + 0.18 * (len(sets) - 1)) * len(entries))
+        axes = drawing.subplots()
+        if reference is not None:
+            axes.axvline(reference, color=GREY, linewidth=1, zorder=0)
+        axes.axvline(0.5, color=INK, linewidth=0.8, linestyle=":", zorder=0)
+        for number, name in enumerate(sets):
+            colour, marker, _ = SERIES[number % len(SERIES)]
+            places = [(i, dict(figures)[name]) for i, (_, figures, _) in enumerate(entries) if name in dict(figures)]
+            values, distance = _error([value for _, value in places])
+            height = np.array([i for i, _ in places]) + 0.6 * ((number + 0.5) / len(sets) - 0.5)
+            axes.errorbar(values, height, xerr=distance, fmt=marker, color=colour, markersize=5, linewidth=1.4, capsize=2.5, label=name)
+            if number == 0:
+                for at, i in zip(height, (i for i, _ in places), strict=True):
+                    each = [value for value in entries[i][2] if value is not None]
+                    axes.scatter(each, [at] * len(each), s=9, facecolors="none", edgecolors=INK, linewidths=0.6, zorder=3)
+        axes.set_yticks(range(len(entries)), [plain(name) for name, _, _ in entries])
+        axes.set(ylim=(len(entries) - 0.5, -0.5), xlabel="AUC")
+        axes.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        drawing.tight_layout()
+        return png(drawing)
+
+
+def ratio_curves(curves: Sequence[Mapping[str, Any]]) -> bytes:
+    """AUC over images added per real one, a line per real share and kind of added image; the places are a little apart."""
+    with styled():
+        drawing = figure(6.4, 3.8)
+        axes = drawing.subplots()
+        ratios = sorted({point["ratio"] for curve in curves for point in curve["points"]})
+        for number, curve in enumerate(curves):
+            colour, marker, line = SERIES[number % len(SERIES)]
+            values, distance = _error([point["auc"] for point in curve["points"]])
+            places = np.array([ratios.index(point["ratio"]) for point in curve["points"]]) + 0.06 * (number - (len(curves) - 1) / 2)
+            label = f"{100 * curve['real']:.3g} % of the real subjects, {curve['source']}"
+            axes.errorbar(places, values, yerr=distance, color=colour, marker=marker, linestyle=line, markersize=5, linewidth=1.4, capsize=2.5, label=label)
+        axes.set_xticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
+        axes.set(xlabel="images added per real one", ylabel="AUC on the test split", xlim=(-0.4, len(ratios) - 0.6))
+        axes.legend(fontsize=7.5, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2 if len(curves) > 3 else 1)
+        drawing.tight_layout()
+        return png(drawing)
+
+
 def _quantity(metric: str) -> tuple[str, str]:
     """Split "train/l1", "val_l1" and the like into (l1, train); without a prefix the series is the metric itself."""
     for prefix, series in (("train", "train"), ("validation", "validation"), ("val", "validation"), ("valid", "validation")):

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from meddiff_steps.config import CategoricalCovariate, Covariates
+from meddiff_steps.report import figures
 
 SPLITS = ("train", "val", "calibration", "test")
 #: Figures have these keys (and perhaps floor and ceiling).
@@ -198,11 +199,11 @@ def subgroup_table(subgroups: Mapping[str, Any]) -> Table:
     for name, levels in subgroups.items():
         for level, entry in levels.items():
             counts = f"{number(entry['images']['synthetic'])} / {number(entry['images']['real'])}"
-            for other, figures in entry["covariates"].items():
-                key = "auc" if figures["kind"] == "categorical" else "r"
-                bias = f"{interval(figures['bias'])} {figures['unit']}" if "bias" in figures else ""
+            for other, fidelity in entry["covariates"].items():
+                key = "auc" if fidelity["kind"] == "categorical" else "r"
+                bias = f"{interval(fidelity['bias'])} {fidelity['unit']}" if "bias" in fidelity else ""
                 rows.append(
-                    [f"{name} = {level}", f"{other}, {'AUC' if key == 'auc' else 'r'}", interval(figures[key]), interval(figures[key]["ceiling"]), bias, counts]
+                    [f"{name} = {level}", f"{other}, {'AUC' if key == 'auc' else 'r'}", interval(fidelity[key]), interval(fidelity[key]["ceiling"]), bias, counts]
                 )
             if not entry["covariates"]:
                 rows.append([f"{name} = {level}", "too few images", "", "", "", counts])
@@ -307,6 +308,81 @@ def distillation_section(privacy: Sequence[Mapping[str, Any]], metrics: Sequence
         "accepted. Only the autoencoder, which both share, learnt from real scans."
     ]
     return Section("distillation", "The second model beside the first", text=text, tables=[Table(["figure", "first model", "second model"], rows)])
+
+
+def augmentation_section(results: Mapping[str, Any], opened: Mapping[str, Any]) -> Section:
+    """The verdict of `augmentation/results.json`, its arms and its contrasts.
+
+    Parameters
+    ----------
+    results, opened
+        `augmentation/results.json` and `augmentation/test-opened.json`.
+    """
+    primary, counts, arms = results["primary"], results["n"], results["arms"]
+    reference = next(arm for arm in arms if arm["name"] == primary["reference"])
+    cases = ", ".join(f"{number(n)} {level}" for level, n in counts["test_images_by_level"].items())
+    chosen = "" if primary["chosen_on"] != "val" else f", chosen on the validation subjects among {', '.join(primary['candidates'])}"
+    text = [
+        f"Verdict: {results['verdict']}. {results['verdict_text']} The AUC of {primary['arm']}{chosen} minus that of {primary['reference']} is "
+        f"{interval(primary['difference'])} on {number(counts['test_subjects'])} test subjects, mean of {counts['seeds']} classifiers. The verdict is "
+        "“helps” where this interval lies above 0, “harms” where it lies below.",
+        f"Classifiers learnt to tell {results['target']} from the image, with the same number of steps in every arm. Test images: {cases}. "
+        "The generator learnt from training subjects alone. Intervals resample test subjects and the seeds of classifiers, not generators: there was one.",
+        "The test split was opened once, after everything was fixed."
+        if opened["designs"] == 1
+        else f"The test split has been opened with {opened['designs']} different designs. Figures of the later ones, these among them, flatter.",
+    ]
+    shift = results.get("shift")
+    if shift:
+        saw = shift["subjects_that_the_generator_saw"]
+        text.append(
+            f"Kept out of training and tested on their own (shifted): {shift['covariate']} = {', '.join(shift['levels'])}."
+            + (f" The generator did see {number(saw)} training subjects of them." if saw else "")
+        )
+    header = ["arm", "real images", "added", "AUC", "AUPRC", "Brier", "calibration error", "AUC on validation"]
+    grouped = any("worst_group_auc" in arm["figures"].get("test", {}) for arm in arms)
+    rows = []
+    for arm in arms:
+        figures_of = arm["figures"].get("test") or arm["figures"]["synthetic"]
+        images = [number(sum(arm["images"][kind].values())) for kind in ("real", "added")]
+        name = arm["name"] if "test" in arm["figures"] else f"{arm['name']} (tested on synthetic)"
+        row = [name, *images, *(interval(figures_of[key]) for key in ("auc", "auprc", "brier", "ece")), number(arm["validation"]["auc"])]
+        rows.append(row + ([interval(figures_of[key]) if key in figures_of else "" for key in ("worst_group_auc", "gap")] if grouped else []))
+    header += [f"worst {results['subgroup']}", "gap"] if grouped else []
+    compared = []
+    for row in results["contrasts"]:
+        second = row["delong"]
+        adjusted = "declared beforehand" if row["primary"] else number(row["p_holm"])
+        delong = [interval(second["difference"]), number(second["p"])] if second else ["more than two classes", ""]
+        compared.append([f"{row['arm']} minus {row['reference']}", interval(row["difference"]), number(row["p"]), adjusted, *delong])
+    tables = [Table(header, rows), Table(["difference of AUC", "bootstrap", "p", "p (Holm)", "DeLong (subjects only)", "p"], compared)]
+    names = {"test": "test split", "shifted": "kept-out group", "synthetic": "synthetic images"}
+    entries = [
+        (
+            arm["name"],
+            [(words, arm["figures"][key]["auc"]) for key, words in names.items() if key in arm["figures"]],
+            arm["figures"].get("test", {}).get("seeds", []),
+        )
+        for arm in arms
+    ]
+    pictures = [
+        Picture(
+            figures.arms(entries, reference["figures"]["test"]["auc"]["value"]),
+            f"AUC of {len(arms)} arms with 95 % intervals.",
+            "Further right is better. Bars: 95 % intervals; circles: single classifiers; grey line: the reference of the verdict; dotted: guessing. "
+            "Overlapping bars do not mean that two arms are alike, since they saw the same test subjects: the table of differences decides.",
+        )
+    ]
+    if results["ratio_curves"]:
+        pictures.append(
+            Picture(
+                figures.ratio_curves(results["ratio_curves"]),
+                "AUC over the number of images added per real one.",
+                "Good: a line that rises from its value at 0, the classifier without added images, by more than the bars. Bad: one that falls. A flat line "
+                "says that more images of this kind are of no use; published curves flatten at 10 to 1 (Sagers et al. 2023).",
+            )
+        )
+    return Section("augmentation", "Does it help a classifier?", text=text, pictures=pictures, tables=tables)
 
 
 def covariate_table(manifest: pd.DataFrame, requested: pd.DataFrame, covariates: Covariates) -> Table:

@@ -22,6 +22,7 @@ from meddiff_steps.report.page import (
     Card,
     Picture,
     Section,
+    augmentation_section,
     band_table,
     correlation_table,
     covariate_table,
@@ -69,6 +70,8 @@ def run(
     components: Annotated[Path | None, typer.Option(help="evaluation/components.parquet; the picture of features is left out if not given.")] = None,
     teacher_privacy: Annotated[Path | None, typer.Option(help="The same of the first model, where a second made the release.")] = None,
     teacher_metrics: Annotated[Path | None, typer.Option(help="Its metrics.")] = None,
+    augmentation: Annotated[Path | None, typer.Option(help="augmentation/results.json; left out of the page if not given.")] = None,
+    opened: Annotated[Path | None, typer.Option(help="augmentation/test-opened.json, which goes with it.")] = None,
 ) -> None:
     """Write report.html, one self-contained page, and its contact sheet as a PNG.
 
@@ -123,6 +126,7 @@ def run(
             if privacy and teacher_privacy and teacher_metrics
             else []
         ),
+        *([augmentation_section(_json(augmentation), _json(opened))] if augmentation and opened else []),
         Section(
             "sharpness",
             "How sharp are they?",

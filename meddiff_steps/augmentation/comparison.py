@@ -1,0 +1,243 @@
+"""Figures of classifiers and of their differences, with intervals over subjects and seeds, and the verdict.
+
+An arm's figure is the mean over its classifiers (seeds).  Its interval resamples subjects, with all of their images, and
+seeds, at once; the same draws serve all arms, so differences are paired.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from scipy.stats import norm, rankdata
+from statsmodels.stats.multitest import multipletests
+
+from meddiff_steps.evaluation.statistics import Bootstrap, Figure, Statistic, auc, figure, macro, mean_of, philox, rounded
+
+Verdict = Literal["helps", "no evidence", "harms", "not evaluated"]
+
+#: Bins of equal width of the expected calibration error.
+ECE_BINS = 10
+
+
+# ------------------------------------------------------------------------------------------------- figures
+
+
+def average_precision(labels: np.ndarray, scores: np.ndarray) -> Statistic:
+    """Area under the precision-recall curve as a sum of steps, equal scores together; nan without positive rows.
+
+    The same definition as `sklearn.metrics.average_precision_score`; it is to be read beside the prevalence.
+    """
+    order = np.argsort(-np.asarray(scores), kind="stable")
+    positive = np.asarray(labels, dtype=bool)[order]
+    starts = np.flatnonzero(np.concatenate([[True], np.diff(np.asarray(scores)[order]) < 0]))
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        ordered = weights[:, order]
+        hits = np.add.reduceat(ordered * positive, starts, axis=1)
+        found, seen = hits.cumsum(1), np.add.reduceat(ordered, starts, axis=1).cumsum(1)
+        return (hits * found / np.maximum(seen, 1e-300)).sum(1) / hits.sum(1)
+
+    return statistic
+
+
+def brier(labels: np.ndarray, scores: np.ndarray) -> Statistic:
+    """Mean squared difference of probability and outcome (Brier 1950); 0 is perfect."""
+    return mean_of(np.square(np.asarray(labels, dtype=float) - scores))
+
+
+def calibration_error(labels: np.ndarray, scores: np.ndarray) -> Statistic:
+    """Expected calibration error over `ECE_BINS` bins of equal width (Guo et al. 2017); 0 is perfect.
+
+    It is biased upwards where bins hold few subjects, alike in every arm.
+    """
+    bins = np.minimum((np.asarray(scores) * ECE_BINS).astype(int), ECE_BINS - 1)
+    gaps = (np.arange(ECE_BINS) == bins[:, None]) * (np.asarray(labels, dtype=float) - scores)[:, None]
+    return lambda weights: np.abs(weights @ gaps).sum(1) / weights.sum(1)
+
+
+#: Figures of one classifier by name.
+FIGURES: dict[str, Callable[[np.ndarray, np.ndarray], Statistic]] = {"auc": auc, "auprc": average_precision, "brier": brier, "ece": calibration_error}
+
+
+def one_versus_rest(kind: Callable[[np.ndarray, np.ndarray], Statistic], levels: np.ndarray, probability: np.ndarray) -> Statistic:
+    """A figure of the last of two classes, or its mean over all classes, each against the rest.
+
+    Parameters
+    ----------
+    levels
+        True classes (rows,).
+    probability
+        (rows, classes).
+    """
+    classes = probability.shape[1]
+    numbers = [1] if classes == 2 else range(classes)
+    return macro([kind(levels == number, probability[:, number]) for number in numbers]) if classes > 2 else kind(levels == 1, probability[:, 1])
+
+
+def auc_within(levels: np.ndarray, probability: np.ndarray, inside: np.ndarray) -> Statistic:
+    """AUC of the rows that are `inside`; see `one_versus_rest`."""
+    rows = np.flatnonzero(inside)
+    statistic = one_versus_rest(auc, levels[rows], probability[rows])
+    return lambda weights: statistic(weights[:, rows])
+
+
+@dataclass(frozen=True)
+class Draws:
+    """A figure of all rows and seeds, and of each resample (resamples,)."""
+
+    value: float
+    draws: np.ndarray
+    n: int
+
+    def figure(self) -> Figure:
+        return figure(self.value, self.draws, self.n)
+
+    def minus(self, other: Draws) -> Draws:
+        return Draws(self.value - other.value, self.draws - other.draws, self.n)
+
+    def p_value(self) -> float:
+        """Two-sided, of no difference: the level at which the percentile interval begins to leave 0 out."""
+        finite = self.draws[np.isfinite(self.draws)]
+        if not math.isfinite(self.value) or len(finite) == 0:
+            return math.nan
+        return min(1.0, 2.0 * (1 + min((finite <= 0).sum(), (finite >= 0).sum())) / (1 + len(finite)))
+
+
+class Resampling:
+    """Resamples of subjects and of seeds that all arms share.
+
+    Parameters
+    ----------
+    units
+        Subject of each row.
+    seeds
+        Classifiers per arm.
+    """
+
+    def __init__(self, units: Sequence[Any] | np.ndarray, seeds: int, resamples: int, root: str, label: str) -> None:
+        self.subjects = Bootstrap(units, resamples, root, f"augment|{label}")
+        chances = np.full(seeds, 1 / seeds)
+        self.seed_shares = philox(root, f"augment|{label}|seeds").multinomial(seeds, chances, size=resamples) / seeds
+
+    def draws(self, statistics: Mapping[str, Sequence[Statistic]]) -> dict[str, Draws]:
+        """Every named figure, given its statistic for each seed; the resamples of subjects are drawn once for all."""
+        if self.subjects.rows == 0:
+            empty = np.full(self.subjects.resamples, math.nan)
+            return dict.fromkeys(statistics, Draws(math.nan, empty, 0))
+        out = {}
+        everyone = np.ones((1, self.subjects.rows))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            parts: dict[str, list[np.ndarray]] = {name: [] for name in statistics}
+            for weights in self.subjects.weights():
+                for name, of_seeds in statistics.items():
+                    parts[name].append(np.stack([statistic(weights) for statistic in of_seeds], axis=1))
+            for name, of_seeds in statistics.items():
+                value = float(np.mean([statistic(everyone)[0] for statistic in of_seeds]))
+                out[name] = Draws(value, (np.concatenate(parts[name]) * self.seed_shares).sum(1), self.subjects.n)
+        return out
+
+
+# -------------------------------------------------------------------------------------------------- DeLong
+
+
+def delong(labels: np.ndarray, scores: np.ndarray, units: Sequence[Any] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """AUCs of several scores of the same rows, and their covariance.
+
+    DeLong et al. 1988, with structural components from ranks (Sun and Xu 2014), and for several rows of one subject the
+    extension of Obuchowski 1997 (equations for S10, S01 and S11), which is the former where every subject has one row.
+
+    Parameters
+    ----------
+    labels
+        Boolean (rows,).
+    scores
+        (rows, scores).
+    units
+        Subject of each row.
+
+    Returns
+    -------
+    aucs, covariance
+        (scores,) and (scores, scores); nan with fewer than two subjects on either side.
+    """
+    labels, scores = np.asarray(labels, dtype=bool), np.asarray(scores, dtype=float)
+    m, n = int(labels.sum()), int((~labels).sum())
+    numbers = np.unique(np.asarray(units, dtype=str), return_inverse=True)[1]
+    subjects = int(numbers.max()) + 1 if len(numbers) else 0
+    sides = [len(np.unique(numbers[labels])), len(np.unique(numbers[~labels]))]
+    k = scores.shape[1]
+    if min(sides) < 2:
+        return np.full(k, math.nan), np.full((k, k), math.nan)
+    overall = rankdata(scores, axis=0)
+    above = (overall[labels] - rankdata(scores[labels], axis=0)) / n  # share of negative rows below each positive one
+    below = 1.0 - (overall[~labels] - rankdata(scores[~labels], axis=0)) / m
+    aucs = above.mean(0)
+    sums = np.zeros((2, subjects, k))
+    np.add.at(sums[0], numbers[labels], (above - aucs) / m)
+    np.add.at(sums[1], numbers[~labels], (below - aucs) / n)
+    corrections = [side / (side - 1) for side in (*sides, subjects)]
+    cross = sums[0].T @ sums[1]
+    return aucs, corrections[0] * sums[0].T @ sums[0] + corrections[1] * sums[1].T @ sums[1] + corrections[2] * (cross + cross.T)
+
+
+def delong_difference(labels: np.ndarray, first: np.ndarray, second: np.ndarray, units: Sequence[Any] | np.ndarray) -> dict[str, Any]:
+    """Difference of two arms' mean AUC over seeds with DeLong's interval, over subjects alone: seeds are taken as they are.
+
+    Parameters
+    ----------
+    first, second
+        Scores of the arms' classifiers (rows, seeds).
+
+    Returns
+    -------
+    dict
+        `difference` (a figure, normal interval) and two-sided `p`; None where undefined.
+    """
+    aucs, covariance = delong(labels, np.concatenate([first, second], axis=1), units)
+    contrast = np.concatenate([np.full(first.shape[1], 1 / first.shape[1]), np.full(second.shape[1], -1 / second.shape[1])])
+    value, error = float(contrast @ aucs), math.sqrt(max(0.0, float(contrast @ covariance @ contrast))) if np.isfinite(covariance).all() else math.nan
+    half = float(norm.ppf(0.975)) * error
+    p = 2.0 * float(norm.sf(abs(value) / error)) if error > 0 else 1.0 if error == 0 else math.nan
+    subjects = len(set(map(str, units)))
+    return {"difference": {"value": rounded(value), "low": rounded(value - half), "high": rounded(value + half), "n": subjects}, "p": rounded(p)}
+
+
+# ------------------------------------------------------------------------------------------------- verdict
+
+
+def holm(p_values: Sequence[float]) -> list[float | None]:
+    """p values adjusted for all of them being looked at (Holm 1979); None where one is undefined."""
+    known = [i for i, p in enumerate(p_values) if math.isfinite(p)]
+    adjusted: list[float | None] = [None] * len(p_values)
+    if known:
+        for i, p in zip(known, multipletests([p_values[i] for i in known], method="holm")[1], strict=True):
+            adjusted[i] = rounded(float(p))
+    return adjusted
+
+
+def verdict(difference: Figure, margin: float) -> tuple[Verdict, bool | None]:
+    """What the interval of the primary difference (arm minus reference) says, and whether the arm is non-inferior.
+
+    `helps` where the whole interval is above 0, `harms` where it is below, else `no evidence`.  Non-inferior: a loss larger
+    than `margin` is excluded.
+    """
+    low, high = difference["low"], difference["high"]
+    if low is None or high is None:
+        return "not evaluated", None
+    return ("helps" if low > 0 else "harms" if high < 0 else "no evidence"), low > -margin
+
+
+def verdict_text(word: Verdict, non_inferior: bool | None, arm: str, reference: str, margin: float) -> str:
+    """The verdict as a sentence."""
+    if word == "helps":
+        return f"Arm {arm} tells the classes apart better than {reference}."
+    if word == "not evaluated":
+        return f"The difference of {arm} and {reference} has no interval: the test split holds too few subjects of one class."
+    loss = f"a loss of more than {margin:g} {'is' if non_inferior else 'cannot be'} excluded"
+    if word == "harms":
+        return f"Arm {arm} tells the classes apart worse than {reference}; {loss}."
+    return f"{arm} and {reference} do not differ measurably; {loss}."

@@ -1,0 +1,105 @@
+"""Step `augment_data`: what the classifiers may learn from and be chosen on, reduced in size; no test scan is among it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import typer
+from tqdm import tqdm
+
+from meddiff_steps.augmentation.design import OPEN_SPLITS, check, levels_of, real_samples, synthetic_samples
+from meddiff_steps.augmentation.images import factor, read_reduced, reduce
+from meddiff_steps.cohort.manifest import read_manifest
+from meddiff_steps.config import Compute, load_stage
+from meddiff_steps.errors import UserError
+from meddiff_steps.files import atomic_path, read_json
+from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
+
+log = logging.getLogger(__name__)
+
+#: Scans that go through the autoencoder at once.
+RECONSTRUCT_BATCH = 8
+
+
+def run(
+    config: Annotated[Path, typer.Option(help="frozen config of stage `augment_data`")],
+    design: Annotated[Path, typer.Option(help="augmentation/design.json")],
+    manifest: Annotated[Path, typer.Option(help="cohort/manifest.parquet")],
+    images: Annotated[list[Path], typer.Option(help="preprocessed shard; repeat for all of them")],
+    plan: Annotated[Path, typer.Option(help="plan.parquet")],
+    filtered: Annotated[list[Path], typer.Option(help="filtered shard; repeat for all of them")],
+    samples: Annotated[Path, typer.Option(help="table of the images to write (Parquet)")],
+    out: Annotated[Path, typer.Option(help="reduced images to write (Arrow); private")],
+    generated: Annotated[list[Path] | None, typer.Option(help="generated shard, where arms use images before the filter; repeat for all of them")] = None,
+    autoencoder: Annotated[Path | None, typer.Option(help="autoencoder/model.safetensors, where arms use reconstructions")] = None,
+    autoencoder_card: Annotated[Path | None, typer.Option(help="autoencoder/card.json")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
+) -> None:
+    """Gather the images of the train and val splits and the synthetic ones, and check that every arm can be made of them."""
+    study = load_stage(config, "augment_data")
+    augment, levels, side = study.augment, levels_of(study.augment, study.covariates), study.augment.classifier.longest_side
+    groups = read_json(design)["groups"]
+    planned = pd.read_parquet(plan)
+    real = Shards(images)
+    sources = {"real": (real, "scan_id"), "filtered": (Shards(filtered), "sample_id")}
+    if generated:
+        sources["generated"] = (Shards(generated), "sample_id")
+    if {"generated"} & augment.sources - set(sources):
+        raise UserError("an arm uses images before the filter, and none were given. Name the generated shards with --generated.")
+    tables = [real_samples(read_manifest(manifest, study.covariates), augment, levels, study.seed)]
+    tables += [synthetic_samples(planned, augment, groups, levels, study.seed, kind) for kind in sources if kind != "real"]
+    table = pd.concat([_with_images(part, *sources[part["kind"].iloc[0]]) for part in tables if len(part)], ignore_index=True)
+    if "reconstruction" in augment.sources:
+        train = table[(table["kind"] == "real") & (table["split"] == "train")]
+        table = pd.concat([table, train.assign(kind="reconstruction")], ignore_index=True)
+    check(augment, levels, table, len(planned))
+
+    shape = real.shape("image")
+    small = tuple(max(1, n // factor(shape[1:], side)) for n in shape[1:])
+    with ShardWriter(out, {"image_id": pa.string(), "kind": pa.string(), "image": Tensor("float16", (shape[0], *small))}) as writer:
+        for kind, (shards, key) in sources.items():
+            part = table[table["kind"] == kind]
+            for chosen, batch in read_reduced(shards, part["row"].to_numpy(), side, f"reducing {kind} images", key):
+                for position, image in zip(chosen, batch, strict=True):
+                    writer.append(image_id=part["image_id"].iloc[position], kind=kind, image=image)
+        if "reconstruction" in augment.sources:
+            if autoencoder is None or autoencoder_card is None:
+                raise UserError("an arm uses reconstructions, and no autoencoder was given. Name --autoencoder and --autoencoder-card.")
+            part = table[table["kind"] == "reconstruction"]
+            copies = _reconstructed(real, part["row"].to_numpy(), autoencoder, autoencoder_card, study.compute, threads)
+            for name, image in zip(part["image_id"], copies, strict=True):
+                writer.append(image_id=name, kind="reconstruction", image=reduce(image[None], side)[0])
+    with atomic_path(samples) as path:
+        table.drop(columns="row").to_parquet(path, index=False)
+    for split in OPEN_SPLITS:
+        log.info("%s: %s", split, table.loc[table["split"] == split, "kind"].value_counts().to_dict())
+
+
+def _with_images(table: pd.DataFrame, shards: Shards, key: str) -> pd.DataFrame:
+    """Rows of `table` that have an image, with its row in the shards."""
+    ids = shards.column(key)
+    return table.merge(pd.DataFrame({"image_id": ids, "row": range(len(ids))}), on="image_id", how="inner", validate="one_to_one")
+
+
+def _reconstructed(shards: Shards, rows: np.ndarray, weights: Path, card: Path, compute: Compute, threads: int) -> Iterator[np.ndarray]:
+    """Scans after encoding and decoding, one at a time."""
+    # torch is imported only where an arm needs it: without, the step takes seconds less.
+    import torch
+
+    from meddiff_steps.models.files import load_autoencoder
+    from meddiff_steps.training.backend import make_fabric
+
+    fabric = make_fabric(compute.model_copy(update={"devices": 1}), threads)
+    model, _ = load_autoencoder(weights, card)
+    fabric.to_device(model)
+    for start in tqdm(range(0, len(rows), RECONSTRUCT_BATCH), desc="reconstructing", mininterval=5, file=sys.stderr):
+        with torch.no_grad():
+            batch = fabric.to_device(torch.from_numpy(shards.tensors("image", rows[start : start + RECONSTRUCT_BATCH])))
+            yield from model.decode(model.encode(batch)[0]).float().clamp(0, 1).cpu().numpy()

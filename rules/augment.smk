@@ -1,0 +1,136 @@
+# The augmentation study. With augment.target unset there is none of this. Only `augment_test` is given the test split.
+if STUDY.augment.target:
+    DESIGN = f"{RESULTS}/augmentation/design.json"
+    SAMPLES = f"{RESULTS}/augmentation/samples.parquet"
+    REDUCED = f"{RESULTS}/augmentation/images.arrow"
+    CLASSIFIERS = f"{RESULTS}/augmentation/classifiers/{{job}}.safetensors"
+    VALIDATION = f"{RESULTS}/augmentation/classifiers/{{job}}.parquet"
+    AUGMENT_JOBS = range(STUDY.augment.jobs)
+    # What only some arms add to real scans.
+    AUGMENT_SOURCES = ({"generated": expand(GENERATED, shard=PLAN_SHARDS)} if "generated" in STUDY.augment.sources else {}) | (
+        AUTOENCODER_FILES if "reconstruction" in STUDY.augment.sources else {}
+    )
+
+    rule augment_design:
+        input:
+            manifest=MANIFEST,
+            plan=PLAN,
+        output:
+            DESIGN,
+        log:
+            f"{RESULTS}/logs/augment/design.log",
+        benchmark:
+            f"{RESULTS}/benchmarks/augment/design.tsv"
+        # Far ahead of the trainings: a plan that is too small is refused while nothing is lost.
+        priority: 100
+        localrule: True
+        conda:
+            "../envs/meddiff.yaml"
+        threads: 1
+        resources:
+            mem_mb=memory(1500),
+            runtime=minutes(30),
+        params:
+            config=settings("augment_design"),
+            code=code_digest("augment_design"),
+        message:
+            "Freezing the design of the augmentation study"
+        shell:
+            "python -m meddiff_steps augment_design --config {params.config} --manifest {input.manifest} --plan {input.plan} --out {output} 2>&1 | tee {log}"
+
+    rule augment_data:
+        input:
+            **AUGMENT_SOURCES,
+            design=DESIGN,
+            manifest=MANIFEST,
+            images=expand(PREPROCESSED, shard=COHORT_SHARDS),
+            plan=PLAN,
+            filtered=expand(FILTERED, shard=PLAN_SHARDS),
+        output:
+            samples=SAMPLES,
+            images=REDUCED,
+        log:
+            f"{RESULTS}/logs/augment/data.log",
+        benchmark:
+            f"{RESULTS}/benchmarks/augment/data.tsv"
+        conda:
+            "../envs/meddiff.yaml"
+        threads: 8
+        resources:
+            mem_mb=memory(3000),
+            runtime=minutes(240),
+        params:
+            config=settings("augment_data"),
+            code=code_digest("augment_data"),
+            shards=lambda wildcards, input: " ".join(repeat(f"--{name}", input[name]) for name in ("images", "filtered", "generated") if name in input.keys()),
+            models=lambda wildcards, input: options(input, [name for name in AUTOENCODER_FILES if name in input.keys()]),
+        message:
+            "Gathering what the classifiers learn from"
+        shell:
+            "python -m meddiff_steps augment_data --config {params.config} --design {input.design} --manifest {input.manifest} --plan {input.plan} "
+            "{params.shards} {params.models} --samples {output.samples} --out {output.images} --threads {threads} 2>&1 | tee {log}"
+
+    rule augment_train:
+        input:
+            design=DESIGN,
+            samples=SAMPLES,
+            images=REDUCED,
+        output:
+            weights=CLASSIFIERS,
+            validation=VALIDATION,
+        log:
+            f"{RESULTS}/logs/augment/train/{{job}}.log",
+        benchmark:
+            f"{RESULTS}/benchmarks/augment/train/{{job}}.tsv"
+        wildcard_constraints:
+            job=r"\d+",
+        conda:
+            "../envs/meddiff.yaml"
+        threads: 8
+        resources:
+            mem_mb=memory(3000, 600, 8),
+            runtime=minutes(720),
+            gpu=min(GPUS, 1),
+        params:
+            config=settings("augment"),
+            code=code_digest("augment"),
+        message:
+            "Training classifiers, part {wildcards.job}"
+        shell:
+            "python -m meddiff_steps augment --config {params.config} --design {input.design} --samples {input.samples} --images {input.images} "
+            "--job {wildcards.job} --weights {output.weights} --validation {output.validation} --threads {threads} 2>&1 | tee {log}"
+
+    rule augment_test:
+        input:
+            design=DESIGN,
+            samples=SAMPLES,
+            reduced=REDUCED,
+            weights=expand(CLASSIFIERS, job=AUGMENT_JOBS),
+            validation=expand(VALIDATION, job=AUGMENT_JOBS),
+            manifest=MANIFEST,
+            images=expand(PREPROCESSED, shard=COHORT_SHARDS),
+        output:
+            opened=AUGMENT_REPORTS["opened"],
+            predictions=f"{RESULTS}/augmentation/predictions.parquet",
+            results=report(AUGMENT_REPORTS["augmentation"], caption="../workflow/report/augmentation.rst", category="Figures"),
+        log:
+            f"{RESULTS}/logs/augment/test.log",
+        benchmark:
+            f"{RESULTS}/benchmarks/augment/test.tsv"
+        conda:
+            "../envs/meddiff.yaml"
+        threads: 8
+        resources:
+            mem_mb=memory(3000, 100, 64),
+            runtime=minutes(240),
+        params:
+            config=settings("augment_test"),
+            code=code_digest("augment_test"),
+            files=lambda wildcards, input: " ".join(repeat(f"--{name}", input[name]) for name in ("weights", "validation", "images")),
+            ledger=f"{STATE}/augmentation/openings.jsonl",
+        message:
+            "Opening the test split, once"
+        shell:
+            "python -m meddiff_steps augment_test --config {params.config} --design {input.design} --samples {input.samples} --reduced {input.reduced} "
+            "--manifest {input.manifest} {params.files} --ledger {params.ledger} --opened {output.opened} --predictions {output.predictions} "
+            "--out {output.results} --threads {threads} 2>&1 | tee {log}"
