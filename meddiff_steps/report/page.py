@@ -202,9 +202,8 @@ def subgroup_table(subgroups: Mapping[str, Any]) -> Table:
             for other, fidelity in entry["covariates"].items():
                 key = "auc" if fidelity["kind"] == "categorical" else "r"
                 bias = f"{interval(fidelity['bias'])} {fidelity['unit']}" if "bias" in fidelity else ""
-                rows.append(
-                    [f"{name} = {level}", f"{other}, {'AUC' if key == 'auc' else 'r'}", interval(fidelity[key]), interval(fidelity[key]["ceiling"]), bias, counts]
-                )
+                figure = fidelity[key]
+                rows.append([f"{name} = {level}", f"{other}, {'AUC' if key == 'auc' else 'r'}", interval(figure), interval(figure["ceiling"]), bias, counts])
             if not entry["covariates"]:
                 rows.append([f"{name} = {level}", "too few images", "", "", "", counts])
     return Table(["subgroup", "figure", "synthetic", "ceiling (real, held out)", "bias", "images, synthetic / real"], rows)
