@@ -356,14 +356,10 @@ def augmentation_section(results: Mapping[str, Any], opened: Mapping[str, Any]) 
         compared.append([f"{row['arm']} minus {row['reference']}", interval(row["difference"]), number(row["p"]), adjusted, *delong])
     tables = [Table(header, rows), Table(["difference of AUC", "bootstrap", "p", "p (Holm)", "DeLong (subjects only)", "p"], compared)]
     names = {"test": "test split", "shifted": "kept-out group", "synthetic": "synthetic images"}
-    entries = [
-        (
-            arm["name"],
-            [(words, arm["figures"][key]["auc"]) for key, words in names.items() if key in arm["figures"]],
-            arm["figures"].get("test", {}).get("seeds", []),
-        )
-        for arm in arms
-    ]
+    entries = []
+    for arm in arms:
+        found = arm["figures"]
+        entries.append((arm["name"], [(words, found[key]["auc"]) for key, words in names.items() if key in found], found.get("test", {}).get("seeds", [])))
     pictures = [
         Picture(
             figures.arms(entries, reference["figures"]["test"]["auc"]["value"]),
