@@ -63,9 +63,9 @@ def noise_digest(key: str) -> str:
     The numbers are those of `diffusion.noise.noise`, from one generator whose state is set: making one takes three times as long.
     """
     words = np.array([int(key[16:], 16), int(key[:16], 16)], np.uint64)
-    state: Any = {"counter": _ZEROS, "key": words}
-    _PHILOX.state = {"bit_generator": "Philox", "state": state, "buffer": _ZEROS, "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
-    return hashlib.sha256(_GENERATOR.standard_normal(NOISE_NUMBERS, np.float32).astype("<f4", copy=False).tobytes()).hexdigest()
+    state: Any = {"bit_generator": "Philox", "state": {"counter": _ZEROS, "key": words}, "buffer": _ZEROS, "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
+    _PHILOX.state = state
+    return hashlib.sha256(_GENERATOR.standard_normal(NOISE_NUMBERS, np.float32).astype("<f4").tobytes()).hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------- rows
