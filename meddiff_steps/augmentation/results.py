@@ -134,7 +134,7 @@ def measure(data: Scored, augment: Augment, root: str, label: str) -> tuple[dict
     for arm in names:
         with np.errstate(divide="ignore", invalid="ignore"):
             each = [float(one_versus_rest(auc, data.levels, probability)(everyone)[0]) for probability in data.probability[arm]]
-        entry: dict[str, Any] = {name: draws[f"{arm}|{name}"].figure() for name in FIGURES}
+        entry: dict[str, Any] = {name: draws[f"{arm}|{name}"].figure(lowest=0.0) for name in FIGURES}
         entry["seeds"] = [rounded(value) for value in each]
         entry["sd_over_seeds"] = rounded(float(np.std(each, ddof=1))) if len(each) > 1 else None
         groups = {key.split("|", 2)[2]: value for key, value in draws.items() if key.startswith(f"{arm}|auc|")}
@@ -147,8 +147,8 @@ def measure(data: Scored, augment: Augment, root: str, label: str) -> tuple[dict
 def _group_figures(data: Scored, groups: Mapping[str, Draws]) -> dict[str, Any]:
     """AUC per subgroup, that of the worst, and the gap between best and worst."""
     sizes = {name: len(set(data.units[data.subgroup == name])) for name in groups}
-    shown: dict[str, Any] = {name: figure(entry.value, entry.draws, sizes[name]) for name, entry in groups.items()}
-    values, draws = np.array([g.value for g in groups.values()]), np.stack([g.draws for g in groups.values()])
+    shown: dict[str, Any] = {name: Draws(entry.value, entry.draws, sizes[name]).figure(lowest=0.0) for name, entry in groups.items()}
+    values, draws = np.array([g.value for g in groups.values()]), np.stack([np.clip(g.draws, 0.0, 1.0) for g in groups.values()])
     return {
         "groups": shown,
         "worst_group_auc": figure(float(values.min()), draws.min(0), min(sizes.values())),
