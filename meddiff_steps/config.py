@@ -491,7 +491,9 @@ class Augment(Section):
     margin: Annotated[float, Field(gt=0.0, le=0.5)] = Field(0.035, description="Loss of AUC that would be tolerated (non-inferiority; Packhäuser 2022).")
     subgroup: Name | None = Field(None, description="Categorical covariate by whose levels figures are also given: worst group and gap.")
     shift: Shift | None = Field(None, description="A group that is kept out of training and tested on its own.")
-    seeds: Annotated[int, Field(ge=2, le=100)] = Field(5, description="Classifiers per arm: initial weights and order of batches.")
+    seeds: Annotated[int, Field(ge=2, le=100)] = Field(
+        5, description="Classifiers per arm: initial weights and order of batches. Below 5, intervals are very wide."
+    )
     jobs: PositiveInt = Field(1, description="Jobs that the arms are spread over.")
     bootstrap: Annotated[int, Field(ge=200)] = Field(2000, description="Resamples of subjects and seeds.")
     classifier: Classifier = Classifier()

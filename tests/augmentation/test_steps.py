@@ -371,13 +371,13 @@ def test_three_levels_are_compared_one_versus_rest(tmp_path: Path) -> None:
     levels, truth = ["a", "b", "c"], rng.integers(0, 3, 60)
     parts = []
     for arm, sure in (("real", 1.0), ("real_synthetic", 3.0)):
-        for seed in (0, 1):
+        for seed in range(5):
             logits = rng.normal(size=(60, 3)) + sure * np.eye(3)[truth]
             probability = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
             facts = {"arm": arm, "seed": seed, "image_id": [f"i{i:02d}" for i in range(60)], "subject_id": [f"i{i}" for i in range(60)], "set": "test"}
             table = pd.DataFrame(facts | {"level": [levels[i] for i in truth], "subgroup": None})
             parts.append(table.assign(**{f"probability_{level}": probability[:, i] for i, level in enumerate(levels)}))
-    listed = [a.model_dump() | {"recipe": a.name, "images": {"real": {"a": 1}, "added": {"a": 0}}} for a in section.arms]
+    listed = [{"name": a.name} | {"recipe": a.name, "images": {"real": {"a": 1}, "added": {"a": 0}}} for a in section.arms]
     validation = pd.DataFrame({"arm": ["real", "real_synthetic"], "auc": 0.5, "log_loss": 1.0, "step": 1, "subjects": 9})
     found = summarise(section, levels, pd.concat(parts), validation, listed, "real_synthetic", "seed")
     assert found["verdict"] == "helps"
