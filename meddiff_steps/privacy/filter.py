@@ -13,7 +13,7 @@ from meddiff_steps.privacy.calibration import Thresholds
 from meddiff_steps.privacy.detectors import BATCH, Detector, score
 from meddiff_steps.synthesis.plan import redraw
 
-#: Draws the images of planned subjects, (sample_id, image (1, *spatial)) in their order.
+#: Draws the images of planned subjects, (sample_id, image (1, *spatial)) in any order.
 Draw = Callable[[pd.DataFrame], Iterable[tuple[str, np.ndarray]]]
 
 
@@ -47,14 +47,14 @@ class Candidate:
 def judge(
     subjects: pd.DataFrame, images: Iterable[tuple[str, np.ndarray]], groups: Mapping[str, str], detectors: list[Detector], thresholds: Thresholds | None
 ) -> Iterator[Candidate]:
-    """Judge the images of `subjects`, in order, a batch at a time; without thresholds nothing but non-images is rejected.
+    """Judge the images of `subjects`, a batch at a time; without thresholds nothing but non-images is rejected.
 
     Raises
     ------
     ValueError
-        Images and subjects are not the same, in the same order.
+        An image is of none of the subjects or comes twice, or a subject has none.
     """
-    rows = list(zip(subjects["sample_id"], subjects["attempt"], subjects["seed_key"], strict=True))
+    waiting = {key[0]: key for key in zip(subjects["sample_id"], subjects["attempt"], subjects["seed_key"], strict=True)}
     pending: list[tuple[tuple[str, int, str], np.ndarray]] = []
 
     def flush() -> Iterator[Candidate]:
@@ -78,14 +78,16 @@ def judge(
             )
         pending.clear()
 
-    for row, (sample_id, image) in zip(rows, images, strict=True):
-        if row[0] != sample_id:
-            raise ValueError(f"expected the image of {row[0]}, found that of {sample_id}")
-        pending.append((row, image))
+    for sample_id, image in images:
+        if sample_id not in waiting:
+            raise ValueError(f"the image of {sample_id} was not asked for, or came twice")
+        pending.append((waiting.pop(sample_id), image))
         if len(pending) == BATCH:
             yield from flush()
     if pending:
         yield from flush()
+    if waiting:
+        raise ValueError(f"no image of {next(iter(waiting))}, and of {len(waiting)} subjects in all")
 
 
 def fill(

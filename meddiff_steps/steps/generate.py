@@ -27,7 +27,7 @@ def run(
 ) -> None:
     """Sample and decode the planned subjects of one shard.
 
-    A subject depends on its own row of the plan, the weights and the batch size; not on its shard or its companions.
+    A subject depends on its own row of the plan, the weights and the batch size; not on its shard or on who shares a batch with it.
     """
     study = load_stage(config, "generate")
     subjects = pd.read_parquet(plan)

@@ -21,11 +21,28 @@ from meddiff_steps.models.files import LatentDiffusion
 from meddiff_steps.training.backend import channels_last, to_channels_last
 
 
+def places(index: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Batches of rows, int (size,) each: row i stands at place `index[i]` modulo `size`, and a free place holds some row again.
+
+    Consecutive indices fill every batch but the last.
+
+    >>> [batch.tolist() for batch in places(np.array([2, 3, 4, 6]), 4)]
+    [[2, 0, 0, 1], [3, 3, 3, 3]]
+    """
+    place = index % size
+    turn = pd.Series(place).groupby(place).cumcount().to_numpy()
+    for number in range(turn.max() + 1 if len(turn) else 0):
+        rows = np.flatnonzero(turn == number)
+        batch = np.full(size, rows[0])
+        batch[place[rows]] = rows
+        yield batch
+
+
 class Generator:
     """Draws subjects from a trained model.
 
-    A batch always has `settings.batch_size` rows, the last one padded with repeats, because the size of a batch
-    changes the last bits of its results; which subjects share a batch does not.
+    A batch always has `settings.batch_size` rows, and a subject always the same place among them, because both change the last
+    bits of results; what stands in the other places does not, so that free ones are filled with repeats.
 
     Parameters
     ----------
@@ -45,21 +62,18 @@ class Generator:
             fabric.to_device(network)
 
     def images(self, subjects: pd.DataFrame, label: str) -> Iterator[tuple[str, np.ndarray]]:
-        """(sample_id, image float32 (1, *spatial) in [0, 1]) for every row of a plan, in order."""
+        """(sample_id, image float32 (1, *spatial) in [0, 1]) for every row of a plan, batch by batch (`places`)."""
         covariates = self.model.encoding.encode(subjects)
         roots = zip(subjects["cohort_root"], subjects["noise_index"], subjects["attempt"], strict=True)
         subjects_of = [(str(root), int(index), int(attempt)) for root, index, attempt in roots]
-        keys, ids = list(subjects["seed_key"]), list(subjects["sample_id"])
-        size = self.settings.batch_size
+        keys, ids, index = list(subjects["seed_key"]), list(subjects["sample_id"]), subjects["index"].to_numpy()
         with tqdm(total=len(ids), desc=label, unit="image", mininterval=5, file=sys.stderr) as bar:
-            for start in range(0, len(ids), size):
-                rows = list(range(start, min(start + size, len(ids))))
-                padded = rows + [rows[-1]] * (size - len(rows))
-                noise = batch_noise([keys[i] for i in padded], self.model.latent_shape)
-                images = self.decode(self.latents(noise, covariates[padded], [subjects_of[i] for i in padded]))
-                for i, image in zip(rows, images, strict=False):
-                    yield ids[i], image
-                bar.update(len(rows))
+            for batch in places(index, self.settings.batch_size):
+                noise = batch_noise([keys[i] for i in batch], self.model.latent_shape)
+                images = self.decode(self.latents(noise, covariates[batch], [subjects_of[i] for i in batch]))
+                for i in np.unique(batch):
+                    yield ids[i], images[index[i] % len(batch)]
+                    bar.update()
 
     @torch.no_grad()
     def latents(self, noise: np.ndarray, covariates: np.ndarray, subjects: Sequence[tuple[str, int, int]]) -> Tensor:
@@ -86,8 +100,7 @@ class Generator:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
-        """Images float32 (b, 1, *spatial), clipped to [0, 1], from standardised latents."""
+        """Images float32 (b, 1, *spatial), in [0, 1], from standardised latents."""
         z = self.denoiser.latents(latents).contiguous(memory_format=channels_last(self.spatial_dims))
         with self.fabric.autocast():
-            images = self.autoencoder.decode(z)
-        return images.clamp(0, 1).float().cpu().numpy()
+            return self.autoencoder.images(z).cpu().numpy()
