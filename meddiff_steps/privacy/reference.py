@@ -137,7 +137,7 @@ def calibration_card(
 def _copies(files: ReferenceFiles, images: Tensor, seed: str) -> dict[str, Tensor]:
     """Each image reconstructed by the autoencoder, and changed in the ways of `perturbed_copies`."""
     autoencoder, _ = load_autoencoder(files.autoencoder, files.autoencoder_card)
-    copies = {"reconstructed": autoencoder(images)[0].clamp(0, 1)}
+    copies = {"reconstructed": autoencoder.reconstruct(images)}
     return copies | perturbed_copies(images, step_generator(seed, "privacy/copies", 0))
 
 

@@ -102,4 +102,4 @@ def _reconstructed(shards: Shards, rows: np.ndarray, weights: Path, card: Path, 
     for start in tqdm(range(0, len(rows), RECONSTRUCT_BATCH), desc="reconstructing", mininterval=5, file=sys.stderr):
         with torch.no_grad():
             batch = fabric.to_device(torch.from_numpy(shards.tensors("image", rows[start : start + RECONSTRUCT_BATCH])))
-            yield from model.decode(model.encode(batch)[0]).float().clamp(0, 1).cpu().numpy()
+            yield from model.reconstruct(batch).cpu().numpy()

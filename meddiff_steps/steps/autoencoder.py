@@ -49,6 +49,7 @@ def run(
     curve = fit(task, settings.optimiser, fabric, state / state_key(config, [manifest, *images]), "autoencoder")
     if not fabric.is_global_zero:
         return
+    task.fit_background()
 
     with atomic_path(history) as path:
         curve.to_parquet(path, index=False)
@@ -61,13 +62,13 @@ def run(
         for split, row in tqdm(held_out, desc="reconstructing held-out scans", mininterval=5, file=sys.stderr):
             image = shards.tensors("image", [row])
             with fabric.autocast():
-                reconstruction = task.modules["average"](fabric.to_device(torch.from_numpy(image)))[0].clamp(0, 1).float().cpu().numpy()
+                reconstruction = task.average.reconstruct(fabric.to_device(torch.from_numpy(image))).cpu().numpy()
             writer.append(scan_id=ids[row], split=split, image=image[0], reconstruction=reconstruction[0])
             pairs[split][0].append(image[0])
             pairs[split][1].append(reconstruction[0])
     metrics = {split: reconstruction_quality(np.stack(real), np.stack(made)) for split, (real, made) in pairs.items() if real}
     save_model(
-        task.modules["average"],
+        task.average,
         weights,
         card,
         {
@@ -76,6 +77,7 @@ def run(
             "latent_shape": [settings.latent_channels, *(n // settings.downsampling for n in shape[1:])],
             "precision": resolve(study.compute)[1],
             "scans": {split: len(indices) for split, indices in rows.items()},
+            "background": float(task.average.background),
             "held_out": metrics,
         },
     )

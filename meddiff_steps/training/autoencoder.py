@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ from lightning_fabric import Fabric
 from monai.losses import PatchAdversarialLoss, PerceptualLoss
 from monai.networks.nets import PatchDiscriminator
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from meddiff_steps import config
 from meddiff_steps.imaging.augment import draw_variant
@@ -24,6 +26,8 @@ VALIDATION_SCANS = 32
 
 #: Training scans from which the linear path is computed.
 LINEAR_PATH_SCANS = 64
+#: Training scans from which the level of the background is computed.
+BACKGROUND_SCANS = 64
 
 
 def spectral_loss(reconstruction: Tensor, image: Tensor) -> Tensor:
@@ -66,10 +70,11 @@ class AutoencoderTask:
         model = Autoencoder(settings, self.spatial_dims)
         model.fit_linear_path(torch.from_numpy(shards.tensors("image", self._sample_rows(LINEAR_PATH_SCANS))))
         to_channels_last(model, self.spatial_dims)
-        average = copy.deepcopy(model).requires_grad_(False).eval()
+        self.average = copy.deepcopy(model).requires_grad_(False).eval()
+        fabric.to_device(self.average)
         optimiser = torch.optim.AdamW(model.parameters(), lr=settings.optimiser.learning_rate, weight_decay=0.0)
         self.net, wrapped = fabric.setup(model, optimiser)
-        self.modules: dict[str, nn.Module] = {"model": model, "average": fabric.to_device(average)}
+        self.modules: dict[str, nn.Module] = {"model": model, "average": self.average}
         self.optimisers: dict[str, torch.optim.Optimizer] = {"model": wrapped}
         if settings.perceptual.weight > 0:
             self.perceptual = fabric.to_device(
@@ -134,6 +139,12 @@ class AutoencoderTask:
         self.fabric.clip_gradients(module, optimiser, max_norm=self.settings.optimiser.gradient_clip)
         optimiser.step()
 
+    def fit_background(self) -> None:
+        """Learn, after the last step, what the averaged weights make of empty space; see `Autoencoder.fit_background`."""
+        rows = tqdm(self._sample_rows(BACKGROUND_SCANS), desc="learning the background", mininterval=5, file=sys.stderr)
+        with self.fabric.autocast():
+            self.average.fit_background(self._images(np.array([row])) for row in rows)
+
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Mean absolute error and PSNR (dB) of the averaged weights on held-out scans, posterior mean decoded."""
@@ -141,7 +152,7 @@ class AutoencoderTask:
         for row in self.val_rows:
             x = self._images(np.array([row]))
             with self.fabric.autocast():
-                reconstruction = self.modules["average"](x)[0].clamp(0, 1)
+                reconstruction = self.average.reconstruct(x)
             l1.append(float((reconstruction - x).abs().mean()))
             psnr.append(-10.0 * float((reconstruction - x).square().mean().clamp_min(1e-12).log10()))
         return {"val/l1": float(np.mean(l1)), "val/psnr": float(np.mean(psnr))}

@@ -60,6 +60,31 @@ def test_the_linear_path_starts_at_the_best_linear_code():
     assert torch.allclose(mean.square().mean((0, 2, 3, 4)), torch.ones(4), atol=0.01)
 
 
+def test_decoded_images_are_as_empty_as_scans():
+    # A linear code of few channels cannot draw the edge of a ball in front of nothing, and leaves a haze around it.
+    settings = SMALL.model_copy(update={"latent_channels": 8})
+    model = Autoencoder(settings, 3).eval()
+    axes = torch.meshgrid(*[torch.arange(16.0) - 7.5] * 3, indexing="ij")
+    distance = torch.stack(axes).square().sum(0).sqrt()
+    scans = torch.stack([(1.0 - distance / radius).clamp(0, 1)[None] for radius in torch.linspace(5, 8, 12)])
+    model.fit_linear_path(scans)
+    before = model.reconstruct(scans)
+    model.fit_background(scan[None] for scan in scans)
+    after = model.reconstruct(scans)
+    empty = [float((images == 0).float().mean()) for images in (scans, before, after)]
+    assert empty[1] < empty[0] - 0.05
+    assert abs(empty[2] - empty[0]) < 0.02
+    assert (after - scans).abs().mean() < (before - scans).abs().mean()
+    assert 0 < model.background < 0.2
+
+
+def test_scans_without_empty_voxels_are_left_as_decoded():
+    model = Autoencoder(SMALL, 2).eval()
+    scans = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.5
+    model.fit_background(scan[None] for scan in scans)
+    assert model.background == 0
+
+
 def test_kl_against_torch_and_at_tiny_variances():
     mean, log_variance = torch.randn(3, 4, 2, 2, 2), torch.randn(3, 4, 2, 2, 2)
     expected = torch.distributions.kl_divergence(torch.distributions.Normal(mean, torch.exp(0.5 * log_variance)), torch.distributions.Normal(0.0, 1.0))
