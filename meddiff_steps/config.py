@@ -368,6 +368,7 @@ class Distill(Section):
     """A second model, trained only on synthetic images that the filter accepted, makes the released cohort (Fernandez et al. 2023)."""
 
     subjects: Annotated[int, Field(ge=0)] = Field(0, description="Synthetic subjects of the first model that the second learns from; 0: no second model.")
+    validation_share: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.1, description="Of the accepted ones: those that the second training is validated on.")
 
 
 class FeatureNetwork(Section):
@@ -667,7 +668,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "filter": ("generate", "compute", "privacy.subgroup", "privacy.max_attempts"),
     "privacy": ("seed", "covariates", "privacy"),
     "gate": ("privacy.enforce",),
-    "distill": ("seed", "covariates"),
+    "distill": ("seed", "covariates", "distill"),
     "images": ("study", "release", "preprocess"),
     "release": ("study", "title", "cohort", "covariates", "release", "preprocess", "generate"),
     "evaluate": ("seed", "covariates", "plan", "evaluate"),

@@ -1,10 +1,5 @@
 # The augmentation study. With augment.target unset there is none of this. Only `augment_test` is given the test split.
 if STUDY.augment.target:
-    DESIGN = f"{RESULTS}/augmentation/design.json"
-    SAMPLES = f"{RESULTS}/augmentation/samples.parquet"
-    REDUCED = f"{RESULTS}/augmentation/images.arrow"
-    CLASSIFIERS = f"{RESULTS}/augmentation/classifiers/{{job}}.safetensors"
-    VALIDATION = f"{RESULTS}/augmentation/classifiers/{{job}}.parquet"
     AUGMENT_JOBS = range(STUDY.augment.jobs)
     # What only some arms add to real scans.
     AUGMENT_SOURCES = ({"generated": expand(GENERATED, shard=PLAN_SHARDS)} if "generated" in STUDY.augment.sources else {}) | (
@@ -111,7 +106,7 @@ if STUDY.augment.target:
             images=expand(PREPROCESSED, shard=COHORT_SHARDS),
         output:
             opened=AUGMENT_REPORTS["opened"],
-            predictions=f"{RESULTS}/augmentation/predictions.parquet",
+            predictions=AUGMENT_PREDICTIONS,
             results=report(AUGMENT_REPORTS["augmentation"], caption="../workflow/report/augmentation.rst", category="Figures"),
         log:
             f"{RESULTS}/logs/augment/test.log",
@@ -127,7 +122,7 @@ if STUDY.augment.target:
             config=settings("augment_test"),
             code=code_digest("augment_test"),
             files=lambda wildcards, input: " ".join(repeat(f"--{name}", input[name]) for name in ("weights", "validation", "images")),
-            ledger=f"{STATE}/augmentation/openings.jsonl",
+            ledger=OPENINGS,
         message:
             "Opening the test split, once"
         shell:

@@ -98,15 +98,34 @@ DETECTOR_FILES = AUTOENCODER_FILES | {"scale": LATENT_SCALE} | EMBEDDER_FILES
 # The model that makes what is released: the one trained on real scans, or, with distill.subjects, one that never saw them.
 RELEASED_MODEL = f"{RESULTS}/distilled/diffusion" if STUDY.distill.subjects else f"{RESULTS}/diffusion"
 DIFFUSION_FILES = {"diffusion": f"{RELEASED_MODEL}/model.safetensors", "diffusion_card": f"{RELEASED_MODEL}/card.json"}
-# What the first model's cohort was found to be, shown beside that of the second.
+RELEASED_HISTORY = f"{RELEASED_MODEL}/history.parquet"
+# The first model's cohort, with distill.subjects, and what it was found to be, shown beside the second one's.
 TEACHER = f"{RESULTS}/teacher"
+TEACHER_PLAN = f"{TEACHER}/plan.parquet"
+TEACHER_GENERATED = f"{TEACHER}/generated/shard-{{shard}}.arrow"
+TEACHER_FILTERED = f"{TEACHER}/filtered/shard-{{shard}}.arrow"
+TEACHER_DECISIONS_SHARD = f"{TEACHER}/privacy/decisions/shard-{{shard}}.parquet"
+TEACHER_DECISIONS = f"{TEACHER}/privacy/decisions.parquet"
+TEACHER_PREDICTIONS = f"{TEACHER}/evaluation/predictions.parquet"
+TEACHER_COMPONENTS = f"{TEACHER}/evaluation/components.parquet"
 TEACHER_REPORTS = (
     {"teacher_privacy": f"{TEACHER}/privacy/report.json", "teacher_metrics": f"{TEACHER}/evaluation/metrics.json"} if STUDY.distill.subjects else {}
 )
-# What the augmentation study found, and the record of the one time that it read the test split.
-AUGMENT_REPORTS = {"augmentation": f"{RESULTS}/augmentation/results.json", "opened": f"{RESULTS}/augmentation/test-opened.json"} if STUDY.augment.target else {}
-# Training state lives outside the outputs of rules: Snakemake deletes those when a job fails.
+DISTILLED_MANIFEST = f"{RESULTS}/distilled/manifest.parquet"
+DISTILLED_LATENTS = f"{RESULTS}/distilled/latents/shard-{{shard}}.arrow"
+DISTILLED_SCALE = f"{RESULTS}/distilled/latents/scale.safetensors"
+DISTILLED_LATENT_MANIFEST = f"{RESULTS}/distilled/latents/manifest.json"
+# Training state, and what must survive reruns, lives outside the outputs of rules: Snakemake deletes those when a job fails.
 STATE = f"{RESULTS}/state"
+# The augmentation study. Its results, and the record of the one time that it read the test split, are in the report.
+DESIGN = f"{RESULTS}/augmentation/design.json"
+SAMPLES = f"{RESULTS}/augmentation/samples.parquet"
+REDUCED = f"{RESULTS}/augmentation/images.arrow"
+CLASSIFIERS = f"{RESULTS}/augmentation/classifiers/{{job}}.safetensors"
+VALIDATION = f"{RESULTS}/augmentation/classifiers/{{job}}.parquet"
+AUGMENT_PREDICTIONS = f"{RESULTS}/augmentation/predictions.parquet"
+AUGMENT_REPORTS = {"augmentation": f"{RESULTS}/augmentation/results.json", "opened": f"{RESULTS}/augmentation/test-opened.json"} if STUDY.augment.target else {}
+OPENINGS = f"{STATE}/augmentation/openings.jsonl"
 
 
 def shard_names(count):

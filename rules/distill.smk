@@ -4,14 +4,6 @@ if STUDY.distill.subjects:
     TEACHER_STUDY = STUDY.model_copy(update={"plan": [study_config.PlanGroup(name="teacher", subjects=STUDY.distill.subjects)]})
     TEACHER_SHARDS = shard_names(plan_shards(TEACHER_STUDY.plan, STUDY.generate.shard_size))
     TEACHER_FILES = {"diffusion": DIFFUSION, "diffusion_card": DIFFUSION_CARD}
-    TEACHER_PLAN = f"{TEACHER}/plan.parquet"
-    TEACHER_GENERATED = f"{TEACHER}/generated/shard-{{shard}}.arrow"
-    TEACHER_FILTERED = f"{TEACHER}/filtered/shard-{{shard}}.arrow"
-    TEACHER_DECISIONS_SHARD = f"{TEACHER}/privacy/decisions/shard-{{shard}}.parquet"
-    TEACHER_DECISIONS = f"{TEACHER}/privacy/decisions.parquet"
-    DISTILLED_MANIFEST = f"{RESULTS}/distilled/manifest.parquet"
-    DISTILLED_LATENTS = f"{RESULTS}/distilled/latents/shard-{{shard}}.arrow"
-    DISTILLED_SCALE = f"{RESULTS}/distilled/latents/scale.safetensors"
 
     use rule plan as teacher_plan with:
         output:
@@ -90,8 +82,8 @@ if STUDY.distill.subjects:
             networks=[network.weights for network in STUDY.evaluate.features],
         output:
             metrics=TEACHER_REPORTS["teacher_metrics"],
-            predictions=f"{TEACHER}/evaluation/predictions.parquet",
-            components=f"{TEACHER}/evaluation/components.parquet",
+            predictions=TEACHER_PREDICTIONS,
+            components=TEACHER_COMPONENTS,
         log:
             f"{RESULTS}/logs/teacher/evaluate.log",
         benchmark:
@@ -150,7 +142,7 @@ if STUDY.distill.subjects:
             latents=expand(DISTILLED_LATENTS, shard=TEACHER_SHARDS),
         output:
             scale=DISTILLED_SCALE,
-            manifest=f"{RESULTS}/distilled/latents/manifest.json",
+            manifest=DISTILLED_LATENT_MANIFEST,
         log:
             f"{RESULTS}/logs/distilled/scale.log",
         benchmark:
@@ -162,9 +154,9 @@ if STUDY.distill.subjects:
             latents=expand(DISTILLED_LATENTS, shard=TEACHER_SHARDS),
             scale=DISTILLED_SCALE,
         output:
-            weights=f"{RELEASED_MODEL}/model.safetensors",
-            card=f"{RELEASED_MODEL}/card.json",
-            history=f"{RELEASED_MODEL}/history.parquet",
+            weights=DIFFUSION_FILES["diffusion"],
+            card=DIFFUSION_FILES["diffusion_card"],
+            history=RELEASED_HISTORY,
         log:
             f"{RESULTS}/logs/distilled/diffusion.log",
         benchmark:

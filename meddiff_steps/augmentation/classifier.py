@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from monai.networks.nets import ResNet
+from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -204,8 +205,6 @@ def _log_loss(probability: np.ndarray, levels: np.ndarray) -> float:
 
 def macro_auc(levels: np.ndarray, probability: np.ndarray) -> float:
     """AUC of the last class of two, or the mean of one-versus-rest AUCs of more; nan where a class is missing."""
-    from sklearn.metrics import roc_auc_score
-
     classes = probability.shape[1]
     if len(np.unique(levels)) < max(2, classes):
         return math.nan

@@ -75,8 +75,9 @@ def one_versus_rest(kind: Callable[[np.ndarray, np.ndarray], Statistic], levels:
         (rows, classes).
     """
     classes = probability.shape[1]
-    numbers = [1] if classes == 2 else range(classes)
-    return macro([kind(levels == number, probability[:, number]) for number in numbers]) if classes > 2 else kind(levels == 1, probability[:, 1])
+    if classes == 2:
+        return kind(levels == 1, probability[:, 1])
+    return macro([kind(levels == number, probability[:, number]) for number in range(classes)])
 
 
 def auc_within(levels: np.ndarray, probability: np.ndarray, inside: np.ndarray) -> Statistic:

@@ -125,8 +125,6 @@ def diversity(samples: Mapping[str, Sample], *, neighbours: int, resamples: int,
     ----------
     samples
         `synthetic`, `training` (as many) and `held_out`, in standard deviations.
-    scale
-        Of the space.
     neighbours
         Of precision, recall, density and coverage.
     resamples, seed

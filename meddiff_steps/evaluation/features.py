@@ -186,10 +186,9 @@ def cooccurrence(levels: np.ndarray, mask: np.ndarray, count: int) -> np.ndarray
     """
     batch, spatial = levels.shape[0], levels.shape[1:]
     # A voxel outside counts as one more level, which is cut off at the end: cheaper than selecting pairs.
-    codes = np.where(mask, levels, count).astype(np.int32)
-    codes += np.arange(batch, dtype=np.int32).reshape(-1, *(1,) * len(spatial)) * (count + 1)
-    total = np.zeros(batch * (count + 1) ** 2)
     plain = np.where(mask, levels, count).astype(np.int32)
+    codes = plain + np.arange(batch, dtype=np.int32).reshape(-1, *(1,) * len(spatial)) * (count + 1)
+    total = np.zeros(batch * (count + 1) ** 2)
     for offset in offsets(len(spatial)):
         here = (slice(None), *(slice(max(0, -o), n - max(0, o)) for o, n in zip(offset, spatial, strict=True)))
         there = (slice(None), *(slice(max(0, o), n - max(0, -o)) for o, n in zip(offset, spatial, strict=True)))
@@ -307,8 +306,9 @@ def network_space(settings: FeatureNetwork, spatial_dims: int) -> FeatureSpace:
                 "Give a network for these images, or change `channels`."
             ) from None
 
-    digest = _digest("network", sha256_file(path), settings.architecture, settings.channels, settings.zscore)
-    return FeatureSpace(settings.name, digest, f"{settings.architecture} with the user's weights, sha256 {sha256_file(path)[:16]}", features)
+    weights = sha256_file(path)
+    digest = _digest("network", weights, settings.architecture, settings.channels, settings.zscore)
+    return FeatureSpace(settings.name, digest, f"{settings.architecture} with the user's weights, sha256 {weights[:16]}", features)
 
 
 def _torchscript(path: Path, settings: FeatureNetwork) -> nn.Module:

@@ -155,7 +155,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
     """
     pooled = np.concatenate([a, b]).astype(np.float64)
     first = np.arange(len(pooled)) < len(a)
-    return float(_mmd(polynomial_kernel(pooled, pooled), first[None].astype(np.float64), ~first[None].astype(bool) * 1.0)[0])
+    return float(_mmd(polynomial_kernel(pooled, pooled), first[None] * 1.0, ~first[None] * 1.0)[0])
 
 
 def _permuted(units: np.ndarray, firsts: int, permutations: int, rng: np.random.Generator) -> np.ndarray:

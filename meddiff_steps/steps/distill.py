@@ -15,9 +15,6 @@ from meddiff_steps.config import load_stage
 from meddiff_steps.errors import UserError
 from meddiff_steps.files import atomic_path
 
-#: Share of the synthetic images that the second training is validated on.
-VALIDATION_SHARE = 0.1
-
 
 def run(
     config: Annotated[Path, typer.Option(help="frozen config of stage `distill`")],
@@ -35,7 +32,7 @@ def run(
     planned = pd.read_parquet(plan)
     planned = planned[planned["sample_id"].isin(final.index)].reset_index(drop=True)
     ids = planned["sample_id"]
-    held_out = np.array([stable_fraction(f"{study.seed}/distill/{name}") < VALIDATION_SHARE for name in ids], dtype=bool)
+    held_out = np.array([stable_fraction(f"{study.seed}/distill/{name}") < study.distill.validation_share for name in ids], dtype=bool)
     split = np.where(final.loc[ids, "decision"].to_numpy() == "duplicate", "test", np.where(held_out, "val", "train"))
     if (split == "train").sum() < 2:
         raise UserError(
