@@ -46,7 +46,7 @@ def run(
     rows = rows_by_split(read_manifest(manifest), shards.column("scan_id"))
     fabric = make_fabric(study.compute, threads)
     task = AutoencoderTask(settings, study.augmentation, shards, rows["train"], rows["val"], study.seed, fabric)
-    curve = fit(task, settings.optimiser, fabric, state / state_key(config, [manifest, *images]), "autoencoder")
+    curve = fit(task, settings.optimiser, fabric, state / state_key("autoencoder", config, [manifest, *images]), "autoencoder")
     if not fabric.is_global_zero:
         return
     task.fit_background()

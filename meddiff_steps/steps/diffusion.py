@@ -51,7 +51,7 @@ def run(
         val_rows=np.array([row for row in rows["val"] if variants[row] == 0], dtype=np.int64),
     )
     fabric = make_fabric(study.compute, threads)
-    levels, state = level_counts(encoding), state / state_key(config, [manifest, scale, *latents])
+    levels, state = level_counts(encoding), state / state_key("diffusion", config, [manifest, scale, *latents])
     components = state / "components.safetensors"
     if settings.component_steps and "prior.basis" in data.prior:
         if not components.exists():

@@ -1,7 +1,7 @@
 """Everything a training needs to go on after a kill, in one safetensors file (never a pickle).
 
 Checkpoints live outside the outputs of a rule, because Snakemake deletes those when a job fails.  Their folder is
-named by what determines the training (its config and its data), so a changed study never resumes an old one.
+named by what determines the training (its code, config and data), so a changed study never resumes an old one.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from meddiff_steps.files import atomic_path, sha256_file
+from meddiff_steps.provenance.digest import code_digest
 
 log = logging.getLogger(__name__)
 
 
-def state_key(config: Path, inputs: Sequence[Path]) -> str:
-    """Name of the state folder of a training: a digest of its frozen config and its input files' contents."""
-    digest = hashlib.sha256(config.read_bytes())
+def state_key(step: str, config: Path, inputs: Sequence[Path]) -> str:
+    """Name of the state folder of a training step: a digest of its code, its frozen config and its input files' contents."""
+    digest = hashlib.sha256(code_digest(step).encode() + config.read_bytes())
     for path in inputs:
         digest.update(sha256_file(path).encode())
     return digest.hexdigest()[:16]
