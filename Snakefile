@@ -25,6 +25,7 @@ include: "rules/augment.smk"
 include: "rules/report.smk"
 include: "rules/distill.smk"
 include: "rules/audit.smk"
+include: "rules/regenerate.smk"
 
 
 rule all:

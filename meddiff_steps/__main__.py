@@ -40,6 +40,8 @@ STEPS = {
     "showcase": "sample the sweeps and interpolations that the report shows",
     "report": "write report.html",
     "audit": "check a release, from its form to making images again",
+    "regenerate": "make images of a release again from its ledger and its models: one subject, a shard, or all",
+    "regenerated": "sum up whether the shards that were made again are what was released",
     "explain": "where one synthetic image comes from, as a tree",
     "diff": "which part of the recipe differs between two releases",
     "prove": "the path from one subject to the release's root",

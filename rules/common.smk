@@ -17,6 +17,11 @@ from meddiff_steps.synthesis.size import plan_shards
 environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environ.get("PATH", "")])
 
 
+# `--config release=FOLDER models=FOLDER`: a release to make again, with the folder of its models (by default its study's).
+SEALED = config["release"] if isinstance(config.get("release"), str) else None
+SEALED_MODELS = config.get("models", str(Path(SEALED).parent)) if SEALED else None
+
+
 def read_study():
     """The study of this run.
 
@@ -26,6 +31,12 @@ def read_study():
     frozen = environ.get("MEDDIFF_STUDY")
     if frozen and not workflow.is_main_process:
         return study_config.parse_study(json.loads(Path(frozen).read_text()), frozen)
+    if SEALED:
+        # The study that the release was made by; where its scans lie is not in it, and no job here reads them.
+        published = Path(SEALED, "provenance", "config.json")
+        if not published.is_file():
+            raise UserError(f"{published}: not there. Give --config release=FOLDER, the root of a release that has a ledger.")
+        return study_config.parse_study(json.loads(published.read_text()) | {"results": "regenerated"}, str(published))
     if "study" in config:
         return study_config.parse_study(dict(config), ", ".join(map(str, workflow.configfiles)) or "--config")
     default = Path(workflow.basedir) / "config" / "config.yaml"
@@ -90,6 +101,8 @@ PREDICTIONS = f"{RESULTS}/evaluation/predictions.parquet"
 COMPONENTS = f"{RESULTS}/evaluation/components.parquet"
 SHOWCASE = f"{RESULTS}/evaluation/showcase.arrow"
 REPORT = f"{RESULTS}/report.html"
+REGENERATED_SHARD = f"{RESULTS}/comparison/shard-{{shard}}.json"
+REGENERATED = f"{RESULTS}/comparison.json"
 CONTACT_SHEET = f"{RESULTS}/contact-sheet.png"
 # Inputs of a rule that are also options of its step, by the same names.
 AUTOENCODER_FILES = {"autoencoder": AUTOENCODER, "autoencoder_card": AUTOENCODER_CARD}

@@ -73,9 +73,10 @@ class Grid:
     spacing_mm: float | None
 
     @property
-    def affine(self) -> np.ndarray:
-        """(4, 4) RAS+ affine in mm of a 3D grid; the middle of the grid is the origin."""
-        assert self.spacing_mm is not None
+    def affine(self) -> np.ndarray | None:
+        """(4, 4) RAS+ affine in mm of a 3D grid; the middle of the grid is the origin.  None for 2D."""
+        if self.spacing_mm is None:
+            return None
         affine = np.diag([self.spacing_mm] * 3 + [1.0])
         affine[:3, 3] = -self.spacing_mm * (np.array(self.shape) - 1) / 2
         return affine
@@ -137,6 +138,11 @@ def encode_picture(image: np.ndarray, sample_id: str, study: str) -> tuple[bytes
     return stream.getvalue(), stored
 
 
+def encode(image: np.ndarray, grid: Grid, sample_id: str, study: str) -> tuple[bytes, np.ndarray]:
+    """`encode_volume` or `encode_picture`, as the grid has it."""
+    return encode_volume(image, grid, sample_id, study) if len(grid.shape) == 3 else encode_picture(image, sample_id, study)
+
+
 def voxel_digest(stored: np.ndarray, affine: np.ndarray | None) -> str:
     """SHA-256 of what an image shows: `content_digest` of its stored values and, in 3D, the affine (float32, as NIfTI keeps it).
 
@@ -163,6 +169,29 @@ def read_mark(path: Path) -> dict[str, Any] | None:
     except (OSError, EOFError, zlib.error, ValueError, AttributeError, nib.filebasedimages.ImageFileError):
         return None
     return mark if isinstance(mark, dict) and mark.get("synthetic") is True else None
+
+
+class Undecodable(Exception):
+    """A file is not the image that its name promises."""
+
+
+def decode(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
+    """Stored values, affine (None for a picture) and description of a released image.
+
+    Raises
+    ------
+    Undecodable
+        The file cannot be decoded.
+    """
+    try:
+        if path.suffix == ".png":
+            with PilImage.open(path, formats=["PNG"]) as picture:
+                return np.asarray(picture), None, str(picture.info.get("Description", ""))
+        volume = nib.Nifti1Image.from_filename(path)
+        header: Any = volume.header
+        return np.asarray(volume.dataobj.get_unscaled()), volume.affine, header["descrip"].item().decode("ascii", "replace")  # type: ignore[attr-defined]
+    except Exception as error:  # noqa: BLE001 decoders raise anything on damaged data
+        raise Undecodable(f"{type(error).__name__}: {error}") from None
 
 
 def write_images(generated: Path, release: Path, grid: Grid, study: str, suffix: str = "T1w", only: Collection[str] | None = None) -> pd.DataFrame:
@@ -212,10 +241,9 @@ def write_images(generated: Path, release: Path, grid: Grid, study: str, suffix:
             found = f"values from {image.min():g} to {image.max():g}"
             raise UserError(f"{generated}: image of {sample_id} holds {found}, expected 0 to 1. Generate the shard again.")
         path = image_path(sample_id, len(grid.shape), suffix)
-        content, stored = encode_volume(image, grid, sample_id, study) if len(grid.shape) == 3 else encode_picture(image, sample_id, study)
+        content, stored = encode(image, grid, sample_id, study)
         write_atomic(release / path, content)
-        digest = voxel_digest(stored, grid.affine if len(grid.shape) == 3 else None)
-        rows.append((sample_id, path, len(content), hashlib.sha256(content).hexdigest(), digest))
+        rows.append((sample_id, path, len(content), hashlib.sha256(content).hexdigest(), voxel_digest(stored, grid.affine)))
     table = pd.DataFrame(rows, columns=["sample_id", "path", "bytes", "sha256", "voxel_sha256"])
     return table.astype({"sample_id": "string", "path": "string", "bytes": "int64", "sha256": "string", "voxel_sha256": "string"})
 

@@ -17,9 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
-from PIL import Image as PilImage
 from tqdm import tqdm
 
 from meddiff_steps import config
@@ -30,6 +28,7 @@ from meddiff_steps.files import read_json, sha256_file
 from meddiff_steps.imaging import release as imaging
 from meddiff_steps.provenance import bundle, ledger, lineage, signature, verify
 from meddiff_steps.provenance.canonical import canonical_bytes
+from meddiff_steps.provenance.sealed import Sealed
 from meddiff_steps.provenance.verify import Check, judged
 
 LEVELS = ("form", "integrity", "completeness", "lineage", "recipes", "content", "re-execution", "privacy")
@@ -121,8 +120,8 @@ def audit(request: Request) -> Report:
         report.checks = [Check(0, "root-form", "finding", str(error))]
         report.checks += [Check(level, "all", "not run", "the ledger or root.json cannot be read") for level in range(1, 8)]
         return report
-    report.sha256 = sha256_file(request.release / bundle.ROOT)
     release = Sealed(request.release, root)
+    report.sha256 = release.sha256
     report.checks += [*checks, *check_twins(release)]
     sound = not any(check.outcome == "finding" for check in report.checks)
     report.checks += verify.check_integrity(request.release, root, form, request.hash_images, _progress)
@@ -159,55 +158,6 @@ def _heavy(release: Sealed, request: Request) -> Iterator[Check]:
 
 def _progress(items: Iterable[Any], total: int) -> Iterable[Any]:
     return tqdm(items, total=total, desc="hash", unit="image", mininterval=5, file=sys.stderr)
-
-
-class Sealed:
-    """A release as its root.json describes it.
-
-    Attributes
-    ----------
-    study
-        The published study; None where it is not one.
-    records
-        Record by the path of each output.
-    problems
-        What could not be read of config and records.
-    """
-
-    def __init__(self, folder: Path, root: dict[str, Any]) -> None:
-        self.folder, self.root = folder, root
-        self.problems: list[str] = []
-        self.study: config.Study | None = None
-        self.config: dict[str, Any] = {}
-        self.records: dict[str, lineage.Record] = {}
-        self.weights: dict[tuple[str, str], tuple[str, int]] = {}
-        try:
-            self.config = read_json(folder / bundle.CONFIG)
-            self.study = config.parse_study(self.config, bundle.CONFIG)
-        except UserError as error:
-            self.problems.append(str(error))
-        try:
-            self.records = lineage.read_records(folder / bundle.RECORDS)
-        except UserError as error:
-            self.problems.append(str(error))
-
-    def count_weights(self, row: ledger.Row) -> None:
-        """Note which weights a row names: (kind, digest) -> first subject and number of rows."""
-        recipe = row.get("recipe")
-        if not isinstance(recipe, dict):
-            return
-        for kind in ("autoencoder", "diffusion"):
-            digest = str(recipe.get(kind))
-            first, count = self.weights.get((kind, digest), (str(row.get("sample_id")), 0))
-            self.weights[kind, digest] = (first, count + 1)
-
-    def rows(self) -> Iterator[ledger.Row]:
-        """Rows of the ledger, one at a time."""
-        for _, row in ledger.read_lines(self.folder / bundle.LINES):
-            yield row
-
-    def released(self) -> Iterator[ledger.Row]:
-        return (row for row in self.rows() if row["image"] is not None)
 
 
 # ------------------------------------------------------------------------------------------------- L0, L1
@@ -530,8 +480,8 @@ def check_content(release: Sealed) -> list[Check]:
         if row["image"]["path"] != imaging.image_path(name, study.spatial_dims, study.release.suffix):
             wrong["format"].append(f"{name}: lies at {row['image']['path']}")
         try:
-            stored, affine, description = decode(path)
-        except Undecodable as error:
+            stored, affine, description = imaging.decode(path)
+        except imaging.Undecodable as error:
             wrong["decodes"].append(f"{row['image']['path']}: {error}")
             continue
         wrong["format"] += [f"{name}: {problem}" for problem in _format_problems(stored, study)]
@@ -551,29 +501,6 @@ def check_content(release: Sealed) -> list[Check]:
         judged(5, "marks", wrong["marks"], "every image and the dataset say that they are synthetic", "mark(s) are missing or wrong"),
         judged(5, "twins", wrong["twins"], "no two subjects show the same", "pair(s) of subjects show the same"),
     ]
-
-
-class Undecodable(Exception):
-    """A file is not the image that its name promises."""
-
-
-def decode(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
-    """Stored values, affine (None for a picture) and description of a released image.
-
-    Raises
-    ------
-    Undecodable
-        The file cannot be decoded.
-    """
-    try:
-        if path.suffix == ".png":
-            with PilImage.open(path, formats=["PNG"]) as picture:
-                return np.asarray(picture), None, str(picture.info.get("Description", ""))
-        volume = nib.Nifti1Image.from_filename(path)
-        header: Any = volume.header
-        return np.asarray(volume.dataobj.get_unscaled()), volume.affine, header["descrip"].item().decode("ascii", "replace")  # type: ignore[attr-defined]
-    except Exception as error:  # noqa: BLE001 decoders raise anything on damaged data
-        raise Undecodable(f"{type(error).__name__}: {error}") from None
 
 
 def _format_problems(stored: np.ndarray, study: config.Study) -> Iterator[str]:

@@ -16,10 +16,11 @@ from meddiff_steps.imaging import release as imaging
 from meddiff_steps.privacy.detectors import BATCH, score
 from meddiff_steps.privacy.reference import ReferenceFiles, load_detectors, thresholds_of
 from meddiff_steps.provenance.reexecution import choose
+from meddiff_steps.provenance.sealed import Sealed
 from meddiff_steps.provenance.verify import Check
 
 if TYPE_CHECKING:
-    from meddiff_steps.provenance.audit import Request, Sealed
+    from meddiff_steps.provenance.audit import Request
 
 #: Similarity by which a released image, rounded to whole numbers, may exceed the limit that its unrounded self was held to.
 ROUNDING = 0.002
@@ -27,8 +28,6 @@ ROUNDING = 0.002
 
 def check_privacy(release: Sealed, request: Request) -> Iterator[Check]:
     """Score some released images against all training scans, and hold them to the calibrated limits."""
-    from meddiff_steps.provenance.audit import Undecodable, decode
-
     study, results = release.study, request.results
     assert study is not None and results is not None
     rows = choose(list(release.released()), request.sample, request.seed, "privacy")
@@ -47,8 +46,8 @@ def check_privacy(release: Sealed, request: Request) -> Iterator[Check]:
         return
     scale = imaging.VOLUME_SCALE if study.spatial_dims == 3 else imaging.PICTURE_SCALE
     try:
-        stack = np.stack([decode(release.folder / row["image"]["path"])[0].astype(np.float32) / scale for row in rows])[:, None]
-    except Undecodable as error:
+        stack = np.stack([imaging.decode(release.folder / row["image"]["path"])[0].astype(np.float32) / scale for row in rows])[:, None]
+    except imaging.Undecodable as error:
         yield Check(7, "images", "finding", f"an image cannot be decoded ({error})")
         return
     parts = [score(detectors, torch.from_numpy(stack[start : start + BATCH]))[0] for start in range(0, len(stack), BATCH)]

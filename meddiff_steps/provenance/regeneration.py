@@ -1,0 +1,177 @@
+"""Released images made again from their rows of the ledger, and what is the same about them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from meddiff_steps import config
+from meddiff_steps.errors import UserError
+from meddiff_steps.files import write_atomic
+from meddiff_steps.imaging import release as imaging
+from meddiff_steps.models.files import LatentDiffusion, load_autoencoder
+from meddiff_steps.provenance.digest import safetensors_digest
+from meddiff_steps.provenance.ledger import Row
+from meddiff_steps.provenance.record import environment
+from meddiff_steps.provenance.sealed import Sealed
+from meddiff_steps.synthesis.generate import Generator
+from meddiff_steps.training.backend import make_fabric
+
+#: Largest difference of a stored value (1000 or 255 is full scale) at which an image counts as the same on another machine.
+#: Rounding in another order moved images of the demo by at most 1.
+TOLERANCE = {3: 5, 2: 2}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An image made again beside the released one.
+
+    Attributes
+    ----------
+    verdict
+        `bitwise`: it shows the same to the last bit; `within tolerance` (`TOLERANCE`); `differs`; `missing`: there is no released
+        file that can be read, and what was made again is not what the ledger says.
+    same_file
+        Whether even the files are equal, byte by byte.
+    largest
+        Largest difference of a stored value; -1 if the two cannot be compared.
+    """
+
+    sample_id: str
+    verdict: str
+    same_file: bool
+    largest: int
+
+
+def find_models(folder: Path, recipe: Mapping[str, str]) -> dict[str, Path]:
+    """Folders of the two models whose weights a recipe names.
+
+    Raises
+    ------
+    UserError
+        One of them is not there, or has other weights.
+    """
+    places = {"autoencoder": [folder / "autoencoder"], "diffusion": [folder / "distilled/diffusion", folder / "diffusion"]}
+    found: dict[str, Path] = {}
+    for kind, candidates in places.items():
+        seen = []
+        for place in candidates:
+            weights = place / "model.safetensors"
+            if weights.is_file() and (place / "card.json").is_file():
+                try:
+                    digest = safetensors_digest(weights)
+                except ValueError as error:
+                    raise UserError(str(error)) from None
+                if digest == recipe[kind]:
+                    found[kind] = place
+                seen.append(f"{weights} has {digest[:16]}")
+        if kind not in found:
+            raise UserError(f"{folder}: no {kind} with weights {recipe[kind][:16]} ({'; '.join(seen) or 'no model.safetensors with card.json there'})")
+    return found
+
+
+def remake(rows: Sequence[Row], study: config.Study, models: Path, threads: int) -> Iterator[tuple[Row, np.ndarray]]:
+    """The images of `rows`, float32 (*spatial) in [0, 1], made again; batch by batch, so in another order.
+
+    Raises
+    ------
+    UserError
+        The rows do not share one recipe, or the models are not those of the recipe.
+    """
+    recipe = rows[0]["recipe"]
+    if any(row["recipe"] != recipe for row in rows):
+        raise UserError("the rows do not share one recipe, so one model cannot have made them all. Run `audit` on the release.")
+    places = find_models(models, recipe)
+    wanted = {name: recipe[name] for name in ("sampler", "num_inference_steps", "guidance_scale", "batch_size")}
+    fabric = make_fabric(study.compute.model_copy(update={"devices": 1}), threads)
+    first_stage, _ = load_autoencoder(places["autoencoder"] / "model.safetensors", places["autoencoder"] / "card.json")
+    model = LatentDiffusion.load(places["diffusion"] / "model.safetensors", places["diffusion"] / "card.json")
+    generator = Generator(model, first_stage, study.generate.model_copy(update=wanted), fabric)
+    columns = ("sample_id", "index", "cohort_root", "noise_index", "attempt", "seed_key")
+    subjects = pd.DataFrame([{name: row[name] for name in columns} | row["covariates"] for row in rows])
+    for name, covariate in study.covariates.items():
+        subjects[name] = subjects[name].astype(object if isinstance(covariate, config.CategoricalCovariate) else float)
+    by_id = {row["sample_id"]: row for row in rows}
+    for sample_id, image in generator.images(subjects, "again"):
+        # Shards keep half precision, so the released values went through it.
+        yield by_id[sample_id], image[0].astype(np.float16).astype(np.float32)
+
+
+def compare(row: Row, again: np.ndarray, release: Path, study: config.Study) -> tuple[Comparison, bytes]:
+    """An image that was made again beside the released file, and the file that it gives."""
+    grid = imaging.Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
+    content, values = imaging.encode(again, grid, row["sample_id"], study.study)
+    same_file = hashlib.sha256(content).hexdigest() == row["image"]["sha256"]
+    if imaging.voxel_digest(values, grid.affine) == row["image"]["voxel_sha256"]:
+        return Comparison(row["sample_id"], "bitwise", same_file, 0), content
+    try:
+        released, _, _ = imaging.decode(release / row["image"]["path"])
+    except imaging.Undecodable:
+        return Comparison(row["sample_id"], "missing", False, -1), content
+    largest = int(np.abs(released.astype(int) - values.astype(int)).max()) if released.shape == values.shape else -1
+    return Comparison(row["sample_id"], "within tolerance" if 0 <= largest <= TOLERANCE[study.spatial_dims] else "differs", False, largest), content
+
+
+def regenerate(release: Sealed, rows: Sequence[Row], models: Path, out: Path, threads: int) -> list[Comparison]:
+    """Write the images of `rows` below `out`, at the paths that they have in the release, and compare them with it.
+
+    Raises
+    ------
+    UserError
+        A row has no image, since its subject was not released; or see `remake`.
+    """
+    for row in rows:
+        if row["image"] is None:
+            decision = row["privacy"]["decision"]
+            raise UserError(f"{row['sample_id']}: was not released ({decision}), so the ledger holds no recipe of it. Take a subject of participants.tsv.")
+    study = release.study
+    assert study is not None
+    found = []
+    for row, image in remake(rows, study, models, threads) if rows else ():
+        comparison, content = compare(row, image, release.folder, study)
+        write_atomic(out / row["image"]["path"], content)
+        found.append(comparison)
+    return sorted(found, key=lambda comparison: comparison.sample_id)
+
+
+def summary(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """Counts by verdict, and how many files are equal byte by byte."""
+    counts = Counter(comparison.verdict for comparison in comparisons)
+    return {
+        "images": len(comparisons),
+        "verdicts": {name: counts[name] for name in ("bitwise", "within tolerance", "differs", "missing")},
+        "same_file": sum(comparison.same_file for comparison in comparisons),
+        "largest_difference": max((comparison.largest for comparison in comparisons), default=0),
+    }
+
+
+def as_text(comparisons: Sequence[Comparison], environment: Sequence[str]) -> list[str]:
+    """A summary for people, as lines: counts, the first images that are not the same, and how the machines differ."""
+    found = summary(comparisons)
+    lines = [
+        f"{len(comparisons)} images: " + (", ".join(f"{count} {name}" for name, count in found["verdicts"].items() if count) or "none"),
+        f"{found['same_file']} files are equal byte by byte",
+    ]
+    unlike = [comparison for comparison in comparisons if comparison.verdict in ("differs", "missing")]
+    lines += [f"  {c.sample_id}: {c.verdict}, by up to {c.largest} stored units" for c in unlike[:10]]
+    if environment:
+        lines += ["differences between the machine of the release and this one:", *(f"  {line}" for line in environment)]
+    return lines
+
+
+def environment_difference(release: Sealed) -> list[str]:
+    """How the machine of the release, by the records of the steps that draw images, differs from this one, a line each."""
+    there = [record["environment"] for record in release.records.values() if record["step"] in ("generate", "filter")]
+    here, found = environment(), []
+    for name in sorted({key for one in there for key in one} | set(here)):
+        others = {repr(one.get(name)) for one in there}
+        if others != {repr(here.get(name))}:
+            found.append(f"{name}: {' or '.join(sorted(others))}, here {here.get(name)!r}")
+    return found

@@ -1,0 +1,42 @@
+"""Step `regenerate`: images of a release made again from its ledger and its models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from meddiff_steps.errors import UserError
+from meddiff_steps.files import write_json
+from meddiff_steps.provenance.regeneration import as_text, environment_difference, regenerate, summary
+from meddiff_steps.provenance.sealed import open_release
+
+
+def run(
+    release: Annotated[Path, typer.Argument(help="root of the release; its folder `provenance` is enough")],
+    models: Annotated[Path, typer.Option(help="folder with autoencoder/ and diffusion/, each model.safetensors and card.json")],
+    out: Annotated[Path, typer.Option(help="folder to write the images to, at the paths that they have in the release")],
+    subject: Annotated[list[str] | None, typer.Option(help="participant, with or without sub-; repeat for several; all of them if not given")] = None,
+    shard: Annotated[int | None, typer.Option(help="number of one shard")] = None,
+    json: Annotated[Path | None, typer.Option(help="comparison to write (JSON)")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads; changes the last bits of CPU results")] = 1,
+) -> None:
+    """Make images again: one subject, one shard, or all; write them, and say whether they are what was released.
+
+    `bitwise`: the image shows the same to the last bit.  `within tolerance`: it differs by rounding, as on another processor.
+    `differs`: by more.  Exit code 0 if none differs, 1 if one does, 2 if it could not run.
+    """
+    if subject and shard is not None:
+        raise UserError("--subject and --shard: give one of them.")
+    if out.resolve() == release.resolve() or release.resolve() in out.resolve().parents:
+        raise UserError(f"--out {out}: lies in the release, which is sealed. Give another folder.")
+    sealed = open_release(release)
+    rows = sealed.rows_of(subjects=subject or None, shard=shard)
+    comparisons = regenerate(sealed, rows, models, out, threads)
+    found = summary(comparisons)
+    environment = environment_difference(sealed) if found["verdicts"]["bitwise"] < len(comparisons) else []
+    if json is not None:
+        write_json(json, found | {"release_sha256": sealed.sha256, "environment": environment, "subjects": [vars(c) for c in comparisons]})
+    print("\n".join(as_text(comparisons, environment)))
+    raise typer.Exit(1 if found["verdicts"]["differs"] + found["verdicts"]["missing"] else 0)

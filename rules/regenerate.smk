@@ -1,0 +1,64 @@
+# snakemake regenerate --config release=FOLDER models=FOLDER: a released cohort made again, shard by shard, and compared.
+if SEALED:
+
+    rule regenerate_shard:
+        input:
+            root=f"{SEALED}/provenance/root.json",
+            models=expand(f"{SEALED_MODELS}/{{model}}/model.safetensors", model=["autoencoder", "diffusion"]),
+        output:
+            REGENERATED_SHARD,
+        log:
+            f"{RESULTS}/logs/regenerate/{{shard}}.log",
+        benchmark:
+            f"{RESULTS}/benchmarks/regenerate/{{shard}}.tsv"
+        conda:
+            "../envs/meddiff.yaml"
+        threads: 8
+        resources:
+            mem_mb=memory(2500, 600, STUDY.generate.batch_size),
+            runtime=minutes(240),
+            gpu=min(GPUS, 1),
+        params:
+            release=SEALED,
+            models=SEALED_MODELS,
+            out=f"{RESULTS}/release",
+            code=code_digest("regenerate"),
+        message:
+            "Making shard {wildcards.shard} of a release again"
+        # Images that differ (exit code 1) are counted when all shards are there.
+        shell:
+            "(python -m meddiff_steps regenerate {params.release} --models {params.models} --shard {wildcards.shard} --out {params.out} "
+            "--json {output} --threads {threads} || [ $? -eq 1 ]) 2>&1 | tee {log}"
+
+
+def made_again(wildcards):
+    """Comparisons of all shards of the release."""
+    if not SEALED:
+        raise WorkflowError("Which release? Give --config release=FOLDER, its root, and models=FOLDER, where autoencoder/ and diffusion/ lie.")
+    ledger = json.loads(Path(SEALED, "provenance", "root.json").read_text())["ledger"]
+    return expand(REGENERATED_SHARD, shard=[f"{entry['shard']:04d}" for entry in ledger["shards"]])
+
+
+rule regenerate:
+    input:
+        shards=made_again,
+    output:
+        REGENERATED,
+    log:
+        f"{RESULTS}/logs/regenerate.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/regenerate.tsv"
+    localrule: True
+    conda:
+        "../envs/meddiff.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory(1500),
+        runtime=minutes(10),
+    params:
+        shards=lambda wildcards, input: repeat("--shard", input.shards),
+        code=code_digest("regenerated"),
+    message:
+        f"Comparing what was made again with the release; the images are in {RESULTS}/release"
+    shell:
+        "python -m meddiff_steps regenerated {params.shards} --out {output} 2>&1 | tee {log}"
