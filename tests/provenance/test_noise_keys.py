@@ -34,9 +34,17 @@ def test_a_million_keys_are_distinct_also_across_groups_attempts_and_cohorts():
 @pytest.mark.timeout(1800)
 def test_a_million_streams_begin_differently():
     """Two float32 numbers would collide by chance (2^48 pairs among 10^12); four do not."""
+    # One generator whose state is set draws the same numbers as a new one per subject, five times as fast.
+    philox = np.random.Philox(key=0)
+    generator, state = np.random.Generator(philox), philox.state
     first = np.empty((MILLION, 4), np.float32)
     for i in range(MILLION):
-        first[i] = noise(seed_key("meddiff/syn", i, 0, "noise"), (4,))
+        key = seed_key("meddiff/syn", i, 0, "noise")
+        state["state"]["key"][:] = int(key[16:], 16), int(key[:16], 16)
+        philox.state = state
+        generator.standard_normal(4, np.float32, out=first[i])
+        if i < 100:
+            assert np.array_equal(first[i], noise(key, (4,)))
     assert len(np.unique(first.view("V16"))) == MILLION
 
 
