@@ -7,8 +7,9 @@ images alike, and hides what is to be measured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import scipy.fft
@@ -79,6 +80,15 @@ def radial_power(images: np.ndarray) -> np.ndarray:
         power = np.square(transformed.real, dtype=np.float64) + np.square(transformed.imag, dtype=np.float64)
         out[i] = np.bincount(ring, power.ravel() * multiplicity, bins + 1)[:bins] / values.size
     return out
+
+
+def curves_card(powers: Mapping[str, np.ndarray], shape: Sequence[int]) -> dict[str, Any]:
+    """Radial averages of sets of images with `radial_power` (n, rings), by name, and what their frequencies and bands are."""
+    return {
+        "bands_of_nyquist": {name: list(edges) for name, edges in BANDS.items()},
+        "frequency_of_nyquist": [float(f"{f:.6g}") for f in ring_frequencies(shape)],
+        "radial_average": {name: [float(f"{v:.6g}") for v in power.mean(0) / ring_sizes(shape)] for name, power in powers.items() if len(power)},
+    }
 
 
 def band_power(power: np.ndarray) -> np.ndarray:

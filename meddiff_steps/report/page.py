@@ -1,12 +1,13 @@
 """report.html: one self-contained page, headline figures first.
 
-The page loads nothing from outside (pictures are embedded, a content security policy forbids the rest) and holds no dates or
-paths of the machine, so equal inputs give equal bytes.
+The page loads nothing from outside (pictures are embedded, a content security policy forbids the rest and lets no script run but
+the slice viewer's) and holds no dates or paths of the machine, so equal inputs give equal bytes.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import pandas as pd
 
 from meddiff_steps.config import CategoricalCovariate, Covariates
 from meddiff_steps.report import figures
+from meddiff_steps.report.viewer import Viewer
 
 SPLITS = ("train", "val", "calibration", "test")
 #: Figures have these keys (and perhaps floor and ceiling).
@@ -63,6 +65,7 @@ class Section:
     pictures: list[Picture] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     cards: list[Card] = field(default_factory=list)
+    viewer: Viewer | None = None
 
 
 @dataclass(frozen=True)
@@ -466,6 +469,16 @@ def render(*, title: str, study: str, lead: str, simulated: bool, headline: Sequ
         "show_figure": lambda figure: interval(figure, 4) + (f", n {figure['n']}" if "n" in figure else ""),
         "show_value": _show_value,
     }
-    filled = [s for s in sections if s.text or s.pictures or s.tables or s.cards]
-    page = environment.get_template("page.html.jinja").render(title=title, study=study, lead=lead, simulated=simulated, headline=headline, sections=filled)
+    filled = [s for s in sections if s.text or s.pictures or s.tables or s.cards or s.viewer]
+    script = environment.get_template("viewer.js.jinja").render() if any(s.viewer for s in filled) else ""
+    page = environment.get_template("page.html.jinja").render(
+        title=title,
+        study=study,
+        lead=lead,
+        simulated=simulated,
+        headline=headline,
+        sections=filled,
+        script=script,
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() if script else "",
+    )
     return page.encode("utf-8")

@@ -39,6 +39,7 @@ from meddiff_steps.report.page import (
     render,
     subgroup_table,
 )
+from meddiff_steps.report.viewer import Viewer, viewer
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ def run(
     table = _parquet(predictions)
     real, synthetic = Shards(images), Shards(generated)
 
-    sheet = _contact_sheet(real, synthetic, scans, planned, study)
+    pairs = _pairs(real, synthetic, scans, planned, study)
+    sheet = _contact_sheet(pairs, study)
     simulated = study.cohort.source == "simulated" or bool(card.get("simulated"))
     counts = measured["n"]
     real_word = "simulated" if simulated else "real"
@@ -95,6 +97,7 @@ def run(
     checks, left_out = quality_control(_parquet(qc))
     sections = [
         Section("images", "Real beside synthetic", pictures=[sheet]),
+        *([Section("slices", "Slice by slice", viewer=_viewer(pairs))] if study.spatial_dims == 3 else []),
         Section("sweeps", "One subject, one covariate moved", pictures=_showcase_pictures(Shards([showcase]), study)),
         Section(
             "fidelity",
@@ -197,7 +200,7 @@ def _parquet(path: Path) -> pd.DataFrame:
 # -------------------------------------------------------------------------------------------------- pictures
 
 
-def _caption(row: pd.Series, covariates: Covariates, width: int) -> str:
+def _facts(row: pd.Series, covariates: Covariates) -> list[str]:
     """Covariates of one image; labels with their name, numbers with their unit."""
     facts = []
     for name, covariate in covariates.items():
@@ -206,7 +209,7 @@ def _caption(row: pd.Series, covariates: Covariates, width: int) -> str:
             facts.append(f"{name} –")
         else:
             facts.append(f"{name} {value}" if isinstance(covariate, CategoricalCovariate) else f"{name} {_short(float(value))} {covariate.unit}")
-    return figures.wrapped(facts, width)
+    return facts
 
 
 def _short(value: float) -> str:
@@ -226,28 +229,37 @@ def _coordinates(table: pd.DataFrame, covariates: Covariates, reference: pd.Data
     return np.stack(columns, axis=1)
 
 
-def _contact_sheet(real: Shards, synthetic: Shards, scans: pd.DataFrame, planned: pd.DataFrame, study: Study) -> Picture:
-    """Held-out scans spread evenly over the first covariate's order, each with the synthetic image whose request is closest."""
-    spatial_dims = len(real.shape("image")) - 1
+#: Facts about an image, and the image.
+Shown = tuple[list[str], np.ndarray]
+
+
+def _pairs(real: Shards, synthetic: Shards, scans: pd.DataFrame, planned: pd.DataFrame, study: Study) -> list[tuple[Shown, Shown]]:
+    """Held-out scans spread evenly over the first covariate's order, each with the synthetic image whose request is closest, and their covariates."""
     held = _rows(real, "scan_id", scans[scans["split"] == "test"])
     made = _rows(synthetic, "sample_id", planned)
     if held.empty or made.empty:
         raise UserError("report: there are no preprocessed test scans or no planned synthetic images to show. Check splits and the plan.")
     places, requests = (_coordinates(t, study.covariates, scans) for t in (held, made))
     order = np.lexsort((held["scan_id"].to_numpy(dtype=str), places[:, 0]))
-    shown = order[np.unique(np.linspace(0, len(order) - 1, min(PAIRS[spatial_dims], len(order), len(made))).round().astype(int))]
+    shown = order[np.unique(np.linspace(0, len(order) - 1, min(PAIRS[study.spatial_dims], len(order), len(made))).round().astype(int))]
     free = np.ones(len(made), dtype=bool)
-    partners = []
+    pairs = []
     for i in shown:
-        distance = np.where(free, np.square(requests - places[i]).sum(1), np.inf)
-        partners.append(int(distance.argmin()))
-        free[partners[-1]] = False
-    columns = 2 if spatial_dims == 3 else 6
-    width = 78 if spatial_dims == 3 else 26
-    tiles = [
-        [figures.Tile(shards.tensor("image", int(table["row"].iloc[i])), _caption(table.iloc[i], study.covariates, width)) for i in chosen]
-        for shards, table, chosen in ((real, held, shown), (synthetic, made, partners))
-    ]
+        partner = int(np.where(free, np.square(requests - places[i]).sum(1), np.inf).argmin())
+        free[partner] = False
+        one, other = (
+            (_facts(table.iloc[at], study.covariates), shards.tensor("image", int(table["row"].iloc[at])))
+            for shards, table, at in ((real, held, i), (synthetic, made, partner))
+        )
+        pairs.append((one, other))
+    return pairs
+
+
+def _contact_sheet(pairs: list[tuple[Shown, Shown]], study: Study) -> Picture:
+    """All pairs as one picture."""
+    spatial_dims = study.spatial_dims
+    columns, width = (2, 92) if spatial_dims == 3 else (6, 26)
+    tiles = [[figures.Tile(image, figures.wrapped(facts, width)) for facts, image in side] for side in zip(*pairs, strict=True)]
     kind = "Simulated, held out" if study.cohort.source == "simulated" else "Real, held out"
     if spatial_dims == 3:  # pairs side by side
         blocks = [figures.Block("", [tile for pair in zip(*tiles, strict=True) for tile in pair], columns)]
@@ -265,8 +277,19 @@ def _contact_sheet(real: Shards, synthetic: Shards, scans: pd.DataFrame, planned
     )
     return Picture(
         figures.image_grid(blocks, title=title),
-        f"{len(shown)} held-out {kind.split(',')[0].lower()} images beside {len(shown)} synthetic ones, each with its covariates.",
+        f"{len(pairs)} held-out {kind.split(',')[0].lower()} images beside {len(pairs)} synthetic ones, each with its covariates.",
         f"{how}Grey values 0 to 1, bicubic. Each held-out scan stands beside the synthetic image whose request is closest; none was picked by eye.",
+    )
+
+
+def _viewer(pairs: list[tuple[Shown, Shown]]) -> Viewer:
+    """The first, middle and last pair."""
+    chosen = [pairs[i] for i in sorted({0, len(pairs) // 2, len(pairs) - 1})]
+    groups = [[(f"{kind}: {', '.join(facts)}", image) for kind, (facts, image) in zip(("Held out", "Synthetic"), pair, strict=True)] for pair in chosen]
+    return viewer(
+        groups,
+        "Move the sliders, or click or drag in a slice: all planes of both volumes follow. Good: the same structures in the same places, as sharp "
+        "in every plane. Bad: texture that breaks off from slice to slice, or haze outside the head. Radiological convention, 8 grey bits.",
     )
 
 

@@ -9,137 +9,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-import torch
+from fabricated import Fabricated
 
-from meddiff_steps.cohort.manifest import write_manifest
-from meddiff_steps.config import freeze, parse_study
 from meddiff_steps.errors import UserError
+from meddiff_steps.evaluation import metrics as metrics_module
+from meddiff_steps.evaluation import selection
 from meddiff_steps.imaging.shards import ShardWriter, Tensor
-from meddiff_steps.models.embedder import Embedder
-from meddiff_steps.models.files import save_model
-from meddiff_steps.steps import evaluate, report
-
-SPLIT_OF = ["train"] * 6 + ["val", "calibration", "test", "test"]
-
-
-def ball(size: float, sex: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """A disc or ball whose number of voxels is about `size`; a bright spot marks one sex."""
-    grid = np.meshgrid(*[np.arange(n) - (n - 1) / 2 for n in shape], indexing="ij")
-    radius = (size * 3 / 4 / np.pi) ** (1 / 3) if len(shape) == 3 else (size / np.pi) ** 0.5
-    distance = np.sqrt(sum(np.square(g + rng.uniform(-0.5, 0.5)) for g in grid))
-    image = 0.6 * np.clip(radius + 0.5 - distance, 0, 1) + (0.3 if sex == "M" else 0.0) * (distance < 1.5)
-    return np.clip(image + rng.normal(0, 0.02, shape), 0, 1)[None].astype(np.float16)
-
-
-class Fabricated:
-    """All inputs of both steps under one directory; `page` is the report on them."""
-
-    page: str
-
-    def __init__(self, root: Path, shape: tuple[int, ...], scans: int = 120, synthetic: int = 40, simulated: bool = True) -> None:
-        self.root = root
-        rng = np.random.default_rng(7)
-        low, high = (150, 900) if len(shape) == 3 else (30, 250)
-        columns = {"scan_id": pa.string(), "image": Tensor("float16", (1, *shape))}
-        study = parse_study(
-            {
-                "study": "balls",
-                "title": "Balls & <discs>",
-                "cohort": {"source": "simulated"} if simulated else {"source": "bids", "root": "somewhere"},
-                "covariates": {"size": {"unit": "voxel", "range": [0, 2000]}, "sex": {"levels": ["F", "M"]}},
-                "preprocess": {"shape": list(shape), "spacing_mm": 2.0 if len(shape) == 3 else None},
-                "autoencoder": {"stem": "none", "channels": [16, 32]},
-                "plan": [
-                    {"name": "cohort", "subjects": synthetic},
-                    {"name": "sweep", "subjects": 1, "covariates": "counterfactual", "grid": {"size": [low, high]}},
-                ],
-                "evaluate": {"bootstrap": 100, "realism_bootstrap": 100, "permutations": 100, "ssim_pairs": 20, "max_images": 45},
-            },
-            "test",
-        )
-        self.stage = {name: freeze(study, name, root) for name in ("evaluate", "report")}
-        table = pd.DataFrame({"scan_id": [f"sub-{i:03d}_T1w" for i in range(scans)], "subject_id": [f"sub-{i:03d}" for i in range(scans)]})
-        table["session_id"], table["path"], table["sha256"], table["content_sha256"] = None, "x.nii.gz", "0" * 64, "0" * 64
-        table["split"] = [SPLIT_OF[i % 10] for i in range(scans)]
-        table["size"], table["sex"] = rng.uniform(low, high, scans), np.where(rng.random(scans) < 0.5, "F", "M")
-        self.pictures = [ball(r.size, r.sex, shape, rng) for r in table[["size", "sex"]].itertuples(index=False, name="Row") if not callable(r.size)]
-        table.loc[[3, 14], "size"], table.loc[5, "sex"] = np.nan, None
-        write_manifest(table, root / "manifest.parquet")
-        self.shards = [root / f"shard-{k}.arrow" for k in range(2)]
-        for k, path in enumerate(self.shards):
-            with ShardWriter(path, columns) as shard:
-                for i in range(k, scans, 2):
-                    shard.append(scan_id=table["scan_id"][i], image=self.pictures[i])
-        plan = pd.DataFrame({"sample_id": [f"cohort{i:03d}" for i in range(synthetic)] + ["sweep0", "sweep1"], "group": ["cohort"] * synthetic + ["sweep"] * 2})
-        plan["index"], plan["attempt"], plan["cohort_root"], plan["shard"] = range(len(plan)), 0, "s/cohort", 0
-        plan["seed_key"] = [f"{i:032x}" for i in range(synthetic)] + ["f" * 32] * 2
-        plan["size"], plan["sex"] = rng.uniform(low, high, len(plan)), np.where(rng.random(len(plan)) < 0.5, "F", "M")
-        made = [ball(s, x, shape, rng) for s, x in zip(plan["size"], plan["sex"], strict=True)]
-        plan.loc[1, "size"] = np.nan
-        plan.to_parquet(root / "plan.parquet", index=False)
-        with ShardWriter(root / "generated.arrow", {"sample_id": pa.string(), "image": columns["image"]}) as shard:
-            for name, image in zip(plan["sample_id"], made, strict=True):
-                shard.append(sample_id=name, image=image)
-        held = table[table["split"].isin(["val", "test"])]
-        with ShardWriter(root / "reconstructions.arrow", {**columns, "split": pa.string(), "reconstruction": columns["image"]}) as shard:
-            for i, row in held.iterrows():
-                image = self.pictures[int(i)]  # type: ignore[call-overload]
-                shard.append(scan_id=row["scan_id"], split=row["split"], image=image, reconstruction=np.clip(image + np.float16(0.1), 0, 2))
-        kinds = {"panel": pa.string(), "row": pa.int64(), "position": pa.int64(), "label": pa.string(), "image": columns["image"]}
-        with ShardWriter(root / "showcase.arrow", kinds) as shard:
-            for panel in ("sweep:size", "sweep:sex", "interpolation"):
-                for position in range(3):
-                    shard.append(panel=panel, row=0, position=position, label=f"{position}", image=made[position])
-        torch.manual_seed(0)
-        save_model(Embedder(shape), root / "embedder.safetensors", root / "embedder.json", {"image_shape": [1, *shape]})
-        for name in ("autoencoder", "diffusion"):
-            (root / f"{name}.json").write_text(json.dumps({"digest": "ab" * 32, "psnr": {"value": 30.0, "low": 29.0, "high": 31.0, "n": 9}}))
-            pd.DataFrame({"step": [0, 10], "metric": ["train/loss", "val/loss"], "value": [1.0, 0.5]}).to_parquet(root / f"{name}.parquet", index=False)
-        (root / "cohort.json").write_text(json.dumps({"simulated": simulated, "scans": scans}))
-        qc = pd.DataFrame({"scan_id": table["scan_id"], "status": "ok", "reason": None, "shape": "[4, 4]", "cut_off_share": 0.01})
-        qc.to_parquet(root / "qc.parquet", index=False)
-
-    def evaluate(self, tag: str = "", **changes: Any) -> dict[str, Any]:
-        r = self.root
-        options: dict[str, Any] = {
-            "config": self.stage["evaluate"],
-            "manifest": r / "manifest.parquet",
-            "images": self.shards,
-            "generated": [r / "generated.arrow"],
-            "plan": r / "plan.parquet",
-            "reconstructions": r / "reconstructions.arrow",
-            "out": r / f"metrics{tag}.json",
-            "predictions": r / f"predictions{tag}.parquet",
-            "embedder": r / "embedder.safetensors",
-            "embedder_card": r / "embedder.json",
-            "components": r / f"components{tag}.parquet",
-        }
-        evaluate.run(**options | changes)
-        return json.loads((r / f"metrics{tag}.json").read_text())
-
-    def report(self, tag: str = "") -> str:
-        r = self.root
-        report.run(
-            config=self.stage["report"],
-            cohort_card=r / "cohort.json",
-            qc=r / "qc.parquet",
-            manifest=r / "manifest.parquet",
-            images=self.shards,
-            generated=[r / "generated.arrow"],
-            plan=r / "plan.parquet",
-            autoencoder_card=r / "autoencoder.json",
-            autoencoder_history=r / "autoencoder.parquet",
-            diffusion_card=r / "diffusion.json",
-            diffusion_history=r / "diffusion.parquet",
-            reconstructions=r / "reconstructions.arrow",
-            showcase=r / "showcase.arrow",
-            metrics=r / "metrics.json",
-            predictions=r / "predictions.parquet",
-            components=r / "components.parquet",
-            out=r / f"report{tag}.html",
-            contact_sheet=r / f"sheet{tag}.png",
-        )
-        return (r / f"report{tag}.html").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module", params=[(16, 20, 16), (24, 32)], ids=["3D", "2D"])
@@ -243,7 +118,7 @@ def test_evaluate_repeats_byte_for_byte_and_batches_do_not_matter(study: Fabrica
     study.evaluate("-again")
     for name in ("metrics{}.json", "predictions{}.parquet", "components{}.parquet"):
         assert (study.root / name.format("-again")).read_bytes() == (study.root / name.format("")).read_bytes()
-    monkeypatch.setattr(evaluate, "BATCH_VALUES", 7 * study.pictures[0].size)
+    monkeypatch.setattr(selection, "BATCH_VALUES", 7 * study.pictures[0].size)
     other = study.evaluate("-batches")
     for key in ("r", "slope"):
         assert other["covariates"]["size"][key]["value"] == pytest.approx(
@@ -253,7 +128,7 @@ def test_evaluate_repeats_byte_for_byte_and_batches_do_not_matter(study: Fabrica
 
 def test_large_cohorts_are_measured_on_a_stable_choice(study: Fabricated, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("MAX_SYNTHETIC", 20), ("MAX_HELD_OUT", 30), ("MAX_TRAINING_SCANS", 50)):
-        monkeypatch.setattr(evaluate, name, value)
+        monkeypatch.setattr(metrics_module, name, value)
     metrics = study.evaluate("-few")
     assert (metrics["n"]["synthetic"], metrics["n"]["held_out_scans"], metrics["predictors"]["training_scans"]) == (20, 30, 50)
     assert metrics["n"]["training_scans"] == 72  # what the generator learnt from does not shrink
@@ -265,7 +140,8 @@ def test_report_is_self_contained_and_repeats_byte_for_byte(study: Fabricated) -
     assert (study.root / "sheet.png").read_bytes() == (study.root / "sheet-again.png").read_bytes()
     assert (study.root / "sheet.png").read_bytes().startswith(b"\x89PNG")
     assert not re.findall(r"https?://", page)
-    assert not re.findall(r"<(script|link|iframe|object)\b", page)
+    assert not re.findall(r"<(link|iframe|object)\b", page)
+    assert re.findall(r"<script[^>]*>", page) == ["<script>"] * (len(study.pictures[0].shape) == 4)  # the slice viewer, for volumes alone
     assert re.findall(r'src="(.{10})', page)
     assert set(re.findall(r'src="(.{10})', page)) == {"data:image"}
     assert str(study.root) not in page

@@ -1,0 +1,203 @@
+"""All of metrics.json: every measurement of the package, on the images that `selection` chooses."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from meddiff_steps.config import CategoricalCovariate, Covariates, Evaluate, Study
+from meddiff_steps.errors import UserError
+from meddiff_steps.evaluation import spectrum
+from meddiff_steps.evaluation.diversity import diversity, pair_similarity
+from meddiff_steps.evaluation.features import FeatureSpace, extract
+from meddiff_steps.evaluation.fidelity import (
+    correlation_structure,
+    covariate_fidelity,
+    distribution_distances,
+    predictions_table,
+    subgroup_fidelity,
+    training_range,
+)
+from meddiff_steps.evaluation.image_quality import SsimSettings, reconstruction_quality
+from meddiff_steps.evaluation.predictors import MAX_TRAINING_SCANS, Predictors, fit_predictors
+from meddiff_steps.evaluation.realism import MIN_IMAGES, Sample, Scale, realism
+from meddiff_steps.evaluation.selection import Images, drawn, held_out, reconstructed
+
+logger = logging.getLogger(__name__)
+
+#: Images measured at most, of either kind: beyond it intervals hardly shrink. Chosen by a hash of the id, so the choice is stable.
+MAX_SYNTHETIC, MAX_HELD_OUT = 5_000, 5_000
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found.
+
+    Attributes
+    ----------
+    metrics
+        The content of metrics.json.
+    predictions
+        Requested or true beside measured covariates (`fidelity.PREDICTION_COLUMNS`).
+    components
+        Where held-out and synthetic images lie in each feature space: `id, kind, space, pc1, pc2`.
+    """
+
+    metrics: dict[str, Any]
+    predictions: pd.DataFrame
+    components: pd.DataFrame
+
+
+def evaluate(cohort: Images, generated: Images, paired: Images, spaces: Sequence[FeatureSpace], study: Study) -> Evaluation:
+    """Measure covariate fidelity, realism, diversity, reconstruction quality and sharpness.
+
+    Parameters
+    ----------
+    cohort
+        Preprocessed scans of all splits; predictors and feature scales learn from the train split alone.
+    generated
+        Synthetic images, with the covariates that were requested.
+    paired
+        Held-out scans (`image`) beside their reconstructions (`reconstruction`).
+    spaces
+        Feature spaces of realism and diversity.
+    study
+        `seed`, `covariates`, `plan` and `evaluate` are read.
+
+    Raises
+    ------
+    UserError
+        There are no training or no held-out scans, training scans are among the reconstructions, or images are not finite.
+    """
+    options: dict[str, Any] = {"resamples": study.evaluate.bootstrap, "seed": study.seed}
+    every_train = cohort.of_splits(["train"])
+    train = every_train.at_most(MAX_TRAINING_SCANS)
+    if len(train) == 0:
+        raise UserError(f"{cohort.origin}: no preprocessed scan is in the train split, so nothing can be measured. Check splits and preprocessed/qc.parquet.")
+    predictors = fit_predictors(train.batches("learning to measure"), train.table, train.units.tolist(), study.covariates)
+    real, splits = held_out(cohort)
+    real, synthetic = real.at_most(MAX_HELD_OUT), drawn(generated, study.plan).at_most(MAX_SYNTHETIC)
+    trained = training_range(every_train.table, study.covariates)
+    real_table, real_power = measure(predictors, real, "real", study.covariates, trained)
+    synthetic_table, synthetic_power = measure(predictors, synthetic, "synthetic", study.covariates, trained)
+    predictions = pd.concat([synthetic_table, real_table], ignore_index=True)
+    labels = [name for name, c in study.covariates.items() if isinstance(c, CategoricalCovariate)]
+    levels = pd.concat([images.table.set_index(images.key)[labels] for images in (synthetic, real)])
+    like, various, components = realism_and_diversity(spaces, {"training": train, "held_out": real, "synthetic": synthetic}, study.evaluate, seed=study.seed)
+
+    shown = reconstructed(paired)
+    quality = reconstruction_quality(shown.column("image"), shown.column("reconstruction"), subjects=shown.units.tolist(), **options)
+    image_power, reconstruction_power = (radial_power(shown, name) for name in ("image", "reconstruction"))
+    ratios = {
+        "reconstruction": spectrum.band_power_ratio(reconstruction_power, image_power, paired=True, units=shown.units.tolist(), **options),
+        "synthetic": spectrum.band_power_ratio(
+            synthetic_power, real_power, paired=False, units=synthetic.units.tolist(), reference_units=real.units.tolist(), **options
+        ),
+    }
+    curves = {"real": real_power, "synthetic": synthetic_power, "image": image_power, "reconstruction": reconstruction_power}
+    metrics = {
+        "covariates": covariate_fidelity(predictions, study.covariates, **options),
+        "correlations": correlation_structure(predictions, study.covariates, **options),
+        "distributions": distribution_distances(predictions, study.covariates, resamples=study.evaluate.realism_bootstrap, seed=study.seed),
+        "subgroups": subgroup_fidelity(predictions, levels, study.covariates, **options),
+        "training_range": {name: list(ends) for name, ends in trained.items()},
+        "realism": like,
+        "diversity": various,
+        "predictors": predictors.card(),
+        "reconstruction": quality,
+        "spectrum": ratios | spectrum.curves_card(curves, cohort.shards.shape("image")[1:]),
+        "n": {
+            "training_subjects": int(every_train.table["subject_id"].nunique()),
+            "training_scans": len(every_train),
+            "held_out_subjects": int(real.table["subject_id"].nunique()),
+            "held_out_scans": len(real),
+            "held_out_splits": splits,
+            "generated": len(generated),
+            "synthetic": len(synthetic),
+            "synthetic_groups": sorted(set(drawn(generated, study.plan).table["group"])),
+            "reconstructions": len(shown),
+            "reconstruction_splits": sorted(set(shown.table["split"])),
+        },
+    }
+    return Evaluation(metrics, predictions, components)
+
+
+def radial_power(images: Images, column: str) -> np.ndarray:
+    """`spectrum.radial_power` of a column, (n, rings)."""
+    return np.concatenate([spectrum.radial_power(batch) for batch in images.batches(f"spectrum of each {column}", column)])
+
+
+def measure(
+    predictors: Predictors, images: Images, kind: str, covariates: Covariates, trained: Mapping[str, tuple[float, float]]
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """`fidelity.predictions_table` and `spectrum.radial_power` (n, rings) of images, in one pass."""
+    values: dict[str, list[np.ndarray]] = {name: [] for name in predictors.by_name}
+    powers = []
+    for batch in images.batches(f"measuring {kind} images"):
+        for name, part in predictors.measure(batch).items():
+            values[name].append(part)
+        powers.append(spectrum.radial_power(batch))
+    measured = {name: np.concatenate(parts) for name, parts in values.items()}
+    return predictions_table(images.ids, images.units.tolist(), kind, images.table, measured, covariates, trained), np.concatenate(powers)
+
+
+def realism_and_diversity(
+    spaces: Sequence[FeatureSpace], images: Mapping[str, Images], settings: Evaluate, *, seed: str
+) -> tuple[dict[str, Any], dict[str, Any], pd.DataFrame]:
+    """Both sections of metrics.json, and the first two principal components of held-out and synthetic images in every space.
+
+    Parameters
+    ----------
+    spaces
+        In each of which all is measured.
+    images
+        `synthetic`, `training` and `held_out`.  As many training scans as synthetic images are taken, so that a floor has the bias of
+        its figure.
+    settings, seed
+        The study's.
+    """
+    count = min(len(images["synthetic"]), len(images["training"]), settings.max_images)
+    chosen = {kind: images[kind].at_most(settings.max_images if kind == "held_out" else count) for kind in ("synthetic", "training", "held_out")}
+    smallest = min(map(len, chosen.values()))
+    found = {kind: extract(spaces, some.shards, some.rows, f"features of {kind} images") for kind, some in chosen.items()}
+    like: dict[str, Any] = {}
+    by_space: dict[str, Any] = {}
+    places = [pd.DataFrame({"id": pd.Series(dtype="string"), "kind": "", "space": "", "pc1": 0.0, "pc2": 0.0})]
+    for space in spaces:
+        card: dict[str, Any] = {"digest": space.digest, "description": space.description, "images": {kind: len(some) for kind, some in chosen.items()}}
+        if smallest < MIN_IMAGES:
+            like[space.name] = by_space[space.name] = card | {"skipped": f"{smallest} images of one kind, at least {MIN_IMAGES} are needed"}
+            continue
+        scale = Scale.of(found["training"][space.name], smallest)
+        samples = {kind: Sample(scale.standard(found[kind][space.name]), some.units) for kind, some in chosen.items()}
+        card |= {"features": len(scale.mean), "components": scale.basis.shape[1], "explained": [float(f"{x:.4g}") for x in scale.explained[:2]]}
+        common: dict[str, Any] = {"resamples": settings.bootstrap, "seed": seed}
+        like[space.name] = card | realism(samples, scale, slow_resamples=settings.realism_bootstrap, permutations=settings.permutations, **common)
+        by_space[space.name] = card | {"neighbours": settings.neighbours} | diversity(samples, neighbours=settings.neighbours, **common)
+        for kind in ("held_out", "synthetic"):
+            first = scale.components(samples[kind].features)[:, :2]
+            places.append(pd.DataFrame({"id": chosen[kind].ids, "kind": kind, "space": space.name, "pc1": first[:, 0], "pc2": first[:, 1]}))
+        told = like[space.name]["classifier_auc"]
+        logger.info("%s: AUC of telling synthetic from real %s, real from real %s", space.name, told["value"], told["floor"]["value"])
+
+    shape = chosen["synthetic"].shards.shape("image")[1:]
+    ssim = SsimSettings.for_shape(shape)
+    pairs = {
+        kind: pair_similarity(
+            chosen[kind].column().__getitem__,
+            chosen[kind].units,
+            shape,
+            pairs=settings.ssim_pairs,
+            resamples=settings.bootstrap,
+            seed=seed,
+            label=kind,
+        )
+        for kind in ("synthetic", "training")
+    }
+    various = {ssim.name: pairs["synthetic"] | {"floor": pairs["training"]}, "ssim_settings": ssim.card() | {"metric": ssim.name}, "features": by_space}
+    return like, various, pd.concat(places[1:] or places, ignore_index=True)
