@@ -147,7 +147,7 @@ class AutoencoderTask:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean absolute error and PSNR (dB) of the averaged weights on held-out scans, posterior mean decoded."""
+        """Mean absolute error and PSNR (dB) of the averaged weights on held-out scans, posterior mean decoded; nothing if there are none."""
         l1, psnr = [], []
         for row in self.val_rows:
             x = self._images(np.array([row]))
@@ -155,4 +155,4 @@ class AutoencoderTask:
                 reconstruction = self.average.reconstruct(x)
             l1.append(float((reconstruction - x).abs().mean()))
             psnr.append(-10.0 * float((reconstruction - x).square().mean().clamp_min(1e-12).log10()))
-        return {"val/l1": float(np.mean(l1)), "val/psnr": float(np.mean(psnr))}
+        return {"val/l1": float(np.mean(l1)), "val/psnr": float(np.mean(psnr))} if l1 else {}

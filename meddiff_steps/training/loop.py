@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from meddiff_steps.config import Optimiser
 from meddiff_steps.diffusion.noise import seed_key
+from meddiff_steps.errors import UserError
 from meddiff_steps.training.checkpoint import CheckpointFolder
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ def fit(task: Task, settings: Optimiser, fabric: Fabric, state: Path, label: str
     def record(step: int, values: Mapping[str, float]) -> None:
         for metric, value in values.items():
             if not math.isfinite(value):
-                raise FloatingPointError(f"{label}: {metric} is {value} at step {step}. Lower the learning rate, or set compute.precision to 32-true.")
+                raise UserError(f"{label}: {metric} is {value} at step {step}. Lower the learning rate, or set compute.precision to 32-true.")
             history.append((step, metric, value))
             if writer:
                 writer.add_scalar(metric, value, step)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from meddiff_steps import config
+from meddiff_steps.errors import UserError
 from meddiff_steps.imaging.augment import Variant, draw_variant
 from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
 from meddiff_steps.models.denoiser import COMPONENT_WIDTH
@@ -127,8 +128,15 @@ def test_losses_fall(tmp_path, images, fabric):
 def test_a_loss_that_is_not_finite_stops_the_training(tmp_path, latents, fabric):
     task = diffusion_task(latents, fabric)
     task.train_step = lambda step: {"train/loss": torch.tensor(float("nan"))}
-    with pytest.raises(FloatingPointError, match="learning rate"):
+    with pytest.raises(UserError, match="learning rate"):
         loop.fit(task, OPTIMISER, fabric, tmp_path, "test")
+
+
+def test_without_held_out_scans_there_is_no_validation_and_no_failure(tmp_path, images, fabric):
+    settings = config.Autoencoder(channels=[8, 16], norm_num_groups=4, latent_channels=4, optimiser=OPTIMISER)
+    task = AutoencoderTask(settings, config.Augmentation(), images, range(10), [], "seed", fabric)
+    curve = loop.fit(task, OPTIMISER, fabric, tmp_path, "test")
+    assert len(curve) and not curve["metric"].str.startswith("val/").any()
 
 
 def test_epochs_are_permutations_and_steps_are_reproducible():
