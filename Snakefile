@@ -56,6 +56,14 @@ rule augment:
         f"The augmentation study is in {AUGMENT_REPORTS.get('augmentation', 'no file: augment.target is not set')}"
 
 
+rule sampler_study:
+    input:
+        SAMPLER_STUDY,
+    localrule: True
+    message:
+        f"Samplers are compared in {SAMPLER_STUDY}"
+
+
 rule release:
     input:
         RELEASE,

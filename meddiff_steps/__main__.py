@@ -37,6 +37,7 @@ STEPS = {
     "augment_data": "gather the images that the study's classifiers may learn from",
     "augment": "train the classifiers of some arms of the augmentation study",
     "augment_test": "open the test split once and compare the arms",
+    "sampler_study": "compare samplers: quality against steps and seconds",
     "showcase": "sample the sweeps and interpolations that the report shows",
     "report": "write report.html",
     "audit": "check a release, from its form to making images again",

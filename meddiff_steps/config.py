@@ -326,8 +326,11 @@ class PlanGroup(Section):
         return self
 
 
+Sampler = Literal["ddpm", "ddim", "pndm", "heun", "dpmpp", "unipc", "flow"]
+
+
 class Generate(Section):
-    sampler: Literal["ddpm", "ddim", "pndm", "heun", "dpmpp", "unipc", "flow"] = "dpmpp"
+    sampler: Sampler = "dpmpp"
     num_inference_steps: PositiveInt | None = Field(None, description="Steps; the sampler's tested default when left out.")
     guidance_scale: Annotated[float, Field(ge=0.0)] = Field(1.0, description="1 is plain conditional sampling (one network pass per step).")
     batch_size: PositiveInt = Field(16, description="Fixed: it changes the last bits, so it belongs to the recipe; short batches are padded.")
@@ -399,6 +402,17 @@ class Evaluate(Section):
         if len(set(names)) != len(names):
             raise ValueError(f"features: names must be distinct and none of random, embedder, radiomics; found {names[3:]}")
         return self
+
+
+class SamplerStudy(Section):
+    """Quality against steps and seconds, for the target `sampler_study`."""
+
+    samplers: list[Sampler] | None = Field(
+        None, min_length=1, description="Those compared; by default all that can sample the model but `ddpm`, which takes hundreds of steps."
+    )
+    num_inference_steps: list[PositiveInt] = Field([4, 8, 16], min_length=1, description="Steps of each sampler.")
+    guidance_scales: list[Annotated[float, Field(ge=0.0)]] = Field([1.0, 1.5], min_length=1, description="Guidance scales of each sampler.")
+    images: Annotated[int, Field(ge=20)] = Field(48, description="Synthetic images per sampler, steps and scale: the first planned subjects, the same for all.")
 
 
 # --------------------------------------------------------------------------------------------- augmentation
@@ -561,6 +575,7 @@ class Study(Section):
     privacy: Privacy = Privacy()
     distill: Distill = Distill()
     evaluate: Evaluate = Evaluate()
+    sampler_study: SamplerStudy = SamplerStudy()
     augment: Augment = Augment()
     release: Release = Release()
     compute: Compute = Compute()
@@ -585,11 +600,16 @@ class Study(Section):
                 for name, value in getattr(group, field).items():
                     self._check_request(f"plan.{group.name}.{field}.{name}", name, value if isinstance(value, list) else [value])
         self._check_augment()
-        if (self.generate.sampler == "flow") and self.diffusion.prediction_type != "flow":
-            raise ValueError("generate.sampler: flow needs diffusion.prediction_type: flow")
-        if self.diffusion.prediction_type == "flow" and self.generate.sampler not in ("flow", "dpmpp", "unipc"):
-            raise ValueError(f"diffusion.prediction_type: flow can be sampled by flow, dpmpp or unipc, not {self.generate.sampler}")
+        self._check_sampler("generate.sampler", self.generate.sampler)
+        for sampler in self.sampler_study.samplers or []:
+            self._check_sampler("sampler_study.samplers", sampler)
         return self
+
+    def _check_sampler(self, where: str, sampler: Sampler) -> None:
+        if sampler == "flow" and self.diffusion.prediction_type != "flow":
+            raise ValueError(f"{where}: flow needs diffusion.prediction_type: flow")
+        if self.diffusion.prediction_type == "flow" and sampler not in ("flow", "dpmpp", "unipc"):
+            raise ValueError(f"{where}: diffusion.prediction_type: flow can be sampled by flow, dpmpp or unipc, not {sampler}")
 
     def _check_augment(self) -> None:
         named = {"augment.target": self.augment.target, "augment.subgroup": self.augment.subgroup}
@@ -672,6 +692,17 @@ STAGES: dict[str, tuple[str, ...]] = {
     "images": ("study", "release", "preprocess"),
     "release": ("study", "title", "cohort", "covariates", "release", "preprocess", "generate"),
     "evaluate": ("seed", "covariates", "plan", "evaluate"),
+    "sampler_study": (
+        "seed",
+        "covariates",
+        "plan",
+        "generate",
+        "evaluate.bootstrap",
+        "evaluate.realism_bootstrap",
+        "evaluate.permutations",
+        "sampler_study",
+        "compute",
+    ),
     "showcase": ("seed", "covariates", "generate", "evaluate.sweep_steps", "compute"),
     "augment_design": ("seed", "covariates", "plan", "augment"),
     "augment_data": ("seed", "covariates", "augment", "compute"),

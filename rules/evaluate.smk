@@ -33,3 +33,36 @@ rule measure:
         "python -m meddiff_steps evaluate --config {params.config} --manifest {input.manifest} {params.images} {params.generated} "
         "--plan {input.plan} --reconstructions {input.reconstructions} {params.embedder} --out {output.metrics} --predictions {output.predictions} "
         "--components {output.components} 2>&1 | tee {log}"
+
+
+rule compare_samplers:
+    input:
+        **AUTOENCODER_FILES,
+        **DIFFUSION_FILES,
+        manifest=MANIFEST,
+        images=expand(PREPROCESSED, shard=COHORT_SHARDS),
+        plan=PLAN,
+    output:
+        results=report(SAMPLER_STUDY, caption="../workflow/report/sampler_study.rst", category="Figures"),
+        figure=report(SAMPLER_FIGURE, caption="../workflow/report/sampler_study.rst", category="Figures"),
+    log:
+        f"{RESULTS}/logs/sampler_study.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/sampler_study.tsv"
+    conda:
+        "../envs/meddiff.yaml"
+    threads: 8
+    resources:
+        mem_mb=memory(4000, 600, STUDY.generate.batch_size),
+        runtime=minutes(480),
+        gpu=min(GPUS, 1),
+    params:
+        config=settings("sampler_study"),
+        code=code_digest("sampler_study"),
+        images=lambda wildcards, input: repeat("--images", input.images),
+        models=lambda wildcards, input: options(input, AUTOENCODER_FILES | DIFFUSION_FILES),
+    message:
+        "Comparing samplers: quality against steps and seconds"
+    shell:
+        "python -m meddiff_steps sampler_study --config {params.config} --manifest {input.manifest} {params.images} --plan {input.plan} "
+        "{params.models} --out {output.results} --figure {output.figure} --threads {threads} 2>&1 | tee {log}"

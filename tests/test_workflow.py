@@ -59,6 +59,7 @@ def test_exactly_the_rules_that_run_networks_ask_for_a_gpu():
         "diffusion",
         "generate",
         "filter",
+        "compare_samplers",
         "showcase",
         "audit",
     }

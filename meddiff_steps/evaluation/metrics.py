@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,8 @@ def evaluate(cohort: Images, generated: Images, paired: Images, spaces: Sequence
         raise UserError(f"{cohort.origin}: no preprocessed scan is in the train split, so nothing can be measured. Check splits and preprocessed/qc.parquet.")
     predictors = fit_predictors(train.batches("learning to measure"), train.table, train.units.tolist(), study.covariates)
     real, splits = held_out(cohort)
-    real, synthetic = real.at_most(MAX_HELD_OUT), drawn(generated, study.plan).at_most(MAX_SYNTHETIC)
+    wanted = replace(generated, table=drawn(generated.table, study.plan))
+    real, synthetic = real.at_most(MAX_HELD_OUT), wanted.at_most(MAX_SYNTHETIC)
     trained = training_range(every_train.table, study.covariates)
     real_table, real_power = measure(predictors, real, "real", study.covariates, trained)
     synthetic_table, synthetic_power = measure(predictors, synthetic, "synthetic", study.covariates, trained)
@@ -119,7 +120,7 @@ def evaluate(cohort: Images, generated: Images, paired: Images, spaces: Sequence
             "held_out_splits": splits,
             "generated": len(generated),
             "synthetic": len(synthetic),
-            "synthetic_groups": sorted(set(drawn(generated, study.plan).table["group"])),
+            "synthetic_groups": sorted(set(wanted.table["group"])),
             "reconstructions": len(shown),
             "reconstruction_splits": sorted(set(shown.table["split"])),
         },

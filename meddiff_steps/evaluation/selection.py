@@ -139,14 +139,14 @@ class Images:
                 progress.update(len(batch))
 
 
-def drawn(images: Images, plan: Sequence[PlanGroup]) -> Images:
-    """Synthetic images that figures are about: of groups whose covariates were drawn, or all where there is no such group.
+def drawn(table: pd.DataFrame, plan: Sequence[PlanGroup]) -> pd.DataFrame:
+    """Rows of synthetic subjects that figures are about: of groups whose covariates were drawn, or all where there is no such group.
 
     Grid and counterfactual groups are spread on purpose, and correlations over them would flatter.
     """
     groups = {group.name for group in plan if group.covariates in ("copula", "table")}
-    kept = images.table[images.table["group"].isin(groups)]
-    return images if kept.empty else replace(images, table=kept.reset_index(drop=True))
+    kept = table[table["group"].isin(groups)]
+    return (table if kept.empty else kept).reset_index(drop=True)
 
 
 def held_out(cohort: Images) -> tuple[Images, list[str]]:

@@ -19,6 +19,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 REAL, SYNTHETIC, INK, GREY = "#6b7280", "#c2410c", "#111827", "#9ca3af"
 DPI = 120
@@ -401,6 +402,59 @@ def arms(entries: Sequence[tuple[str, Sequence[tuple[str, Mapping[str, Any]]], S
         axes.set(ylim=(len(entries) - 0.5, -0.5), xlabel="AUC")
         axes.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         drawing.tight_layout()
+        return png(drawing)
+
+
+def sampler_study(results: Mapping[str, Any]) -> bytes:
+    """Quality over seconds per image: a row per measure, a column per guidance scale, a line per sampler, a point per number of steps.
+
+    Parameters
+    ----------
+    results
+        What `evaluation.sampler_study.compare` returns.
+    """
+    with styled():
+        entries = results["points"]
+        scales, samplers = (list(dict.fromkeys(entry[key] for entry in entries)) for key in ("guidance_scale", "sampler"))
+        read: dict[str, Any] = {"Frechet distance (low is good)": lambda entry: entry["frechet"], "KID (0 is good)": lambda entry: entry["kid"]}
+        for name, part in entries[0]["covariates"].items():
+            key = next(iter(part))
+            label = f"{plain(name)}, {'AUC' if key == 'auc' else key} (high is good)"
+            read[label] = lambda entry, name=name, key=key: entry["covariates"][name][key]
+        drawing = figure(4.6 * max(2, len(scales)), 2.5 * len(read) + 0.5)
+        grid = drawing.subplots(len(read), len(scales), squeeze=False, sharex=True, sharey="row")
+        for line_number, (row, (label, value)) in enumerate(zip(grid, read.items(), strict=True)):
+            for axes, scale in zip(row, scales, strict=True):
+                for number, sampler in enumerate(samplers):
+                    colour, marker, line = SERIES[number % len(SERIES)]
+                    part = sorted(
+                        (e for e in entries if (e["sampler"], e["guidance_scale"]) == (sampler, scale)), key=lambda entry: entry["num_inference_steps"]
+                    )
+                    values, distance = _error([value(entry) for entry in part])
+                    style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": line, "markersize": 5, "linewidth": 1.4, "capsize": 2}
+                    seconds = [entry["seconds_per_image"] for entry in part]
+                    axes.errorbar(seconds, values, yerr=distance, elinewidth=0.7, label=sampler, **style)
+                    if line_number == 0:
+                        for at, height, entry in zip(seconds, values, part, strict=True):
+                            axes.annotate(str(entry["num_inference_steps"]), (at, height), (3, 4), textcoords="offset points", fontsize=6.5, color=colour)
+                best = value(entries[0]).get("floor") or value(entries[0]).get("ceiling")
+                if best and best["value"] is not None:
+                    axes.axhline(best["value"], color=INK, linewidth=0.8, linestyle=":")
+                axes.set_xscale("log")
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axes.xaxis.set_minor_locator(NullLocator())
+                if line_number == 0:
+                    axes.set_yscale("log")
+                    axes.set_title(f"guidance scale {scale:g}")
+                elif line_number == 1:  # from below 0 to millions
+                    axes.set_yscale("symlog", linthresh=1.0)
+                if line_number == len(grid) - 1:
+                    axes.set_xlabel("seconds per image")
+            row[0].set_ylabel(label)
+        handles, labels = grid[0][0].get_legend_handles_labels()
+        drawing.legend(handles, labels, fontsize=8, loc="upper center", ncols=len(samplers))
+        drawing.tight_layout(rect=(0, 0, 1, 1 - 0.3 / (2.5 * len(read) + 0.5)))
         return png(drawing)
 
 

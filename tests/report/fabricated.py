@@ -50,11 +50,16 @@ class Fabricated:
                     {"name": "cohort", "subjects": synthetic},
                     {"name": "sweep", "subjects": 1, "covariates": "counterfactual", "grid": {"size": [low, high]}},
                 ],
+                "generate": {"batch_size": 8},
+                "sampler_study": {"samplers": ["dpmpp", "heun"], "num_inference_steps": [3, 2], "guidance_scales": [1, 2], "images": 20},
+                "diffusion": {"channels": [8], "attention_levels": [False], "norm_num_groups": 4, "num_head_channels": 8, "component_steps": 0},
+                "compute": {"device": "cpu"},
                 "evaluate": {"bootstrap": 100, "realism_bootstrap": 100, "permutations": 100, "ssim_pairs": 20, "max_images": 45},
             },
             "test",
         )
-        self.stage = {name: freeze(study, name, root) for name in ("evaluate", "report")}
+        self.stage = {name: freeze(study, name, root) for name in ("evaluate", "report", "sampler_study")}
+        self.study = study
         table = pd.DataFrame({"scan_id": [f"sub-{i:03d}_T1w" for i in range(scans)], "subject_id": [f"sub-{i:03d}" for i in range(scans)]})
         table["session_id"], table["path"], table["sha256"], table["content_sha256"] = None, "x.nii.gz", "0" * 64, "0" * 64
         table["split"] = [SPLIT_OF[i % 10] for i in range(scans)]
@@ -69,6 +74,7 @@ class Fabricated:
                     shard.append(scan_id=table["scan_id"][i], image=self.pictures[i])
         plan = pd.DataFrame({"sample_id": [f"cohort{i:03d}" for i in range(synthetic)] + ["sweep0", "sweep1"], "group": ["cohort"] * synthetic + ["sweep"] * 2})
         plan["index"], plan["attempt"], plan["cohort_root"], plan["shard"] = range(len(plan)), 0, "s/cohort", 0
+        plan["noise_index"] = plan["index"]
         plan["seed_key"] = [f"{i:032x}" for i in range(synthetic)] + ["f" * 32] * 2
         plan["size"], plan["sex"] = rng.uniform(low, high, len(plan)), np.where(rng.random(len(plan)) < 0.5, "F", "M")
         made = [ball(s, x, shape, rng) for s, x in zip(plan["size"], plan["sex"], strict=True)]

@@ -1,0 +1,134 @@
+"""Which sampler, how many steps, which guidance scale: quality against seconds per image.
+
+All points draw the same subjects from the same noise, so that they differ by the sampler alone.  Quality is the Frechet distance
+and KID in the feature space `random`, and how well predictors read covariates, each beside its floor or ceiling.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from meddiff_steps.config import Sampler, Study
+from meddiff_steps.config import SamplerStudy as Settings
+from meddiff_steps.diffusion.samplers import DEFAULT_STEPS, FLOW_SAMPLERS, evaluations
+from meddiff_steps.evaluation.features import FeatureSpace, extract
+from meddiff_steps.evaluation.fidelity import covariate_fidelity, predictions_table
+from meddiff_steps.evaluation.metrics import MAX_HELD_OUT, measure
+from meddiff_steps.evaluation.predictors import MAX_TRAINING_SCANS, Predictors, fit_predictors
+from meddiff_steps.evaluation.realism import Sample, Scale, frechet_figure, kernel_figure
+from meddiff_steps.evaluation.selection import Images, held_out
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way to sample."""
+
+    sampler: Sampler
+    num_inference_steps: int
+    guidance_scale: float
+
+    @property
+    def passes(self) -> int:
+        """Network passes per image."""
+        return evaluations(self.sampler, self.num_inference_steps) * (1 if self.guidance_scale in (0.0, 1.0) else 2)
+
+
+def points(settings: Settings, prediction_type: str) -> list[Point]:
+    """All combinations that the study asks for, samplers first."""
+    able: Sequence[Any] = FLOW_SAMPLERS if prediction_type == "flow" else [s for s in DEFAULT_STEPS if s not in ("ddpm", "flow")]
+    return [
+        Point(sampler, steps, scale)
+        for sampler in settings.samplers or able
+        for scale in settings.guidance_scales
+        for steps in sorted(settings.num_inference_steps)
+    ]
+
+
+#: (sample_id, image (1, *spatial)) of a plan's rows, in any order, drawn in one way; the work is done as it is read.
+Draw = Callable[[Point, pd.DataFrame], Iterable[tuple[str, np.ndarray]]]
+
+
+def compare(draw: Draw, chosen: Sequence[Point], subjects: pd.DataFrame, cohort: Images, space: FeatureSpace, study: Study) -> dict[str, Any]:
+    """Draw the same subjects in every way, and measure them.
+
+    Parameters
+    ----------
+    draw
+        Makes images.  It is called once before time is taken, so that what happens only once does not count.
+    chosen
+        The ways.
+    subjects
+        Rows of a plan.
+    cohort
+        Preprocessed scans of all splits.
+    space
+        Of Frechet distance and KID.
+    study
+        `seed`, `covariates` and the bootstraps of `evaluate` are read.
+
+    Returns
+    -------
+    dict
+        `images`, `space`, and `points`: `sampler, num_inference_steps, guidance_scale, passes, seconds_per_image`, the figures
+        `frechet` and `kid` with a `floor`, and `covariates`, the figure `r` or `auc` of each, with its `ceiling`.
+    """
+    train, real = cohort.of_splits(["train"]).at_most(MAX_TRAINING_SCANS), held_out(cohort)[0].at_most(MAX_HELD_OUT)
+    predictors = fit_predictors(train.batches("learning to measure"), train.table, train.units.tolist(), study.covariates)
+    reference, _ = measure(predictors, real, "real", study.covariates, {})
+    some = train.at_most(len(subjects))
+    found = {name: extract([space], s.shards, s.rows, f"features of {name} images")[space.name] for name, s in (("training", some), ("held-out", real))}
+    scale = Scale.of(found["training"], min(len(some), len(real), len(subjects)))
+    held = Sample(scale.standard(found["held-out"]), real.units)
+
+    def distances(sample: Sample, label: str) -> dict[str, Any]:
+        slow: dict[str, Any] = {"resamples": study.evaluate.realism_bootstrap, "seed": study.seed, "label": label}
+        reduced = [Sample(scale.components(s.features), s.units) for s in (sample, held)]
+        return {"frechet": frechet_figure(*reduced, **slow), "kid": kernel_figure(sample, held, permutations=study.evaluate.permutations, **slow)}
+
+    floors = distances(Sample(scale.standard(found["training"]), some.units), "training")
+    ids, units = subjects["sample_id"].tolist(), subjects["seed_key"].to_numpy(dtype=str)
+    for _ in draw(chosen[0], subjects[:1]):
+        pass
+    out = []
+    for point in chosen:
+        seconds, features, measured = _drawn(draw(point, subjects), ids, predictors, space)
+        table = predictions_table(ids, units.tolist(), "synthetic", subjects, measured, study.covariates)
+        fidelity = covariate_fidelity(pd.concat([table, reference], ignore_index=True), study.covariates, resamples=study.evaluate.bootstrap, seed=study.seed)
+        entry: dict[str, Any] = asdict(point) | {"passes": point.passes, "seconds_per_image": float(f"{seconds / len(subjects):.4g}")}
+        entry |= {name: figure | {"floor": floors[name]} for name, figure in distances(Sample(scale.standard(features), units), "synthetic").items()}
+        entry["covariates"] = {name: {key: part[key] for key in ("r", "auc") if key in part} for name, part in fidelity.items()}
+        out.append(entry)
+        logger.info(
+            "%s, %d steps, guidance %g: %.3g s per image, Frechet distance %s (floor %s)",
+            *(entry[key] for key in ("sampler", "num_inference_steps", "guidance_scale", "seconds_per_image")),
+            entry["frechet"]["value"],
+            floors["frechet"]["value"],
+        )
+    return {"images": len(subjects), "space": {"name": space.name, "digest": space.digest}, "points": out}
+
+
+def _drawn(
+    images: Iterable[tuple[str, np.ndarray]], ids: Sequence[str], predictors: Predictors, space: FeatureSpace
+) -> tuple[float, np.ndarray, dict[str, np.ndarray]]:
+    """Seconds that drawing took, features (n, d) and measured covariates in the order of `ids`; images are not kept."""
+    seconds, start = 0.0, time.perf_counter()
+    features, measured = {}, {}
+    for name, image in images:
+        seconds += time.perf_counter() - start
+        with torch.inference_mode():
+            features[name] = space.extract(torch.from_numpy(np.ascontiguousarray(image[None], np.float32))).numpy()
+        measured[name] = predictors.measure(image[None])
+        start = time.perf_counter()
+    seconds += time.perf_counter() - start
+    values = {covariate: np.concatenate([measured[name][covariate] for name in ids]) for covariate in predictors.by_name}
+    return seconds, np.concatenate([features[name] for name in ids]), values

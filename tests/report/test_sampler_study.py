@@ -1,0 +1,123 @@
+"""Step `sampler_study` and its figure, on the fabricated study."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fabricated import Fabricated, ball
+
+from meddiff_steps import config
+from meddiff_steps.cohort.covariates import CovariateEncoding
+from meddiff_steps.cohort.manifest import read_manifest
+from meddiff_steps.errors import UserError
+from meddiff_steps.evaluation.features import random_space
+from meddiff_steps.evaluation.sampler_study import Point, compare, points
+from meddiff_steps.evaluation.selection import Images
+from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.models.autoencoder import Autoencoder
+from meddiff_steps.models.denoiser import Denoiser
+from meddiff_steps.models.files import level_counts, save_model
+from meddiff_steps.steps import sampler_study
+
+SHAPE = (16, 20, 16)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Fabricated:
+    return Fabricated(tmp_path_factory.mktemp("study"), SHAPE)
+
+
+def test_every_sampler_that_can_is_compared_at_every_setting() -> None:
+    settings = config.SamplerStudy(num_inference_steps=[8, 4], guidance_scales=[1, 2])
+    found = points(settings, "v_prediction")
+    assert {point.sampler for point in found} == {"ddim", "pndm", "heun", "dpmpp", "unipc"}
+    assert len(found) == 5 * 2 * 2
+    assert found[:2] == [Point("ddim", 4, 1.0), Point("ddim", 8, 1.0)]
+    assert {point.sampler for point in points(settings, "flow")} == {"flow", "dpmpp", "unipc"}
+    assert (Point("heun", 4, 1.0).passes, Point("dpmpp", 4, 2.0).passes) == (7, 8)
+
+
+def test_a_sampler_that_leaves_noise_behind_is_told_from_one_that_does_not(study: Fabricated) -> None:
+    subjects = pd.read_parquet(study.root / "plan.parquet")[:30]
+    scans = read_manifest(study.root / "manifest.parquet", study.study.covariates)
+    cohort = Images.of(Shards(study.shards), "scan_id", "subject_id", scans, "manifest")
+
+    def draw(point: Point, rows: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
+        rng = np.random.default_rng(0)
+        for _, row in rows[::-1].iterrows():  # the order does not matter
+            image = ball(300.0 if pd.isna(row["size"]) else row["size"], row["sex"], SHAPE, rng).astype(np.float32)
+            yield row["sample_id"], np.clip(image + rng.normal(0, 0.8 / point.num_inference_steps, image.shape), 0, 1)
+
+    ways = [Point("dpmpp", 4, 1.0), Point("dpmpp", 1000, 1.0)]
+    found = compare(draw, ways, subjects, cohort, random_space(3), study.study)
+    few, many = found["points"]
+    assert found["images"] == 30
+    assert few["frechet"]["low"] > many["frechet"]["high"]
+    assert few["kid"]["low"] > few["kid"]["floor"]["high"]
+    assert many["frechet"]["low"] < many["frechet"]["floor"]["high"]
+    assert many["covariates"]["size"]["r"]["value"] > 0.97
+    assert many["covariates"]["size"]["r"]["value"] > few["covariates"]["size"]["r"]["value"]
+    assert many["covariates"]["size"]["r"]["ceiling"]["n"] >= 40
+    assert set(many["covariates"]["sex"]) == {"auc"}
+    assert few["seconds_per_image"] > 0
+
+
+@pytest.fixture(scope="module")
+def models(study: Fabricated) -> dict[str, Path]:
+    """Untrained networks in files."""
+    torch.manual_seed(0)
+    settings, scans = study.study, read_manifest(study.root / "manifest.parquet", study.study.covariates)
+    latent = [settings.autoencoder.latent_channels, *(n // settings.autoencoder.downsampling for n in SHAPE)]
+    encoding = CovariateEncoding.fit(scans, settings.covariates)
+    files = {name: study.root / f"{name}.safetensors" for name in ("autoencoder", "diffusion")}
+    files |= {f"{name}_card": study.root / f"{name}-model.json" for name in ("autoencoder", "diffusion")}
+    card = {"settings": settings.autoencoder.model_dump(mode="json"), "image_shape": [1, *SHAPE], "latent_shape": latent}
+    save_model(Autoencoder(settings.autoencoder, 3), files["autoencoder"], files["autoencoder_card"], card)
+    card = {"settings": settings.diffusion.model_dump(mode="json"), "latent_shape": latent, "gaussian_rank": 0, "encoding": encoding.to_json()}
+    save_model(Denoiser(settings.diffusion, latent, level_counts(encoding)), files["diffusion"], files["diffusion_card"], card)
+    return files
+
+
+def run(study: Fabricated, models: dict[str, Path], tag: str, **changes: Path) -> dict:
+    root = study.root
+    files = {"manifest": root / "manifest.parquet", "plan": root / "plan.parquet", "out": root / f"samplers{tag}.json", "figure": root / f"samplers{tag}.png"}
+    sampler_study.run(**{"config": study.stage["sampler_study"], "images": study.shards, **files, **models, **changes})
+    return json.loads(files["out"].read_text())
+
+
+def test_the_step_compares_samplers_of_a_model(study: Fabricated, models: dict[str, Path]) -> None:
+    found = run(study, models, "")
+    assert [(p["sampler"], p["guidance_scale"], p["num_inference_steps"], p["passes"]) for p in found["points"]] == [
+        ("dpmpp", 1, 2, 2),
+        ("dpmpp", 1, 3, 3),
+        ("dpmpp", 2, 2, 4),
+        ("dpmpp", 2, 3, 6),
+        ("heun", 1, 2, 3),
+        ("heun", 1, 3, 5),
+        ("heun", 2, 2, 6),
+        ("heun", 2, 3, 10),
+    ]
+    assert (found["images"], found["batch_size"], found["device"]) == (20, 8, "cpu")
+    assert (study.root / "samplers.png").read_bytes().startswith(b"\x89PNG")
+    again = run(study, models, "-again")
+    for results in (found, again):
+        for point in results["points"]:
+            assert point.pop("seconds_per_image") > 0
+    assert again == found
+
+
+def test_too_few_planned_subjects_are_refused(study: Fabricated, models: dict[str, Path]) -> None:
+    plan = study.root / "short-plan.parquet"
+    pd.read_parquet(study.root / "plan.parquet")[:9].to_parquet(plan)
+    with pytest.raises(UserError, match="9 planned subjects"):
+        run(study, models, "-few", plan=plan)
+
+
+def test_a_sampler_that_does_not_fit_the_model_is_refused(study: Fabricated) -> None:
+    raw = study.study.model_dump(mode="json")
+    with pytest.raises(UserError, match=r"sampler_study\.samplers: flow needs"):
+        config.parse_study(raw | {"sampler_study": {"samplers": ["flow"]}}, "test")
