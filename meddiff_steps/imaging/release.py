@@ -47,6 +47,8 @@ GZIP_LEVEL = 6
 #: NIfTI header extension code "comment": plain text, read by every tool that reads extensions.
 COMMENT = 6
 BIDS_VERSION = "1.10.0"
+#: Version of the dataset; CHANGES tells of it.
+VERSION = "1.0.0"
 SYNTHETIC = "SYNTHETIC: made by a generative model. Shows no real person."
 
 _CAUTION = """Do not mix these images with scans of people without keeping the mark, and draw no diagnosis from them.
@@ -298,7 +300,7 @@ def complete_dataset(release: Path, plan: pd.DataFrame, images: pd.DataFrame, st
             (release / f"{suffix}.json").unlink(missing_ok=True)  # the sidecar of an earlier suffix
         _write_json(release / f"{story.config.suffix}.json", _sidecar(story))
     write_atomic(release / "README", _readme(len(plan), story).encode())
-    write_atomic(release / "CHANGES", f"1.0.0\n  - First release: {len(plan)} synthetic subjects.\n".encode())
+    write_atomic(release / "CHANGES", f"{VERSION}\n  - First release: {len(plan)} synthetic subjects.\n".encode())
     write_atomic(release / "LICENSE", _licence(story.config).encode())
     _write_json(description, _description(story, volumes))
     return description
@@ -474,8 +476,17 @@ def _readme(subjects: int, story: Story) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def licence(code: str) -> tuple[str, str | None]:
+    """A licence's name, and the address of its text where it is a well-known one.
+
+    >>> licence("CC0")[1]
+    'https://creativecommons.org/publicdomain/zero/1.0/legalcode'
+    """
+    return _LICENCES.get(code, (code, None))
+
+
 def _licence(config: Release) -> str:
-    name, url = _LICENCES.get(config.licence, (config.licence, None))
+    name, url = licence(config.licence)
     return f"{config.name}\n\nThe synthetic images and tables in this dataset are released under:\n\n{name}\n" + (f"{url}\n" if url else "")
 
 
