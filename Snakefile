@@ -20,6 +20,7 @@ include: "rules/diffusion.smk"
 include: "rules/generate.smk"
 include: "rules/privacy.smk"
 include: "rules/release.smk"
+include: "rules/exports.smk"
 include: "rules/evaluate.smk"
 include: "rules/augment.smk"
 include: "rules/report.smk"
@@ -34,6 +35,7 @@ rule all:
         LEDGER,
         METRICS,
         REPORT,
+        REQUESTED,
     localrule: True
     message:
         f"Done. Look at {REPORT} first; the synthetic cohort is in {RELEASE_ROOT}"
@@ -59,6 +61,7 @@ rule release:
     input:
         RELEASE,
         LEDGER,
+        REQUESTED,
     localrule: True
     message:
         f"The synthetic cohort is in {RELEASE_ROOT}"

@@ -690,7 +690,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "gate": ("privacy.enforce",),
     "distill": ("seed", "covariates", "distill"),
     "images": ("study", "release.suffix", "preprocess"),
-    "release": ("study", "title", "cohort", "covariates", *_DESCRIBED, "preprocess", "generate"),
+    "release": ("study", "title", "cohort", "covariates", *_DESCRIBED, "preprocess", "generate", "distill.subjects"),
     "evaluate": ("seed", "covariates", "plan", "evaluate"),
     "showcase": ("seed", "covariates", "generate", "evaluate.sweep_steps", "compute"),
     "augment_design": ("seed", "covariates", "plan", "augment"),

@@ -19,8 +19,8 @@ import re
 import shutil
 import sys
 import zlib
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -36,6 +36,7 @@ from meddiff_steps.cohort.manifest import content_digest
 from meddiff_steps.config import CategoricalCovariate, Covariates, Release
 from meddiff_steps.errors import UserError
 from meddiff_steps.files import write_atomic
+from meddiff_steps.imaging import card
 from meddiff_steps.imaging.shards import Shards
 
 logger = logging.getLogger(__name__)
@@ -246,7 +247,13 @@ class Story:
     sources
         BIDS SourceDatasets entries, as far as known.
     privacy
-        The privacy report; `verdict`, `enforce` and `calibration` are read. None: not tested.
+        The privacy report; `verdict`, `enforce`, `calibration`, `gates` and `counts` are read. None: not tested.
+    models
+        Cards of the models by name.
+    distilled
+        distill.subjects.
+    metrics
+        The evaluation's metrics. None: not measured.
     """
 
     study: str
@@ -258,6 +265,9 @@ class Story:
     card: dict[str, Any]
     sources: Sequence[dict[str, str]] = ()
     privacy: dict[str, Any] | None = None
+    models: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    distilled: int = 0
+    metrics: dict[str, Any] | None = None
 
 
 def complete_dataset(release: Path, plan: pd.DataFrame, images: pd.DataFrame, story: Story) -> Path:
@@ -464,11 +474,15 @@ def _readme(subjects: int, story: Story) -> str:
         f"# {story.config.name}",
         f"{SYNTHETIC}\n{subjects} synthetic subjects. {title}.",
         f"## Where they come from\n{_origin(story)}\nSampling: {story.sampler}. Software: meddiff_steps {__version__}.",
+        *([f"## Model\n{card.model(story.models, story.distilled)}"] if story.models else []),
         f"## What is here\n{layout}",
         "## Covariates\nparticipants.tsv holds the values that the model was asked for, not measurements of the images; n/a means left open.\n"
         + "\n".join(lines),
-        f"## Privacy\n{_privacy(story)}",
+        f"## Quality\n{(card.quality(story.metrics) if story.metrics else '') or 'Not measured.'}",
+        "\n\n".join(filter(None, [f"## Privacy\n{_privacy(story)}", card.privacy(story.privacy or {})])),
         f"## Please note\n{_CAUTION}",
+        f"## From the publisher\n{card.blanks(story.config.card)}",
+        f"## How to check it\n{card.CHECK}",
         f"## Licence\n{story.config.licence}; see LICENSE.",
     ]
     if story.config.acknowledgements:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,8 +118,7 @@ def complete(release: Path, public: Written, private: Written, shard_of: Mapping
         "shards": ledger.shard_roots(public, shard_of),
     }
     files = _files(release, image_paths)
-    seals = (ROOT, SIGNATURE) if key else (ROOT,)
-    for name, content in metadata(release, sealed, facts.heads, files, seals, study["release"]["date"] or _last_day(traced)):
+    for name, content in metadata(release, sealed, facts.heads, files, study["release"]["date"] or _last_day(traced)):
         write_json(release / name, content)
         files[name] = _entry(release / name)
     root = {
@@ -143,7 +142,7 @@ def complete(release: Path, public: Written, private: Written, shard_of: Mapping
 
 
 def metadata(
-    release: Path, sealed: Mapping[str, Any], heads: Mapping[str, str], files: Mapping[str, dict[str, Any]], seals: Collection[str], date: str
+    release: Path, sealed: Mapping[str, Any], heads: Mapping[str, str], files: Mapping[str, dict[str, Any]], date: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and content of croissant.json and ro-crate-metadata.json, which lists the first; nothing else is read than the release.
 
@@ -157,8 +156,6 @@ def metadata(
         The part `inputs` of root.json.
     files
         The part `files` of root.json; the crate takes it as it is when its turn comes.
-    seals
-        Files that will be there and cannot be described, because they come after the crate.
     date
         Day of publication.
 
@@ -170,7 +167,7 @@ def metadata(
     description, study = read_json(release / "dataset_description.json"), read_json(release / CONFIG)
     yield croissant.NAME, croissant.build(description, study, date, sealed, heads, files[TABLE])
     records = {name: read_json(release / name) for name in files if name.startswith(f"{RECORDS}/")}
-    yield crate.NAME, crate.build(description, study, date, sealed, heads, records, {**files, **{name: {} for name in seals}})
+    yield crate.NAME, crate.build(description, study, date, sealed, heads, records, {**files, ROOT: {}})
 
 
 def _last_day(traced: lineage.Lineage) -> str:
