@@ -78,7 +78,7 @@ rule export_models:
     params:
         config=settings("export_models"),
         code=code_digest("export_models"),
-        files=lambda wildcards, input: options(input, AUTOENCODER_FILES | DIFFUSION_FILES | {"root": LEDGER, "privacy": PRIVACY_REPORT}),
+        files=lambda wildcards, input: options(input, [*AUTOENCODER_FILES, *DIFFUSION_FILES, "root", "privacy"]),
     message:
         "Packing the models of the release"
     shell:
