@@ -11,7 +11,7 @@ import gzip
 import hashlib
 import io
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def _sample(row: Row, release: Path, study: str) -> dict[str, Any]:
     return {"__key__": row["sample_id"], "npy": stored.getvalue(), "json": canonical_bytes(facts)}
 
 
-def write_index(tars: Mapping[Path, list[Row]], folder: Path, root_sha256: str, title: str, licence: str) -> None:
+def write_index(tars: Mapping[Path, Sequence[Row]], folder: Path, root_sha256: str, title: str, licence: str) -> None:
     """Write the table, README and checksums of an export; shards of an earlier export are removed.
 
     Parameters
