@@ -20,6 +20,7 @@ include: "rules/diffusion.smk"
 include: "rules/generate.smk"
 include: "rules/privacy.smk"
 include: "rules/release.smk"
+include: "rules/exports.smk"
 include: "rules/evaluate.smk"
 include: "rules/augment.smk"
 include: "rules/report.smk"
@@ -35,6 +36,7 @@ rule all:
         LEDGER,
         METRICS,
         REPORT,
+        REQUESTED,
     localrule: True
     message:
         f"Done. Look at {REPORT} first; the synthetic cohort is in {RELEASE_ROOT}"
@@ -68,6 +70,7 @@ rule release:
     input:
         RELEASE,
         LEDGER,
+        REQUESTED,
     localrule: True
     message:
         f"The synthetic cohort is in {RELEASE_ROOT}"

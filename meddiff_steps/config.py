@@ -535,6 +535,16 @@ class Augment(Section):
         return {arm.source for arm in self.arms if arm.synthetic}
 
 
+class Card(Section):
+    """The half of the release's README that only its publisher can write; what stays empty is shown there as a blank."""
+
+    intended_use: str = Field("", description="What the cohort is meant for.")
+    not_for: str = Field("", description="What it must not be used for.")
+    ethics: str = Field("", description="Consent and approvals behind the source data.")
+    limitations: str = Field("", description="Known biases and shortfalls that the figures do not show.")
+    contact: str = Field("", description="Whom to ask.")
+
+
 class Release(Section):
     name: str = Field("Synthetic cohort", description="Name in dataset_description.json.")
     authors: list[str] = []
@@ -543,6 +553,13 @@ class Release(Section):
     skull_stripped: bool = Field(True, description="Whether the images that the model learnt from show the brain only (BIDS SkullStripped).")
     acknowledgements: str = Field("", description="Acknowledgement that the source data ask for.")
     signing_key: str | None = Field(None, description="Path of a private key that `keygen` made; the release is then signed. Never published.")
+    url: str = Field("", description="Address at which the release will be found.")
+    date: str = Field("", pattern=r"^(\d{4}-\d{2}-\d{2})?$", description="Day of publication, YYYY-MM-DD; by default the day on which the last image was made.")
+    card: Card = Card()
+    exports: list[Literal["webdataset"]] = Field([], description="Copies for machine learning, beside the release: `webdataset` writes tar shards and a table.")
+    models: bool = Field(
+        False, description="Whether the weights are packed for publication, too. They can give away more of the training scans than images do."
+    )
 
 
 class Compute(Section):
@@ -671,6 +688,9 @@ RESERVED_COLUMNS = frozenset(
     ]
 )
 
+#: What a release says of itself.
+_DESCRIBED = tuple(f"release.{name}" for name in Release.model_fields if name not in ("signing_key", "exports", "models"))
+
 #: What each stage may read, and therefore what makes it run again when it changes: sections, or one key of a section.
 STAGES: dict[str, tuple[str, ...]] = {
     "simulate": ("seed", "cohort"),
@@ -689,8 +709,8 @@ STAGES: dict[str, tuple[str, ...]] = {
     "privacy": ("seed", "covariates", "privacy"),
     "gate": ("privacy.enforce",),
     "distill": ("seed", "covariates", "distill"),
-    "images": ("study", "release", "preprocess"),
-    "release": ("study", "title", "cohort", "covariates", "release", "preprocess", "generate"),
+    "images": ("study", "release.suffix", "preprocess"),
+    "release": ("study", "title", "cohort", "covariates", *_DESCRIBED, "preprocess", "generate", "distill.subjects"),
     "evaluate": ("seed", "covariates", "plan", "evaluate"),
     "sampler_study": (
         "seed",
@@ -709,7 +729,11 @@ STAGES: dict[str, tuple[str, ...]] = {
     "augment": ("seed", "augment", "compute"),
     "augment_test": ("seed", "covariates", "augment"),
     "report": ("study", "title", "cohort", "covariates", "preprocess"),
-    "ledger": tuple(Study.model_fields),  # the release holds the whole study
+    # The release holds the whole study but for what is done with it afterwards, so that asking for a copy does not seal it again.
+    "ledger": (*(name for name in Study.model_fields if name != "release"), *_DESCRIBED, "release.signing_key"),
+    "export": ("study", "release.name", "release.licence"),
+    "export_index": ("study", "release.name", "release.licence"),
+    "export_models": ("study", "release.name"),
 }
 
 #: Keys whose values are paths on the user's machine; `without_paths` blanks them in everything that is published.

@@ -96,6 +96,26 @@ RELEASE_ROOT = f"{RESULTS}/release"
 RELEASE = f"{RELEASE_ROOT}/dataset_description.json"
 LEDGER = f"{RELEASE_ROOT}/provenance/root.json"
 PRIVATE_LEDGER = f"{RESULTS}/privacy/ledger-private.parquet"
+# Made of a sealed release on request, beside it.
+WEBDATASET_SHARD = f"{RESULTS}/exports/webdataset/shard-{{shard}}.tar"
+WEBDATASET_FILES = {
+    name: f"{RESULTS}/exports/webdataset/{file}" for name, file in (("manifest", "manifest.parquet"), ("readme", "README.md"), ("sums", "SHA256SUMS"))
+}
+MODEL_RELEASE_FILES = {
+    "readme": f"{RESULTS}/model-release/README.md",
+    "sums": f"{RESULTS}/model-release/SHA256SUMS",
+    "config": f"{RESULTS}/model-release/config.json",
+    "autoencoder": f"{RESULTS}/model-release/autoencoder/model.safetensors",
+    "autoencoder_card": f"{RESULTS}/model-release/autoencoder/card.json",
+    "diffusion": f"{RESULTS}/model-release/diffusion/model.safetensors",
+    "diffusion_card": f"{RESULTS}/model-release/diffusion/card.json",
+}
+REQUESTED = [
+    file
+    for wanted, files in (("webdataset" in STUDY.release.exports, WEBDATASET_FILES), (STUDY.release.models, MODEL_RELEASE_FILES))
+    if wanted
+    for file in files.values()
+]
 METRICS = f"{RESULTS}/evaluation/metrics.json"
 PREDICTIONS = f"{RESULTS}/evaluation/predictions.parquet"
 COMPONENTS = f"{RESULTS}/evaluation/components.parquet"

@@ -29,7 +29,10 @@ rule describe:
         released=RELEASED,
         report=PRIVACY_REPORT,
         images=expand(IMAGES, shard=PLAN_SHARDS),
-        card=COHORT_CARD,
+        cohort_card=COHORT_CARD,
+        autoencoder_card=AUTOENCODER_CARD,
+        diffusion_card=DIFFUSION_FILES["diffusion_card"],
+        metrics=METRICS,
     output:
         RELEASE,
     log:
@@ -47,11 +50,12 @@ rule describe:
         config=settings("release"),
         code=code_digest("release"),
         images=lambda wildcards, input: repeat("--images", input.images),
+        cards=lambda wildcards, input: options(input, ["cohort_card", "autoencoder_card", "diffusion_card"]),
     message:
         "Completing the released dataset"
     shell:
         "python -m meddiff_steps release --config {params.config} --released {input.released} --privacy {input.report} {params.images} "
-        "--cohort-card {input.card} --out {output} 2>&1 | tee {log}"
+        "{params.cards} --metrics {input.metrics} --out {output} 2>&1 | tee {log}"
 
 
 rule ledger:

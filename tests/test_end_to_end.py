@@ -51,7 +51,7 @@ STUDY = {
     "generate": {"batch_size": 4, "shard_size": 11, "guidance_scale": 1.5},
     "privacy": {"level": 0.45, "enforce": "report", "bootstrap": 100, "embedder": {"optimiser": {"steps": 20, "batch_size": 8, "learning_rate": 1e-3}}},
     "evaluate": {"bootstrap": 200, "sweep_steps": 3, "realism_bootstrap": 100, "permutations": 100, "ssim_pairs": 20},
-    "release": {"name": "Tiny", "authors": ["A Tester", "B Tester"]},
+    "release": {"name": "Tiny", "authors": ["A Tester", "B Tester"], "date": "2026-01-31", "exports": ["webdataset"], "models": True},
 }
 
 CONTRACT = [
@@ -73,6 +73,13 @@ CONTRACT = [
     "privacy/report.json",
     "release/dataset_description.json",
     "release/participants.tsv",
+    "release/croissant.json",
+    "release/ro-crate-metadata.json",
+    "exports/webdataset/shard-0000.tar",
+    "exports/webdataset/manifest.parquet",
+    "exports/webdataset/SHA256SUMS",
+    "model-release/diffusion/model.safetensors",
+    "model-release/README.md",
     "evaluation/metrics.json",
     "report.html",
 ]
@@ -191,7 +198,7 @@ def test_a_subject_is_the_same_in_another_cohort_size_shard_and_order(study, tmp
     [
         ("generate", {"guidance_scale": 2.0}, "generate", {"cohort", "preprocess", "autoencoder", "latents", "diffusion"}),
         ("diffusion", {"covariate_dropout": 0.2}, "diffusion", {"cohort", "preprocess", "autoencoder", "latents"}),
-        ("release", {"licence": "CC-BY-4.0"}, "images", {"cohort", "autoencoder", "diffusion", "generate", "measure"}),
+        ("release", {"licence": "CC-BY-4.0"}, "describe", {"cohort", "autoencoder", "diffusion", "generate", "measure", "images"}),
     ],
 )
 def test_a_changed_setting_reruns_its_stage_and_nothing_before(study, section, change, first, untouched):

@@ -19,8 +19,8 @@ import re
 import shutil
 import sys
 import zlib
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -36,6 +36,7 @@ from meddiff_steps.cohort.manifest import content_digest
 from meddiff_steps.config import CategoricalCovariate, Covariates, Release
 from meddiff_steps.errors import UserError
 from meddiff_steps.files import write_atomic
+from meddiff_steps.imaging import card
 from meddiff_steps.imaging.shards import Shards
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ GZIP_LEVEL = 6
 #: NIfTI header extension code "comment": plain text, read by every tool that reads extensions.
 COMMENT = 6
 BIDS_VERSION = "1.10.0"
+#: Version of the dataset; CHANGES tells of it.
+VERSION = "1.0.0"
 SYNTHETIC = "SYNTHETIC: made by a generative model. Shows no real person."
 
 _CAUTION = """Do not mix these images with scans of people without keeping the mark, and draw no diagnosis from them.
@@ -272,7 +275,13 @@ class Story:
     sources
         BIDS SourceDatasets entries, as far as known.
     privacy
-        The privacy report; `verdict`, `enforce` and `calibration` are read. None: not tested.
+        The privacy report; `verdict`, `enforce`, `calibration`, `gates` and `counts` are read. None: not tested.
+    models
+        Cards of the models by name.
+    distilled
+        distill.subjects.
+    metrics
+        The evaluation's metrics. None: not measured.
     """
 
     study: str
@@ -284,6 +293,9 @@ class Story:
     card: dict[str, Any]
     sources: Sequence[dict[str, str]] = ()
     privacy: dict[str, Any] | None = None
+    models: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    distilled: int = 0
+    metrics: dict[str, Any] | None = None
 
 
 def complete_dataset(release: Path, plan: pd.DataFrame, images: pd.DataFrame, story: Story) -> Path:
@@ -326,7 +338,7 @@ def complete_dataset(release: Path, plan: pd.DataFrame, images: pd.DataFrame, st
             (release / f"{suffix}.json").unlink(missing_ok=True)  # the sidecar of an earlier suffix
         _write_json(release / f"{story.config.suffix}.json", _sidecar(story))
     write_atomic(release / "README", _readme(len(plan), story).encode())
-    write_atomic(release / "CHANGES", f"1.0.0\n  - First release: {len(plan)} synthetic subjects.\n".encode())
+    write_atomic(release / "CHANGES", f"{VERSION}\n  - First release: {len(plan)} synthetic subjects.\n".encode())
     write_atomic(release / "LICENSE", _licence(story.config).encode())
     _write_json(description, _description(story, volumes))
     return description
@@ -490,11 +502,15 @@ def _readme(subjects: int, story: Story) -> str:
         f"# {story.config.name}",
         f"{SYNTHETIC}\n{subjects} synthetic subjects. {title}.",
         f"## Where they come from\n{_origin(story)}\nSampling: {story.sampler}. Software: meddiff_steps {__version__}.",
+        *([f"## Model\n{card.model(story.models, story.distilled)}"] if story.models else []),
         f"## What is here\n{layout}",
         "## Covariates\nparticipants.tsv holds the values that the model was asked for, not measurements of the images; n/a means left open.\n"
         + "\n".join(lines),
-        f"## Privacy\n{_privacy(story)}",
+        f"## Quality\n{(card.quality(story.metrics) if story.metrics else '') or 'Not measured.'}",
+        "\n\n".join(filter(None, [f"## Privacy\n{_privacy(story)}", card.privacy(story.privacy or {})])),
         f"## Please note\n{_CAUTION}",
+        f"## From the publisher\n{card.blanks(story.config.card)}",
+        f"## How to check it\n{card.CHECK}",
         f"## Licence\n{story.config.licence}; see LICENSE.",
     ]
     if story.config.acknowledgements:
@@ -502,8 +518,17 @@ def _readme(subjects: int, story: Story) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def licence(code: str) -> tuple[str, str | None]:
+    """A licence's name, and the address of its text where it is a well-known one.
+
+    >>> licence("CC0")[1]
+    'https://creativecommons.org/publicdomain/zero/1.0/legalcode'
+    """
+    return _LICENCES.get(code, (code, None))
+
+
 def _licence(config: Release) -> str:
-    name, url = _LICENCES.get(config.licence, (config.licence, None))
+    name, url = licence(config.licence)
     return f"{config.name}\n\nThe synthetic images and tables in this dataset are released under:\n\n{name}\n" + (f"{url}\n" if url else "")
 
 

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from meddiff_steps import config
+from meddiff_steps import __version__, config
 from meddiff_steps.diffusion.noise import SCHEME as SEED_SCHEME
 from meddiff_steps.diffusion.noise import seed_key
 from meddiff_steps.errors import UserError
 from meddiff_steps.files import read_json, sha256_file
 from meddiff_steps.imaging import release as imaging
-from meddiff_steps.provenance import bundle, ledger, lineage, signature, verify
+from meddiff_steps.provenance import bundle, crate, croissant, ledger, lineage, signature, verify
 from meddiff_steps.provenance.canonical import canonical_bytes
 from meddiff_steps.provenance.sealed import Sealed
 from meddiff_steps.provenance.verify import Check, judged
@@ -131,7 +131,7 @@ def audit(request: Request) -> Report:
         report.checks += [Check(level, "all", "not run", "L0 found the ledger, the config or the records malformed") for level in range(3, 8)]
         return report
     report.checks += check_lineage(release)
-    report.checks += check_recipes(release, request.private)
+    report.checks += [*check_recipes(release, request.private), check_metadata(release)]
     if request.hash_images:
         report.checks += check_content(release)
     else:
@@ -418,6 +418,24 @@ def _settings_problems(release: Sealed) -> Iterator[str]:
             known = set()
         if said.get("sha256") not in known:
             yield f"{path} (step {record['step']})"
+
+
+def check_metadata(release: Sealed) -> Check:
+    """L4: croissant.json and ro-crate-metadata.json say what follows from the rest of the release; made again, they are the same."""
+    files, name = release.root["files"], "metadata"
+    if not {croissant.NAME, crate.NAME} & set(files):
+        return Check(4, name, "note", f"no {croissant.NAME} and no {crate.NAME}: sealed by a version that did not write them")
+    if (version := release.root["software"].get("version")) != __version__:
+        return Check(4, name, "note", f"{croissant.NAME} and {crate.NAME} are by version {version} and cannot be made again by version {__version__}")
+    wrong = []
+    try:
+        date = str(release.config["release"]["date"] or read_json(release.folder / croissant.NAME)["datePublished"])
+        for file, content in bundle.metadata(release.folder, release.root["ledger"], release.root["inputs"], files, date):
+            if read_json(release.folder / file) != content:
+                wrong.append(f"{file}: says something else than the release")
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        wrong.append(f"cannot be made again ({type(error).__name__}: {error})")
+    return judged(4, name, wrong, f"{croissant.NAME} and {crate.NAME} follow from the release", "problem(s) with metadata")
 
 
 #: Attempt and key of a subject's released image (None if there is none), and the number of its attempts.

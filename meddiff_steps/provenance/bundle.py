@@ -8,6 +8,9 @@
     root.json                      roots of the ledgers, and size and SHA-256 of every other file of the release
     root.dsse.json                 its signature, if there is a key
 
+Beside the folder, in the release's own: `croissant.json` and `ro-crate-metadata.json`, which describe the release to programs that
+know nothing of this one.  They are made of what the release holds by then, so that an audit can make them again.
+
 `root.json` is written last: its own SHA-256 stands for the release.  The release must be complete before.
 """
 
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +27,8 @@ from meddiff_steps import __version__
 from meddiff_steps.config import without_paths
 from meddiff_steps.diffusion.noise import SCHEME as SEED_SCHEME
 from meddiff_steps.errors import UserError
-from meddiff_steps.files import sha256_file, write_atomic, write_json
-from meddiff_steps.provenance import ledger, lineage, merkle, record, signature, verify
+from meddiff_steps.files import read_json, sha256_file, write_atomic, write_json
+from meddiff_steps.provenance import crate, croissant, ledger, lineage, merkle, record, signature, verify
 from meddiff_steps.provenance.ledger import Written
 
 SCHEMA = "meddiff/release/v1"
@@ -61,13 +64,14 @@ class Facts:
 
 
 def prepare(release: Path) -> None:
-    """Remove what an earlier run left in `provenance/`; without root.json the release claims nothing."""
-    (release / ROOT).unlink(missing_ok=True)
+    """Remove what an earlier run left in `provenance/` and of metadata; without root.json the release claims nothing."""
+    for name in (ROOT, crate.NAME, croissant.NAME):
+        (release / name).unlink(missing_ok=True)
     shutil.rmtree(release / FOLDER, ignore_errors=True)
 
 
 def complete(release: Path, public: Written, private: Written, shard_of: Mapping[str, int], image_paths: set[str], facts: Facts) -> dict[str, Any]:
-    """Add config, lock, records and verifier to a release whose ledger is written, then `root.json` and its signature.
+    """Add config, lock, records, verifier and metadata to a release whose ledger is written, then `root.json` and its signature.
 
     Parameters
     ----------
@@ -103,25 +107,30 @@ def complete(release: Path, public: Written, private: Written, shard_of: Mapping
         write_atomic(release / LOCK, facts.lock.read_bytes())
     write_atomic(release / VERIFIER, Path(verify.__file__).read_bytes())
     if "BIDSVersion" in json.loads((release / "dataset_description.json").read_text(encoding="utf-8")):
-        write_atomic(release / ".bidsignore", b"/provenance\n")
+        write_atomic(release / ".bidsignore", "".join(f"/{name}\n" for name in (FOLDER, croissant.NAME, crate.NAME)).encode())
+    sealed = {
+        "schema": ledger.SCHEMA,
+        "scheme": merkle.SCHEME,
+        "order": "sample_id",
+        "rows": len(public.leaves),
+        "released": len(image_paths),
+        "root": public.root,
+        "shards": ledger.shard_roots(public, shard_of),
+    }
+    files = _files(release, image_paths)
+    for name, content in metadata(release, sealed, facts.heads, files, study["release"]["date"] or _last_day(traced)):
+        write_json(release / name, content)
+        files[name] = _entry(release / name)
     root = {
         "schema": SCHEMA,
         "study": study["study"],
         "software": {"name": "meddiff_steps", "version": __version__},
         "seed": {"scheme": SEED_SCHEME, "root": study["seed"], "numbers": ledger.NOISE_NUMBERS},
-        "ledger": {
-            "schema": ledger.SCHEMA,
-            "scheme": merkle.SCHEME,
-            "order": "sample_id",
-            "rows": len(public.leaves),
-            "released": len(image_paths),
-            "root": public.root,
-            "shards": ledger.shard_roots(public, shard_of),
-        },
+        "ledger": sealed,
         "private_ledger": {"scheme": merkle.SCHEME, "order": "sample_id, attempt", "rows": len(private.leaves), "root": private.root},
         "privacy": {"verdict": facts.privacy["verdict"], "counts": {k: v for k, v in facts.privacy.get("counts", {}).items() if isinstance(v, int)}},
         "inputs": dict(facts.heads),
-        "files": _files(release, image_paths),
+        "files": files,
         "signer": signature.key_id(key.public_key()) if key else None,
     }
     write_json(release / ROOT, root)
@@ -132,10 +141,48 @@ def complete(release: Path, public: Written, private: Written, shard_of: Mapping
     return root
 
 
+def metadata(
+    release: Path, sealed: Mapping[str, Any], heads: Mapping[str, str], files: Mapping[str, dict[str, Any]], date: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and content of croissant.json and ro-crate-metadata.json, which lists the first; nothing else is read than the release.
+
+    Parameters
+    ----------
+    release
+        A release that is complete but for its seal.
+    sealed
+        The part `ledger` of root.json.
+    heads
+        The part `inputs` of root.json.
+    files
+        The part `files` of root.json; the crate takes it as it is when its turn comes.
+    date
+        Day of publication.
+
+    Raises
+    ------
+    UserError
+        Description, config or a record cannot be read.
+    """
+    description, study = read_json(release / "dataset_description.json"), read_json(release / CONFIG)
+    yield croissant.NAME, croissant.build(description, study, date, sealed, heads, files[TABLE])
+    records = {name: read_json(release / name) for name in files if name.startswith(f"{RECORDS}/")}
+    yield crate.NAME, crate.build(description, study, date, sealed, heads, records, {**files, ROOT: {}})
+
+
+def _last_day(traced: lineage.Lineage) -> str:
+    """The day on which the last image was made: sealing again, or a day later, gives the same bytes."""
+    return max((record["volatile"]["ended"][:10] for record in traced.steps() if record["step"] == "images"), default="")
+
+
 def _files(release: Path, image_paths: set[str]) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file that is no image and not `root.json` or its signature."""
     files, links, _ = verify.contents(release)
     if links:
         raise UserError(f"{release / links[0]}: a link, but a release holds files only. Remove it, or put the file itself there.")
     others = sorted(files - image_paths - {ROOT, SIGNATURE})
-    return {name: {"bytes": (release / name).stat().st_size, "sha256": sha256_file(release / name)} for name in others}
+    return {name: _entry(release / name) for name in others}
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}

@@ -12,6 +12,7 @@ import typer
 
 from meddiff_steps.config import BidsSource, Study, load_stage
 from meddiff_steps.errors import UserError
+from meddiff_steps.files import read_json
 from meddiff_steps.imaging.release import Grid, Story, complete_dataset
 
 logger = logging.getLogger(__name__)
@@ -23,9 +24,12 @@ def run(
     privacy: Annotated[Path, typer.Option(help="privacy/report.json.")],
     images: Annotated[list[Path], typer.Option(help="Table of one shard of images; repeat for every shard.")],
     cohort_card: Annotated[Path, typer.Option(help="cohort/card.json.")],
+    autoencoder_card: Annotated[Path, typer.Option(help="autoencoder/card.json.")],
+    diffusion_card: Annotated[Path, typer.Option(help="diffusion/card.json.")],
     out: Annotated[Path, typer.Option(help="dataset_description.json in the root folder of the release.")],
+    metrics: Annotated[Path | None, typer.Option(help="evaluation/metrics.json; without, README says that nothing was measured.")] = None,
 ) -> None:
-    """Complete the released dataset: participants, description, sidecar, README, licence.
+    """Complete the released dataset: participants, description, sidecar, README (its card), licence.
 
     Refuses a release in which a planned subject has no image, or an image is not planned.
     """
@@ -40,9 +44,12 @@ def run(
         covariates=study.covariates,
         grid=Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm),
         sampler=f"{study.generate.sampler}{f', {steps} steps' if steps else ''}, guidance scale {study.generate.guidance_scale:g}",
-        card=json.loads(cohort_card.read_text(encoding="utf-8")),
+        card=read_json(cohort_card),
         sources=_sources(study),
-        privacy=json.loads(privacy.read_text(encoding="utf-8")),
+        privacy=read_json(privacy),
+        models={"autoencoder": read_json(autoencoder_card), "diffusion model": read_json(diffusion_card)},
+        distilled=study.distill.subjects,
+        metrics=read_json(metrics) if metrics else None,
     )
     tables = pd.concat([pd.read_parquet(path) for path in images], ignore_index=True)
     complete_dataset(out.parent, pd.read_parquet(released), tables, story)

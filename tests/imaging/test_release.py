@@ -58,6 +58,7 @@ class Workplace:
         self.plan = pd.DataFrame({"sample_id": self.samples, "group": "demo", "index": range(4), "attempt": 0, "shard": [0, 0, 0, 1]})
         self.plan["age"], self.plan["sex"], self.plan["ventricles_ml"] = [92.5, np.nan, 50, 1 / 3], ["F", "M", None, "F"], [20.123456789, 30, 40, 50]
         self.privacy = {"verdict": "PASS", "calibration": {"status": "CALIBRATED", "detectors": ["a", "b"], "level": 0.05, "subjects": 99, "needed": 39}}
+        self.metrics: dict[str, Any] = {}
         self.card = {"scans": 30, "subjects": 25, "simulated": False, "source": "bids"}
 
     def write_shard(self, shard: int, images: dict[str, np.ndarray]) -> None:
@@ -81,8 +82,11 @@ class Workplace:
         (self.root / "card.json").write_text(json.dumps(self.card))
         (self.root / "privacy.json").write_text(json.dumps(self.privacy))
         tables = [self.root / f"images-{s}.parquet" for s in shards]
-        inputs = self.root / "plan.parquet", self.root / "privacy.json", tables, self.root / "card.json"
-        release_step.run(self.frozen("release"), *inputs, self.release / "dataset_description.json")
+        for name, images in (("autoencoder", 20), ("diffusion", 20)):
+            (self.root / f"{name}.json").write_text(json.dumps({"parameters": 1234, "weights_sha256": "ab" * 32, "scans": {"train": images, "test": 5}}))
+        (self.root / "metrics.json").write_text(json.dumps(self.metrics))
+        inputs = self.root / "plan.parquet", self.root / "privacy.json", tables, *(self.root / f"{name}.json" for name in ("card", "autoencoder", "diffusion"))
+        release_step.run(self.frozen("release"), *inputs, self.release / "dataset_description.json", self.root / "metrics.json" if self.metrics else None)
 
     def run(self) -> Path:
         for shard in (0, 1):
@@ -231,6 +235,30 @@ def test_dataset(tmp_path: Path) -> None:
     readme = (root / "README").read_text()
     assert "SYNTHETIC" in readme and "30 real images" in readme and "Thanks to all." in readme and "ventricles_ml: in mL" in readme
     assert "creativecommons.org/publicdomain/zero/1.0" in (root / "LICENSE").read_text()
+
+
+def test_the_card_holds_figures_and_blanks(tmp_path: Path) -> None:
+    place = Workplace(tmp_path, release={"card": {"intended_use": "Teaching."}})
+    figure = {"value": 0.93, "low": 0.9, "high": 0.95, "n": 4}
+    place.metrics = {
+        "covariates": {"age": {"kind": "continuous", "r": figure | {"ceiling": {"value": 0.99}}}, "sex": {"kind": "categorical", "auc": figure}},
+        "realism": {"random": {"classifier_auc": figure | {"floor": {"value": 0.5, "low": 0.4, "high": 0.6}}}},
+        "spectrum": {"synthetic": {"above_half": figure}},
+    }
+    gate = {"name": "copies", "figure": {"value": 0.01, "low": 0, "high": 0.02}, "limit": 0.05, "outcome": "PASS"}
+    place.privacy |= {"gates": [gate], "counts": {"planned": 5, "released": 4, "failed": 1}}
+    readme = (place.run() / "README").read_text()
+    assert "- autoencoder: 1,234 parameters, learnt from 20 images; SHA-256 of its weights abab" in readme
+    assert "| age, r(requested, measured) | 0.93 [0.9, 0.95] | 0.99 |" in readme
+    assert "| sex, AUC of reading what was asked for | 0.93 [0.9, 0.95] |  |" in readme
+    assert "| told from real by a classifier on random features, AUC | 0.93 [0.9, 0.95] | 0.5 [0.4, 0.6] |" in readme
+    assert "| copies | 0.01 [0, 0.02] | 0.05 | PASS |" in readme and "5 planned; 4 released; 1 given up" in readme
+    assert "What the cohort is meant for: Teaching." in readme and "release.card.contact in the study]" in readme and readme.count("[NOT STATED") == 4
+    assert "provenance/verify.py" in readme and "first model" not in readme
+    place.metrics, place.study["distill"] = {}, {"subjects": 50}
+    place.complete()
+    readme = (place.release / "README").read_text()
+    assert "Not measured." in readme and "50 were made" in readme
 
 
 def test_simulated_source_is_named(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ releases are sealed and seals the changed one again: without the publisher's key
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import hashlib
 import json
@@ -30,7 +31,7 @@ from tiny_release import AGAIN, GIVEN_UP, Place
 from meddiff_steps.diffusion.noise import seed_key
 from meddiff_steps.files import sha256_file, write_json
 from meddiff_steps.imaging.release import Grid, encode_volume, voxel_digest
-from meddiff_steps.provenance import bundle, ledger, signature
+from meddiff_steps.provenance import bundle, crate, croissant, ledger, signature
 from meddiff_steps.provenance.audit import Report, Request, audit
 
 FIRST, SECOND, LAST = "syn000000", "syn000003", "syn000005"
@@ -69,8 +70,8 @@ class Target:
         change(next(row for row in rows if row["sample_id"] == name))
         self.seal(rows)
 
-    def seal(self, rows: list[dict[str, Any]] | None = None) -> None:
-        """Everything that somebody without the key can repair."""
+    def seal(self, rows: list[dict[str, Any]] | None = None, describe: bool = True) -> None:
+        """Everything that somebody without the key can repair; `describe` also makes the metadata again."""
         rows = self.rows() if rows is None else rows
         for row in rows:
             if row["image"] is not None:
@@ -81,7 +82,13 @@ class Target:
         paths = {row["image"]["path"] for row in rows if row["image"]}
         shards = ledger.shard_roots(written, {row["sample_id"]: 0 for row in rows})
         root["ledger"] |= {"root": written.root, "rows": len(rows), "released": len(paths), "shards": shards}
-        root |= {"signer": None, "files": bundle._files(self.folder, paths)}
+        files = bundle._files(self.folder, paths)
+        if describe:
+            with contextlib.suppress(KeyError):  # of what is malformed nothing can be said
+                for name, content in bundle.metadata(self.folder, root["ledger"], root["inputs"], files, self.json(croissant.NAME)["datePublished"]):
+                    write_json(self.folder / name, content)
+                    files[name] = bundle._entry(self.folder / name)
+        root |= {"signer": None, "files": files}
         write_json(self.folder / bundle.ROOT, root)
         (self.folder / bundle.SIGNATURE).unlink(missing_ok=True)
 
@@ -257,6 +264,11 @@ NAIVE = {
     "a covariate in participants.tsv": Attack(lambda t: _edit_tsv(t, _raise_age), 2, "participants"),
     "a row of participants.tsv": Attack(lambda t: _edit_tsv(t, lambda x: x[:-1]), 2, "participants"),
     "a participant twice": Attack(lambda t: _edit_tsv(t, lambda x: [*x, x[-1]]), 2, "participants"),
+    "the metadata of the crate": Attack(lambda t: t.edit(crate.NAME, lambda c: c["@graph"][1].update(license={"@id": "#mine"})), 1, "files"),
+    "a run dropped from the crate": Attack(lambda t: t.edit(crate.NAME, lambda c: c["@graph"].pop()), 4, "metadata"),
+    "no crate": Attack(lambda t: (t.folder / crate.NAME).unlink(), 2, "no-missing"),
+    "no croissant": Attack(lambda t: (t.folder / croissant.NAME).unlink(), 2, "no-missing"),
+    "real images, says croissant": Attack(lambda t: t.edit(croissant.NAME, lambda c: c.update({"rai:hasSyntheticData": False})), 1, "files"),
     "the licence": Attack(lambda t: (t.folder / "LICENSE").write_text("All rights reserved."), 1, "files"),
     "the mark in the sidecar": Attack(lambda t: t.edit("T1w.json", lambda c: c.pop("Synthesis")), 5, "marks"),
     "the mark of the dataset": Attack(lambda t: t.edit("dataset_description.json", lambda c: c.update(Synthetic=False)), 5, "marks"),
@@ -404,6 +416,12 @@ SEALED_AGAIN = {
     "a record that leads nowhere": Attack(_stray_record, 3, "stray-records"),
     "no privacy report behind the ledger": Attack(lambda t: t.edit(bundle.ROOT, lambda r: r["inputs"].pop("privacy/report.json")), 3, "ends", key=False),
     "a record that is none": Attack(lambda t: _edit_record(t, "generate", lambda r: r.pop("inputs")), 0, "readable"),
+    "real images, says croissant": Attack(
+        lambda t: (t.edit(croissant.NAME, lambda c: c.update({"rai:hasSyntheticData": False})), t.seal(describe=False)), 4, "metadata"
+    ),
+    "another author in the crate": Attack(
+        lambda t: (t.edit(crate.NAME, lambda c: next(e for e in c["@graph"] if e["@type"] == "Person").update(name="X")), t.seal(describe=False)), 4, "metadata"
+    ),
     "a FAIL that was released": Attack(lambda t: t.edit(bundle.ROOT, lambda r: r["privacy"].update(verdict="FAIL")), 4, "verdict", key=False),
     "fewer released than the report says": Attack(lambda t: t.edit(bundle.ROOT, lambda r: r["privacy"]["counts"].update(released=9)), 4, "verdict", key=False),
     "another picture, old voxel digest": Attack(lambda t: t.show(FIRST, _noise_image(0, 1000), honest=False), 5, "voxels"),

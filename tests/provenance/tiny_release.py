@@ -233,7 +233,9 @@ class Place:
         root = self.results
         card, report = root / "cohort/card.json", root / "privacy/report.json"
         out = self.release / "dataset_description.json"
-        self.real("release", release.run, released=root / "privacy/released.parquet", privacy=report, images=self.tables, cohort_card=card, out=out)
+        cards = {name: path for name, path in self.model_files().items() if name.endswith("card")}
+        released = root / "privacy/released.parquet"
+        self.real("release", release.run, released=released, privacy=report, images=self.tables, cohort_card=card, **cards, out=out)
 
     def seal(self) -> dict[str, Any]:
         root = self.results
