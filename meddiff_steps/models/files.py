@@ -37,7 +37,11 @@ def _load(module: nn.Module, weights: Path, card: dict[str, Any]) -> None:
     found = weights_digest(tensors)
     if found != card["weights_sha256"]:
         raise UserError(f"{weights}: its digest {found[:12]} is not the one its card names ({card['weights_sha256'][:12]}). Take both from the same training.")
-    module.load_state_dict(tensors)
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{weights}: not the weights of this version's network ({reason}). Use the version that trained them, or train again.") from None
     module.requires_grad_(False).eval()
 
 

@@ -7,9 +7,11 @@ from torch import nn
 
 from meddiff_steps import config
 from meddiff_steps.diffusion.schedules import NoiseProcess
+from meddiff_steps.errors import UserError
 from meddiff_steps.models import prior as prior_module
 from meddiff_steps.models.autoencoder import Autoencoder, kl_divergence
 from meddiff_steps.models.denoiser import CovariateTokens, Denoiser
+from meddiff_steps.models.files import load_autoencoder, save_model
 from meddiff_steps.models.latents import covariate_features, fit_gaussian, standardisation
 from meddiff_steps.models.prior import Prior
 from meddiff_steps.models.stem import Stem
@@ -222,3 +224,14 @@ def test_the_prior_stays_consistent_whatever_its_network_says():
 
 def test_covariate_features_are_the_same_in_torch():
     assert np.array_equal(prior_module.covariate_features(torch.from_numpy(COVARIATES), [0, 2]).numpy(), covariate_features(COVARIATES, [0, 2]))
+
+
+def test_weights_of_another_network_are_refused_in_words(tmp_path):
+    model = Autoencoder(SMALL, 2)
+    weights, card = tmp_path / "model.safetensors", tmp_path / "card.json"
+    save_model(model, weights, card, {"settings": SMALL.model_dump(mode="json"), "image_shape": [1, 8, 8]})
+    assert torch.equal(load_autoencoder(weights, card)[0].background, model.background)
+    del model._buffers["background"]
+    save_model(model, weights, card, {"settings": SMALL.model_dump(mode="json"), "image_shape": [1, 8, 8]})
+    with pytest.raises(UserError, match="not the weights of this version's network"):
+        load_autoencoder(weights, card)
