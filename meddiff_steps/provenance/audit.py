@@ -147,13 +147,13 @@ def _heavy(release: Sealed, request: Request) -> Iterator[Check]:
     else:
         from meddiff_steps.provenance.reexecution import check_reexecution
 
-        yield from check_reexecution(release, request)
+        yield from check_reexecution(release, request.models, request.sample, request.seed, request.threads)
     if request.results is None:
         yield Check(7, "all", "not run", "no real scans: give --results, the study's folder")
     else:
         from meddiff_steps.provenance.recheck import check_privacy
 
-        yield from check_privacy(release, request)
+        yield from check_privacy(release, request.results, request.sample, request.seed)
 
 
 def _progress(items: Iterable[Any], total: int) -> Iterable[Any]:

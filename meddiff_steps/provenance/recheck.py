@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,18 +18,15 @@ from meddiff_steps.provenance.reexecution import choose
 from meddiff_steps.provenance.sealed import Sealed
 from meddiff_steps.provenance.verify import Check
 
-if TYPE_CHECKING:
-    from meddiff_steps.provenance.audit import Request
-
 #: Similarity by which a released image, rounded to whole numbers, may exceed the limit that its unrounded self was held to.
 ROUNDING = 0.002
 
 
-def check_privacy(release: Sealed, request: Request) -> Iterator[Check]:
-    """Score some released images against all training scans, and hold them to the calibrated limits."""
-    study, results = release.study, request.results
-    assert study is not None and results is not None
-    rows = choose(list(release.released()), request.sample, request.seed, "privacy")
+def check_privacy(release: Sealed, results: Path, sample: int, seed: str) -> Iterator[Check]:
+    """Score `sample` released images, drawn by `seed`, against all training scans of a study's folder, and hold them to its limits."""
+    study = release.study
+    assert study is not None
+    rows = choose(list(release.released()), sample, seed, "privacy")
     if not rows:
         yield Check(7, "images", "not run", "nothing was released")
         return

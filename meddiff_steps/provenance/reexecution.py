@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from scipy.stats import hypergeom
 
@@ -13,9 +13,6 @@ from meddiff_steps.provenance.ledger import Row
 from meddiff_steps.provenance.regeneration import TOLERANCE, compare, environment_difference, remake, summary
 from meddiff_steps.provenance.sealed import Sealed
 from meddiff_steps.provenance.verify import Check
-
-if TYPE_CHECKING:
-    from meddiff_steps.provenance.audit import Request
 
 
 def choose(rows: list[Row], count: int, seed: str, label: str) -> list[Row]:
@@ -43,23 +40,23 @@ def most_bad(population: int, sample: int, confidence: float = 0.95) -> float:
     return low / population if population else 0.0
 
 
-def check_reexecution(release: Sealed, request: Request) -> Iterator[Check]:
-    """Make some released images again."""
+def check_reexecution(release: Sealed, models: Path, sample: int, seed: str, threads: int) -> Iterator[Check]:
+    """Make `sample` released images, drawn by `seed`, again."""
     study = release.study
-    assert study is not None and request.models is not None
+    assert study is not None
     everyone = list(release.released())
     if not everyone:
         yield Check(6, "images", "not run", "nothing was released")
         return
-    rows = choose(everyone, request.sample, request.seed, "re-execution")
+    rows = choose(everyone, sample, seed, "re-execution")
     try:
-        results = [compare(row, again, release.folder, study)[0] for row, again in remake(rows, study, request.models, request.threads)]
+        results = [compare(row, again, release.folder, study)[0] for row, again in remake(rows, study, models, threads)]
     except UserError as error:
         yield Check(6, "models", "finding", str(error))
         return
-    yield Check(6, "models", "pass", f"the models in {request.models} have the weights that the ledger names")
+    yield Check(6, "models", "pass", f"the models in {models} have the weights that the ledger names")
     counts = summary(results)["verdicts"]
-    text = f"of {len(results)} images made again (seed {request.seed!r}) {counts['bitwise']} are the same bit by bit"
+    text = f"of {len(results)} images made again (seed {seed!r}) {counts['bitwise']} are the same bit by bit"
     if counts["within tolerance"]:
         text += f", {counts['within tolerance']} within {TOLERANCE[study.spatial_dims]} stored units"
     bad = [f"{result.sample_id}: {result.verdict}, by up to {result.largest} stored units" for result in results if result.verdict in ("differs", "missing")]
