@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import logging
+import signal
 import sys
 
 from meddiff_steps import __version__
-from meddiff_steps.errors import UserError
+from meddiff_steps.errors import EXIT_PREEMPTED, Preempted, UserError
 
 #: Every step with one line of help, in the order data flows.
 STEPS = {
@@ -65,6 +66,8 @@ def main() -> int:
     if name not in STEPS:
         print(f"error: there is no step {name!r}.\n\n{usage()}", file=sys.stderr)
         return 2
+    # The shell of a rule ignores SIGTERM, so that it outlives the step, and the step inherits that: undo it.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     import typer
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
@@ -77,6 +80,9 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Preempted as stopped:
+        print(stopped, file=sys.stderr)
+        return EXIT_PREEMPTED
     return 0
 
 
