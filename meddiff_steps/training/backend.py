@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -25,15 +26,22 @@ def cpu_has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
+def given_gpus() -> str | None:
+    """The GPUs that this job was told to use, as its scheduler wrote them ("0", "1,3"); None where nobody said anything."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", os.environ.get("ROCR_VISIBLE_DEVICES"))
+
+
 def resolve(compute: Compute) -> tuple[str, Literal["32-true", "bf16-mixed"]]:
     """Device ("cpu" or "cuda") and precision ("32-true" or "bf16-mixed") that `compute` means on this machine.
+
+    A job of Slurm that asked for no GPU sees all of them on many clusters, but has none; it stays on the processor.
 
     Raises
     ------
     UserError
         `compute.device` is cuda and no GPU is visible.
     """
-    has_cuda = torch.cuda.is_available()
+    has_cuda = torch.cuda.is_available() and not ("SLURM_JOB_ID" in os.environ and given_gpus() is None)
     if compute.device == "cuda" and not has_cuda:
         raise UserError(
             "compute.device is cuda, but this job sees no GPU. Run it where one is given (a rule's `gpu` resource, or CUDA_VISIBLE_DEVICES), "
@@ -61,7 +69,7 @@ def make_fabric(compute: Compute, threads: int) -> Fabric:
     fabric = Fabric(accelerator=device, devices=compute.devices, precision=precision, strategy="ddp" if compute.devices > 1 else "auto")
     fabric.launch()
     if fabric.is_global_zero:
-        log.info("running on %d x %s, %s, %d CPU threads", compute.devices, device, precision, threads)
+        log.info("running on %d x %s, %s, %d CPU threads; CUDA_VISIBLE_DEVICES: %s", compute.devices, device, precision, threads, given_gpus())
     return fabric
 
 
