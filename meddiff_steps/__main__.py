@@ -40,6 +40,7 @@ STEPS = {
     "augment_test": "open the test split once and compare the arms",
     "showcase": "sample the sweeps and interpolations that the report shows",
     "report": "write report.html",
+    "status": "how far a study is: jobs done, running and failed, hours used",
     "audit": "check a release, from its form to making images again",
     "explain": "where one synthetic image comes from, as a tree",
     "diff": "which part of the recipe differs between two releases",
@@ -72,7 +73,7 @@ def main() -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    from meddiff_steps.provenance.record import recorded
+    from meddiff_steps.provenance.record import first_process, recorded
 
     app.command()(recorded(name, importlib.import_module(f"meddiff_steps.steps.{name}").run))
     try:
@@ -81,6 +82,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Preempted as stopped:
+        if not first_process():
+            return 0  # a launcher that sees one process fail kills the others, which would hide the first one's status
         print(stopped, file=sys.stderr)
         return EXIT_PREEMPTED
     return 0

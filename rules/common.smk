@@ -10,6 +10,7 @@ from snakemake.exceptions import WorkflowError
 
 from meddiff_steps import config as study_config
 from meddiff_steps.errors import UserError
+from meddiff_steps.files import hold
 from meddiff_steps.provenance.digest import code_digest
 from meddiff_steps.synthesis.size import plan_shards
 
@@ -48,6 +49,22 @@ except UserError as error:
 RESULTS = f"{STUDY.results}/{STUDY.study}"
 if workflow.is_main_process:
     environ["MEDDIFF_STUDY"] = str(study_config.freeze(STUDY, None, Path(RESULTS, "config")))
+
+
+# Snakemake's own lock knows the files of runs that were started in the same folder; this one, two runs that were not.
+RUN_LOCK = []
+
+
+def lock_results():
+    try:
+        RUN_LOCK.append(hold(Path(RESULTS, ".lock")))
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
+
+
+onstart:
+    if workflow.is_main_process:
+        lock_results()
 
 
 def settings(stage, study=STUDY):

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from meddiff_steps.config import Optimiser
 from meddiff_steps.diffusion.noise import seed_key
-from meddiff_steps.errors import Preempted
+from meddiff_steps.errors import Preempted, UserError
 from meddiff_steps.training.checkpoint import CheckpointFolder
 
 log = logging.getLogger(__name__)
@@ -66,9 +66,30 @@ def batch_rows(root: str, step: int, batch_size: int, count: int) -> np.ndarray:
     return np.array([order[int(e)][p % count] for e, p in zip(epochs, position, strict=True)])
 
 
-def rank_share(rows: np.ndarray, fabric: Fabric) -> np.ndarray:
-    """This process's part of a batch; the parts of all processes make the batch without overlap."""
-    return rows[fabric.global_rank :: fabric.world_size]
+def rank_share(batch: np.ndarray, fabric: Fabric) -> np.ndarray:
+    """This process's part of a batch; the parts of all processes make the batch without overlap.
+
+    Every process draws the random numbers of the whole batch and keeps its part, so that the step that all take together
+    is that of one process, but for rounding.
+
+    Raises
+    ------
+    UserError
+        The processes would get parts of different sizes, which a mean over processes would weight wrongly.
+    """
+    if len(batch) % fabric.world_size:
+        raise UserError(
+            f"optimiser.batch_size is {len(batch)} and compute.devices {fabric.world_size}: expected a multiple, so that every process "
+            "gets as many images. Change one of them."
+        )
+    return batch[fabric.global_rank :: fabric.world_size]
+
+
+def means_over_processes(sums: Mapping[str, Tensor], fabric: Fabric) -> dict[str, float]:
+    """The mean of each scalar over all processes."""
+    if fabric.world_size == 1:
+        return {name: float(value) for name, value in sums.items()}
+    return {name: float(torch.as_tensor(fabric.all_gather(value)).mean()) for name, value in sums.items()}
 
 
 def learning_rate_scale(step: int, settings: Optimiser) -> float:
@@ -160,15 +181,17 @@ def fit(task: Task, settings: Optimiser, fabric: Fabric, state: Path, label: str
             save = done % settings.checkpoint_every == 0 or last
             # The curve is also written at every checkpoint, so that a resumed run averages over the same steps.
             if done % settings.log_every == 0 or save:
-                record(done, {name: float(value) / counts[name] for name, value in sums.items()})
+                record(done, {name: value / counts[name] for name, value in means_over_processes(sums, fabric).items()})
                 sums.clear()
                 counts.clear()
             if done % settings.validate_every == 0 or last:
                 record(done, task.validate())
             stop = asked_to_stop(asked, fabric, done)
+            extra = {"history": history}
+            if stop and sums:
+                extra |= {"sums": means_over_processes(sums, fabric), "counts": counts}
             if (save or stop) and fabric.is_global_zero:
-                partial = {"sums": {name: float(value) for name, value in sums.items()}, "counts": counts}
-                checkpoints.save(done, task.modules, task.optimisers, {"history": history} | (partial if sums else {}))
+                checkpoints.save(done, task.modules, task.optimisers, extra)
             if stop:
                 fabric.barrier()  # the first process to end makes a launcher end the others, and one of them is still writing
                 raise Preempted(f"{label}: asked to stop (SIGTERM); saved step {done} of {settings.steps} in {state}. The same command goes on from there.")
