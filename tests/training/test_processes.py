@@ -64,7 +64,7 @@ def test_a_diffusion_model_learns_the_same_in_two_processes(tmp_path):
 def test_two_processes_learn_what_one_learns_and_one_of_them_writes(tmp_path):
     one = trained(tmp_path / "one", 1)
     launched = trained(tmp_path / "launched", 2)
-    torchrun = trained(tmp_path / "torchrun", 2, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0")
+    torchrun = trained(tmp_path / "torchrun", 2, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
     for two in (launched, torchrun):
         assert_alike(one, two)
         assert "running on 2 x cpu" in (two / "log").read_text()
