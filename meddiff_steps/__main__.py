@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import logging
+import signal
 import sys
 
 from meddiff_steps import __version__
-from meddiff_steps.errors import UserError
+from meddiff_steps.errors import EXIT_PREEMPTED, Preempted, UserError
 
 #: Every step with one line of help, in the order data flows.
 STEPS = {
@@ -43,6 +44,7 @@ STEPS = {
     "sampler_study": "compare samplers: quality against steps and seconds",
     "showcase": "sample the sweeps and interpolations that the report shows",
     "report": "write report.html",
+    "status": "how far a study is: jobs done, running and failed, hours used",
     "audit": "check a release, from its form to making images again",
     "regenerate": "make images of a release again from its ledger and its models: one subject, a shard, or all",
     "regenerated": "sum up whether the shards that were made again are what was released",
@@ -71,11 +73,13 @@ def main() -> int:
     if name not in STEPS:
         print(f"error: there is no step {name!r}.\n\n{usage()}", file=sys.stderr)
         return 2
+    # The shell of a rule ignores SIGTERM, so that it outlives the step, and the step inherits that: undo it.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     import typer
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    from meddiff_steps.provenance.record import recorded
+    from meddiff_steps.provenance.record import first_process, recorded
 
     app.command()(recorded(name, importlib.import_module(f"meddiff_steps.steps.{name}").run))
     try:
@@ -83,6 +87,11 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Preempted as stopped:
+        if not first_process():
+            return 0  # a launcher that sees one process fail kills the others, which would hide the first one's status
+        print(stopped, file=sys.stderr)
+        return EXIT_PREEMPTED
     return 0
 
 

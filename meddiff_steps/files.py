@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from meddiff_steps.errors import UserError
+
+log = logging.getLogger(__name__)
 
 #: Access that new files get; asked once, because asking means setting it.
 _UMASK = os.umask(0)
@@ -69,3 +74,49 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}. Delete it and run the workflow again.")
     return content
+
+
+def hold(path: Path) -> TextIO:
+    """Lock `path` for this process; the lock goes when the stream that is returned is closed, at the latest with the process.
+
+    A killed process leaves the file, which says nothing, but no lock, so that nobody has to remove one.
+
+    Raises
+    ------
+    UserError
+        Another process holds it. The message says which, and from where it was started.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stream = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - stays open as long as the lock is wanted
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.seek(0)
+        holder = stream.read().strip() or "unknown"
+        stream.close()
+        raise UserError(
+            f"{path.parent}: another run works here ({holder}). Expected one run per results folder at a time. "
+            "Wait for it or stop it; a different study may run beside it."
+        ) from None
+    except OSError as error:  # some network file systems know no locks
+        log.warning("%s cannot be locked (%s): take care that only one run works here", path, error)
+        return stream
+    stream.seek(0)
+    stream.truncate()
+    stream.write(f"process {os.getpid()} on {socket.gethostname()}, started in {Path.cwd()}\n")
+    stream.flush()
+    return stream
+
+
+def holder(path: Path) -> str | None:
+    """Who holds `path` (see `hold`); None if nobody does."""
+    try:
+        with open(path, encoding="utf-8") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return stream.read().strip() or "unknown"
+    except OSError:
+        pass
+    return None

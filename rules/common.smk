@@ -10,11 +10,16 @@ from snakemake.exceptions import WorkflowError
 
 from meddiff_steps import config as study_config
 from meddiff_steps.errors import UserError
+from meddiff_steps.files import hold
 from meddiff_steps.provenance.digest import code_digest
 from meddiff_steps.synthesis.size import plan_shards
 
 # Jobs run `python`; make that the interpreter that runs Snakemake, also when its environment was not activated.
 environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environ.get("PATH", "")])
+
+# A cluster that takes a node back sends SIGTERM to every process of a job. The shell and `tee` must outlive the step, which
+# saves its state then; were the shell to end first, Snakemake would take the job for finished and kill what is left of it.
+shell.prefix("set -euo pipefail; trap '' TERM; ")
 
 
 # `--config release=FOLDER models=FOLDER`: a release to make again, with the folder of its models (by default its study's).
@@ -55,6 +60,22 @@ except UserError as error:
 RESULTS = f"{STUDY.results}/{STUDY.study}"
 if workflow.is_main_process:
     environ["MEDDIFF_STUDY"] = str(study_config.freeze(STUDY, None, Path(RESULTS, "config")))
+
+
+# Snakemake's own lock knows the files of runs that were started in the same folder; this one, two runs that were not.
+RUN_LOCK = []
+
+
+def lock_results():
+    try:
+        RUN_LOCK.append(hold(Path(RESULTS, ".lock")))
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
+
+
+onstart:
+    if workflow.is_main_process:
+        lock_results()
 
 
 def settings(stage, study=STUDY):
@@ -178,17 +199,19 @@ wildcard_constraints:
 # -------------------------------------------------------------------------------------- what jobs ask for
 
 VOXELS = math.prod(STUDY.preprocess.shape)
+# Attempts up to which requests grow; a training that is preempted twenty times must not ask for 3000 times the memory.
+MOST_GROWTH = 4
 GPUS = 0 if STUDY.compute.device == "cpu" else STUDY.compute.devices
 
 
 def memory(base_mb, bytes_per_voxel=0, images=1):
-    """mem_mb of a job: a base for Python and its libraries plus bytes per voxel of the images it holds; more at every attempt."""
-    return lambda wildcards, attempt: int((base_mb + bytes_per_voxel * images * VOXELS / 2**20) * 1.5 ** (attempt - 1))
+    """mem_mb of a job: a base for Python and its libraries plus bytes per voxel of the images it holds; half as much again at attempts 2 to 4."""
+    return lambda wildcards, attempt: int((base_mb + bytes_per_voxel * images * VOXELS / 2**20) * 1.5 ** (min(attempt, MOST_GROWTH) - 1))
 
 
 def minutes(value):
-    """runtime of a job in minutes; doubles at every attempt."""
-    return lambda wildcards, attempt: int(value * 2 ** (attempt - 1))
+    """runtime of a job in minutes; doubles at attempts 2 to 4."""
+    return lambda wildcards, attempt: int(value * 2 ** (min(attempt, MOST_GROWTH) - 1))
 
 
 def repeat(option, files):

@@ -1,9 +1,13 @@
+import errno
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
-from meddiff_steps.files import atomic_path, write_atomic
+from meddiff_steps.errors import UserError
+from meddiff_steps.files import atomic_path, hold, write_atomic
 
 
 def test_a_failed_writer_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -20,3 +24,27 @@ def test_files_get_the_usual_access_also_where_a_library_is_stricter(tmp_path):
     with atomic_path(tmp_path / "strict") as path:
         path.touch(mode=0o600)
     assert stat.filemode((tmp_path / "strict").stat().st_mode) == stat.filemode((tmp_path / "plain").stat().st_mode)
+
+
+HOLDER = "import sys; from meddiff_steps.files import hold; stream = hold(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+
+
+def test_a_held_file_is_refused_to_others_until_its_holder_dies(tmp_path):
+    path = tmp_path / "results" / ".lock"
+    first = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"another run works here .process {first.pid} on "):
+        hold(path)
+    hold(tmp_path / "other" / ".lock").close()
+    first.kill()
+    first.wait()
+    hold(path).close()
+
+
+def test_where_locks_are_unknown_work_goes_on(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    hold(tmp_path / ".lock").close()
+    assert "only one run works here" in caplog.text

@@ -1,19 +1,22 @@
 """The workflow's own files: they parse, are formatted, and plan jobs, also where no cluster is."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "MEDDIFF_STUDY"}
+def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "MEDDIFF_STUDY"} | variables
     return subprocess.run([str(BIN / command[0]), *command[1:]], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -46,6 +49,70 @@ def test_the_slurm_profile_plans_the_published_scale(tmp_path):
     total = int(re.search(r"^total\s+(\d+)", done.stdout, re.M).group(1))
     assert 900 < total < 2500
     assert re.search(r"^generate\s+400", done.stdout, re.M)
+
+
+@pytest.fixture
+def bare_path(tmp_path) -> str:
+    """A PATH with a shell and this Python, where no scheduler can be found."""
+    (tmp_path / "bin").mkdir()
+    for name in ("bash", "sh"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+    return f"{tmp_path}/bin{os.pathsep}{BIN}"
+
+
+@pytest.mark.parametrize("profile", ["slurm", "profiles/workstation", "profiles/kubernetes"])
+def test_every_profile_plans_a_study_where_no_scheduler_is_installed(profile, bare_path, tmp_path):
+    if profile == "profiles/kubernetes":
+        pytest.importorskip("snakemake_executor_plugin_cluster_generic")
+    done = run("snakemake", "--profile", profile, "-n", "--configfile", "config/studies/ixi.yaml", "--config", f"results={tmp_path}", PATH=bare_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^diffusion\s+1", done.stdout, re.M)
+
+
+def test_no_profile_asks_for_job_arrays():
+    for path in [ROOT / "slurm/profile.v9+.yaml", *(ROOT / "profiles").glob("*/profile*.yaml")]:
+        assert "slurm-array-jobs" not in yaml.safe_load(path.read_text())
+
+
+def kubernetes_job(tmp_path, *arguments: str, script: str) -> subprocess.CompletedProcess[str]:
+    """Run profiles/kubernetes/job.py with a `kubectl` that does what `script` says."""
+    (tmp_path / "kubectl").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "kubectl").chmod(0o755)
+    command = [sys.executable, str(ROOT / "profiles/kubernetes/job.py"), *arguments]
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "MEDDIFF_STUDY": "results/x/config/study.json"}
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_a_kubernetes_job_asks_for_what_the_rule_says(tmp_path):
+    asked = {"rule": "generate", "threads": 8, "resources": {"mem_mb": 3000, "runtime": 480, "gpu": 1}}
+    (tmp_path / "job.sh").write_text(f"#!/bin/sh\n# properties = {json.dumps(asked)}\n")
+    options = ["--namespace", "lab", "--image", "meddiff:1", "--claim", "shared", "--mount", "/data"]
+    done = kubernetes_job(tmp_path, "submit", *options, str(tmp_path / "job.sh"), script=f"cat > {tmp_path}/sent")
+    assert done.returncode == 0, done.stderr
+    sent = json.loads((tmp_path / "sent").read_text())
+    assert done.stdout.strip() == sent["metadata"]["name"]
+    assert sent["spec"]["activeDeadlineSeconds"] == 480 * 60
+    (container,) = sent["spec"]["template"]["spec"]["containers"]
+    assert container["resources"] == {
+        "requests": {"memory": "3000Mi", "nvidia.com/gpu": "1", "cpu": "8"},
+        "limits": {"memory": "3000Mi", "nvidia.com/gpu": "1"},
+    }
+    assert container["workingDir"] == str(tmp_path)
+    assert container["env"] == [{"name": "MEDDIFF_STUDY", "value": "results/x/config/study.json"}]
+
+
+@pytest.mark.parametrize(
+    ("script", "word"),
+    [
+        ("""echo '{"status": {"conditions": [{"type": "Complete", "status": "True"}]}}'""", "success"),
+        ("""echo '{"status": {"conditions": [{"type": "Failed", "status": "True"}]}}'""", "failed"),
+        ("""echo '{"status": {"active": 1}}'""", "running"),
+        ("true", "failed"),
+        ("echo no answer >&2; exit 1", "running"),
+    ],
+)
+def test_the_state_of_a_kubernetes_job_in_snakemakes_words(tmp_path, script, word):
+    assert kubernetes_job(tmp_path, "status", "--namespace", "lab", "job", script=script).stdout.strip() == word
 
 
 def test_exactly_the_rules_that_run_networks_ask_for_a_gpu():

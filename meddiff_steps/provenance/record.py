@@ -52,7 +52,7 @@ def recorded(step: str, run: Callable[..., None]) -> Callable[..., None]:
         bound = inspect.signature(run).bind(*args, **kwargs)
         bound.apply_defaults()
         results = _results_of(bound.arguments)
-        if results is None or not _first_process():
+        if results is None or not first_process():
             run(*args, **kwargs)
             return
         observer = Observer(step, results, bound.arguments)
@@ -71,8 +71,9 @@ def _results_of(arguments: Mapping[str, Any]) -> Path | None:
     return frozen.parent.parent if isinstance(frozen, Path) and frozen.parent.name == "config" and frozen.is_file() else None
 
 
-def _first_process() -> bool:
-    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) == 0
+def first_process() -> bool:
+    """Whether this is the process that writes: the only one, or the first of those that train together."""
+    return all(int(os.environ.get(name) or 0) == 0 for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
 def record_path(results: Path, output: str) -> Path:

@@ -90,7 +90,7 @@ def remake(rows: Sequence[Row], study: config.Study, models: Path, threads: int)
         raise UserError("the rows do not share one recipe, so one model cannot have made them all. Run `audit` on the release.")
     places = find_models(models, recipe)
     wanted = {name: recipe[name] for name in ("sampler", "num_inference_steps", "guidance_scale", "batch_size")}
-    fabric = make_fabric(study.compute.model_copy(update={"devices": 1}), threads)
+    fabric = make_fabric(study.compute, threads)
     first_stage, _ = load_autoencoder(places["autoencoder"] / "model.safetensors", places["autoencoder"] / "card.json")
     model = LatentDiffusion.load(places["diffusion"] / "model.safetensors", places["diffusion"] / "card.json")
     generator = Generator(model, first_stage, study.generate.model_copy(update=wanted), fabric)

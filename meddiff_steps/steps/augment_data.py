@@ -96,7 +96,7 @@ def _reconstructed(shards: Shards, rows: np.ndarray, weights: Path, card: Path, 
     from meddiff_steps.models.files import load_autoencoder
     from meddiff_steps.training.backend import make_fabric
 
-    fabric = make_fabric(compute.model_copy(update={"devices": 1}), threads)
+    fabric = make_fabric(compute, threads)
     model, _ = load_autoencoder(weights, card)
     fabric.to_device(model)
     for start in tqdm(range(0, len(rows), RECONSTRUCT_BATCH), desc="reconstructing", mininterval=5, file=sys.stderr):

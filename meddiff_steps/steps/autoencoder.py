@@ -44,7 +44,7 @@ def run(
     settings = study.autoencoder
     shards = Shards(images)
     rows = rows_by_split(read_manifest(manifest), shards.column("scan_id"))
-    fabric = make_fabric(study.compute, threads)
+    fabric = make_fabric(study.compute, threads, study.compute.devices)
     task = AutoencoderTask(settings, study.augmentation, shards, rows["train"], rows["val"], study.seed, fabric)
     curve = fit(task, settings.optimiser, fabric, state / state_key("autoencoder", config, [manifest, *images]), "autoencoder")
     if not fabric.is_global_zero:

@@ -50,17 +50,16 @@ def run(
         train_rows=np.array(rows["train"]),
         val_rows=np.array([row for row in rows["val"] if variants[row] == 0], dtype=np.int64),
     )
-    fabric = make_fabric(study.compute, threads)
+    fabric = make_fabric(study.compute, threads, study.compute.devices)
     levels, state = level_counts(encoding), state / state_key("diffusion", config, [manifest, scale, *latents])
     components = state / "components.safetensors"
     if settings.component_steps and "prior.basis" in data.prior:
-        if not components.exists():
+        if fabric.is_global_zero and not components.exists():
             tensors, gain = train_components(data, settings, levels, study.seed)
             log.info("components: held-out loss %.3f of the Gaussian's", gain)
-            if fabric.is_global_zero:
-                with atomic_path(components) as path:
-                    save_file(tensors, path)
-            fabric.barrier()
+            with atomic_path(components) as path:
+                save_file(tensors, path)
+        fabric.barrier()
         data.prior.update(load_file(components))
     task = DiffusionTask(settings, data, levels, study.seed, fabric)
     curve = fit(task, settings.optimiser, fabric, state, "diffusion")

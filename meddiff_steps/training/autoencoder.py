@@ -99,14 +99,16 @@ class AutoencoderTask:
 
     def train_step(self, step: int) -> dict[str, Tensor]:
         settings, fabric = self.settings, self.fabric
-        rows = rank_share(batch_rows(self.root, step, settings.optimiser.batch_size, len(self.train_rows)), fabric)
-        generator = step_generator(self.root, f"batch/{fabric.global_rank}", step)
-        images = self.shards.tensors("image", self.train_rows[rows])
+        batch = batch_rows(self.root, step, settings.optimiser.batch_size, len(self.train_rows))
+        mine = rank_share(np.arange(len(batch)), fabric)
+        generator = step_generator(self.root, "batch/0", step)
+        images = self.shards.tensors("image", self.train_rows[batch[mine]])
         if self.augmentation.variants > 1:
-            images = np.stack([draw_variant(self.augmentation, self.spatial_dims, generator)(image) for image in images])
+            variants = [draw_variant(self.augmentation, self.spatial_dims, generator) for _ in batch]
+            images = np.stack([variants[place](image) for place, image in zip(mine, images, strict=True)])
         x = fabric.to_device(torch.from_numpy(images)).contiguous(memory_format=channels_last(self.spatial_dims))
-        latent_shape = (len(images), settings.latent_channels, *(n // settings.downsampling for n in self.shape[1:]))
-        noise = fabric.to_device(torch.from_numpy(generator.standard_normal(latent_shape, dtype=np.float32)))
+        latent_shape = (len(batch), settings.latent_channels, *(n // settings.downsampling for n in self.shape[1:]))
+        noise = fabric.to_device(torch.from_numpy(generator.standard_normal(latent_shape, dtype=np.float32)[mine]))
 
         reconstruction, mean, log_variance = self.net(x, noise)
         losses = {"train/l1": (reconstruction - x).abs().mean(), "train/kl": kl_divergence(mean, log_variance).mean()}

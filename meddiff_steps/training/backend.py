@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Literal
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from torch import nn
 
 from meddiff_steps.config import Compute
@@ -25,15 +27,22 @@ def cpu_has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
+def given_gpus() -> str | None:
+    """The GPUs that this job was told to use, as its scheduler wrote them ("0", "1,3"); None where nobody said anything."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", os.environ.get("ROCR_VISIBLE_DEVICES"))
+
+
 def resolve(compute: Compute) -> tuple[str, Literal["32-true", "bf16-mixed"]]:
     """Device ("cpu" or "cuda") and precision ("32-true" or "bf16-mixed") that `compute` means on this machine.
+
+    A job of Slurm that asked for no GPU sees all of them on many clusters, but has none; it stays on the processor.
 
     Raises
     ------
     UserError
         `compute.device` is cuda and no GPU is visible.
     """
-    has_cuda = torch.cuda.is_available()
+    has_cuda = torch.cuda.is_available() and not ("SLURM_JOB_ID" in os.environ and given_gpus() is None)
     if compute.device == "cuda" and not has_cuda:
         raise UserError(
             "compute.device is cuda, but this job sees no GPU. Run it where one is given (a rule's `gpu` resource, or CUDA_VISIBLE_DEVICES), "
@@ -45,7 +54,22 @@ def resolve(compute: Compute) -> tuple[str, Literal["32-true", "bf16-mixed"]]:
     return device, "bf16-mixed" if (torch.cuda.is_bf16_supported() if device == "cuda" else cpu_has_bf16()) else "32-true"
 
 
-def make_fabric(compute: Compute, threads: int) -> Fabric:
+def launched_by() -> tuple[ClusterEnvironment, int, int]:
+    """Who starts the processes of a training, how many there are (0: not started yet), and on how many nodes.
+
+    `torchrun` or `srun --ntasks N`, if one of them did; otherwise this process starts the others. Lightning alone would take
+    the single task that Snakemake runs in a job of Slurm for one of a set that never comes, and train on one GPU of several.
+    """
+    if TorchElasticEnvironment.detect():
+        processes = int(os.environ["WORLD_SIZE"])
+        return TorchElasticEnvironment(), processes, processes // int(os.environ["LOCAL_WORLD_SIZE"])
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    if tasks > 1 and "SLURM_STEP_ID" in os.environ:
+        return SLURMEnvironment(auto_requeue=False), tasks, int(os.environ.get("SLURM_NNODES", "1"))
+    return LightningEnvironment(), 0, 1
+
+
+def make_fabric(compute: Compute, threads: int, processes: int = 1) -> Fabric:
     """Fabric for this job, launched.
 
     Parameters
@@ -54,14 +78,34 @@ def make_fabric(compute: Compute, threads: int) -> Fabric:
         The study's `compute` section; see `resolve`.
     threads
         CPU threads per process. The number changes the last bits of CPU results.
+    processes
+        Processes that share the work, one per GPU: `compute.devices` for a training, 1 for everything else.
+
+    Raises
+    ------
+    UserError
+        `torchrun` or `srun` started another number of processes.
     """
     device, precision = resolve(compute)
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")
-    fabric = Fabric(accelerator=device, devices=compute.devices, precision=precision, strategy="ddp" if compute.devices > 1 else "auto")
+    environment, started, nodes = launched_by()
+    if started and started != processes:
+        raise UserError(
+            f"{type(environment).__name__.removesuffix('Environment')} started {started} processes, but this step works in {processes}. "
+            "Set compute.devices to the number of processes of a training (all nodes together); start other steps as one process."
+        )
+    fabric = Fabric(
+        accelerator=device,
+        devices=processes // nodes,
+        num_nodes=nodes,
+        precision=precision,
+        strategy="ddp" if processes > 1 else "auto",
+        plugins=[environment],
+    )
     fabric.launch()
     if fabric.is_global_zero:
-        log.info("running on %d x %s, %s, %d CPU threads", compute.devices, device, precision, threads)
+        log.info("running on %d x %s, %s, %d CPU threads; CUDA_VISIBLE_DEVICES: %s", processes, device, precision, threads, given_gpus())
     return fabric
 
 

@@ -54,7 +54,7 @@ class CheckpointFolder:
             # One metadata entry only: with more, safetensors orders them at random.
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path, {"state": json.dumps({"step": step} | extra)})
         for old in sorted(self.folder.glob("step-*.safetensors"))[:-1]:
-            old.unlink()
+            old.unlink(missing_ok=True)  # a job that outlived its killed Snakemake may train beside this one
 
     def restore(self, modules: Mapping[str, nn.Module], optimisers: Mapping[str, Optimizer]) -> tuple[int, dict[str, Any]]:
         """Load the newest readable checkpoint; returns (updates done, extra), or (0, {}) where there is none."""

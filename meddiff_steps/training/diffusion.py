@@ -55,14 +55,14 @@ class DiffusionTask:
 
     def train_step(self, step: int) -> dict[str, Tensor]:
         settings, fabric = self.settings, self.fabric
-        rows = self.data.train_rows[rank_share(batch_rows(self.root, step, settings.optimiser.batch_size, len(self.data.train_rows)), fabric)]
-        generator = step_generator(self.root, f"batch/{fabric.global_rank}", step)
+        rows = self.data.train_rows[batch_rows(self.root, step, settings.optimiser.batch_size, len(self.data.train_rows))]
+        generator = step_generator(self.root, "batch/0", step)
         x0 = self.data.draw(rows, generator)
         # Stratified times: one per equal slice of [0, 1), which lowers the variance of the loss (Kingma et al. 2021).
         uniform = (generator.permutation(len(rows)) + generator.random(len(rows))) / len(rows)
         covariates = drop(self.data.covariates[rows], settings.covariate_dropout, settings.condition_dropout, generator)
         noise = generator.standard_normal(x0.shape, dtype=np.float32)
-        loss = self._loss(self.net, x0, uniform, noise, covariates)
+        loss = self._loss(self.net, *(rank_share(drawn, fabric) for drawn in (x0, uniform, noise, covariates)))
         optimiser = self.optimisers["model"]
         optimiser.zero_grad(set_to_none=True)
         fabric.backward(loss)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import sys
+import threading
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -24,10 +27,13 @@ from tqdm import tqdm
 
 from meddiff_steps.config import Optimiser
 from meddiff_steps.diffusion.noise import seed_key
-from meddiff_steps.errors import UserError
+from meddiff_steps.errors import Preempted, UserError
 from meddiff_steps.training.checkpoint import CheckpointFolder
 
 log = logging.getLogger(__name__)
+
+#: With several processes, steps between two agreements on whether one of them was asked to stop: each waits for the GPU.
+AGREE_EVERY = 10
 
 
 class Task(Protocol):
@@ -60,9 +66,30 @@ def batch_rows(root: str, step: int, batch_size: int, count: int) -> np.ndarray:
     return np.array([order[int(e)][p % count] for e, p in zip(epochs, position, strict=True)])
 
 
-def rank_share(rows: np.ndarray, fabric: Fabric) -> np.ndarray:
-    """This process's part of a batch; the parts of all processes make the batch without overlap."""
-    return rows[fabric.global_rank :: fabric.world_size]
+def rank_share(batch: np.ndarray, fabric: Fabric) -> np.ndarray:
+    """This process's part of a batch; the parts of all processes make the batch without overlap.
+
+    Every process draws the random numbers of the whole batch and keeps its part, so that the step that all take together
+    is that of one process, but for rounding.
+
+    Raises
+    ------
+    UserError
+        The processes would get parts of different sizes, which a mean over processes would weight wrongly.
+    """
+    if len(batch) % fabric.world_size:
+        raise UserError(
+            f"optimiser.batch_size is {len(batch)} and compute.devices {fabric.world_size}: expected a multiple, so that every process "
+            "gets as many images. Change one of them."
+        )
+    return batch[fabric.global_rank :: fabric.world_size]
+
+
+def means_over_processes(sums: Mapping[str, Tensor], fabric: Fabric) -> dict[str, float]:
+    """The mean of each scalar over all processes."""
+    if fabric.world_size == 1:
+        return {name: float(value) for name, value in sums.items()}
+    return {name: float(torch.as_tensor(fabric.all_gather(value)).mean()) for name, value in sums.items()}
 
 
 def learning_rate_scale(step: int, settings: Optimiser) -> float:
@@ -82,6 +109,30 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
     torch._foreach_lerp_(targets, sources, 1.0 - decay)
 
 
+@contextmanager
+def stop_request() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets instead of ending the process; outside the main thread, where Python allows no handler, nothing sets it."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def asked_to_stop(asked: threading.Event, fabric: Fabric, done: int) -> bool:
+    """Whether this training shall stop after `done` steps; all processes give the same answer at the same step."""
+    if fabric.world_size == 1:
+        return asked.is_set()
+    if done % AGREE_EVERY:
+        return False
+    votes = fabric.all_gather(fabric.to_device(torch.tensor(float(asked.is_set()))))
+    return bool(torch.as_tensor(votes).any())
+
+
 def fit(task: Task, settings: Optimiser, fabric: Fabric, state: Path, label: str) -> pd.DataFrame:
     """Train `task` to its last step, resuming from `state` if it holds a checkpoint.
 
@@ -89,14 +140,20 @@ def fit(task: Task, settings: Optimiser, fabric: Fabric, state: Path, label: str
     -------
     DataFrame
         The training curve: step, metric, value.
+
+    Raises
+    ------
+    Preempted
+        SIGTERM came. The state after the step that was running is saved, with the means of the curve that were not yet
+        complete; called again, the training ends with the same weights and curve as an undisturbed one.
     """
     checkpoints = CheckpointFolder(state)
     start, extra = checkpoints.restore(task.modules, task.optimisers)
     history: list[tuple[int, str, float]] = [tuple(row) for row in extra.get("history", [])]
     base_rates = {name: [group["lr"] for group in optimiser.param_groups] for name, optimiser in task.optimisers.items()}
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = defaultdict(int)
-    writer = SummaryWriter(str(state / "tensorboard"), purge_step=start) if fabric.is_global_zero else None
+    sums: dict[str, Tensor] = {name: fabric.to_device(torch.tensor(value)) for name, value in extra.get("sums", {}).items()}
+    counts: dict[str, int] = defaultdict(int, extra.get("counts", {}))
+    curves = SummaryWriter(str(state / "tensorboard"), purge_step=start) if fabric.is_global_zero else nullcontext()
     bar = tqdm(range(start, settings.steps), initial=start, total=settings.steps, desc=label, mininterval=5, file=sys.stderr, disable=not fabric.is_global_zero)
 
     def record(step: int, values: Mapping[str, float]) -> None:
@@ -108,28 +165,34 @@ def fit(task: Task, settings: Optimiser, fabric: Fabric, state: Path, label: str
                 writer.add_scalar(metric, value, step)
         bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
 
-    for step in bar:
-        done = step + 1
-        scale = learning_rate_scale(step, settings)
-        for name, optimiser in task.optimisers.items():
-            for group, rate in zip(optimiser.param_groups, base_rates[name], strict=True):
-                group["lr"] = rate * scale
-        losses = task.train_step(step)
-        update_average(task.modules["average"], task.modules["model"], settings.ema_decay, step)
-        for name, value in losses.items():
-            sums[name] = sums[name] + value if name in sums else value
-            counts[name] += 1
-        last = done == settings.steps
-        save = done % settings.checkpoint_every == 0 or last
-        # The curve is also written at every checkpoint, so that a resumed run averages over the same steps.
-        if done % settings.log_every == 0 or save:
-            record(done, {name: float(value) / counts[name] for name, value in sums.items()})
-            sums.clear()
-            counts.clear()
-        if done % settings.validate_every == 0 or last:
-            record(done, task.validate())
-        if save and fabric.is_global_zero:
-            checkpoints.save(done, task.modules, task.optimisers, {"history": history})
-    if writer:
-        writer.close()
+    with stop_request() as asked, curves as writer:
+        for step in bar:
+            done = step + 1
+            scale = learning_rate_scale(step, settings)
+            for name, optimiser in task.optimisers.items():
+                for group, rate in zip(optimiser.param_groups, base_rates[name], strict=True):
+                    group["lr"] = rate * scale
+            losses = task.train_step(step)
+            update_average(task.modules["average"], task.modules["model"], settings.ema_decay, step)
+            for name, value in losses.items():
+                sums[name] = sums[name] + value if name in sums else value
+                counts[name] += 1
+            last = done == settings.steps
+            save = done % settings.checkpoint_every == 0 or last
+            # The curve is also written at every checkpoint, so that a resumed run averages over the same steps.
+            if done % settings.log_every == 0 or save:
+                record(done, {name: value / counts[name] for name, value in means_over_processes(sums, fabric).items()})
+                sums.clear()
+                counts.clear()
+            if done % settings.validate_every == 0 or last:
+                record(done, task.validate())
+            stop = asked_to_stop(asked, fabric, done)
+            extra = {"history": history}
+            if stop and sums:
+                extra |= {"sums": means_over_processes(sums, fabric), "counts": counts}
+            if (save or stop) and fabric.is_global_zero:
+                checkpoints.save(done, task.modules, task.optimisers, extra)
+            if stop:
+                fabric.barrier()  # the first process to end makes a launcher end the others, and one of them is still writing
+                raise Preempted(f"{label}: asked to stop (SIGTERM); saved step {done} of {settings.steps} in {state}. The same command goes on from there.")
     return pd.DataFrame(history, columns=["step", "metric", "value"]).astype({"step": "int64", "value": "float64"})

@@ -1,0 +1,121 @@
+"""How far a study is, seen from its results folder alone: no scheduler is asked, so it works for every way of running."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from meddiff_steps.config import Study, parse_study
+from meddiff_steps.errors import UserError
+from meddiff_steps.synthesis.size import plan_shards
+
+#: Stages that run once per shard of the cohort and of the plan, by the names of their folders under logs/.
+COHORT_STAGES = ("preprocess", "latents")
+PLAN_STAGES = ("generate", "filter", "images", "teacher/generate", "teacher/filter")
+#: How a log ends whose step has given up; a step that was killed from outside says nothing.
+LAST_WORDS = re.compile(r"^(error: |Traceback |[\w.]+Error\b)|asked to stop \(SIGTERM\)", re.M)
+#: Bytes at the end of a log in which they are looked for.
+TAIL = 4096
+
+
+@dataclass
+class Stage:
+    """Jobs of one stage by state, each as (time of its last sign of life, log)."""
+
+    name: str
+    expected: int | None = None
+    done: int = 0
+    hours: float = 0.0
+    running: list[tuple[float, Path]] = field(default_factory=list)
+    failed: list[tuple[float, Path]] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        return max(self.expected or 0, self.done + len(self.running) + len(self.failed))
+
+
+def read_stages(results: Path, active: bool) -> list[Stage]:
+    """Stages of a study in the order in which they were begun.
+
+    Snakemake writes a job's benchmark when it has succeeded, after the last line of its log; a log without a younger
+    benchmark is that of a job that runs or has failed.
+
+    Parameters
+    ----------
+    results
+        `results/<study>`.
+    active
+        Whether a run works there; where none does, nothing is running.
+
+    Raises
+    ------
+    UserError
+        There is no study in the folder.
+    """
+    study = newest_study(results)
+    expected = dict.fromkeys(COHORT_STAGES, study.preprocess.shards) | dict.fromkeys(PLAN_STAGES, plan_shards(study.plan, study.generate.shard_size))
+    stages: dict[str, Stage] = {}
+    for log in sorted((results / "logs").rglob("*.log"), key=lambda path: path.stat().st_mtime):
+        name = stage_of(log.relative_to(results / "logs"))
+        stage = stages.setdefault(name, Stage(name, expected.get(name)))
+        benchmark = results / "benchmarks" / log.relative_to(results / "logs").with_suffix(".tsv")
+        changed = log.stat().st_mtime
+        if benchmark.exists():
+            stage.hours += seconds(benchmark) / 3600
+        if benchmark.exists() and benchmark.stat().st_mtime >= changed:
+            stage.done += 1
+        elif active and not LAST_WORDS.search(tail(log)):
+            stage.running.append((changed, log))
+        else:
+            stage.failed.append((changed, log))
+    return list(stages.values())
+
+
+def newest_study(results: Path) -> Study:
+    """The study as the last run froze it."""
+    frozen = sorted((results / "config").glob("study-*.json"), key=lambda path: path.stat().st_mtime)
+    if not frozen:
+        raise UserError(f"{results}: no study here (no config/study-*.json). Give the folder results/STUDY of a study that was started.")
+    return parse_study(json.loads(frozen[-1].read_text(encoding="utf-8")), str(frozen[-1]))
+
+
+def stage_of(log: Path) -> str:
+    """Name of the stage of a log: `generate/0003.log` and `augment/train/a-0.log` are one job of many, `augment/data.log` is a stage."""
+    many = log.parent.as_posix() in (*COHORT_STAGES, *PLAN_STAGES, "distilled/latents", "augment/train")
+    return (log.parent if many else log.with_suffix("")).as_posix()
+
+
+def seconds(benchmark: Path) -> float:
+    """Wall time of a job, from the column `s` of Snakemake's benchmark; 0 where it cannot be read."""
+    try:
+        return sum(float(line.split("\t")[0]) for line in benchmark.read_text(encoding="utf-8").splitlines()[1:])
+    except (OSError, ValueError):
+        return 0.0
+
+
+def tail(log: Path) -> str:
+    with open(log, "rb") as stream:
+        stream.seek(max(0, log.stat().st_size - TAIL))
+        return stream.read().decode(errors="replace")
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says something; of a progress bar, its last state."""
+    lines = [line for line in tail(log).replace("\r", "\n").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "(empty)"
+
+
+def table(stages: list[Stage], now: float) -> Iterator[str]:
+    """A line per stage, and one per job that runs or has failed."""
+    width = max([len(stage.name) for stage in stages], default=5) + 2
+    yield f"{'stage':<{width}}{'done':>6}{'of':>6}{'running':>9}{'failed':>8}{'hours':>9}"
+    for stage in stages:
+        yield f"{stage.name:<{width}}{stage.done:>6}{stage.total:>6}{len(stage.running):>9}{len(stage.failed):>8}{stage.hours:>9.2f}"
+    yield f"{'together':<{width}}{sum(s.done for s in stages):>6}{'':>23}{sum(s.hours for s in stages):>9.2f}"
+    for state in ("running", "failed"):
+        for stage in stages:
+            for changed, log in getattr(stage, state):
+                yield f"{state}: {log}, last line {max(0, now - changed) / 60:.0f} min ago: {last_line(log)[-160:]}"

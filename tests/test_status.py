@@ -1,0 +1,87 @@
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+from test_end_to_end import STUDY
+
+from meddiff_steps import config, progress
+from meddiff_steps.errors import UserError
+from meddiff_steps.files import hold
+from meddiff_steps.steps.status import run
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    """A study of two shards: one done, one with a log that the test ends as it likes."""
+    folder = tmp_path / "results/tiny"
+    config.freeze(config.parse_study(STUDY, "test"), None, folder / "config")
+    job(folder, "plan", "planned\n", seconds=36)
+    job(folder, "generate/0000", "done\n", seconds=7200)
+    job(folder, "generate/0001", "generating:  10%\rgenerating:  50%")
+    return folder
+
+
+def job(folder: Path, name: str, log: str, seconds: float | None = None) -> None:
+    for kind, suffix, text in (("logs", ".log", log), ("benchmarks", ".tsv", f"s\th:m:s\n{seconds}\t-\n")):
+        path = (folder / kind / name).with_suffix(suffix)
+        if kind == "logs" or seconds is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            os.utime(path, (time.time() - 120,) * 2)
+
+
+def stage(folder: Path, active: bool) -> progress.Stage:
+    return {stage.name: stage for stage in progress.read_stages(folder, active)}["generate"]
+
+
+def test_done_running_and_hours(results):
+    found = stage(results, active=True)
+    assert (found.done, len(found.running), len(found.failed), found.total, found.hours) == (1, 1, 0, 2, 2.0)
+
+
+def test_where_no_run_works_nothing_is_running(results):
+    assert len(stage(results, active=False).failed) == 1
+
+
+@pytest.mark.parametrize(
+    "words", ["error: shard.arrow is truncated\n", "Traceback (most recent call last):\n ...", "autoencoder: asked to stop (SIGTERM); saved\n"]
+)
+def test_last_words_tell_a_failure(results, words):
+    job(results, "generate/0001", words)
+    assert len(stage(results, active=True).failed) == 1
+
+
+def test_a_job_that_runs_again_is_not_done(results):
+    (results / "logs/generate/0000.log").write_text("again")
+    found = stage(results, active=True)
+    assert (found.done, len(found.running)) == (0, 2)
+
+
+def test_the_table_says_who_works_where_the_log_is_and_its_last_line(results, capsys):
+    run(results)
+    assert "no run works here" in capsys.readouterr().out
+    with hold(results / ".lock"):
+        run(results)
+    text = capsys.readouterr().out
+    assert f"a run works here, process {os.getpid()} on " in text
+    assert re.search(r"^generate +1 +2 +1 +0 +2\.00$", text, re.M)
+    assert re.search(r"^together +2 +2\.01$", text, re.M)
+    assert f"running: {results}/logs/generate/0001.log, last line 2 min ago: generating:  50%" in text
+
+
+def test_a_folder_without_a_study_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no study here"):
+        run(tmp_path)
+
+
+def test_every_rule_has_a_log_and_a_benchmark_of_the_same_name_and_known_shards():
+    for path in (ROOT / "rules").glob("*.smk"):
+        text = path.read_text()
+        logs, benchmarks = (re.findall(rf'RESULTS}}/{kind}/([^"]+)\.{suffix}"', text) for kind, suffix in (("logs", "log"), ("benchmarks", "tsv")))
+        assert logs == benchmarks, path
+        many = {name.partition("/{{")[0] for name in logs if "{{" in name}
+        assert many == {progress.stage_of(Path(f"{name}/0000.log")) for name in many}, path

@@ -1,0 +1,94 @@
+"""SIGTERM, as a cluster sends it: to every process of a rule's shell command."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from tiny_step import OUTPUTS, prepare
+
+from meddiff_steps.errors import EXIT_PREEMPTED
+from meddiff_steps.training import loop
+
+ROOT = Path(__file__).parents[2]
+#: What rules/common.smk puts before every shell command.
+PREFIX = "set -euo pipefail; trap '' TERM; "
+
+
+def start(folder: Path, command: list[str]) -> subprocess.Popen:
+    line = f"{PREFIX} {' '.join(command)} 2>&1 | tee log"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(["bash", "-c", line], cwd=folder, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_prefix_is_that_of_the_rules():
+    assert f'shell.prefix("{PREFIX}")' in (ROOT / "rules/common.smk").read_text()
+
+
+def test_a_training_that_gets_sigterm_saves_leaves_and_goes_on_to_the_same_bytes(tmp_path):
+    straight, preempted = tmp_path / "straight", tmp_path / "preempted"
+    commands = {}
+    for folder in (straight, preempted):
+        folder.mkdir()
+        commands[folder] = prepare(folder)
+    assert start(straight, commands[straight]).wait(300) == 0
+
+    process = start(preempted, commands[preempted])
+    deadline = time.monotonic() + 300
+    while not list(preempted.glob("state/*/step-*.safetensors")):
+        assert process.poll() is None, (preempted / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(300) == EXIT_PREEMPTED
+    log = (preempted / "log").read_text()
+    assert "autoencoder: asked to stop (SIGTERM); saved step" in log
+    assert "Traceback" not in log
+    assert not any((preempted / name).exists() for name in OUTPUTS)
+
+    assert start(preempted, commands[preempted]).wait(300) == 0
+    assert "resuming after step" in (preempted / "log").read_text()
+    for name in OUTPUTS:
+        assert (preempted / name).read_bytes() == (straight / name).read_bytes(), name
+
+
+def test_a_step_that_is_no_training_ends_at_once(tmp_path):
+    """The shell's ignored SIGTERM must not be inherited, or nobody could stop a job gently."""
+    line = f"""{PREFIX} {sys.executable} -c '
+import signal, sys
+from unittest import mock
+from meddiff_steps import __main__
+sys.argv = ["meddiff_steps", "schema"]
+with mock.patch("meddiff_steps.steps.schema.run", lambda: signal.raise_signal(signal.SIGTERM)):
+    __main__.main()
+' | cat"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True).returncode == 128 + signal.SIGTERM
+
+
+def test_the_previous_handler_comes_back():
+    previous = signal.getsignal(signal.SIGTERM)
+    with loop.stop_request() as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked.wait(5)
+    assert signal.getsignal(signal.SIGTERM) is previous
+    with pytest.raises(ZeroDivisionError), loop.stop_request():
+        1 / 0  # noqa: B018
+    assert signal.getsignal(signal.SIGTERM) is previous
+
+
+def test_outside_the_main_thread_signals_are_left_alone():
+    found = []
+
+    def work():
+        with loop.stop_request() as asked:
+            found.append(asked.is_set())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [False]

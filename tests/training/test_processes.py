@@ -1,0 +1,120 @@
+"""Two processes that train together (gloo, on the processor) against one, with the same batch."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors.torch import load_file
+from tiny_step import OUTPUTS, prepare
+
+from meddiff_steps import config
+from meddiff_steps.errors import EXIT_PREEMPTED, UserError
+from meddiff_steps.training.backend import make_fabric
+from meddiff_steps.training.loop import rank_share
+
+ROOT = Path(__file__).parents[2]
+#: The processes take the same step but for the order of sums. Largest relative difference of a point of the training curve,
+#: 2e-7 when measured, and of a weight relative to the largest of its tensor, 3e-5 when measured (Adam enlarges small gradients).
+CURVE_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-3
+
+
+def start(command: list[str], folder: Path) -> subprocess.Popen[bytes]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    with open(folder / "log", "ab") as log:
+        return subprocess.Popen(
+            command, cwd=folder, env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def trained(folder: Path, devices: int, *launcher: str) -> Path:
+    folder.mkdir()
+    command = prepare(folder, devices=devices)
+    if launcher:
+        command = [sys.executable, *launcher, *command[1:]]
+    assert start(command, folder).wait(800) == 0, (folder / "log").read_text()[-4000:]
+    return folder
+
+
+def assert_alike(one: Path, two: Path) -> None:
+    curve, expected = (pd.read_parquet(folder / "history.parquet") for folder in (two, one))
+    assert curve[["step", "metric"]].equals(expected[["step", "metric"]])
+    np.testing.assert_allclose(curve["value"], expected["value"], rtol=CURVE_TOLERANCE)
+    weights = load_file(two / "weights.safetensors")
+    for name, value in load_file(one / "weights.safetensors").items():
+        assert float((weights[name] - value).abs().max()) <= WEIGHT_TOLERANCE * max(float(value.abs().max()), 1e-3), name
+
+
+@pytest.mark.slow
+def test_a_diffusion_model_learns_the_same_in_two_processes(tmp_path):
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        command = [sys.executable, str(Path(__file__).with_name("tiny_diffusion.py")), str(folder), str(number)]
+        assert start(command, folder).wait(800) == 0, (folder / "log").read_text()[-4000:]
+    assert_alike(tmp_path / "1", tmp_path / "2")
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns_and_one_of_them_writes(tmp_path):
+    one = trained(tmp_path / "one", 1)
+    launched = trained(tmp_path / "launched", 2)
+    torchrun = trained(tmp_path / "torchrun", 2, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
+    for two in (launched, torchrun):
+        assert_alike(one, two)
+        assert "running on 2 x cpu" in (two / "log").read_text()
+        assert (two / "log").read_text().count("PSNR") == 2  # once per split, so of one process
+        assert not list(two.rglob(".partial-*"))
+    assert (launched / "weights.safetensors").read_bytes() == (torchrun / "weights.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_leave_together_and_go_on_to_the_same_bytes(tmp_path):
+    straight = trained(tmp_path / "straight", 2)
+    folder = tmp_path / "preempted"
+    folder.mkdir()
+    command = prepare(folder, devices=2)
+    process = start(command, folder)
+    deadline = time.monotonic() + 600
+    while not list(folder.glob("state/*/step-*.safetensors")):
+        assert process.poll() is None, (folder / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(600) == EXIT_PREEMPTED, (folder / "log").read_text()
+    assert (folder / "log").read_text().count("asked to stop (SIGTERM)") == 1
+    assert start(command, folder).wait(800) == 0
+    for name in OUTPUTS:
+        assert (folder / name).read_bytes() == (straight / name).read_bytes(), name
+
+
+class Ranks:
+    def __init__(self, rank, size):
+        self.global_rank, self.world_size = rank, size
+
+
+def test_shares_make_the_batch_and_unequal_ones_are_refused():
+    batch = np.arange(6)
+    assert sorted(np.concatenate([rank_share(batch, Ranks(rank, 3)) for rank in range(3)])) == list(batch)
+    with pytest.raises(UserError, match=r"batch_size is 6 and compute.devices 4"):
+        rank_share(batch, Ranks(0, 4))
+
+
+def test_a_job_of_slurm_with_one_task_starts_its_processes_itself(monkeypatch):
+    """Snakemake's inner `srun -n1` makes the variables of one task, whatever compute.devices is."""
+    for name, value in {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    fabric = make_fabric(config.Compute(device="cpu", precision="32-true", devices=4), threads=1)
+    assert fabric.world_size == 1
+
+
+def test_another_number_of_processes_than_the_study_says_is_refused(monkeypatch):
+    for name, value in {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"SLURM started 2 processes, but this step works in 4"):
+        make_fabric(config.Compute(device="cpu", precision="32-true", devices=4), threads=1, processes=4)
