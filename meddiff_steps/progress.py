@@ -14,7 +14,7 @@ from meddiff_steps.synthesis.size import plan_shards
 
 #: Stages that run once per shard of the cohort and of the plan, by the names of their folders under logs/.
 COHORT_STAGES = ("preprocess", "latents")
-PLAN_STAGES = ("generate", "filter", "images", "teacher/generate", "teacher/filter")
+PLAN_STAGES = ("generate", "filter", "images", "export", "regenerate", "teacher/generate", "teacher/filter")
 #: How a log ends whose step has given up; a step that was killed from outside says nothing.
 LAST_WORDS = re.compile(r"^(error: |Traceback |[\w.]+Error\b)|asked to stop \(SIGTERM\)", re.M)
 #: Bytes at the end of a log in which they are looked for.

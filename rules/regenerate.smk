@@ -45,9 +45,9 @@ rule regenerate:
     output:
         REGENERATED,
     log:
-        f"{RESULTS}/logs/regenerate.log",
+        f"{RESULTS}/logs/regenerated.log",
     benchmark:
-        f"{RESULTS}/benchmarks/regenerate.tsv"
+        f"{RESULTS}/benchmarks/regenerated.tsv"
     localrule: True
     conda:
         "../envs/meddiff.yaml"
