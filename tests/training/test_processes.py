@@ -1,5 +1,6 @@
 """Two processes that train together (gloo, on the processor) against one, with the same batch."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -37,8 +38,17 @@ def trained(folder: Path, devices: int, *launcher: str) -> Path:
     command = prepare(folder, devices=devices)
     if launcher:
         command = [sys.executable, *launcher, *command[1:]]
-    assert start(command, folder).wait(800) == 0, (folder / "log").read_text()[-4000:]
+    assert status(start(command, folder)) == 0, (folder / "log").read_text()[-4000:]
     return folder
+
+
+def status(process: subprocess.Popen[bytes]) -> int:
+    """Exit status; where that takes too long, all processes of the training are killed."""
+    try:
+        return process.wait(800)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def assert_alike(one: Path, two: Path) -> None:
@@ -51,16 +61,18 @@ def assert_alike(one: Path, two: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_a_diffusion_model_learns_the_same_in_two_processes(tmp_path):
     for number in (1, 2):
         folder = tmp_path / str(number)
         folder.mkdir()
         command = [sys.executable, str(Path(__file__).with_name("tiny_diffusion.py")), str(folder), str(number)]
-        assert start(command, folder).wait(800) == 0, (folder / "log").read_text()[-4000:]
+        assert status(start(command, folder)) == 0, (folder / "log").read_text()[-4000:]
     assert_alike(tmp_path / "1", tmp_path / "2")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_two_processes_learn_what_one_learns_and_one_of_them_writes(tmp_path):
     one = trained(tmp_path / "one", 1)
     launched = trained(tmp_path / "launched", 2)
@@ -74,6 +86,7 @@ def test_two_processes_learn_what_one_learns_and_one_of_them_writes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_two_processes_leave_together_and_go_on_to_the_same_bytes(tmp_path):
     straight = trained(tmp_path / "straight", 2)
     folder = tmp_path / "preempted"
@@ -86,9 +99,9 @@ def test_two_processes_leave_together_and_go_on_to_the_same_bytes(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(600) == EXIT_PREEMPTED, (folder / "log").read_text()
+    assert status(process) == EXIT_PREEMPTED, (folder / "log").read_text()
     assert (folder / "log").read_text().count("asked to stop (SIGTERM)") == 1
-    assert start(command, folder).wait(800) == 0
+    assert status(start(command, folder)) == 0
     for name in OUTPUTS:
         assert (folder / name).read_bytes() == (straight / name).read_bytes(), name
 
