@@ -199,3 +199,11 @@ def repeat(option, files):
 def options(files, names):
     """--name FILE for each of `names` among a rule's input."""
     return " ".join(f"--{name.replace('_', '-')} {files[name]}" for name in names)
+
+
+def made_again(wildcards):
+    """Comparisons of all shards of the release."""
+    if not SEALED:
+        raise WorkflowError("Which release? Give --config release=FOLDER, its root, and models=FOLDER, where autoencoder/ and diffusion/ lie.")
+    ledger = json.loads(Path(SEALED, "provenance", "root.json").read_text())["ledger"]
+    return expand(REGENERATED_SHARD, shard=[f"{entry['shard']:04d}" for entry in ledger["shards"]])

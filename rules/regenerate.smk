@@ -31,14 +31,6 @@ if SEALED:
             "--json {output} --threads {threads} || [ $? -eq 1 ]) 2>&1 | tee {log}"
 
 
-def made_again(wildcards):
-    """Comparisons of all shards of the release."""
-    if not SEALED:
-        raise WorkflowError("Which release? Give --config release=FOLDER, its root, and models=FOLDER, where autoencoder/ and diffusion/ lie.")
-    ledger = json.loads(Path(SEALED, "provenance", "root.json").read_text())["ledger"]
-    return expand(REGENERATED_SHARD, shard=[f"{entry['shard']:04d}" for entry in ledger["shards"]])
-
-
 rule regenerate:
     input:
         shards=made_again,

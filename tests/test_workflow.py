@@ -62,4 +62,5 @@ def test_exactly_the_rules_that_run_networks_ask_for_a_gpu():
         "compare_samplers",
         "showcase",
         "audit",
+        "regenerate_shard",
     }
