@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from meddiff_steps.errors import UserError
 
+CHECKSUMS = "SHA256SUMS"
 #: Access that new files get; asked once, because asking means setting it.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -47,6 +48,11 @@ def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, as hex."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_checksums(folder: Path, names: Iterable[str]) -> None:
+    """Write `folder/SHA256SUMS` over its files `names`, for `sha256sum -c`."""
+    write_atomic(folder / CHECKSUMS, "".join(f"{sha256_file(folder / name)}  {name}\n" for name in sorted(names)).encode())
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
