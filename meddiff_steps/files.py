@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,6 +17,7 @@ from meddiff_steps.errors import UserError
 
 log = logging.getLogger(__name__)
 
+CHECKSUMS = "SHA256SUMS"
 #: Access that new files get; asked once, because asking means setting it.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -52,6 +53,11 @@ def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, as hex."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_checksums(folder: Path, names: Iterable[str]) -> None:
+    """Write `folder/SHA256SUMS` over its files `names`, for `sha256sum -c`."""
+    write_atomic(folder / CHECKSUMS, "".join(f"{sha256_file(folder / name)}  {name}\n" for name in sorted(names)).encode())
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

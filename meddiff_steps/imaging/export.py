@@ -23,11 +23,11 @@ from tqdm import tqdm
 from webdataset.writer import TarWriter
 
 from meddiff_steps.errors import UserError
-from meddiff_steps.files import atomic_path, sha256_file, write_atomic
+from meddiff_steps.files import CHECKSUMS, atomic_path, write_atomic, write_checksums
 from meddiff_steps.imaging.release import PICTURE_SCALE, SYNTHETIC, VOLUME_SCALE
 from meddiff_steps.provenance.canonical import canonical_bytes
 
-MANIFEST, SUMS, README = "manifest.parquet", "SHA256SUMS", "README.md"
+MANIFEST, README = "manifest.parquet", "README.md"
 Row = Mapping[str, Any]
 
 
@@ -119,8 +119,7 @@ def write_index(tars: Mapping[Path, Sequence[Row]], folder: Path, root_sha256: s
     with atomic_path(folder / MANIFEST) as path:
         pq.write_table(pa.Table.from_pylist(rows).replace_schema_metadata({"release_root_sha256": root_sha256}), path, compression="zstd")
     write_atomic(folder / README, _readme(len(rows), root_sha256, title, licence).encode())
-    names = sorted([*(tar.name for tar in tars), MANIFEST, README])
-    write_atomic(folder / SUMS, "".join(f"{sha256_file(folder / name)}  {name}\n" for name in names).encode())
+    write_checksums(folder, [*(tar.name for tar in tars), MANIFEST, README])
 
 
 def _line(row: Row, tar: Path) -> dict[str, Any]:
@@ -134,8 +133,8 @@ def _readme(count: int, root_sha256: str, title: str, licence: str) -> str:
 {SYNTHETIC}
 
 {count} images as tar shards. Per sample: ID.npy (int16, 0 to {VOLUME_SCALE}, axes left-right, posterior-anterior, inferior-superior) or ID.png
-(0 to {PICTURE_SCALE}), and ID.json: covariates that the model was asked for, affine in mm, digests. {MANIFEST} lists all samples. `sha256sum -c {SUMS}` checks
-the files.
+(0 to {PICTURE_SCALE}), and ID.json: covariates that the model was asked for, affine in mm, digests. {MANIFEST} lists all samples.
+`sha256sum -c {CHECKSUMS}` checks the files.
 
 Made from the release whose provenance/root.json has SHA-256 {root_sha256}; its README says what was measured and tested.
 `voxel_sha256` ties each sample to its row in that release's ledger.

@@ -28,13 +28,14 @@ from meddiff_steps.config import without_paths
 from meddiff_steps.diffusion.noise import SCHEME as SEED_SCHEME
 from meddiff_steps.errors import UserError
 from meddiff_steps.files import read_json, sha256_file, write_atomic, write_json
-from meddiff_steps.provenance import crate, croissant, ledger, lineage, merkle, record, signature, verify
+from meddiff_steps.provenance import crate, croissant, ledger, lineage, merkle, published, record, signature, verify
 from meddiff_steps.provenance.ledger import Written
+from meddiff_steps.provenance.published import Published
 
 SCHEMA = "meddiff/release/v1"
 FOLDER = "provenance"
 ROOT, SIGNATURE = f"{FOLDER}/root.json", f"{FOLDER}/root.dsse.json"
-LINES, TABLE = f"{FOLDER}/ledger.jsonl", f"{FOLDER}/ledger.parquet"
+LINES, TABLE = f"{FOLDER}/ledger.jsonl", published.TABLE
 CONFIG, LOCK, RECORDS, VERIFIER = f"{FOLDER}/config.json", f"{FOLDER}/requirements.lock", f"{FOLDER}/records", f"{FOLDER}/verify.py"
 
 
@@ -165,9 +166,9 @@ def metadata(
         Description, config or a record cannot be read.
     """
     description, study = read_json(release / "dataset_description.json"), read_json(release / CONFIG)
-    yield croissant.NAME, croissant.build(description, study, date, sealed, heads, files[TABLE])
+    yield croissant.NAME, croissant.build(Published(description, study, date, sealed, heads, files))
     records = {name: read_json(release / name) for name in files if name.startswith(f"{RECORDS}/")}
-    yield crate.NAME, crate.build(description, study, date, sealed, heads, records, {**files, ROOT: {}})
+    yield crate.NAME, crate.build(Published(description, study, date, sealed, heads, {**files, ROOT: {}}), records)
 
 
 def _last_day(traced: lineage.Lineage) -> str:

@@ -17,6 +17,7 @@ from urllib.parse import quote
 from meddiff_steps import __version__
 from meddiff_steps.imaging.release import VERSION, licence
 from meddiff_steps.provenance import lineage
+from meddiff_steps.provenance.published import Published
 
 NAME = "ro-crate-metadata.json"
 SPECIFICATION = "https://w3id.org/ro/crate/1.1"
@@ -47,37 +48,20 @@ MEANINGS = {
 Entity = dict[str, Any]
 
 
-def build(
-    description: Mapping[str, Any],
-    study: Mapping[str, Any],
-    date: str,
-    ledger: Mapping[str, Any],
-    heads: Mapping[str, str],
-    records: Mapping[str, lineage.Record],
-    files: Mapping[str, Mapping[str, Any]],
-) -> dict[str, Any]:
+def build(release: Published, records: Mapping[str, lineage.Record]) -> dict[str, Any]:
     """The content of ro-crate-metadata.json.
 
     Parameters
     ----------
-    description
-        dataset_description.json.
-    study
-        The published study.
-    date
-        Day of publication, YYYY-MM-DD.
-    ledger
-        The part `ledger` of root.json.
-    heads
-        SHA-256 by path of the files that the ledger was made from.
+    release
+        What it describes.
     records
         Published run records by their path in the release.
-    files
-        `bytes` and `sha256` of every file beside the images, by path; empty for the seal, which covers the crate and comes later.
     """
-    listed = {name: entry for name, entry in files.items() if name != NAME}
-    actions, others = _actions(records, heads, listed)
-    shards = list(_shards(ledger))
+    description = release.description
+    listed = {name: entry for name, entry in release.files.items() if name != NAME}
+    actions, others = _actions(records, release.heads, listed)
+    shards = list(_shards(release.ledger))
     people = [{"@id": f"#person-{i}", "@type": "Person", "name": name} for i, name in enumerate(description.get("Authors", []), start=1)]
     name, url = licence(description["License"])
     licensed = {"@id": url or "#licence", "@type": "CreativeWork", "name": name}
@@ -86,7 +70,7 @@ def build(
         "@type": "Dataset",
         "name": description["Name"],
         "description": description["Description"],
-        "datePublished": date,
+        "datePublished": release.date,
         "version": VERSION,
         "license": _reference(licensed),
         "keywords": ", ".join(description["Keywords"]),
@@ -96,8 +80,8 @@ def build(
     }
     if people:
         root["author"] = _references(people)
-    if study["release"]["url"]:
-        root["url"] = study["release"]["url"]
+    if release.study["release"]["url"]:
+        root["url"] = release.study["release"]["url"]
     top = {"@id": NAME, "@type": "CreativeWork", "about": {"@id": "./"}, "conformsTo": {"@id": SPECIFICATION}}
     profile = {"@id": PROFILE, "@type": "CreativeWork", "name": "Process Run Crate", "version": "0.5"}
     described = [_file(path, listed[path]) for path in sorted(listed)]

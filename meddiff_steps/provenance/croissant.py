@@ -14,9 +14,9 @@ from typing import Any
 
 from meddiff_steps import __version__
 from meddiff_steps.imaging.release import SYNTHETIC, VERSION, licence
+from meddiff_steps.provenance.published import TABLE, Published
 
 NAME = "croissant.json"
-TABLE = "provenance/ledger.parquet"
 VERSIONS = ["http://mlcommons.org/croissant/1.1", "http://mlcommons.org/croissant/RAI/1.0"]
 #: The names that the vocabulary defines; programs that read Croissant compare them with their own list.
 CONTEXT: dict[str, Any] = {
@@ -56,31 +56,9 @@ NESTED = [
 ]
 
 
-def build(
-    description: Mapping[str, Any],
-    study: Mapping[str, Any],
-    date: str,
-    ledger: Mapping[str, Any],
-    heads: Mapping[str, str],
-    table: Mapping[str, Any],
-) -> dict[str, Any]:
-    """The content of croissant.json.
-
-    Parameters
-    ----------
-    description
-        dataset_description.json.
-    study
-        The published study.
-    date
-        Day of publication, YYYY-MM-DD.
-    ledger
-        The part `ledger` of root.json.
-    heads
-        SHA-256 by path of the files that the ledger was made from.
-    table
-        `bytes` and `sha256` of ledger.parquet.
-    """
+def build(release: Published) -> dict[str, Any]:
+    """The content of croissant.json."""
+    description, study = release.description, release.study
     name, url = licence(description["License"])
     card = study["release"]["card"]
     found: dict[str, Any] = {
@@ -90,16 +68,16 @@ def build(
         "name": description["Name"],
         "description": description["Description"],
         "license": url or name,
-        "datePublished": date,
+        "datePublished": release.date,
         "version": VERSION,
         "keywords": description["Keywords"],
         "isLiveDataset": False,
         "rai:hasSyntheticData": True,
-        "rai:syntheticDataExplanation": _explanation(description, study, ledger),
+        "rai:syntheticDataExplanation": _explanation(description, study, release.ledger),
         "rai:personalSensitiveInformation": "No row and no image describes a real person; README says what was tested for traces of real ones.",
         "prov:wasDerivedFrom": _sources(description),
-        "prov:wasGeneratedBy": _activity(study, heads),
-        "distribution": [_table(table), _images(study)],
+        "prov:wasGeneratedBy": _activity(study, release.heads),
+        "distribution": [_table(release.files[TABLE]), _images(study)],
         "recordSet": [_subjects(study)],
     }
     if description.get("Authors"):

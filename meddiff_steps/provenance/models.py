@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from meddiff_steps.errors import UserError
-from meddiff_steps.files import atomic_path, read_json, sha256_file, write_atomic
+from meddiff_steps.files import CHECKSUMS, atomic_path, read_json, sha256_file, write_atomic, write_checksums
 from meddiff_steps.provenance import bundle, ledger
 from meddiff_steps.provenance.digest import safetensors_digest
 
-CONFIG, SUMS, README = "config.json", "SHA256SUMS", "README.md"
+CONFIG, README = "config.json", "README.md"
 
 
 def pack(models: Mapping[str, tuple[Path, Path]], release: Path, folder: Path, title: str, privacy: Mapping[str, Any]) -> None:
@@ -55,8 +55,7 @@ def pack(models: Mapping[str, tuple[Path, Path]], release: Path, folder: Path, t
     with atomic_path(folder / CONFIG) as path:
         shutil.copyfile(release / bundle.CONFIG, path)
     write_atomic(folder / README, _readme(title, sha256_file(release / bundle.ROOT), privacy).encode())
-    names = sorted([*names, CONFIG, README])
-    write_atomic(folder / SUMS, "".join(f"{sha256_file(folder / name)}  {name}\n" for name in names).encode())
+    write_checksums(folder, [*names, CONFIG, README])
 
 
 def _readme(title: str, root_sha256: str, privacy: Mapping[str, Any]) -> str:
@@ -75,7 +74,7 @@ With the seed of the release they also make the images that its privacy filter r
 
 - autoencoder/, diffusion/: model.safetensors and card.json
 - {CONFIG}: the study
-- {SUMS}: `sha256sum -c {SUMS}` checks the files
+- {CHECKSUMS}: `sha256sum -c {CHECKSUMS}` checks the files
 
 Make images of the release again, and compare: `python -m meddiff_steps audit RELEASE --models THIS_FOLDER`
 """

@@ -20,7 +20,8 @@ from meddiff_steps.errors import UserError
 from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
 from meddiff_steps.models.autoencoder import Autoencoder
 from meddiff_steps.models.files import save_model
-from meddiff_steps.report.page import augmentation_section, render
+from meddiff_steps.report.page import render
+from meddiff_steps.report.sections import augmentation_section
 from meddiff_steps.steps import augment, augment_data, augment_design, augment_test
 
 SHAPE, STEPS = (16, 16), 16

@@ -16,6 +16,7 @@ import pytest
 from tiny_release import Place
 
 from meddiff_steps.provenance import bundle, crate, croissant
+from meddiff_steps.provenance.published import Published
 
 BIN = Path(sys.executable).parent
 LOCK = Path(__file__).parents[2] / "envs/requirements-crate.lock"
@@ -129,7 +130,7 @@ def test_the_size_of_the_crate_depends_on_shards_not_on_subjects(place):
     description = json.loads((place.release / "dataset_description.json").read_text())
     root = json.loads((place.release / bundle.ROOT).read_text())
     many = root["ledger"] | {"rows": 100_000, "released": 100_000, "shards": [{"shard": 0, "rows": 100_000, "ranges": [[0, 100_000]], "root": "0" * 64}]}
-    content = crate.build(description, study, "2026-01-31", many, root["inputs"], {}, root["files"])
+    content = crate.build(Published(description, study, "2026-01-31", many, root["inputs"], root["files"]), {})
     assert len(json.dumps(content)) < 40_000
 
 

@@ -4,20 +4,9 @@ import pandas as pd
 import pytest
 
 from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate
-from meddiff_steps.report.page import (
-    Card,
-    Headline,
-    Section,
-    Table,
-    covariate_table,
-    extrapolation_table,
-    interval,
-    number,
-    percent,
-    quality_control,
-    render,
-    subgroup_table,
-)
+from meddiff_steps.report.page import Card, Headline, Section, Table, render
+from meddiff_steps.report.tables import covariate_table, extrapolation_table, quality_control, subgroup_table
+from meddiff_steps.report.wording import interval, number, percent
 
 
 @pytest.mark.parametrize(

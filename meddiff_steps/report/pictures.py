@@ -1,0 +1,229 @@
+"""Pictures of the report with their captions: which images are shown, chosen by rule and never by eye."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from meddiff_steps.config import CategoricalCovariate, Covariates, Study
+from meddiff_steps.errors import UserError
+from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.report import figures
+from meddiff_steps.report.page import Picture
+from meddiff_steps.report.viewer import Viewer, viewer
+
+#: Pairs of a real scan and the synthetic image with the most similar request on the contact sheet (3D and 2D).
+PAIRS = {3: 6, 2: 12}
+#: Reconstructions searched for the shown ones (worst, middle, best tenth).
+SEARCHED = 200
+#: Facts about an image, and the image.
+Shown = tuple[list[str], np.ndarray]
+
+
+def _facts(row: pd.Series, covariates: Covariates) -> list[str]:
+    """Covariates of one image; labels with their name, numbers with their unit."""
+    facts = []
+    for name, covariate in covariates.items():
+        value = row[name]
+        if pd.isna(value):
+            facts.append(f"{name} –")
+        else:
+            facts.append(f"{name} {value}" if isinstance(covariate, CategoricalCovariate) else f"{name} {_short(float(value))} {covariate.unit}")
+    return facts
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 or value.is_integer() else f"{value:.3g}"
+
+
+def _coordinates(table: pd.DataFrame, covariates: Covariates, reference: pd.DataFrame) -> np.ndarray:
+    """Covariates on comparable scales, (rows, dimensions): standard deviations for numbers, 2 between labels, 0 where missing."""
+    columns = []
+    for name, covariate in covariates.items():
+        if isinstance(covariate, CategoricalCovariate):
+            columns += [np.sqrt(2.0) * (table[name] == level).to_numpy(dtype=float) for level in covariate.levels]
+        else:
+            known = reference[name].astype(float)
+            spread = float(known.std()) or 1.0
+            columns.append(((table[name].astype(float) - known.mean()) / spread).fillna(0.0).to_numpy())
+    return np.stack(columns, axis=1)
+
+
+def matched_pairs(real: Shards, synthetic: Shards, scans: pd.DataFrame, planned: pd.DataFrame, study: Study) -> list[tuple[Shown, Shown]]:
+    """Held-out scans spread evenly over the first covariate's order, each with the synthetic image whose request is closest, and their covariates."""
+    held = _rows(real, "scan_id", scans[scans["split"] == "test"])
+    made = _rows(synthetic, "sample_id", planned)
+    if held.empty or made.empty:
+        raise UserError("report: there are no preprocessed test scans or no planned synthetic images to show. Check splits and the plan.")
+    places, requests = (_coordinates(t, study.covariates, scans) for t in (held, made))
+    order = np.lexsort((held["scan_id"].to_numpy(dtype=str), places[:, 0]))
+    shown = order[np.unique(np.linspace(0, len(order) - 1, min(PAIRS[study.spatial_dims], len(order), len(made))).round().astype(int))]
+    free = np.ones(len(made), dtype=bool)
+    pairs = []
+    for i in shown:
+        partner = int(np.where(free, np.square(requests - places[i]).sum(1), np.inf).argmin())
+        free[partner] = False
+        one, other = (
+            (_facts(table.iloc[at], study.covariates), shards.tensor("image", int(table["row"].iloc[at])))
+            for shards, table, at in ((real, held, i), (synthetic, made, partner))
+        )
+        pairs.append((one, other))
+    return pairs
+
+
+def contact_sheet(pairs: list[tuple[Shown, Shown]], study: Study) -> Picture:
+    """All pairs as one picture."""
+    spatial_dims = study.spatial_dims
+    columns, width = (2, 92) if spatial_dims == 3 else (6, 26)
+    tiles = [[figures.Tile(image, figures.wrapped(facts, width)) for facts, image in side] for side in zip(*pairs, strict=True)]
+    kind = "Simulated, held out" if study.cohort.source == "simulated" else "Real, held out"
+    if spatial_dims == 3:  # pairs side by side
+        blocks = [figures.Block("", [tile for pair in zip(*tiles, strict=True) for tile in pair], columns)]
+        title = f"Left: {kind.lower()}. Right: synthetic, with the covariates that were requested"
+    else:
+        blocks = [
+            figures.Block(kind, tiles[0], columns, figures.REAL),
+            figures.Block("Synthetic, with the covariates that were requested", tiles[1], columns, figures.SYNTHETIC),
+        ]
+        title = ""
+    how = (
+        "Axial, coronal and sagittal middle slices, radiological convention (the subject's right is on the left; in sagittal slices, anterior). "
+        if spatial_dims == 3
+        else ""
+    )
+    return Picture(
+        figures.image_grid(blocks, title=title),
+        f"{len(pairs)} held-out {kind.split(',')[0].lower()} images beside {len(pairs)} synthetic ones, each with its covariates.",
+        f"{how}Grey values 0 to 1, bicubic. Each held-out scan stands beside the synthetic image whose request is closest; none was picked by eye.",
+    )
+
+
+def slices(pairs: list[tuple[Shown, Shown]]) -> Viewer:
+    """The first, middle and last pair."""
+    chosen = [pairs[i] for i in sorted({0, len(pairs) // 2, len(pairs) - 1})]
+    groups = [[(f"{kind}: {', '.join(facts)}", image) for kind, (facts, image) in zip(("Held out", "Synthetic"), pair, strict=True)] for pair in chosen]
+    return viewer(
+        groups,
+        "Move the sliders, or click or drag in a slice: all planes of both volumes follow. Good: the same structures in the same places, as sharp "
+        "in every plane. Bad: texture that breaks off from slice to slice, or haze outside the head. Radiological convention, 8 grey bits.",
+    )
+
+
+def _rows(shards: Shards, key: str, table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `table` that have an image, with its shard row."""
+    ids = shards.column(key)
+    return pd.DataFrame({key: ids, "row": range(len(ids))}).merge(table, on=key, how="inner")
+
+
+def showcase(shards: Shards, study: Study) -> list[Picture]:
+    """A picture per sweep and one of interpolations."""
+    table = pd.DataFrame({c: shards.column(c) for c in ("panel", "row", "position", "label")}).reset_index(names="at")
+    views = ("axial", "coronal")
+    pictures = []
+    for panel in dict.fromkeys(table["panel"]):
+        rows = []
+        for _, part in table[table["panel"] == panel].groupby("row", sort=True):
+            ordered = part.sort_values("position", kind="stable")
+            rows.append([figures.Tile(shards.tensor("image", at), figures.plain(label)) for at, label in zip(ordered["at"], ordered["label"], strict=True)])
+        if panel.startswith("sweep:"):
+            name = panel.removeprefix("sweep:")
+            covariate = study.covariates.get(name)
+            unit = f" ({covariate.unit})" if covariate is not None and not isinstance(covariate, CategoricalCovariate) else ""
+            caption = f"{name}{unit} moved while noise and all other covariates stay. Right: last minus first image, red is brighter."
+            pictures.append(Picture(figures.strip(rows, difference=True, views=views), f"Synthetic images of {len(rows)} subjects as {name} changes.", caption))
+        else:
+            caption = "From one synthetic subject to another: noise and covariates change together."
+            picture = figures.strip(rows, difference=False, views=views, row_name="pair")
+            pictures.append(Picture(picture, f"{panel}: synthetic images between pairs of subjects.", caption))
+    return pictures
+
+
+def fidelity(predictions: pd.DataFrame, metrics: Mapping[str, Any]) -> list[Picture]:
+    """Requested against measured covariates."""
+    if not metrics or predictions.empty:
+        return []
+    alt = f"Requested against measured {', '.join(metrics)}, synthetic images over held-out real scans."
+    caption = "Orange: synthetic, requested against measured. Grey: held-out real scans, true against measured: the predictor's own error. Bars: quartiles."
+    return [Picture(figures.scatter(predictions, metrics), alt, caption)]
+
+
+def realism(places: pd.DataFrame, spaces: Mapping[str, Any]) -> list[Picture]:
+    """Real and synthetic images as points of every feature space."""
+    if places.empty:
+        return []
+    caption = (
+        "Each point is an image, along the two directions in which real training scans vary most. Good: orange crosses mix with grey circles and spread as "
+        "far. Bad: crosses beside the circles (not real), in a clump (not various), or missing where circles are (a kind of image is left out). "
+        "Two directions show only a part of what differs; the table is about all of them."
+    )
+    alt = f"Synthetic and held-out real images in the feature spaces {', '.join(spaces)}, principal components 1 and 2."
+    return [Picture(figures.feature_spaces(places, spaces), alt, caption)]
+
+
+def reconstruction(shards: Shards) -> Picture:
+    """Three held-out images at the 10th, 50th and 90th percentile of reconstruction error."""
+    split = np.array(shards.column("split"))
+    rows = np.flatnonzero(split == "test") if (split == "test").any() else np.arange(len(shards))
+    if len(rows) == 0:
+        raise UserError("report: the reconstructions hold no image. Run the step that writes them again.")
+    rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(SEARCHED, len(rows))).round().astype(int))]
+    errors = np.array([np.mean(np.square(shards.tensor("image", r).astype(np.float64) - shards.tensor("reconstruction", r))) for r in map(int, rows)])
+    order = rows[np.argsort(errors, kind="stable")]
+    ids, shown = shards.column("scan_id"), []
+    for share, words in ((0.1, "better than most"), (0.5, "typical"), (0.9, "worse than most")):
+        row = int(order[round(share * (len(order) - 1))])
+        error = float(errors[np.flatnonzero(rows == row)[0]])
+        label = f"{words}: {ids[row]}, {10 * np.log10(1 / max(error, 1e-10)):.1f} dB"
+        shown.append((figures.plain(label), shards.tensor("image", row), shards.tensor("reconstruction", row)))
+    return Picture(
+        figures.reconstruction_grid(shown),
+        "Held-out images, their reconstructions by the autoencoder, and the differences.",
+        "Held-out images at the 10th, 50th and 90th percentile of reconstruction error. Difference: reconstruction minus image, red is brighter.",
+    )
+
+
+def histories(training: Mapping[str, pd.DataFrame]) -> list[Picture]:
+    """Losses by step of every model that has any."""
+    return [
+        Picture(figures.loss_curves(history), f"Training curves of the {name}.", f"Training of the {name}, by step.")
+        for name, history in training.items()
+        if not history.empty
+    ]
+
+
+def augmentation(arms: Sequence[Mapping[str, Any]], reference: float, curves: Sequence[Mapping[str, Any]]) -> list[Picture]:
+    """AUC of every arm, and over the number of images added where several were.
+
+    Parameters
+    ----------
+    arms, curves
+        The parts `arms` and `ratio_curves` of augmentation/results.json.
+    reference
+        AUC of the arm that the verdict compares with.
+    """
+    names = {"test": "test split", "shifted": "kept-out group", "synthetic": "synthetic images"}
+    entries = []
+    for arm in arms:
+        found = arm["figures"]
+        entries.append((arm["name"], [(words, found[key]["auc"]) for key, words in names.items() if key in found], found.get("test", {}).get("seeds", [])))
+    pictures = [
+        Picture(
+            figures.arms(entries, reference),
+            f"AUC of {len(arms)} arms with 95 % intervals.",
+            "Further right is better. Bars: 95 % intervals; circles: single classifiers; grey line: the reference of the verdict; dotted: guessing. "
+            "Overlapping bars do not mean that two arms are alike, since they saw the same test subjects: the table of differences decides.",
+        )
+    ]
+    if curves:
+        pictures.append(
+            Picture(
+                figures.ratio_curves(curves),
+                "AUC over the number of images added per real one.",
+                "Good: a line that rises from its value at 0, the classifier without added images, by more than the bars. Bad: one that falls. A flat line "
+                "says that more images of this kind are of no use; published curves flatten at 10 to 1 (Sagers et al. 2023).",
+            )
+        )
+    return pictures
