@@ -6,11 +6,11 @@ import ast
 import hashlib
 import json
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-PACKAGE = "meddiff_steps"
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT.name
 
 #: Modules whose edits do not make a step run again: the values of the config reach a step through its frozen file.
 EXEMPT = {f"{PACKAGE}.config", f"{PACKAGE}.errors", f"{PACKAGE}.__main__"}
@@ -18,19 +18,26 @@ EXEMPT = {f"{PACKAGE}.config", f"{PACKAGE}.errors", f"{PACKAGE}.__main__"}
 
 @cache
 def source_of(module: str) -> Path | None:
-    """File of a module of this package, or None for anything else."""
-    if module != PACKAGE and not module.startswith(f"{PACKAGE}."):
+    """File of a module of this package, or None for anything else.
+
+    Looked for by name: Python's own search would import the packages above it, and with them torch, whenever a workflow starts.
+    """
+    package, *parts = module.split(".")
+    if package != PACKAGE:
         return None
-    try:
-        spec = find_spec(module)
-    except ModuleNotFoundError:
-        return None
-    return Path(spec.origin) if spec and spec.origin else None
+    place = ROOT.joinpath(*parts)
+    return next((path for path in (place / "__init__.py", place.with_suffix(".py")) if path.is_file()), None)
 
 
 @cache
 def _parsed(source: Path) -> ast.Module:
     return ast.parse(source.read_text(encoding="utf-8"))
+
+
+@cache
+def _content(source: Path) -> bytes:
+    """A source without comments and layout."""
+    return ast.dump(_parsed(source)).encode()
 
 
 @cache
@@ -62,7 +69,7 @@ def code_digest(step: str) -> str:
     for module in sorted(reached):
         source = source_of(module)
         if source is not None:
-            digest.update(f"{module}\0{ast.dump(_parsed(source))}\0".encode())
+            digest.update(module.encode() + b"\0" + _content(source) + b"\0")
             # Text beside the code that it renders.
             for template in sorted(source.parent.glob("*.jinja")):
                 digest.update(template.read_bytes())
