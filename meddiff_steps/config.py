@@ -328,6 +328,15 @@ class PlanGroup(Section):
 
 Sampler = Literal["ddpm", "ddim", "pndm", "heun", "dpmpp", "unipc", "flow"]
 
+#: Steps at which the spread of sampled Gaussian data (std 0.5, exact denoiser, default schedule) is within 5 % of the
+#: truth, with some reserve; measured: ddpm -1.4, ddim -3.5, pndm +1, heun +3.6, dpmpp +2.5, unipc +1.9, flow -2.9 %.
+DEFAULT_STEPS: dict[str, int] = {"ddpm": 1000, "ddim": 75, "pndm": 20, "heun": 18, "dpmpp": 20, "unipc": 20, "flow": 50}
+
+
+def default_steps(sampler: str, num_train_timesteps: int) -> int:
+    """The sampler's tested number of steps; `ddpm` never has more than the process."""
+    return min(DEFAULT_STEPS[sampler], num_train_timesteps) if sampler == "ddpm" else DEFAULT_STEPS[sampler]
+
 
 class Generate(Section):
     sampler: Sampler = "dpmpp"

@@ -261,6 +261,11 @@ class CovariateEncoding:
         return tuple(self.covariates)
 
     @property
+    def level_counts(self) -> list[int]:
+        """Per encoded column: the number of its levels, or 0 for a continuous covariate."""
+        return [len(self.levels.get(name, ())) for name in self.names]
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """`continuous` or `categorical`, per encoded column."""
         return tuple("categorical" if isinstance(c, CategoricalCovariate) else "continuous" for c in self.covariates.values())

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meddiff_steps.diffusion.samplers import DEFAULT_STEPS, Denoiser, flow_timesteps, karras_timesteps, predict
+from meddiff_steps.config import DEFAULT_STEPS
+from meddiff_steps.diffusion.samplers import Denoiser, flow_timesteps, karras_timesteps, predict
 from meddiff_steps.diffusion.schedules import NoiseProcess
 from meddiff_steps.errors import UserError
 

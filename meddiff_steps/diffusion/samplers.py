@@ -31,6 +31,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from meddiff_steps.config import DEFAULT_STEPS, default_steps
 from meddiff_steps.diffusion.schedules import NoiseProcess
 from meddiff_steps.errors import UserError
 
@@ -38,10 +39,6 @@ from meddiff_steps.errors import UserError
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 #: guidance(x, x0, timesteps (b,)) -> what to add to the estimate x0, (b, c, *spatial).
 Guidance = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-#: Steps at which the spread of sampled Gaussian data (std 0.5, exact denoiser, default schedule) is within 5 % of the
-#: truth, with some reserve; measured: ddpm -1.4, ddim -3.5, pndm +1, heun +3.6, dpmpp +2.5, unipc +1.9, flow -2.9 %.
-DEFAULT_STEPS: dict[str, int] = {"ddpm": 1000, "ddim": 75, "pndm": 20, "heun": 18, "dpmpp": 20, "unipc": 20, "flow": 50}
 
 #: The samplers that can solve a rectified flow, and the only ones.
 FLOW_SAMPLERS = ("flow", "dpmpp", "unipc")
@@ -72,11 +69,6 @@ class Solver:
     timesteps: np.ndarray
     scale: float
     step: Callable[[int, Tensor, Tensor], Tensor]
-
-
-def default_steps(sampler: str, process: NoiseProcess) -> int:
-    """The sampler's tested number of steps; `ddpm` never has more than the process."""
-    return min(DEFAULT_STEPS[sampler], process.num_train_timesteps) if sampler == "ddpm" else DEFAULT_STEPS[sampler]
 
 
 def evaluations(sampler: str, num_inference_steps: int) -> int:
@@ -119,7 +111,7 @@ def sample(
         linear multistep), `heun` (Karras et al. 2022, algorithm 1), `dpmpp` (DPM-Solver++ 2M, Lu et al. 2022), `unipc`
         (Zhao et al. 2023, order 2), or `flow` (Euler on a rectified flow, Liu et al. 2023).
     num_inference_steps
-        Steps; by default `DEFAULT_STEPS`.
+        Steps; by default `config.DEFAULT_STEPS`.
     guidance_scale
         Classifier-free guidance (Ho and Salimans 2022): unconditional + scale * (conditional - unconditional).  1 is the
         conditional and 0 the unconditional prediction, each with one pass; otherwise there are two passes, each at the
@@ -178,7 +170,7 @@ def solver(sampler: str, process: NoiseProcess, num_inference_steps: int | None 
         raise UserError(f"sampler {sampler!r} cannot sample a model with prediction_type: flow; use one of {', '.join(FLOW_SAMPLERS)}")
     if sampler == "flow" and not process.is_flow:
         raise UserError(f"sampler 'flow' needs a model with prediction_type: flow, found {process.prediction_type}; use dpmpp, for example")
-    steps = default_steps(sampler, process) if num_inference_steps is None else num_inference_steps
+    steps = default_steps(sampler, process.num_train_timesteps) if num_inference_steps is None else num_inference_steps
     if steps < 1:
         raise UserError(f"num_inference_steps must be at least 1, found {steps}")
     if sampler == "ddpm":

@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from meddiff_steps.config import Sampler, Study
+from meddiff_steps.config import DEFAULT_STEPS, Sampler, Study
 from meddiff_steps.config import SamplerStudy as Settings
-from meddiff_steps.diffusion.samplers import DEFAULT_STEPS, FLOW_SAMPLERS, evaluations
+from meddiff_steps.diffusion.samplers import FLOW_SAMPLERS, evaluations
 from meddiff_steps.evaluation.features import FeatureSpace, extract
 from meddiff_steps.evaluation.fidelity import covariate_fidelity, predictions_table
 from meddiff_steps.evaluation.metrics import MAX_HELD_OUT, measure

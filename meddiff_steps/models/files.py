@@ -88,11 +88,6 @@ class LatentDiffusion:
         settings = config.Diffusion.model_validate(card["settings"])
         encoding = CovariateEncoding.from_json(card["encoding"])
         shape = tuple(card["latent_shape"])
-        denoiser = Denoiser(settings, shape, level_counts(encoding), card["gaussian_rank"])
+        denoiser = Denoiser(settings, shape, encoding.level_counts, card["gaussian_rank"])
         _load(denoiser, weights, card)
         return cls(denoiser, settings, shape, encoding)
-
-
-def level_counts(encoding: CovariateEncoding) -> list[int]:
-    """Per encoded covariate: the number of its levels, or 0 for a continuous one."""
-    return [len(encoding.levels.get(name, ())) for name in encoding.names]

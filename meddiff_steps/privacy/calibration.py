@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -104,3 +105,10 @@ def calibrate(scores: Mapping[str, np.ndarray], groups: np.ndarray, level: float
         return None
     by_group = {str(group): found for group in np.unique(groups) if (found := of(groups == group)) is not None}
     return Thresholds(overall, by_group if len(by_group) > 1 else {}, level, len(groups))
+
+
+def thresholds_of(card: Mapping[str, Any]) -> Thresholds | None:
+    """The thresholds in a calibration card; None where it is not calibrated."""
+    if card["status"] != "CALIBRATED":
+        return None
+    return Thresholds(dict(card["thresholds"]), {k: dict(v) for k, v in card["groups"].items()}, card["level"], card["subjects"])

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.files import load_autoencoder, load_embedder
 from meddiff_steps.privacy.attacks import flag_rate_is_nominal, share
-from meddiff_steps.privacy.calibration import Thresholds, calibrate, subjects_needed
+from meddiff_steps.privacy.calibration import calibrate, subjects_needed
 from meddiff_steps.privacy.detectors import BATCH, Detector, LatentEncoder, TrainingImages, make_detectors, references, score
 from meddiff_steps.privacy.perturbations import perturbed_copies
 from meddiff_steps.training.loop import step_generator
@@ -139,10 +139,3 @@ def _copies(files: ReferenceFiles, images: Tensor, seed: str) -> dict[str, Tenso
     autoencoder, _ = load_autoencoder(files.autoencoder, files.autoencoder_card)
     copies = {"reconstructed": autoencoder.reconstruct(images)}
     return copies | perturbed_copies(images, step_generator(seed, "privacy/copies", 0))
-
-
-def thresholds_of(card: Mapping[str, Any]) -> Thresholds | None:
-    """The thresholds in a calibration card; None where it is not calibrated."""
-    if card["status"] != "CALIBRATED":
-        return None
-    return Thresholds(dict(card["thresholds"]), {k: dict(v) for k, v in card["groups"].items()}, card["level"], card["subjects"])

@@ -12,8 +12,9 @@ from safetensors.numpy import load_file
 from meddiff_steps.errors import UserError
 from meddiff_steps.files import read_json
 from meddiff_steps.imaging import release as imaging
+from meddiff_steps.privacy.calibration import thresholds_of
 from meddiff_steps.privacy.detectors import BATCH, score
-from meddiff_steps.privacy.reference import ReferenceFiles, load_detectors, thresholds_of
+from meddiff_steps.privacy.reference import ReferenceFiles, load_detectors
 from meddiff_steps.provenance.reexecution import choose
 from meddiff_steps.provenance.sealed import Sealed
 from meddiff_steps.provenance.verify import Check

@@ -13,7 +13,7 @@ from meddiff_steps.cohort.manifest import read_manifest, rows_by_split
 from meddiff_steps.config import load_stage
 from meddiff_steps.files import atomic_path
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.models.files import level_counts, save_model
+from meddiff_steps.models.files import save_model
 from meddiff_steps.training.backend import make_fabric, resolve
 from meddiff_steps.training.checkpoint import state_key
 from meddiff_steps.training.components import train_components
@@ -51,7 +51,7 @@ def run(
         val_rows=np.array([row for row in rows["val"] if variants[row] == 0], dtype=np.int64),
     )
     fabric = make_fabric(study.compute, threads, study.compute.devices)
-    levels, state = level_counts(encoding), state / state_key("diffusion", config, [manifest, scale, *latents])
+    levels, state = encoding.level_counts, state / state_key("diffusion", config, [manifest, scale, *latents])
     components = state / "components.safetensors"
     if settings.component_steps and "prior.basis" in data.prior:
         if fabric.is_global_zero and not components.exists():

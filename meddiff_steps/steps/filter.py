@@ -14,8 +14,9 @@ from meddiff_steps.config import load_stage
 from meddiff_steps.files import atomic_path, read_json
 from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
 from meddiff_steps.models.files import LatentDiffusion, load_autoencoder
+from meddiff_steps.privacy.calibration import thresholds_of
 from meddiff_steps.privacy.filter import fill
-from meddiff_steps.privacy.reference import ReferenceFiles, load_detectors, thresholds_of
+from meddiff_steps.privacy.reference import ReferenceFiles, load_detectors
 from meddiff_steps.synthesis.generate import Generator
 from meddiff_steps.training.backend import make_fabric
 

@@ -10,12 +10,10 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from meddiff_steps.config import load_stage
-from meddiff_steps.diffusion.samplers import default_steps
-from meddiff_steps.diffusion.schedules import NoiseProcess
+from meddiff_steps.config import default_steps, load_stage
 from meddiff_steps.errors import UserError
 from meddiff_steps.files import read_json, sha256_file
-from meddiff_steps.privacy.reference import thresholds_of
+from meddiff_steps.privacy.calibration import thresholds_of
 from meddiff_steps.provenance import bundle, ledger
 from meddiff_steps.provenance.record import lock_file
 
@@ -49,7 +47,7 @@ def run(
     recipe = ledger.Recipe(
         **weights,
         sampler=settings.sampler,
-        num_inference_steps=settings.num_inference_steps or default_steps(settings.sampler, NoiseProcess.of(study.diffusion)),
+        num_inference_steps=settings.num_inference_steps or default_steps(settings.sampler, study.diffusion.num_train_timesteps),
         guidance_scale=settings.guidance_scale,
         batch_size=settings.batch_size,
         precision=study.compute.precision,

@@ -12,7 +12,6 @@ from meddiff_steps.cohort.manifest import read_manifest, rows_by_split
 from meddiff_steps.config import load_stage
 from meddiff_steps.files import atomic_path, write_json
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.models.files import level_counts
 from meddiff_steps.models.latents import covariate_features, fit_gaussian, standardisation
 
 
@@ -35,7 +34,7 @@ def run(
         scans = table.set_index("scan_id").loc[[ids[row] for row in rows]].reset_index()
         gaussian = fit_gaussian(
             lambda i: ((shards.tensors("mean", [rows[i]]) - offset) / deviation)[0],
-            covariate_features(encoding.encode(scans), level_counts(encoding)),
+            covariate_features(encoding.encode(scans), encoding.level_counts),
             study.latents.gaussian_rank,
             scans["subject_id"].to_numpy(),
         )

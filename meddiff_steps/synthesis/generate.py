@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,6 +19,9 @@ from meddiff_steps.diffusion.schedules import NoiseProcess
 from meddiff_steps.models.autoencoder import Autoencoder
 from meddiff_steps.models.files import LatentDiffusion
 from meddiff_steps.training.backend import channels_last, to_channels_last
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 def places(index: np.ndarray, size: int) -> Iterator[np.ndarray]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from monai.losses import PatchAdversarialLoss, PerceptualLoss
 from monai.networks.nets import PatchDiscriminator
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.autoencoder import Autoencoder, kl_divergence
 from meddiff_steps.training.backend import channels_last, to_channels_last
 from meddiff_steps.training.loop import batch_rows, rank_share, step_generator
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 #: Held-out scans that a validation looks at; enough for a stable mean, few enough to be quick.
 VALIDATION_SCANS = 32

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from torch import nn
 
 from meddiff_steps.config import Compute
 from meddiff_steps.errors import UserError
+
+if TYPE_CHECKING:  # it brings the whole of torch's compiler, 2 s: imported where it is used
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments import ClusterEnvironment
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +62,8 @@ def launched_by() -> tuple[ClusterEnvironment, int, int]:
     `torchrun` or `srun --ntasks N`, if one of them did; otherwise this process starts the others. Lightning alone would take
     the single task that Snakemake runs in a job of Slurm for one of a set that never comes, and train on one GPU of several.
     """
+    from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+
     if TorchElasticEnvironment.detect():
         processes = int(os.environ["WORLD_SIZE"])
         return TorchElasticEnvironment(), processes, processes // int(os.environ["LOCAL_WORLD_SIZE"])
@@ -86,6 +90,8 @@ def make_fabric(compute: Compute, threads: int, processes: int = 1) -> Fabric:
     UserError
         `torchrun` or `srun` started another number of processes.
     """
+    from lightning_fabric import Fabric
+
     device, precision = resolve(compute)
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")

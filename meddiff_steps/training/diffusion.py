@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from meddiff_steps import config
@@ -15,6 +15,9 @@ from meddiff_steps.models.denoiser import Denoiser
 from meddiff_steps.training.backend import channels_last, to_channels_last
 from meddiff_steps.training.latent_data import LatentData, drop
 from meddiff_steps.training.loop import batch_rows, rank_share, step_generator
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 #: Held-out latents that a validation looks at.
 VALIDATION_LATENTS = 64

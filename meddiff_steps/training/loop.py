@@ -15,12 +15,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pandas as pd
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -29,6 +28,9 @@ from meddiff_steps.config import Optimiser
 from meddiff_steps.diffusion.noise import seed_key
 from meddiff_steps.errors import Preempted, UserError
 from meddiff_steps.training.checkpoint import CheckpointFolder
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,8 @@ import torch
 from oracle import MixtureDenoiser, process_of, standard_normal
 from torch import Tensor
 
-from meddiff_steps.diffusion.samplers import DEFAULT_STEPS, FLOW_SAMPLERS, evaluations, sample, solver
+from meddiff_steps.config import DEFAULT_STEPS
+from meddiff_steps.diffusion.samplers import FLOW_SAMPLERS, evaluations, sample, solver
 from meddiff_steps.errors import UserError
 
 PAIRS = [(s, p) for p in ("epsilon", "v_prediction") for s in DEFAULT_STEPS if s != "flow"] + [(s, "flow") for s in FLOW_SAMPLERS]

@@ -19,7 +19,7 @@ from meddiff_steps.files import atomic_path, write_json
 from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
 from meddiff_steps.models.autoencoder import Autoencoder
 from meddiff_steps.models.denoiser import Denoiser
-from meddiff_steps.models.files import level_counts, save_model
+from meddiff_steps.models.files import save_model
 from meddiff_steps.provenance.record import Observer, recorded
 from meddiff_steps.provenance.signature import generate as generate_key
 from meddiff_steps.steps import gate, generate, images, ledger, plan, release
@@ -137,7 +137,7 @@ class Place:
         shape = [1, *study.preprocess.shape]
         latent = [2, *(n // 2 for n in shape[1:])]
         encoding = CovariateEncoding.fit(scans, study.covariates)
-        second = Denoiser(study.diffusion, latent, level_counts(encoding))
+        second = Denoiser(study.diffusion, latent, encoding.level_counts)
         with torch.no_grad():  # brighter and rougher than an untrained network, so that images are images
             for parameter in first.parameters():
                 parameter.mul_(1.7)

@@ -20,7 +20,7 @@ from meddiff_steps.evaluation.selection import Images
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.autoencoder import Autoencoder
 from meddiff_steps.models.denoiser import Denoiser
-from meddiff_steps.models.files import level_counts, save_model
+from meddiff_steps.models.files import save_model
 from meddiff_steps.steps import sampler_study
 
 SHAPE = (16, 20, 16)
@@ -78,7 +78,7 @@ def models(study: Fabricated) -> dict[str, Path]:
     card = {"settings": settings.autoencoder.model_dump(mode="json"), "image_shape": [1, *SHAPE], "latent_shape": latent}
     save_model(Autoencoder(settings.autoencoder, 3), files["autoencoder"], files["autoencoder_card"], card)
     card = {"settings": settings.diffusion.model_dump(mode="json"), "latent_shape": latent, "gaussian_rank": 0, "encoding": encoding.to_json()}
-    save_model(Denoiser(settings.diffusion, latent, level_counts(encoding)), files["diffusion"], files["diffusion_card"], card)
+    save_model(Denoiser(settings.diffusion, latent, encoding.level_counts), files["diffusion"], files["diffusion_card"], card)
     return files
 
 

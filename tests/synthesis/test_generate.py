@@ -14,7 +14,7 @@ from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.diffusion.noise import seed_key
 from meddiff_steps.models.autoencoder import Autoencoder
 from meddiff_steps.models.denoiser import Denoiser
-from meddiff_steps.models.files import LatentDiffusion, level_counts
+from meddiff_steps.models.files import LatentDiffusion
 from meddiff_steps.synthesis import generate
 from meddiff_steps.synthesis.generate import Generator
 from meddiff_steps.training.backend import make_fabric
@@ -28,7 +28,7 @@ def generator() -> Generator:
     covariates = {"age": config.ContinuousCovariate(unit="year", range=(18, 100))}
     encoding = CovariateEncoding.fit(pd.DataFrame({"age": [20.0, 40.0, 60.0]}), covariates)
     diffusion = config.Diffusion(channels=[8, 16], norm_num_groups=4, attention_levels=[False, True], num_head_channels=8)
-    denoiser = Denoiser(diffusion, (4, 2, 2, 2), level_counts(encoding))
+    denoiser = Denoiser(diffusion, (4, 2, 2, 2), encoding.level_counts)
     with torch.no_grad():
         for parameter in denoiser.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))  # its last layer begins at zero
