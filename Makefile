@@ -34,7 +34,7 @@ demo: $(VENV)/.ready
 
 # One process per core, each with one thread; the longest file, which runs the workflow, begins first.
 test: $(VENV)/.ready-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile --no-loadscope-reorder tests/test_end_to_end.py tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile --no-loadscope-reorder tests/test_end_to_end.py tests/test_slurm.py tests
 
 check: $(VENV)/.ready-test
 	$(BIN)/ruff check .

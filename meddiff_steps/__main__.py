@@ -36,6 +36,7 @@ STEPS = {
     "export": "write one shard of a sealed release as a tar file for machine learning",
     "export_index": "list the tar files of an export, with checksums",
     "export_models": "pack the models that made a release",
+    "segmenter": "train the network that measures volumes, on label maps of real scans",
     "evaluate": "measure covariate fidelity and sharpness against held-out real scans",
     "augment_design": "freeze the design of the augmentation study and check the plan against it",
     "augment_data": "gather the images that the study's classifiers may learn from",

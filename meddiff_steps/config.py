@@ -413,6 +413,36 @@ class Evaluate(Section):
         return self
 
 
+class Structure(Section):
+    """A structure in a label map."""
+
+    labels: list[PositiveInt] = Field([], description="Labels that belong to it.")
+    all_but: list[PositiveInt] = Field([], description="Instead: labels that do not belong to it, while all others above 0 do.")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if bool(self.labels) == bool(self.all_but):
+            raise ValueError("a structure needs either `labels` or `all_but`, and not both")
+        return self
+
+
+class Segmentation(Section):
+    """Label maps of real scans, from which a segmenter learns to measure volumes in synthetic ones: a second instrument beside the predictors."""
+
+    labels: str = Field(min_length=1, description="Path of a scan's label map, with {subject_id}, {session_id}, {scan_id} in it; same world space as the scan.")
+    structures: dict[Name, Structure] = Field(min_length=1, description="Structures by the covariate, in mL, that is their volume.")
+    channels: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt, PositiveInt] = Field(
+        (16, 32, 64, 64, 64), description="Features of the U-Net at half, quarter, ... of the resolution."
+    )
+    optimiser: Optimiser = Optimiser(steps=400, batch_size=4, learning_rate=0.01, warmup_steps=20, ema_decay=0.98)
+
+    @model_validator(mode="after")
+    def _batch_has_statistics(self) -> Self:
+        if self.optimiser.batch_size < 2:
+            raise ValueError("optimiser.batch_size must be at least 2 for batch normalisation, found 1")
+        return self
+
+
 class SamplerStudy(Section):
     """Quality against steps and seconds, for the target `sampler_study`."""
 
@@ -601,6 +631,7 @@ class Study(Section):
     privacy: Privacy = Privacy()
     distill: Distill = Distill()
     evaluate: Evaluate = Evaluate()
+    segmentation: Segmentation | None = Field(None, description="Label maps of the cohort, where it has them.")
     sampler_study: SamplerStudy = SamplerStudy()
     augment: Augment = Augment()
     release: Release = Release()
@@ -626,6 +657,7 @@ class Study(Section):
                 for name, value in getattr(group, field).items():
                     self._check_request(f"plan.{group.name}.{field}.{name}", name, value if isinstance(value, list) else [value])
         self._check_augment()
+        self._check_segmentation()
         self._check_sampler("generate.sampler", self.generate.sampler)
         for sampler in self.sampler_study.samplers or []:
             self._check_sampler("sampler_study.samplers", sampler)
@@ -636,6 +668,16 @@ class Study(Section):
             raise ValueError(f"{where}: flow needs diffusion.prediction_type: flow")
         if self.diffusion.prediction_type == "flow" and sampler not in ("flow", "dpmpp", "unipc"):
             raise ValueError(f"{where}: diffusion.prediction_type: flow can be sampled by flow, dpmpp or unipc, not {sampler}")
+
+    def _check_segmentation(self) -> None:
+        if self.segmentation is None:
+            return
+        if self.spatial_dims != 3:
+            raise ValueError("segmentation: volumes need 3D images; leave the section out")
+        for name in self.segmentation.structures:
+            covariate = self.covariates.get(name)
+            if not isinstance(covariate, ContinuousCovariate) or covariate.unit != "mL":
+                raise ValueError(f"segmentation.structures: {name} is no covariate with unit mL; name each structure as the covariate that is its volume")
 
     def _check_augment(self) -> None:
         named = {"augment.target": self.augment.target, "augment.subgroup": self.augment.subgroup}
@@ -720,7 +762,8 @@ STAGES: dict[str, tuple[str, ...]] = {
     "distill": ("seed", "covariates", "distill"),
     "images": ("study", "release.suffix", "preprocess"),
     "release": ("study", "title", "cohort", "covariates", *_DESCRIBED, "preprocess", "generate", "distill.subjects"),
-    "evaluate": ("seed", "covariates", "plan", "evaluate"),
+    "segmenter": ("seed", "segmentation", "preprocess.spacing_mm", "compute"),
+    "evaluate": ("seed", "covariates", "plan", "evaluate", "preprocess.spacing_mm"),
     "sampler_study": (
         "seed",
         "covariates",
@@ -755,6 +798,7 @@ PATH_KEYS = {
     ("plan", "table"),
     ("release", "signing_key"),
     ("evaluate", "features", "weights"),
+    ("segmentation", "labels"),
 }
 
 

@@ -140,6 +140,9 @@ REQUESTED = [
 METRICS = f"{RESULTS}/evaluation/metrics.json"
 PREDICTIONS = f"{RESULTS}/evaluation/predictions.parquet"
 COMPONENTS = f"{RESULTS}/evaluation/components.parquet"
+SEGMENTER_FILES = (
+    {"segmenter": f"{RESULTS}/evaluation/segmenter.safetensors", "segmenter_card": f"{RESULTS}/evaluation/segmenter.json"} if STUDY.segmentation else {}
+)
 SAMPLER_STUDY = f"{RESULTS}/sampler_study/results.json"
 SAMPLER_FIGURE = f"{RESULTS}/sampler_study/figure.png"
 SHOWCASE = f"{RESULTS}/evaluation/showcase.arrow"

@@ -74,6 +74,7 @@ if STUDY.distill.subjects:
     use rule measure as teacher_measure with:
         input:
             **EMBEDDER_FILES,
+            **SEGMENTER_FILES,
             manifest=MANIFEST,
             images=expand(PREPROCESSED, shard=COHORT_SHARDS),
             generated=expand(TEACHER_FILTERED, shard=TEACHER_SHARDS),
@@ -93,7 +94,7 @@ if STUDY.distill.subjects:
             code=code_digest("evaluate"),
             images=lambda wildcards, input: repeat("--images", input.images),
             generated=lambda wildcards, input: repeat("--generated", input.generated),
-            embedder=lambda wildcards, input: options(input, EMBEDDER_FILES),
+            instruments=lambda wildcards, input: options(input, EMBEDDER_FILES | SEGMENTER_FILES),
         message:
             "Measuring the cohort of the first model"
 

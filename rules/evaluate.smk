@@ -1,6 +1,39 @@
+if STUDY.segmentation:
+
+    rule segmenter:
+        input:
+            manifest=MANIFEST,
+            qc=QC,
+            images=expand(PREPROCESSED, shard=COHORT_SHARDS),
+        output:
+            weights=SEGMENTER_FILES["segmenter"],
+            card=SEGMENTER_FILES["segmenter_card"],
+        log:
+            f"{RESULTS}/logs/segmenter.log",
+        benchmark:
+            f"{RESULTS}/benchmarks/segmenter.tsv"
+        conda:
+            "../envs/meddiff.yaml"
+        threads: 8
+        resources:
+            mem_mb=memory(3000, 500, STUDY.segmentation.optimiser.batch_size),
+            runtime=minutes(480),
+            gpu=min(GPUS, 1),
+        params:
+            config=settings("segmenter"),
+            code=code_digest("segmenter"),
+            images=lambda wildcards, input: repeat("--images", input.images),
+        message:
+            "Training the segmenter that measures volumes"
+        shell:
+            "python -m meddiff_steps segmenter --config {params.config} --manifest {input.manifest} --qc {input.qc} {params.images} "
+            "--weights {output.weights} --card {output.card} --threads {threads} 2>&1 | tee {log}"
+
+
 rule measure:
     input:
         **EMBEDDER_FILES,
+        **SEGMENTER_FILES,
         manifest=MANIFEST,
         images=expand(PREPROCESSED, shard=COHORT_SHARDS),
         generated=expand(FILTERED, shard=PLAN_SHARDS),
@@ -26,12 +59,12 @@ rule measure:
         code=code_digest("evaluate"),
         images=lambda wildcards, input: repeat("--images", input.images),
         generated=lambda wildcards, input: repeat("--generated", input.generated),
-        embedder=lambda wildcards, input: options(input, EMBEDDER_FILES),
+        instruments=lambda wildcards, input: options(input, EMBEDDER_FILES | SEGMENTER_FILES),
     message:
         "Measuring covariate fidelity, realism, diversity and sharpness"
     shell:
         "python -m meddiff_steps evaluate --config {params.config} --manifest {input.manifest} {params.images} {params.generated} "
-        "--plan {input.plan} --reconstructions {input.reconstructions} {params.embedder} --out {output.metrics} --predictions {output.predictions} "
+        "--plan {input.plan} --reconstructions {input.reconstructions} {params.instruments} --out {output.metrics} --predictions {output.predictions} "
         "--components {output.components} 2>&1 | tee {log}"
 
 

@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "tests"), str(ROOT / "tests/slurm")]
 
 from cluster import Cluster, why_not  # noqa: E402
-from test_end_to_end import ENVIRONMENT, STUDY, digests  # noqa: E402
+from tiny_study import ENVIRONMENT, STUDY, digests  # noqa: E402
 
 #: Size of the file system that fills up; the tiny study needs about a tenth.
 SMALL_DISK_MB = 512

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_end_to_end import STUDY
+from tiny_study import STUDY
 
 from meddiff_steps import config, progress
 from meddiff_steps.errors import UserError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_end_to_end import ENVIRONMENT, STUDY, snakemake
+from tiny_study import ENVIRONMENT, STUDY, snakemake
 
 from meddiff_steps.files import hold
 

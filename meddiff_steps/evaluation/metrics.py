@@ -26,7 +26,9 @@ from meddiff_steps.evaluation.fidelity import (
 from meddiff_steps.evaluation.image_quality import SsimSettings, reconstruction_quality
 from meddiff_steps.evaluation.predictors import MAX_TRAINING_SCANS, Predictors, fit_predictors
 from meddiff_steps.evaluation.realism import MIN_IMAGES, Sample, Scale, realism
+from meddiff_steps.evaluation.segmenter import segmented_volumes
 from meddiff_steps.evaluation.selection import Images, drawn, held_out, reconstructed
+from meddiff_steps.models.segmenter import Segmenter
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +55,9 @@ class Evaluation:
     components: pd.DataFrame
 
 
-def evaluate(cohort: Images, generated: Images, paired: Images, spaces: Sequence[FeatureSpace], study: Study) -> Evaluation:
+def evaluate(
+    cohort: Images, generated: Images, paired: Images, spaces: Sequence[FeatureSpace], study: Study, instrument: tuple[Segmenter, dict[str, Any]] | None = None
+) -> Evaluation:
     """Measure covariate fidelity, realism, diversity, reconstruction quality and sharpness.
 
     Parameters
@@ -67,7 +71,9 @@ def evaluate(cohort: Images, generated: Images, paired: Images, spaces: Sequence
     spaces
         Feature spaces of realism and diversity.
     study
-        `seed`, `covariates`, `plan` and `evaluate` are read.
+        `seed`, `covariates`, `plan`, `evaluate` and `preprocess.spacing_mm` are read.
+    instrument
+        Segmenter that measures volumes a second time, and its card.
 
     Raises
     ------
@@ -125,7 +131,19 @@ def evaluate(cohort: Images, generated: Images, paired: Images, spaces: Sequence
             "reconstruction_splits": sorted(set(shown.table["split"])),
         },
     }
+    if instrument is not None:
+        model, card = instrument
+        parts = [segmented(model, images, kind, study, trained) for kind, images in (("synthetic", synthetic), ("real", real))]
+        volumes = covariate_fidelity(pd.concat(parts, ignore_index=True), study.covariates, **options)
+        metrics["segmentation"] = {"covariates": volumes, "digest": card["weights_sha256"][:16], "held_out": card["held_out"]}
     return Evaluation(metrics, predictions, components)
+
+
+def segmented(model: Segmenter, images: Images, kind: str, study: Study, trained: Mapping[str, tuple[float, float]]) -> pd.DataFrame:
+    """`fidelity.predictions_table` of volumes that a segmenter measures."""
+    assert study.preprocess.spacing_mm is not None
+    volumes = segmented_volumes(model, images, study.preprocess.spacing_mm**3 / 1000, f"segmenting {kind} images")
+    return predictions_table(images.ids, images.units.tolist(), kind, images.table, volumes, study.covariates, trained)
 
 
 def radial_power(images: Images, column: str) -> np.ndarray:

@@ -105,6 +105,10 @@ class Images:
         """Those of some splits."""
         return replace(self, table=self.table[self.table["split"].isin(splits)].reset_index(drop=True))
 
+    def taken(self, positions: Sequence[int]) -> Self:
+        """Those at some positions of the table, in this order."""
+        return replace(self, table=self.table.iloc[list(positions)].reset_index(drop=True))
+
     def at_most(self, most: int) -> Self:
         """`most` of them, those whose id has the smallest SHA-256, so that the choice is stable; the order stays."""
         if len(self) <= most:

@@ -17,6 +17,7 @@ from meddiff_steps.files import atomic_path, read_json, write_json
 from meddiff_steps.models.autoencoder import Autoencoder
 from meddiff_steps.models.denoiser import Denoiser
 from meddiff_steps.models.embedder import Embedder
+from meddiff_steps.models.segmenter import Segmenter
 from meddiff_steps.training.checkpoint import weights_digest
 
 
@@ -59,6 +60,14 @@ def load_embedder(weights: Path, card_path: Path) -> Embedder:
     model = Embedder(card["image_shape"][1:])
     _load(model, weights, card)
     return model
+
+
+def load_segmenter(weights: Path, card_path: Path) -> tuple[Segmenter, dict[str, Any]]:
+    """The trained segmenter, in evaluation mode on the CPU, and its card."""
+    card = read_json(card_path)
+    model = Segmenter(card["structures"], card["image_shape"][1:], card["channels"])
+    _load(model, weights, card)
+    return model, card
 
 
 @dataclass(frozen=True)

@@ -174,6 +174,15 @@ def _instrument(measured: Mapping[str, Any]) -> list[str]:
     return [instrument, *(f"Not measured: {name}, because {reason}." for name, reason in skipped.items())]
 
 
+def _second_instrument(segmentation: Mapping[str, Any]) -> str:
+    held = segmentation["held_out"]
+    found = "; ".join(f"{name} Dice {number(entry['dice'])}, r {number(entry['r'])}" for name, entry in held.items() if isinstance(entry, dict))
+    lead = "A segmenter that learnt from label maps of real training scans measures volumes a second time (last table). "
+    if not found:
+        return lead + "No held-out scan has a label map to check it with."
+    return lead + f"Against {number(held['scans'])} label maps that it did not learn from: {found}."
+
+
 def _spaces(measured: Mapping[str, Any]) -> list[str]:
     spaces = measured["realism"]
     named = "; ".join(f"{name} ({entry['description']}, digest {entry['digest']})" for name, entry in spaces.items())
@@ -196,10 +205,14 @@ def fidelity_section(metrics: Mapping[str, Any], predictions: pd.DataFrame) -> S
         tables.distribution_table(metrics["distributions"]),
         tables.subgroup_table(metrics["subgroups"]),
     ]
+    text, second = _instrument(metrics), metrics.get("segmentation")
+    if second:
+        text.append(_second_instrument(second))
+        shown.append(tables.fidelity_table(second["covariates"], "measured by the segmenter"))
     return Section(
         "fidelity",
         "Do the images show what was asked for?",
-        text=_instrument(metrics),
+        text=text,
         pictures=drawn.fidelity(predictions, covariates),
         tables=[table for table in shown if table.rows],
     )

@@ -14,8 +14,8 @@ from meddiff_steps.report.wording import interval, number, percent
 SPLITS = ("train", "val", "calibration", "test")
 
 
-def fidelity_table(metrics: Mapping[str, Any]) -> Table:
-    """Every fidelity figure beside its ceiling."""
+def fidelity_table(metrics: Mapping[str, Any], title: str = "covariate") -> Table:
+    """Every fidelity figure beside its ceiling; `title` heads the covariates."""
     rows = []
     names = {"r": "r", "slope": "slope", "mae": "mean absolute error", "bias": "bias", "auc": "AUC"}
     for name, entry in metrics.items():
@@ -24,7 +24,7 @@ def fidelity_table(metrics: Mapping[str, Any]) -> Table:
                 unit = f", {entry['unit']}" if key in ("mae", "bias") else ""
                 share = percent(entry["share_of_ceiling"]) if key in ("r", "auc") else ""
                 rows.append([name, f"{label}{unit}", interval(entry[key]), interval(entry[key].get("ceiling")), share, number(entry[key]["n"])])
-    return Table(["covariate", "figure", "synthetic", "ceiling (real, held out)", "share of ceiling", "n"], rows)
+    return Table([title, "figure", "synthetic", "ceiling (real, held out)", "share of ceiling", "n"], rows)
 
 
 def realism_table(metrics: Mapping[str, Any]) -> Table:

@@ -19,7 +19,7 @@ from meddiff_steps.evaluation import metrics as measuring
 from meddiff_steps.evaluation.selection import Images
 from meddiff_steps.files import atomic_path, read_json, write_atomic
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.models.files import load_embedder
+from meddiff_steps.models.files import load_embedder, load_segmenter
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,8 @@ def run(
     predictions: Annotated[Path, typer.Option(help="Table to write: requested or true beside measured covariates (.parquet).")],
     embedder: Annotated[Path | None, typer.Option(help="privacy/embedder.safetensors: a feature space; left out if not given.")] = None,
     embedder_card: Annotated[Path | None, typer.Option(help="privacy/embedder.json.")] = None,
+    segmenter: Annotated[Path | None, typer.Option(help="evaluation/segmenter.safetensors: measures volumes as well; left out if not given.")] = None,
+    segmenter_card: Annotated[Path | None, typer.Option(help="evaluation/segmenter.json.")] = None,
     components: Annotated[Path | None, typer.Option(help="Table to write: where each image lies in the feature spaces (.parquet).")] = None,
 ) -> None:
     """Measure covariate fidelity, realism, diversity, reconstruction quality and sharpness.
@@ -57,6 +59,7 @@ def run(
         Images.of(Shards([reconstructions]), "scan_id", "subject_id", scans, f"{reconstructions}"),
         _spaces(study, len(real.shape("image")) - 1, embedder, embedder_card),
         study,
+        load_segmenter(segmenter, segmenter_card) if segmenter is not None and segmenter_card is not None else None,
     )
     found.metrics["n"] |= {"subjects": int(scans["subject_id"].nunique()), "scans": len(scans), "planned": len(planned)}
     with atomic_path(predictions) as temporary:

@@ -59,7 +59,7 @@ def resolve(compute: Compute) -> tuple[str, Literal["32-true", "bf16-mixed"]]:
 def launched_by() -> tuple[ClusterEnvironment, int, int]:
     """Who starts the processes of a training, how many there are (0: not started yet), and on how many nodes.
 
-    `torchrun` or `srun --ntasks N`, if one of them did; otherwise this process starts the others. Lightning alone would take
+    `torchrun` or `srun --ntasks-per-node N`, if one of them did; otherwise this process starts the others. Lightning alone would take
     the single task that Snakemake runs in a job of Slurm for one of a set that never comes, and train on one GPU of several.
     """
     from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment

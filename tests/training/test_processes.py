@@ -127,7 +127,7 @@ def test_a_job_of_slurm_with_one_task_starts_its_processes_itself(monkeypatch):
 
 
 def test_another_number_of_processes_than_the_study_says_is_refused(monkeypatch):
-    for name, value in {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}.items():
+    for name, value in {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_STEP_ID": "0"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"SLURM started 2 processes, but this step works in 4"):
         make_fabric(config.Compute(device="cpu", precision="32-true", devices=4), threads=1, processes=4)
