@@ -45,6 +45,7 @@ STEPS = {
     "sampler_study": "compare samplers: quality against steps and seconds",
     "showcase": "sample the sweeps and interpolations that the report shows",
     "report": "write report.html",
+    "plan_cost": "estimate hours, GPU-hours and disk of a study from what another one took",
     "status": "how far a study is: jobs done, running and failed, hours used",
     "audit": "check a release, from its form to making images again",
     "regenerate": "make images of a release again from its ledger and its models: one subject, a shard, or all",
@@ -70,7 +71,7 @@ def main() -> int:
     if arguments[0] == "--version":
         print(__version__)
         return 0
-    name = arguments[0]
+    name = arguments[0].replace("-", "_")
     if name not in STEPS:
         print(f"error: there is no step {name!r}.\n\n{usage()}", file=sys.stderr)
         return 2

@@ -17,7 +17,10 @@ import pytest
 import yaml
 from tiny_study import CONTRACT, ENVIRONMENT, LEAN, STUDY, digests, made_later, run, snakemake, whole_run
 
+from meddiff_steps.config import load_study
+from meddiff_steps.cost import estimates
 from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.progress import seconds
 
 
 def run_and_kill(folder: Path, when: Callable[[], bool]) -> None:
@@ -99,6 +102,23 @@ def test_a_subject_is_the_same_in_another_cohort_size_shard_and_order(study, tmp
     after = {name: image for name, image in images(folder).items() if name in before}
     assert len(after) == 11
     assert all(before[name] == image for name, image in after.items())
+
+
+def test_a_study_is_estimated_to_cost_what_it_did(study):
+    """Measured by itself, so that nothing is extrapolated."""
+    results = study / "results/tiny"
+    found = {one.stage: one for one in estimates(load_study(study / "study.yaml"), STUDY["cohort"]["subjects"], results)}
+    assert {"simulate", "preprocess", "autoencoder", "diffusion", "generate", "filter", "evaluate", "ledger"} <= set(found)
+    for stage, one in found.items():
+        folder = results / "benchmarks" / stage
+        took = [seconds(path) for path in (folder.glob("*.tsv") if folder.is_dir() else [folder.with_suffix(".tsv")])]
+        assert one.jobs == len(took)
+        assert one.jobs * one.hours_each * 3600 == pytest.approx(sum(took))
+    assert found["generate"].disk == sum(path.stat().st_size for path in (results / "generated").glob("*.arrow"))
+    command = [sys.executable, "-m", "meddiff_steps", "plan-cost", str(study / "study.yaml"), "--measured", str(results), "--jobs", "4"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "40 scans in, 22 synthetic subjects out" in done.stdout
 
 
 @pytest.mark.parametrize(

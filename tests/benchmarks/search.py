@@ -1,6 +1,7 @@
 """Time and memory of the exact nearest-neighbour search, beside other ways: `python tests/benchmarks/search.py`.
 
-Every row runs in a process of its own, so that its peak memory is its own.  faiss is compared where it is installed.
+Every row runs in a process of its own, so that its peak memory is its own.  faiss is compared where it is installed.  The last
+lines give the exponent of growth: seconds go with (queries x references) to that power between the smallest and the largest size.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def one(method: str, queries: int, references: int, k: int) -> None:
     found = search(method, a, b, k)
     seconds = time.perf_counter() - start
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(f"{method:14} {queries:>8,} x {references:>7,}  {seconds:8.2f} s  {grown:8.0f} MiB  checksum {float(found.sum()):.2f}", flush=True)
+    print(f"{method:14} {queries:>8,} x {references:>7,}  {seconds:8.3f} s  {grown:8.0f} MiB  checksum {float(found.sum()):.2f}", flush=True)
 
 
 def main() -> None:
@@ -61,6 +62,7 @@ def main() -> None:
         method, *numbers = arguments.one
         one(method, *map(int, numbers))
         return
+    seconds: dict[str, list[tuple[float, float]]] = {method: [] for method in METHODS}
     for queries, references in SIZES:
         for method in METHODS:
             if method == "numpy" and queries * references > 5e8:
@@ -68,6 +70,12 @@ def main() -> None:
                 continue
             done = subprocess.run([sys.executable, __file__, "--one", method, str(queries), str(references), "20"], capture_output=True, text=True)
             print(done.stdout.strip() or f"{method:14} failed: {done.stderr.strip().splitlines()[-1]}", flush=True)
+            if done.stdout:
+                seconds[method].append((queries * references, float(done.stdout.split(" s ")[0].split()[-1])))
+    for method, points in seconds.items():
+        if len(points) > 1:
+            (small, first), (large, last) = points[0], points[-1]
+            print(f"{method:14} exponent {np.log(last / first) / np.log(large / small):.2f}")
 
 
 if __name__ == "__main__":
