@@ -1,5 +1,5 @@
 # make demo    a synthetic cohort from the embedded simulated one (about 15 minutes on 2 cores)
-# make test    all tests
+# make test    the tests (about as long); make test-slow those that kill, preempt, distil, or start a Slurm
 # Both create the environment in .venv first, with nothing but Python 3.11 and make.
 SHELL := bash
 PYTHON ?= python3
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: demo test check format lock clean
+.PHONY: demo test test-slow check format lock clean
 
 # The lock is complete, so pip need not resolve anything (--no-deps). torch comes first, with its own dependencies: a CPU
 # wheel that lies on the machine (PIP_FIND_LINKS) has none, the registry's brings CUDA.
@@ -35,9 +35,14 @@ demo: $(VENV)/.ready
 	@echo "  results/demo/contact-sheet.png    the same images as one picture"
 	@echo "  results/demo/release/             the synthetic cohort, a BIDS dataset"
 
-# One process per core, each with one thread; the longest file, which runs the workflow, begins first.
+# One process per core, each with one thread; the longest files, which run the workflow, begin first.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.ready-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile --no-loadscope-reorder tests/test_end_to_end.py tests/test_slurm.py tests
+	$(PYTEST) -m "not slow" tests/test_end_to_end.py tests
+
+test-slow: $(VENV)/.ready-test
+	$(PYTEST) -m slow tests/test_end_to_end.py tests/test_slurm.py tests
 
 check: $(VENV)/.ready-test
 	$(BIN)/ruff check .

@@ -762,8 +762,8 @@ STAGES: dict[str, tuple[str, ...]] = {
     "distill": ("seed", "covariates", "distill"),
     "images": ("study", "release.suffix", "preprocess"),
     "release": ("study", "title", "cohort", "covariates", *_DESCRIBED, "preprocess", "generate", "distill.subjects"),
-    "segmenter": ("seed", "segmentation", "preprocess.spacing_mm", "compute"),
-    "evaluate": ("seed", "covariates", "plan", "evaluate", "preprocess.spacing_mm"),
+    "segmenter": ("seed", "segmentation", "preprocess", "compute"),
+    "evaluate": ("seed", "covariates", "plan", "evaluate", "preprocess"),
     "sampler_study": (
         "seed",
         "covariates",

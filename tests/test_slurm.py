@@ -36,10 +36,11 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """A copy of the repository, as a fresh clone has it."""
+    """A copy of the repository, as a fresh clone has it, with its history: run records name the commit."""
     folder = tmp_path_factory.mktemp("clone") / "repository"
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".venv", ".snakemake", "results", "build", "shared", "__pycache__", ".*_cache"))
-    (folder / "study.yaml").write_text(yaml.safe_dump(LEAN))
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".venv", ".snakemake", "results", "build", "shared", "__pycache__", ".*_cache"))
+    (folder / "results").mkdir()
+    (folder / "results/study.yaml").write_text(yaml.safe_dump(LEAN))
     return folder
 
 
@@ -62,7 +63,7 @@ def test_concurrent_jobs_get_different_gpus_and_others_none(cluster, checkout):
 @pytest.fixture(scope="module")
 def release(cluster, checkout) -> Path:
     environment = cluster.environment(ENVIRONMENT | {"PYTHONPATH": str(checkout)})
-    snakemake(checkout, environment, "--profile", "slurm", *IMPATIENT, *ONE_THREAD, "--configfile", "study.yaml")
+    snakemake(checkout, environment, "--profile", "slurm", *IMPATIENT, *ONE_THREAD, "--configfile", "results/study.yaml")
     return checkout
 
 

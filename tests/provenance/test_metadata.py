@@ -61,7 +61,6 @@ def validator(tmp_path_factory: pytest.TempPathFactory) -> list[str | Path]:
     return [folder / "venv/bin/rocrate-validator", "-y", "validate", "--offline", "--cache-path", folder / "cache", "--no-paging"]
 
 
-@pytest.mark.slow
 def test_the_crate_validator_accepts_the_release(validator, place, copied, tmp_path):
     """Also of a release whose description is as poor as it may be: no author, no address, a licence of its own."""
 

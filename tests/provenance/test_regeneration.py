@@ -80,6 +80,7 @@ def test_what_cannot_be_made_again_is_refused(place, copied, tmp_path):
         open_release(copied)
 
 
+@pytest.mark.slow
 def test_snakemake_makes_a_release_again_shard_by_shard(place, tmp_path):
     done = subprocess.run(
         [*SNAKEMAKE, str(tmp_path), "--cores", "1", "regenerate", "--config", f"release={place.release}", f"models={place.results}"],

@@ -29,6 +29,7 @@ def test_the_prefix_is_that_of_the_rules():
     assert f'shell.prefix("{PREFIX}")' in (ROOT / "rules/common.smk").read_text()
 
 
+@pytest.mark.slow
 def test_a_training_that_gets_sigterm_saves_leaves_and_goes_on_to_the_same_bytes(tmp_path):
     straight, preempted = tmp_path / "straight", tmp_path / "preempted"
     commands = {}
