@@ -208,7 +208,14 @@ class TrainingImages:
 
 def references(detector: Detector, training: TrainingImages) -> np.ndarray:
     """Directions of all training scans, (m, d)."""
-    return np.concatenate([detector.vectors(images) for images in training.batches()])
+    directions, filled = np.zeros((0, 0), np.float32), 0
+    for images in training.batches():
+        vectors = detector.vectors(images)
+        if not filled:
+            directions = np.empty((len(training), vectors.shape[1]), np.float32)  # filled in place: a list of parts would need twice the memory
+        directions[filled : filled + len(vectors)] = vectors
+        filled += len(vectors)
+    return directions
 
 
 def make_detectors(training: TrainingImages, embedder: Embedder, latent: LatentEncoder, vectors: Mapping[str, np.ndarray], mean: np.ndarray) -> list[Detector]:

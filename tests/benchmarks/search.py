@@ -14,13 +14,12 @@ import time
 
 import numpy as np
 
-DIM = 64
 SIZES = [(1_000, 1_000), (10_000, 10_000), (100_000, 30_000)]
 METHODS = ["meddiff", "numpy", "scikit-learn", "faiss"]
 
 
-def vectors(count: int, seed: int) -> np.ndarray:
-    x = np.random.default_rng(seed).standard_normal((count, DIM), dtype=np.float32)
+def vectors(count: int, width: int, seed: int) -> np.ndarray:
+    x = np.random.default_rng(seed).standard_normal((count, width), dtype=np.float32)
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
@@ -39,14 +38,14 @@ def search(method: str, queries: np.ndarray, references: np.ndarray, k: int) -> 
         return 1 - distance**2 / 2
     import faiss
 
-    index = faiss.IndexFlatIP(DIM)
+    index = faiss.IndexFlatIP(references.shape[1])
     index.add(references)
     return index.search(queries, k)[0]
 
 
-def one(method: str, queries: int, references: int, k: int) -> None:
-    a, b = vectors(queries, 0), vectors(references, 1)
-    search(method, a[:100], b[:100], k)  # imports and threads
+def one(method: str, queries: int, references: int, width: int, k: int) -> None:
+    a, b = vectors(queries, width, 0), vectors(references, width, 1)
+    search(method, a[:1000], b[:1000], k)  # imports and threads
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     found = search(method, a, b, k)
     seconds = time.perf_counter() - start
@@ -56,7 +55,9 @@ def one(method: str, queries: int, references: int, k: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--one", nargs=4, metavar=("METHOD", "QUERIES", "REFERENCES", "K"))
+    parser.add_argument("--one", nargs=5, metavar=("METHOD", "QUERIES", "REFERENCES", "WIDTH", "K"))
+    parser.add_argument("--width", type=int, default=64, help="numbers per vector (default 64)")
+    parser.add_argument("--neighbours", type=int, default=20, help="how many of the nearest (default 20)")
     arguments = parser.parse_args()
     if arguments.one:
         method, *numbers = arguments.one
@@ -68,7 +69,8 @@ def main() -> None:
             if method == "numpy" and queries * references > 5e8:
                 print(f"{method:14} {queries:>8,} x {references:>7,}  left out: {queries * references * 4 / 2**30:.0f} GiB of similarities")
                 continue
-            done = subprocess.run([sys.executable, __file__, "--one", method, str(queries), str(references), "20"], capture_output=True, text=True)
+            numbers = map(str, (queries, references, arguments.width, arguments.neighbours))
+            done = subprocess.run([sys.executable, __file__, "--one", method, *numbers], capture_output=True, text=True)
             print(done.stdout.strip() or f"{method:14} failed: {done.stderr.strip().splitlines()[-1]}", flush=True)
             if done.stdout:
                 seconds[method].append((queries * references, float(done.stdout.split(" s ")[0].split()[-1])))

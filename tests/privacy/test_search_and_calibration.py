@@ -25,7 +25,9 @@ def test_a_constant_image_is_similar_to_nothing_and_nan_is_refused():
 def test_the_search_is_exact_whatever_the_blocks(monkeypatch, k):
     rng = np.random.default_rng(1)
     queries, references = unit_rows(rng.normal(size=(37, 8))), unit_rows(rng.normal(size=(29, 8)))
-    monkeypatch.setattr(search, "BLOCK_ELEMENTS", 29 * 5)
+    monkeypatch.setattr(search, "QUERIES", 5)
+    monkeypatch.setattr(search, "REFERENCES", 28)
+    monkeypatch.setattr(search, "GROUP", 4)
     similarity, index = nearest(queries, references, k)
     expected = np.sort(queries @ references.T, axis=1)[:, ::-1][:, :k]
     assert similarity.shape == (37, min(k, 29))
