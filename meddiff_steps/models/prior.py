@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
 from torch import Tensor, nn
+from torch.nn import functional
 
 from meddiff_steps.diffusion.schedules import NoiseProcess
 
@@ -17,17 +18,21 @@ TIME_DIM = 64
 #: Residual blocks of a component network.
 BLOCKS = 3
 
+#: Leading components that a component network corrects; those behind them vary little and look Gaussian.
+LEARNT_COMPONENTS = 64
+
 
 class Prior(nn.Module):
     """Best estimates of clean latents and noise if latents were x0 | c ~ N(features(c) @ effects, S).
 
-    S has few principal components, `basis` (R, D) with `variances` (R,), and beside them independent numbers with
-    variances `residual` (D,); see `models.latents.fit_gaussian`.  What all subjects share, linear effects of covariates,
-    and how distant places vary together thus need no training.
+    S has principal components, `basis` (R, D) with `variances` (R,), and beside them a covariance of the c channels at each of
+    the P positions: its eigenvectors `local_basis` (P, c, c), in columns, and eigenvalues `local_variances` (P, c); see
+    `models.latents.fit_gaussian`.  What all subjects share, linear effects of covariates, how distant places vary together
+    and what the channels at one place have to do with each other thus need no training.
 
-    Heads of different size do not differ along straight lines, though.  How components depend on each other and on the
-    covariates is learnt by a `ComponentNet`, which corrects the Gaussian's estimate of the R coefficients and costs
-    next to nothing beside the UNet.
+    Heads of different size do not differ along straight lines, though.  How the leading components depend on each other
+    and on the covariates is learnt by a `ComponentNet`, which corrects the Gaussian's estimate of their coefficients and
+    costs next to nothing beside the UNet.
 
     Parameters
     ----------
@@ -46,7 +51,8 @@ class Prior(nn.Module):
     effects: Tensor
     basis: Tensor
     variances: Tensor
-    residual: Tensor
+    local_basis: Tensor
+    local_variances: Tensor
 
     def __init__(self, process: NoiseProcess, latent_shape: Sequence[int], levels: list[int], rank: int, width: int = 0) -> None:
         super().__init__()
@@ -55,8 +61,11 @@ class Prior(nn.Module):
         self.register_buffer("effects", torch.zeros(features, size))
         self.register_buffer("basis", torch.zeros(rank, size))
         self.register_buffer("variances", torch.ones(rank))
-        self.register_buffer("residual", torch.ones(size))
-        self.network = ComponentNet(rank, features + len(levels), width) if width else None
+        channels, positions = latent_shape[0], size // latent_shape[0]
+        self.register_buffer("local_basis", torch.eye(channels).expand(positions, -1, -1).clone())
+        self.register_buffer("local_variances", torch.ones(positions, channels))
+        self.learnt = min(rank, LEARNT_COMPONENTS)
+        self.network = ComponentNet(self.learnt, features + len(levels), width) if width else None
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
@@ -64,8 +73,8 @@ class Prior(nn.Module):
         """Estimates of the noise and of the clean latents in x = alpha * x0 + sigma * noise; each (b, c, *spatial) float32.
 
         E[x0 | x] = m + alpha S q and E[noise | x] = sigma q with q = (alpha^2 S + sigma^2)^-1 (x - alpha m).  Components
-        are orthonormal, so they are solved each on its own; the rest is solved number by number, without its projection
-        on the components (exact where `residual` is constant, and else up to the R / D of it that components take).
+        are orthonormal, so they are solved each on its own; the rest is solved position by position, without its projection
+        on the components (exact where all local variances are equal, and else up to the R / D of it that components take).
         """
         alpha, sigma = (a.float()[:, None] for a in self.process.alpha_sigma(timesteps))
         mean = covariate_features(covariates, self.levels) @ self.effects
@@ -73,13 +82,16 @@ class Prior(nn.Module):
         y = centred @ self.basis.T
         marginal = alpha**2 * self.variances + sigma**2
         shift = self.deviations(timesteps) * self.correction(y, timesteps, covariates)  # of the clean coefficients
-        weighted = centred / (alpha**2 * self.residual + sigma**2)
-        noise = self._assemble(sigma * weighted, sigma * y / marginal - alpha / sigma * shift)
-        clean = mean + self._assemble(alpha * self.residual * weighted, alpha * self.variances * y / marginal + shift)
+        local = torch.einsum("bcp,pck->bkp", centred.unflatten(1, (x.shape[1], -1)), self.local_basis)
+        local_variances = self.local_variances.T
+        weighted = local / (alpha[..., None] ** 2 * local_variances + sigma[..., None] ** 2)
+        noise = self._assemble(sigma[..., None] * weighted, sigma * y / marginal - alpha / sigma * shift)
+        clean = mean + self._assemble(alpha[..., None] * local_variances * weighted, alpha * self.variances * y / marginal + shift)
         return noise.reshape(x.shape), clean.reshape(x.shape)
 
-    def _assemble(self, rest: Tensor, coefficients: Tensor) -> Tensor:
-        """(b, D) from its coefficients and, for all else, `rest`."""
+    def _assemble(self, local: Tensor, coefficients: Tensor) -> Tensor:
+        """(b, D) from its coefficients and, for all else, `local` (b, c, P) in the coordinates of `local_basis`."""
+        rest = torch.einsum("bkp,pck->bcp", local, self.local_basis).flatten(1)
         return rest + (coefficients - rest @ self.basis.T) @ self.basis
 
     def deviations(self, timesteps: Tensor) -> Tensor:
@@ -94,13 +106,16 @@ class Prior(nn.Module):
         ----------
         y
             Noisy coefficients less alpha times those of the mean, (b, R).
+
+        Components behind the leading ones are not corrected.
         """
         if self.network is None:
             return torch.zeros_like(y)
         alpha, sigma = (a.float()[:, None] for a in self.process.alpha_sigma(timesteps))
         known = torch.isfinite(covariates).float()
         context = torch.cat([covariate_features(covariates, self.levels), known], 1)
-        return self.network(y * (alpha**2 * self.variances + sigma**2).rsqrt(), timesteps, context)
+        standardised = (y * (alpha**2 * self.variances + sigma**2).rsqrt())[:, : self.learnt]
+        return functional.pad(self.network(standardised, timesteps, context), (0, y.shape[1] - self.learnt))
 
 
 class ComponentNet(nn.Module):

@@ -55,7 +55,7 @@ def train_components(data: LatentData, settings: config.Diffusion, levels: list[
     prior = Prior(NoiseProcess.of(settings), data.shards.shape("mean"), levels, len(data.prior["prior.basis"]), width=COMPONENT_WIDTH)
     prior.load_state_dict({name.removeprefix("prior."): value for name, value in data.prior.items() if name.startswith("prior.")}, strict=False)
     assert prior.network is not None
-    coefficients = data.coefficients(data.train_rows), data.coefficients(data.val_rows)
+    coefficients = data.coefficients(data.train_rows), data.coefficients(data.val_rows)  # of all components; the leading ones are judged
     covariates = data.covariates[data.train_rows], data.covariates[data.val_rows]
     schedule = config.Optimiser(steps=settings.component_steps, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE, warmup_steps=WARMUP_STEPS)
     effects = prior.effects @ prior.basis.T
@@ -72,7 +72,7 @@ def train_components(data: LatentData, settings: config.Diffusion, levels: list[
         estimate = alpha * prior.variances * y / (alpha**2 * prior.variances + sigma**2)
         # Near the clean end of a flow nothing is left to correct, and the deviation is 0.
         target = (centred - estimate) / prior.deviations(timesteps).clamp_min(1e-6)
-        return (prior.correction(y, timesteps, given) - target).square().mean()
+        return (prior.correction(y, timesteps, given) - target)[:, : prior.learnt].square().mean()
 
     def held_out() -> float:
         generator = step_generator(root, "components/validation", 0)

@@ -162,21 +162,33 @@ def test_the_gaussian_fit_recovers_effects_and_components():
     assert np.allclose(fit.effects, effects, atol=0.2)
     assert np.allclose(np.abs(fit.basis @ basis.T), np.eye(2), atol=0.05)
     assert np.allclose(fit.variances, [9, 4], rtol=0.15)
-    assert fit.residual.mean() == pytest.approx(0.25, rel=0.1)
+    assert fit.local_variances.mean() == pytest.approx(0.25, rel=0.1)
 
 
 def test_variances_are_those_of_subjects_that_the_components_have_not_seen():
     """Of pure noise in many dimensions, sample components explain far more variance in their own sample than in another."""
-    x = np.random.default_rng(0).normal(size=(200, 500))
+    x = np.random.default_rng(0).normal(size=(200, 5, 100))
     fit = fit_gaussian(lambda row: x[row], np.zeros((200, 1)), rank=5, subjects=np.arange(200))
     assert fit.variances == pytest.approx(np.ones(5), rel=0.25)
-    assert np.square(x @ fit.basis.T).mean() > 5
+    assert np.square(x.reshape(200, -1) @ fit.basis.T).mean() > 5
     variants = x[np.repeat(np.arange(100), 2)]
     fit = fit_gaussian(lambda row: variants[row], np.zeros((200, 1)), rank=5, subjects=np.repeat(np.arange(100), 2))
     assert fit.variances == pytest.approx(np.ones(5), rel=0.25)
 
 
-def random_prior(prediction_type="v_prediction", residual=None, width=0):
+def test_channels_at_one_place_keep_their_covariance():
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(6, 3, 3))  # of three channels, another one at each of six positions
+    x = np.einsum("pij,njp->nip", mixing, rng.normal(size=(2000, 3, 6)))
+    fit = fit_gaussian(lambda row: x[row], np.zeros((2000, 1)), rank=1, subjects=np.arange(2000))
+    component = fit.basis.reshape(3, 6)
+    for p in range(6):
+        local = fit.local_basis[p] @ np.diag(fit.local_variances[p]) @ fit.local_basis[p].T
+        whole = local + fit.variances[0] * np.outer(component[:, p], component[:, p])
+        assert np.allclose(whole, mixing[p] @ mixing[p].T, atol=0.15 * np.abs(mixing[p] @ mixing[p].T).max())
+
+
+def random_prior(prediction_type="v_prediction", local_variances=None, width=0):
     rng = np.random.default_rng(1)
     size = 32
     prior = Prior(NoiseProcess.of(UNET.model_copy(update={"prediction_type": prediction_type})), (4, 4, 2), [0, 2], rank=3, width=width)
@@ -184,7 +196,8 @@ def random_prior(prediction_type="v_prediction", residual=None, width=0):
         "basis": np.linalg.qr(rng.normal(size=(size, 3)))[0].T,
         "effects": rng.normal(size=(3, size)),
         "variances": np.array([5.0, 2.0, 1.0]),
-        "residual": np.full(size, 0.3) if residual is None else residual,
+        "local_variances": np.full((8, 4), 0.3) if local_variances is None else local_variances,
+        "local_basis": np.linalg.qr(rng.normal(size=(8, 4, 4)))[0],
     }
     prior.load_state_dict({name: torch.from_numpy(value).float() for name, value in values.items()}, strict=False)
     return prior, values
@@ -200,7 +213,7 @@ def test_the_prior_is_the_posterior_mean_of_its_gaussian(prediction_type):
     x, t = np.random.default_rng(2).normal(size=(2, 32)), torch.tensor([100.0, 700.0])
     noise, clean = prior(torch.from_numpy(x).float().reshape(2, 4, 4, 2), t, torch.from_numpy(COVARIATES))
     features = covariate_features(COVARIATES, [0, 2])
-    # The residual is variance beside the components, so S on the components is `variances` and 0.3 elsewhere.
+    # Local variances are beside the components, so S on the components is `variances` and 0.3 elsewhere.
     basis = values["basis"]
     covariance = 0.3 * (np.eye(32) - basis.T @ basis) + basis.T @ np.diag(values["variances"]) @ basis
     for i, (alpha, sigma) in enumerate(zip(*(a.numpy() for a in prior.process.alpha_sigma(t)), strict=True)):
@@ -210,9 +223,27 @@ def test_the_prior_is_the_posterior_mean_of_its_gaussian(prediction_type):
         assert np.allclose(noise[i].flatten(), sigma * q, atol=1e-4)
 
 
+def test_the_prior_is_exact_where_components_are_local_ones_too():
+    prior, values = random_prior(local_variances=np.random.default_rng(0).uniform(0.1, 0.5, (8, 4)))
+    local = np.zeros((8, 4, 4, 8))  # position, number, channel, position
+    for p in range(8):
+        local[p, :, :, p] = values["local_basis"][p].T
+    local = local.reshape(32, 32)
+    prior.basis.copy_(torch.from_numpy(local[[3, 10, 30]]))
+    variances = values["local_variances"].ravel()
+    variances[[3, 10, 30]] = values["variances"]
+    covariance = local.T @ np.diag(variances) @ local
+    x, t = np.random.default_rng(2).normal(size=32), torch.tensor([400.0])
+    clean = prior(torch.from_numpy(x).float().reshape(1, 4, 4, 2), t, torch.from_numpy(COVARIATES[:1]))[1]
+    alpha, sigma = (float(a) for a in prior.process.alpha_sigma(t))
+    mean = covariate_features(COVARIATES[:1], [0, 2])[0] @ values["effects"]
+    expected = mean + alpha * covariance @ np.linalg.solve(alpha**2 * covariance + sigma**2 * np.eye(32), x - alpha * mean)
+    assert np.allclose(clean.flatten(), expected, atol=1e-4)
+
+
 def test_the_prior_stays_consistent_whatever_its_network_says():
     """alpha * clean + sigma * noise is always x, so every sampler and prediction type sees the same estimate."""
-    prior, _ = random_prior(residual=np.random.default_rng(0).uniform(0.1, 0.5, 32), width=8)
+    prior, _ = random_prior(local_variances=np.random.default_rng(0).uniform(0.1, 0.5, (8, 4)), width=8)
     nn.init.normal_(prior.network.last.weight)
     x, t = torch.randn(2, 4, 4, 2), torch.tensor([100.0, 700.0])
     noise, clean = prior(x, t, torch.from_numpy(COVARIATES))

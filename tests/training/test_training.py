@@ -48,7 +48,8 @@ def latents(tmp_path_factory):
         for _ in range(10):
             shard.append(mean=rng.normal(size=shape.shape), log_variance=np.full(shape.shape, -4.0))
     prior = {"offset": torch.zeros(1, *shape.shape), "scale": torch.ones(1, 4, 1, 1, 1), "prior.effects": torch.zeros(2, 256)}
-    prior |= {"prior.basis": torch.eye(256)[:3], "prior.variances": torch.ones(3), "prior.residual": torch.ones(256)}
+    prior |= {"prior.basis": torch.eye(256)[:3], "prior.variances": torch.ones(3)}
+    prior |= {"prior.local_basis": torch.eye(4).expand(64, 4, 4).clone(), "prior.local_variances": torch.ones(64, 4)}
     prior["prior.network.last.weight"] = torch.ones(3, COMPONENT_WIDTH)  # a trained network, with dropout, has something to say
     return LatentData(Shards([path]), prior, rng.normal(size=(10, 2)).astype(np.float32), np.arange(8), np.arange(8, 10))
 
@@ -191,7 +192,8 @@ def curved_latents(path, bend):
         for row in np.stack([first, second], 1) @ basis + 0.05 * rng.normal(size=(300, 8)):
             shard.append(mean=row.reshape(2, 4), log_variance=np.full((2, 4), -9.0))
     prior = {"offset": torch.zeros(1, 2, 4), "scale": torch.ones(1, 2, 1), "prior.effects": torch.zeros(1, 8)}
-    prior |= {"prior.basis": torch.from_numpy(basis).float(), "prior.variances": torch.ones(2), "prior.residual": torch.full((8,), 0.0025)}
+    prior |= {"prior.basis": torch.from_numpy(basis).float(), "prior.variances": torch.ones(2)}
+    prior |= {"prior.local_basis": torch.eye(2).expand(4, 2, 2).clone(), "prior.local_variances": torch.full((4, 2), 0.0025)}
     return LatentData(Shards([path]), prior, rng.normal(size=(300, 1)).astype(np.float32), np.arange(200), np.arange(200, 300))
 
 

@@ -22,7 +22,8 @@ def latents(path: Path) -> LatentData:
         for _ in range(10):
             shard.append(mean=rng.normal(size=shape.shape), log_variance=np.full(shape.shape, -4.0))
     prior = {"offset": torch.zeros(1, *shape.shape), "scale": torch.ones(1, 4, 1, 1, 1), "prior.effects": torch.zeros(2, 256)}
-    prior |= {"prior.basis": torch.eye(256)[:3], "prior.variances": torch.ones(3), "prior.residual": torch.ones(256)}
+    prior |= {"prior.basis": torch.eye(256)[:3], "prior.variances": torch.ones(3)}
+    prior |= {"prior.local_basis": torch.eye(4).expand(64, 4, 4).clone(), "prior.local_variances": torch.ones(64, 4)}
     return LatentData(Shards([path]), prior, rng.normal(size=(10, 2)).astype(np.float32), np.arange(8), np.arange(8, 10))
 
 
