@@ -39,6 +39,7 @@ STEPS = {
     "segmenter": "train the network that measures volumes, on label maps of real scans",
     "evaluate": "measure covariate fidelity and sharpness against held-out real scans",
     "augment_design": "freeze the design of the augmentation study and check the plan against it",
+    "augment_plan": "choose the subjects that a further generator seed draws for the augmentation study",
     "augment_data": "gather the images that the study's classifiers may learn from",
     "augment": "train the classifiers of some arms of the augmentation study",
     "augment_test": "open the test split once and compare the arms",
