@@ -428,7 +428,8 @@ def _seconds_axis(axes: Axes, entries: Sequence[Mapping[str, Any]]) -> None:
 def sampler_study(results: Mapping[str, Any]) -> bytes:
     """Quality over network passes per image: a row per measure, a column per guidance scale, a line per sampler, a point per number of steps.
 
-    The recommended point has a ring in the first row.  Passes do not depend on the machine; the seconds that they took here stand at the upper edge (a line fitted to all points).
+    The recommended point has a ring in the first row.  Passes do not depend on the machine; the seconds that they took here stand at the upper
+    edge (a line fitted to all points).
 
     Parameters
     ----------
