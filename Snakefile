@@ -36,6 +36,7 @@ rule all:
         LEDGER,
         METRICS,
         REPORT,
+        NEIGHBOURS,
         REQUESTED,
     localrule: True
     message:

@@ -28,6 +28,7 @@ STEPS = {
     "generate": "sample and decode one shard of planned subjects",
     "filter": "reject and redraw images that are too near to a training scan",
     "privacy": "attack the cohort before and after the filter, and give the verdict",
+    "neighbours": "show the released images most like training scans beside these; for the owner of the cohort alone",
     "gate": "stop before the release if the verdict is FAIL",
     "distill": "make a training cohort of accepted synthetic images",
     "images": "write one shard of synthetic images into the release",

@@ -777,6 +777,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "filter": ("generate", "compute", "privacy.subgroup", "privacy.max_attempts"),
     "privacy": ("seed", "covariates", "privacy"),
     "gate": ("privacy.enforce",),
+    "neighbours": ("study", "title", "cohort", "covariates"),
     "distill": ("seed", "covariates", "distill"),
     "images": ("study", "release.suffix", "preprocess"),
     "release": ("study", "title", "cohort", "covariates", *_DESCRIBED, "preprocess", "generate", "distill.subjects"),

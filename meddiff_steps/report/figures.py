@@ -405,6 +405,38 @@ def arms(entries: Sequence[tuple[str, Sequence[tuple[str, Mapping[str, Any]]], S
         return png(drawing)
 
 
+@dataclass(frozen=True)
+class Bars:
+    """One panel of bars: groups of them across, and within each group a bar per series, with what it may at best be."""
+
+    title: str
+    across: list[str]
+    series: dict[str, list[Mapping[str, Any]]]
+    ceilings: dict[str, list[Mapping[str, Any] | None]] = field(default_factory=dict)
+
+
+def bars(panels: Sequence[Bars], label: str) -> bytes:
+    """Figures with intervals as bars from 0, a panel below the other; a short line over a bar is its ceiling."""
+    with styled():
+        drawing = figure(9.2, 2.9 * len(panels))
+        for axes, panel in zip(np.atleast_1d(drawing.subplots(len(panels), 1)), panels, strict=True):
+            width = 0.8 / len(panel.series)
+            for number, (name, figures) in enumerate(panel.series.items()):
+                colour = SERIES[number % len(SERIES)][0]
+                places = np.arange(len(panel.across)) + width * (number - (len(panel.series) - 1) / 2)
+                values, distance = _error(figures)
+                axes.bar(places, values, 0.9 * width, color=colour, hatch=["", "///", "...", "xxx"][number % 4], edgecolor="white", linewidth=0, label=name)
+                axes.errorbar(places, values, yerr=distance, fmt="none", ecolor=INK, elinewidth=1, capsize=2.5)
+                for place, ceiling in zip(places, panel.ceilings.get(name, []), strict=False):
+                    if ceiling and ceiling.get("value") is not None:
+                        axes.hlines(ceiling["value"], place - 0.48 * width, place + 0.48 * width, color=INK, linewidth=1.6)
+            axes.set_xticks(range(len(panel.across)), [wrapped([plain(name)], 14) for name in panel.across], fontsize=8)
+            axes.set(title=panel.title, ylabel=label)
+            axes.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        drawing.tight_layout()
+        return png(drawing)
+
+
 def _seconds_axis(axes: Axes, entries: Sequence[Mapping[str, Any]]) -> None:
     """Seconds per image above an axis of network passes.
 

@@ -150,6 +150,28 @@ def fidelity(predictions: pd.DataFrame, metrics: Mapping[str, Any]) -> list[Pict
     return [Picture(figures.scatter(predictions, metrics), alt, caption)]
 
 
+def subgroups(measured: Mapping[str, Any]) -> list[Picture]:
+    """How well covariates are shown within each level of each label, from the part `subgroups` of evaluation/metrics.json."""
+    panels = []
+    for label, levels in measured.items():
+        known = {level: part["covariates"] for level, part in levels.items() if part["covariates"]}
+        names = [name for name in next(iter(known.values()), {}) if all(name in part for part in known.values())]
+        read = {level: [part[name].get("r") or part[name]["auc"] for name in names] for level, part in known.items()}
+        if len(read) > 1 and names:
+            ceilings = {f"{label} {level}": [one.get("ceiling") for one in found] for level, found in read.items()}
+            panels.append(figures.Bars(f"by {figures.plain(label)}", names, {f"{label} {level}": found for level, found in read.items()}, ceilings))
+    if not panels:
+        return []
+    return [
+        Picture(
+            figures.bars(panels, "r of numbers, AUC of labels"),
+            "How well each covariate is shown, by subgroup.",
+            "Bars: requested against measured in synthetic images, with 95 % intervals; the line over a bar is its ceiling, the same on held-out scans of the "
+            "subgroup. Good: bars of one covariate alike, each at its ceiling. Bad: one subgroup below its ceiling while another is at it.",
+        )
+    ]
+
+
 def realism(places: pd.DataFrame, spaces: Mapping[str, Any]) -> list[Picture]:
     """Real and synthetic images as points of every feature space."""
     if places.empty:
@@ -217,6 +239,18 @@ def augmentation(arms: Sequence[Mapping[str, Any]], reference: float, curves: Se
             "Overlapping bars do not mean that two arms are alike, since they saw the same test subjects: the table of differences decides.",
         )
     ]
+    grouped = [(arm["name"], arm["figures"]["test"]["groups"]) for arm in arms if "groups" in arm["figures"].get("test", {})]
+    if grouped:
+        levels = list(grouped[0][1])
+        panel = figures.Bars("by subgroup", [name for name, _ in grouped], {level: [groups[level] for _, groups in grouped] for level in levels})
+        pictures.append(
+            Picture(
+                figures.bars([panel], "AUC"),
+                "AUC of every arm by subgroup.",
+                "Bars: AUC within a subgroup of the test split, with 95 % intervals. Good: bars of one arm alike, and higher than in arms without synthetic "
+                "images for every subgroup. Bad: an arm that gains for one subgroup and loses for another. Small subgroups have long intervals.",
+            )
+        )
     if curves:
         pictures.append(
             Picture(
@@ -227,3 +261,39 @@ def augmentation(arms: Sequence[Mapping[str, Any]], reference: float, curves: Se
             )
         )
     return pictures
+
+
+def neighbours(
+    chosen: pd.DataFrame, limit: float, synthetic: Shards, real: Shards, planned: pd.DataFrame, scans: pd.DataFrame, covariates: Covariates
+) -> Picture:
+    """Synthetic images beside the training scan that a detector takes for most like them.
+
+    Parameters
+    ----------
+    chosen
+        sample_id, similarity and scan_id, a row per pair, most alike first.
+    limit
+        Similarity from which the filter rejects.
+    synthetic, real
+        Accepted and preprocessed images.
+    planned, scans
+        Requested and true covariates.
+    """
+    made = _rows(synthetic, "sample_id", planned).set_index("sample_id")
+    known = _rows(real, "scan_id", scans).set_index("scan_id")
+    spatial_dims = len(real.shape("image")) - 1
+    columns, width = (2, 92) if spatial_dims == 3 else (6, 26)
+    tiles = []
+    for pair in chosen.itertuples():
+        for title, table, shards, name in (
+            (f"{pair.sample_id}, similarity {pair.similarity:.3f}", made, synthetic, pair.sample_id),
+            (f"{pair.scan_id}, training", known, real, pair.scan_id),
+        ):
+            row = table.loc[name]
+            tiles.append(figures.Tile(shards.tensor("image", int(row["row"])), f"{title}\n{figures.wrapped(_facts(row, covariates), width)}"))
+    return Picture(
+        figures.image_grid([figures.Block("", tiles, columns)], title="Left: synthetic. Right: the nearest training scan"),
+        f"{len(chosen)} synthetic images, each beside the training scan most like it.",
+        f"The {len(chosen)} released images most like a training scan; from a similarity of {limit:.3f} on, the filter rejects. Good: two people who "
+        "resemble each other as strangers of their age and sex do. Bad: the same folds, the same shape of a ventricle or the same device in both.",
+    )

@@ -220,7 +220,7 @@ def fidelity_section(metrics: Mapping[str, Any], predictions: pd.DataFrame) -> S
         "fidelity",
         "Do the images show what was asked for?",
         text=text,
-        pictures=drawn.fidelity(predictions, covariates),
+        pictures=[*drawn.fidelity(predictions, covariates), *drawn.subgroups(metrics["subgroups"])],
         tables=[table for table in shown if table.rows],
     )
 
