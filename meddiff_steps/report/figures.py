@@ -430,7 +430,7 @@ def bars(panels: Sequence[Bars], label: str) -> bytes:
                 for place, ceiling in zip(places, panel.ceilings.get(name, []), strict=False):
                     if ceiling and ceiling.get("value") is not None:
                         axes.hlines(ceiling["value"], place - 0.48 * width, place + 0.48 * width, color=INK, linewidth=1.6)
-            axes.set_xticks(range(len(panel.across)), [wrapped([plain(name)], 14) for name in panel.across], fontsize=8)
+            axes.set_xticks(range(len(panel.across)), [wrapped([plain(name)], 20) for name in panel.across], fontsize=8)
             axes.set(title=panel.title, ylabel=label)
             axes.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         drawing.tight_layout()

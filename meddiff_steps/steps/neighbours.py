@@ -55,7 +55,7 @@ def run(
         first = accepted.nlargest(PAIRS, f"similarity_{name}", keep="all").sort_values([f"similarity_{name}", "sample_id"], ascending=[False, True])[:PAIRS]
         nearest = [names[int(i)] for i in first[f"nearest_{name}"]]
         pairs = pd.DataFrame({"sample_id": first["sample_id"], "similarity": first[f"similarity_{name}"], "scan_id": nearest})
-        shown = pictures.neighbours(pairs, float(card["thresholds"][name]), made, real, planned, scans, study.covariates)
+        shown = pictures.neighbours(pairs, (card.get("thresholds") or {}).get(name), made, real, planned, scans, study.covariates)
         sections.append(Section(name, f"By the detector {name}", text=[MEANING.get(name, "")], pictures=[shown]))
     page = render(
         title=f"{study.title or study.study}: nearest training scans",

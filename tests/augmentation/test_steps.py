@@ -356,7 +356,7 @@ def test_the_report_shows_verdict_arms_and_curve(tiny: Tiny) -> None:
     page = render(title="t", study="s", lead="l", simulated=True, headline=[], sections=[section]).decode()
     assert f"Verdict: {results(tiny)['verdict']}" in page
     assert "opened once" in page
-    assert page.count("<img") == 2
+    assert page.count("<img") == 3
     for arm in ARMS:
         assert str(arm["name"]) in page
     twice = augmentation_section(results(tiny), {"designs": 3})
