@@ -17,12 +17,9 @@ from scipy.stats import norm, rankdata
 from scipy.stats import t as student
 from statsmodels.stats.multitest import multipletests
 
-from meddiff_steps.evaluation.statistics import Bootstrap, Figure, Statistic, auc, figure, macro, mean_of, philox, rounded
+from meddiff_steps.evaluation.statistics import Bootstrap, Figure, Statistic, auc, calibration_error, figure, macro, mean_of, philox, rounded
 
 Verdict = Literal["helps", "no evidence", "harms", "not evaluated"]
-
-#: Bins of equal width of the expected calibration error.
-ECE_BINS = 10
 
 
 # ------------------------------------------------------------------------------------------------- figures
@@ -49,16 +46,6 @@ def average_precision(labels: np.ndarray, scores: np.ndarray) -> Statistic:
 def brier(labels: np.ndarray, scores: np.ndarray) -> Statistic:
     """Mean squared difference of probability and outcome (Brier 1950); 0 is perfect."""
     return mean_of(np.square(np.asarray(labels, dtype=float) - scores))
-
-
-def calibration_error(labels: np.ndarray, scores: np.ndarray) -> Statistic:
-    """Expected calibration error over `ECE_BINS` bins of equal width (Guo et al. 2017); 0 is perfect.
-
-    It is biased upwards where bins hold few subjects, alike in every arm.
-    """
-    bins = np.minimum((np.asarray(scores) * ECE_BINS).astype(int), ECE_BINS - 1)
-    gaps = (np.arange(ECE_BINS) == bins[:, None]) * (np.asarray(labels, dtype=float) - scores)[:, None]
-    return lambda weights: np.abs(weights @ gaps).sum(1) / weights.sum(1)
 
 
 #: Figures of one classifier by name.
