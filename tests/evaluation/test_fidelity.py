@@ -57,7 +57,7 @@ def test_figures_of_known_predictions() -> None:
     assert b["slope"]["value"] == pytest.approx(0.5)
     assert out["sex"]["auc"]["value"] > 0.98
     assert out["site"]["auc"]["value"] == 1.0
-    assert out["sex"]["ece"]["value"] == pytest.approx(0.3, abs=0.02)  # 0.7 where all are M, 0.3 where none is
+    assert out["sex"]["ece"]["value"] == pytest.approx(0.3, abs=0.04)  # 0.7 where all are M, 0.3 where none is; less where both share a bin
     assert out["site"]["ece"]["value"] == pytest.approx(0.1)  # 0.9 instead of 1, 0.1 instead of 0
     assert out["sex"]["ece"]["low"] < out["sex"]["ece"]["value"] < out["sex"]["ece"]["high"]
     assert out["sex"]["ece"]["ceiling"]["n"] == 80
