@@ -22,9 +22,9 @@ include: "rules/privacy.smk"
 include: "rules/release.smk"
 include: "rules/exports.smk"
 include: "rules/evaluate.smk"
+include: "rules/distill.smk"
 include: "rules/augment.smk"
 include: "rules/report.smk"
-include: "rules/distill.smk"
 include: "rules/audit.smk"
 include: "rules/regenerate.smk"
 
@@ -36,6 +36,7 @@ rule all:
         LEDGER,
         METRICS,
         REPORT,
+        NEIGHBOURS,
         REQUESTED,
     localrule: True
     message:

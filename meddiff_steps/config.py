@@ -396,6 +396,9 @@ class FeatureNetwork(Section):
 
 
 class Evaluate(Section):
+    seed: str | None = Field(
+        None, min_length=1, description="Root of the random numbers of evaluation: resamples, pairs, folds, permutations. The study's `seed` when left out."
+    )
     bootstrap: Annotated[int, Field(ge=100)] = 1000
     sweep_steps: Annotated[int, Field(ge=3)] = Field(5, description="Images per counterfactual sweep in the report.")
     max_images: Annotated[int, Field(ge=20, le=5000)] = Field(
@@ -490,6 +493,11 @@ class Arm(Section):
         return self
 
     @property
+    def drawn(self) -> bool:
+        """Whether the arm learns from images that a generator drew, so that each generator seed makes another training set of it."""
+        return self.synthetic > 0 and self.source != "reconstruction"
+
+    @property
     def plain(self) -> bool:
         """Whether the arm is real scans and nothing else: what others are compared with."""
         return not (self.synthetic or self.classical or self.mixup) and self.balance == "none" and self.test == "real"
@@ -550,6 +558,14 @@ class Augment(Section):
     seeds: Annotated[int, Field(ge=2, le=100)] = Field(
         5, description="Classifiers per arm: initial weights and order of batches. Below 5, intervals are very wide."
     )
+    generator_seeds: Annotated[int, Field(ge=1, le=20)] = Field(
+        1,
+        description="Cohorts that arms with synthetic images are made of: the released one, and others of the same requests with other noise, of just the "
+        "subjects that arms need. Every classifier seed is run with each of them.",
+    )
+    retrain: bool = Field(
+        False, description="Whether every further generator seed trains a diffusion model of its own, which costs as much as the first. Else all draw from one."
+    )
     jobs: PositiveInt = Field(1, description="Jobs that the arms are spread over.")
     bootstrap: Annotated[int, Field(ge=200)] = Field(2000, description="Resamples of subjects and seeds.")
     classifier: Classifier = Classifier()
@@ -568,6 +584,8 @@ class Augment(Section):
             raise ValueError(f"primary compares the arm {self.primary.reference} with itself")
         if arms[self.primary.reference].synthetic:
             raise ValueError(f"primary.reference {self.primary.reference} has synthetic images; it must be an arm without")
+        if self.retrain and self.generator_seeds == 1:
+            raise ValueError("retrain: the one generator seed is the released model; set generator_seeds to 2 or more")
         return self
 
     @property
@@ -761,6 +779,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "filter": ("generate", "compute", "privacy.subgroup", "privacy.max_attempts"),
     "privacy": ("seed", "covariates", "privacy"),
     "gate": ("privacy.enforce",),
+    "neighbours": ("study", "title", "cohort", "covariates"),
     "distill": ("seed", "covariates", "distill"),
     "images": ("study", "release.suffix", "preprocess"),
     "release": ("study", "title", "cohort", "covariates", *_DESCRIBED, "preprocess", "generate", "distill.subjects"),
@@ -779,6 +798,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     ),
     "showcase": ("seed", "covariates", "generate", "evaluate.sweep_steps", "compute"),
     "augment_design": ("seed", "covariates", "plan", "augment"),
+    "augment_plan": ("seed", "covariates", "augment"),
     "augment_data": ("seed", "covariates", "augment", "compute"),
     "augment": ("seed", "augment", "compute"),
     "augment_test": ("seed", "covariates", "augment"),

@@ -84,7 +84,12 @@ def newest_study(results: Path) -> Study:
 
 def stage_of(log: Path) -> str:
     """Name of the stage of a log: `generate/0003.log` and `augment/train/a-0.log` are one job of many, `augment/data.log` is a stage."""
-    many = log.parent.as_posix() in (*COHORT_STAGES, *PLAN_STAGES, "distilled/latents", "augment/train")
+    many = log.parent.as_posix() in (
+        *COHORT_STAGES,
+        *PLAN_STAGES,
+        "distilled/latents",
+        *(f"augment/{name}" for name in ("train", "plan", "generate", "filter", "diffusion")),
+    )
     return (log.parent if many else log.with_suffix("")).as_posix()
 
 

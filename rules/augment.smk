@@ -5,6 +5,13 @@ if STUDY.augment.target:
     AUGMENT_SOURCES = ({"generated": expand(GENERATED, shard=PLAN_SHARDS)} if "generated" in STUDY.augment.sources else {}) | (
         AUTOENCODER_FILES if "reconstruction" in STUDY.augment.sources else {}
     )
+    # Further generator seeds, and the kinds of their images that arms learn from.
+    GENERATORS = range(1, STUDY.augment.generator_seeds)
+    AUGMENT_SOURCES |= {
+        f"more_{kind}": expand(GENERATOR_FILES[kind], generator=GENERATORS, shard=PLAN_SHARDS)
+        for kind in ("filtered", "generated")
+        if GENERATORS and kind in STUDY.augment.sources
+    }
 
     rule augment_design:
         input:
@@ -57,7 +64,11 @@ if STUDY.augment.target:
         params:
             config=settings("augment_data"),
             code=code_digest("augment_data"),
-            shards=lambda wildcards, input: " ".join(repeat(f"--{name}", input[name]) for name in ("images", "filtered", "generated") if name in input.keys()),
+            shards=lambda wildcards, input: " ".join(
+                repeat(f"--{name.replace('_', '-')}", input[name])
+                for name in ("images", "filtered", "generated", "more_filtered", "more_generated")
+                if name in input.keys()
+            ),
             models=lambda wildcards, input: options(input, [name for name in AUTOENCODER_FILES if name in input.keys()]),
         message:
             "Gathering what the classifiers learn from"
@@ -129,3 +140,99 @@ if STUDY.augment.target:
             "python -m meddiff_steps augment_test --config {params.config} --design {input.design} --samples {input.samples} --reduced {input.reduced} "
             "--manifest {input.manifest} {params.files} --ledger {params.ledger} --opened {output.opened} --predictions {output.predictions} "
             "--out {output.results} --threads {threads} 2>&1 | tee {log}"
+
+
+# With augment.generator_seeds above 1: the subjects that arms need, drawn anew. The rules are those of the released cohort with other files.
+if STUDY.augment.target and STUDY.augment.generator_seeds > 1:
+    GENERATOR_MODEL = {name: GENERATOR_FILES[name] for name in DIFFUSION_FILES} if STUDY.augment.retrain else DIFFUSION_FILES
+
+    rule augment_plan:
+        input:
+            design=DESIGN,
+            manifest=MANIFEST,
+            plan=PLAN,
+        output:
+            GENERATOR_FILES["plan"],
+        log:
+            f"{RESULTS}/logs/augment/plan/{{generator}}.log",
+        benchmark:
+            f"{RESULTS}/benchmarks/augment/plan/{{generator}}.tsv"
+        localrule: True
+        conda:
+            "../envs/meddiff.yaml"
+        threads: 1
+        resources:
+            mem_mb=memory(1500),
+            runtime=minutes(30),
+        params:
+            config=settings("augment_plan"),
+            code=code_digest("augment_plan"),
+        message:
+            "Choosing the subjects of generator seed {wildcards.generator}"
+        shell:
+            "python -m meddiff_steps augment_plan --config {params.config} --design {input.design} --manifest {input.manifest} --plan {input.plan} "
+            "--generator {wildcards.generator} --out {output} 2>&1 | tee {log}"
+
+    use rule generate as augment_generate with:
+        input:
+            **AUTOENCODER_FILES,
+            **GENERATOR_MODEL,
+            plan=GENERATOR_FILES["plan"],
+        output:
+            GENERATOR_FILES["generated"],
+        log:
+            f"{RESULTS}/logs/augment/generate/{{generator}}-{{shard}}.log",
+        benchmark:
+            f"{RESULTS}/benchmarks/augment/generate/{{generator}}-{{shard}}.tsv"
+        params:
+            config=settings("generate"),
+            code=code_digest("generate"),
+            models=lambda wildcards, input: options(input, AUTOENCODER_FILES | DIFFUSION_FILES),
+        message:
+            "Generating shard {wildcards.shard} of generator seed {wildcards.generator}"
+
+    use rule filter as augment_filter with:
+        input:
+            **DETECTOR_FILES,
+            **GENERATOR_MODEL,
+            plan=GENERATOR_FILES["plan"],
+            generated=GENERATOR_FILES["generated"],
+            images=expand(PREPROCESSED, shard=COHORT_SHARDS),
+            reference=REFERENCE,
+            calibration=CALIBRATION,
+        output:
+            images=GENERATOR_FILES["filtered"],
+            decisions=GENERATOR_FILES["decisions"],
+        log:
+            f"{RESULTS}/logs/augment/filter/{{generator}}-{{shard}}.log",
+        benchmark:
+            f"{RESULTS}/benchmarks/augment/filter/{{generator}}-{{shard}}.tsv"
+        message:
+            "Filtering shard {wildcards.shard} of generator seed {wildcards.generator}"
+
+    if STUDY.augment.retrain:
+        # Of what the released model learnt from.
+        GENERATOR_SETTINGS = {
+            str(number): settings("diffusion", STUDY.model_copy(update={"seed": f"{STUDY.seed}/generator/{number}"})) for number in GENERATORS
+        }
+
+        use rule diffusion as augment_diffusion with:
+            input:
+                manifest=DISTILLED_MANIFEST if STUDY.distill.subjects else MANIFEST,
+                latents=expand(DISTILLED_LATENTS, shard=TEACHER_SHARDS) if STUDY.distill.subjects else expand(LATENTS, shard=COHORT_SHARDS),
+                scale=DISTILLED_SCALE if STUDY.distill.subjects else LATENT_SCALE,
+            output:
+                weights=GENERATOR_FILES["diffusion"],
+                card=GENERATOR_FILES["diffusion_card"],
+                history=GENERATOR_FILES["history"],
+            log:
+                f"{RESULTS}/logs/augment/diffusion/{{generator}}.log",
+            benchmark:
+                f"{RESULTS}/benchmarks/augment/diffusion/{{generator}}.tsv"
+            params:
+                config=lambda wildcards: GENERATOR_SETTINGS[wildcards.generator],
+                code=code_digest("diffusion"),
+                latents=lambda wildcards, input: repeat("--latents", input.latents),
+                state=lambda wildcards: f"{STATE}/augmentation/generator-{wildcards.generator}",
+            message:
+                "Training the diffusion model of generator seed {wildcards.generator}"

@@ -112,6 +112,7 @@ DECISIONS_SHARD = f"{RESULTS}/privacy/decisions/shard-{{shard}}.parquet"
 DECISIONS = f"{RESULTS}/privacy/decisions.parquet"
 PRIVACY_REPORT = f"{RESULTS}/privacy/report.json"
 RELEASED = f"{RESULTS}/privacy/released.parquet"
+NEIGHBOURS = f"{RESULTS}/privacy/neighbours.html"
 IMAGES = f"{RESULTS}/images/shard-{{shard}}.parquet"
 RELEASE_ROOT = f"{RESULTS}/release"
 RELEASE = f"{RELEASE_ROOT}/dataset_description.json"
@@ -185,6 +186,20 @@ VALIDATION = f"{RESULTS}/augmentation/classifiers/{{job}}.parquet"
 AUGMENT_PREDICTIONS = f"{RESULTS}/augmentation/predictions.parquet"
 AUGMENT_REPORTS = {"augmentation": f"{RESULTS}/augmentation/results.json", "opened": f"{RESULTS}/augmentation/test-opened.json"} if STUDY.augment.target else {}
 OPENINGS = f"{STATE}/augmentation/openings.jsonl"
+# What generator seeds beyond the released cohort draw, for the augmentation study alone.
+GENERATOR = f"{RESULTS}/augmentation/generator-{{generator}}"
+GENERATOR_FILES = {
+    name: f"{GENERATOR}/{file}"
+    for name, file in (
+        ("plan", "plan.parquet"),
+        ("generated", "generated/shard-{shard}.arrow"),
+        ("filtered", "filtered/shard-{shard}.arrow"),
+        ("decisions", "decisions/shard-{shard}.parquet"),
+        ("diffusion", "diffusion/model.safetensors"),
+        ("diffusion_card", "diffusion/card.json"),
+        ("history", "diffusion/history.parquet"),
+    )
+}
 
 
 def shard_names(count):
@@ -197,6 +212,7 @@ PLAN_SHARDS = shard_names(plan_shards(STUDY.plan, STUDY.generate.shard_size))
 
 wildcard_constraints:
     shard=r"\d{4}",
+    generator=r"[1-9]\d*",
 
 
 # -------------------------------------------------------------------------------------- what jobs ask for

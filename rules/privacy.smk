@@ -158,3 +158,36 @@ rule gate:
     shell:
         "python -m meddiff_steps gate --config {params.config} --report {input.report} --decisions {input.decisions} --plan {input.plan} "
         "--out {output} 2>&1 | tee {log}"
+
+
+rule neighbours:
+    input:
+        manifest=MANIFEST,
+        images=expand(PREPROCESSED, shard=COHORT_SHARDS),
+        plan=PLAN,
+        filtered=expand(FILTERED, shard=PLAN_SHARDS),
+        decisions=DECISIONS,
+        reference=REFERENCE,
+        calibration=CALIBRATION,
+    output:
+        NEIGHBOURS,
+    log:
+        f"{RESULTS}/logs/neighbours.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/neighbours.tsv"
+    localrule: True
+    conda:
+        "../envs/meddiff.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory(3000),
+        runtime=minutes(30),
+    params:
+        config=settings("neighbours"),
+        code=code_digest("neighbours"),
+        shards=lambda wildcards, input: " ".join(repeat(f"--{name}", input[name]) for name in ("images", "filtered")),
+    message:
+        "Showing the released images nearest to training scans, for the owner of the cohort"
+    shell:
+        "python -m meddiff_steps neighbours --config {params.config} --manifest {input.manifest} {params.shards} --plan {input.plan} "
+        "--decisions {input.decisions} --reference {input.reference} --calibration {input.calibration} --out {output} 2>&1 | tee {log}"

@@ -1,14 +1,15 @@
 """Figures of classifiers and of their differences, with intervals over subjects and seeds, and the verdict.
 
-An arm's figure is the mean over its classifiers (seeds).  Its interval is made of two parts that vary independently: subjects
-are resampled with all of their images, and seeds are resampled.  The same draws serve all arms, so differences are paired.
+An arm's figure is the mean over its classifiers: every classifier seed with every generator seed.  Its interval is made of parts that
+vary independently: subjects are resampled with all of their images, classifier seeds are resampled, and generator seeds scatter as
+far as they were seen to.  The same draws serve all arms, so differences are paired.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -16,12 +17,9 @@ from scipy.stats import norm, rankdata
 from scipy.stats import t as student
 from statsmodels.stats.multitest import multipletests
 
-from meddiff_steps.evaluation.statistics import Bootstrap, Figure, Statistic, auc, figure, macro, mean_of, philox, rounded
+from meddiff_steps.evaluation.statistics import Bootstrap, Figure, Statistic, auc, calibration_error, figure, macro, mean_of, philox, rounded
 
 Verdict = Literal["helps", "no evidence", "harms", "not evaluated"]
-
-#: Bins of equal width of the expected calibration error.
-ECE_BINS = 10
 
 
 # ------------------------------------------------------------------------------------------------- figures
@@ -48,16 +46,6 @@ def average_precision(labels: np.ndarray, scores: np.ndarray) -> Statistic:
 def brier(labels: np.ndarray, scores: np.ndarray) -> Statistic:
     """Mean squared difference of probability and outcome (Brier 1950); 0 is perfect."""
     return mean_of(np.square(np.asarray(labels, dtype=float) - scores))
-
-
-def calibration_error(labels: np.ndarray, scores: np.ndarray) -> Statistic:
-    """Expected calibration error over `ECE_BINS` bins of equal width (Guo et al. 2017); 0 is perfect.
-
-    It is biased upwards where bins hold few subjects, alike in every arm.
-    """
-    bins = np.minimum((np.asarray(scores) * ECE_BINS).astype(int), ECE_BINS - 1)
-    gaps = (np.arange(ECE_BINS) == bins[:, None]) * (np.asarray(labels, dtype=float) - scores)[:, None]
-    return lambda weights: np.abs(weights @ gaps).sum(1) / weights.sum(1)
 
 
 #: Figures of one classifier by name.
@@ -89,51 +77,84 @@ def auc_within(levels: np.ndarray, probability: np.ndarray, inside: np.ndarray) 
 
 @dataclass(frozen=True)
 class Draws:
-    """A figure of all rows and seeds, and of each resample (resamples,)."""
+    """A figure of all rows and seeds, and of each resample (resamples,).
+
+    Attributes
+    ----------
+    draws
+        Over subjects and classifier seeds.
+    by_generator, deviations
+        The figure with each generator seed (generators,), and how far the mean over them deviates in each resample (resamples,), as if
+        their spread were known.
+    """
 
     value: float
     draws: np.ndarray
     n: int
+    by_generator: np.ndarray = field(default_factory=lambda: np.zeros(1))
+    deviations: np.ndarray = field(default_factory=lambda: np.zeros(1))
+
+    def widened(self) -> np.ndarray:
+        """All parts together, (resamples,), widened from a normal to a t distribution as far as the spread of generators is uncertain.
+
+        Its degrees of freedom are Satterthwaite's (1946): g - 1 where g generators are all that varies, many where they hardly matter.
+        Two generators alone would multiply the interval by 6.5; taken for a part among others, they do so only where they are most of it.
+        """
+        count = len(self.by_generator)
+        spread = float(np.var(self.by_generator, ddof=1)) / count if count > 1 else 0.0
+        if not spread > 0:
+            return self.draws
+        rest = float(np.var(self.draws[np.isfinite(self.draws)]))
+        freedom = (count - 1) * ((rest + spread) / spread) ** 2
+        return self.value + (self.draws + self.deviations - self.value) * (student.ppf(0.975, freedom) / norm.ppf(0.975))
 
     def figure(self, lowest: float = -1.0) -> Figure:
-        """With its interval, which ends at `lowest` and at 1: the sum of two parts may step beyond what is possible."""
-        return figure(self.value, np.clip(self.draws, lowest, 1.0), self.n)
+        """With its interval, which ends at `lowest` and at 1: the sum of the parts may step beyond what is possible."""
+        return figure(self.value, np.clip(self.widened(), lowest, 1.0), self.n)
 
     def minus(self, other: Draws) -> Draws:
-        return Draws(self.value - other.value, self.draws - other.draws, self.n)
+        return Draws(self.value - other.value, self.draws - other.draws, self.n, self.by_generator - other.by_generator, self.deviations - other.deviations)
 
     def p_value(self) -> float:
         """Two-sided, of no difference: the level at which the percentile interval begins to leave 0 out."""
-        finite = self.draws[np.isfinite(self.draws)]
+        draws = self.widened()
+        finite = draws[np.isfinite(draws)]
         if not math.isfinite(self.value) or len(finite) == 0:
             return math.nan
         return min(1.0, 2.0 * (1 + min((finite <= 0).sum(), (finite >= 0).sum())) / (1 + len(finite)))
 
 
 class Resampling:
-    """Resamples of subjects and of seeds that all arms share.
+    """Resamples of subjects and of both kinds of seeds that all arms share.
 
     Resampling both at once (the pigeonhole bootstrap, Owen 2007) counts the noise of single predictions three times, and a
     bootstrap of five seeds is too narrow: in simulated studies without a difference the error of a nominal 5 % was between 0.3 %
     and 14 %, and of subjects alone up to 62 %.  So the deviations from both are added, and those of seeds are widened from a
-    normal to a t distribution with one degree of freedom fewer than seeds: between 1 % and 4 % in the same studies.
+    normal to a t distribution with one degree of freedom fewer than seeds: between 1 % and 4 % in the same studies.  Generators are
+    crossed with the seeds, and too few to be resampled (two give three different means), so their deviations are normal draws.
 
     Parameters
     ----------
     units
         Subject of each row.
-    seeds
-        Classifiers per arm.
+    seeds, generators
+        Classifiers per arm and generator, and generators.
     """
 
-    def __init__(self, units: Sequence[Any] | np.ndarray, seeds: int, resamples: int, root: str, label: str) -> None:
+    def __init__(self, units: Sequence[Any] | np.ndarray, seeds: int, resamples: int, root: str, label: str, generators: int = 1) -> None:
         self.subjects = Bootstrap(units, resamples, root, f"augment|{label}")
         drawn = philox(root, f"augment|{label}|seeds").multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
         widened = math.sqrt(seeds / (seeds - 1)) * student.ppf(0.975, seeds - 1) / norm.ppf(0.975)
+        self.seeds, self.generators = seeds, generators
         self.seed_deviations = widened * (drawn - 1 / seeds)
+        normals = philox(root, f"augment|{label}|generators").standard_normal((resamples, generators))
+        self.generator_deviations = normals / math.sqrt(max(1, generators * (generators - 1)))
 
     def draws(self, statistics: Mapping[str, Sequence[Statistic]]) -> dict[str, Draws]:
-        """Every named figure, given its statistic for each seed; the resamples of subjects are drawn once for all."""
+        """Every named figure, given its statistics for each seed of the first generator, then of the second, and so on.
+
+        A figure that no generator enters has as many statistics as there are seeds.  The resamples of subjects are drawn once for all.
+        """
         if self.subjects.rows == 0:
             empty = np.full(self.subjects.resamples, math.nan)
             return dict.fromkeys(statistics, Draws(math.nan, empty, 0))
@@ -145,8 +166,11 @@ class Resampling:
                 for name, of_seeds in statistics.items():
                     parts[name].append(np.stack([statistic(weights) for statistic in of_seeds], axis=1))
             for name, of_seeds in statistics.items():
-                each = np.array([statistic(everyone)[0] for statistic in of_seeds])
-                out[name] = Draws(float(each.mean()), np.concatenate(parts[name]).mean(1) + self.seed_deviations @ each, self.subjects.n)
+                each = np.array([statistic(everyone)[0] for statistic in of_seeds]).reshape(-1, self.seeds)
+                draws = np.concatenate(parts[name]).mean(1) + self.seed_deviations @ each.mean(0)
+                by_generator = np.broadcast_to(each.mean(1), self.generators)
+                deviations = self.generator_deviations @ (by_generator - by_generator.mean())
+                out[name] = Draws(float(each.mean()), draws, self.subjects.n, by_generator, deviations)
         return out
 
 

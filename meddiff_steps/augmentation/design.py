@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,8 @@ from meddiff_steps.cohort.splits import stable_fraction
 from meddiff_steps.config import Arm, Augment, CategoricalCovariate, Covariates, PlanGroup, canonical_json
 from meddiff_steps.errors import UserError
 
+#: Further generator seeds draw so many subjects more than arms need, in case the filter gives some up.
+RESERVE = 0.1
 #: Splits that training and choices may see.
 OPEN_SPLITS = ("train", "val")
 
@@ -39,16 +40,23 @@ def levels_of(augment: Augment, covariates: Covariates) -> list[str]:
     return covariate.levels
 
 
-def recipe(arm: Arm) -> str:
-    """Name of what an arm trains: arms with equal training sets share it, whatever they are tested on."""
-    return hashlib.sha256(canonical_json(arm.model_dump(mode="json", exclude={"name", "test"})).encode()).hexdigest()[:12]
+def recipe(arm: Arm, generator: int = 0) -> str:
+    """Name of what an arm trains with one generator seed: arms with equal training sets share it, whatever they are tested on."""
+    name = hashlib.sha256(canonical_json(arm.model_dump(mode="json", exclude={"name", "test"})).encode()).hexdigest()[:12]
+    return f"{name}-{generator}" if generator and arm.drawn else name
 
 
-def recipes(arms: Iterable[Arm]) -> dict[str, Arm]:
-    """One arm per recipe, in the order of the arms."""
-    found: dict[str, Arm] = {}
-    for arm in arms:
-        found.setdefault(recipe(arm), arm)
+def generators_of(arm: Arm, augment: Augment) -> range:
+    """Generator seeds that make a difference to an arm; one where it has no images of a generator."""
+    return range(augment.generator_seeds if arm.drawn else 1)
+
+
+def recipes(augment: Augment) -> dict[str, tuple[Arm, int]]:
+    """One arm and generator seed per recipe, in the order of the arms."""
+    found: dict[str, tuple[Arm, int]] = {}
+    for arm in augment.arms:
+        for generator in generators_of(arm, augment):
+            found.setdefault(recipe(arm, generator), (arm, generator))
     return found
 
 
@@ -65,20 +73,25 @@ def real_samples(manifest: pd.DataFrame, augment: Augment, levels: list[str], se
     Returns
     -------
     DataFrame
-        image_id, kind ("real"), split ("train" or "val"), subject_id, level (position in `levels`), fraction in [0, 1).
+        image_id, kind ("real"), generator (0), split ("train" or "val"), subject_id, level (position in `levels`), fraction in [0, 1).
     """
     rows = manifest[manifest["split"].isin(OPEN_SPLITS) & manifest[augment.target].isin(levels) & ~held_group(manifest, augment)]
     return _samples(rows, "scan_id", "subject_id", "real", rows["split"], rows[augment.target], levels, f"real/v1|{seed}")
 
 
-def synthetic_samples(plan: pd.DataFrame, augment: Augment, groups: list[str], levels: list[str], seed: str, kind: str) -> pd.DataFrame:
-    """Synthetic subjects that may be learnt from, labelled with what was requested of them; columns as `real_samples`."""
+def synthetic_samples(plan: pd.DataFrame, augment: Augment, groups: list[str], levels: list[str], seed: str, kind: str, generator: int = 0) -> pd.DataFrame:
+    """Synthetic subjects that may be learnt from, labelled with what was requested of them; columns as `real_samples`.
+
+    A subject has the same id, request and fraction with every generator seed: arms of two seeds differ by the images alone.
+    """
     rows = plan[plan["group"].isin(groups) & plan[augment.target].isin(levels) & ~held_group(plan, augment)]
-    return _samples(rows, "sample_id", "sample_id", kind, "train", rows[augment.target], levels, f"synthetic/v1|{seed}")
+    return _samples(rows, "sample_id", "sample_id", kind, "train", rows[augment.target], levels, f"synthetic/v1|{seed}", generator)
 
 
-def _samples(rows: pd.DataFrame, key: str, unit: str, kind: str, split: Any, labels: pd.Series, levels: list[str], stream: str) -> pd.DataFrame:
-    table = pd.DataFrame({"image_id": rows[key], "kind": kind, "split": split, "subject_id": rows[unit]})
+def _samples(
+    rows: pd.DataFrame, key: str, unit: str, kind: str, split: Any, labels: pd.Series, levels: list[str], stream: str, generator: int = 0
+) -> pd.DataFrame:
+    table = pd.DataFrame({"image_id": rows[key], "kind": kind, "generator": generator, "split": split, "subject_id": rows[unit]})
     table["level"] = labels.map({level: i for i, level in enumerate(levels)}).astype("int64")
     table["fraction"] = [stable_fraction(f"meddiff/augment/{stream}|{name}") for name in rows[unit]]
     return table.reset_index(drop=True)
@@ -116,8 +129,8 @@ class Composition:
         return np.concatenate([self.real, self.added])
 
 
-def compose(arm: Arm, samples: pd.DataFrame, classes: int) -> Composition:
-    """The training set of one arm.
+def compose(arm: Arm, samples: pd.DataFrame, classes: int, generator: int = 0) -> Composition:
+    """The training set of one arm with the images of one generator seed.
 
     Real subjects are those whose fraction is below `arm.real`, added images those with the smallest fractions of each
     class: both are nested, and neither depends on who else takes part.
@@ -139,7 +152,7 @@ def compose(arm: Arm, samples: pd.DataFrame, classes: int) -> Composition:
     real = np.flatnonzero(is_real & inside)
     whole = np.bincount(level[is_real], minlength=classes)
     wanted = added_counts(arm, np.bincount(level[real], minlength=classes), whole)
-    pool = train & (kind == arm.source)
+    pool = train & (kind == arm.source) & ((samples["generator"].to_numpy() == generator) | (not arm.drawn))
     if arm.source == "reconstruction" and arm.real:
         pool &= inside
     order = np.lexsort((samples["image_id"].to_numpy(dtype=str), fraction))
@@ -191,10 +204,13 @@ def check(augment: Augment, levels: list[str], samples: pd.DataFrame, planned: i
         )
     if len(augment.primary.arms) > 1 and not (samples["split"] == "val").any():
         raise UserError("augment.primary.arms names several arms, and one is chosen on the val split, which is empty. Raise splits.val, or name one arm.")
-    _check_supply(augment, levels, samples, planned)
+    for generator in range(augment.generator_seeds):
+        _check_supply(augment, levels, samples[(samples["kind"] == "real") | (samples["generator"] == generator)], planned)
     listed = []
     for arm in augment.arms:
         made = compose(arm, samples, classes)
+        for generator in generators_of(arm, augment)[1:]:
+            compose(arm, samples, classes, generator)
         counts = {
             name: dict(zip(levels, np.bincount(samples["level"].to_numpy()[rows], minlength=classes).tolist(), strict=True))
             for name, rows in (("real", made.real), ("added", made.added))
@@ -209,7 +225,7 @@ def _check_supply(augment: Augment, levels: list[str], samples: pd.DataFrame, pl
     whole = np.bincount(real["level"], minlength=len(levels))
     short, factor = [], 1.0
     for arm in augment.arms:
-        if not arm.synthetic or arm.source == "reconstruction":
+        if not arm.drawn:
             continue
         share = np.bincount(real.loc[real["fraction"] < arm.real, "level"], minlength=len(levels))
         have = np.bincount(samples.loc[samples["kind"] == arm.source, "level"], minlength=len(levels))
@@ -230,6 +246,23 @@ def _check_supply(augment: Augment, levels: list[str], samples: pd.DataFrame, pl
         )
 
 
+def needed(augment: Augment, levels: list[str], samples: pd.DataFrame) -> list[str]:
+    """Ids of the synthetic subjects that a further generator seed has to draw: what the arms take, and `RESERVE` of each class.
+
+    Parameters
+    ----------
+    samples
+        Real scans and all planned subjects (`kind` "filtered" and "generated"), of generator seed 0.
+    """
+    classes = len(levels)
+    taken = [np.bincount(samples["level"].to_numpy()[compose(arm, samples, classes).added], minlength=classes) for arm in augment.arms if arm.drawn]
+    planned = samples[samples["kind"] == "filtered"].sort_values(["fraction", "image_id"], kind="stable")
+    counts = np.ceil((1 + RESERVE) * np.max(taken, axis=0)) if taken else np.zeros(classes)
+    return [name for number in range(classes) for name in planned.loc[planned["level"] == number, "image_id"][: int(counts[number])]]
+
+
 def design_digest(augment: Augment) -> str:
     """SHA-256 of everything that was decided beforehand."""
-    return hashlib.sha256(canonical_json(augment.model_dump(mode="json", exclude={"jobs"})).encode()).hexdigest()
+    # With one generator seed the digest is that of designs from before there could be several.
+    left_out = {"jobs"} | ({"generator_seeds", "retrain"} if augment.generator_seeds == 1 else set())
+    return hashlib.sha256(canonical_json(augment.model_dump(mode="json", exclude=left_out)).encode()).hexdigest()

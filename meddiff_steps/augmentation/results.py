@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ class Scored:
     units, levels, subgroup
         Subject, true class and subgroup (None where unknown) of each image, (rows,).
     probability
-        Per arm, (seeds, rows, classes).
+        Per arm, (generators, seeds, rows, classes); of an arm that no generator enters, (1, seeds, rows, classes).
     """
 
     units: np.ndarray
@@ -45,15 +45,15 @@ class Scored:
 
 def scored(predictions: pd.DataFrame, tested_on: str, levels: Sequence[str]) -> Scored:
     """One set ("test", "shifted" or "synthetic") of the table of predictions, see docs/contracts.md for its columns."""
-    table = predictions[predictions["set"] == tested_on].sort_values(["arm", "seed", "image_id"], kind="stable")
+    table = predictions[predictions["set"] == tested_on].sort_values(["arm", "generator", "seed", "image_id"], kind="stable")
     columns = [f"probability_{level}" for level in levels]
     probability: dict[str, np.ndarray] = {}
     images = table.drop_duplicates("image_id").sort_values("image_id", kind="stable")
     for arm, part in table.groupby("arm", sort=False):
-        seeds = part["seed"].nunique()
-        if len(part) != seeds * len(images):
+        cells = part["generator"].nunique(), part["seed"].nunique(), len(images)
+        if len(part) != np.prod(cells):
             raise UserError(f"predictions of arm {arm} on {tested_on} images are incomplete. Run `augment_test` again.")
-        probability[str(arm)] = part[columns].to_numpy(dtype=float).reshape(seeds, len(images), len(levels))
+        probability[str(arm)] = part[columns].to_numpy(dtype=float).reshape(*cells, len(levels))
     numbers = images["level"].map({level: i for i, level in enumerate(levels)}).to_numpy(dtype=int)
     return Scored(images["subject_id"].to_numpy(dtype=str), numbers, images["subgroup"].to_numpy(dtype=object), probability)
 
@@ -102,16 +102,16 @@ def contrasts_of(augment: Augment, primary: str) -> list[tuple[str, str]]:
 
 
 def _statistics(data: Scored, names: Sequence[str]) -> dict[str, list[Statistic]]:
-    """Statistics by "arm|figure" and, for subgroups, "arm|auc|group", each for every seed."""
+    """Statistics by "arm|figure" and, for subgroups, "arm|auc|group", each for every generator and seed."""
     groups = sorted({str(group) for group in data.subgroup if group is not None and group == group})
     found: dict[str, list[Statistic]] = {}
     for arm in names:
-        seeds = data.probability[arm]
+        cells = _cells(data.probability[arm])
         for name, kind in FIGURES.items():
-            found[f"{arm}|{name}"] = [one_versus_rest(kind, data.levels, probability) for probability in seeds]
+            found[f"{arm}|{name}"] = [one_versus_rest(kind, data.levels, probability) for probability in cells]
         for group in groups:
             inside = data.subgroup == group
-            found[f"{arm}|auc|{group}"] = [auc_within(data.levels, probability, inside) for probability in seeds]
+            found[f"{arm}|auc|{group}"] = [auc_within(data.levels, probability, inside) for probability in cells]
     return found
 
 
@@ -121,22 +121,26 @@ def measure(data: Scored, augment: Augment, root: str, label: str) -> tuple[dict
     Returns
     -------
     entries
-        Per arm: auc, auprc, brier, ece (figures), `seeds` (AUC per seed), `sd_over_seeds`, and with subgroups `groups`,
+        Per arm: auc, auprc, brier, ece (figures), `seeds` (AUC of each classifier, by generator and seed), `sd_over_seeds` (of means over
+        generators), with several generators `generators` (mean AUC of each) and `sd_over_generators`, and with subgroups `groups`,
         `worst_group_auc` and `gap` (largest minus smallest AUC of a group).
     aucs
         The draws behind `auc`, for paired differences.
     """
     names = list(data.probability)
-    seeds = len(next(iter(data.probability.values())))
-    draws = Resampling(data.units, seeds, augment.bootstrap, root, label).draws(_statistics(data, names))
+    generators, seeds = (max(cells) for cells in zip(*(probability.shape[:2] for probability in data.probability.values()), strict=True))
+    draws = Resampling(data.units, seeds, augment.bootstrap, root, label, generators).draws(_statistics(data, names))
     entries: dict[str, dict[str, Any]] = {}
     everyone = np.ones((1, len(data.units)))
     for arm in names:
         with np.errstate(divide="ignore", invalid="ignore"):
-            each = [float(one_versus_rest(auc, data.levels, probability)(everyone)[0]) for probability in data.probability[arm]]
+            each = np.array([one_versus_rest(auc, data.levels, probability)(everyone)[0] for probability in _cells(data.probability[arm])]).reshape(-1, seeds)
         entry: dict[str, Any] = {name: draws[f"{arm}|{name}"].figure(lowest=0.0) for name in FIGURES}
-        entry["seeds"] = [rounded(value) for value in each]
-        entry["sd_over_seeds"] = rounded(float(np.std(each, ddof=1))) if len(each) > 1 else None
+        entry["seeds"] = [rounded(float(value)) for value in each.ravel()]
+        entry["sd_over_seeds"] = rounded(float(np.std(each.mean(0), ddof=1))) if seeds > 1 else None
+        if len(each) > 1:
+            entry["generators"] = [rounded(float(value)) for value in each.mean(1)]
+            entry["sd_over_generators"] = rounded(float(np.std(each.mean(1), ddof=1)))
         groups = {key.split("|", 2)[2]: value for key, value in draws.items() if key.startswith(f"{arm}|auc|")}
         if groups:
             entry |= _group_figures(data, groups)
@@ -144,11 +148,19 @@ def measure(data: Scored, augment: Augment, root: str, label: str) -> tuple[dict
     return entries, {arm: draws[f"{arm}|auc"] for arm in names}
 
 
+def _cells(probability: np.ndarray) -> np.ndarray:
+    """One classifier after the other, (generators x seeds, rows, classes)."""
+    return probability.reshape(-1, *probability.shape[2:])
+
+
 def _group_figures(data: Scored, groups: Mapping[str, Draws]) -> dict[str, Any]:
-    """AUC per subgroup, that of the worst, and the gap between best and worst."""
+    """AUC per subgroup, that of the worst, and the gap between best and worst.
+
+    fairlearn's MetricFrame gives the same values (`group_min`, `difference`), but no intervals from the resamples that all arms share.
+    """
     sizes = {name: len(set(data.units[data.subgroup == name])) for name in groups}
-    shown: dict[str, Any] = {name: Draws(entry.value, entry.draws, sizes[name]).figure(lowest=0.0) for name, entry in groups.items()}
-    values, draws = np.array([g.value for g in groups.values()]), np.stack([np.clip(g.draws, 0.0, 1.0) for g in groups.values()])
+    shown: dict[str, Any] = {name: replace(entry, n=sizes[name]).figure(lowest=0.0) for name, entry in groups.items()}
+    values, draws = np.array([g.value for g in groups.values()]), np.stack([np.clip(g.widened(), 0.0, 1.0) for g in groups.values()])
     return {
         "groups": shown,
         "worst_group_auc": figure(float(values.min()), draws.min(0), min(sizes.values())),
@@ -168,7 +180,7 @@ def compare(data: Scored, draws: Mapping[str, Draws], pairs: Sequence[tuple[str,
     rows, p_values = [], []
     for number, (arm, reference) in enumerate(pairs):
         difference = draws[arm].minus(draws[reference])
-        first, second = data.probability[arm], data.probability[reference]
+        first, second = _cells(data.probability[arm]), _cells(data.probability[reference])
         binary = first.shape[2] == 2
         p_values.append(difference.p_value())
         rows.append(
@@ -269,7 +281,8 @@ def summarise(
             "test_images_by_level": dict(zip(levels, counts.tolist(), strict=True)),
             "prevalence": rounded(float(counts[-1] / counts.sum())) if counts.sum() and len(levels) == 2 else None,
             "seeds": augment.seeds,
-            "generators": 1,
+            "generators": augment.generator_seeds,
+            "generators_retrained": augment.retrain,
             "validation_subjects": int(validation["subjects"].iloc[0]) if "subjects" in validation and len(validation) else 0,
         },
         "classifier": augment.classifier.model_dump(mode="json"),

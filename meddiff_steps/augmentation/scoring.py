@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from meddiff_steps import config
 from meddiff_steps.augmentation.classifier import PREDICT_BATCH, Reader, build, predict
-from meddiff_steps.augmentation.design import recipe
+from meddiff_steps.augmentation.design import generators_of, recipe
 from meddiff_steps.errors import UserError
 
 
@@ -46,7 +46,7 @@ def load_classifiers(weights: Sequence[Path], settings: config.Classifier, image
 def score(
     classifiers: dict[tuple[str, int], ResNet],
     arms: Sequence[config.Arm],
-    seeds: int,
+    augment: config.Augment,
     facts: pd.DataFrame,
     rows: np.ndarray,
     read: Reader,
@@ -56,6 +56,8 @@ def score(
 
     Parameters
     ----------
+    augment
+        Says how many seeds of classifiers and of generators there are.
     facts
         What the table says of each image (image_id, subject_id, level, subgroup, set), in the order of `rows`.
     rows
@@ -64,9 +66,11 @@ def score(
     Returns
     -------
     DataFrame
-        arm, seed, the columns of `facts`, and a column `probability_LEVEL` per level; empty without arms or images.
+        arm, generator, seed, the columns of `facts`, and a column `probability_LEVEL` per level; empty without arms or images.  An arm
+        without images of a generator has rows of generator 0 alone.
     """
-    wanted = list(dict.fromkeys((recipe(arm), number) for arm in arms for number in range(seeds)))
+    cells = [(arm, generator, number) for arm in arms for generator in generators_of(arm, augment) for number in range(augment.seeds)]
+    wanted = list(dict.fromkeys((recipe(arm, generator), number) for arm, generator, number in cells))
     probability = np.empty((len(wanted), len(rows), len(levels)))
     for start in tqdm(range(0, len(rows) if wanted else 0, PREDICT_BATCH), desc="classifying", mininterval=5, file=sys.stderr):
         chosen = rows[start : start + PREDICT_BATCH]
@@ -74,12 +78,12 @@ def score(
         for number, which in enumerate(wanted):
             probability[number, start : start + len(chosen)] = predict(classifiers[which], images.__getitem__, np.arange(len(chosen)))
     parts = []
-    for arm in arms:
-        for number in range(seeds):
-            found = probability[wanted.index((recipe(arm), number))]
-            columns = {f"probability_{level}": found[:, i] for i, level in enumerate(levels)}
-            parts.append(facts.reset_index(drop=True).assign(arm=arm.name, seed=number, **columns))
+    for arm, generator, number in cells:
+        found = probability[wanted.index((recipe(arm, generator), number))]
+        columns = {f"probability_{level}": found[:, i] for i, level in enumerate(levels)}
+        parts.append(facts.reset_index(drop=True).assign(arm=arm.name, generator=generator, seed=number, **columns))
     if not parts or not len(rows):
         return pd.DataFrame()
     table = pd.concat(parts, ignore_index=True)
-    return table[["arm", "seed", *(name for name in table if name not in ("arm", "seed"))]]
+    first = ["arm", "generator", "seed"]
+    return table[[*first, *(name for name in table if name not in first)]]

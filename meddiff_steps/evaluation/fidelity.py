@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.stats import wasserstein_distance
 
 from meddiff_steps.config import CategoricalCovariate, Covariates
-from meddiff_steps.evaluation.statistics import Bootstrap, Figure, Statistic, auc, centred, figure, macro, mean_of, pearson, philox, slope
+from meddiff_steps.evaluation.statistics import Bootstrap, Figure, Statistic, auc, calibration_error, centred, figure, macro, mean_of, pearson, philox, slope
 
 #: Columns of a predictions table.  `unit` is what is resampled: the subject of a real scan, the noise of a synthetic one.
 #: Numbers have one row per image and level null; a label has a row per level (of two levels: the second), in which
@@ -110,9 +110,9 @@ def covariate_fidelity(predictions: pd.DataFrame, covariates: Covariates, *, res
     dict
         Per continuous covariate: `r` (Pearson, requested and measured), `slope` (of measured on requested), `mae` and `bias`
         (mean of measured minus requested) in `unit`, and `share_of_ceiling` (r over the ceiling's r).  Per categorical covariate:
-        `auc` (one-vs-rest macro average beyond two levels) and `share_of_ceiling`.  Each is a figure; r, slope, mae, bias and auc
-        carry a `ceiling`.  Rows that are extrapolated are left out of all of these; `extrapolation`, where there are such synthetic
-        images, has their `mae` and `bias`.
+        `auc` and `ece`, the expected calibration error of the probabilities (both one-vs-rest macro averages beyond two levels), and
+        `share_of_ceiling` (of auc).  Each is a figure; all but the last carry a `ceiling`.  Rows that are extrapolated are left out
+        of all of these; `extrapolation`, where there are such synthetic images, has their `mae` and `bias`.
     """
     out: dict[str, Any] = {}
     for name, covariate in covariates.items():
@@ -128,6 +128,9 @@ def covariate_fidelity(predictions: pd.DataFrame, covariates: Covariates, *, res
             statistics, units = _label_statistics(part) if categorical else _number_statistics(part)
             boot = Bootstrap(units, resamples, seed, f"fidelity {kind}")
             results[kind] = {key: (*boot.draws(statistic), boot.n) for key, statistic in statistics.items()}
+            if "ece" in statistics:  # a resample repeats images, which makes it look worse calibrated
+                value, draws, n = results[kind]["ece"]
+                results[kind]["ece"] = value, centred(value, draws, 0.0), n
         entry: dict[str, Any] = {"kind": "categorical"} if isinstance(covariate, CategoricalCovariate) else {"kind": "continuous", "unit": covariate.unit}
         for key, drawn in results["synthetic"].items():
             entry[key] = figure(*drawn) | {"ceiling": figure(*results["real"][key])}
@@ -224,18 +227,26 @@ def correlation_structure(predictions: pd.DataFrame, covariates: Covariates, *, 
     Returns
     -------
     dict
-        Per pair of continuous covariates "a~b", Pearson's r over the images where both are known: `requested` and `measured`
-        (synthetic), `true` and `real_measured` (held-out real scans: what the instrument makes of a known correlation).
+        Per pair of covariates "a~b", Pearson's r over the images where both are known: `requested` and `measured` (synthetic), `true`
+        and `real_measured` (held-out real scans: what the instrument makes of a known correlation).  A label enters as a column per level, "a = level"
+        (of two levels: the second), 0 or 1 where it was requested, a probability where it was measured.
     """
-    numbers = [name for name, c in covariates.items() if not isinstance(c, CategoricalCovariate)]
+    columns: dict[str, str] = {}
+    for name, covariate in covariates.items():
+        levels = covariate.levels if isinstance(covariate, CategoricalCovariate) else []
+        levels = levels[1:] if len(levels) == 2 else levels
+        columns |= dict.fromkeys([f"{name} = {level}" for level in levels] or [name], name)
+    labelled = predictions.assign(
+        column=predictions["covariate"].where(predictions["level"].isna(), predictions["covariate"] + " = " + predictions["level"].fillna(""))
+    )
     wide = {
-        kind: predictions[(predictions["kind"] == kind) & predictions["covariate"].isin(numbers)].pivot(
-            index=["id", "unit"], columns="covariate", values=["requested_or_true", "measured"]
-        )
+        kind: labelled[labelled["kind"] == kind].pivot(index=["id", "unit"], columns="column", values=["requested_or_true", "measured"])
         for kind in ("synthetic", "real")
     }
     out: dict[str, dict[str, Figure]] = {}
-    for a, b in combinations(numbers, 2):
+    for a, b in combinations(columns, 2):
+        if columns[a] == columns[b]:
+            continue
         pair: dict[str, Figure] = {}
         for kind, names in (("synthetic", ("requested", "measured")), ("real", ("true", "real_measured"))):
             if not {("measured", a), ("measured", b)} <= set(wide[kind].columns):
@@ -259,10 +270,13 @@ def _number_statistics(rows: pd.DataFrame) -> tuple[dict[str, Statistic], np.nda
 
 
 def _label_statistics(rows: pd.DataFrame) -> tuple[dict[str, Statistic], np.ndarray]:
-    """AUC per level over the same images in the same order, averaged."""
-    per_level, units = [], np.empty(0, dtype=str)
+    """AUC and calibration error per level over the same images in the same order, averaged."""
+    aucs, errors, units = [], [], np.empty(0, dtype=str)
     for _, part in rows.groupby("level", sort=True):
         ordered = part.sort_values("id", kind="stable")
         units = ordered["unit"].to_numpy(dtype=str)
-        per_level.append(auc(ordered["requested_or_true"].to_numpy() > 0.5, ordered["measured"].to_numpy()))
-    return {"auc": macro(per_level) if per_level else mean_of(np.empty(0))}, units
+        truth, measured = ordered["requested_or_true"].to_numpy() > 0.5, ordered["measured"].to_numpy()
+        aucs.append(auc(truth, measured))
+        errors.append(calibration_error(truth, measured))
+    empty = mean_of(np.empty(0))
+    return {"auc": macro(aucs) if aucs else empty, "ece": macro(errors) if errors else empty}, units

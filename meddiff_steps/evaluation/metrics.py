@@ -80,7 +80,8 @@ def evaluate(
     UserError
         There are no training or no held-out scans, training scans are among the reconstructions, or images are not finite.
     """
-    options: dict[str, Any] = {"resamples": study.evaluate.bootstrap, "seed": study.seed}
+    seed = study.evaluate.seed or study.seed
+    options: dict[str, Any] = {"resamples": study.evaluate.bootstrap, "seed": seed}
     every_train = cohort.of_splits(["train"])
     train = every_train.at_most(MAX_TRAINING_SCANS)
     if len(train) == 0:
@@ -95,7 +96,7 @@ def evaluate(
     predictions = pd.concat([synthetic_table, real_table], ignore_index=True)
     labels = [name for name, c in study.covariates.items() if isinstance(c, CategoricalCovariate)]
     levels = pd.concat([images.table.set_index(images.key)[labels] for images in (synthetic, real)])
-    like, various, components = realism_and_diversity(spaces, {"training": train, "held_out": real, "synthetic": synthetic}, study.evaluate, seed=study.seed)
+    like, various, components = realism_and_diversity(spaces, {"training": train, "held_out": real, "synthetic": synthetic}, study.evaluate, seed=seed)
 
     shown = reconstructed(paired)
     quality = reconstruction_quality(shown.column("image"), shown.column("reconstruction"), subjects=shown.units.tolist(), **options)
@@ -110,7 +111,7 @@ def evaluate(
     metrics = {
         "covariates": covariate_fidelity(predictions, study.covariates, **options),
         "correlations": correlation_structure(predictions, study.covariates, **options),
-        "distributions": distribution_distances(predictions, study.covariates, resamples=study.evaluate.realism_bootstrap, seed=study.seed),
+        "distributions": distribution_distances(predictions, study.covariates, resamples=study.evaluate.realism_bootstrap, seed=seed),
         "subgroups": subgroup_fidelity(predictions, levels, study.covariates, **options),
         "training_range": {name: list(ends) for name, ends in trained.items()},
         "realism": like,
@@ -177,8 +178,10 @@ def realism_and_diversity(
     images
         `synthetic`, `training` and `held_out`.  As many training scans as synthetic images are taken, so that a floor has the bias of
         its figure.
-    settings, seed
+    settings
         The study's.
+    seed
+        Of all that is drawn.
     """
     count = min(len(images["synthetic"]), len(images["training"]), settings.max_images)
     chosen = {kind: images[kind].at_most(settings.max_images if kind == "held_out" else count) for kind in ("synthetic", "training", "held_out")}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,6 +54,35 @@ def points(settings: Settings, prediction_type: str) -> list[Point]:
     ]
 
 
+def choice(entries: Sequence[Mapping[str, Any]]) -> int | None:
+    """Which point to take: of those that these images do not show to be worse than the best, the one with the fewest passes.
+
+    Worse is a Frechet interval above that of the point with the smallest distance, or a covariate's below that of the same point.
+
+    Parameters
+    ----------
+    entries
+        `points` as `compare` returns them.
+
+    Returns
+    -------
+    int or None
+        Position in `entries`; None where no Frechet distance is known.
+    """
+    known = [entry for entry in entries if entry["frechet"]["low"] is not None]
+    if not known:
+        return None
+    best = min(known, key=lambda entry: entry["frechet"]["value"])
+
+    def as_good(entry: Mapping[str, Any]) -> bool:
+        pairs = [(entry["covariates"][name][key], figure) for name, part in best["covariates"].items() for key, figure in part.items()]
+        return entry["frechet"]["low"] <= best["frechet"]["high"] and not any(
+            mine["high"] is not None and other["low"] is not None and mine["high"] < other["low"] for mine, other in pairs
+        )
+
+    return entries.index(min((entry for entry in known if as_good(entry)), key=lambda entry: (entry["passes"], entry["frechet"]["value"])))
+
+
 #: (sample_id, image (1, *spatial)) of a plan's rows, in any order, drawn in one way; the work is done as it is read.
 Draw = Callable[[Point, pd.DataFrame], Iterable[tuple[str, np.ndarray]]]
 
@@ -80,7 +109,7 @@ def compare(draw: Draw, chosen: Sequence[Point], subjects: pd.DataFrame, cohort:
     -------
     dict
         `images`, `space`, and `points`: `sampler, num_inference_steps, guidance_scale, passes, seconds_per_image`, the figures
-        `frechet` and `kid` with a `floor`, and `covariates`, the figure `r` or `auc` of each, with its `ceiling`.
+        `frechet` and `kid` with a `floor`, and `covariates`, the figure `r` or `auc` of each, with its `ceiling`; `choice`.
     """
     train, real = cohort.of_splits(["train"]).at_most(MAX_TRAINING_SCANS), held_out(cohort)[0].at_most(MAX_HELD_OUT)
     predictors = fit_predictors(train.batches("learning to measure"), train.table, train.units.tolist(), study.covariates)
@@ -114,7 +143,7 @@ def compare(draw: Draw, chosen: Sequence[Point], subjects: pd.DataFrame, cohort:
             entry["frechet"]["value"],
             floors["frechet"]["value"],
         )
-    return {"images": len(subjects), "space": {"name": space.name, "digest": space.digest}, "points": out}
+    return {"images": len(subjects), "space": {"name": space.name, "digest": space.digest}, "points": out, "choice": choice(out)}
 
 
 def _drawn(

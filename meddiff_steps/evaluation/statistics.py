@@ -18,6 +18,8 @@ Statistic = Callable[[np.ndarray], np.ndarray]
 
 #: Weights held at once (elements); bounds the memory of a bootstrap over many rows.
 CHUNK = 2**22
+#: Bins of equal width of the expected calibration error.
+ECE_BINS = 10
 #: Significant digits of every published figure: more would only show the rounding of the machine.
 DIGITS = 6
 
@@ -167,6 +169,16 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> Statistic:
         return (hits * below).sum(1) / (hits.sum(1) * misses.sum(1))
 
     return statistic
+
+
+def calibration_error(labels: np.ndarray, scores: np.ndarray) -> Statistic:
+    """Expected calibration error over `ECE_BINS` bins of equal width (Guo et al. 2017); 0 is perfect.
+
+    It is biased upwards where bins hold few subjects, alike in whatever has as many.
+    """
+    bins = np.minimum((np.asarray(scores) * ECE_BINS).astype(int), ECE_BINS - 1)
+    gaps = (np.arange(ECE_BINS) == bins[:, None]) * (np.asarray(labels, dtype=float) - scores)[:, None]
+    return lambda weights: np.abs(weights @ gaps).sum(1) / weights.sum(1)
 
 
 def macro(statistics: Sequence[Statistic]) -> Statistic:

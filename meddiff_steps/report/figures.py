@@ -19,7 +19,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 REAL, SYNTHETIC, INK, GREY = "#6b7280", "#c2410c", "#111827", "#9ca3af"
 DPI = 120
@@ -405,8 +405,63 @@ def arms(entries: Sequence[tuple[str, Sequence[tuple[str, Mapping[str, Any]]], S
         return png(drawing)
 
 
+@dataclass(frozen=True)
+class Bars:
+    """One panel of bars: groups of them across, and within each group a bar per series, with what it may at best be."""
+
+    title: str
+    across: list[str]
+    series: dict[str, list[Mapping[str, Any]]]
+    ceilings: dict[str, list[Mapping[str, Any] | None]] = field(default_factory=dict)
+
+
+def bars(panels: Sequence[Bars], label: str) -> bytes:
+    """Figures with intervals as bars from 0, a panel below the other; a short line over a bar is its ceiling."""
+    with styled():
+        drawing = figure(9.2, 2.9 * len(panels))
+        for axes, panel in zip(np.atleast_1d(drawing.subplots(len(panels), 1)), panels, strict=True):
+            width = 0.8 / len(panel.series)
+            for number, (name, figures) in enumerate(panel.series.items()):
+                colour = SERIES[number % len(SERIES)][0]
+                places = np.arange(len(panel.across)) + width * (number - (len(panel.series) - 1) / 2)
+                values, distance = _error(figures)
+                axes.bar(places, values, 0.9 * width, color=colour, hatch=["", "///", "...", "xxx"][number % 4], edgecolor="white", linewidth=0, label=name)
+                axes.errorbar(places, values, yerr=distance, fmt="none", ecolor=INK, elinewidth=1, capsize=2.5)
+                for place, ceiling in zip(places, panel.ceilings.get(name, []), strict=False):
+                    if ceiling and ceiling.get("value") is not None:
+                        axes.hlines(ceiling["value"], place - 0.48 * width, place + 0.48 * width, color=INK, linewidth=1.6)
+            axes.set_xticks(range(len(panel.across)), [wrapped([plain(name)], 20) for name in panel.across], fontsize=8)
+            axes.set(title=panel.title, ylabel=label)
+            axes.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        drawing.tight_layout()
+        return png(drawing)
+
+
+def _seconds_axis(axes: Axes, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Seconds per image above an axis of network passes.
+
+    Seconds grow with passes along a line, whose start is what decoding takes: its slope is the median over pairs of points (Theil 1950), which
+    a machine that was busy with something else for a while does not move.
+    """
+    passes, seconds = (np.array([entry[key] for entry in entries], dtype=float) for key in ("passes", "seconds_per_image"))
+    first, second = np.triu_indices(len(passes), 1)
+    apart = passes[first] != passes[second]
+    slopes = (seconds[second] - seconds[first])[apart] / (passes[second] - passes[first])[apart]
+    slope = max(float(np.median(slopes)), 1e-9) if len(slopes) else 1e-9
+    start = max(float(np.median(seconds - slope * passes)), 0.0)
+    upper = axes.secondary_xaxis("top", functions=(lambda x: start + slope * x, lambda s: (s - start) / slope))
+    places = sorted({float(place) for place in passes})[:: max(1, len(set(passes)) // 4)]
+    upper.xaxis.set_major_locator(FixedLocator([start + slope * place for place in places]))
+    upper.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
+    upper.xaxis.set_minor_locator(NullLocator())
+    upper.set_xlabel("seconds per image, here", fontsize=7.5)
+
+
 def sampler_study(results: Mapping[str, Any]) -> bytes:
-    """Quality over seconds per image: a row per measure, a column per guidance scale, a line per sampler, a point per number of steps.
+    """Quality over network passes per image: a row per measure, a column per guidance scale, a line per sampler, a point per number of steps.
+
+    The recommended point has a ring in the first row.  Passes do not depend on the machine; the seconds that they took here stand at the upper
+    edge (a line fitted to all points).
 
     Parameters
     ----------
@@ -415,6 +470,7 @@ def sampler_study(results: Mapping[str, Any]) -> bytes:
     """
     with styled():
         entries = results["points"]
+        recommended = None if results.get("choice") is None else entries[results["choice"]]
         scales, samplers = (list(dict.fromkeys(entry[key] for entry in entries)) for key in ("guidance_scale", "sampler"))
         read: dict[str, Any] = {"Frechet distance (low is good)": lambda entry: entry["frechet"], "KID (0 is good)": lambda entry: entry["kid"]}
         for name, part in entries[0]["covariates"].items():
@@ -432,10 +488,13 @@ def sampler_study(results: Mapping[str, Any]) -> bytes:
                     )
                     values, distance = _error([value(entry) for entry in part])
                     style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": line, "markersize": 5, "linewidth": 1.4, "capsize": 2}
-                    seconds = [entry["seconds_per_image"] for entry in part]
-                    axes.errorbar(seconds, values, yerr=distance, elinewidth=0.7, label=sampler, **style)
+                    # A little apart, since most samplers have the same numbers of passes.
+                    passes = [entry["passes"] * 1.03 ** (number - (len(samplers) - 1) / 2) for entry in part]
+                    axes.errorbar(passes, values, yerr=distance, elinewidth=0.7, label=sampler, **style)
                     if line_number == 0:
-                        for at, height, entry in zip(seconds, values, part, strict=True):
+                        chosen = [(at, value) for at, value, entry in zip(passes, values, part, strict=True) if entry is recommended]
+                        axes.scatter(*zip(*chosen, strict=True) if chosen else ([], []), s=170, facecolors="none", edgecolors=INK, linewidths=1.4, zorder=4)
+                        for at, height, entry in zip(passes, values, part, strict=True):
                             axes.annotate(str(entry["num_inference_steps"]), (at, height), (3, 4), textcoords="offset points", fontsize=6.5, color=colour)
                 best = value(entries[0]).get("floor") or value(entries[0]).get("ceiling")
                 if best and best["value"] is not None:
@@ -447,10 +506,11 @@ def sampler_study(results: Mapping[str, Any]) -> bytes:
                 if line_number == 0:
                     axes.set_yscale("log")
                     axes.set_title(f"guidance scale {scale:g}")
+                    _seconds_axis(axes, entries)
                 elif line_number == 1:  # from below 0 to millions
                     axes.set_yscale("symlog", linthresh=1.0)
                 if line_number == len(grid) - 1:
-                    axes.set_xlabel("seconds per image")
+                    axes.set_xlabel("network passes per image")
             row[0].set_ylabel(label)
         handles, labels = grid[0][0].get_legend_handles_labels()
         drawing.legend(handles, labels, fontsize=8, loc="upper center", ncols=len(samplers))

@@ -97,7 +97,8 @@ def contact_sheet(pairs: list[tuple[Shown, Shown]], study: Study) -> Picture:
     return Picture(
         figures.image_grid(blocks, title=title),
         f"{len(pairs)} held-out {kind.split(',')[0].lower()} images beside {len(pairs)} synthetic ones, each with its covariates.",
-        f"{how}Grey values 0 to 1, bicubic. Each held-out scan stands beside the synthetic image whose request is closest; none was picked by eye.",
+        f"{how}Grey values 0 to 1, bicubic. Each held-out scan stands beside the synthetic image whose request is closest; none was picked by eye. "
+        "Good: as sharp as its partner, with structures of the size that was asked for. Bad: haze in the background, blur, or one face behind all of them.",
     )
 
 
@@ -132,10 +133,14 @@ def showcase(shards: Shards, study: Study) -> list[Picture]:
             name = panel.removeprefix("sweep:")
             covariate = study.covariates.get(name)
             unit = f" ({covariate.unit})" if covariate is not None and not isinstance(covariate, CategoricalCovariate) else ""
-            caption = f"{name}{unit} moved while noise and all other covariates stay. Right: last minus first image, red is brighter."
+            caption = f"{name}{unit} moved while noise and all other covariates stay. Right: last minus first image, red is brighter. "
+            caption += "Good: what this covariate does to anatomy changes step by step, and nothing else. Bad: no change, or another subject at every step."
             pictures.append(Picture(figures.strip(rows, difference=True, views=views), f"Synthetic images of {len(rows)} subjects as {name} changes.", caption))
         else:
-            caption = "From one synthetic subject to another: noise and covariates change together."
+            caption = (
+                "From one synthetic subject to another: noise and covariates change together. Good: every image between is a subject of its own. "
+                "Bad: two subjects seen through each other."
+            )
             picture = figures.strip(rows, difference=False, views=views, row_name="pair")
             pictures.append(Picture(picture, f"{panel}: synthetic images between pairs of subjects.", caption))
     return pictures
@@ -146,8 +151,33 @@ def fidelity(predictions: pd.DataFrame, metrics: Mapping[str, Any]) -> list[Pict
     if not metrics or predictions.empty:
         return []
     alt = f"Requested against measured {', '.join(metrics)}, synthetic images over held-out real scans."
-    caption = "Orange: synthetic, requested against measured. Grey: held-out real scans, true against measured: the predictor's own error. Bars: quartiles."
+    caption = (
+        "Orange: synthetic, requested against measured. Grey: held-out real scans, true against measured: the predictor's own error, the ceiling. Bars: "
+        "quartiles. Good: orange lies along grey. Bad: orange is flatter (requests are followed in part), off to one side (a bias), or a cloud."
+    )
     return [Picture(figures.scatter(predictions, metrics), alt, caption)]
+
+
+def subgroups(measured: Mapping[str, Any]) -> list[Picture]:
+    """How well covariates are shown within each level of each label, from the part `subgroups` of evaluation/metrics.json."""
+    panels = []
+    for label, levels in measured.items():
+        known = {level: part["covariates"] for level, part in levels.items() if part["covariates"]}
+        names = [name for name in next(iter(known.values()), {}) if all(name in part for part in known.values())]
+        read = {level: [part[name].get("r") or part[name]["auc"] for name in names] for level, part in known.items()}
+        if len(read) > 1 and names:
+            ceilings = {f"{label} {level}": [one.get("ceiling") for one in found] for level, found in read.items()}
+            panels.append(figures.Bars(f"by {figures.plain(label)}", names, {f"{label} {level}": found for level, found in read.items()}, ceilings))
+    if not panels:
+        return []
+    return [
+        Picture(
+            figures.bars(panels, "r of numbers, AUC of labels"),
+            "How well each covariate is shown, by subgroup.",
+            "Bars: requested against measured in synthetic images, with 95 % intervals; the line over a bar is its ceiling, the same on held-out scans of the "
+            "subgroup. Good: bars of one covariate alike, each at its ceiling. Bad: one subgroup below its ceiling while another is at it.",
+        )
+    ]
 
 
 def realism(places: pd.DataFrame, spaces: Mapping[str, Any]) -> list[Picture]:
@@ -181,14 +211,19 @@ def reconstruction(shards: Shards) -> Picture:
     return Picture(
         figures.reconstruction_grid(shown),
         "Held-out images, their reconstructions by the autoencoder, and the differences.",
-        "Held-out images at the 10th, 50th and 90th percentile of reconstruction error. Difference: reconstruction minus image, red is brighter.",
+        "Held-out images at the 10th, 50th and 90th percentile of reconstruction error. Difference: reconstruction minus image, red is brighter. "
+        "Good: differences without shape. Bad: edges and folds in them: what the autoencoder loses, no generated image can have.",
     )
 
 
 def histories(training: Mapping[str, pd.DataFrame]) -> list[Picture]:
     """Losses by step of every model that has any."""
     return [
-        Picture(figures.loss_curves(history), f"Training curves of the {name}.", f"Training of the {name}, by step.")
+        Picture(
+            figures.loss_curves(history),
+            f"Training curves of the {name}.",
+            f"Training of the {name}, by step. Good: falling, then flat, val beside train. Bad: val rising while train falls, or still falling.",
+        )
         for name, history in training.items()
         if not history.empty
     ]
@@ -213,10 +248,23 @@ def augmentation(arms: Sequence[Mapping[str, Any]], reference: float, curves: Se
         Picture(
             figures.arms(entries, reference),
             f"AUC of {len(arms)} arms with 95 % intervals.",
-            "Further right is better. Bars: 95 % intervals; circles: single classifiers; grey line: the reference of the verdict; dotted: guessing. "
+            "Good: arms with synthetic images further right than the grey line by more than their bars. Bad: further left. Bars: "
+            "95 % intervals; circles: single classifiers; grey line: the reference of the verdict; dotted: guessing. "
             "Overlapping bars do not mean that two arms are alike, since they saw the same test subjects: the table of differences decides.",
         )
     ]
+    grouped = [(arm["name"], arm["figures"]["test"]["groups"]) for arm in arms if "groups" in arm["figures"].get("test", {})]
+    if grouped:
+        levels = list(grouped[0][1])
+        panel = figures.Bars("by subgroup", [name for name, _ in grouped], {level: [groups[level] for _, groups in grouped] for level in levels})
+        pictures.append(
+            Picture(
+                figures.bars([panel], "AUC"),
+                "AUC of every arm by subgroup.",
+                "Bars: AUC within a subgroup of the test split, with 95 % intervals. Good: bars of one arm alike, and higher than in arms without synthetic "
+                "images for every subgroup. Bad: an arm that gains for one subgroup and loses for another. Small subgroups have long intervals.",
+            )
+        )
     if curves:
         pictures.append(
             Picture(
@@ -227,3 +275,40 @@ def augmentation(arms: Sequence[Mapping[str, Any]], reference: float, curves: Se
             )
         )
     return pictures
+
+
+def neighbours(
+    chosen: pd.DataFrame, limit: float | None, synthetic: Shards, real: Shards, planned: pd.DataFrame, scans: pd.DataFrame, covariates: Covariates
+) -> Picture:
+    """Synthetic images beside the training scan that a detector takes for most like them.
+
+    Parameters
+    ----------
+    chosen
+        sample_id, similarity and scan_id, a row per pair, most alike first.
+    limit
+        Similarity from which the filter rejects; None where it is not calibrated.
+    synthetic, real
+        Accepted and preprocessed images.
+    planned, scans
+        Requested and true covariates.
+    """
+    made = _rows(synthetic, "sample_id", planned).set_index("sample_id")
+    known = _rows(real, "scan_id", scans).set_index("scan_id")
+    spatial_dims = len(real.shape("image")) - 1
+    columns, width = (2, 92) if spatial_dims == 3 else (6, 26)
+    tiles = []
+    for pair in chosen.itertuples():
+        for title, table, shards, name in (
+            (f"{pair.sample_id}, similarity {pair.similarity:.3f}", made, synthetic, pair.sample_id),
+            (f"{pair.scan_id}, training", known, real, pair.scan_id),
+        ):
+            row = table.loc[name]
+            tiles.append(figures.Tile(shards.tensor("image", int(row["row"])), f"{title}\n{figures.wrapped(_facts(row, covariates), width)}"))
+    told = f"from a similarity of {limit:.3f} on, the filter rejects" if limit is not None else "the filter is not calibrated and rejects none"
+    return Picture(
+        figures.image_grid([figures.Block("", tiles, columns)], title="Left: synthetic. Right: the nearest training scan"),
+        f"{len(chosen)} synthetic images, each beside the training scan most like it.",
+        f"The {len(chosen)} released images most like a training scan; {told}. Good: two people who "
+        "resemble each other as strangers of their age and sex do. Bad: the same folds, the same shape of a ventricle or the same device in both.",
+    )

@@ -126,12 +126,19 @@ def augmentation_section(results: Mapping[str, Any], opened: Mapping[str, Any]) 
     reference = next(arm for arm in arms if arm["name"] == primary["reference"])
     cases = ", ".join(f"{number(n)} {level}" for level, n in counts["test_images_by_level"].items())
     chosen = "" if primary["chosen_on"] != "val" else f", chosen on the validation subjects among {', '.join(primary['candidates'])}"
+    generators = counts["generators"]
+    crossed = f" with each of {generators} generator seeds" if generators > 1 else ""
+    if generators == 1:
+        drawn_by = "Intervals resample test subjects and the seeds of classifiers, not generators: there was one."
+    else:
+        models = "diffusion models trained from different seeds" if results["n"]["generators_retrained"] else "one diffusion model, sampled from other noise"
+        drawn_by = f"Intervals cover test subjects, the seeds of classifiers and {generators} generator seeds ({models})."
     text = [
         f"Verdict: {results['verdict']}. {results['verdict_text']} The AUC of {primary['arm']}{chosen} minus that of {primary['reference']} is "
-        f"{interval(primary['difference'])} on {number(counts['test_subjects'])} test subjects, mean of {counts['seeds']} classifiers. The verdict is "
+        f"{interval(primary['difference'])} on {number(counts['test_subjects'])} test subjects, mean of {counts['seeds']} classifiers{crossed}. The verdict is "
         "“helps” where this interval lies above 0, “harms” where it lies below.",
         f"Classifiers learnt to tell {results['target']} from the image, with the same number of steps in every arm. Test images: {cases}. "
-        "The generator learnt from training subjects alone. Intervals resample test subjects and the seeds of classifiers, not generators: there was one.",
+        f"The generator learnt from training subjects alone. {drawn_by}",
         "The test split was opened once, after everything was fixed."
         if opened["designs"] == 1
         else f"The test split has been opened with {opened['designs']} different designs. Figures of the later ones, these among them, flatter.",
@@ -213,7 +220,7 @@ def fidelity_section(metrics: Mapping[str, Any], predictions: pd.DataFrame) -> S
         "fidelity",
         "Do the images show what was asked for?",
         text=text,
-        pictures=drawn.fidelity(predictions, covariates),
+        pictures=[*drawn.fidelity(predictions, covariates), *drawn.subgroups(metrics["subgroups"])],
         tables=[table for table in shown if table.rows],
     )
 

@@ -17,7 +17,7 @@ SPLITS = ("train", "val", "calibration", "test")
 def fidelity_table(metrics: Mapping[str, Any], title: str = "covariate") -> Table:
     """Every fidelity figure beside its ceiling; `title` heads the covariates."""
     rows = []
-    names = {"r": "r", "slope": "slope", "mae": "mean absolute error", "bias": "bias", "auc": "AUC"}
+    names = {"r": "r", "slope": "slope", "mae": "mean absolute error", "bias": "bias", "auc": "AUC", "ece": "calibration error"}
     for name, entry in metrics.items():
         for key, label in names.items():
             if key in entry:

@@ -42,8 +42,8 @@ def run(
         raise UserError(f"{samples}: {found}. Classifiers learn from {' and '.join(OPEN_SPLITS)} alone; run `augment_data` again.")
     level = table["level"].to_numpy()
     tasks = []
-    for name, arm in list(recipes(augment.arms).items())[job :: augment.jobs]:
-        rows = compose(arm, table, len(levels)).rows
+    for name, (arm, generator) in list(recipes(augment).items())[job :: augment.jobs]:
+        rows = compose(arm, table, len(levels), generator).rows
         tasks += [Task(name, number, arm, rows, level[rows]) for number in range(augment.seeds)]
     held = np.flatnonzero((table["split"] == "val").to_numpy())
     device = resolve(study.compute)[0]

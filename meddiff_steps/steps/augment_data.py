@@ -40,6 +40,8 @@ def run(
     generated: Annotated[list[Path] | None, typer.Option(help="generated shard, where arms use images before the filter; repeat for all of them")] = None,
     autoencoder: Annotated[Path | None, typer.Option(help="autoencoder/model.safetensors, where arms use reconstructions")] = None,
     autoencoder_card: Annotated[Path | None, typer.Option(help="autoencoder/card.json")] = None,
+    more_filtered: Annotated[list[Path] | None, typer.Option(help="filtered shard of generator seed 1, then those of 2, and so on, as many of each")] = None,
+    more_generated: Annotated[list[Path] | None, typer.Option(help="generated shard of generator seed 1, then those of 2, and so on")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
 ) -> None:
     """Gather the images of the train and val splits and the synthetic ones, and check that every arm can be made of them."""
@@ -48,14 +50,18 @@ def run(
     groups = read_json(design)["groups"]
     planned = pd.read_parquet(plan)
     real = Shards(images)
-    sources = {"real": (real, "scan_id"), "filtered": (Shards(filtered), "sample_id")}
-    if generated:
-        sources["generated"] = (Shards(generated), "sample_id")
-    if {"generated"} & augment.sources - set(sources):
+    if "generated" in augment.sources and not generated:
         raise UserError("an arm uses images before the filter, and none were given. Name the generated shards with --generated.")
+    # By kind and generator seed: the shards, and their column of ids.
+    sources = {("real", 0): (real, "scan_id"), ("filtered", 0): (Shards(filtered), "sample_id")}
+    if generated:
+        sources["generated", 0] = (Shards(generated), "sample_id")
+    for kind, more in (("filtered", more_filtered), ("generated", more_generated)):
+        if kind in augment.sources:
+            sources |= {(kind, i + 1): (Shards(part), "sample_id") for i, part in enumerate(_by_seed(more or [], augment.generator_seeds - 1, kind))}
     tables = [real_samples(read_manifest(manifest, study.covariates), augment, levels, study.seed)]
-    tables += [synthetic_samples(planned, augment, groups, levels, study.seed, kind) for kind in sources if kind != "real"]
-    table = pd.concat([_with_images(part, *sources[part["kind"].iloc[0]]) for part in tables if len(part)], ignore_index=True)
+    tables += [synthetic_samples(planned, augment, groups, levels, study.seed, *which) for which in sources if which[0] != "real"]
+    table = pd.concat([_with_images(part, *some) for part, some in zip(tables, sources.values(), strict=True) if len(part)], ignore_index=True)
     if "reconstruction" in augment.sources:
         train = table[(table["kind"] == "real") & (table["split"] == "train")]
         table = pd.concat([table, train.assign(kind="reconstruction")], ignore_index=True)
@@ -64,8 +70,8 @@ def run(
     shape = real.shape("image")
     small = tuple(max(1, n // factor(shape[1:], side)) for n in shape[1:])
     with ShardWriter(out, {"image_id": pa.string(), "kind": pa.string(), "image": Tensor("float16", (shape[0], *small))}) as writer:
-        for kind, (shards, key) in sources.items():
-            part = table[table["kind"] == kind]
+        for (kind, generator), (shards, key) in sources.items():
+            part = table[(table["kind"] == kind) & (table["generator"] == generator)]
             for chosen, batch in read_reduced(shards, part["row"].to_numpy(), side, f"reducing {kind} images", key):
                 for position, image in zip(chosen, batch, strict=True):
                     writer.append(image_id=part["image_id"].iloc[position], kind=kind, image=image)
@@ -80,6 +86,14 @@ def run(
         table.drop(columns="row").to_parquet(path, index=False)
     for split in OPEN_SPLITS:
         log.info("%s: %s", split, table.loc[table["split"] == split, "kind"].value_counts().to_dict())
+
+
+def _by_seed(shards: list[Path], seeds: int, kind: str) -> list[list[Path]]:
+    """Shards of each further generator seed."""
+    if bool(shards) != bool(seeds) or (seeds and len(shards) % seeds):
+        raise UserError(f"augment.generator_seeds asks for {seeds} further seeds, and {len(shards)} of their {kind} shards were given. Name as many of each.")
+    count = len(shards) // seeds if seeds else 0
+    return [shards[i * count : (i + 1) * count] for i in range(seeds)]
 
 
 def _with_images(table: pd.DataFrame, shards: Shards, key: str) -> pd.DataFrame:

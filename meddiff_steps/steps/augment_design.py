@@ -28,7 +28,11 @@ def run(
     augment, levels = study.augment, levels_of(study.augment, study.covariates)
     planned = pd.read_parquet(plan)
     groups = usable_groups(augment, study.plan)
-    made = [synthetic_samples(planned, augment, groups, levels, study.seed, source) for source in ("filtered", "generated")]
+    made = [
+        synthetic_samples(planned, augment, groups, levels, study.seed, source, generator)
+        for source in ("filtered", "generated")
+        for generator in range(augment.generator_seeds)
+    ]
     real = real_samples(read_manifest(manifest, study.covariates), augment, levels, study.seed)
     copies = real[real["split"] == "train"].assign(kind="reconstruction")
     arms = check(augment, levels, pd.concat([real, *made, copies], ignore_index=True), len(planned))
@@ -42,6 +46,7 @@ def run(
             "primary": augment.primary.model_dump(mode="json"),
             "margin": augment.margin,
             "seeds": augment.seeds,
+            "generator_seeds": augment.generator_seeds,
             "classifier": augment.classifier.model_dump(mode="json"),
             "design_sha256": design_digest(augment),
         },

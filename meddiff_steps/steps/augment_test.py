@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 import typer
 
-from meddiff_steps.augmentation.design import check, design_digest, held_group, levels_of, recipe
+from meddiff_steps.augmentation.design import check, design_digest, generators_of, held_group, levels_of, recipe, recipes
 from meddiff_steps.augmentation.images import reduce
 from meddiff_steps.augmentation.opening import record_opening
 from meddiff_steps.augmentation.results import choose, summarise
@@ -50,10 +50,11 @@ def run(
     table, small, real = pd.read_parquet(samples), Shards([reduced]), Shards(images)
     scores = pd.concat([pd.read_parquet(path) for path in validation], ignore_index=True)
     kept = scores[scores["kept"]]
-    absent = sorted({recipe(arm) for arm in augment.arms} - set(kept["recipe"]))
+    absent = sorted(set(recipes(augment)) - set(kept["recipe"]))
     if absent:
         raise UserError(f"no weights of recipe {absent[0]}: {len(weights)} files were given. Name those of every job.")
-    by_arm = pd.concat([kept[kept["recipe"] == recipe(arm)].assign(arm=arm.name) for arm in augment.arms], ignore_index=True)
+    trained = [(arm, recipe(arm, generator)) for arm in augment.arms for generator in generators_of(arm, augment)]
+    by_arm = pd.concat([kept[kept["recipe"] == name].assign(arm=arm.name) for arm, name in trained], ignore_index=True)
     primary = choose(augment, by_arm)
     arms = check(augment, levels, table, len(table))
     frozen = {"design": design_digest(augment), "samples": sha256_file(samples), "weights": [sha256_file(path) for path in weights], "primary": primary}
@@ -75,12 +76,12 @@ def run(
     facts["set"] = np.where(held_group(test, augment), "shifted", "test")
     side, rows = augment.classifier.longest_side, test["row"].to_numpy(dtype=int)
     of_real, of_synthetic = ([arm for arm in augment.arms if arm.test == kind] for kind in ("real", "synthetic"))
-    scored = score(classifiers, of_real, augment.seeds, facts, rows, lambda chosen: reduce(real.tensors("image", chosen), side), levels)
+    scored = score(classifiers, of_real, augment, facts, rows, lambda chosen: reduce(real.tensors("image", chosen), side), levels)
     if of_synthetic:
-        made = table[table["kind"] == "filtered"]
+        made = table[(table["kind"] == "filtered") & (table["generator"] == 0)]
         facts = _facts(made, "image_id", "subject_id", made["level"].map(dict(enumerate(levels))), None).assign(set="synthetic")
         read = functools.partial(small.tensors, "image")
-        scored = pd.concat([scored, score(classifiers, of_synthetic, augment.seeds, facts, made.index.to_numpy(), read, levels)], ignore_index=True)
+        scored = pd.concat([scored, score(classifiers, of_synthetic, augment, facts, made.index.to_numpy(), read, levels)], ignore_index=True)
     with atomic_path(predictions) as path:
         scored.to_parquet(path, index=False)
     generator_saw = int(scans.loc[(scans["split"] == "train") & held_group(scans, augment), "subject_id"].nunique())

@@ -308,3 +308,8 @@ def redraw(subjects: pd.DataFrame, attempt: int) -> pd.DataFrame:
     """The same planned subjects with the noise of another attempt: same covariates, another person."""
     keys = [seed_key(str(root), int(index), attempt, "noise") for root, index in zip(subjects["cohort_root"], subjects["noise_index"], strict=True)]
     return subjects.assign(attempt=attempt, seed_key=keys)
+
+
+def reseed(subjects: pd.DataFrame, generator: int) -> pd.DataFrame:
+    """The same planned subjects as another generator seed draws them: same covariates and ids, all noise from another root."""
+    return redraw(subjects.assign(cohort_root=[f"{root}/generator/{generator}" for root in subjects["cohort_root"]]), 0)

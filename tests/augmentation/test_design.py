@@ -7,7 +7,18 @@ import pandas as pd
 import pytest
 
 from meddiff_steps.augmentation.classifier import Task, class_weights, draw_batch
-from meddiff_steps.augmentation.design import check, compose, held_group, levels_of, real_samples, recipe, recipes, synthetic_samples
+from meddiff_steps.augmentation.design import (
+    check,
+    compose,
+    design_digest,
+    held_group,
+    levels_of,
+    needed,
+    real_samples,
+    recipe,
+    recipes,
+    synthetic_samples,
+)
 from meddiff_steps.augmentation.results import choose, contrasts_of, ratio_curves
 from meddiff_steps.config import Arm, Augment, parse_study
 from meddiff_steps.errors import UserError
@@ -122,7 +133,7 @@ def test_weighting_and_oversampling_balance_the_classes() -> None:
 def test_arms_that_train_alike_are_trained_once() -> None:
     trts = Arm(name="trts", test="synthetic")
     assert recipe(trts) == recipe(Arm(name="real"))
-    assert len(recipes([Arm(name="real"), trts, Arm(name="half", real=0.5)])) == 2
+    assert len(recipes(augment({"name": "other", "real": 0.5}, trts.model_dump()))) == 2
 
 
 def test_too_few_planned_subjects_are_refused_with_a_number_that_is_enough() -> None:
@@ -216,3 +227,43 @@ def test_the_ratio_is_chosen_on_validation() -> None:
     assert choose(settings, table) == "b"
     with pytest.raises(UserError, match="both classes"):
         choose(settings, table.assign(auc=np.nan))
+
+
+# ------------------------------------------------------------------------------------------ generator seeds
+
+
+def test_each_generator_seed_trains_only_arms_that_it_draws_for() -> None:
+    arms = [{"name": "other", "synthetic": 1}, {"name": "control", "synthetic": 1, "source": "reconstruction"}, {"name": "trts", "test": "synthetic"}]
+    once, thrice = recipes(augment(*arms)), recipes(augment(*arms, generator_seeds=3))
+    assert [(arm.name, generator) for arm, generator in thrice.values()] == [("real", 0), ("other", 0), ("other", 1), ("other", 2), ("control", 0)]
+    assert list(once) == [name for name, (_, generator) in thrice.items() if generator == 0]
+
+
+def test_generator_seeds_differ_by_the_images_alone() -> None:
+    settings = augment({"name": "other", "real": 0.5, "synthetic": 0.7}, generator_seeds=2)
+    table = pd.concat([TABLE, synthetic_samples(plan(), settings, ["syn"], LEVELS, "seed", "filtered", 1)], ignore_index=True)
+    first, second = (compose(settings.arms[1], table, 2, generator) for generator in (0, 1))
+    assert first.real.tolist() == second.real.tolist()
+    assert not set(first.added) & set(second.added)
+    assert table["image_id"].iloc[first.added].tolist() == table["image_id"].iloc[second.added].tolist()
+    assert set(table["generator"].iloc[second.added]) == {1}
+    assert check(settings, LEVELS, table, 500)[1]["images"]["added"] == dict(zip(LEVELS, counts(table, second.added), strict=True))
+    with pytest.raises(UserError, match="there are 0"):
+        check(settings, LEVELS, TABLE, 500)
+
+
+def test_a_further_seed_draws_what_arms_need_and_a_reserve() -> None:
+    settings = augment({"name": "other", "synthetic": 0.5}, {"name": "rare", "synthetic": 0.2, "rare_only": True}, generator_seeds=2)
+    wanted = set(needed(settings, LEVELS, TABLE))
+    added = [compose(arm, TABLE, 2).added for arm in settings.arms[1:]]
+    taken = np.max([counts(TABLE, rows) for rows in added], axis=0)
+    levels = plan().set_index("sample_id").loc[sorted(wanted), "diagnosis"].map(LEVELS.index)
+    available = [int((TABLE.loc[TABLE["kind"] == "filtered", "level"] == level).sum()) for level in (0, 1)]
+    assert np.bincount(levels).tolist() == [min(int(np.ceil(1.1 * n)), most) for n, most in zip(taken, available, strict=True)]
+    assert all(set(TABLE["image_id"].iloc[rows]) <= wanted for rows in added)
+    assert needed(augment({"name": "other", "real": 0.5}), LEVELS, TABLE) == []
+
+
+def test_the_digest_of_a_design_with_one_generator_is_what_it_was() -> None:
+    assert design_digest(augment({"name": "other", "synthetic": 1})) == "bb576998af459f36a83a1f1f287f60565ace26d115d551b7c6a855d8dd171b9b"
+    assert design_digest(augment({"name": "other", "synthetic": 1}, generator_seeds=2)) != design_digest(SETTINGS)

@@ -16,16 +16,17 @@ from meddiff_steps.augmentation import classifier
 from meddiff_steps.augmentation.images import reduce
 from meddiff_steps.cohort.manifest import write_manifest
 from meddiff_steps.config import Study, freeze, parse_study
+from meddiff_steps.diffusion.noise import seed_key
 from meddiff_steps.errors import UserError
 from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
 from meddiff_steps.models.autoencoder import Autoencoder
 from meddiff_steps.models.files import save_model
 from meddiff_steps.report.page import render
 from meddiff_steps.report.sections import augmentation_section
-from meddiff_steps.steps import augment, augment_data, augment_design, augment_test
+from meddiff_steps.steps import augment, augment_data, augment_design, augment_plan, augment_test
 
 SHAPE, STEPS = (16, 16), 16
-STAGES = ("augment_design", "augment_data", "augment", "augment_test")
+STAGES = ("augment_design", "augment_plan", "augment_data", "augment", "augment_test")
 ARMS = [
     {"name": "real"},
     {"name": "real_synthetic", "synthetic": 1},
@@ -355,11 +356,55 @@ def test_the_report_shows_verdict_arms_and_curve(tiny: Tiny) -> None:
     page = render(title="t", study="s", lead="l", simulated=True, headline=[], sections=[section]).decode()
     assert f"Verdict: {results(tiny)['verdict']}" in page
     assert "opened once" in page
-    assert page.count("<img") == 2
+    assert page.count("<img") == 3
     for arm in ARMS:
         assert str(arm["name"]) in page
     twice = augmentation_section(results(tiny), {"designs": 3})
     assert any("3 different designs" in line for line in twice.text)
+
+
+def test_generator_seeds_are_crossed_with_classifier_seeds(tmp_path: Path) -> None:
+    """Two cohorts of the same requests: twice the classifiers in arms that learn from them, and both in every figure."""
+    made = Tiny(tmp_path, [ARMS[0], ARMS[1], {"name": "trts", "test": "synthetic"}], generator_seeds=2)
+    planned = pd.read_parquet(tmp_path / "plan.parquet")
+    planned["index"] = planned["noise_index"] = np.arange(len(planned))
+    planned = planned.assign(attempt=0, cohort_root="tiny/syn", shard=0, seed_key=[seed_key("tiny/syn", i, 0, "noise") for i in range(len(planned))])
+    planned.to_parquet(tmp_path / "plan.parquet", index=False)
+    assert made.design()["generator_seeds"] == 2
+    augment_plan.run(
+        made.stage["augment_plan"], tmp_path / "design.json", tmp_path / "manifest.parquet", tmp_path / "plan.parquet", 1, tmp_path / "other.parquet"
+    )
+    other = pd.read_parquet(tmp_path / "other.parquet")
+    assert 0.5 * len(planned) > len(other) > (made.table["split"] == "train").sum()
+    same = planned.set_index("sample_id").loc[other["sample_id"]].reset_index()
+    changed = ["cohort_root", "seed_key"]
+    pd.testing.assert_frame_equal(other.drop(columns=changed), same[other.columns].drop(columns=changed))
+    assert not set(other["seed_key"]) & set(planned["seed_key"])
+
+    rng = np.random.default_rng(9)
+    with ShardWriter(tmp_path / "more.arrow", {"sample_id": pa.string(), "image": Tensor("float16", (1, *SHAPE))}) as shard:
+        for row in other.itertuples():
+            shard.append(sample_id=row.sample_id, image=image(row.diagnosis == "case", rng))
+    with pytest.raises(UserError, match="1 further seeds, and 0"):
+        made.data()
+    samples = made.data(more_filtered=[tmp_path / "more.arrow"])
+    assert samples.groupby("generator")["kind"].unique().map(set).to_dict() == {0: {"real", "filtered"} | {"generated"}, 1: {"filtered"}}
+    made.train()
+    found = made.test()
+    arms = {arm["name"]: arm for arm in found["arms"]}
+    assert found["n"]["generators"] == 2
+    assert {name: len(arm["validation"]["steps"]) for name, arm in arms.items()} == {"real": 2, "real_synthetic": 4, "trts": 2}
+    figures = arms["real_synthetic"]["figures"]["test"]
+    assert len(figures["seeds"]) == 4
+    assert figures["generators"] == pytest.approx([np.mean(figures["seeds"][:2]), np.mean(figures["seeds"][2:])], abs=1e-5)
+    assert figures["auc"]["value"] == pytest.approx(np.mean(figures["seeds"]), abs=1e-5)
+    assert "generators" not in arms["real"]["figures"]["test"]
+    predictions = pd.read_parquet(tmp_path / "predictions.parquet")
+    assert predictions.groupby("arm")["generator"].unique().map(list).to_dict() == {"real": [0], "real_synthetic": [0, 1], "trts": [0]}
+    by_cell = predictions[predictions["arm"] == "real_synthetic"].pivot_table(index="image_id", columns=["generator", "seed"], values="probability_case")
+    assert not np.allclose(by_cell[0], by_cell[1])  # the same start and order of batches, other images
+    page = augmentation_section(found, json.loads((tmp_path / "opened.json").read_text()))
+    assert any("2 generator seeds" in line for line in page.text)
 
 
 def test_three_levels_are_compared_one_versus_rest(tmp_path: Path) -> None:
@@ -375,7 +420,14 @@ def test_three_levels_are_compared_one_versus_rest(tmp_path: Path) -> None:
         for seed in range(5):
             logits = rng.normal(size=(60, 3)) + sure * np.eye(3)[truth]
             probability = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-            facts = {"arm": arm, "seed": seed, "image_id": [f"i{i:02d}" for i in range(60)], "subject_id": [f"i{i}" for i in range(60)], "set": "test"}
+            facts = {
+                "arm": arm,
+                "generator": 0,
+                "seed": seed,
+                "image_id": [f"i{i:02d}" for i in range(60)],
+                "subject_id": [f"i{i}" for i in range(60)],
+                "set": "test",
+            }
             table = pd.DataFrame(facts | {"level": [levels[i] for i in truth], "subgroup": None})
             parts.append(table.assign(**{f"probability_{level}": probability[:, i] for i, level in enumerate(levels)}))
     listed = [{"name": a.name} | {"recipe": a.name, "images": {"real": {"a": 1}, "added": {"a": 0}}} for a in section.arms]

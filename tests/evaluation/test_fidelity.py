@@ -57,6 +57,10 @@ def test_figures_of_known_predictions() -> None:
     assert b["slope"]["value"] == pytest.approx(0.5)
     assert out["sex"]["auc"]["value"] > 0.98
     assert out["site"]["auc"]["value"] == 1.0
+    assert out["sex"]["ece"]["value"] == pytest.approx(0.3, abs=0.04)  # 0.7 where all are M, 0.3 where none is; less where both share a bin
+    assert out["site"]["ece"]["value"] == pytest.approx(0.1)  # 0.9 instead of 1, 0.1 instead of 0
+    assert out["sex"]["ece"]["low"] < out["sex"]["ece"]["value"] < out["sex"]["ece"]["high"]
+    assert out["sex"]["ece"]["ceiling"]["n"] == 80
 
 
 def test_a_worse_generator_scores_below_its_ceiling() -> None:
@@ -99,10 +103,15 @@ def test_no_predictions_no_figures() -> None:
 
 def test_correlations_as_requested_and_as_measured() -> None:
     pairs = correlation_structure(table(), COVARIATES, resamples=200)
-    assert list(pairs) == ["a~b"]
+    assert next(iter(pairs)) == "a~b"
+    assert len(pairs) == 15 - 3  # two numbers, one column of sex, three of site, which are not compared with each other
     expected = 0.5 * 10 / np.hypot(5, 5)
     for key, n in (("requested", 200), ("measured", 200), ("true", 80), ("real_measured", 80)):
         assert abs(np.arctanh(pairs["a~b"][key]["value"]) - np.arctanh(expected)) < 3.5 / np.sqrt(n)
+    wanted, measured = cohort("synthetic", 200)
+    both = pairs["b~sex = M"]
+    assert both["requested"]["value"] == pytest.approx(np.corrcoef(wanted["b"], wanted["sex"] == "M")[0, 1], abs=1e-5)
+    assert both["measured"]["value"] == pytest.approx(np.corrcoef(measured["b"], measured["sex"][:, 1])[0, 1], abs=1e-5)
 
 
 def test_shared_noise_counts_once() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pytest
 from fabricated import Fabricated
 
+from meddiff_steps.config import freeze
 from meddiff_steps.errors import UserError
 from meddiff_steps.evaluation import metrics as metrics_module
 from meddiff_steps.evaluation import selection
@@ -219,3 +221,29 @@ def test_training_scans_among_the_reconstructions_are_refused(study: Fabricated,
         shard.append(scan_id="sub-000_T1w", split="test", image=study.pictures[0], reconstruction=study.pictures[0])
     with pytest.raises(UserError, match="training scans"):
         study.evaluate("-bad", reconstructions=path)
+
+
+def figures_of(entry: Any, name: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every figure in a JSON report by its path, floors and ceilings among them."""
+    if isinstance(entry, dict):
+        if entry.keys() >= {"value", "low", "high"}:
+            yield name, entry
+        for key, part in entry.items():
+            yield from figures_of(part, f"{name}/{key}")
+
+
+def test_another_evaluation_seed_gives_overlapping_intervals(study: Fabricated, tmp_path: Path) -> None:
+    """Values are the same where nothing but the interval is drawn, and every interval overlaps what the first seed gave."""
+    other = study.study.model_copy(update={"evaluate": study.study.evaluate.model_copy(update={"seed": "another"})})
+    first, second = (
+        dict(figures_of(m))
+        for m in (json.loads((study.root / "metrics.json").read_text()), study.evaluate("-seed", config=freeze(other, "evaluate", tmp_path)))
+    )
+    assert first.keys() == second.keys()
+    known = [name for name, figure in first.items() if figure["low"] is not None]
+    assert len(known) > 60
+    apart = [name for name in known if not (first[name]["low"] <= second[name]["high"] and second[name]["low"] <= first[name]["high"])]
+    assert not apart
+    drawn = [name for name in known if any(first[name][end] != second[name][end] for end in ("low", "high"))]
+    assert len(drawn) > 0.5 * len(known)  # the seed is used
+    assert all(first[name]["value"] == second[name]["value"] for name in known if name.startswith(("/covariates", "/reconstruction", "/subgroups")))

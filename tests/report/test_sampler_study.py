@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.errors import UserError
 from meddiff_steps.evaluation.features import random_space
-from meddiff_steps.evaluation.sampler_study import Point, compare, points
+from meddiff_steps.evaluation.sampler_study import Point, choice, compare, points
 from meddiff_steps.evaluation.selection import Images
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.autoencoder import Autoencoder
@@ -39,6 +40,24 @@ def test_every_sampler_that_can_is_compared_at_every_setting() -> None:
     assert found[:2] == [Point("ddim", 4, 1.0), Point("ddim", 8, 1.0)]
     assert {point.sampler for point in points(settings, "flow")} == {"flow", "dpmpp", "unipc"}
     assert (Point("heun", 4, 1.0).passes, Point("dpmpp", 4, 2.0).passes) == (7, 8)
+
+
+def test_the_cheapest_point_that_is_not_shown_to_be_worse_is_recommended() -> None:
+    def point(passes: int, frechet: float, r: float) -> dict[str, Any]:
+        return {
+            "passes": passes,
+            "frechet": {"value": frechet, "low": frechet - 2, "high": frechet + 2},
+            "covariates": {"age": {"r": {"value": r, "low": r - 0.1, "high": r + 0.1}}},
+        }
+
+    entries = [point(4, 30, 0.8), point(8, 12, 0.8), point(16, 10, 0.8), point(32, 9, 0.8)]
+    assert choice(entries) == 1  # 10 to 14 overlaps 7 to 11
+    entries[1] = point(8, 12, 0.3)  # near, but it does not show what was asked for
+    assert choice(entries) == 2
+    unknown = {"value": None, "low": None, "high": None}
+    assert choice([entries[0] | {"frechet": unknown}]) is None
+    entries[3]["covariates"]["age"]["r"] = unknown  # nothing is known about the best one's covariates
+    assert choice(entries) == 1
 
 
 def test_a_sampler_that_leaves_noise_behind_is_told_from_one_that_does_not(study: Fabricated) -> None:
