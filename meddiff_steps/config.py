@@ -614,6 +614,9 @@ class Release(Section):
     signing_key: str | None = Field(None, description="Path of a private key that `keygen` made; the release is then signed. Never published.")
     url: str = Field("", description="Address at which the release will be found.")
     date: str = Field("", pattern=r"^(\d{4}-\d{2}-\d{2})?$", description="Day of publication, YYYY-MM-DD; by default the day on which the last image was made.")
+    shard_size: PositiveInt = Field(
+        1000, description="Subjects per dataset: if more are planned, the release is several datasets, each complete by itself, of at most so many subjects."
+    )
     card: Card = Card()
     exports: list[Literal["webdataset"]] = Field([], description="Copies for machine learning, beside the release: `webdataset` writes tar shards and a table.")
     models: bool = Field(
@@ -781,7 +784,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "gate": ("privacy.enforce",),
     "neighbours": ("study", "title", "cohort", "covariates"),
     "distill": ("seed", "covariates", "distill"),
-    "images": ("study", "release.suffix", "preprocess"),
+    "images": ("study", "release.suffix", "release.shard_size", "plan", "preprocess"),
     "release": ("study", "title", "cohort", "covariates", *_DESCRIBED, "preprocess", "generate", "distill.subjects"),
     "segmenter": ("seed", "segmentation", "preprocess", "compute"),
     "evaluate": ("seed", "covariates", "plan", "evaluate", "preprocess"),

@@ -12,7 +12,7 @@ from meddiff_steps import config as study_config
 from meddiff_steps.errors import UserError
 from meddiff_steps.files import hold
 from meddiff_steps.provenance.digest import code_digest
-from meddiff_steps.synthesis.size import plan_shards
+from meddiff_steps.synthesis.size import enlarged, plan_shards
 
 # Jobs run `python`; make that the interpreter that runs Snakemake, also when its environment was not activated.
 environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environ.get("PATH", "")])
@@ -25,6 +25,8 @@ shell.prefix("set -euo pipefail; trap '' TERM; ")
 # `--config release=FOLDER models=FOLDER`: a release to make again, with the folder of its models (by default its study's).
 SEALED = config["release"] if isinstance(config.get("release"), str) else None
 SEALED_MODELS = config.get("models", str(Path(SEALED).parent)) if SEALED else None
+# `count=400 group=syn`: more subjects of a group than the release has; the group may be left out if there is one alone.
+MORE_SUBJECTS = config.get("count") if SEALED else None
 
 
 def read_study():
@@ -243,9 +245,19 @@ def options(files, names):
     return " ".join(f"--{name.replace('_', '-')} {files[name]}" for name in names)
 
 
+def enlarged_group():
+    """The group of a release's plan that `count` is about, with so many subjects."""
+    try:
+        return enlarged(STUDY.plan, int(MORE_SUBJECTS), config.get("group"))
+    except (UserError, ValueError) as error:
+        raise WorkflowError(f"--config count={MORE_SUBJECTS}: {error}") from None
+
+
 def made_again(wildcards):
     """Comparisons of all shards of the release."""
     if not SEALED:
         raise WorkflowError("Which release? Give --config release=FOLDER, its root, and models=FOLDER, where autoencoder/ and diffusion/ lie.")
+    if MORE_SUBJECTS is not None:
+        return expand(REGENERATED_SHARD, shard=shard_names(plan_shards([enlarged_group()], STUDY.generate.shard_size)))
     ledger = json.loads(Path(SEALED, "provenance", "root.json").read_text())["ledger"]
     return expand(REGENERATED_SHARD, shard=[f"{entry['shard']:04d}" for entry in ledger["shards"]])

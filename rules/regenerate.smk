@@ -1,4 +1,5 @@
-# snakemake regenerate --config release=FOLDER models=FOLDER: a released cohort made again, shard by shard, and compared.
+# snakemake regenerate --config release=FOLDER models=FOLDER [count=NUMBER [group=NAME]]: a released cohort made again, shard by shard, and
+# compared; or one group of it with more subjects.
 if SEALED:
 
     rule regenerate_shard:
@@ -22,13 +23,14 @@ if SEALED:
             release=SEALED,
             models=SEALED_MODELS,
             out=f"{RESULTS}/release",
+            more="" if MORE_SUBJECTS is None else f"--count {enlarged_group().subjects} --group {enlarged_group().name}",
             code=code_digest("regenerate"),
         message:
             "Making shard {wildcards.shard} of a release again"
         # Images that differ (exit code 1) are counted when all shards are there.
         shell:
-            "(python -m meddiff_steps regenerate {params.release} --models {params.models} --shard {wildcards.shard} --out {params.out} "
-            "--json {output} --threads {threads} || [ $? -eq 1 ]) 2>&1 | tee {log}"
+            "(python -m meddiff_steps regenerate {params.release} --models {params.models} --shard {wildcards.shard} {params.more} "
+            "--out {params.out} --json {output} --threads {threads} || [ $? -eq 1 ]) 2>&1 | tee {log}"
 
 
 rule regenerate:

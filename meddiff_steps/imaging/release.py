@@ -21,7 +21,8 @@ import sys
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any, get_args
 
 import nibabel as nib
@@ -35,8 +36,9 @@ from meddiff_steps import __version__
 from meddiff_steps.cohort.manifest import content_digest
 from meddiff_steps.config import CategoricalCovariate, Covariates, Release
 from meddiff_steps.errors import UserError
-from meddiff_steps.files import write_atomic
+from meddiff_steps.files import CHECKSUMS, sha256_file, write_atomic
 from meddiff_steps.imaging import card
+from meddiff_steps.imaging.layout import image_path
 from meddiff_steps.imaging.shards import Shards
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,8 @@ COMMENT = 6
 BIDS_VERSION = "1.10.0"
 #: Version of the dataset; CHANGES tells of it.
 VERSION = "1.0.0"
+SUFFIXES = get_args(Release.model_fields["suffix"].annotation)
+TEXTS = ("README", "CHANGES", "LICENSE")
 SYNTHETIC = "SYNTHETIC: made by a generative model. Shows no real person."
 
 _CAUTION = """Do not mix these images with scans of people without keeping the mark, and draw no diagnosis from them.
@@ -86,17 +90,6 @@ class Grid:
 
 
 # --------------------------------------------------------------------------------------------------- images
-
-
-def image_path(sample_id: str, spatial_dims: int, suffix: str = "T1w") -> str:
-    """Where a sample's image lies in the release, with forward slashes.
-
-    >>> image_path("demo000001", 3)
-    'sub-demo000001/anat/sub-demo000001_T1w.nii.gz'
-    >>> image_path("demo000001", 2)
-    'images/demo000001.png'
-    """
-    return f"sub-{sample_id}/anat/sub-{sample_id}_{suffix}.nii.gz" if spatial_dims == 3 else f"images/{sample_id}.png"
 
 
 def encode_volume(image: np.ndarray, grid: Grid, sample_id: str, study: str) -> tuple[bytes, np.ndarray]:
@@ -197,7 +190,15 @@ def decode(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
         raise Undecodable(f"{type(error).__name__}: {error}") from None
 
 
-def write_images(generated: Path, release: Path, grid: Grid, study: str, suffix: str = "T1w", only: Collection[str] | None = None) -> pd.DataFrame:
+def write_images(
+    generated: Path,
+    release: Path,
+    grid: Grid,
+    study: str,
+    suffix: str = "T1w",
+    only: Collection[str] | None = None,
+    folders: Mapping[str, str] = MappingProxyType({}),
+) -> pd.DataFrame:
     """Write every image of one generated shard into the release.
 
     Parameters
@@ -214,6 +215,8 @@ def write_images(generated: Path, release: Path, grid: Grid, study: str, suffix:
         BIDS suffix of volumes.
     only
         Ids of the images that may be written; all for None.
+    folders
+        Folder of the dataset in the release by id; who is not there lies in the release itself.
 
     Returns
     -------
@@ -243,7 +246,7 @@ def write_images(generated: Path, release: Path, grid: Grid, study: str, suffix:
         if not (image.min() >= 0 and image.max() <= 1):  # false for NaN, too
             found = f"values from {image.min():g} to {image.max():g}"
             raise UserError(f"{generated}: image of {sample_id} holds {found}, expected 0 to 1. Generate the shard again.")
-        path = image_path(sample_id, len(grid.shape), suffix)
+        path = PurePosixPath(folders.get(sample_id, ""), image_path(sample_id, len(grid.shape), suffix)).as_posix()
         content, stored = encode(image, grid, sample_id, study)
         write_atomic(release / path, content)
         rows.append((sample_id, path, len(content), hashlib.sha256(content).hexdigest(), voxel_digest(stored, grid.affine)))
@@ -314,6 +317,9 @@ def complete_dataset(release: Path, plan: pd.DataFrame, images: pd.DataFrame, st
     story
         What the texts say.
 
+    The paths of `images` say which dataset each is in (`layout`): the release itself, or one of several folders, which are then complete datasets
+    with checksums of their own.
+
     Returns
     -------
     Path
@@ -328,20 +334,71 @@ def complete_dataset(release: Path, plan: pd.DataFrame, images: pd.DataFrame, st
     _check_complete(release, plan, images)
     description = release / "dataset_description.json"
     description.unlink(missing_ok=True)  # while the parts change there is no whole
-    volumes = len(story.grid.shape) == 3
     _remove_stale(release, set(images["path"]), story.study)
-
-    write_atomic(release / "participants.tsv", _participants(plan, images, story.covariates, volumes).encode())
-    _write_json(release / "participants.json", _participants_dictionary(story.covariates, volumes))
-    if volumes:
-        for suffix in get_args(Release.model_fields["suffix"].annotation):
-            (release / f"{suffix}.json").unlink(missing_ok=True)  # the sidecar of an earlier suffix
-        _write_json(release / f"{story.config.suffix}.json", _sidecar(story))
-    write_atomic(release / "README", _readme(len(plan), story).encode())
-    write_atomic(release / "CHANGES", f"{VERSION}\n  - First release: {len(plan)} synthetic subjects.\n".encode())
-    write_atomic(release / "LICENSE", _licence(story.config).encode())
-    _write_json(description, _description(story, volumes))
+    parts = _parts(plan, images, story)
+    _remove_tables(release, set(parts))
+    for folder, (members, written) in parts.items():
+        _write_dataset(release / folder, members, written, story, Part(folder, len(plan)) if folder else None)
+    if "" not in parts:
+        _write_texts(release, len(plan), story, None, list(parts))
+        _write_json(description, _description(story, None, list(parts)))
     return description
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of several datasets of a release: its folder, and how many subjects the release has."""
+
+    folder: str
+    total: int
+
+
+def _parts(plan: pd.DataFrame, images: pd.DataFrame, story: Story) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
+    """Rows of plan and images by the folder of their dataset; paths are within it."""
+    inside = [image_path(sample_id, len(story.grid.shape), story.config.suffix) for sample_id in images["sample_id"]]
+    folders = np.array([path.removesuffix(end).rstrip("/") for path, end in zip(images["path"], inside, strict=True)], dtype=object)
+    if not any(folders):
+        return {"": (plan, images)}
+    images = images.assign(path=inside)
+    plan = plan.set_index("sample_id").loc[images["sample_id"]].reset_index()
+    return {str(folder): (plan[folders == folder], images[folders == folder]) for folder in sorted(set(folders))}
+
+
+def _write_dataset(root: Path, plan: pd.DataFrame, images: pd.DataFrame, story: Story, part: Part | None) -> None:
+    """Everything but the images of one dataset; a part of a release also gets checksums, since the release's seal lies elsewhere."""
+    volumes = len(story.grid.shape) == 3
+    write_atomic(root / "participants.tsv", _participants(plan, images, story.covariates, volumes).encode())
+    _write_json(root / "participants.json", _participants_dictionary(story.covariates, volumes))
+    if volumes:
+        for suffix in SUFFIXES:
+            (root / f"{suffix}.json").unlink(missing_ok=True)  # the sidecar of an earlier suffix
+        _write_json(root / f"{story.config.suffix}.json", _sidecar(story))
+    _write_texts(root, len(plan), story, part, [])
+    _write_json(root / "dataset_description.json", _description(story, part, []))
+    if part is not None:
+        names = ["participants.tsv", "participants.json", *TEXTS, "dataset_description.json"]
+        if volumes:
+            write_atomic(root / ".bidsignore", f"/{CHECKSUMS}\n".encode())
+            names += [f"{story.config.suffix}.json", ".bidsignore"]
+        digests = {name: sha256_file(root / name) for name in names} | dict(zip(images["path"], images["sha256"], strict=True))
+        write_atomic(root / CHECKSUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())).encode())
+
+
+def _write_texts(root: Path, subjects: int, story: Story, part: Part | None, datasets: Sequence[str]) -> None:
+    write_atomic(root / "README", _readme(subjects, story, part, datasets).encode())
+    write_atomic(root / "CHANGES", f"{VERSION}\n  - First release: {subjects} synthetic subjects.\n".encode())
+    write_atomic(root / "LICENSE", _licence(story.config).encode())
+
+
+def _remove_tables(release: Path, wanted: set[str]) -> None:
+    """Remove tables and texts of datasets of an earlier plan, which lay in other folders."""
+    tables = ["participants.tsv", "participants.json", ".bidsignore", *(f"{suffix}.json" for suffix in SUFFIXES)]
+    for folder in {"", *(place.name for place in release.glob("shard-*") if place.is_dir())} - wanted:
+        for name in tables + ([*TEXTS, "dataset_description.json", CHECKSUMS] if folder else []):
+            (release / folder / name).unlink(missing_ok=True)
+        for place in (release / folder / "images", release / folder):
+            if folder and place.is_dir() and not any(place.iterdir()):
+                place.rmdir()
 
 
 def _check_complete(release: Path, plan: pd.DataFrame, images: pd.DataFrame) -> None:
@@ -371,7 +428,8 @@ def _check_complete(release: Path, plan: pd.DataFrame, images: pd.DataFrame) -> 
 def _remove_stale(release: Path, wanted: set[str], study: str) -> None:
     for partial in release.rglob(".partial-*"):
         partial.unlink()  # of a writer that was killed; all writers have ended before a dataset is completed
-    found = {p.relative_to(release).as_posix(): p for pattern in ("sub-*/anat/*.nii.gz", "images/*.png") for p in release.glob(pattern)}
+    patterns = [f"{place}{pattern}" for place in ("", "shard-*/") for pattern in ("sub-*/anat/*.nii.gz", "images/*.png")]
+    found = {p.relative_to(release).as_posix(): p for pattern in patterns for p in release.glob(pattern)}
     stale = sorted(set(found) - wanted)
     strange = [name for name in stale if (read_mark(found[name]) or {}).get("study") != study]
     if strange:
@@ -380,7 +438,7 @@ def _remove_stale(release: Path, wanted: set[str], study: str) -> None:
         )
     for name in stale:
         found[name].unlink()
-    for folder in {found[name].parent.parent for name in stale if name.startswith("sub-")}:
+    for folder in {found[name].parent.parent for name in stale if name.endswith(".nii.gz")}:
         if not any(p.is_file() for p in folder.rglob("*")):
             shutil.rmtree(folder)
     if stale:
@@ -437,17 +495,19 @@ def _sidecar(story: Story) -> dict[str, Any]:
     }
 
 
-def _description(story: Story, volumes: bool) -> dict[str, Any]:
+def _description(story: Story, part: Part | None, datasets: Sequence[str]) -> dict[str, Any]:
     software = {"Name": "meddiff_steps", "Version": __version__, "Description": f"Latent diffusion model of study {story.study}, sampled with {story.sampler}."}
     fields: dict[str, Any] = {
-        "Name": story.config.name,
+        "Name": f"{story.config.name}, {part.folder}" if part else story.config.name,
         "License": story.config.licence,
         "GeneratedBy": [software],
         "Description": f"{SYNTHETIC} {_origin(story)} Privacy: {_privacy(story)}",
         "Keywords": ["synthetic", "generative model", "latent diffusion"],
         "Synthetic": True,
     }
-    if volumes:
+    if datasets:
+        fields["Datasets"] = list(datasets)  # and no claim to be BIDS: each of them is
+    elif len(story.grid.shape) == 3:
         # A derivative: a model stands between these images and any scan.
         fields |= {"BIDSVersion": BIDS_VERSION, "DatasetType": "derivative"}
     if story.config.authors:
@@ -483,7 +543,7 @@ def _privacy(story: Story) -> str:
     return text + " A verdict is the outcome of stated tests, not a proof of anonymity."
 
 
-def _readme(subjects: int, story: Story) -> str:
+def _readme(subjects: int, story: Story, part: Part | None, datasets: Sequence[str]) -> str:
     size = " x ".join(map(str, story.grid.shape))
     if story.grid.spacing_mm is None:
         layout = f"images/ID.png: grey pictures of {size} pixels (rows x columns), 0 to {PICTURE_SCALE}. participants.tsv names the picture of each subject."
@@ -493,14 +553,20 @@ def _readme(subjects: int, story: Story) -> str:
             f"{path}: volumes of {size} voxels of {story.grid.spacing_mm:g} mm, axes left-right, posterior-anterior, inferior-superior,\n"
             f"origin in the middle of the grid, int16 from 0 to {VOLUME_SCALE} in arbitrary units. The layout is BIDS {BIDS_VERSION}, type derivative."
         )
+    if datasets:
+        layout = (
+            f"{len(datasets)} datasets of at most {story.config.shard_size} subjects, each complete by itself: shard-GROUP-NUMBER/. In each, {layout}\n"
+            "A subject's dataset follows from its group and number alone. provenance/ledger.parquet is the table of all."
+        )
+    many = f"{subjects} synthetic subjects, of a cohort of {part.total}; figures below are of the cohort" if part else f"{subjects} synthetic subjects"
     lines = []
     for name, covariate in story.covariates.items():
         meaning = f"one of {', '.join(covariate.levels)}" if isinstance(covariate, CategoricalCovariate) else f"in {covariate.unit}"
         lines.append(f"- {name}: {meaning}{'. ' + covariate.description if covariate.description else ''}")
     title = f"Study {story.study}: {story.title}" if story.title else f"Study {story.study}"
     parts = [
-        f"# {story.config.name}",
-        f"{SYNTHETIC}\n{subjects} synthetic subjects. {title}.",
+        f"# {story.config.name}{f', {part.folder}' if part else ''}",
+        f"{SYNTHETIC}\n{many}. {title}.",
         f"## Where they come from\n{_origin(story)}\nSampling: {story.sampler}. Software: meddiff_steps {__version__}.",
         *([f"## Model\n{card.model(story.models, story.distilled)}"] if story.models else []),
         f"## What is here\n{layout}",
@@ -510,7 +576,7 @@ def _readme(subjects: int, story: Story) -> str:
         "\n\n".join(filter(None, [f"## Privacy\n{_privacy(story)}", card.privacy(story.privacy or {})])),
         f"## Please note\n{_CAUTION}",
         f"## From the publisher\n{card.blanks(story.config.card)}",
-        f"## How to check it\n{card.CHECK}",
+        f"## How to check it\n{card.CHECK_PART if part else card.CHECK}",
         f"## Licence\n{story.config.licence}; see LICENSE.",
     ]
     if story.config.acknowledgements:

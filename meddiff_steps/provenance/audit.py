@@ -9,15 +9,18 @@ compute themselves.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm import tqdm
 
 from meddiff_steps import __version__, config
@@ -26,8 +29,10 @@ from meddiff_steps.diffusion.noise import seed_key
 from meddiff_steps.errors import UserError
 from meddiff_steps.files import read_json, sha256_file
 from meddiff_steps.imaging import release as imaging
+from meddiff_steps.imaging.layout import Layout
 from meddiff_steps.provenance import bundle, crate, croissant, ledger, lineage, signature, verify
 from meddiff_steps.provenance.canonical import canonical_bytes
+from meddiff_steps.provenance.columns import canonical_lines
 from meddiff_steps.provenance.sealed import Sealed
 from meddiff_steps.provenance.verify import Check, judged
 
@@ -166,26 +171,23 @@ def _progress(items: Iterable[Any], total: int) -> Iterable[Any]:
 def check_twins(release: Sealed) -> list[Check]:
     """L0: config and records can be read, and ledger.parquet holds the same rows as ledger.jsonl, which are canonical."""
     differ: list[str] = []
+    number = 0
     try:
-        table = ledger.read_parquet(release.folder / bundle.TABLE)
-        for number, (content, row) in enumerate(ledger.read_lines(release.folder / bundle.LINES), start=1):
-            if next(table, None) != row or _canonical(row) != content:
-                differ.append(f"line {number} ({row.get('sample_id')})")
-            release.count_weights(row)
-        differ += [f"{bundle.TABLE}: row {extra.get('sample_id')} too many" for extra in table]
-    except UserError as error:
+        with open(release.folder / bundle.LINES, "rb") as lines:
+            for table in ledger.read_tables(release.folder / bundle.TABLE):
+                # Equal bytes: the same row, and canonical.
+                for expected, name, line in itertools.zip_longest(canonical_lines(table), table["sample_id"].to_pylist(), itertools.islice(lines, len(table))):
+                    number += 1
+                    if line is None or line.removesuffix(b"\n") != expected:
+                        differ.append(f"line {number} ({name})")
+                release.count_weights(table)
+            differ += [f"line {number + extra}: not in {bundle.TABLE}" for extra, _ in enumerate(lines, start=1)]
+    except (UserError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         differ.append(str(error))
     return [
         judged(0, "readable", release.problems, f"config and {len(release.records)} outputs' records can be read", "file(s) of provenance cannot be read"),
         judged(0, "twins", differ, "ledger.parquet and ledger.jsonl hold the same canonical rows", "row(s) differ between ledger.parquet and ledger.jsonl"),
     ]
-
-
-def _canonical(row: Mapping[str, Any]) -> bytes:
-    try:
-        return canonical_bytes(dict(row))
-    except ValueError:
-        return b""
 
 
 def check_signature(release: Sealed, key: signature.Ed25519PublicKey | None) -> Check:
@@ -279,6 +281,7 @@ def check_recipes(release: Sealed, private: Path | None) -> list[Check]:
     counts: Counter[str] = Counter()
     decisions: Counter[str] = Counter()
     outcomes: dict[str, Outcome] = {}
+    usual: dict[str, Any] | None = None
     for row in tqdm(release.rows(), total=release.root["ledger"]["rows"], desc="recipes", unit="row", mininterval=5, file=sys.stderr):
         name, group = row["sample_id"], groups.get(row["group"])
         counts[row["group"]] += 1
@@ -287,8 +290,11 @@ def check_recipes(release: Sealed, private: Path | None) -> list[Check]:
         if group is None:
             wrong["groups"].append(f"{name}: group {row['group']!r} is not in the plan")
             continue
-        if (expected := config_recipe(study, row["recipe"])) != row["recipe"]:
-            wrong["recipe"].append(f"{name}: {difference(row['recipe'], expected)}")
+        if row["recipe"] != usual:  # all share one, as a rule
+            if (expected := config_recipe(study, row["recipe"])) != row["recipe"]:
+                wrong["recipe"].append(f"{name}: {difference(row['recipe'], expected)}")
+            else:
+                usual = expected
         wrong["covariates"] += [f"{name}: {problem}" for problem in covariate_problems(row, group, study.covariates)]
         wrong["attempts"] += [f"{name}: {problem}" for problem in _attempt_problems(row, study.privacy.max_attempts)]
         points = len(next(iter(group.grid.values()))) if group.covariates == "counterfactual" else 1
@@ -452,13 +458,14 @@ def check_private(release: Sealed, private: Path | None, outcomes: Mapping[str, 
     tries: Counter[str] = Counter()
     wrong: list[str] = []
     try:
-        for row in ledger.read_parquet(private):
-            leaves.append(verify.leaf_hash(canonical_bytes(row)))
-            tries[row["sample_id"]] += 1
-            if row["decision"] == "accepted":
-                accepted[row["sample_id"]] = (row["attempt"], row["seed_key"])
-            wrong += [f"{row['sample_id']}, attempt {row['attempt']}: {problem}" for problem in _candidate_problems(row)]
-    except (UserError, ValueError, KeyError, TypeError) as error:
+        for table in ledger.read_tables(private):
+            leaves += map(verify.leaf_hash, canonical_lines(table))
+            names, tried, decided, keys = (table[name].to_pylist() for name in ("sample_id", "attempt", "decision", "seed_key"))
+            tries.update(names)
+            accepted |= {name: (attempt, key) for name, attempt, key, decision in zip(names, tried, keys, decided, strict=True) if decision == "accepted"}
+            for row in table.filter(_to_look_at(table)).to_pylist():
+                wrong += [f"{row['sample_id']}, attempt {row['attempt']}: {problem}" for problem in _candidate_problems(row)]
+    except (UserError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         return [Check(4, "private-ledger", "finding", f"{private} cannot be read as the private ledger ({error})")]
     if verify.merkle_root(leaves).hex() != sealed.get("root") or len(leaves) != sealed.get("rows"):
         wrong.append("its root is not the one that root.json commits to")
@@ -470,6 +477,16 @@ def check_private(release: Sealed, private: Path | None, outcomes: Mapping[str, 
     return [
         judged(4, "private-ledger", wrong, f"{len(leaves)} candidates; decisions follow from similarities and limits", "problem(s) with the private ledger")
     ]
+
+
+def _to_look_at(table: pa.Table) -> pa.Array:
+    """Candidates about which `_candidate_problems` could say something: the rejected ones, and those above a limit."""
+    found = pc.equal(table["decision"], "rejected").combine_chunks()
+    similarity, limit = table["similarity"].combine_chunks(), table["limit"].combine_chunks()
+    for place in range(similarity.type.num_fields):
+        name = similarity.type.field(place).name
+        found = pc.or_(found, pc.fill_null(pc.greater(pc.struct_field(similarity, name), pc.struct_field(limit, name)), False))
+    return found
 
 
 def _candidate_problems(row: ledger.Row) -> Iterator[str]:
@@ -490,12 +507,15 @@ def check_content(release: Sealed) -> list[Check]:
     assert study is not None
     wrong: dict[str, list[str]] = {name: [] for name in ("decodes", "format", "voxels", "marks", "twins")}
     shown: dict[str, tuple[str, str]] = {}
+    layout = Layout.of(study.spatial_dims, study.plan, study.release)
+    folders: set[str] = set()
     for row in tqdm(release.released(), total=release.root["ledger"]["released"], desc="content", unit="image", mininterval=5, file=sys.stderr):
         name, path = row["sample_id"], release.folder / row["image"]["path"]
         other, key = shown.setdefault(row["image"]["voxel_sha256"], (name, row["seed_key"]))
         if key != row["seed_key"]:  # counterfactual images of one subject may be equal: their covariate then does nothing
             wrong["twins"].append(f"{name} and {other}")
-        if row["image"]["path"] != imaging.image_path(name, study.spatial_dims, study.release.suffix):
+        folders.add(layout.folder(row["group"], row["index"]))
+        if row["image"]["path"] != layout.path(name, row["group"], row["index"]):
             wrong["format"].append(f"{name}: lies at {row['image']['path']}")
         try:
             stored, affine, description = imaging.decode(path)
@@ -510,7 +530,7 @@ def check_content(release: Sealed) -> list[Check]:
             wrong["marks"].append(f"{name}: the description is {description[:40]!r}")
         if mark is None or mark.get("sample_id") != name or mark.get("study") != study.study:
             wrong["marks"].append(f"{name}: the mark is {mark}")
-    wrong["marks"] += _dataset_marks(release.folder, study)
+    wrong["marks"] += _dataset_marks(release.folder, study, folders or {""})
     count = release.root["ledger"]["released"]
     return [
         judged(5, "decodes", wrong["decodes"], f"{count} images can be decoded", "image(s) cannot be decoded"),
@@ -531,10 +551,12 @@ def _format_problems(stored: np.ndarray, study: config.Study) -> Iterator[str]:
         yield f"the same value everywhere ({stored.min()})"
 
 
-def _dataset_marks(folder: Path, study: config.Study) -> Iterator[str]:
-    wanted: list[tuple[str, Callable[[Any], Any]]] = [("dataset_description.json", lambda content: content["Synthetic"])]
-    if study.spatial_dims == 3:
-        wanted.append((f"{study.release.suffix}.json", lambda content: content["Synthesis"]["Synthetic"]))
+def _dataset_marks(folder: Path, study: config.Study, datasets: Collection[str]) -> Iterator[str]:
+    wanted: list[tuple[str, Callable[[Any], Any]]] = []
+    for place in sorted({"", *datasets}):
+        wanted.append((str(PurePosixPath(place, "dataset_description.json")), lambda content: content["Synthetic"]))
+        if study.spatial_dims == 3 and place in datasets:
+            wanted.append((str(PurePosixPath(place, f"{study.release.suffix}.json")), lambda content: content["Synthesis"]["Synthetic"]))
     for name, mark in wanted:
         try:
             if mark(json.loads((folder / name).read_text(encoding="utf-8"))) is not True:

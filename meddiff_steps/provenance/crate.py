@@ -62,6 +62,7 @@ def build(release: Published, records: Mapping[str, lineage.Record]) -> dict[str
     listed = {name: entry for name, entry in release.files.items() if name != NAME}
     actions, others = _actions(records, release.heads, listed)
     shards = list(_shards(release.ledger))
+    datasets = [_dataset(folder, description["Name"], sorted(listed)) for folder in description.get("Datasets", [])]
     people = [{"@id": f"#person-{i}", "@type": "Person", "name": name} for i, name in enumerate(description.get("Authors", []), start=1)]
     name, url = licence(description["License"])
     licensed = {"@id": url or "#licence", "@type": "CreativeWork", "name": name}
@@ -75,7 +76,7 @@ def build(release: Published, records: Mapping[str, lineage.Record]) -> dict[str
         "license": _reference(licensed),
         "keywords": ", ".join(description["Keywords"]),
         "conformsTo": {"@id": PROFILE},
-        "hasPart": [{"@id": quote(path)} for path in sorted(listed)],
+        "hasPart": [_reference(dataset) for dataset in datasets] + [{"@id": quote(path)} for path in sorted(listed)],
         "mentions": [_reference(entity) for entity in [*actions, *shards]],
     }
     if people:
@@ -85,7 +86,7 @@ def build(release: Published, records: Mapping[str, lineage.Record]) -> dict[str
     top = {"@id": NAME, "@type": "CreativeWork", "about": {"@id": "./"}, "conformsTo": {"@id": SPECIFICATION}}
     profile = {"@id": PROFILE, "@type": "CreativeWork", "name": "Process Run Crate", "version": "0.5"}
     described = [_file(path, listed[path]) for path in sorted(listed)]
-    return {"@context": CONTEXT, "@graph": [top, root, profile, licensed, *people, *described, *shards, *actions, *others]}
+    return {"@context": CONTEXT, "@graph": [top, root, profile, licensed, *people, *datasets, *described, *shards, *actions, *others]}
 
 
 def _reference(entity: Entity) -> Entity:
@@ -101,14 +102,27 @@ def _references(entities: list[Entity]) -> Entity | list[Entity]:
 def _file(path: str, entry: Mapping[str, Any]) -> Entity:
     found: Entity = {"@id": quote(path), "@type": "File", "name": path}
     suffix = PurePosixPath(path).suffix
-    found["encodingFormat"] = "text/markdown" if path == "README" else MEDIA_TYPES.get(suffix, "text/plain")
+    found["encodingFormat"] = "text/markdown" if PurePosixPath(path).name == "README" else MEDIA_TYPES.get(suffix, "text/plain")
     if path.startswith("provenance/records/"):
         found["description"] = "Run record: files read and written, settings, code and environment"
     elif path in MEANINGS:
         found["description"] = MEANINGS[path]
+    elif path.startswith("shard-") and PurePosixPath(path).name in MEANINGS:
+        found["description"] = MEANINGS[PurePosixPath(path).name]
     if entry:
         found |= {"contentSize": str(entry["bytes"]), "sha256": entry["sha256"]}
     return found
+
+
+def _dataset(folder: str, title: str, paths: list[str]) -> Entity:
+    parts = [{"@id": quote(path)} for path in paths if path.startswith(f"{folder}/")]
+    return {
+        "@id": quote(f"{folder}/"),
+        "@type": "Dataset",
+        "name": f"{title}, {folder}",
+        "description": "A part of the subjects as a dataset that is complete by itself; SHA256SUMS lists its images, too",
+        "hasPart": parts,
+    }
 
 
 def _shards(ledger: Mapping[str, Any]) -> Iterator[Entity]:

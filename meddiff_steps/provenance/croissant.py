@@ -77,7 +77,7 @@ def build(release: Published) -> dict[str, Any]:
         "rai:personalSensitiveInformation": "No row and no image describes a real person; README says what was tested for traces of real ones.",
         "prov:wasDerivedFrom": _sources(description),
         "prov:wasGeneratedBy": _activity(study, release.heads),
-        "distribution": [_table(release.files[TABLE]), _images(study)],
+        "distribution": [_table(release.files[TABLE]), _images(study, "Datasets" in description)],
         "recordSet": [_subjects(study)],
     }
     if description.get("Authors"):
@@ -127,7 +127,7 @@ def _table(entry: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _images(study: Mapping[str, Any]) -> dict[str, Any]:
+def _images(study: Mapping[str, Any], several: bool) -> dict[str, Any]:
     volumes = len(study["preprocess"]["shape"]) == 3
     return {
         "@type": "cr:FileSet",
@@ -135,7 +135,7 @@ def _images(study: Mapping[str, Any]) -> dict[str, Any]:
         "name": "images",
         "description": "The synthetic images; their digests are in the ledger.",
         "encodingFormat": "application/gzip" if volumes else "image/png",
-        "includes": "sub-*/anat/*.nii.gz" if volumes else "images/*.png",
+        "includes": ("shard-*/" if several else "") + ("sub-*/anat/*.nii.gz" if volumes else "images/*.png"),
     }
 
 

@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,12 @@ from meddiff_steps.errors import UserError
 from meddiff_steps.files import atomic_path
 from meddiff_steps.privacy.calibration import Thresholds
 from meddiff_steps.provenance import merkle
-from meddiff_steps.provenance.canonical import canonical_bytes
+from meddiff_steps.provenance.columns import canonical_lines
 
 SCHEMA = "meddiff/ledger/v1"
 #: Numbers of a noise stream that its digest covers: all streams differ from the first number on, and drawing all is slow.
 NOISE_NUMBERS = 256
-#: Rows held as Python objects at a time, which bounds memory.
+#: Rows held at a time, which bounds memory.
 CHUNK = 10_000
 Row = dict[str, Any]
 
@@ -71,8 +72,8 @@ def noise_digest(key: str) -> str:
 # ----------------------------------------------------------------------------------------------------- rows
 
 
-def public_rows(plan: pd.DataFrame, decisions: pd.DataFrame, images: pd.DataFrame, covariates: Covariates, recipe: Recipe) -> Iterator[Row]:
-    """Rows of the public ledger, in order.
+def public_tables(plan: pd.DataFrame, decisions: pd.DataFrame, images: pd.DataFrame, covariates: Covariates, recipe: Recipe) -> Iterator[pa.Table]:
+    """Rows of the public ledger, in order, as tables of `public_schema`.
 
     Parameters
     ----------
@@ -95,30 +96,59 @@ def public_rows(plan: pd.DataFrame, decisions: pd.DataFrame, images: pd.DataFram
     """
     if images["sample_id"].duplicated().any():
         raise UserError(f"images: {images.loc[images['sample_id'].duplicated(), 'sample_id'].iloc[0]} has more than one image. Give each images table once.")
-    files = images.set_index("sample_id").to_dict("index")
-    attempts = decisions.groupby("sample_id").size().to_dict()
-    accepted = decisions[decisions["decision"] == "accepted"].set_index("sample_id")[["attempt", "seed_key"]].to_dict("index")
-    duplicates = set(decisions.loc[decisions["decision"] == "duplicate", "sample_id"])
-    _check_fit(*(set(map(str, names)) for names in (plan["sample_id"], attempts, accepted, files)))
+    files, candidates = _by_id(images), _by_id(decisions)
+    accepted = candidates[candidates["decision"] == "accepted"]
+    _check_fit(*(set(names) for names in (plan["sample_id"].map(str), candidates.index, accepted.index, files.index)))
+    ordered = _by_id(plan).sort_index()
+    duplicates = candidates.index[candidates["decision"] == "duplicate"]
+    ordered = ordered.assign(
+        attempts=candidates.groupby(level=0).size(),
+        attempt=accepted["attempt"],
+        seed_key=accepted["seed_key"],
+        decision=np.where(ordered.index.isin(duplicates), "duplicate", "rejected"),
+    )
+    ordered.loc[ordered.index.isin(accepted.index), "decision"] = "released"
     shared = asdict(recipe)
-    shared["guidance_scale"] = _value(recipe.guidance_scale, False)
-    categorical = {name for name, covariate in covariates.items() if isinstance(covariate, CategoricalCovariate)}
-    ordered = plan.assign(sample_id=plan["sample_id"].map(str)).sort_values("sample_id")
+    schema = public_schema(covariates)
     for chunk in (ordered.iloc[start : start + CHUNK] for start in range(0, len(ordered), CHUNK)):
-        for subject in chunk.to_dict("records"):
-            sample_id = subject["sample_id"]
-            row: Row = {name: str(subject[name]) for name in ("sample_id", "group", "cohort_root")}
-            row |= {name: int(subject[name]) for name in ("index", "noise_index")}
-            row["covariates"] = {name: _value(subject[name], name in categorical) for name in covariates}
-            row["recipe"] = shared
-            decision = "released" if sample_id in accepted else "duplicate" if sample_id in duplicates else "rejected"
-            row["privacy"] = {"decision": decision, "attempts": int(attempts[sample_id])}
-            row |= {"attempt": None, "seed_key": None, "noise_sha256": None, "image": None}
-            if sample_id in accepted:
-                key, file = str(accepted[sample_id]["seed_key"]), files[sample_id]
-                row |= {"attempt": int(accepted[sample_id]["attempt"]), "seed_key": key, "noise_sha256": noise_digest(key)}
-                row["image"] = {name: str(file[name]) for name in ("path", "sha256", "voxel_sha256")} | {"bytes": int(file["bytes"])}
-            yield row
+        released = (chunk["decision"] == "released").to_numpy()
+        keys = [str(key) if made else None for key, made in zip(chunk["seed_key"], released, strict=True)]
+        columns = {name: _texts(chunk[name]) for name in ("group", "cohort_root")} | {
+            name: _integers(chunk[name]) for name in ("index", "noise_index", "attempt")
+        }
+        columns |= {"sample_id": pa.array(chunk.index, pa.string()), "seed_key": pa.array(keys, pa.string())}
+        columns["noise_sha256"] = pa.array([key and noise_digest(key) for key in keys], pa.string())
+        wanted = {name: _texts(chunk[name]) if isinstance(one, CategoricalCovariate) else _numbers(chunk[name]) for name, one in covariates.items()}
+        columns["covariates"] = _struct(schema.field("covariates"), wanted)
+        columns["recipe"] = _struct(schema.field("recipe"), {name: [value] * len(chunk) for name, value in shared.items()})
+        columns["privacy"] = _struct(schema.field("privacy"), {"decision": _texts(chunk["decision"]), "attempts": _integers(chunk["attempts"])})
+        image = files.reindex(chunk.index)
+        parts = {name: _texts(image[name]) for name in ("path", "sha256", "voxel_sha256")} | {"bytes": _integers(image["bytes"])}
+        columns["image"] = _struct(schema.field("image"), parts, ~released)
+        yield pa.table([columns[field.name] for field in schema], schema=schema)
+
+
+def _by_id(table: pd.DataFrame) -> pd.DataFrame:
+    return table.set_index(table["sample_id"].map(str).rename(None))
+
+
+def _texts(column: pd.Series) -> pa.Array:
+    return pa.array([None if missing else str(value) for value, missing in zip(column, column.isna(), strict=True)], pa.string())
+
+
+def _numbers(column: pd.Series) -> pa.Array:
+    return pa.array(column.astype(float).to_numpy(), pa.float64(), from_pandas=True)
+
+
+def _integers(column: pd.Series) -> pa.Array:
+    return pa.array(column.to_numpy(), from_pandas=True).cast(pa.int64())
+
+
+def _struct(field: pa.Field, columns: Mapping[str, Any], absent: np.ndarray | None = None) -> pa.StructArray:
+    """Columns as records of a field's type, null where `absent`."""
+    kinds = [field.type.field(i) for i in range(field.type.num_fields)]
+    arrays = [column if isinstance(column := columns[kind.name], pa.Array) else pa.array(column, kind.type) for kind in kinds]
+    return pa.StructArray.from_arrays(arrays, fields=kinds, mask=None if absent is None else pa.array(absent))
 
 
 def _check_fit(planned: set[str], judged: set[str], accepted: set[str], written: set[str]) -> None:
@@ -132,7 +162,8 @@ def _check_fit(planned: set[str], judged: set[str], accepted: set[str], written:
             raise UserError(f"ledger: {len(found)} {problem}: {', '.join(sorted(found)[:3])}. Run the workflow again: these files come from different runs.")
 
 
-def _value(value: Any, categorical: bool) -> str | float | None:
+def cell(value: Any, categorical: bool) -> str | float | None:
+    """A covariate, or another number of a plan, as rows hold it."""
     if pd.isna(value):
         return None
     # Whole numbers as such: it is how canonical JSON writes them, and how they are read back.
@@ -144,20 +175,22 @@ def detectors_of(decisions: pd.DataFrame) -> list[str]:
     return sorted(name.removeprefix("similarity_") for name in map(str, decisions) if name.startswith("similarity_"))
 
 
-def private_rows(plan: pd.DataFrame, decisions: pd.DataFrame, thresholds: Thresholds | None, subgroup: str | None) -> Iterator[Row]:
+def private_tables(plan: pd.DataFrame, decisions: pd.DataFrame, thresholds: Thresholds | None, subgroup: str | None) -> Iterator[pa.Table]:
     """Rows of the private ledger, ordered by sample id and attempt: every candidate, its nearest training scans, the limits that it was held to."""
     detectors = detectors_of(decisions)
-    groups = dict(zip(plan["sample_id"], plan[subgroup].astype(str) if subgroup else ["all"] * len(plan), strict=True))
+    schema = private_schema(detectors)
+    groups = pd.Series(plan[subgroup].map(str).to_numpy() if subgroup else "all", index=plan["sample_id"].map(str))
     ordered = decisions.assign(sample_id=decisions["sample_id"].map(str)).sort_values(["sample_id", "attempt"])
-    for candidate in ordered.to_dict("records"):
-        limits = thresholds.groups.get(groups[candidate["sample_id"]], thresholds.overall) if thresholds else {}
-        row: Row = {name: str(candidate[name]) for name in ("sample_id", "seed_key", "decision", "reason")}
-        row["attempt"] = int(candidate["attempt"])
-        similarity = {name: float(candidate[f"similarity_{name}"]) for name in detectors}
-        row["similarity"] = {name: value if np.isfinite(value) else None for name, value in similarity.items()}
-        row["nearest"] = {name: int(candidate[f"nearest_{name}"]) for name in detectors}
-        row["limit"] = {name: limits.get(name) for name in detectors}
-        yield row
+    limits = {group: thresholds.groups.get(group, thresholds.overall) if thresholds else {} for group in groups.unique()}
+    for chunk in (ordered.iloc[start : start + CHUNK] for start in range(0, len(ordered), CHUNK)):
+        columns = {name: _texts(chunk[name]) for name in ("sample_id", "seed_key", "decision", "reason")} | {"attempt": _integers(chunk["attempt"])}
+        similarity = {name: chunk[f"similarity_{name}"].astype(float) for name in detectors}
+        similarity = {name: _numbers(values.where(np.isfinite(values))) for name, values in similarity.items()}
+        held = chunk["sample_id"].map(groups)
+        columns["similarity"] = _struct(schema.field("similarity"), similarity)
+        columns["nearest"] = _struct(schema.field("nearest"), {name: _integers(chunk[f"nearest_{name}"]) for name in detectors})
+        columns["limit"] = _struct(schema.field("limit"), {name: [limits[group].get(name) for group in held] for name in detectors})
+        yield pa.table([columns[field.name] for field in schema], schema=schema)
 
 
 # ----------------------------------------------------------------------------------------------------- files
@@ -193,34 +226,28 @@ class Written:
         return merkle.root(self.leaves).hex()
 
 
-def write_ledger(rows: Iterable[Row], schema: pa.Schema, parquet: Path, lines: Path | None = None) -> Written:
-    """Write rows as Parquet and, where `lines` is given, as one line of canonical JSON each; in chunks, atomically."""
+def write_ledger(tables: Iterable[pa.Table], schema: pa.Schema, parquet: Path, lines: Path | None = None) -> Written:
+    """Write tables as Parquet and, where `lines` is given, as one line of canonical JSON per row; atomically, one table in memory at a time."""
     leaves: list[bytes] = []
     ids: list[str] = []
-    with atomic_path(parquet) as table_path, pq.ParquetWriter(table_path, schema, compression="zstd") as writer:
-        if lines is None:
-            _write(rows, schema, writer, None, leaves, ids)
-        else:
-            with atomic_path(lines) as lines_path, open(lines_path, "wb") as stream:
-                _write(rows, schema, writer, stream, leaves, ids)
+    with ExitStack() as files:
+        writer = files.enter_context(pq.ParquetWriter(files.enter_context(atomic_path(parquet)), schema, compression="zstd"))
+        stream = files.enter_context(open(files.enter_context(atomic_path(lines)), "wb")) if lines is not None else None
+        for table in tables:
+            found = canonical_lines(table)
+            leaves += map(merkle.leaf_hash, found)
+            ids += table["sample_id"].to_pylist()
+            if stream is not None:
+                stream.writelines(line + b"\n" for line in found)
+            writer.write_table(table)
     return Written(leaves, ids)
 
 
-def _write(rows: Iterable[Row], schema: pa.Schema, writer: pq.ParquetWriter, stream: Any, leaves: list[bytes], ids: list[str]) -> None:
-    for chunk in _chunks(rows):
-        for row in chunk:
-            content = canonical_bytes(row)
-            leaves.append(merkle.leaf_hash(content))
-            ids.append(row["sample_id"])
-            if stream is not None:
-                stream.write(content + b"\n")
-        writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
-
-
-def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+def as_tables(rows: Iterable[Row], schema: pa.Schema) -> Iterator[pa.Table]:
+    """Rows as tables of a schema."""
     remaining = iter(rows)
     while chunk := list(itertools.islice(remaining, CHUNK)):
-        yield chunk
+        yield pa.Table.from_pylist(chunk, schema=schema)
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, Row]]:
@@ -243,8 +270,8 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, Row]]:
             yield content, row
 
 
-def read_parquet(path: Path) -> Iterator[Row]:
-    """Rows of a Parquet ledger as they were written.
+def read_tables(path: Path) -> Iterator[pa.Table]:
+    """Rows of a Parquet ledger, as tables of some.
 
     Raises
     ------
@@ -254,9 +281,15 @@ def read_parquet(path: Path) -> Iterator[Row]:
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(CHUNK):
-                yield from batch.to_pylist()
+                yield pa.Table.from_batches([batch])
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: not readable as Parquet ({error}). The file was changed; get it again.") from None
+
+
+def read_parquet(path: Path) -> Iterator[Row]:
+    """Rows of a Parquet ledger as they were written; see `read_tables`."""
+    for table in read_tables(path):
+        yield from table.to_pylist()
 
 
 def shard_roots(written: Written, shard_of: Mapping[str, int]) -> list[dict[str, Any]]:

@@ -13,15 +13,20 @@ import numpy as np
 import pandas as pd
 
 from meddiff_steps import config
+from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.errors import UserError
 from meddiff_steps.files import write_atomic
 from meddiff_steps.imaging import release as imaging
+from meddiff_steps.imaging.layout import Layout
 from meddiff_steps.models.files import LatentDiffusion, load_autoencoder
+from meddiff_steps.provenance import verify
 from meddiff_steps.provenance.digest import safetensors_digest
-from meddiff_steps.provenance.ledger import Row
+from meddiff_steps.provenance.ledger import Row, cell
 from meddiff_steps.provenance.record import environment
 from meddiff_steps.provenance.sealed import Sealed
+from meddiff_steps.synthesis import size
 from meddiff_steps.synthesis.generate import Generator
+from meddiff_steps.synthesis.plan import build_plan, draws
 from meddiff_steps.training.backend import make_fabric
 
 #: Largest difference of a stored value (1000 or 255 is full scale) at which an image counts as the same on another machine.
@@ -141,6 +146,125 @@ def regenerate(release: Sealed, rows: Sequence[Row], models: Path, out: Path, th
     return sorted(found, key=lambda comparison: comparison.sample_id)
 
 
+@dataclass(frozen=True)
+class Added:
+    """An image of a subject that the release did not have.  No privacy filter has looked at it."""
+
+    sample_id: str
+    path: str
+    bytes: int
+    sha256: str
+    voxel_sha256: str
+    seed_key: str
+    covariates: dict[str, Any]
+
+
+def plan_more(release: Sealed, models: Path, count: int, group: str | None) -> tuple[pd.DataFrame, config.PlanGroup]:
+    """The plan of one group of a release with `count` subjects, and that group; it begins with the subjects of the ledger.
+
+    Covariates are drawn as the study drew them.  What they are drawn from is not in a release: it comes from the training rows of
+    `models`/cohort/manifest.parquet, as the folder of the study has it.
+
+    Raises
+    ------
+    UserError
+        There is no such group, what its covariates are drawn from is not there, or it gives other covariates than the release has.
+    """
+    study = release.study
+    assert study is not None
+    wanted = size.enlarged(study.plan, count, group)
+    if wanted.covariates == "table":
+        raise UserError(f"group {wanted.name}: its covariates come from a table of the publisher's, which is not in the release. Enlarge another group.")
+    manifest = models / "cohort/manifest.parquet"
+    training = pd.DataFrame(columns=list(study.covariates))
+    if draws(wanted, study.covariates):
+        if not manifest.is_file():
+            raise UserError(
+                f"{manifest}: not there. The covariates of new subjects are drawn from a distribution that was fitted to the training scans; it is private, "
+                "so neither a release nor packed models hold it. Give --models the study's own folder, or ask the publisher for more subjects."
+            )
+        scans = read_manifest(manifest, study.covariates)
+        training = scans[scans["split"] == "train"]
+    plan = build_plan([wanted], study.covariates, training, study.seed, study.generate.shard_size)
+    planned = {row["sample_id"]: row for row in plan.to_dict("records")}
+    for row in release.rows():
+        if row["group"] == wanted.name:
+            found = _covariates(planned[row["sample_id"]], study.covariates) if row["sample_id"] in planned else None
+            if found != row["covariates"]:
+                raise UserError(
+                    f"{manifest}: gives {row['sample_id']} covariates {found}, the release has {row['covariates']}. "
+                    "Give --models the folder of the study that made this release, with the cohort as it was then."
+                )
+    return plan, wanted
+
+
+def _covariates(subject: Mapping[str, Any], covariates: config.Covariates) -> dict[str, Any]:
+    return {name: cell(subject[name], isinstance(covariate, config.CategoricalCovariate)) for name, covariate in covariates.items()}
+
+
+def regenerate_more(
+    release: Sealed, models: Path, out: Path, threads: int, count: int, group: str | None, shard: int | None = None
+) -> tuple[list[Comparison], list[Added]]:
+    """Make one group of a release again with `count` subjects, or one shard of it: those of the release are compared with it, the others are new.
+
+    Images lie below `out` where a release of that many would have them.
+
+    Raises
+    ------
+    UserError
+        Nothing was released, there is no such shard; or see `plan_more` and `remake`.
+    """
+    study = release.study
+    assert study is not None
+    plan, wanted = plan_more(release, models, count, group)
+    shards = int(plan["shard"].max()) + 1
+    if shard is not None and not 0 <= shard < shards:
+        raise UserError(f"no shard {shard}: {len(plan)} subjects of group {wanted.name} are {shards} shards, from 0.")
+    chosen = (plan if shard is None else plan[plan["shard"] == shard]).to_dict("records")
+    ids = {subject["sample_id"] for subject in chosen}
+    known: dict[str, Row] = {}
+    recipe: dict[str, Any] | None = None
+    for row in release.rows():
+        if row["sample_id"] in ids:
+            known[row["sample_id"]] = row
+        if row["image"] is not None:
+            recipe = row["recipe"]
+    if recipe is None:
+        raise UserError(f"{release.folder}: nothing was released, so that nothing says how. Give another release.")
+    rows: list[Row] = []
+    for subject in chosen:
+        old = known.get(subject["sample_id"])
+        if old is None:
+            front = {name: subject[name] for name in ("sample_id", "group", "index", "noise_index", "attempt", "cohort_root", "seed_key")}
+            rows.append(front | {"covariates": _covariates(subject, study.covariates), "recipe": recipe, "image": None})
+        elif old["image"] is not None:  # who was rejected stays rejected
+            rows.append(old)
+    layout = Layout.of(study.spatial_dims, [wanted if other.name == wanted.name else other for other in study.plan], study.release)
+    grid = imaging.Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
+    comparisons, added = [], []
+    for row, image in remake(rows, study, models, threads) if rows else ():
+        path = layout.path(row["sample_id"], row["group"], row["index"])
+        if row["image"] is not None:
+            comparison, content = compare(row, image, release.folder, study)
+            comparisons.append(comparison)
+        else:
+            content, stored = imaging.encode(image, grid, row["sample_id"], study.study)
+            digests = hashlib.sha256(content).hexdigest(), imaging.voxel_digest(stored, grid.affine)
+            added.append(Added(row["sample_id"], path, len(content), *digests, row["seed_key"], row["covariates"]))
+        write_atomic(out / path, content)
+    return sorted(comparisons, key=lambda one: one.sample_id), sorted(added, key=lambda one: one.sample_id)
+
+
+def write_added(path: Path, added: Sequence[Added]) -> None:
+    """A table of subjects that a release did not have, like participants.tsv, with the digests of their images."""
+    names = sorted({name for one in added for name in one.covariates})
+    lines = [["participant_id", *names, "path", "sha256", "voxel_sha256", "seed_key"]]
+    for one in added:
+        cells = [verify.cell(one.covariates[name]) for name in names]
+        lines.append([f"sub-{one.sample_id}", *cells, one.path, one.sha256, one.voxel_sha256, one.seed_key])
+    write_atomic(path, "".join("\t".join(line) + "\n" for line in lines).encode())
+
+
 def summary(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """Counts by verdict, and how many files are equal byte by byte."""
     counts = Counter(comparison.verdict for comparison in comparisons)
@@ -152,8 +276,8 @@ def summary(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     }
 
 
-def as_text(comparisons: Sequence[Comparison], environment: Sequence[str]) -> list[str]:
-    """A summary for people, as lines: counts, the first images that are not the same, and how the machines differ."""
+def as_text(comparisons: Sequence[Comparison], environment: Sequence[str], added: Sequence[Added] = ()) -> list[str]:
+    """A summary for people, as lines: counts, the first images that are not the same, what is new, and how the machines differ."""
     found = summary(comparisons)
     lines = [
         f"{len(comparisons)} images: " + (", ".join(f"{count} {name}" for name, count in found["verdicts"].items() if count) or "none"),
@@ -161,6 +285,8 @@ def as_text(comparisons: Sequence[Comparison], environment: Sequence[str]) -> li
     ]
     unlike = [comparison for comparison in comparisons if comparison.verdict in ("differs", "missing")]
     lines += [f"  {c.sample_id}: {c.verdict}, by up to {c.largest} stored units" for c in unlike[:10]]
+    if added:
+        lines.append(f"{len(added)} more images, {added[0].sample_id} to {added[-1].sample_id}: no privacy filter compared them with real scans")
     if environment:
         lines += ["differences between the machine of the release and this one:", *(f"  {line}" for line in environment)]
     return lines

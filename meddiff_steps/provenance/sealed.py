@@ -6,6 +6,9 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from meddiff_steps import config
 from meddiff_steps.errors import UserError
 from meddiff_steps.files import read_json, sha256_file
@@ -45,15 +48,13 @@ class Sealed:
         except UserError as error:
             self.problems.append(str(error))
 
-    def count_weights(self, row: ledger.Row) -> None:
-        """Note which weights a row names: (kind, digest) -> first subject and number of rows."""
-        recipe = row.get("recipe")
-        if not isinstance(recipe, dict):
-            return
+    def count_weights(self, table: pa.Table) -> None:
+        """Note which weights the rows of a table name: (kind, digest) -> first subject and number of rows."""
+        names, recipes = table["sample_id"].to_pylist(), table["recipe"].combine_chunks()
         for kind in ("autoencoder", "diffusion"):
-            digest = str(recipe.get(kind))
-            first, count = self.weights.get((kind, digest), (str(row.get("sample_id")), 0))
-            self.weights[kind, digest] = (first, count + 1)
+            for entry in pc.value_counts(digests := pc.struct_field(recipes, kind)).to_pylist():
+                first, count = self.weights.get((kind, digest := str(entry["values"])), (names[pc.index(digests, entry["values"]).as_py()], 0))
+                self.weights[kind, digest] = (first, count + entry["counts"])
 
     def rows(self) -> Iterator[ledger.Row]:
         """Rows of the ledger, one at a time."""

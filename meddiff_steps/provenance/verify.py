@@ -27,12 +27,16 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 ROOT_SCHEMA, LEDGER_SCHEMA, SCHEME = "meddiff/release/v1", "meddiff/ledger/v1", "rfc6962-sha256"
 ROOT, SIGNATURE, LINES = "provenance/root.json", "provenance/root.dsse.json", "provenance/ledger.jsonl"
 EXAMPLES = 5
+TABLE, DESCRIPTION, CHECKSUMS = "participants.tsv", "dataset_description.json", "SHA256SUMS"
+#: What a dataset that is a part of a release has, beside its images.
+DATASET = (TABLE, "participants.json", DESCRIPTION, "README", "CHANGES", "LICENSE")
 
 #: What a row holds: the types of its fields, and of the fields of those that are objects.
 FIELDS: dict[str, tuple[type, ...]] = {
@@ -217,11 +221,20 @@ def rows(release: Path) -> Iterator[tuple[int, bytes, Any]]:
             for number, line in enumerate(stream, start=1):
                 content = line[:-1] if line.endswith(b"\n") else line
                 try:
-                    yield number, content, json.loads(content, object_pairs_hook=_without_doubles)
+                    row = json.loads(content)
+                    # As many keys as are written? Otherwise, or where blanks hide some, one may be there twice, which the slower hook finds out.
+                    if content.count(b'":') != _keys(row) or any(blank in content for blank in (b" ", b"\t", b"\r")):
+                        row = json.loads(content, object_pairs_hook=_without_doubles)
+                    yield number, content, row
                 except ValueError:
                     yield number, content, None
     except OSError as error:
         raise Unreadable(f"{LINES} cannot be read ({error})") from None
+
+
+def _keys(row: Any) -> int:
+    """Keys of a row and of its parts; -1 for what is no row."""
+    return len(row) + sum([len(part) for part in row.values() if type(part) is dict]) if type(row) is dict else -1
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -229,6 +242,13 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise ValueError("a key occurs twice")
     return found
+
+
+def placed(path: str) -> tuple[str, str]:
+    """Folder of the dataset that an image lies in ("" for the release itself), and its path there."""
+    parts = path.split("/")
+    start = max(0, len(parts) - (2 if path.endswith(".png") else 3))
+    return "/".join(parts[:start]), "/".join(parts[start:])
 
 
 def cell(value: Any) -> str:
@@ -247,8 +267,8 @@ class Ledger:
     sample_ids: list[str] = field(default_factory=list)
     #: path, bytes, sha256 of each released image
     images: list[tuple[str, int, str]] = field(default_factory=list)
-    #: cells of participants.tsv by participant
-    participants: dict[str, list[str]] = field(default_factory=dict)
+    #: cells of participants.tsv by participant, by folder of the dataset ("" for the release itself)
+    datasets: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     indices: dict[str, list[int]] = field(default_factory=dict)
     covariates: list[str] = field(default_factory=list)
 
@@ -275,8 +295,9 @@ def check_form(release: Path) -> tuple[list[Check], dict[str, Any], Ledger]:
         elif row["image"] is not None:
             image = row["image"]
             ledger.images.append((image["path"], image["bytes"], image["sha256"]))
-            shown = [image["path"]] if image["path"].endswith(".png") else []
-            ledger.participants[f"sub-{row['sample_id']}"] = shown + [cell(row["covariates"][name]) for name in ledger.covariates]
+            folder, inside = placed(image["path"])
+            shown = [inside] if inside.endswith(".png") else []
+            ledger.datasets.setdefault(folder, {})[f"sub-{row['sample_id']}"] = shown + [cell(row["covariates"][name]) for name in ledger.covariates]
     checks = [
         Check(0, "root-form", "pass", f"{ROOT} is of schema {ROOT_SCHEMA}"),
         judged(0, "rows-form", malformed, f"all {len(ledger.leaves)} rows of the ledger have their form", "row(s) of the ledger are malformed"),
@@ -344,8 +365,10 @@ def _altered(release: Path, files: list[tuple[str, int, str]], read: bool, progr
 
     if not read:
         return [found for found in map(problem, files) if found]
+    # By the hundred: handing over a file to a thread takes longer than reading a small one.
+    parts = [files[start : start + 100] for start in range(0, len(files), 100)]
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        results: Iterable[Any] = pool.map(problem, files, chunksize=64)
+        results: Iterable[Any] = chain.from_iterable(pool.map(lambda part: list(map(problem, part)), parts))
         return [found for found in (progress(results, len(files)) if progress else results) if found]
 
 
@@ -386,9 +409,14 @@ def check_completeness(release: Path, root: dict[str, Any], ledger: Ledger) -> l
     there, links, folders = contents(release)
     lower: dict[str, str] = {}
     clashes = [f"{name} and {lower[name.lower()]}" for name in sorted(there) if lower.setdefault(name.lower(), name) != name]
-    needed = {name[:end] for name in sealed for end, letter in enumerate(name) if letter == "/"}
+    needed: set[str] = set()
+    for name in sealed:
+        while (name := name.rpartition("/")[0]) and name not in needed:
+            needed.add(name)
     gaps = [f"{group}: {_gap(found)}" for group, found in ledger.indices.items() if sorted(found) != list(range(len(found)))]
     twice = len(ledger.images) - len({path for path, _, _ in ledger.images})
+    owners = [f"{twice} shared path(s)"] if twice else []
+    owners += [f"{name}: an image of nobody in the ledger" for name in sorted(root["files"]) if _where_images_lie(name)]
     checks = [
         judged(2, "no-orphans", sorted(there - sealed), "no file is there that was not sealed", "file(s) are there that were not sealed"),
         judged(2, "no-missing", sorted(sealed - there), "no sealed file is missing", "sealed file(s) are missing"),
@@ -396,9 +424,15 @@ def check_completeness(release: Path, root: dict[str, Any], ledger: Ledger) -> l
         judged(2, "no-stray-folders", sorted(folders - needed), "no folder without sealed files", "folder(s) without sealed files"),
         judged(2, "no-case-clash", clashes, "no names that differ in case alone", "names that differ in case alone"),
         judged(2, "indices", gaps, "subjects of each group are numbered without gaps", "group(s) have gaps or doubles in their numbers"),
-        judged(2, "one-image-each", [f"{twice} shared path(s)"] if twice else [], "no two subjects share a file", "problem with images"),
+        judged(2, "one-image-each", owners, "no two subjects share a file", "problem(s) with images"),
     ]
-    return [*checks, _check_participants(release, ledger)]
+    checks.append(_check_participants(release, root, ledger))
+    return [*checks, _check_datasets(release, root, ledger)] if set(ledger.datasets) - {""} else checks
+
+
+def _where_images_lie(name: str) -> bool:
+    folders = name.split("/")[:-1]
+    return name.endswith((".nii", ".nii.gz")) or (folders[:1] != ["provenance"] and any(one == "images" or one.startswith("sub-") for one in folders))
 
 
 def _gap(found: list[int]) -> str:
@@ -406,25 +440,68 @@ def _gap(found: list[int]) -> str:
     return f"number {missing[0]} is missing" if missing else "a number occurs twice"
 
 
-def _check_participants(release: Path, ledger: Ledger) -> Check:
-    name = "participants"
+def _check_participants(release: Path, root: dict[str, Any], ledger: Ledger) -> Check:
+    datasets = ledger.datasets or {"": {}}
+    tables = {_in(folder, TABLE) for folder in datasets}
+    wrong = [f"{name}: of no dataset" for name in sorted(root["files"]) if PurePosixPath(name).name == TABLE and name not in tables]
+    for folder, participants in sorted(datasets.items()):
+        wrong += _table_problems(release, _in(folder, TABLE), participants, ledger.covariates)
+    count = sum(map(len, datasets.values()))
+    where = TABLE if len(datasets) == 1 else f"{TABLE} of {len(datasets)} datasets"
+    return judged(2, "participants", wrong, f"{where} and the ledger agree on {count} subjects", "difference(s) between participants.tsv and the ledger")
+
+
+def _in(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def _table_problems(release: Path, name: str, participants: dict[str, list[str]], covariates: list[str]) -> Iterator[str]:
     try:
-        with open(release / "participants.tsv", encoding="utf-8", newline="") as stream:
+        with open(release / name, encoding="utf-8", newline="") as stream:
             table = list(csv.reader(stream, delimiter="\t"))
         header, body = table[0], table[1:]
-        front = header[: len(header) - len(ledger.covariates)]
-        columns = [header.index(name) for name in [*front[1:], *ledger.covariates]]
+        front = header[: len(header) - len(covariates)]
+        columns = [header.index(column) for column in [*front[1:], *covariates]]
         found = {row[0]: [row[i] for i in columns] for row in body}
     except (OSError, ValueError, IndexError, csv.Error) as error:
-        return Check(2, name, "finding", f"participants.tsv cannot be read ({type(error).__name__}: {error})")
-    wrong = [f"{who}: in participants.tsv alone" for who in sorted(set(found) - set(ledger.participants))]
-    wrong += [f"{who}: in the ledger alone" for who in sorted(set(ledger.participants) - set(found))]
-    wrong += [f"{who}: {found[who]}, ledger {cells}" for who, cells in sorted(ledger.participants.items()) if who in found and found[who] != cells]
+        yield f"{name} cannot be read ({type(error).__name__}: {error})"
+        return
+    yield from (f"{who}: in {name} alone" for who in sorted(set(found) - set(participants)))
+    yield from (f"{who}: in the ledger alone, not in {name}" for who in sorted(set(participants) - set(found)))
+    yield from (f"{who}: {found[who]}, ledger {cells}" for who, cells in sorted(participants.items()) if who in found and found[who] != cells)
     if len(body) != len(found):
-        wrong.append(f"{len(body) - len(found)} participant(s) occur twice")
-    if sorted(front) not in (["participant_id"], ["image", "participant_id"]) or sorted(header[len(front) :]) != ledger.covariates:
-        wrong.append(f"columns {header}, expected participant_id and {ledger.covariates}")
-    return judged(2, name, wrong, f"participants.tsv and the ledger agree on {len(found)} subjects", "difference(s) between participants.tsv and the ledger")
+        yield f"{len(body) - len(found)} participant(s) of {name} occur twice"
+    if sorted(front) not in (["participant_id"], ["image", "participant_id"]) or sorted(header[len(front) :]) != covariates:
+        yield f"{name}: columns {header}, expected participant_id and {covariates}"
+
+
+def _check_datasets(release: Path, root: dict[str, Any], ledger: Ledger) -> Check:
+    """L2 of a release of several datasets: each is complete by itself, its checksums are the sealed digests, and nobody is in two."""
+    digests: dict[str, dict[str, str]] = {folder: {} for folder in ledger.datasets}
+    sealed = [(path, digest) for path, _, digest in ledger.images] + [(name, entry["sha256"]) for name, entry in root["files"].items()]
+    for path, digest in sealed:
+        folder, _, inside = path.partition("/")
+        if folder in digests and inside != CHECKSUMS:
+            digests[folder][inside] = digest
+    wrong = [f"{folder!r}: not a folder of the release" for folder in sorted(digests) if not folder or "/" in folder]
+    try:
+        named = json.loads((release / DESCRIPTION).read_text(encoding="utf-8"))["Datasets"]
+    except (OSError, ValueError, KeyError, TypeError):
+        named = None
+    wrong += [] if named == sorted(digests) else [f"{DESCRIPTION} names datasets {named}"]
+    seen: dict[str, str] = {}
+    for folder, participants in sorted(ledger.datasets.items()):
+        wrong += [f"{_in(folder, name)} is missing" for name in DATASET if name not in digests[folder]]
+        wrong += [f"{who}: in {seen[who]} and {folder}" for who in participants if seen.setdefault(who, folder) != folder]
+        try:
+            lines = (release / _in(folder, CHECKSUMS)).read_text(encoding="utf-8").splitlines()
+            told = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        except (OSError, ValueError) as error:
+            wrong.append(f"{_in(folder, CHECKSUMS)} cannot be read ({type(error).__name__})")
+            continue
+        differ = sorted(name for name in {*told, *digests[folder]} if told.get(name) != digests[folder].get(name))
+        wrong += [f"{_in(folder, CHECKSUMS)}: {name} is not as sealed" for name in differ]
+    return judged(2, "datasets", wrong, f"{len(digests)} datasets are complete, each with its checksums", "problem(s) with datasets")
 
 
 # ---------------------------------------------------------------------------------------------- signature

@@ -10,6 +10,7 @@ import typer
 
 from meddiff_steps.config import load_stage
 from meddiff_steps.files import atomic_path
+from meddiff_steps.imaging.layout import Layout
 from meddiff_steps.imaging.release import Grid, write_images
 
 
@@ -26,6 +27,9 @@ def run(
     """
     study = load_stage(config, "images")
     grid = Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
-    table = write_images(generated, release, grid, study.study, study.release.suffix, set(pd.read_parquet(released)["sample_id"]))
+    layout = Layout.of(study.spatial_dims, study.plan, study.release)
+    subjects = pd.read_parquet(released)
+    folders = {} if layout.size is None else dict(zip(subjects["sample_id"], map(layout.folder, subjects["group"], subjects["index"]), strict=True))
+    table = write_images(generated, release, grid, study.study, study.release.suffix, set(subjects["sample_id"]), folders)
     with atomic_path(out) as temporary:
         table.to_parquet(temporary, index=False)

@@ -55,9 +55,9 @@ def run(
     planned, judged = pd.read_parquet(plan), pd.read_parquet(decisions)
     tables = pd.concat([pd.read_parquet(path) for path in images], ignore_index=True)
     bundle.prepare(release)
-    rows = ledger.public_rows(planned, judged, tables, study.covariates, recipe)
+    rows = ledger.public_tables(planned, judged, tables, study.covariates, recipe)
     public = ledger.write_ledger(rows, ledger.public_schema(study.covariates), release / bundle.TABLE, release / bundle.LINES)
-    candidates = ledger.private_rows(planned, judged, thresholds_of(read_json(calibration)), study.privacy.subgroup)
+    candidates = ledger.private_tables(planned, judged, thresholds_of(read_json(calibration)), study.privacy.subgroup)
     hidden = ledger.write_ledger(candidates, ledger.private_schema(ledger.detectors_of(judged)), private)
     folder = results or config.parent.parent
     read = [plan, decisions, privacy, calibration, *images, autoencoder_card, diffusion_card, description]

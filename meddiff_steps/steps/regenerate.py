@@ -9,7 +9,7 @@ import typer
 
 from meddiff_steps.errors import UserError
 from meddiff_steps.files import write_json
-from meddiff_steps.provenance.regeneration import as_text, environment_difference, regenerate, summary
+from meddiff_steps.provenance.regeneration import Added, as_text, environment_difference, regenerate, regenerate_more, summary, write_added
 from meddiff_steps.provenance.sealed import open_release
 
 
@@ -19,6 +19,8 @@ def run(
     out: Annotated[Path, typer.Option(help="folder to write the images to, at the paths that they have in the release")],
     subject: Annotated[list[str] | None, typer.Option(help="participant, with or without sub-; repeat for several; all of them if not given")] = None,
     shard: Annotated[int | None, typer.Option(help="number of one shard")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="subjects of a group, more than it had: those of the release and new ones")] = None,
+    group: Annotated[str | None, typer.Option(help="group of the plan that --count is about, if there are several")] = None,
     json: Annotated[Path | None, typer.Option(help="comparison to write (JSON)")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; changes the last bits of CPU results")] = 1,
 ) -> None:
@@ -26,17 +28,28 @@ def run(
 
     `bitwise`: the image shows the same to the last bit.  `within tolerance`: it differs by rounding, as on another processor.
     `differs`: by more.  Exit code 0 if none differs, 1 if one does, 2 if it could not run.
+
+    With --count the subjects of the release come out as they were, and more are made by the same plan; OUT/added.tsv lists these.  That needs the
+    study's own folder as --models, since covariates are drawn as the training scans have them.  No privacy filter looks at new images.
     """
     if subject and shard is not None:
         raise UserError("--subject and --shard: give one of them.")
     if out.resolve() == release.resolve() or release.resolve() in out.resolve().parents:
         raise UserError(f"--out {out}: lies in the release, which is sealed. Give another folder.")
+    if (subject and count is not None) or (group is not None and count is None):
+        raise UserError("--count makes one group of the plan larger: give it without --subject, and --group with it.")
     sealed = open_release(release)
-    rows = sealed.rows_of(subjects=subject or None, shard=shard)
-    comparisons = regenerate(sealed, rows, models, out, threads)
+    added: list[Added] = []
+    if count is not None:
+        comparisons, added = regenerate_more(sealed, models, out, threads, count, group, shard)
+        if shard is None:
+            write_added(out / "added.tsv", added)
+    else:
+        comparisons = regenerate(sealed, sealed.rows_of(subjects=subject or None, shard=shard), models, out, threads)
     found = summary(comparisons)
     environment = environment_difference(sealed) if found["verdicts"]["bitwise"] < len(comparisons) else []
     if json is not None:
-        write_json(json, found | {"release_sha256": sealed.sha256, "environment": environment, "subjects": [vars(c) for c in comparisons]})
-    print("\n".join(as_text(comparisons, environment)))
+        content = found | {"release_sha256": sealed.sha256, "environment": environment, "subjects": [vars(c) for c in comparisons]}
+        write_json(json, content | ({} if count is None else {"added": [vars(one) for one in added]}))
+    print("\n".join(as_text(comparisons, environment, added)))
     raise typer.Exit(1 if found["verdicts"]["differs"] + found["verdicts"]["missing"] else 0)

@@ -304,6 +304,12 @@ def _fill(group: PlanGroup, source: _Source, indices: np.ndarray, fixed: Mapping
     return rows
 
 
+def draws(group: PlanGroup, covariates: Covariates) -> bool:
+    """Whether a group's covariates, or some of them, are drawn from the copula."""
+    fixed = {*group.grid, *group.base}
+    return group.covariates == "copula" or (group.covariates in ("grid", "counterfactual") and not set(covariates) <= fixed)
+
+
 def redraw(subjects: pd.DataFrame, attempt: int) -> pd.DataFrame:
     """The same planned subjects with the noise of another attempt: same covariates, another person."""
     keys = [seed_key(str(root), int(index), attempt, "noise") for root, index in zip(subjects["cohort_root"], subjects["noise_index"], strict=True)]

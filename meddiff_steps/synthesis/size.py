@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from meddiff_steps.errors import UserError
+
 if TYPE_CHECKING:
     from meddiff_steps.config import PlanGroup
 
@@ -23,3 +25,22 @@ def planned_subjects(groups: Sequence[PlanGroup]) -> int:
 def plan_shards(groups: Sequence[PlanGroup], shard_size: int) -> int:
     """Shards of the whole plan: `shard_size` consecutive rows each, the last one maybe fewer."""
     return -(-planned_subjects(groups) // shard_size)
+
+
+def enlarged(groups: Sequence[PlanGroup], count: int, name: str | None = None) -> PlanGroup:
+    """One group of a plan, the only one or the one that is named, with `count` subjects, at least as many as it had.
+
+    Raises
+    ------
+    UserError
+        There is no such group, several and none is named, or it has more subjects already.
+    """
+    known = ", ".join(group.name for group in groups)
+    chosen = [group for group in groups if name in (None, group.name)]
+    if not chosen:
+        raise UserError(f"group {name!r}: the plan has no such group. There are: {known}.")
+    if len(chosen) > 1:
+        raise UserError(f"count {count}: of which group? The plan has {known}. Name one of them.")
+    if count < chosen[0].subjects:
+        raise UserError(f"count {count}: group {chosen[0].name} has {chosen[0].subjects} subjects already. Give at least as many.")
+    return chosen[0].model_copy(update={"subjects": count})

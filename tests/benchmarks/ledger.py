@@ -1,13 +1,15 @@
-"""A ledger of 100,000 subjects: build, root, audit of L0 to L4 without reading images.
+"""A ledger of 100,000 subjects: build, root, audit of L0 to L4 without reading images; and how fast images are read and hashed.
 
     python tests/benchmarks/ledger.py [ROWS]
 
 Each part runs in a process of its own, so that its peak memory is its own.  Prints seconds (of the wall and of the
-processor: on a busy machine only the second says something) and resident memory; fails above 30 s of the processor or 1 GiB.
+processor: on a busy machine only the second says something) and resident memory; fails above 30 s of the processor or 1 GiB, and if
+hashing files takes more than half as much again, of the processor, as SHA-256 of one large buffer and reading the files.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import resource
 import shutil
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +27,14 @@ import pandas as pd
 from meddiff_steps import config
 from meddiff_steps.diffusion.noise import seed_key
 from meddiff_steps.files import read_json, write_json
-from meddiff_steps.imaging.release import image_path
+from meddiff_steps.imaging.layout import image_path
 from meddiff_steps.privacy.calibration import Thresholds
-from meddiff_steps.provenance import bundle, ledger
+from meddiff_steps.provenance import bundle, ledger, verify
 from meddiff_steps.provenance.audit import Request, audit
 
 SECONDS, MEBIBYTES = 30.0, 1024.0
+#: As many images, of the size of a brain at 1 mm, as fit into memory.
+FILES, FILE_BYTES = 100, 4_000_000
 LIMITS = {"aligned": 0.9, "learned": 0.8, "latent": 0.7}
 
 
@@ -74,9 +79,9 @@ def build(folder: Path, rows: int) -> None:
     study = config.parse_study(read_json(release / bundle.CONFIG), bundle.CONFIG)
     recipe = ledger.Recipe(**next(ledger.read_parquet(release / bundle.TABLE))["recipe"])
     plan, decisions, images = (pd.read_parquet(folder / f"{name}.parquet") for name in ("plan", "decisions", "images"))
-    found = ledger.public_rows(plan, decisions, images, study.covariates, recipe)
+    found = ledger.public_tables(plan, decisions, images, study.covariates, recipe)
     public = ledger.write_ledger(found, ledger.public_schema(study.covariates), release / bundle.TABLE, release / bundle.LINES)
-    candidates = ledger.private_rows(plan, decisions, Thresholds(dict(LIMITS), {}, 0.05, 99), None)
+    candidates = ledger.private_tables(plan, decisions, Thresholds(dict(LIMITS), {}, 0.05, 99), None)
     private = ledger.write_ledger(candidates, ledger.private_schema(sorted(LIMITS)), folder / "private.parquet")
     root = read_json(release / bundle.ROOT)
     shards = ledger.shard_roots(public, dict(zip(plan["sample_id"], plan["shard"], strict=True)))
@@ -95,7 +100,31 @@ def check(folder: Path, rows: int) -> None:
         sys.exit("\n".join(f"L{check.level} {check.name}: {check.text} {check.examples}" for check in found) or "a level did not run")
 
 
-PARTS = {"prepare": prepare, "build": build, "audit": check}
+def rates(folder: Path, rows: int) -> None:
+    """MB per second of the processor: SHA-256 of memory, reading files that are cached, and what an audit does with them."""
+    content = np.random.default_rng(0).bytes(FILE_BYTES)
+    files = []
+    for i in range(FILES):
+        (folder / f"{i}.nii.gz").write_bytes(content)
+        files.append((f"{i}.nii.gz", FILE_BYTES, hashlib.sha256(content).hexdigest()))
+    large = content * FILES
+    total = len(large) / 1e6
+
+    def timed(run: Callable[[], Any]) -> tuple[float, float]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        run()
+        return total / (time.perf_counter() - wall), total / (time.process_time() - cpu)
+
+    memory = timed(lambda: hashlib.sha256(large))
+    reading = timed(lambda: [(folder / name).read_bytes() for name, _, _ in files])
+    audited = timed(lambda: verify._altered(folder, files, True, None) and sys.exit("a file that was not changed is said to be"))
+    for name, (wall, cpu) in (("SHA-256 of memory", memory), ("reading", reading), ("hashing files as an audit", audited)):
+        print(f"{name}: {cpu:.0f} MB/s of the processor, {wall:.0f} MB/s", file=sys.stderr)
+    if 1 / audited[1] > 1.5 * (1 / memory[1] + 1 / reading[1]):
+        sys.exit("hashing files is slow beside SHA-256 and reading")
+
+
+PARTS = {"prepare": prepare, "build": build, "audit": check, "rates": rates}
 
 
 def measure(part: str, folder: Path, rows: int) -> dict[str, Any]:

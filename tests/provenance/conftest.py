@@ -13,6 +13,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(tmp_path_factory.mktemp("place"))
 
 
+@pytest.fixture(scope="session")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """The same as several datasets of at most three subjects; tests must not change it."""
+    return Place(tmp_path_factory.mktemp("large"), limit=3)
+
+
 @pytest.fixture
 def copied(place: Place, tmp_path: Path) -> Path:
     """A copy of that release, to be attacked."""

@@ -7,9 +7,11 @@ import math
 import random
 import struct
 
+import pyarrow as pa
 import pytest
 
-from meddiff_steps.provenance.canonical import canonical_bytes, canonical_json, number
+from meddiff_steps.provenance.canonical import EXACT, canonical_bytes, canonical_json, number
+from meddiff_steps.provenance.columns import canonical_lines
 
 
 @pytest.mark.parametrize(
@@ -81,3 +83,39 @@ def test_order_and_type_of_a_container_do_not_matter():
 def test_what_json_cannot_say_is_refused(value):
     with pytest.raises(ValueError):
         canonical_json([value])
+
+
+# ------------------------------------------------------------------------------------------- whole tables
+
+SCHEMA = pa.schema(
+    [
+        ("text", pa.string()),
+        ("number", pa.float64()),
+        ("whole", pa.int64()),
+        ("\ufb33", pa.string()),
+        ("\U0001f9e0", pa.int64()),
+        ("part", pa.struct([("z", pa.float64()), ("a", pa.string()), ("é", pa.bool_())])),
+        ("nothing", pa.null()),
+    ]
+)
+
+
+def drawn_row(draw: random.Random) -> dict:
+    text = lambda: draw.choice([None, "", "plain", 'a "b" \\', "line\nand\x00\x1f\x7f", "Köln \U0001f9e0", "\u2028"])  # noqa: E731
+    number = lambda: draw.choice([None, 0.0, -0.0, 40.0, 1e21, 1e-7, 5e-324, -1.5e300, 2.0**53, draw.random(), draw.gauss(0, 1e-5)])  # noqa: E731
+    whole = lambda: draw.choice([None, 0, -EXACT, EXACT, draw.randrange(-1000, 1000)])  # noqa: E731
+    part = draw.choice([None, {"z": number(), "a": text(), "é": draw.choice([None, True, False])}])
+    return {"text": text(), "number": number(), "whole": whole(), "\ufb33": text(), "\U0001f9e0": whole(), "part": part, "nothing": None}
+
+
+def test_columns_are_written_as_rows_are():
+    draw = random.Random(7)
+    for count in (0, 1, 2, 3, 500):
+        rows = [drawn_row(draw) for _ in range(count)]
+        assert canonical_lines(pa.Table.from_pylist(rows, schema=SCHEMA)) == [canonical_bytes(row) for row in rows]
+
+
+def test_what_rows_refuse_columns_refuse():
+    for column in (pa.array([1.0, float("nan")]), pa.array([float("inf")]), pa.array([EXACT + 1]), pa.array([[1]])):
+        with pytest.raises(ValueError):
+            canonical_lines(pa.table({"x": column}))

@@ -9,12 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from tiny_release import AGAIN, DOUBLE, GIVEN_UP, LIMITS, Place
 
+from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate
 from meddiff_steps.diffusion.noise import noise, seed_key
 from meddiff_steps.errors import UserError
+from meddiff_steps.privacy.calibration import Thresholds
 from meddiff_steps.provenance import ledger, verify
 from meddiff_steps.provenance.audit import Request, audit
 from meddiff_steps.provenance.canonical import canonical_bytes
@@ -82,6 +85,36 @@ def test_sealing_again_gives_the_same_bytes(place, tmp_path):
     assert {path.relative_to(again.release): path.read_bytes() for path in again.release.rglob("*") if path.is_file()} == before
 
 
+def fixed_tables() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Six subjects with everything that a row can hold: gaps, whole, tiny and long numbers, letters beyond ASCII, rejected ones and doubles."""
+    index = list(range(6))
+    ids = [f"a{i:06d}" for i in index]
+    plan = pd.DataFrame({"sample_id": ids, "group": "a", "index": index, "noise_index": index, "cohort_root": "golden/a", "shard": [0, 0, 0, 1, 1, 1]})
+    plan = plan.assign(age=[40.0, 1 / 3, np.nan, 1e-7, 5e-324, 1e15], site=["Köln", 'a "b"\\', None, "plain", "tab\t", "\U0001f9e0"])
+    tries = [(0, 0, "accepted"), (1, 0, "rejected"), (1, 1, "accepted"), (2, 0, "rejected"), (3, 0, "duplicate"), (4, 0, "accepted"), (5, 0, "accepted")]
+    rows = [{"sample_id": ids[i], "attempt": n, "seed_key": seed_key("golden/a", i, n, "noise"), "decision": what} for i, n, what in tries]
+    decisions = pd.DataFrame(rows).assign(reason=["learned" if what == "rejected" else "" for *_, what in tries])
+    for detector in LIMITS:
+        decisions[f"similarity_{detector}"], decisions[f"nearest_{detector}"] = [0.5, 0.95, 0.25, np.nan, 1.0, 1e-5, 0.1 + 0.2], range(7)
+    made = [ids[i] for i, _, what in tries if what == "accepted"]
+    images = pd.DataFrame({"sample_id": made, "path": [f"{name}.png" for name in made], "bytes": range(1, 5), "sha256": "1" * 64, "voxel_sha256": "2" * 64})
+    return plan, decisions, images
+
+
+def test_golden_roots(tmp_path):
+    """Roots that were published must come out again from the same tables, whatever becomes of the program that writes them."""
+    plan, decisions, images = fixed_tables()
+    covariates = {"age": ContinuousCovariate(unit="year", range=(0, 1e30)), "site": CategoricalCovariate(levels=["x", "y"])}
+    public, private = ledger.public_schema(covariates), ledger.private_schema(sorted(LIMITS))
+    recipe = ledger.Recipe("a" * 64, "d" * 64, "ddim", 20, 1.5, 4, "32-true")
+    tables = ledger.public_tables(plan, decisions, images, covariates, recipe)
+    candidates = ledger.private_tables(plan, decisions, Thresholds(dict(LIMITS), {}, 0.05, 99), None)
+    written = ledger.write_ledger(tables, public, tmp_path / "a.parquet", tmp_path / "a.jsonl")
+    assert written.root == "3468d3129cc3114819cfb6751754045417fb1341ff99340cef580df18ecde923"
+    assert ledger.write_ledger(candidates, private, tmp_path / "b.parquet").root == "6f97a6d017293f652a7d34960e693581198e892a4bee7eef72f0833be613fc4b"
+    assert [canonical_bytes(row) for row in ledger.read_parquet(tmp_path / "a.parquet")] == (tmp_path / "a.jsonl").read_bytes().splitlines()
+
+
 def test_the_root_does_not_depend_on_shards_or_their_order(place, tmp_path):
     plan, decisions = pd.read_parquet(place.results / "plan.parquet"), pd.read_parquet(place.results / "privacy/decisions.parquet")
     tables = [pd.read_parquet(path) for path in place.tables]
@@ -90,7 +123,7 @@ def test_the_root_does_not_depend_on_shards_or_their_order(place, tmp_path):
     for count in (1, 2, 7):
         shard = [i * count // len(plan) for i in range(len(plan))]
         mixed = plan.assign(shard=shard).sample(frac=1, random_state=count)
-        rows = ledger.public_rows(mixed, decisions.sample(frac=1, random_state=count), pd.concat(tables[::-1]), place.study.covariates, recipe)
+        rows = ledger.public_tables(mixed, decisions.sample(frac=1, random_state=count), pd.concat(tables[::-1]), place.study.covariates, recipe)
         written = ledger.write_ledger(rows, ledger.public_schema(place.study.covariates), tmp_path / f"{count}.parquet", tmp_path / f"{count}.jsonl")
         shards = ledger.shard_roots(written, dict(zip(plan["sample_id"], shard, strict=True)))
         assert len(shards) == count and sum(entry["rows"] for entry in shards) == len(plan)
@@ -128,7 +161,7 @@ def test_tables_that_do_not_fit_are_refused(place):
     recipe = ledger.Recipe("a", "d", "ddim", 2, 1.0, 4, "32-true")
 
     def rows(plan=plan, decisions=decisions, images=images):
-        return list(ledger.public_rows(plan, decisions, images, place.study.covariates, recipe))
+        return [row for table in ledger.public_tables(plan, decisions, images, place.study.covariates, recipe) for row in table.to_pylist()]
 
     assert len(rows()) == 10
     with pytest.raises(UserError, match=r"1 accepted subject\(s\) have no image"):

@@ -81,6 +81,15 @@ def test_the_crate_validator_accepts_the_release(validator, place, copied, tmp_p
     assert not judged(copied)["passed"], "the crate lists a file that is gone"
 
 
+def test_validators_accept_a_release_of_several_datasets(validator, large, tmp_path):
+    done = run(*validator, "-l", "required", "-v", "-f", "json", "-o", tmp_path / "found.json", large.release)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert done.returncode == 0 and found["passed"] and not found["issues"], found["issues"]
+    if (BIN / "mlcroissant").exists():
+        done = run(BIN / "mlcroissant", "validate", "--jsonld", large.release / croissant.NAME)
+        assert done.returncode == 0 and "error" not in done.stderr.lower(), done.stderr
+
+
 def describe(release: Path) -> dict[str, Any]:
     """Make the metadata of a changed release again."""
     root = json.loads((release / bundle.ROOT).read_text())

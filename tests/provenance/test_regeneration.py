@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from tiny_release import AGAIN, GIVEN_UP
 
+from meddiff_steps import config
+from meddiff_steps.cohort.manifest import read_manifest, write_manifest
 from meddiff_steps.errors import UserError
-from meddiff_steps.provenance.regeneration import regenerate
+from meddiff_steps.imaging.release import Grid, encode
+from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.provenance.regeneration import regenerate, regenerate_more
 from meddiff_steps.provenance.sealed import open_release
+from meddiff_steps.steps import generate
+from meddiff_steps.steps import plan as plan_step
 from meddiff_steps.steps.regenerate import run as step
 
 SNAKEMAKE = [sys.executable, "-m", "snakemake", "-s", str(Path(__file__).parents[2] / "Snakefile"), "--directory"]
@@ -80,6 +90,93 @@ def test_what_cannot_be_made_again_is_refused(place, copied, tmp_path):
         open_release(copied)
 
 
+def test_more_subjects_than_before_and_the_old_ones_as_they_were(place, tmp_path):
+    """The six subjects of a group and six more, which are those that a study of twelve has."""
+    done = run(
+        "regenerate", place.release, "--models", place.results, "--count", 12, "--group", "syn", "--out", tmp_path / "out", "--json", tmp_path / "x.json"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    released = {row["image"]["path"] for row in open_release(place.release).released() if row["group"] == "syn"}
+    made, found = files(tmp_path / "out"), json.loads((tmp_path / "x.json").read_text())
+    table = made.pop("added.tsv").decode().splitlines()
+    assert {path: made[path] for path in released} == {path: (place.release / path).read_bytes() for path in released}
+    assert found["same_file"] == found["images"] == len(released) == 4
+    assert [one["sample_id"] for one in found["added"]] == [f"syn{i:06d}" for i in range(6, 12)]
+    assert set(made) == released | {one["path"] for one in found["added"]}
+    assert "6 more images, syn000006 to syn000011: no privacy filter" in done.stdout
+    # A study of twelve plans the same subjects, and its `generate` draws the same images.
+    larger = place.study.model_copy(update={"plan": [place.study.plan[0].model_copy(update={"subjects": 12})]})
+    (tmp_path / "plan").mkdir()
+    root = tmp_path / "plan/plan.parquet"
+    plan_step.run(config.freeze(larger, "plan", tmp_path), place.results / "cohort/manifest.parquet", root)
+    planned = pd.read_parquet(root).set_index("sample_id")
+    assert table[0].split("\t") == ["participant_id", "age", "sex", "path", "sha256", "voxel_sha256", "seed_key"]
+    for one, line in zip(found["added"], table[1:], strict=True):
+        subject = planned.loc[one["sample_id"]]
+        assert one["covariates"] == {"age": subject["age"], "sex": subject["sex"]} and one["seed_key"] == subject["seed_key"]
+        assert hashlib.sha256(made[one["path"]]).hexdigest() == one["sha256"] == line.split("\t")[4]
+    generate.run(config=config.freeze(larger, "generate", tmp_path), plan=root, shard=2, out=tmp_path / "shard.arrow", **place.model_files())
+    drawn = Shards([tmp_path / "shard.arrow"])
+    grid = Grid(tuple(place.study.preprocess.shape), place.study.preprocess.spacing_mm)
+    for row, name in enumerate(drawn.column("sample_id")):
+        assert encode(drawn.tensor("image", row)[0].astype(np.float32), grid, name, "tiny")[0] == made[f"sub-{name}/anat/sub-{name}_T1w.nii.gz"]
+
+
+def test_a_shard_of_more_subjects_is_a_part_of_them(place, tmp_path):
+    release = open_release(place.release)
+    parts = [regenerate_more(release, place.results, tmp_path / "parts", 1, 10, "syn", shard) for shard in range(3)]
+    compared, added = regenerate_more(release, place.results, tmp_path / "whole", 1, 10, "syn")
+    assert [one for part in parts for one in part[0]] == compared and [one for part in parts for one in part[1]] == added
+    assert len(added) == 4 and files(tmp_path / "parts") == files(tmp_path / "whole")
+    with pytest.raises(UserError, match=r"no shard 3: 10 subjects of group syn are 3 shards"):
+        regenerate_more(release, place.results, tmp_path, 1, 10, "syn", 3)
+
+
+def test_more_subjects_than_a_dataset_holds_lie_in_several(place, tmp_path):
+    small = place.study.model_copy(update={"release": place.study.release.model_copy(update={"shard_size": 10})})
+    release = open_release(place.release)
+    release.study = small  # ten subjects are planned, and two more do not fit into one dataset
+    compared, added = regenerate_more(release, place.results, tmp_path, 1, 11, "syn")
+    assert {c.verdict for c in compared} == {"bitwise"} and added[-1].path.startswith("shard-syn-0001/sub-syn000010/")
+    assert (tmp_path / "shard-syn-0000/sub-syn000000").is_dir()
+
+
+def test_more_subjects_want_to_know_what_covariates_are_drawn_from(place, copied, tmp_path):
+    release = open_release(place.release)
+    with pytest.raises(UserError, match="of which group. The plan has syn, cf"):
+        regenerate_more(release, place.results, tmp_path, 1, 12, None)
+    with pytest.raises(UserError, match="no such group"):
+        regenerate_more(release, place.results, tmp_path, 1, 12, "other")
+    with pytest.raises(UserError, match="has 6 subjects already"):
+        regenerate_more(release, place.results, tmp_path, 1, 5, "syn")
+    with pytest.raises(UserError, match=r"neither a release nor packed models hold it"):
+        regenerate_more(release, tmp_path, tmp_path, 1, 12, "syn")
+    # Another cohort gives others: the training rows are not those of the release.
+    other = tmp_path / "other"
+    shutil.copytree(place.results / "diffusion", other / "diffusion"), shutil.copytree(place.results / "autoencoder", other / "autoencoder")
+    (other / "cohort").mkdir()
+    manifest = read_manifest(place.results / "cohort/manifest.parquet", place.study.covariates)
+    write_manifest(manifest.assign(age=manifest["age"] * 0.9 + 5), other / "cohort/manifest.parquet")
+    with pytest.raises(UserError, match=r"gives \w+ covariates .*, the release has"):
+        regenerate_more(release, other, tmp_path, 1, 12, "syn")
+    table = place.study.plan[0].model_copy(update={"covariates": "table", "table": "(path)", "where": {}})
+    release.study = place.study.model_copy(update={"plan": [table]})
+    with pytest.raises(UserError, match="come from a table of the publisher's"):
+        regenerate_more(release, place.results, tmp_path, 1, 12, None)
+    with pytest.raises(UserError, match="without --subject"):
+        step(release=place.release, models=place.results, out=tmp_path, subject=["a"], count=12)
+
+
+@pytest.mark.slow
+def test_snakemake_makes_more_subjects(place, tmp_path):
+    given = ["--config", f"release={place.release}", f"models={place.results}", "count=12", "group=syn"]
+    done = subprocess.run([*SNAKEMAKE, str(tmp_path), "--cores", "1", "regenerate", *given], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (comparison,) = tmp_path.glob("regenerated/*/comparison.json")
+    assert len((comparison.parent / "added.tsv").read_text().splitlines()) == 7
+    assert len(files(comparison.parent / "release")) == json.loads(comparison.read_text())["images"] + 6 == 10
+
+
 @pytest.mark.slow
 def test_snakemake_makes_a_release_again_shard_by_shard(place, tmp_path):
     done = subprocess.run(
@@ -94,7 +191,8 @@ def test_snakemake_makes_a_release_again_shard_by_shard(place, tmp_path):
     assert len(files(comparison.parent / "release")) == found["images"]
 
 
-def test_snakemake_says_what_it_needs(tmp_path):
-    for given, message in (([], "Which release"), (["--config", "release=nowhere"], "nowhere/provenance/config.json")):
+def test_snakemake_says_what_it_needs(place, tmp_path):
+    few = ["--config", f"release={place.release}", f"models={place.results}", "count=2", "group=syn"]
+    for given, message in (([], "Which release"), (["--config", "release=nowhere"], "nowhere/provenance/config.json"), (few, "has 6 subjects already")):
         done = subprocess.run([*SNAKEMAKE, str(tmp_path), "-n", "regenerate", *given], capture_output=True, text=True)
         assert done.returncode != 0 and message in done.stdout + done.stderr

@@ -77,7 +77,8 @@ class Target:
             if row["image"] is not None:
                 path = self.folder / row["image"]["path"]
                 row["image"] |= {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        written = ledger.write_ledger(rows, ledger.public_schema(self.place.study.covariates), self.folder / bundle.TABLE, self.folder / bundle.LINES)
+        schema = ledger.public_schema(self.place.study.covariates)
+        written = ledger.write_ledger(ledger.as_tables(rows, schema), schema, self.folder / bundle.TABLE, self.folder / bundle.LINES)
         root = self.json(bundle.ROOT)
         paths = {row["image"]["path"] for row in rows if row["image"]}
         shards = ledger.shard_roots(written, {row["sample_id"]: 0 for row in rows})

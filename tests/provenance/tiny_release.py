@@ -41,9 +41,11 @@ class Place:
         Subjects per shard.
     sign
         Whether the release is signed by `self.key`.
+    limit
+        Subjects per dataset of the release; the ten that are planned need four datasets of at most three.
     """
 
-    def __init__(self, root: Path, dims: int = 3, shard_size: int = 4, sign: bool = True, seed: str = "seed") -> None:
+    def __init__(self, root: Path, dims: int = 3, shard_size: int = 4, sign: bool = True, seed: str = "seed", limit: int = 1000) -> None:
         self.results = root / "results/tiny"
         self.release = self.results / "release"
         self.private = self.results / "privacy/ledger-private.parquet"
@@ -72,7 +74,7 @@ class Place:
                 "generate": {"sampler": "ddim", "num_inference_steps": 2, "batch_size": 4, "shard_size": shard_size},
                 "privacy": {"max_attempts": 2},
                 "compute": {"device": "cpu", "precision": "32-true"},
-                "release": {"name": "Tiny", "authors": ["A. Author", "B. Author"], "signing_key": str(self.key) if sign else None},
+                "release": {"name": "Tiny", "authors": ["A. Author", "B. Author"], "signing_key": str(self.key) if sign else None, "shard_size": limit},
             },
             "test",
         )
@@ -99,6 +101,13 @@ class Place:
         for shard in self.shards:
             self.make_shard(int(shard), models)
         self.judge()
+        self.write_images()
+        self.tables = [root / f"images/shard-{shard:04d}.parquet" for shard in self.shards]
+        self.complete()
+        self.seal()
+
+    def write_images(self) -> None:
+        root = self.results
         for shard in self.shards:
             self.real(
                 "images",
@@ -108,9 +117,6 @@ class Place:
                 release=self.release,
                 out=root / f"images/shard-{shard:04d}.parquet",
             )
-        self.tables = [root / f"images/shard-{shard:04d}.parquet" for shard in self.shards]
-        self.complete()
-        self.seal()
 
     def model_files(self) -> dict[str, Path]:
         kinds = ("autoencoder", "diffusion")

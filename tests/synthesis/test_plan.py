@@ -64,7 +64,7 @@ def test_a_plan_has_the_agreed_columns_and_keys(training):
     ids=["copula", "where", "grid", "counterfactual"],
 )
 def test_a_larger_plan_begins_with_the_smaller_one(training, settings):
-    small, large = (plan(training, group(subjects=n, **settings), shard_size=s) for n, s in ((7, 3), (150, 1000)))
+    small, large = (plan(training, group(subjects=n, **settings), shard_size=s) for n, s in ((200, 3), (400, 1000)))
     pd.testing.assert_frame_equal(large[: len(small)].drop(columns="shard"), small.drop(columns="shard"), check_exact=True)
 
 
