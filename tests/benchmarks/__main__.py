@@ -20,9 +20,9 @@ from tests.benchmarks.places import Setting
 
 #: Comparisons in the order in which they use each other's networks, and the minutes that each may take on two quiet cores.
 COMPARISONS: dict[str, tuple[Callable[[Setting], dict[str, Any]], float]] = {
-    "autoencoder": (training.autoencoder, 11.0),
+    "autoencoder": (training.autoencoder, 10.0),
     "diffusion": (training.diffusion, 8.0),
-    "sampling": (sampling.sampling, 8.0),
+    "sampling": (sampling.sampling, 10.0),
     "loader": (data.loader, 1.0),
     "preprocessing": (data.preprocessing, 1.0),
     "release": (data.release, 0.5),

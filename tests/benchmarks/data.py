@@ -122,7 +122,7 @@ def _loader_rows(place: Place, folder: Path) -> list[dict[str, Any]]:
     )
     rate = measure.copy_rate()
     # Stored as 2 bytes per number, given as 4; of a latent its mean and its log-variance are read.
-    for row, size_of in ((rows[-2], 6 * math.prod(place.size.shape)), (rows[-1], 8 * math.prod(place.latent_shape))):
+    for row, size_of in ((rows[-2], 6 * math.prod(place.size.shape)), (rows[-1], 12 * math.prod(place.latent_shape))):
         row["floor"] = {"ours": measure.copying(size_of, rate, 1.0 / row["ours"]["value"])}
     gc.collect()
     before = measure.private_mebibytes()

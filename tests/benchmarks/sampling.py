@@ -29,8 +29,8 @@ from tests.benchmarks.training import our_models
 
 #: Our steps and DDIM's whose images are judged, images judged, and seconds of training before, by size.
 PLANS: dict[str, dict[str, Any]] = {
-    "32x40x32": {"ours": (4, 6, 8, 12, 16, 24), "peer": (50, 200), "images": 40, "training": 60.0},
-    "64x64x64": {"ours": (6, 12, 20), "peer": (50,), "images": 24, "training": 75.0},
+    "32x40x32": {"ours": (4, 6, 8, 12, 16, 24), "peer": (50, 200), "images": 32, "training": 45.0},
+    "64x64x64": {"ours": (8, 16), "peer": (50,), "images": 16, "training": 60.0},
 }
 QUICK_PLAN = {"ours": (2, 3), "peer": (2, 4), "images": 10, "training": 0.2}
 #: Volumes sampled at once by both sides; the peers' scripts sample one.

@@ -185,7 +185,7 @@ def _read(path: Path, count: int) -> float:
 def _steps(setting: Setting) -> dict[str, Any]:
     """Sampler steps: seconds per volume, with decoding, at the smallest size."""
     place = setting.place(setting.sizes[0])
-    autoencoder, task = our_models(place, setting.either(60.0, 0.2))
+    autoencoder, task = our_models(place, setting.either(45.0, 0.2))
     samplers = Samplers(place, autoencoder, task.modules["average"])
     rows = np.arange(setting.either(8, 2))
     steps = setting.either(STEPS, (2, 3))
