@@ -1,6 +1,7 @@
 # make demo    a synthetic cohort from the embedded simulated one (about 15 minutes on 2 cores)
 # make test    the tests (about as long); make test-slow those that kill, preempt, distil, or start a Slurm
-# Both create the environment in .venv first, with nothing but Python 3.11 and make.
+# make bench   our way beside that of MONAI's tutorials, and docs/benchmarks.md from it (about half an hour on 2 quiet cores)
+# All create the environment in .venv first, with nothing but Python 3.11 and make.
 SHELL := bash
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: demo test test-slow check format lock clean
+.PHONY: demo test test-slow bench check format lock clean
 
 # The lock is complete, so pip need not resolve anything (--no-deps). torch comes first, with its own dependencies: a CPU
 # wheel that lies on the machine (PIP_FIND_LINKS) has none, the registry's brings CUDA.
@@ -43,6 +44,11 @@ test: $(VENV)/.ready-test
 
 test-slow: $(VENV)/.ready-test
 	$(PYTEST) -m slow tests/test_end_to_end.py tests/test_slurm.py tests
+
+# What is measured alone: make bench NAMES="diffusion loader". Results stay in tests/benchmarks/results, one file per comparison.
+bench: $(VENV)/.ready
+	$(BIN)/python -m tests.benchmarks run $(NAMES)
+	$(BIN)/python -m tests.benchmarks render
 
 check: $(VENV)/.ready-test
 	$(BIN)/ruff check .

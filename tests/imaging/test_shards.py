@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,20 @@ def test_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_per_ba
     blocks = list(shards.batches("image", 3))
     assert [list(rows) for rows, _ in blocks] == [[0, 1, 2], [3, 4, 5], [6]]
     assert np.array_equal(np.concatenate([block for _, block in blocks]), values.astype(np.float32))
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_every_half_is_widened_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: bool) -> None:
+    """Whether torch or numpy does it: subnormal numbers, infinities and signs of zero included."""
+    pytest.importorskip("torch")
+    if not loaded:
+        monkeypatch.delitem(sys.modules, "torch")
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    halves = halves[~np.isnan(halves)]
+    with ShardWriter(tmp_path / "halves.arrow", {"x": Tensor("float16", halves.shape)}) as shard:
+        shard.append(x=halves)
+    found = Shards([tmp_path / "halves.arrow"]).tensors("x")[0]
+    assert found.tobytes() == halves.astype(np.float32).tobytes()
 
 
 def test_same_rows_same_bytes(tmp_path: Path) -> None:
