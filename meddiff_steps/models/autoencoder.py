@@ -6,9 +6,11 @@ from collections.abc import Iterable
 
 import torch
 from monai.networks.nets import AutoencoderKL
+from monai.networks.nets.autoencoderkl import AEKLResBlock
 from torch import Tensor, nn
 
 from meddiff_steps import config
+from meddiff_steps.models.checkpointing import recompute
 from meddiff_steps.models.stem import Stem
 
 #: Bounds of the posterior log-variance; the same that MONAI clamps to.
@@ -17,6 +19,9 @@ LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 #: Log-variance that a posterior starts with when the latents start whitened: 0.03 standard deviations of noise.
 INITIAL_LOG_VARIANCE = -7.0
+
+#: Share of a tile that its neighbour decodes as well.
+TILE_OVERLAP = 0.5
 
 
 class Autoencoder(nn.Module):
@@ -57,8 +62,9 @@ class Autoencoder(nn.Module):
             with_decoder_nonlocal_attn=False,
             latent_channels=settings.latent_channels,
             norm_num_groups=settings.norm_num_groups,
-            use_checkpoint=settings.gradient_checkpointing,
         )
+        if settings.gradient_checkpointing:
+            recompute([block for block in self.net.modules() if isinstance(block, AEKLResBlock)])
         #: Values up to this are background; see `fit_background`.
         self.register_buffer("background", torch.zeros(()))
         self.block = settings.downsampling
@@ -107,6 +113,11 @@ class Autoencoder(nn.Module):
         self.synthesis.weight[: len(order)] = (basis * deviations).reshape(shape).float()
         self.synthesis.bias.fill_(float(center))
 
+    @property
+    def costly(self) -> list[nn.Module]:
+        """The parts that take nearly all of the time, called by tensors of one shape: what is worth compiling."""
+        return [self.net.encoder, self.net.decoder]
+
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and log-variance, float32, each (b, latent_channels, *spatial / downsampling).
 
@@ -128,9 +139,22 @@ class Autoencoder(nn.Module):
             image = image + self.synthesis(z).float()
         return (image + 1.0) / 2.0
 
-    def images(self, z: Tensor) -> Tensor:
-        """What `decode` gives, float32 (b, 1, *spatial), clipped to [0, 1] and exactly 0 up to `background`."""
-        image = self.decode(z).clamp(0.0, 1.0)
+    def decode_tiled(self, z: Tensor, tile: int) -> Tensor:
+        """`decode` in overlapping tiles of at most `tile` latent cells along every axis, blended; memory is that of one tile and the image.
+
+        An approximation: the network normalises over what it sees, which is a tile, and knows nothing beyond its edges.  Neighbours
+        overlap by `TILE_OVERLAP` and are averaged with Gaussian weights, so that no step is left where they meet.
+        """
+        from monai.inferers.utils import sliding_window_inference  # brings all of monai.inferers
+
+        size = [min(tile, n) for n in z.shape[2:]]
+        blended = sliding_window_inference(z, size, sw_batch_size=1, predictor=self.decode, overlap=TILE_OVERLAP, mode="gaussian")
+        assert isinstance(blended, Tensor)
+        return blended
+
+    def images(self, z: Tensor, tile: int | None = None) -> Tensor:
+        """What `decode`, or with `tile` `decode_tiled`, gives, float32 (b, 1, *spatial), clipped to [0, 1] and exactly 0 up to `background`."""
+        image = (self.decode(z) if tile is None else self.decode_tiled(z, tile)).clamp(0.0, 1.0)
         return torch.where(image > self.background, image, 0.0)
 
     def reconstruct(self, x: Tensor) -> Tensor:
