@@ -626,7 +626,7 @@ class Compute(Section):
         "generated, worth it above some thousand images; `false`: nowhere. Changes the last bits.",
     )
     cuda_graphs: bool = Field(
-        False, description="With `compile: true`, on a GPU: generation replays one recorded CUDA graph per network; for small images, which leave a GPU waiting."
+        False, description="With `compile: true`, on a GPU: generation replays recorded CUDA graphs; for small images, which leave a GPU waiting."
     )
     autotune: bool = Field(
         False, description="In trainings on a GPU, cuDNN times its convolutions and takes the fastest; a repeated training may then differ in the last bits."

@@ -169,7 +169,7 @@ def compiles(compute: Compute, device: str, training: bool) -> bool:
         return False
     lacking = lacking_for_compiler(device)
     if lacking and compute.compile is True:
-        raise UserError(f"compute.compile is true, but torch.compile on {device} needs {lacking}, which is not there. Install it, or set compute.compile to false.")
+        raise UserError(f"compute.compile is true, but torch.compile on {device} needs {lacking}. Install it, or set compute.compile to false.")
     if lacking:
         log.warning("networks are not compiled: torch.compile on %s needs %s. Training will be slower.", device, lacking)
     return lacking is None
