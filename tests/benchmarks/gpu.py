@@ -529,7 +529,7 @@ def compare(record: Record, case: Case, part: str, sides: list[Side], operations
     for side in sides:
         where = f"{case.name} {part}: {side.name}"
         try:
-            with time_limit(min(end - time.monotonic(), record.left())):
+            with time_limit(min(end - 0.3 * limit - time.monotonic(), record.left())):  # the rest is for turns
                 side.prepare(case.device)
             ready.append(side)
         except Exception as error:  # noqa: BLE001 - one side's failure must not cost the others their figures
