@@ -347,9 +347,8 @@ class Generate(Section):
     decode_batch_size: PositiveInt | None = Field(
         None, description="Images decoded at once, which bounds memory; divides `batch_size`, and is all of a batch when left out. Changes the last bits."
     )
-    decode_tile: Annotated[int, Field(ge=4)] | None = Field(
-        None,
-        description="Where one image is too large to be decoded whole: decode blended tiles of so many latent cells along each side. Changes images a little.",
+    decode_slab: PositiveInt | None = Field(
+        None, description="Where one image is too large to be decoded at once: planes of a slab that layers are computed in. The same but for rounding, slower."
     )
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from meddiff_steps import config
 from meddiff_steps.models.checkpointing import recompute
+from meddiff_steps.models.slabs import decode_in_slabs
 from meddiff_steps.models.stem import Stem
 
 #: Bounds of the posterior log-variance; the same that MONAI clamps to.
@@ -19,9 +20,6 @@ LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 #: Log-variance that a posterior starts with when the latents start whitened: 0.03 standard deviations of noise.
 INITIAL_LOG_VARIANCE = -7.0
-
-#: Share of a tile that its neighbour decodes as well.
-TILE_OVERLAP = 0.5
 
 
 class Autoencoder(nn.Module):
@@ -132,29 +130,17 @@ class Autoencoder(nn.Module):
         log_variance = self.net.quant_conv_log_sigma(features).float().clamp(*LOG_VARIANCE_RANGE)
         return mean, log_variance
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Images, float32 (b, 1, *spatial), nominally in [0, 1], not clipped."""
-        image = self.stem.inverse(self.net.decode(z)).float()
+    def decode(self, z: Tensor, slab: int | None = None) -> Tensor:
+        """Images, float32 (b, 1, *spatial), nominally in [0, 1], not clipped; with `slab` in less memory (`decode_in_slabs`)."""
+        decoded = self.net.decode(z) if slab is None else decode_in_slabs(self.net.decoder, self.net.post_quant_conv(z), slab)
+        image = self.stem.inverse(decoded).float()
         if self.synthesis is not None:
             image = image + self.synthesis(z).float()
         return (image + 1.0) / 2.0
 
-    def decode_tiled(self, z: Tensor, tile: int) -> Tensor:
-        """`decode` in overlapping tiles of at most `tile` latent cells along every axis, blended; memory is that of one tile and the image.
-
-        An approximation: the network normalises over what it sees, which is a tile, and knows nothing beyond its edges.  Neighbours
-        overlap by `TILE_OVERLAP` and are averaged with Gaussian weights, so that no step is left where they meet.
-        """
-        from monai.inferers.utils import sliding_window_inference  # brings all of monai.inferers
-
-        size = [min(tile, n) for n in z.shape[2:]]
-        blended = sliding_window_inference(z, size, sw_batch_size=1, predictor=self.decode, overlap=TILE_OVERLAP, mode="gaussian")
-        assert isinstance(blended, Tensor)
-        return blended
-
-    def images(self, z: Tensor, tile: int | None = None) -> Tensor:
-        """What `decode`, or with `tile` `decode_tiled`, gives, float32 (b, 1, *spatial), clipped to [0, 1] and exactly 0 up to `background`."""
-        image = (self.decode(z) if tile is None else self.decode_tiled(z, tile)).clamp(0.0, 1.0)
+    def images(self, z: Tensor, slab: int | None = None) -> Tensor:
+        """What `decode` gives, float32 (b, 1, *spatial), clipped to [0, 1] and exactly 0 up to `background`."""
+        image = self.decode(z, slab).clamp(0.0, 1.0)
         return torch.where(image > self.background, image, 0.0)
 
     def reconstruct(self, x: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ class Generator:
             if self.graphs:
                 torch.compiler.cudagraph_mark_step_begin()
             with self.fabric.autocast():
-                images = self.autoencoder.images(z[start : start + size], self.settings.decode_tile)
+                images = self.autoencoder.images(z[start : start + size], self.settings.decode_slab)
             self._copy(images, host[start : start + size])
         if self.transfers is None:
             return host.numpy
