@@ -197,6 +197,8 @@ def speed_up(networks: Iterable[nn.Module], compute: Compute, fabric: Fabric, tr
         torch.backends.cudnn.benchmark = True
     if not compiles(compute, device, training):
         return False
+    # A network that is called in too many ways would go on without being compiled, and round otherwise from then on: stop instead.
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     mode = "reduce-overhead" if compute.cuda_graphs and device == "cuda" and not training else None
     for network in networks:
         network.compile(dynamic=False, mode=mode)

@@ -149,10 +149,9 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def clean() -> None:
-    """Give back what the last part held."""
+def free() -> None:
+    """Give back memory that nobody holds any more."""
     gc.collect()
-    torch._dynamo.reset()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -504,7 +503,7 @@ class Side:
             self.batch //= 2
             if hasattr(self, "work"):
                 del self.work
-            clean()
+            free()
 
     def turn(self, device: torch.device, seconds: float) -> None:
         """Work for about `seconds`, at least once; remembers seconds per image."""
@@ -534,7 +533,7 @@ def compare(record: Record, case: Case, part: str, sides: list[Side], operations
             ready.append(side)
         except Exception as error:  # noqa: BLE001 - one side's failure must not cost the others their figures
             record.fail(where, error)
-            clean()
+            free()
     for turn in range(turns):
         for side in list(ready):
             if turn and min(end - time.monotonic(), record.left()) < 2 * turn_seconds:
@@ -585,13 +584,14 @@ def sampling(record: Record, case: Case, limit: float, turns: int, seconds: floa
     passes *= 1 if generate.guidance_scale in (0.0, 1.0) else 2
     compiles = case.device.type == "cuda"
     images: dict[str, dict[str, np.ndarray]] = {"eager": {}, "compiled": {}}
-    sides = [Side("peer DDIM-50", peer_sampling(case, 2 if case.name == "16x16x16" else 50), 1)]
+    steps = 2 if case.study.study == "quick" else 50
+    sides = [Side(f"peer DDIM-{steps}", peer_sampling(case, steps), 1)]
     sides.append(Side("ours eager", our_sampling(case, case.compute(False), keep=images["eager"]), generate.batch_size))
     if compiles:
         sides.append(Side("ours compiled", our_sampling(case, case.compute(True), keep=images["compiled"]), generate.batch_size))
     compare(record, case, "sampling", sides, passes * operations["denoise"] + operations["decode"], limit, turns, seconds)
     del sides
-    clean()
+    free()
     # The same subjects in fp32, at a small batch: what bf16 and compiling change.
     images["plain"] = {}
     plain = Side("plain", our_sampling(case, case.compute(False), "32-true", keep=images["plain"]), 2)
@@ -668,6 +668,7 @@ def main(arguments: list[str] | None = None) -> int:
     record = Record(chosen.out / "gpu.json", end)
     chosen.out.mkdir(parents=True, exist_ok=True)
     describe(record, torch.device(device), chosen.quick)
+    torch._dynamo.config.recompile_limit = 64  # every side, at every batch size that it tries, compiles the same code
     turns, seconds = (1, 0.0) if chosen.quick else (TURNS, TURN_SECONDS)
     with tempfile.TemporaryDirectory() as folder:
         cases: dict[str, Case] = {}
@@ -682,7 +683,8 @@ def main(arguments: list[str] | None = None) -> int:
                 part(record, cases[study], share * 60 * chosen.minutes, turns, seconds)
             except Exception as error:  # noqa: BLE001 - one part's failure must not cost the others
                 record.fail(where, error)
-            clean()
+            free()
+            torch._dynamo.reset()
     print(summary(record.content))
     return 0
 
