@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: demo test test-slow bench check format lock clean
+.PHONY: demo test test-slow bench bench-gpu check format lock clean
 
 # The lock is complete, so pip need not resolve anything (--no-deps). torch comes first, with its own dependencies: a CPU
 # wheel that lies on the machine (PIP_FIND_LINKS) has none, the registry's brings CUDA.
@@ -73,5 +73,15 @@ lock:
 	(sed -n '/^#/p' envs/requirements-test.lock; comm -13 <(sort build/run.txt) <(sort build/all.txt)) > build/lock.txt && mv build/lock.txt envs/requirements-test.lock
 	rm -rf build
 
+# Needs no environment but a Python with torch and a GPU: what else is missing goes into build/gpu, from a registry or the folder WHEELS.
+OUT ?= results/bench-gpu
+MINUTES ?= 9
+bench-gpu:
+	@$(PYTHON) -c "import torch; torch.cuda.is_available() or exit('No GPU is visible to $(PYTHON); see docs/gpu.md')"
+	@mkdir -p build/gpu
+	@needed="$$(PYTHONPATH=build/gpu $(PYTHON) tests/benchmarks/gpu_packages.py)"; test -z "$$needed" || \
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --target build/gpu $(if $(WHEELS),--no-index --find-links $(WHEELS)) $$needed
+	PYTHONPATH=build/gpu:. $(PYTHON) -m tests.benchmarks.gpu --minutes $(MINUTES) --out $(OUT)
+
 clean:
-	rm -rf $(VENV) results .snakemake
+	rm -rf $(VENV) build results .snakemake

@@ -346,6 +346,18 @@ class Generate(Section):
     guidance_scale: Annotated[float, Field(ge=0.0)] = Field(1.0, description="1 is plain conditional sampling (one network pass per step).")
     batch_size: PositiveInt = Field(16, description="Fixed: it changes the last bits, so it belongs to the recipe; short batches are padded.")
     shard_size: PositiveInt = Field(250, description="Subjects per job.")
+    decode_batch_size: PositiveInt | None = Field(
+        None, description="Images decoded at once, which bounds memory; divides `batch_size`, and is all of a batch when left out. Changes the last bits."
+    )
+    decode_slab: PositiveInt | None = Field(
+        None, description="Where one image is too large to be decoded at once: planes of a slab that layers are computed in. The same but for rounding, slower."
+    )
+
+    @model_validator(mode="after")
+    def _decoding_divides(self) -> Self:
+        if self.decode_batch_size and self.batch_size % self.decode_batch_size:
+            raise ValueError(f"decode_batch_size must divide batch_size={self.batch_size}, found {self.decode_batch_size}")
+        return self
 
 
 class Embedder(Section):
@@ -625,10 +637,28 @@ class Release(Section):
 
 
 class Compute(Section):
+    """What the machine is asked for; docs/gpu.md says what each key does."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: PositiveInt = Field(1, description="GPUs (or processes) per training job.")
     precision: Literal["auto", "32-true", "bf16-mixed"] = Field("auto", description="Around the networks only; `auto` takes bf16 where the hardware has it.")
-    compile: bool = Field(False, description="torch.compile with static shapes; worth it on GPUs.")
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="torch.compile with static shapes, minutes once per job. `auto`: in trainings on a GPU; `true`: also where images are encoded and "
+        "generated, worth it above some thousand images; `false`: nowhere. Changes the last bits.",
+    )
+    cuda_graphs: bool = Field(
+        False, description="With `compile: true`, on a GPU: generation replays recorded CUDA graphs; for small images, which leave a GPU waiting."
+    )
+    autotune: bool = Field(
+        False, description="In trainings on a GPU, cuDNN times its convolutions and takes the fastest; a repeated training may then differ in the last bits."
+    )
+
+    @model_validator(mode="after")
+    def _graphs_are_compiled(self) -> Self:
+        if self.cuda_graphs and self.compile is not True:
+            raise ValueError("cuda_graphs needs compile: true")
+        return self
 
 
 # ------------------------------------------------------------------------------------------------- study

@@ -6,7 +6,10 @@ A shard is written row by row (memory stays at a few rows) and appears under its
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -93,6 +96,26 @@ class ShardWriter:
             self._atomic.__exit__(type(failure), failure, failure.__traceback__)
             raise
         self._atomic.__exit__(kind, error, trace)
+
+
+@contextmanager
+def in_background(append: Callable[..., None], waiting: int = 8) -> Iterator[Callable[..., None]]:
+    """`append`, such as that of a `ShardWriter`, called in a thread of its own, in the same order; converting and writing cost no time here.
+
+    At most `waiting` rows wait, then a call waits for the oldest: memory stays bounded where the disk is slow.  What `append` raises is
+    raised here, at a later call or at the end of the block.
+    """
+    pending: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="writer") as pool:
+
+        def later(**row: Any) -> None:
+            while len(pending) >= waiting:
+                pending.popleft().result()
+            pending.append(pool.submit(append, **row))
+
+        yield later
+        while pending:
+            pending.popleft().result()
 
 
 class Shards:

@@ -6,9 +6,12 @@ from collections.abc import Iterable
 
 import torch
 from monai.networks.nets import AutoencoderKL
+from monai.networks.nets.autoencoderkl import AEKLResBlock
 from torch import Tensor, nn
 
 from meddiff_steps import config
+from meddiff_steps.models.checkpointing import recompute
+from meddiff_steps.models.slabs import decode_in_slabs
 from meddiff_steps.models.stem import Stem
 
 #: Bounds of the posterior log-variance; the same that MONAI clamps to.
@@ -57,8 +60,9 @@ class Autoencoder(nn.Module):
             with_decoder_nonlocal_attn=False,
             latent_channels=settings.latent_channels,
             norm_num_groups=settings.norm_num_groups,
-            use_checkpoint=settings.gradient_checkpointing,
         )
+        if settings.gradient_checkpointing:
+            recompute([block for block in self.net.modules() if isinstance(block, AEKLResBlock)])
         #: Values up to this are background; see `fit_background`.
         self.register_buffer("background", torch.zeros(()))
         self.block = settings.downsampling
@@ -107,6 +111,11 @@ class Autoencoder(nn.Module):
         self.synthesis.weight[: len(order)] = (basis * deviations).reshape(shape).float()
         self.synthesis.bias.fill_(float(center))
 
+    @property
+    def costly(self) -> list[nn.Module]:
+        """The parts that take nearly all of the time, called by tensors of one shape: what is worth compiling."""
+        return [self.net.encoder, self.net.decoder]
+
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and log-variance, float32, each (b, latent_channels, *spatial / downsampling).
 
@@ -121,16 +130,17 @@ class Autoencoder(nn.Module):
         log_variance = self.net.quant_conv_log_sigma(features).float().clamp(*LOG_VARIANCE_RANGE)
         return mean, log_variance
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Images, float32 (b, 1, *spatial), nominally in [0, 1], not clipped."""
-        image = self.stem.inverse(self.net.decode(z)).float()
+    def decode(self, z: Tensor, slab: int | None = None) -> Tensor:
+        """Images, float32 (b, 1, *spatial), nominally in [0, 1], not clipped; with `slab` in less memory (`decode_in_slabs`)."""
+        decoded = self.net.decode(z) if slab is None else decode_in_slabs(self.net.decoder, self.net.post_quant_conv(z), slab)
+        image = self.stem.inverse(decoded).float()
         if self.synthesis is not None:
             image = image + self.synthesis(z).float()
         return (image + 1.0) / 2.0
 
-    def images(self, z: Tensor) -> Tensor:
+    def images(self, z: Tensor, slab: int | None = None) -> Tensor:
         """What `decode` gives, float32 (b, 1, *spatial), clipped to [0, 1] and exactly 0 up to `background`."""
-        image = self.decode(z).clamp(0.0, 1.0)
+        image = self.decode(z, slab).clamp(0.0, 1.0)
         return torch.where(image > self.background, image, 0.0)
 
     def reconstruct(self, x: Tensor) -> Tensor:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from meddiff_steps import config
 from meddiff_steps.diffusion.schedules import NoiseProcess
+from meddiff_steps.models.checkpointing import recompute
 from meddiff_steps.models.prior import Prior
 
 #: Frequencies of the sine features of a standardised covariate: periods of 16 to 1 standard deviations.
@@ -126,8 +125,12 @@ class Denoiser(nn.Module):
         nn.init.zeros_(last.bias)
         self.to_time = nn.Sequential(nn.LayerNorm(token_dim), nn.Linear(token_dim, time_dim), nn.SiLU(), last)
         if settings.gradient_checkpointing:
-            for block in [*self.unet.down_blocks, self.unet.middle_block, *self.unet.up_blocks]:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            recompute([*self.unet.down_blocks, self.unet.middle_block, *self.unet.up_blocks])
+
+    @property
+    def costly(self) -> list[nn.Module]:
+        """The parts that take nearly all of the time, called by tensors of one shape: what is worth compiling."""
+        return [self.unet]
 
     def latents(self, standardised: Tensor) -> Tensor:
         """The autoencoder's latents from what this model generates, (b, c, *spatial)."""

@@ -98,7 +98,7 @@ def remake(rows: Sequence[Row], study: config.Study, models: Path, threads: int)
     fabric = make_fabric(study.compute, threads)
     first_stage, _ = load_autoencoder(places["autoencoder"] / "model.safetensors", places["autoencoder"] / "card.json")
     model = LatentDiffusion.load(places["diffusion"] / "model.safetensors", places["diffusion"] / "card.json")
-    generator = Generator(model, first_stage, study.generate.model_copy(update=wanted), fabric)
+    generator = Generator(model, first_stage, study.generate.model_copy(update=wanted), fabric, study.compute)
     columns = ("sample_id", "index", "cohort_root", "noise_index", "attempt", "seed_key")
     subjects = pd.DataFrame([{name: row[name] for name in columns} | row["covariates"] for row in rows])
     for name, covariate in study.covariates.items():

@@ -18,7 +18,7 @@ from meddiff_steps.files import atomic_path
 from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
 from meddiff_steps.models.files import save_model
 from meddiff_steps.training.autoencoder import AutoencoderTask
-from meddiff_steps.training.backend import make_fabric, resolve
+from meddiff_steps.training.backend import make_fabric, resolve, speed_up
 from meddiff_steps.training.checkpoint import state_key
 from meddiff_steps.training.loop import fit
 
@@ -46,6 +46,7 @@ def run(
     rows = rows_by_split(read_manifest(manifest), shards.column("scan_id"))
     fabric = make_fabric(study.compute, threads, study.compute.devices)
     task = AutoencoderTask(settings, study.augmentation, shards, rows["train"], rows["val"], study.seed, fabric)
+    compiled = speed_up(task.costly, study.compute, fabric, training=True)
     curve = fit(task, settings.optimiser, fabric, state / state_key("autoencoder", config, [manifest, *images]), "autoencoder")
     if not fabric.is_global_zero:
         return
@@ -79,6 +80,7 @@ def run(
             "scans": {split: len(indices) for split, indices in rows.items()},
             "background": float(task.average.background),
             "held_out": metrics,
+            **({"compiled": True} if compiled else {}),
         },
     )
     for split, figures in metrics.items():

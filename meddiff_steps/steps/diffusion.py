@@ -14,7 +14,7 @@ from meddiff_steps.config import load_stage
 from meddiff_steps.files import atomic_path
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.files import save_model
-from meddiff_steps.training.backend import make_fabric, resolve
+from meddiff_steps.training.backend import make_fabric, resolve, speed_up
 from meddiff_steps.training.checkpoint import state_key
 from meddiff_steps.training.components import train_components
 from meddiff_steps.training.diffusion import DiffusionTask
@@ -62,6 +62,7 @@ def run(
         fabric.barrier()
         data.prior.update(load_file(components))
     task = DiffusionTask(settings, data, levels, study.seed, fabric)
+    compiled = speed_up(task.costly, study.compute, fabric, training=True)
     curve = fit(task, settings.optimiser, fabric, state, "diffusion")
     if not fabric.is_global_zero:
         return
@@ -80,5 +81,6 @@ def run(
             "precision": resolve(study.compute)[1],
             "scans": {split: len({ids[row] for row in indices}) for split, indices in rows.items()},
             "validation_loss": float(validation.iloc[-1]) if len(validation) else None,
+            **({"compiled": True} if compiled else {}),
         },
     )

@@ -49,7 +49,7 @@ def run(
     groups = dict(zip(subjects["sample_id"], subjects[subgroup].astype(str) if subgroup else ["all"] * len(subjects), strict=True))
     detectors = load_detectors(ReferenceFiles(images, autoencoder, autoencoder_card, scale, embedder, embedder_card), load_file(reference))
     first_stage, card = load_autoencoder(autoencoder, autoencoder_card)
-    generator = Generator(LatentDiffusion.load(diffusion, diffusion_card), first_stage, study.generate, fabric)
+    generator = Generator(LatentDiffusion.load(diffusion, diffusion_card), first_stage, study.generate, fabric, study.compute)
     drawn = Shards([generated])
     first = ((name, drawn.tensor("image", row)) for row, name in enumerate(drawn.column("sample_id")))
     rows = []

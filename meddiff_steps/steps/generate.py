@@ -8,7 +8,7 @@ import pyarrow as pa
 import typer
 
 from meddiff_steps.config import load_stage
-from meddiff_steps.imaging.shards import ShardWriter, Tensor
+from meddiff_steps.imaging.shards import ShardWriter, Tensor, in_background
 from meddiff_steps.models.files import LatentDiffusion, load_autoencoder
 from meddiff_steps.synthesis.generate import Generator
 from meddiff_steps.training.backend import make_fabric
@@ -34,7 +34,8 @@ def run(
     subjects = subjects[subjects["shard"] == shard]
     fabric = make_fabric(study.compute, threads)
     first_stage, card = load_autoencoder(autoencoder, autoencoder_card)
-    generator = Generator(LatentDiffusion.load(diffusion, diffusion_card), first_stage, study.generate, fabric)
-    with ShardWriter(out, {"sample_id": pa.string(), "image": Tensor("float16", tuple(card["image_shape"]))}) as writer:
+    generator = Generator(LatentDiffusion.load(diffusion, diffusion_card), first_stage, study.generate, fabric, study.compute)
+    columns = {"sample_id": pa.string(), "image": Tensor("float16", tuple(card["image_shape"]))}
+    with ShardWriter(out, columns) as writer, in_background(writer.append) as append:
         for sample_id, image in generator.images(subjects, f"shard {shard}"):
-            writer.append(sample_id=sample_id, image=image)
+            append(sample_id=sample_id, image=image)

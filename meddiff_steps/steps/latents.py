@@ -14,7 +14,7 @@ from meddiff_steps.config import load_stage
 from meddiff_steps.imaging.augment import draw_variant
 from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
 from meddiff_steps.models.files import load_autoencoder
-from meddiff_steps.training.backend import channels_last, make_fabric, to_channels_last
+from meddiff_steps.training.backend import cast_weights, channels_last, make_fabric, speed_up, to_channels_last, to_device
 from meddiff_steps.training.loop import step_generator
 
 
@@ -37,6 +37,8 @@ def run(
     spatial_dims = len(card["image_shape"]) - 1
     to_channels_last(model, spatial_dims)
     fabric.to_device(model)
+    cast_weights(model.costly, fabric)
+    speed_up(model.costly[:1], study.compute, fabric, training=False)
     latent = Tensor("float16", tuple(card["latent_shape"]))
     size = study.latents.batch_size
     jobs = [(row, variant) for row in range(len(ids)) for variant in range(augmentation.variants)]
@@ -51,6 +53,6 @@ def run(
                     image = draw_variant(augmentation, spatial_dims, step_generator(f"{study.seed}/variant/{ids[row]}", "augmentation", variant))(image)
                 x.append(image)
             with fabric.autocast():
-                mean, log_variance = model.encode(fabric.to_device(torch.from_numpy(np.stack(x))).contiguous(memory_format=channels_last(spatial_dims)))
+                mean, log_variance = model.encode(to_device(np.stack(x), fabric).contiguous(memory_format=channels_last(spatial_dims)))
             for (row, variant), m, v in zip(batch, mean.cpu().numpy(), log_variance.cpu().numpy(), strict=False):
                 writer.append(scan_id=ids[row], variant=variant, mean=m, log_variance=v)

@@ -49,7 +49,7 @@ def run(
         raise UserError(f"{plan}: {len(subjects)} planned subjects, and samplers cannot be compared on fewer than {MIN_IMAGES}. Plan more.")
     first_stage, _ = load_autoencoder(autoencoder, autoencoder_card)
     model = LatentDiffusion.load(diffusion, diffusion_card)
-    generator = Generator(model, first_stage, study.generate, make_fabric(study.compute, threads))
+    generator = Generator(model, first_stage, study.generate, make_fabric(study.compute, threads), study.compute)
 
     def draw(point: Point, rows: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
         generator.settings = study.generate.model_copy(update=asdict(point))

@@ -33,7 +33,7 @@ def run(
     fabric = make_fabric(study.compute, threads)
     first_stage, card = load_autoencoder(autoencoder, autoencoder_card)
     model = LatentDiffusion.load(diffusion, diffusion_card)
-    generator = Generator(model, first_stage, study.generate, fabric)
+    generator = Generator(model, first_stage, study.generate, fabric, study.compute)
     found = tiles(study.covariates, table[table["split"] == "train"], study.seed, study.evaluate.sweep_steps, model.latent_shape)
     columns = {"panel": pa.string(), "row": pa.int64(), "position": pa.int64(), "label": pa.string(), "image": Tensor("float16", tuple(card["image_shape"]))}
     with ShardWriter(out, columns) as writer:

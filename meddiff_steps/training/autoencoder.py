@@ -18,8 +18,8 @@ from meddiff_steps import config
 from meddiff_steps.imaging.augment import draw_variant
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.autoencoder import Autoencoder, kl_divergence
-from meddiff_steps.training.backend import channels_last, to_channels_last
-from meddiff_steps.training.loop import batch_rows, rank_share, step_generator
+from meddiff_steps.training.backend import adamw, channels_last, to_channels_last, to_device
+from meddiff_steps.training.loop import batch_rows, clip_gradients, rank_share, step_generator
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -75,10 +75,12 @@ class AutoencoderTask:
         to_channels_last(model, self.spatial_dims)
         self.average = copy.deepcopy(model).requires_grad_(False).eval()
         fabric.to_device(self.average)
-        optimiser = torch.optim.AdamW(model.parameters(), lr=settings.optimiser.learning_rate, weight_decay=0.0)
+        optimiser = adamw(model.parameters(), settings.optimiser.learning_rate, fabric)
         self.net, wrapped = fabric.setup(model, optimiser)
         self.modules: dict[str, nn.Module] = {"model": model, "average": self.average}
         self.optimisers: dict[str, torch.optim.Optimizer] = {"model": wrapped}
+        #: What `backend.speed_up` may compile.
+        self.costly = list(model.costly)
         if settings.perceptual.weight > 0:
             self.perceptual = fabric.to_device(
                 PerceptualLoss(self.spatial_dims, settings.perceptual.network, is_fake_3d=False, pretrained=True, pretrained_path=settings.perceptual.weights)
@@ -87,9 +89,10 @@ class AutoencoderTask:
             adversarial = settings.adversarial
             discriminator = PatchDiscriminator(self.spatial_dims, adversarial.channels, in_channels=1, num_layers_d=adversarial.layers, norm="INSTANCE")
             to_channels_last(discriminator, self.spatial_dims)
-            critic = torch.optim.AdamW(discriminator.parameters(), lr=adversarial.learning_rate, weight_decay=0.0)
+            critic = adamw(discriminator.parameters(), adversarial.learning_rate, fabric)
             self.discriminator, wrapped = fabric.setup(discriminator, critic)
             self.modules["discriminator"], self.optimisers["discriminator"] = discriminator, wrapped
+            self.costly.append(discriminator)
             self.adversarial_loss = PatchAdversarialLoss(criterion="least_squares")
 
     def _sample_rows(self, count: int) -> np.ndarray:
@@ -97,8 +100,7 @@ class AutoencoderTask:
         return self.train_rows[np.sort(step_generator(self.root, "sample", 0).permutation(len(self.train_rows))[:count])]
 
     def _images(self, rows: np.ndarray) -> Tensor:
-        images = torch.from_numpy(self.shards.tensors("image", rows))
-        return self.fabric.to_device(images).contiguous(memory_format=channels_last(self.spatial_dims))
+        return to_device(self.shards.tensors("image", rows), self.fabric).contiguous(memory_format=channels_last(self.spatial_dims))
 
     def train_step(self, step: int) -> dict[str, Tensor]:
         settings, fabric = self.settings, self.fabric
@@ -109,9 +111,9 @@ class AutoencoderTask:
         if self.augmentation.variants > 1:
             variants = [draw_variant(self.augmentation, self.spatial_dims, generator) for _ in batch]
             images = np.stack([variants[place](image) for place, image in zip(mine, images, strict=True)])
-        x = fabric.to_device(torch.from_numpy(images)).contiguous(memory_format=channels_last(self.spatial_dims))
+        x = to_device(images, fabric).contiguous(memory_format=channels_last(self.spatial_dims))
         latent_shape = (len(batch), settings.latent_channels, *(n // settings.downsampling for n in self.shape[1:]))
-        noise = fabric.to_device(torch.from_numpy(generator.standard_normal(latent_shape, dtype=np.float32)[mine]))
+        noise = to_device(generator.standard_normal(latent_shape, dtype=np.float32)[mine], fabric)
 
         reconstruction, mean, log_variance = self.net(x, noise)
         losses = {"train/l1": (reconstruction - x).abs().mean(), "train/kl": kl_divergence(mean, log_variance).mean()}
@@ -128,20 +130,20 @@ class AutoencoderTask:
             judged = self.discriminator(reconstruction.contiguous())[-1]
             losses["train/fooling"] = self.adversarial_loss(judged, target_is_real=True, for_discriminator=False)
             loss = loss + settings.adversarial.weight * losses["train/fooling"]
-        self._update("model", self.net, loss)
+        self._update("model", self.net, loss, step)
         if adversarial:
             self.discriminator.requires_grad_(True)
             fake = self.adversarial_loss(self.discriminator(reconstruction.detach().contiguous())[-1], target_is_real=False, for_discriminator=True)
             real = self.adversarial_loss(self.discriminator(x.contiguous())[-1], target_is_real=True, for_discriminator=True)
             losses["train/discriminator"] = 0.5 * (fake + real)
-            self._update("discriminator", self.discriminator, losses["train/discriminator"])
+            self._update("discriminator", self.discriminator, losses["train/discriminator"], step)
         return {name: value.detach() for name, value in losses.items()}
 
-    def _update(self, name: str, module: nn.Module, loss: Tensor) -> None:
+    def _update(self, name: str, module: nn.Module, loss: Tensor, step: int) -> None:
         optimiser = self.optimisers[name]
         optimiser.zero_grad(set_to_none=True)
         self.fabric.backward(loss)
-        self.fabric.clip_gradients(module, optimiser, max_norm=self.settings.optimiser.gradient_clip)
+        clip_gradients(module, optimiser, self.settings.optimiser, step, self.fabric)
         optimiser.step()
 
     def fit_background(self) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from meddiff_steps import config
 from meddiff_steps.diffusion.schedules import NoiseProcess
 from meddiff_steps.models.denoiser import Denoiser
-from meddiff_steps.training.backend import channels_last, to_channels_last
+from meddiff_steps.training.backend import adamw, channels_last, to_channels_last, to_device
 from meddiff_steps.training.latent_data import LatentData, drop
-from meddiff_steps.training.loop import batch_rows, rank_share, step_generator
+from meddiff_steps.training.loop import batch_rows, clip_gradients, rank_share, step_generator
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -51,10 +51,12 @@ class DiffusionTask:
             model.prior.requires_grad_(False).eval()
         to_channels_last(model, self.spatial_dims)
         average = copy.deepcopy(model).requires_grad_(False).eval()
-        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=settings.optimiser.learning_rate, weight_decay=0.0)
+        optimiser = adamw([p for p in model.parameters() if p.requires_grad], settings.optimiser.learning_rate, fabric)
         self.net, wrapped = fabric.setup(model, optimiser)
         self.modules: dict[str, nn.Module] = {"model": model, "average": fabric.to_device(average)}
         self.optimisers: dict[str, torch.optim.Optimizer] = {"model": wrapped}
+        #: What `backend.speed_up` may compile.
+        self.costly = list(model.costly)
 
     def train_step(self, step: int) -> dict[str, Tensor]:
         settings, fabric = self.settings, self.fabric
@@ -69,16 +71,15 @@ class DiffusionTask:
         optimiser = self.optimisers["model"]
         optimiser.zero_grad(set_to_none=True)
         fabric.backward(loss)
-        fabric.clip_gradients(self.net, optimiser, max_norm=settings.optimiser.gradient_clip)
+        clip_gradients(self.net, optimiser, settings.optimiser, step, fabric)
         optimiser.step()
         return {"train/loss": loss.detach()}
 
     def _loss(self, net: nn.Module, x0: np.ndarray, uniform: np.ndarray, noise: np.ndarray, covariates: np.ndarray) -> Tensor:
-        to_device, layout = self.fabric.to_device, channels_last(self.spatial_dims)
-        clean, eps = to_device(torch.from_numpy(x0)), to_device(torch.from_numpy(noise))
-        timesteps = self.process.training_timesteps(to_device(torch.from_numpy(uniform)))
-        noisy = self.process.add_noise(clean, eps, timesteps).contiguous(memory_format=layout)
-        predicted = net(noisy, timesteps, to_device(torch.from_numpy(covariates)))
+        clean, eps, share, given = (to_device(drawn, self.fabric) for drawn in (x0, noise, uniform, covariates))
+        timesteps = self.process.training_timesteps(share)
+        noisy = self.process.add_noise(clean, eps, timesteps).contiguous(memory_format=channels_last(self.spatial_dims))
+        predicted = net(noisy, timesteps, given)
         return (predicted - self.process.target(clean, eps, timesteps)).square().mean()
 
     @torch.no_grad()

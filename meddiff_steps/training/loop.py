@@ -135,6 +135,19 @@ def asked_to_stop(asked: threading.Event, fabric: Fabric, done: int) -> bool:
     return bool(torch.as_tensor(votes).any())
 
 
+def clip_gradients(module: nn.Module, optimiser: torch.optim.Optimizer, settings: Optimiser, step: int, fabric: Fabric) -> None:
+    """Scale gradients so that their norm is at most `settings.gradient_clip`.
+
+    Raises
+    ------
+    RuntimeError
+        A gradient is not finite.  Looking makes a processor wait for its GPU, so there only steps before a checkpoint are looked at; between
+        them the loss, which is then no longer finite either, stops the training before anything is saved.
+    """
+    checked = fabric.device.type == "cpu" or (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps
+    fabric.clip_gradients(module, optimiser, max_norm=settings.gradient_clip, error_if_nonfinite=checked)
+
+
 def fit(task: Task, settings: Optimiser, fabric: Fabric, state: Path, label: str) -> pd.DataFrame:
     """Train `task` to its last step, resuming from `state` if it holds a checkpoint.
 
