@@ -2,7 +2,7 @@ rule autoencoder:
     input:
         manifest=MANIFEST,
         qc=QC,
-        images=expand(PREPROCESSED, shard=COHORT_SHARDS),
+        images=COHORT_IMAGES,
     output:
         weights=AUTOENCODER,
         card=AUTOENCODER_CARD,

@@ -193,6 +193,7 @@ def shard_names(count):
 
 COHORT_SHARDS = shard_names(STUDY.preprocess.shards)
 PLAN_SHARDS = shard_names(plan_shards(STUDY.plan, STUDY.generate.shard_size))
+COHORT_IMAGES = expand(PREPROCESSED, shard=COHORT_SHARDS)
 
 
 wildcard_constraints:
