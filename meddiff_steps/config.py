@@ -608,6 +608,17 @@ class Compute(Section):
     compile: bool = Field(False, description="torch.compile with static shapes; worth it on GPUs.")
 
 
+class Storage(Section):
+    """What stays on disk."""
+
+    temporary: list[Literal["latents", "generated", "filtered"]] = Field(
+        [], description="Shards that are deleted when the last job that reads them has ended. A later change that needs them makes them again."
+    )
+    protect: bool = Field(
+        True, description="Finished weights and the root of a sealed release become read-only, and a run that would replace them is refused before it starts."
+    )
+
+
 # ------------------------------------------------------------------------------------------------- study
 
 
@@ -636,6 +647,7 @@ class Study(Section):
     augment: Augment = Augment()
     release: Release = Release()
     compute: Compute = Compute()
+    storage: Storage = Storage()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -782,7 +794,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "augment_test": ("seed", "covariates", "augment"),
     "report": ("study", "title", "cohort", "covariates", "preprocess"),
     # The release holds the whole study but for what is done with it afterwards, so that asking for a copy does not seal it again.
-    "ledger": (*(name for name in Study.model_fields if name != "release"), *_DESCRIBED, "release.signing_key"),
+    "ledger": (*(name for name in Study.model_fields if name not in ("release", "storage")), *_DESCRIBED, "release.signing_key"),
     "export": ("study", "release.name", "release.licence"),
     "export_index": ("study", "release.name", "release.licence"),
     "export_models": ("study", "release.name"),

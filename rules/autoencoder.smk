@@ -4,7 +4,7 @@ rule autoencoder:
         qc=QC,
         images=COHORT_IMAGES,
     output:
-        weights=AUTOENCODER,
+        weights=lasting(AUTOENCODER),
         card=AUTOENCODER_CARD,
         history=AUTOENCODER_HISTORY,
         reconstructions=RECONSTRUCTIONS,

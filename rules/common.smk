@@ -218,6 +218,16 @@ def minutes(value):
     return lambda wildcards, attempt: int(value * 2 ** (min(attempt, MOST_GROWTH) - 1))
 
 
+def passing(kind, path):
+    """The output of a stage whose shards are deleted when nobody needs them any more, where the study says so (storage.temporary)."""
+    return temp(path) if kind in STUDY.storage.temporary else path
+
+
+def lasting(path):
+    """An output that a later run must not replace by itself (storage.protect): Snakemake deletes outputs before it makes them again."""
+    return protected(path) if STUDY.storage.protect else path
+
+
 def repeat(option, files):
     """The same command-line option once per file."""
     return " ".join(f"{option} {file}" for file in files)

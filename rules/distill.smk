@@ -22,7 +22,7 @@ if STUDY.distill.subjects:
             **TEACHER_FILES,
             plan=TEACHER_PLAN,
         output:
-            TEACHER_GENERATED,
+            passing("generated", TEACHER_GENERATED),
         log:
             f"{RESULTS}/logs/teacher/generate/{{shard}}.log",
         benchmark:
@@ -39,7 +39,7 @@ if STUDY.distill.subjects:
             reference=REFERENCE,
             calibration=CALIBRATION,
         output:
-            images=TEACHER_FILTERED,
+            images=passing("filtered", TEACHER_FILTERED),
             decisions=TEACHER_DECISIONS_SHARD,
         log:
             f"{RESULTS}/logs/teacher/filter/{{shard}}.log",
@@ -128,7 +128,7 @@ if STUDY.distill.subjects:
             autoencoder=AUTOENCODER,
             card=AUTOENCODER_CARD,
         output:
-            DISTILLED_LATENTS,
+            passing("latents", DISTILLED_LATENTS),
         log:
             f"{RESULTS}/logs/distilled/latents/{{shard}}.log",
         benchmark:
@@ -154,7 +154,7 @@ if STUDY.distill.subjects:
             latents=expand(DISTILLED_LATENTS, shard=TEACHER_SHARDS),
             scale=DISTILLED_SCALE,
         output:
-            weights=DIFFUSION_FILES["diffusion"],
+            weights=lasting(DIFFUSION_FILES["diffusion"]),
             card=DIFFUSION_FILES["diffusion_card"],
             history=RELEASED_HISTORY,
         log:

@@ -65,7 +65,7 @@ rule filter:
         reference=REFERENCE,
         calibration=CALIBRATION,
     output:
-        images=FILTERED,
+        images=passing("filtered", FILTERED),
         decisions=DECISIONS_SHARD,
     log:
         f"{RESULTS}/logs/filter/{{shard}}.log",
