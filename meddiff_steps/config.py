@@ -608,6 +608,10 @@ class Compute(Section):
     compile: bool = Field(False, description="torch.compile with static shapes; worth it on GPUs.")
 
 
+#: A folder in a bucket.
+S3 = r"^s3://[a-z0-9][a-z0-9.-]+(/[^/]+)+$"
+
+
 class Storage(Section):
     """What stays on disk."""
 
@@ -617,6 +621,8 @@ class Storage(Section):
     protect: bool = Field(
         True, description="Finished weights and the root of a sealed release become read-only, and a run that would replace them is refused before it starts."
     )
+    cohort: Annotated[str, Field(pattern=S3)] | None = Field(None, description="Fetched into `cohort.root` before it is read: `s3://bucket/folder`.")
+    publish: Annotated[str, Field(pattern=S3)] | None = Field(None, description="Where `snakemake publish` puts the sealed release: `s3://bucket/folder`.")
 
 
 # ------------------------------------------------------------------------------------------------- study
@@ -651,6 +657,8 @@ class Study(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.storage.cohort and not isinstance(self.cohort, BidsSource):
+            raise ValueError("storage.cohort: only a BIDS cohort is fetched, into cohort.root; set cohort.source: bids, or leave storage.cohort out")
         factor = self.autoencoder.downsampling * 2 ** (len(self.diffusion.channels) - 1)
         wrong = [n for n in self.preprocess.shape if n % factor]
         if wrong:

@@ -86,6 +86,7 @@ def settings(stage, study=STUDY):
 # ------------------------------------------------------------------------------------------------ paths
 
 SIMULATED = f"{RESULTS}/cohort/simulated/participants.tsv"
+FETCHED = f"{RESULTS}/cohort/fetched"
 MANIFEST = f"{RESULTS}/cohort/manifest.parquet"
 COHORT_CARD = f"{RESULTS}/cohort/card.json"
 PREPROCESSED = f"{RESULTS}/preprocessed/shard-{{shard}}.arrow"

@@ -16,7 +16,7 @@ ORDINARY = ["setpriv", "--bounding-set", "-dac_override"] if os.geteuid() == 0 e
 def plan(folder, *arguments, **storage) -> subprocess.CompletedProcess[str]:
     """A dry run of the tiny study, as a user without the powers of root."""
     (folder / "study.yaml").write_text(yaml.safe_dump(STUDY | {"storage": storage}))
-    return subprocess.run([*ORDINARY, *snakemake(folder, "-n", *arguments)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    return subprocess.run([*ORDINARY, *snakemake(folder, "-n", *arguments)], env=ENVIRONMENT, capture_output=True, text=True, timeout=1200)
 
 
 def test_temporary_shards_go_after_their_last_reader_and_nothing_else_does(tmp_path):
