@@ -1,6 +1,7 @@
 # make demo    a synthetic cohort from the embedded simulated one (about 15 minutes on 2 cores)
 # make test    the tests (about as long); make test-slow those that kill, preempt, distil, or start a Slurm
-# make bench   our way beside that of MONAI's tutorials, and docs/benchmarks.md from it (about half an hour on 2 quiet cores)
+# make bench   our way beside that of MONAI's tutorials, what planning 100,000 subjects takes, and docs/benchmarks.md (half an hour on 2 quiet cores)
+# make scale   a cohort of many small images through the workflow, at two sizes (SCALE="10000 100000" by default, hours; SCALE=1000 is a quarter of an hour)
 # All create the environment in .venv first, with nothing but Python 3.11 and make.
 SHELL := bash
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: demo test test-slow bench bench-gpu check format lock clean
+.PHONY: demo test test-slow bench bench-gpu scale check format lock clean
 
 # The lock is complete, so pip need not resolve anything (--no-deps). torch comes first, with its own dependencies: a CPU
 # wheel that lies on the machine (PIP_FIND_LINKS) has none, the registry's brings CUDA.
@@ -46,9 +47,15 @@ test-slow: $(VENV)/.ready-test
 	$(PYTEST) -m slow tests/test_end_to_end.py tests/test_slurm.py tests
 
 # What is measured alone: make bench NAMES="diffusion loader". Results stay in tests/benchmarks/results, one file per comparison.
-bench: $(VENV)/.ready
+bench: $(VENV)/.ready-test
 	$(BIN)/python -m tests.benchmarks run $(NAMES)
 	$(BIN)/python -m tests.benchmarks render
+	$(BIN)/python tests/benchmarks/dry_run.py
+
+SCALE ?= 10000 100000
+
+scale: $(VENV)/.ready-test
+	$(BIN)/python tests/benchmarks/scale.py $(SCALE) --cores $(CORES)
 
 check: $(VENV)/.ready-test
 	$(BIN)/ruff check .

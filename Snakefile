@@ -12,6 +12,7 @@ report: "workflow/report/workflow.rst"
 
 
 include: "rules/common.smk"
+include: "rules/remote.smk"
 include: "rules/cohort.smk"
 include: "rules/preprocess.smk"
 include: "rules/autoencoder.smk"

@@ -661,6 +661,23 @@ class Compute(Section):
         return self
 
 
+#: A folder in a bucket.
+S3 = r"^s3://[a-z0-9][a-z0-9.-]+(/[^/]+)+$"
+
+
+class Storage(Section):
+    """What stays on disk."""
+
+    temporary: list[Literal["latents", "generated", "filtered"]] = Field(
+        [], description="Shards that are deleted when the last job that reads them has ended. A later change that needs them makes them again."
+    )
+    protect: bool = Field(
+        True, description="Finished weights and the root of a sealed release become read-only, and a run that would replace them is refused before it starts."
+    )
+    cohort: Annotated[str, Field(pattern=S3)] | None = Field(None, description="Fetched into `cohort.root` before it is read: `s3://bucket/folder`.")
+    publish: Annotated[str, Field(pattern=S3)] | None = Field(None, description="Where `snakemake publish` puts the sealed release: `s3://bucket/folder`.")
+
+
 # ------------------------------------------------------------------------------------------------- study
 
 
@@ -689,9 +706,12 @@ class Study(Section):
     augment: Augment = Augment()
     release: Release = Release()
     compute: Compute = Compute()
+    storage: Storage = Storage()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.storage.cohort and not isinstance(self.cohort, BidsSource):
+            raise ValueError("storage.cohort: only a BIDS cohort is fetched, into cohort.root; set cohort.source: bids, or leave storage.cohort out")
         factor = self.autoencoder.downsampling * 2 ** (len(self.diffusion.channels) - 1)
         wrong = [n for n in self.preprocess.shape if n % factor]
         if wrong:
@@ -837,7 +857,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "augment_test": ("seed", "covariates", "augment"),
     "report": ("study", "title", "cohort", "covariates", "preprocess"),
     # The release holds the whole study but for what is done with it afterwards, so that asking for a copy does not seal it again.
-    "ledger": (*(name for name in Study.model_fields if name != "release"), *_DESCRIBED, "release.signing_key"),
+    "ledger": (*(name for name in Study.model_fields if name not in ("release", "storage")), *_DESCRIBED, "release.signing_key"),
     "export": ("study", "release.name", "release.licence"),
     "export_index": ("study", "release.name", "release.licence"),
     "export_models": ("study", "release.name"),

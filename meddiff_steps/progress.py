@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,12 @@ from meddiff_steps.synthesis.size import plan_shards
 #: Stages that run once per shard of the cohort and of the plan, by the names of their folders under logs/.
 COHORT_STAGES = ("preprocess", "latents")
 PLAN_STAGES = ("generate", "filter", "images", "export", "regenerate", "teacher/generate", "teacher/filter")
+#: Stages whose jobs have a GPU each (`compute.devices` of them for the two trainings), where the study does not say `compute.device: cpu`.
+GPU_STAGES = frozenset(
+    "autoencoder latents diffusion generate filter sampler_study showcase audit segmenter augment/train regenerate "
+    "teacher/generate teacher/filter distilled/latents distilled/diffusion".split()
+)
+TRAININGS = ("autoencoder", "diffusion", "distilled/diffusion")
 #: How a log ends whose step has given up; a step that was killed from outside says nothing.
 LAST_WORDS = re.compile(r"^(error: |Traceback |[\w.]+Error\b)|asked to stop \(SIGTERM\)", re.M)
 #: Bytes at the end of a log in which they are looked for.
@@ -23,18 +29,30 @@ TAIL = 4096
 
 @dataclass
 class Stage:
-    """Jobs of one stage by state, each as (time of its last sign of life, log)."""
+    """Jobs of one stage by state, each as (time of its last sign of life, log); hours of those that are done, and the GPUs that each has."""
 
     name: str
     expected: int | None = None
     done: int = 0
     hours: float = 0.0
+    gpus: int = 0
     running: list[tuple[float, Path]] = field(default_factory=list)
     failed: list[tuple[float, Path]] = field(default_factory=list)
 
     @property
     def total(self) -> int:
         return max(self.expected or 0, self.done + len(self.running) + len(self.failed))
+
+    @property
+    def gpu_hours(self) -> float:
+        """Used by the jobs that are done."""
+        return self.hours * self.gpus
+
+    def expected_gpu_hours(self, estimated: float | None = None) -> float | None:
+        """Of all its jobs: at the mean of those that are done, else as estimated (hours of all jobs); None where neither says anything."""
+        if self.done:
+            return self.gpu_hours / self.done * self.total
+        return None if estimated is None else estimated * self.gpus
 
 
 def read_stages(results: Path, active: bool) -> list[Stage]:
@@ -60,7 +78,7 @@ def read_stages(results: Path, active: bool) -> list[Stage]:
     stages: dict[str, Stage] = {}
     for log in sorted((results / "logs").rglob("*.log"), key=lambda path: path.stat().st_mtime):
         name = stage_of(log.relative_to(results / "logs"))
-        stage = stages.setdefault(name, Stage(name, expected.get(name)))
+        stage = stages.setdefault(name, Stage(name, expected.get(name), gpus=gpus_of(name, study)))
         benchmark = results / "benchmarks" / log.relative_to(results / "logs").with_suffix(".tsv")
         changed = log.stat().st_mtime
         if benchmark.exists():
@@ -72,6 +90,13 @@ def read_stages(results: Path, active: bool) -> list[Stage]:
         else:
             stage.failed.append((changed, log))
     return list(stages.values())
+
+
+def gpus_of(stage: str, study: Study) -> int:
+    """GPUs of one job of a stage."""
+    if study.compute.device == "cpu" or stage not in GPU_STAGES:
+        return 0
+    return study.compute.devices if stage in TRAININGS else 1
 
 
 def newest_study(results: Path) -> Study:
@@ -113,13 +138,26 @@ def last_line(log: Path) -> str:
     return lines[-1].strip() if lines else "(empty)"
 
 
-def table(stages: list[Stage], now: float) -> Iterator[str]:
-    """A line per stage, and one per job that runs or has failed."""
+def table(stages: list[Stage], now: float, estimated: Mapping[str, float] | None = None) -> Iterator[str]:
+    """A line per stage, and one per job that runs or has failed.
+
+    Parameters
+    ----------
+    stages, now
+        Of `read_stages`, and the time.
+    estimated
+        Hours of all jobs of a stage, by name, for stages of which nothing is done yet.
+    """
+    estimated = estimated or {}
     width = max([len(stage.name) for stage in stages], default=5) + 2
-    yield f"{'stage':<{width}}{'done':>6}{'of':>6}{'running':>9}{'failed':>8}{'hours':>9}"
+    yield f"{'stage':<{width}}{'done':>6}{'of':>6}{'running':>9}{'failed':>8}{'hours':>9}{'GPU-hours':>11}{'expected':>10}"
+    expected = {stage.name: stage.expected_gpu_hours(estimated.get(stage.name)) for stage in stages}
     for stage in stages:
-        yield f"{stage.name:<{width}}{stage.done:>6}{stage.total:>6}{len(stage.running):>9}{len(stage.failed):>8}{stage.hours:>9.2f}"
-    yield f"{'together':<{width}}{sum(s.done for s in stages):>6}{'':>23}{sum(s.hours for s in stages):>9.2f}"
+        counts = f"{stage.name:<{width}}{stage.done:>6}{stage.total:>6}{len(stage.running):>9}{len(stage.failed):>8}{stage.hours:>9.2f}"
+        yield counts + f"{stage.gpu_hours:>11.2f}{'?' if expected[stage.name] is None else format(expected[stage.name], '.2f'):>10}"
+    whole = sum(hours or 0.0 for hours in expected.values())
+    counts = f"{'together':<{width}}{sum(s.done for s in stages):>6}{'':>23}{sum(s.hours for s in stages):>9.2f}"
+    yield counts + f"{sum(s.gpu_hours for s in stages):>11.2f}{('>' if None in expected.values() else '') + format(whole, '.2f'):>10}"
     for state in ("running", "failed"):
         for stage in stages:
             for changed, log in getattr(stage, state):

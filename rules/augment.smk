@@ -45,7 +45,7 @@ if STUDY.augment.target:
             **AUGMENT_SOURCES,
             design=DESIGN,
             manifest=MANIFEST,
-            images=expand(PREPROCESSED, shard=COHORT_SHARDS),
+            images=COHORT_IMAGES,
             plan=PLAN,
             filtered=expand(FILTERED, shard=PLAN_SHARDS),
         output:
@@ -114,7 +114,7 @@ if STUDY.augment.target:
             weights=expand(CLASSIFIERS, job=AUGMENT_JOBS),
             validation=expand(VALIDATION, job=AUGMENT_JOBS),
             manifest=MANIFEST,
-            images=expand(PREPROCESSED, shard=COHORT_SHARDS),
+            images=COHORT_IMAGES,
         output:
             opened=AUGMENT_REPORTS["opened"],
             predictions=AUGMENT_PREDICTIONS,

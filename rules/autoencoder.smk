@@ -2,9 +2,9 @@ rule autoencoder:
     input:
         manifest=MANIFEST,
         qc=QC,
-        images=expand(PREPROCESSED, shard=COHORT_SHARDS),
+        images=COHORT_IMAGES,
     output:
-        weights=AUTOENCODER,
+        weights=lasting(AUTOENCODER),
         card=AUTOENCODER_CARD,
         history=AUTOENCODER_HISTORY,
         reconstructions=RECONSTRUCTIONS,

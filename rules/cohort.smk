@@ -22,7 +22,8 @@ rule simulate:
 
 rule cohort:
     input:
-        SIMULATED if STUDY.cohort.source == "simulated" else [],
+        simulated=SIMULATED if STUDY.cohort.source == "simulated" else [],
+        fetched=FETCHED if STUDY.storage.cohort else [],
     output:
         manifest=MANIFEST,
         card=COHORT_CARD,
@@ -39,7 +40,7 @@ rule cohort:
     params:
         config=settings("cohort"),
         code=code_digest("cohort"),
-        simulated=lambda wildcards, input: f"--simulated {Path(input[0]).parent}" if input else "",
+        simulated=lambda wildcards, input: f"--simulated {Path(input.simulated).parent}" if input.simulated else "",
     message:
         "Reading the cohort, making its manifest and splits"
     shell:

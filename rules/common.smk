@@ -88,6 +88,7 @@ def settings(stage, study=STUDY):
 # ------------------------------------------------------------------------------------------------ paths
 
 SIMULATED = f"{RESULTS}/cohort/simulated/participants.tsv"
+FETCHED = f"{RESULTS}/cohort/fetched"
 MANIFEST = f"{RESULTS}/cohort/manifest.parquet"
 COHORT_CARD = f"{RESULTS}/cohort/card.json"
 PREPROCESSED = f"{RESULTS}/preprocessed/shard-{{shard}}.arrow"
@@ -210,6 +211,7 @@ def shard_names(count):
 
 COHORT_SHARDS = shard_names(STUDY.preprocess.shards)
 PLAN_SHARDS = shard_names(plan_shards(STUDY.plan, STUDY.generate.shard_size))
+COHORT_IMAGES = expand(PREPROCESSED, shard=COHORT_SHARDS)
 
 
 wildcard_constraints:
@@ -233,6 +235,16 @@ def memory(base_mb, bytes_per_voxel=0, images=1):
 def minutes(value):
     """runtime of a job in minutes; doubles at attempts 2 to 4."""
     return lambda wildcards, attempt: int(value * 2 ** (min(attempt, MOST_GROWTH) - 1))
+
+
+def passing(kind, path):
+    """The output of a stage whose shards are deleted when nobody needs them any more, where the study says so (storage.temporary)."""
+    return temp(path) if kind in STUDY.storage.temporary else path
+
+
+def lasting(path):
+    """An output that a later run must not replace by itself (storage.protect): Snakemake deletes outputs before it makes them again."""
+    return protected(path) if STUDY.storage.protect else path
 
 
 def repeat(option, files):

@@ -4,7 +4,7 @@ rule diffusion:
         latents=expand(LATENTS, shard=COHORT_SHARDS),
         scale=LATENT_SCALE,
     output:
-        weights=DIFFUSION,
+        weights=lasting(DIFFUSION),
         card=DIFFUSION_CARD,
         history=DIFFUSION_HISTORY,
     log:

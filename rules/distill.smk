@@ -22,7 +22,7 @@ if STUDY.distill.subjects:
             **TEACHER_FILES,
             plan=TEACHER_PLAN,
         output:
-            TEACHER_GENERATED,
+            passing("generated", TEACHER_GENERATED),
         log:
             f"{RESULTS}/logs/teacher/generate/{{shard}}.log",
         benchmark:
@@ -36,11 +36,10 @@ if STUDY.distill.subjects:
             **TEACHER_FILES,
             plan=TEACHER_PLAN,
             generated=TEACHER_GENERATED,
-            images=expand(PREPROCESSED, shard=COHORT_SHARDS),
             reference=REFERENCE,
             calibration=CALIBRATION,
         output:
-            images=TEACHER_FILTERED,
+            images=passing("filtered", TEACHER_FILTERED),
             decisions=TEACHER_DECISIONS_SHARD,
         log:
             f"{RESULTS}/logs/teacher/filter/{{shard}}.log",
@@ -54,7 +53,7 @@ if STUDY.distill.subjects:
             **DETECTOR_FILES,
             **TEACHER_FILES,
             manifest=MANIFEST,
-            images=expand(PREPROCESSED, shard=COHORT_SHARDS),
+            images=COHORT_IMAGES,
             plan=TEACHER_PLAN,
             generated=expand(TEACHER_GENERATED, shard=TEACHER_SHARDS),
             filtered=expand(TEACHER_FILTERED, shard=TEACHER_SHARDS),
@@ -76,7 +75,7 @@ if STUDY.distill.subjects:
             **EMBEDDER_FILES,
             **SEGMENTER_FILES,
             manifest=MANIFEST,
-            images=expand(PREPROCESSED, shard=COHORT_SHARDS),
+            images=COHORT_IMAGES,
             generated=expand(TEACHER_FILTERED, shard=TEACHER_SHARDS),
             plan=TEACHER_PLAN,
             reconstructions=RECONSTRUCTIONS,
@@ -129,7 +128,7 @@ if STUDY.distill.subjects:
             autoencoder=AUTOENCODER,
             card=AUTOENCODER_CARD,
         output:
-            DISTILLED_LATENTS,
+            passing("latents", DISTILLED_LATENTS),
         log:
             f"{RESULTS}/logs/distilled/latents/{{shard}}.log",
         benchmark:
@@ -155,7 +154,7 @@ if STUDY.distill.subjects:
             latents=expand(DISTILLED_LATENTS, shard=TEACHER_SHARDS),
             scale=DISTILLED_SCALE,
         output:
-            weights=DIFFUSION_FILES["diffusion"],
+            weights=lasting(DIFFUSION_FILES["diffusion"]),
             card=DIFFUSION_FILES["diffusion_card"],
             history=RELEASED_HISTORY,
         log:

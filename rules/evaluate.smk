@@ -4,7 +4,7 @@ if STUDY.segmentation:
         input:
             manifest=MANIFEST,
             qc=QC,
-            images=expand(PREPROCESSED, shard=COHORT_SHARDS),
+            images=COHORT_IMAGES,
         output:
             weights=SEGMENTER_FILES["segmenter"],
             card=SEGMENTER_FILES["segmenter_card"],
@@ -35,7 +35,7 @@ rule measure:
         **EMBEDDER_FILES,
         **SEGMENTER_FILES,
         manifest=MANIFEST,
-        images=expand(PREPROCESSED, shard=COHORT_SHARDS),
+        images=COHORT_IMAGES,
         generated=expand(FILTERED, shard=PLAN_SHARDS),
         plan=PLAN,
         reconstructions=RECONSTRUCTIONS,
@@ -73,7 +73,7 @@ rule compare_samplers:
         **AUTOENCODER_FILES,
         **DIFFUSION_FILES,
         manifest=MANIFEST,
-        images=expand(PREPROCESSED, shard=COHORT_SHARDS),
+        images=COHORT_IMAGES,
         plan=PLAN,
     output:
         results=report(SAMPLER_STUDY, caption="../workflow/report/sampler_study.rst", category="Figures"),

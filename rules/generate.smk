@@ -29,7 +29,7 @@ rule generate:
         **DIFFUSION_FILES,
         plan=PLAN,
     output:
-        GENERATED,
+        passing("generated", GENERATED),
     log:
         f"{RESULTS}/logs/generate/{{shard}}.log",
     benchmark:

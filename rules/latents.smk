@@ -4,7 +4,7 @@ rule latents:
         autoencoder=AUTOENCODER,
         card=AUTOENCODER_CARD,
     output:
-        LATENTS,
+        passing("latents", LATENTS),
     log:
         f"{RESULTS}/logs/latents/{{shard}}.log",
     benchmark:

@@ -69,7 +69,7 @@ rule ledger:
         diffusion_card=DIFFUSION_FILES["diffusion_card"],
         description=RELEASE,
     output:
-        root=LEDGER,
+        root=lasting(LEDGER),
         private=PRIVATE_LEDGER,
     log:
         f"{RESULTS}/logs/ledger.log",

@@ -34,7 +34,7 @@ rule report:
         cohort_card=COHORT_CARD,
         qc=QC,
         manifest=MANIFEST,
-        images=expand(PREPROCESSED, shard=COHORT_SHARDS),
+        images=COHORT_IMAGES,
         generated=expand(FILTERED, shard=PLAN_SHARDS),
         plan=PLAN,
         privacy=PRIVACY_REPORT,

@@ -68,9 +68,33 @@ def test_the_table_says_who_works_where_the_log_is_and_its_last_line(results, ca
         run(results)
     text = capsys.readouterr().out
     assert f"a run works here, process {os.getpid()} on " in text
-    assert re.search(r"^generate +1 +2 +1 +0 +2\.00$", text, re.M)
-    assert re.search(r"^together +2 +2\.01$", text, re.M)
+    assert re.search(r"^generate +1 +2 +1 +0 +2\.00 +2\.00 +4\.00$", text, re.M)
+    assert re.search(r"^plan +1 +1 +0 +0 +0\.01 +0\.00 +0\.00$", text, re.M)
+    assert re.search(r"^together +2 +2\.01 +2\.00 +4\.00$", text, re.M)
     assert f"running: {results}/logs/generate/0001.log, last line 2 min ago: generating:  50%" in text
+
+
+def test_gpu_hours_count_the_gpus_of_a_job_and_what_is_not_known_is_said(results):
+    job(results, "latents/0000", "encoding")
+    job(results, "autoencoder", "done", seconds=3600)
+    study = config.parse_study(STUDY | {"compute": {"devices": 4}}, "test")
+    config.freeze(study, None, results / "config")
+    stages = progress.read_stages(results, active=True)
+    lines = list(progress.table(stages, time.time()))
+    assert any(re.search(r"^autoencoder .* 1\.00 +4\.00 +4\.00$", line) for line in lines)
+    assert any(re.search(r"^latents .* 0\.00 +0\.00 +\?$", line) for line in lines)
+    assert any(re.search(r"^together .* 6\.00 +>8\.00$", line) for line in lines)
+    assert any(re.search(r"^latents .* 0\.00 +3\.00$", line) for line in progress.table(stages, time.time(), {"latents": 3.0}))
+    processor = study.model_copy(update={"compute": config.Compute(device="cpu")})
+    assert {progress.gpus_of(stage, processor) for stage in progress.GPU_STAGES} == {0}
+
+
+def test_stages_that_have_a_gpu_are_those_whose_rules_ask_for_one():
+    rules = "\n".join(path.read_text() for path in (ROOT / "rules").glob("*.smk"))
+    blocks = re.findall(r"^ *rule \w+:\n(.*?)(?=^ *(?:use )?rule |\Z)", rules, re.M | re.S)
+    found = {re.search(r"benchmarks/(.+?)(?:/\{\{\w+\}\})?\.tsv", body).group(1) for body in blocks if re.search(r"^ +gpu=", body, re.M)}
+    inherited = {name for name in progress.GPU_STAGES if name.startswith(("teacher/", "distilled/"))}
+    assert found == progress.GPU_STAGES - inherited
 
 
 def test_a_folder_without_a_study_is_refused(tmp_path):

@@ -44,6 +44,8 @@ STUDY: dict[str, Any] = {
     "privacy": {"level": 0.45, "enforce": "report", "bootstrap": 100, "embedder": {"optimiser": {"steps": 20, "batch_size": 8, "learning_rate": 1e-3}}},
     "evaluate": {"bootstrap": 200, "sweep_steps": 3, "realism_bootstrap": 100, "permutations": 100, "ssim_pairs": 20},
     "release": {"name": "Tiny", "authors": ["A Tester", "B Tester"], "date": "2026-01-31", "exports": ["webdataset"], "models": True},
+    # Tests make parts of finished studies again.
+    "storage": {"protect": False},
 }
 
 CONTRACT = [

@@ -8,17 +8,47 @@ from typing import Annotated
 
 import typer
 
+from meddiff_steps.errors import UserError
 from meddiff_steps.files import holder
-from meddiff_steps.progress import read_stages, table
+from meddiff_steps.progress import Stage, gpus_of, newest_study, read_stages, table
 
 
-def run(results: Annotated[Path, typer.Argument(help="results/STUDY")]) -> None:
-    """Per stage: how many jobs are done, running and failed, and the hours used; where the logs of the latter two are.
+def run(
+    results: Annotated[Path, typer.Argument(help="results/STUDY")],
+    measured: Annotated[
+        Path | None, typer.Option(help="results of a finished study on such a machine: says what stages will take of which nothing is done yet")
+    ] = None,
+) -> None:
+    """Per stage: how many jobs are done, running and failed, hours and GPU-hours used and expected; where the logs are.
 
     Looks at files alone. A job that was killed from outside (memory, a dead node) counts as running until the run ends
-    or tries again; how long ago its log grew is the sign.
+    or tries again; how long ago its log grew is the sign. GPU-hours are those of jobs that succeeded; what a failed
+    attempt used is in the scheduler's accounts.
     """
     worker = holder(results / ".lock")
     stages = read_stages(results, active=worker is not None)
+    estimated = estimated_hours(results, measured) if measured else {}
+    known = {stage.name for stage in stages}
+    study = newest_study(results)
+    stages += [Stage(name, jobs, gpus=gpus_of(name, study)) for name, (jobs, _) in estimated.items() if name not in known]
     print(f"{results}: {'a run works here, ' + worker if worker else 'no run works here'}")
-    print("\n".join(table(stages, time.time())))
+    print("\n".join(table(stages, time.time(), {name: hours for name, (_, hours) in estimated.items()})))
+
+
+def estimated_hours(results: Path, measured: Path) -> dict[str, tuple[int, float]]:
+    """Jobs and hours of every stage, as `plan-cost` estimates them.
+
+    Raises
+    ------
+    UserError
+        The cohort has not been read yet, or nothing was measured.
+    """
+    import pyarrow.parquet as pq
+
+    from meddiff_steps.cost import estimates  # loads torch
+
+    manifest = results / "cohort/manifest.parquet"
+    if not manifest.is_file():
+        raise UserError(f"{manifest}: not there yet, so the number of scans is not known. Ask again after the stage `cohort`, or use plan-cost.")
+    found = estimates(newest_study(results), pq.read_metadata(manifest).num_rows, measured)
+    return {one.stage: (one.jobs, one.jobs * one.hours_each) for one in found}

@@ -20,6 +20,7 @@ from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.autoencoder import Autoencoder, kl_divergence
 from meddiff_steps.training.backend import adamw, channels_last, to_channels_last, to_device
 from meddiff_steps.training.loop import batch_rows, clip_gradients, rank_share, step_generator
+from meddiff_steps.training.micro import Losses, MicroBatch
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -65,6 +66,7 @@ class AutoencoderTask:
         fabric: Fabric,
     ) -> None:
         self.settings, self.augmentation, self.shards, self.fabric = settings, augmentation, shards, fabric
+        self.micro = MicroBatch(fabric)
         self.root = f"{root}/autoencoder"
         self.train_rows, self.val_rows = np.asarray(train_rows), np.asarray(val_rows)[:VALIDATION_SCANS]
         self.shape = shards.shape("image")
@@ -115,36 +117,46 @@ class AutoencoderTask:
         latent_shape = (len(batch), settings.latent_channels, *(n // settings.downsampling for n in self.shape[1:]))
         noise = to_device(generator.standard_normal(latent_shape, dtype=np.float32)[mine], fabric)
 
-        reconstruction, mean, log_variance = self.net(x, noise)
-        losses = {"train/l1": (reconstruction - x).abs().mean(), "train/kl": kl_divergence(mean, log_variance).mean()}
-        loss = losses["train/l1"] + settings.kl_weight * losses["train/kl"]
-        if settings.spectral_weight > 0:
-            losses["train/spectral"] = spectral_loss(reconstruction, x)
-            loss = loss + settings.spectral_weight * losses["train/spectral"]
-        if settings.perceptual.weight > 0:
-            losses["train/perceptual"] = self.perceptual(reconstruction, x)
-            loss = loss + settings.perceptual.weight * losses["train/perceptual"]
         adversarial = settings.adversarial.weight > 0 and step >= settings.adversarial.start_step
+        made = torch.empty_like(x)
+
+        def losses(part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+            reconstruction, mean, log_variance = self.net(x[part], noise[part])
+            named = {"train/l1": (reconstruction - x[part]).abs().mean(), "train/kl": kl_divergence(mean, log_variance).mean()}
+            loss = named["train/l1"] + settings.kl_weight * named["train/kl"]
+            if settings.spectral_weight > 0:
+                named["train/spectral"] = spectral_loss(reconstruction, x[part])
+                loss = loss + settings.spectral_weight * named["train/spectral"]
+            if settings.perceptual.weight > 0:
+                named["train/perceptual"] = self.perceptual(reconstruction, x[part])
+                loss = loss + settings.perceptual.weight * named["train/perceptual"]
+            if adversarial:
+                made[part] = reconstruction.detach()
+                judged = self.discriminator(reconstruction.contiguous())[-1]
+                named["train/fooling"] = self.adversarial_loss(judged, target_is_real=True, for_discriminator=False)
+                loss = loss + settings.adversarial.weight * named["train/fooling"]
+            return loss, named
+
+        def judgement(part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+            fake = self.adversarial_loss(self.discriminator(made[part].contiguous())[-1], target_is_real=False, for_discriminator=True)
+            real = self.adversarial_loss(self.discriminator(x[part].contiguous())[-1], target_is_real=True, for_discriminator=True)
+            loss = 0.5 * (fake + real)
+            return loss, {"train/discriminator": loss}
+
         if adversarial:
             self.discriminator.requires_grad_(False)
-            judged = self.discriminator(reconstruction.contiguous())[-1]
-            losses["train/fooling"] = self.adversarial_loss(judged, target_is_real=True, for_discriminator=False)
-            loss = loss + settings.adversarial.weight * losses["train/fooling"]
-        self._update("model", self.net, loss, step)
+        found = self._update("model", self.net, losses, len(x), step)
         if adversarial:
             self.discriminator.requires_grad_(True)
-            fake = self.adversarial_loss(self.discriminator(reconstruction.detach().contiguous())[-1], target_is_real=False, for_discriminator=True)
-            real = self.adversarial_loss(self.discriminator(x.contiguous())[-1], target_is_real=True, for_discriminator=True)
-            losses["train/discriminator"] = 0.5 * (fake + real)
-            self._update("discriminator", self.discriminator, losses["train/discriminator"], step)
-        return {name: value.detach() for name, value in losses.items()}
+            found |= self._update("discriminator", self.discriminator, judgement, len(x), step)
+        return found
 
-    def _update(self, name: str, module: nn.Module, loss: Tensor, step: int) -> None:
+    def _update(self, name: str, module: nn.Module, losses: Losses, count: int, step: int) -> dict[str, Tensor]:
         optimiser = self.optimisers[name]
-        optimiser.zero_grad(set_to_none=True)
-        self.fabric.backward(loss)
+        found = self.micro.gradients(module, optimiser, count, losses)
         clip_gradients(module, optimiser, self.settings.optimiser, step, self.fabric)
         optimiser.step()
+        return found
 
     def fit_background(self) -> None:
         """Learn, after the last step, what the averaged weights make of empty space; see `Autoencoder.fit_background`."""

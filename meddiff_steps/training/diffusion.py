@@ -15,6 +15,7 @@ from meddiff_steps.models.denoiser import Denoiser
 from meddiff_steps.training.backend import adamw, channels_last, to_channels_last, to_device
 from meddiff_steps.training.latent_data import LatentData, drop
 from meddiff_steps.training.loop import batch_rows, clip_gradients, rank_share, step_generator
+from meddiff_steps.training.micro import MicroBatch
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -37,7 +38,7 @@ class DiffusionTask:
     """
 
     def __init__(self, settings: config.Diffusion, data: LatentData, levels: list[int], root: str, fabric: Fabric) -> None:
-        self.settings, self.data, self.fabric = settings, data, fabric
+        self.settings, self.data, self.fabric, self.micro = settings, data, fabric, MicroBatch(fabric)
         self.root = f"{root}/diffusion"
         self.process = NoiseProcess.of(settings)
         self.val_rows = data.val_rows[:VALIDATION_LATENTS]
@@ -67,13 +68,17 @@ class DiffusionTask:
         uniform = (generator.permutation(len(rows)) + generator.random(len(rows))) / len(rows)
         covariates = drop(self.data.covariates[rows], settings.covariate_dropout, settings.condition_dropout, generator)
         noise = generator.standard_normal(x0.shape, dtype=np.float32)
-        loss = self._loss(self.net, *(rank_share(drawn, fabric) for drawn in (x0, uniform, noise, covariates)))
+        mine = [rank_share(drawn, fabric) for drawn in (x0, uniform, noise, covariates)]
+
+        def losses(part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+            loss = self._loss(self.net, *(drawn[part] for drawn in mine))
+            return loss, {"train/loss": loss}
+
         optimiser = self.optimisers["model"]
-        optimiser.zero_grad(set_to_none=True)
-        fabric.backward(loss)
+        found = self.micro.gradients(self.net, optimiser, len(mine[0]), losses)
         clip_gradients(self.net, optimiser, settings.optimiser, step, fabric)
         optimiser.step()
-        return {"train/loss": loss.detach()}
+        return found
 
     def _loss(self, net: nn.Module, x0: np.ndarray, uniform: np.ndarray, noise: np.ndarray, covariates: np.ndarray) -> Tensor:
         clean, eps, share, given = (to_device(drawn, self.fabric) for drawn in (x0, noise, uniform, covariates))

@@ -28,6 +28,7 @@ from meddiff_steps.config import Optimiser
 from meddiff_steps.diffusion.noise import seed_key
 from meddiff_steps.errors import Preempted, UserError
 from meddiff_steps.training.checkpoint import CheckpointFolder
+from meddiff_steps.training.micro import MicroBatch
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -47,6 +48,7 @@ class Task(Protocol):
 
     modules: dict[str, nn.Module]
     optimisers: dict[str, torch.optim.Optimizer]
+    micro: MicroBatch
 
     def train_step(self, step: int) -> dict[str, Tensor]:
         """One update; returns detached scalar losses by name."""
@@ -163,6 +165,7 @@ def fit(task: Task, settings: Optimiser, fabric: Fabric, state: Path, label: str
         complete; called again, the training ends with the same weights and curve as an undisturbed one.
     """
     checkpoints = CheckpointFolder(state)
+    task.micro.remember(state / "micro-batch")
     start, extra = checkpoints.restore(task.modules, task.optimisers)
     history: list[tuple[int, str, float]] = [tuple(row) for row in extra.get("history", [])]
     base_rates = {name: [group["lr"] for group in optimiser.param_groups] for name, optimiser in task.optimisers.items()}

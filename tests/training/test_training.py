@@ -16,6 +16,8 @@ from meddiff_steps.training.components import train_components
 from meddiff_steps.training.diffusion import DiffusionTask
 from meddiff_steps.training.latent_data import LatentData, drop
 
+#: Sums of parts are rounded otherwise. Largest relative difference of a point of the curve, 2e-7 when measured.
+CURVE_TOLERANCE = 1e-5
 OPTIMISER = config.Optimiser(steps=7, batch_size=4, learning_rate=1e-3, warmup_steps=2, log_every=2, checkpoint_every=3, validate_every=4)
 
 
@@ -110,6 +112,46 @@ def test_a_finished_training_trains_no_more(tmp_path, latents, fabric):
     task = diffusion_task(latents, fabric)
     task.train_step = None
     assert len(loop.fit(task, OPTIMISER, fabric, tmp_path, "test"))
+
+
+def out_of_memory_above(images_at_a_time, module):
+    """Make the network of a task refuse larger batches, as a GPU does."""
+
+    def refuse(_, inputs):
+        if torch.is_grad_enabled() and len(inputs[0]) > images_at_a_time:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore words")
+
+    module.register_forward_pre_hook(refuse)
+
+
+@pytest.mark.parametrize("kind", ["autoencoder", "adversarial", "diffusion"])
+@pytest.mark.parametrize("room", [1, 3])
+def test_out_of_memory_halves_what_is_computed_at_a_time_and_not_the_batch(tmp_path, images, latents, fabric, kind, room):
+    def make():
+        if kind == "diffusion":
+            return diffusion_task(latents, fabric)
+        adversarial = config.Adversarial(weight=0.1, start_step=2, channels=8, layers=1) if kind == "adversarial" else config.Adversarial()
+        return autoencoder_task(images, fabric, adversarial=adversarial)
+
+    whole = make()
+    expected = loop.fit(whole, OPTIMISER, fabric, tmp_path / "whole", "test")
+    parts = make()
+    out_of_memory_above(room, parts.modules["discriminator" if kind == "adversarial" else "model"])
+    curve = loop.fit(parts, OPTIMISER, fabric, tmp_path / "parts", "test")
+    assert (whole.micro.size, parts.micro.size) == (None, {1: 1, 3: 2}[room])
+    assert curve[["step", "metric"]].equals(expected[["step", "metric"]])
+    np.testing.assert_allclose(curve["value"], expected["value"], rtol=CURVE_TOLERANCE)
+
+    again = make()  # a later attempt does not try what did not fit
+    loop.fit(again, OPTIMISER, fabric, tmp_path / "parts", "test")
+    assert again.micro.size == parts.micro.size
+
+
+def test_one_image_that_does_not_fit_is_an_error_that_says_what_helps(tmp_path, latents, fabric):
+    task = diffusion_task(latents, fabric)
+    out_of_memory_above(0, task.modules["model"])
+    with pytest.raises(UserError, match=r"no room for one image in training \(CUDA out of memory.*gradient_checkpointing"):
+        loop.fit(task, OPTIMISER, fabric, tmp_path, "test")
 
 
 def test_the_seed_decides_the_weights(tmp_path, latents, fabric):
