@@ -449,7 +449,7 @@ def _seconds_axis(axes: Axes, entries: Sequence[Mapping[str, Any]]) -> None:
     slopes = (seconds[second] - seconds[first])[apart] / (passes[second] - passes[first])[apart]
     slope = max(float(np.median(slopes)), 1e-9) if len(slopes) else 1e-9
     start = max(float(np.median(seconds - slope * passes)), 0.0)
-    upper = axes.secondary_xaxis("top", functions=(lambda x: start + slope * x, lambda s: (s - start) / slope))
+    upper = axes.secondary_xaxis("top", functions=(lambda x: start + slope * np.asarray(x), lambda s: (np.asarray(s) - start) / slope))
     places = sorted({float(place) for place in passes})[:: max(1, len(set(passes)) // 4)]
     upper.xaxis.set_major_locator(FixedLocator([start + slope * place for place in places]))
     upper.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))

@@ -303,7 +303,7 @@ def neighbours(
             (f"{pair.sample_id}, similarity {pair.similarity:.3f}", made, synthetic, pair.sample_id),
             (f"{pair.scan_id}, training", known, real, pair.scan_id),
         ):
-            row = table.loc[name]
+            row = table.loc[[name]].iloc[0]
             tiles.append(figures.Tile(shards.tensor("image", int(row["row"])), f"{title}\n{figures.wrapped(_facts(row, covariates), width)}"))
     told = f"from a similarity of {limit:.3f} on, the filter rejects" if limit is not None else "the filter is not calibrated and rejects none"
     return Picture(

@@ -205,12 +205,12 @@ def test_worst_group_and_gap_are_those_of_the_groups_one_by_one() -> None:
     rng = philox("test", "groups")
     groups, levels = np.array(["F", "M", "X"])[rng.integers(0, 3, 150)], rng.integers(0, 2, 150)
     scores = 1 / (1 + np.exp(-rng.normal(size=150) - 0.8 * levels))
-    probability = np.stack([1 - scores, scores], axis=1)[None].repeat(2, axis=0)
+    probability = np.stack([1 - scores, scores], axis=1)[None, None].repeat(2, axis=1)  # one generator, two classifiers
     settings = Augment.model_validate({"target": "t", "bootstrap": 200})
     entry = measure(Scored(np.arange(150).astype(str), levels, groups, {"real": probability}), settings, "", "")[0]["real"]
     each = [float(roc_auc_score(levels[groups == g], scores[groups == g])) for g in ("F", "M", "X")]
     assert [entry["groups"][g]["value"] for g in ("F", "M", "X")] == pytest.approx(each, abs=1e-5)
     assert entry["worst_group_auc"]["value"] == pytest.approx(min(each), abs=1e-5)
     assert entry["gap"]["value"] == pytest.approx(max(each) - min(each), abs=1e-5)
-    assert auc_within(levels, probability[0], groups == "X")(np.ones((1, 150)))[0] == pytest.approx(each[2])
+    assert auc_within(levels, probability[0, 0], groups == "X")(np.ones((1, 150)))[0] == pytest.approx(each[2])
     assert Resampling(range(150), 2, 200, "", "").subjects.n == 150
