@@ -198,7 +198,7 @@ def plan_more(release: Sealed, models: Path, count: int, group: str | None) -> t
     return plan, wanted
 
 
-def _covariates(subject: Mapping[str, Any], covariates: config.Covariates) -> dict[str, Any]:
+def _covariates(subject: Mapping[Any, Any], covariates: config.Covariates) -> dict[str, Any]:
     return {name: cell(subject[name], isinstance(covariate, config.CategoricalCovariate)) for name, covariate in covariates.items()}
 
 

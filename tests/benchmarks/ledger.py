@@ -29,7 +29,7 @@ from meddiff_steps.diffusion.noise import seed_key
 from meddiff_steps.files import read_json, write_json
 from meddiff_steps.imaging.layout import image_path
 from meddiff_steps.privacy.calibration import Thresholds
-from meddiff_steps.provenance import bundle, ledger, verify
+from meddiff_steps.provenance import bundle, croissant, ledger, verify
 from meddiff_steps.provenance.audit import Request, audit
 
 SECONDS, MEBIBYTES = 30.0, 1024.0
@@ -71,7 +71,7 @@ def prepare(folder: Path, rows: int) -> None:
     table = table.assign(participant_id="sub-" + table["participant_id"], image=images["path"], age=table["age"].map("{:.6g}".format))
     table[["participant_id", "image", "age", "sex"]].to_csv(release / "participants.tsv", sep="\t", index=False)
     study = read_json(release / bundle.CONFIG)
-    write_json(release / bundle.CONFIG, study | {"plan": [study["plan"][0] | {"subjects": rows}]})
+    write_json(release / bundle.CONFIG, study | {"plan": [study["plan"][0] | {"subjects": rows}], "release": study["release"] | {"shard_size": rows}})
 
 
 def build(folder: Path, rows: int) -> None:
@@ -88,8 +88,11 @@ def build(folder: Path, rows: int) -> None:
     root["ledger"] |= {"root": public.root, "rows": rows, "released": rows, "shards": shards}
     root["private_ledger"] |= {"root": private.root, "rows": rows}
     root["privacy"]["counts"] = {"planned": rows, "released": rows}
-    root["files"] = bundle._files(release, set(images["path"]))
-    write_json(release / bundle.ROOT, root)
+    files = bundle._files(release, set(images["path"]))
+    for name, content in bundle.metadata(release, root["ledger"], root["inputs"], files, read_json(release / croissant.NAME)["datePublished"]):
+        write_json(release / name, content)
+        files[name] = bundle._entry(release / name)
+    write_json(release / bundle.ROOT, root | {"files": files})
 
 
 def check(folder: Path, rows: int) -> None:
