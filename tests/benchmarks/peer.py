@@ -105,9 +105,9 @@ def peer_autoencoder_step(network: AutoencoderKL, optimiser: torch.optim.Optimiz
 
 @torch.no_grad()
 def peer_psnr(network: AutoencoderKL, images: Tensor) -> float:
-    """Mean PSNR (dB, range 1) of reconstructions of images (n, 1, *spatial), one by one, the posterior mean decoded."""
+    """Mean PSNR (dB, range 1) of reconstructions of images (n, 1, *spatial), one by one, the posterior mean decoded and clipped as ours."""
     network.eval()
-    errors = [(network.reconstruct(image[None]) - image[None]).square().mean() for image in images]
+    errors = [(network.reconstruct(image[None]).clamp(0, 1) - image[None]).square().mean() for image in images]
     return float(np.mean([-10.0 * float(error.clamp_min(1e-12).log10()) for error in errors]))
 
 
@@ -219,7 +219,7 @@ def peer_sample(
     scheduler: DDIMScheduler,
     noise: Tensor,
     context: Tensor,
-    guidance_scale: float,
+    guidance_scale: float | None,
     null: float = NULL_CONDITION,
 ) -> Tensor:
     """Images (b, 1, *spatial): DDIM with both passes of guidance at every step, whatever its scale, then decoding one by one.
@@ -234,6 +234,8 @@ def peer_sample(
         From `peer_ddim`.
     noise, context
         (b, c, *spatial) and (b, 1, k).
+    guidance_scale
+        None leaves out the unconditional pass (the tutorials never do where there is guidance).
     null
         What stands for no condition.
     """
