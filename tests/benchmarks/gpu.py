@@ -289,18 +289,11 @@ class Case:
         return torch.from_numpy(self.images.tensors("image", np.arange(size) % self.count))
 
     def prior(self) -> dict[str, torch.Tensor]:
-        """A Gaussian of the study's rank, without meaning."""
+        """A Gaussian of the study's rank, without meaning: all but its components is what a new `Prior` begins with."""
         rank, size = self.study.latents.gaussian_rank, int(np.prod(self.latent_shape))
-        features = sum(n or 1 for n in self.encoding.level_counts)
-        generator = torch.Generator().manual_seed(0)
-        basis = torch.linalg.qr(torch.randn(size, rank, generator=generator))[0].T.contiguous()
+        basis = torch.linalg.qr(torch.randn(size, rank, generator=torch.Generator().manual_seed(0)))[0].T.contiguous()
         standard = {"offset": torch.zeros(1, *self.latent_shape), "scale": torch.ones(1, self.latent_shape[0], 1, 1, 1)}
-        return standard | {
-            "prior.effects": torch.zeros(features, size),
-            "prior.basis": basis,
-            "prior.variances": torch.full((rank,), 2.0),
-            "prior.residual": torch.full((size,), 0.9),
-        }
+        return standard | {"prior.basis": basis}
 
 
 def case_of(name: str, folder: Path, device: str) -> Case:
