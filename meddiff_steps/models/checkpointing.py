@@ -15,4 +15,4 @@ def recompute(blocks: Iterable[nn.Module]) -> None:
     The blocks must draw no random number: their second run would draw others.
     """
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)  # type: ignore[method-assign]
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)

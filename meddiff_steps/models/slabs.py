@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from monai.networks.nets.autoencoderkl import AEKLResBlock, Decoder
+from monai.networks.nets.autoencoderkl import AEKLResBlock
 from torch import Tensor, nn
 from torch.nn import functional
 
 
-def decode_in_slabs(decoder: Decoder, z: Tensor, planes: int) -> Tensor:
-    """`decoder(z)`, (b, c, *spatial); a residual block's float32 copies exist for `planes` planes of the first spatial axis only."""
-    for block in decoder.blocks:
+def decode_in_slabs(decoder: nn.Module, z: Tensor, planes: int) -> Tensor:
+    """`decoder(z)`, (b, c, *spatial), of MONAI's AutoencoderKL; a residual block's float32 copies exist for `planes` planes of the first spatial axis only."""
+    for block in decoder.get_submodule("blocks").children():
         z = _residual(block, z, planes) if isinstance(block, AEKLResBlock) else block(z)
     return z
 

@@ -21,10 +21,11 @@ def test_everything_runs_on_a_processor_and_is_written_down(tmp_path, capsys):
     for (_, side), result in timed.items():
         assert 0 < result["seconds_per_image"]["low"] <= result["seconds_per_image"]["value"]
         if side.startswith("ours"):
-            assert 0 < result["utilisation_measured"]["value"] < 1
+            assert result["utilisation_measured"]["value"] > 0
     ratios = [result for result in content["results"] if "ratio" in result]
     assert {result["ratio"] for result in ratios} == {"peer / ours eager", "peer bf16 / ours eager", "peer DDIM-2 / ours eager"}
     (check,) = [result for result in content["results"] if "way" in result]
+    assert check["spread"] > 0.01
     assert check["largest_difference"] < 0.05  # the same subjects at another batch size, and in bf16 where the processor has it
     assert "s/image" in capsys.readouterr().out
 
@@ -52,7 +53,7 @@ class Place:
 
 def test_a_side_that_fails_or_hangs_costs_nobody_else_a_figure(tmp_path):
     record = gpu.Record(tmp_path / "gpu.json", time.monotonic() + 60)
-    record.machine(bf16_flops=1e9)
+    record.machine(matrix_flops=1e9)
 
     def no_memory(batch):
         raise torch.OutOfMemoryError("pretended")
@@ -64,7 +65,7 @@ def test_a_side_that_fails_or_hangs_costs_nobody_else_a_figure(tmp_path):
         return lambda: time.sleep(0.01) or batch
 
     sides = [gpu.Side("peer", no_memory, 4), gpu.Side("peer bf16", works, 4), gpu.Side("ours eager", works, 4), gpu.Side("ours compiled", hangs, 4)]
-    gpu.compare(record, Place, "part", sides, 1e6, limit=4.0, turns=3, turn_seconds=0.05)
+    gpu.compare(record, Place, "part", sides, 1e6, limit=12.0, turns=3, turn_seconds=0.05)
     content = json.loads((tmp_path / "gpu.json").read_text())
     assert [(failure["where"], failure["reason"][:13]) for failure in content["failures"]] == [
         ("1x1x1 part: peer", "out of memory"),
@@ -85,6 +86,6 @@ def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
 def test_packages_are_those_of_the_lock(monkeypatch):
     monkeypatch.setattr(gpu_packages.importlib.util, "find_spec", lambda module: None)
     needed = gpu_packages.missing()
-    assert len(needed) == len(gpu_packages.NEEDED)
+    assert len(needed) == len(gpu_packages.NEEDED) + len(gpu_packages.WITH_HUB)
     assert all("==" in line for line in needed)
     assert not any(line.startswith("torch==") for line in needed)
