@@ -1,7 +1,7 @@
 # make demo    a synthetic cohort from the embedded simulated one (about 15 minutes on 2 cores)
 # make test    the tests (about as long); make test-slow those that kill, preempt, distil, or start a Slurm
 # make bench   what planning 100,000 subjects takes; make scale takes a cohort of many small images through the workflow, at two sizes
-#              (SCALE="10000 100000" by default, hours; SCALE=1000 is a quarter of an hour)
+#              (SCALE="10000 100000" by default: an hour or two; SCALE=1000 for a try)
 # All create the environment in .venv first, with nothing but Python 3.11 and make.
 SHELL := bash
 PYTHON ?= python3
