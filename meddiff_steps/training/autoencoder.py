@@ -24,6 +24,7 @@ from meddiff_steps.training.micro import Losses, MicroBatch
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+    from lightning_fabric.wrappers import _FabricModule
 
 #: Held-out scans that a validation looks at; enough for a stable mean, few enough to be quick.
 VALIDATION_SCANS = 32
@@ -149,7 +150,7 @@ class AutoencoderTask:
             found |= self._update("discriminator", self.discriminator, judgement, len(x))
         return found
 
-    def _update(self, name: str, module: nn.Module, losses: Losses, count: int) -> dict[str, Tensor]:
+    def _update(self, name: str, module: _FabricModule, losses: Losses, count: int) -> dict[str, Tensor]:
         optimiser = self.optimisers[name]
         found = self.micro.gradients(module, optimiser, count, losses)
         self.fabric.clip_gradients(module, optimiser, max_norm=self.settings.optimiser.gradient_clip)
