@@ -1,7 +1,7 @@
 # make demo    a synthetic cohort from the embedded simulated one (about 15 minutes on 2 cores)
 # make test    the tests (about as long); make test-slow those that kill, preempt, distil, or start a Slurm
 # make bench   our way beside that of MONAI's tutorials, what planning 100,000 subjects takes, and docs/benchmarks.md (half an hour on 2 quiet cores)
-# make scale   a cohort of many small images through the workflow, at two sizes (SCALE="10000 100000" by default, hours; SCALE=1000 is a quarter of an hour)
+# make scale   a cohort of many small images through the workflow, at two sizes (SCALE="10000 100000" by default: hours; SCALE=1000 for a try)
 # All create the environment in .venv first, with nothing but Python 3.11 and make.
 SHELL := bash
 PYTHON ?= python3

@@ -377,6 +377,10 @@ class Privacy(Section):
     subgroup: Name | None = Field(None, description="Categorical covariate whose levels get thresholds of their own where they have enough subjects.")
     max_attempts: PositiveInt = Field(5, description="Draws per planned subject before it is given up as failed.")
     max_failed_share: Fraction = Field(0.05, description="The run stops if more planned subjects than this have failed.")
+    # The nearest two of the demo's 1,000 scans have 0.977, of 185 IXI brains at 4 mm 0.980; a scan and itself with 3 % noise have 0.997.
+    duplicate_correlation: Annotated[float, Field(gt=0.5, lt=1.0)] = Field(
+        0.99, description="Correlation of all voxels from which two synthetic images count as one; coarse images of many subjects need more."
+    )
     embedder: Embedder = Embedder()
     bootstrap: Annotated[int, Field(ge=100)] = 500
     max_excess_copies: Fraction = Field(0.05, description="Gate: copies before the filter beyond those that unseen real scans would be taken for.")

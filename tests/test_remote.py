@@ -51,7 +51,7 @@ def run(folder: Path, endpoint: str, *arguments: str) -> None:
 
 def test_a_cohort_comes_from_s3_and_is_read(tmp_path, endpoint, bucket):
     bucket.create_bucket(Bucket="hospital")
-    people = pd.DataFrame({"participant_id": [f"sub-{i:02d}" for i in range(8)], "age": range(50, 58), "sex": ["F", "M"] * 4})
+    people = pd.DataFrame({"participant_id": [f"sub-{i:02d}" for i in range(24)], "age": range(50, 74), "sex": ["F", "M"] * 12})
     files = {"participants.tsv": people.to_csv(sep="\t", index=False).encode(), "dataset_description.json": b'{"Name": "x", "BIDSVersion": "1.10.0"}'}
     draw = np.random.default_rng(0)
     for name in people["participant_id"]:

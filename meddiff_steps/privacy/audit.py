@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch.nn import functional
+from tqdm import tqdm
 
 from meddiff_steps.config import CategoricalCovariate, Covariates, Privacy
 from meddiff_steps.diffusion.noise import batch_noise
@@ -24,9 +27,11 @@ from meddiff_steps.privacy.verdict import Gate, at_most, holds, verdict
 #: Images per set that the attacks look at, chosen by the hash of their id: intervals hardly narrow beyond.
 MAX_IMAGES = 5000
 
-#: Pearson correlation of all voxels from which two synthetic images count as one.  The nearest two of the demo's 1,000 scans
-#: have 0.977, of 185 IXI brains at 4 mm 0.980; a scan and itself with 3 % noise have 0.997.
-DUPLICATE_CORRELATION = 0.99
+#: Longest side at which all synthetic images are compared with each other, and the nearest others of each that are looked at in full.
+COARSE_SIDE = {2: 32, 3: 12}
+NEIGHBOURS = 8
+#: Values of images read at once.
+BATCH_VALUES = 2**26
 
 #: Members and others whose denoising loss is computed, and the shares of the timesteps it is computed at.
 LOSS_SCANS = 96
@@ -118,23 +123,49 @@ def denoising_losses(model: Denoiser, latents: np.ndarray, covariates: np.ndarra
     return losses / len(LOSS_TIMES)
 
 
-def near_duplicates(shards: Shards, planned: pd.DataFrame) -> list[str]:
-    """Synthetic images that are the same as an earlier one of other noise, up to `DUPLICATE_CORRELATION`; their sample ids.
+def near_duplicates(shards: Shards, planned: pd.DataFrame, limit: float) -> list[str]:
+    """Synthetic images that are the same as an earlier one of other noise: a Pearson correlation of all voxels of at least `limit`.
+
+    Block means find who may be: they are a projection, which never moves two images apart, so a pair that is further apart by them than
+    the limit allows is none.  Memory is some kilobytes per image, whatever its size.  The 8 nearest of every image are looked at.
 
     Subjects of a counterfactual group share their noise on purpose and are not compared with each other.
+
+    Returns
+    -------
+    list
+        Their sample ids, sorted.
     """
     ids = shards.column("sample_id")
-    origin = planned.set_index("sample_id").loc[ids, ["cohort_root", "noise_index"]].astype(str).agg("/".join, axis=1).to_numpy()
-    vectors = np.concatenate([unit_rows(images) for _, images in shards.batches("image", 256)]) if ids else np.zeros((0, 1), np.float32)
     if len(ids) < 2:
         return []
-    similarity, index = nearest(vectors, vectors, min(len(ids), 8))
-    dropped: set[str] = set()
-    for row, name in enumerate(ids):
-        close = [j for s, j in zip(similarity[row], index[row], strict=True) if s >= DUPLICATE_CORRELATION and j < row and origin[j] != origin[row]]
-        if any(ids[j] not in dropped for j in close):
-            dropped.add(name)
-    return sorted(dropped)
+    origin = planned.set_index("sample_id").loc[ids, ["cohort_root", "noise_index"]].astype(str).agg("/".join, axis=1).to_numpy()
+    shape = shards.shape("image")
+    batches = shards.batches("image", max(1, min(256, BATCH_VALUES // int(np.prod(shape)))))
+    coarse = np.concatenate([_block_means(unit_rows(images).reshape(images.shape)) for _, images in batches])
+    norms = np.linalg.norm(coarse, axis=1)
+    similarity, index = nearest(coarse / np.maximum(norms, 1e-12)[:, None], coarse / np.maximum(norms, 1e-12)[:, None], NEIGHBOURS)
+    apart = norms[:, None] ** 2 + norms[index] ** 2 - 2 * norms[:, None] * norms[index] * similarity
+    dropped: set[int] = set()
+    for row, found in enumerate(tqdm(index, desc="looking for duplicates", unit="image", mininterval=5, file=sys.stderr)):
+        # 1e-4: what single precision may have added.
+        for other in found[apart[row] <= 2 * (1 - limit) + 1e-4]:
+            if other < row and origin[other] != origin[row] and other not in dropped:
+                one, two = unit_rows(shards.tensors("image", [row, other]))
+                if one @ two >= limit:
+                    dropped.add(row)
+                    break
+    return sorted(ids[row] for row in dropped)
+
+
+def _block_means(images: np.ndarray) -> np.ndarray:
+    """Means over cubes, scaled so that distances shrink at most: float32 (n, d) for (n, 1, *spatial)."""
+    dims = images.ndim - 2
+    factor = -(-max(images.shape[2:]) // COARSE_SIDE[dims])
+    if factor > min(images.shape[2:]):
+        return images.reshape(len(images), -1)
+    pool = functional.avg_pool3d if dims == 3 else functional.avg_pool2d
+    return (pool(torch.from_numpy(images), factor).flatten(1) * factor ** (dims / 2)).numpy()
 
 
 def count(decisions: pd.DataFrame, planned: pd.DataFrame, duplicates: Sequence[str]) -> dict[str, Any]:

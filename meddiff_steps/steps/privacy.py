@@ -69,7 +69,7 @@ def run(
     table = pd.concat([pd.read_parquet(path) for path in shard_decisions], ignore_index=True)
     planned = pd.read_parquet(plan)
     planned["subgroup"] = planned[settings.subgroup].astype(str) if settings.subgroup else "all"
-    duplicates = audit.near_duplicates(after, planned)
+    duplicates = audit.near_duplicates(after, planned, settings.duplicate_correlation)
     counts = audit.count(table, planned, duplicates)
     copies = None
     if card["status"] == "CALIBRATED":

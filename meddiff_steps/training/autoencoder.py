@@ -24,6 +24,7 @@ from meddiff_steps.training.micro import Losses, MicroBatch
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+    from lightning_fabric.wrappers import _FabricModule
 
 #: Held-out scans that a validation looks at; enough for a stable mean, few enough to be quick.
 VALIDATION_SCANS = 32
@@ -151,7 +152,7 @@ class AutoencoderTask:
             found |= self._update("discriminator", self.discriminator, judgement, len(x), step)
         return found
 
-    def _update(self, name: str, module: nn.Module, losses: Losses, count: int, step: int) -> dict[str, Tensor]:
+    def _update(self, name: str, module: _FabricModule, losses: Losses, count: int, step: int) -> dict[str, Tensor]:
         optimiser = self.optimisers[name]
         found = self.micro.gradients(module, optimiser, count, losses)
         clip_gradients(module, optimiser, self.settings.optimiser, step, self.fabric)

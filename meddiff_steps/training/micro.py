@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from meddiff_steps.errors import UserError
 from meddiff_steps.files import write_atomic
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+    from lightning_fabric.wrappers import _FabricModule
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class MicroBatch:
             self.size = int(path.read_text(encoding="utf-8"))
             log.info("%d images at a time, as %s says", self.size, path)
 
-    def gradients(self, module: nn.Module, optimiser: torch.optim.Optimizer, count: int, losses: Losses) -> dict[str, Tensor]:
+    def gradients(self, module: _FabricModule, optimiser: torch.optim.Optimizer, count: int, losses: Losses) -> dict[str, Tensor]:
         """Gradients of the mean loss over `count` images in the parameters of `module`, and its detached mean losses by name.
 
         Raises
@@ -66,7 +67,7 @@ class MicroBatch:
                 torch.cuda.empty_cache()
             self._halve(count, said)
 
-    def _accumulate(self, module: nn.Module, optimiser: torch.optim.Optimizer, count: int, losses: Losses) -> dict[str, Tensor]:
+    def _accumulate(self, module: _FabricModule, optimiser: torch.optim.Optimizer, count: int, losses: Losses) -> dict[str, Tensor]:
         optimiser.zero_grad(set_to_none=True)
         size = min(self.size or count, count)
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.fabric.device))

@@ -53,7 +53,14 @@ STUDY: dict[str, Any] = {
     },
     "generate": {"batch_size": 64, "shard_size": SHARD, "num_inference_steps": 4},
     # What so little training makes is no brain and copies nobody; only the work is measured.
-    "privacy": {"level": 0.4, "enforce": "report", "max_attempts": 2, "embedder": {"optimiser": {"steps": 20, "batch_size": 8, "learning_rate": 1e-3}}},
+    # Brains at 12 mm are all alike, and are no duplicates for that.
+    "privacy": {
+        "level": 0.4,
+        "enforce": "report",
+        "max_attempts": 2,
+        "duplicate_correlation": 0.9999,
+        "embedder": {"optimiser": {"steps": 20, "batch_size": 8, "learning_rate": 1e-3}},
+    },
     "release": {"name": "Scale", "authors": ["A Benchmark", "B Benchmark"], "date": "2026-01-31"},
     "compute": {"device": "cpu", "precision": "32-true"},
     "storage": {"protect": False, "temporary": ["generated"]},

@@ -149,7 +149,24 @@ def test_near_duplicates_are_found_but_not_among_counterfactuals(tmp_path):
         for i, picture in enumerate(images):
             shard.append(sample_id=f"s{i}", image=picture)
     planned = plan(6).assign(noise_index=[0, 1, 2, 3, 4, 1])
-    assert audit.near_duplicates(Shards([tmp_path / "x.arrow"]), planned) == ["s4"]
+    assert audit.near_duplicates(Shards([tmp_path / "x.arrow"]), planned, 0.99) == ["s4"]
+
+
+@pytest.mark.parametrize("shape", [(1, 40, 36), (1, 26, 20, 18)])
+def test_duplicates_found_by_block_means_are_those_of_all_voxels(tmp_path, shape):
+    """Smooth images, so that some are alike by block means alone; some with a copy that is near, some with one just too far."""
+    rng = np.random.default_rng(1)
+    images = np.stack([np.kron(rng.random([-(-n // 4) for n in shape[1:]]), np.ones([4] * (len(shape) - 1))) for _ in range(40)])
+    images = images[(slice(None), *(slice(n) for n in shape[1:]))][:, None]
+    noise = rng.standard_normal((40, *shape)) * images.std()
+    images = np.concatenate([images, images + noise * np.linspace(0.05, 0.3, 40).reshape(-1, *[1] * len(shape))]).astype(np.float32)
+    with ShardWriter(tmp_path / "x.arrow", {"sample_id": pa.string(), "image": Tensor("float32", shape)}) as shard:
+        for i, picture in enumerate(images):
+            shard.append(sample_id=f"s{i}", image=picture)
+    correlation = np.corrcoef(images.reshape(80, -1))
+    expected = sorted(f"s{i}" for i in range(80) if (correlation[i, :i] >= 0.99).any())
+    assert 5 < len(expected) < 35
+    assert audit.near_duplicates(Shards([tmp_path / "x.arrow"]), plan(80), 0.99) == expected
 
 
 def test_a_fail_stops_the_release_and_says_why(tmp_path):
