@@ -197,7 +197,6 @@ if STUDY.augment.target and STUDY.augment.generator_seeds > 1:
             **GENERATOR_MODEL,
             plan=GENERATOR_FILES["plan"],
             generated=GENERATOR_FILES["generated"],
-            images=expand(PREPROCESSED, shard=COHORT_SHARDS),
             reference=REFERENCE,
             calibration=CALIBRATION,
         output:

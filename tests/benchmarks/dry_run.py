@@ -22,6 +22,14 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "config/studies/ukb.yaml"
+#: Runs a command from a small process, since Linux counts what a process had before `exec` into its peak of memory.
+USED = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[2:]).returncode
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_utime + used.ru_stime, used.ru_maxrss, file=open(sys.argv[1], "w"))
+sys.exit(code)
+"""
 SECONDS, MEGABYTES, JOBS = 15.0, 500.0, 2_500
 
 
@@ -46,17 +54,13 @@ def measure(subjects: int, folder: Path) -> Planned:
     environment = {key: value for key, value in os.environ.items() if key != "MEDDIFF_STUDY"} | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "snakemake", "--profile", "slurm", "-n", "-q", "rules", "--configfile", str(path)]
     begun = time.perf_counter()
-    with open(folder / "said", "w+b") as said:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT)
-        # As opposed to waiting through subprocess, this tells what the process used.
-        _, status, used = os.wait4(process.pid, 0)
-        said.seek(0)
-        text = said.read().decode()
-    process.returncode = os.waitstatus_to_exitcode(status)
-    total = re.search(r"^total\s+(\d+)", text, re.M)
-    if process.returncode or total is None:
-        sys.exit(f"{' '.join(command)}\n{text[-4000:]}")
-    return Planned(subjects, used.ru_utime + used.ru_stime, time.perf_counter() - begun, used.ru_maxrss * 1024 / 1e6, int(total.group(1)))
+    done = subprocess.run([sys.executable, "-c", USED, str(folder / "used"), *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    wall = time.perf_counter() - begun
+    total = re.search(r"^total\s+(\d+)", done.stdout, re.M)
+    if done.returncode or total is None:
+        sys.exit(f"{' '.join(command)}\n{(done.stdout + done.stderr)[-4000:]}")
+    cpu, kilobytes = map(float, (folder / "used").read_text().split())
+    return Planned(subjects, cpu, wall, kilobytes * 1024 / 1e6, int(total.group(1)))
 
 
 def exponent(small: float, large: float, factor: float) -> float:
