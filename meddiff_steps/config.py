@@ -248,9 +248,9 @@ class Augmentation(Section):
 
 class Latents(Section):
     gaussian_rank: Annotated[int, Field(ge=0)] = Field(
-        256,
+        128,
         description="Principal components of the Gaussian model of the latents that the diffusion network starts from, "
-        "at most half as many as there are training subjects; 0 leaves it out.",
+        "at most an eighth as many as there are training subjects; 0 leaves it out.",
     )
     batch_size: PositiveInt = 8
 

@@ -57,6 +57,11 @@ EFFECT_PENALTY = 5.0
 #: background, where few heads reach.
 SMALLEST_RESIDUAL = 0.003
 
+#: Training subjects per principal component, at least.  More components describe held-out subjects little better and training subjects
+#: much: on 767 simulated brains 64, 96, 128 and 256 components denoise held-out latents with an error of 0.373, 0.365, 0.361 and 0.350, and tell
+#: who was trained on with an AUC of 0.64, 0.73, 0.82 and 0.98; on 125 of IXI 16 and 62 make 0.423 and 0.419, with 0.84 and 1.00.
+SUBJECTS_PER_COMPONENT = 8
+
 #: Parts for the cross-validated variances.
 FOLDS = 5
 
@@ -98,7 +103,7 @@ def fit_gaussian(draw: Callable[[int], np.ndarray], features: np.ndarray, rank: 
     features
         (rows, F) covariate features, 0 where unknown.
     rank
-        Number of components; at most half as many as there are subjects, so that those held out can be explained by the others.
+        Number of components; at most an eighth as many as there are subjects (`SUBJECTS_PER_COMPONENT`), and at least one.
     subjects
         Whose latent each row is, (rows,): several rows of one subject are held out together.
     """
@@ -109,7 +114,7 @@ def fit_gaussian(draw: Callable[[int], np.ndarray], features: np.ndarray, rank: 
     effects = np.linalg.solve(gram, products)
     chosen = np.unique(np.linspace(0, rows - 1, min(rows, MAX_COMPONENT_ROWS)).astype(int))
     subjects = np.unique(subjects[chosen], return_inverse=True)[1]
-    rank = max(1, min(rank, (subjects.max() + 1) // 2))
+    rank = max(1, min(rank, (subjects.max() + 1) // SUBJECTS_PER_COMPONENT))
     residuals = np.stack([draw(int(row)).ravel() - features[row] @ effects for row in chosen]).astype(np.float32)
     # Components from the smaller of the two Gram matrices.
     gram = (residuals @ residuals.T).astype(np.float64)
@@ -130,7 +135,7 @@ def _components(gram: np.ndarray, residuals: np.ndarray, rank: int) -> np.ndarra
 def _held_out(gram: np.ndarray, residuals: np.ndarray, rank: int, folds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Variance along components (rank,), and what they leave unexplained (n, D), of subjects that they were not computed from.
 
-    Components fit their own subjects too well: on the demo's 767 training subjects, the leading 256 explain 0.89 of the
+    Components fit their own subjects too well: on the demo's 767 training subjects, the leading 256 would explain 0.89 of the
     variance of the training subjects and 0.73 of that of others.
     """
     squares, rest = np.zeros(rank), residuals.copy()
