@@ -12,7 +12,7 @@ from meddiff_steps.models import prior as prior_module
 from meddiff_steps.models.autoencoder import Autoencoder, kl_divergence
 from meddiff_steps.models.denoiser import CovariateTokens, Denoiser
 from meddiff_steps.models.files import load_autoencoder, save_model
-from meddiff_steps.models.latents import covariate_features, fit_gaussian, standardisation
+from meddiff_steps.models.latents import SUBJECTS_PER_COMPONENT, covariate_features, fit_gaussian, standardisation
 from meddiff_steps.models.prior import Prior
 from meddiff_steps.models.stem import Stem
 
@@ -174,6 +174,14 @@ def test_variances_are_those_of_subjects_that_the_components_have_not_seen():
     variants = x[np.repeat(np.arange(100), 2)]
     fit = fit_gaussian(lambda row: variants[row], np.zeros((200, 1)), rank=5, subjects=np.repeat(np.arange(100), 2))
     assert fit.variances == pytest.approx(np.ones(5), rel=0.25)
+
+
+def test_components_are_few_beside_subjects_not_beside_their_variants():
+    x = np.random.default_rng(4).standard_normal((80, 2, 30)).astype(np.float32)
+    for copies in (1, 4):
+        variants = np.repeat(x, copies, 0)
+        fit = fit_gaussian(lambda row, of=variants: of[row], np.zeros((len(variants), 1)), rank=64, subjects=np.repeat(np.arange(80), copies))
+        assert len(fit.basis) == 80 // SUBJECTS_PER_COMPONENT
 
 
 def test_channels_at_one_place_keep_their_covariance():
