@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from monai.networks.nets import AutoencoderKL
 from monai.networks.nets.autoencoderkl import AEKLResBlock
@@ -13,6 +14,7 @@ from meddiff_steps import config
 from meddiff_steps.models.checkpointing import recompute
 from meddiff_steps.models.slabs import decode_in_slabs
 from meddiff_steps.models.stem import Stem
+from meddiff_steps.models.tone import ToneCurve, joint_counts
 
 #: Bounds of the posterior log-variance; the same that MONAI clamps to.
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
@@ -63,8 +65,7 @@ class Autoencoder(nn.Module):
         )
         if settings.gradient_checkpointing:
             recompute([block for block in self.net.modules() if isinstance(block, AEKLResBlock)])
-        #: Values up to this are background; see `fit_background`.
-        self.register_buffer("background", torch.zeros(()))
+        self.tone = ToneCurve()
         self.block = settings.downsampling
         self.analysis: nn.Conv2d | nn.Conv3d | None = None
         self.synthesis: nn.ConvTranspose2d | nn.ConvTranspose3d | None = None
@@ -139,33 +140,23 @@ class Autoencoder(nn.Module):
         return (image + 1.0) / 2.0
 
     def images(self, z: Tensor, slab: int | None = None) -> Tensor:
-        """What `decode` gives, float32 (b, 1, *spatial), clipped to [0, 1] and exactly 0 up to `background`."""
-        image = self.decode(z, slab).clamp(0.0, 1.0)
-        return torch.where(image > self.background, image, 0.0)
+        """What `decode` gives, clipped to [0, 1] and through the tone curve; float32 (b, 1, *spatial)."""
+        return self.tone(self.decode(z, slab).clamp(0.0, 1.0))
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """`images` of the posterior mean of x, both float32 (b, 1, *spatial) in [0, 1]."""
         return self.images(self.encode(x)[0])
 
     @torch.no_grad()
-    def fit_background(self, scans: Iterable[Tensor]) -> None:
-        """Set `background`, so that decoded images are as empty as preprocessed scans.
-
-        Outside the head, and wherever a robust minimum was cut off, a scan is exactly 0; a network trained on mean errors puts
-        a faint haze there, which every test of realism sees.  The level is the median over scans of the value below which lie as
-        many decoded voxels as are 0 in the scan: 0 where scans have no such voxels.
+    def fit_tone(self, scans: Iterable[Tensor]) -> None:
+        """Fit the tone curve, so that decoded images have the grey levels of preprocessed scans.
 
         Parameters
         ----------
         scans
-            Training scans in [0, 1], (1, 1, *spatial) each.
+            Training scans in [0, 1], (1, 1, *spatial) each; at least one.
         """
-        levels = []
-        for scan in scans:
-            empty = int((scan == 0).sum())
-            decoded = self.decode(self.encode(scan)[0]).clamp(0.0, 1.0).flatten()
-            levels.append(decoded.kthvalue(empty).values if empty else decoded.new_zeros(()))
-        self.background.copy_(torch.stack(levels).median())
+        self.tone.fit(sum((joint_counts(self.decode(self.encode(scan)[0]).clamp(0.0, 1.0), scan) for scan in scans), np.zeros(1, np.int64)))
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruction, mean and log-variance; the latent is the mean plus `noise` standard deviations."""

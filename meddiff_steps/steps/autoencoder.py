@@ -50,7 +50,7 @@ def run(
     curve = fit(task, settings.optimiser, fabric, state / state_key("autoencoder", config, [manifest, *images]), "autoencoder")
     if not fabric.is_global_zero:
         return
-    task.fit_background()
+    task.fit_tone()
 
     with atomic_path(history) as path:
         curve.to_parquet(path, index=False)
@@ -78,7 +78,6 @@ def run(
             "latent_shape": [settings.latent_channels, *(n // settings.downsampling for n in shape[1:])],
             "precision": resolve(study.compute)[1],
             "scans": {split: len(indices) for split, indices in rows.items()},
-            "background": float(task.average.background),
             "held_out": metrics,
             **({"compiled": True} if compiled else {}),
         },

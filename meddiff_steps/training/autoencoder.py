@@ -31,8 +31,8 @@ VALIDATION_SCANS = 32
 
 #: Training scans from which the linear path is computed.
 LINEAR_PATH_SCANS = 64
-#: Training scans from which the level of the background is computed.
-BACKGROUND_SCANS = 64
+#: Training scans from which the tone curve is computed.
+TONE_SCANS = 64
 
 
 def spectral_loss(reconstruction: Tensor, image: Tensor) -> Tensor:
@@ -159,11 +159,11 @@ class AutoencoderTask:
         optimiser.step()
         return found
 
-    def fit_background(self) -> None:
-        """Learn, after the last step, what the averaged weights make of empty space; see `Autoencoder.fit_background`."""
-        rows = tqdm(self._sample_rows(BACKGROUND_SCANS), desc="learning the background", mininterval=5, file=sys.stderr)
+    def fit_tone(self) -> None:
+        """Fit the tone curve of the averaged weights, after the last step; see `Autoencoder.fit_tone`."""
+        rows = tqdm(self._sample_rows(TONE_SCANS), desc="fitting the tone curve", mininterval=5, file=sys.stderr)
         with self.fabric.autocast():
-            self.average.fit_background(self._images(np.array([row])) for row in rows)
+            self.average.fit_tone(self._images(np.array([row])) for row in rows)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

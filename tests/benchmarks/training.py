@@ -372,7 +372,7 @@ def our_models(place: Place, seconds: float) -> tuple[Any, Any]:
         for _ in range(2 if place.setting.quick else 40):
             training.step()
         save_weights(first.average, place.folder / "ours-autoencoder.pt")
-    first.fit_background()
+    first.fit_tone()
     means, log_variances = [], []
     with torch.no_grad():
         for row in range(len(place.images)):

@@ -71,20 +71,12 @@ def test_decoded_images_are_as_empty_as_scans():
     scans = torch.stack([(1.0 - distance / radius).clamp(0, 1)[None] for radius in torch.linspace(5, 8, 12)])
     model.fit_linear_path(scans)
     before = model.reconstruct(scans)
-    model.fit_background(scan[None] for scan in scans)
+    model.fit_tone(scan[None] for scan in scans)
     after = model.reconstruct(scans)
     empty = [float((images == 0).float().mean()) for images in (scans, before, after)]
     assert empty[1] < empty[0] - 0.05
     assert abs(empty[2] - empty[0]) < 0.02
     assert (after - scans).abs().mean() < (before - scans).abs().mean()
-    assert 0 < model.background < 0.2
-
-
-def test_scans_without_empty_voxels_are_left_as_decoded():
-    model = Autoencoder(SMALL, 2).eval()
-    scans = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.5
-    model.fit_background(scan[None] for scan in scans)
-    assert model.background == 0
 
 
 def test_kl_against_torch_and_at_tiny_variances():
@@ -269,8 +261,8 @@ def test_weights_of_another_network_are_refused_in_words(tmp_path):
     model = Autoencoder(SMALL, 2)
     weights, card = tmp_path / "model.safetensors", tmp_path / "card.json"
     save_model(model, weights, card, {"settings": SMALL.model_dump(mode="json"), "image_shape": [1, 8, 8]})
-    assert torch.equal(load_autoencoder(weights, card)[0].background, model.background)
-    del model._buffers["background"]
+    assert torch.equal(load_autoencoder(weights, card)[0].tone.values, model.tone.values)
+    del model.tone._buffers["values"]
     save_model(model, weights, card, {"settings": SMALL.model_dump(mode="json"), "image_shape": [1, 8, 8]})
     with pytest.raises(UserError, match="not the weights of this version's network"):
         load_autoencoder(weights, card)
