@@ -43,8 +43,7 @@ def run(
     """Compare every image with all training scans, and draw again what is too near, with the same covariates."""
     study = load_stage(config, "filter")
     fabric = make_fabric(study.compute, threads)
-    subjects = pd.read_parquet(plan)
-    subjects = subjects[subjects["shard"] == shard]
+    subjects = pd.read_parquet(plan, filters=[("shard", "==", shard)])
     subgroup = study.privacy.subgroup
     groups = dict(zip(subjects["sample_id"], subjects[subgroup].astype(str) if subgroup else ["all"] * len(subjects), strict=True))
     detectors = load_detectors(ReferenceFiles(images, autoencoder, autoencoder_card, scale, embedder, embedder_card), load_file(reference))

@@ -30,8 +30,7 @@ def run(
     A subject depends on its own row of the plan, the weights and the batch size; not on its shard or on who shares a batch with it.
     """
     study = load_stage(config, "generate")
-    subjects = pd.read_parquet(plan)
-    subjects = subjects[subjects["shard"] == shard]
+    subjects = pd.read_parquet(plan, filters=[("shard", "==", shard)])
     fabric = make_fabric(study.compute, threads)
     first_stage, card = load_autoencoder(autoencoder, autoencoder_card)
     generator = Generator(LatentDiffusion.load(diffusion, diffusion_card), first_stage, study.generate, fabric, study.compute)
