@@ -5,6 +5,7 @@ A shard is written row by row (memory stays at a few rows) and appears under its
 
 from __future__ import annotations
 
+import mmap
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -136,13 +137,17 @@ class Shards:
         if not paths:
             raise UserError("no shard was given: at least one .arrow file is needed")
         self._batches: list[pa.RecordBatch] = []
+        self._maps: list[mmap.mmap] = []  # of each batch
         self._paths: list[Path] = []
         self.schema = pa.schema([])
         for path in paths:
             try:
-                reader = pa.ipc.open_file(pa.memory_map(str(path)))
+                with open(path, "rb") as file:
+                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                reader = pa.ipc.open_file(pa.py_buffer(mapped))
                 self._batches += [reader.get_batch(i) for i in range(reader.num_record_batches)]
-            except (pa.ArrowInvalid, OSError) as error:
+                self._maps += [mapped] * reader.num_record_batches
+            except (pa.ArrowInvalid, OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
                 raise UserError(f"{path}: not a readable shard ({error}). Delete it and run the workflow again: it will be rebuilt.") from None
             if self._paths and reader.schema != self.schema:
                 raise UserError(
@@ -187,6 +192,14 @@ class Shards:
         for start in range(0, len(self), size):
             rows = range(start, min(start + size, len(self)))
             yield rows, self.tensors(column, rows)
+            self._forget(rows)
+
+    def _forget(self, rows: range) -> None:
+        """Give back the memory of the files that these rows lie in; they are read again when they are looked at again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            first, last = np.searchsorted(self._starts, [rows.start, rows.stop - 1], side="right") - 1
+            for mapped in {id(m): m for m in self._maps[first : last + 1]}.values():
+                mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _convert(values: np.ndarray, out: np.ndarray) -> None:

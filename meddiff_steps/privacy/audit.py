@@ -144,7 +144,8 @@ def near_duplicates(shards: Shards, planned: pd.DataFrame, limit: float) -> list
     batches = shards.batches("image", max(1, min(256, BATCH_VALUES // int(np.prod(shape)))))
     coarse = np.concatenate([_block_means(unit_rows(images).reshape(images.shape)) for _, images in batches])
     norms = np.linalg.norm(coarse, axis=1)
-    similarity, index = nearest(coarse / np.maximum(norms, 1e-12)[:, None], coarse / np.maximum(norms, 1e-12)[:, None], NEIGHBOURS)
+    coarse /= np.maximum(norms, 1e-12)[:, None]
+    similarity, index = nearest(coarse, coarse, NEIGHBOURS)
     apart = norms[:, None] ** 2 + norms[index] ** 2 - 2 * norms[:, None] * norms[index] * similarity
     dropped: set[int] = set()
     for row, found in enumerate(tqdm(index, desc="looking for duplicates", unit="image", mininterval=5, file=sys.stderr)):

@@ -134,3 +134,21 @@ def test_wrong_shape_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"column 'image': expected shape"), ShardWriter(tmp_path / "a.arrow", COLUMNS) as shard:
         shard.append(scan_id="s0", age=1.0, image=np.zeros((1, 3, 4, 6)))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is looked up in /proc")
+def test_reading_all_batches_keeps_no_file_in_memory_and_can_be_done_again(tmp_path):
+    def resident_mb() -> float:
+        return next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+
+    shape = (1, 64, 64, 32)
+    paths = [tmp_path / f"{i}.arrow" for i in range(4)]
+    for number, path in enumerate(paths):
+        with ShardWriter(path, {"scan_id": pa.string(), "image": Tensor("float16", shape)}) as shard:
+            for i in range(50):
+                shard.append(scan_id=f"s{number}-{i}", image=np.full(shape, 50 * number + i, np.float16))
+    shards = Shards(paths)
+    before = resident_mb()
+    for _ in range(2):
+        assert [float(block[:, 0, 0, 0, 0].sum()) for _, block in shards.batches("image", 25)] == [sum(range(k, k + 25)) for k in range(0, 200, 25)]
+    assert resident_mb() < before + 25  # the files have 50 MB, a block has 12.5
