@@ -163,7 +163,7 @@ rule gate:
 rule neighbours:
     input:
         manifest=MANIFEST,
-        images=expand(PREPROCESSED, shard=COHORT_SHARDS),
+        images=COHORT_IMAGES,
         plan=PLAN,
         filtered=expand(FILTERED, shard=PLAN_SHARDS),
         decisions=DECISIONS,

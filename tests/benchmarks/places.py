@@ -5,7 +5,6 @@ Everything is made by the product's own functions and kept in a work folder, so 
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
+from safetensors.torch import load_file, save_file
 from scipy import ndimage
 from torch import Tensor
 
@@ -235,14 +235,14 @@ def latent_data(place: Place, shards: Shards, scale: float | None = None) -> Lat
 
 def save_weights(network: torch.nn.Module, path: Path) -> None:
     with atomic_path(path) as temporary:
-        torch.save(copy.deepcopy(network).cpu().state_dict(), temporary)
+        save_file({name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}, temporary)
 
 
 def load_weights(network: torch.nn.Module, path: Path) -> bool:
     """Whether weights were there and are loaded."""
     if not path.exists():
         return False
-    network.load_state_dict(torch.load(path, weights_only=True))
+    network.load_state_dict(load_file(path))
     return True
 
 
