@@ -78,12 +78,8 @@ def test_metrics_are_figures(study):
     assert figure["low"] <= figure["value"] <= figure["high"]
 
 
-def test_the_release_is_valid_bids(study):
-    validator = shutil.which("bids-validator-deno", path=str(Path(sys.executable).parent))
-    if validator is None:
-        pytest.skip("bids-validator-deno is not installed")
-    done = subprocess.run([validator, "--max-rows", "-1", "--json", str(study / "results/tiny/release")], capture_output=True, text=True)
-    issues = json.loads(done.stdout)["issues"]["issues"]
+def test_the_release_is_valid_bids(study, bids_report):
+    issues = bids_report(study / "results/tiny/release")["issues"]["issues"]
     assert [issue for issue in issues if issue["severity"] == "error"] == []
 
 

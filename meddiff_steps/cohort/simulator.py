@@ -558,7 +558,7 @@ def simulate_cohort(source: SimulatedSource, seed: str, root: Path, threads: int
         write_atomic(root / name, content.encode())
     rows = ["participant_id\tage\tsex\tdiagnosis\tbrain_ml\tventricles_ml"]
     edge = 0
-    with _one_torch_thread():
+    with one_torch_thread():
         template = load_template(lattice.blur_mm)
         for name, subject in tqdm(_subjects(source, seed, root, lattice, template, threads), "simulate", source.subjects, mininterval=5, file=sys.stderr):
             traits = subject.traits
@@ -623,8 +623,8 @@ def _clear(root: Path) -> None:
 
 
 @contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Let the subjects run side by side, each on one thread."""
+def one_torch_thread() -> Iterator[None]:
+    """Work in torch on one thread, as where subjects run side by side."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

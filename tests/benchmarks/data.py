@@ -12,8 +12,6 @@ import shutil
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ import torch
 from monai.transforms import SaveImage
 
 from meddiff_steps import config
-from meddiff_steps.cohort.simulator import simulate_cohort
+from meddiff_steps.cohort.simulator import one_torch_thread, simulate_cohort
 from meddiff_steps.evaluation.diversity import pair_similarity
 from meddiff_steps.evaluation.image_quality import SsimSettings
 from meddiff_steps.evaluation.statistics import rounded
@@ -43,16 +41,6 @@ PAIRS, COHORT = 100, 1000
 #: Volumes among which pairs are drawn: few enough that all pairs can be compared once, to see whether our interval holds their mean.
 COMPARED = 24
 BATCH = 8
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # ----------------------------------------------------------------------------------------------------- loader
@@ -171,7 +159,7 @@ def preprocessing(setting: Setting) -> dict[str, Any]:
             simulate_cohort(config.SimulatedSource(subjects=20, shape=size.shape, spacing_mm=size.spacing_mm), SEED, root, setting.threads)
     files = sorted(root.glob("sub-*/anat/*.nii.gz"))[: setting.either(12, 3)]
     rows = []
-    with _one_thread():
+    with one_torch_thread():
         for place in (setting.place(size) for size in setting.sizes):
             settings = place.study.preprocess
             transform = peer.peer_transform(settings)
@@ -216,7 +204,7 @@ def release(setting: Setting) -> dict[str, Any]:
     for place in (setting.place(size) for size in setting.sizes):
         images = place.tensors("test").numpy()[: setting.either(32, 4)]
         grid = Grid(place.size.shape, place.size.spacing_mm)
-        with tempfile.TemporaryDirectory(dir=setting.work) as name, _one_thread():
+        with tempfile.TemporaryDirectory(dir=setting.work) as name, one_torch_thread():
             folder = Path(name)
             shard = folder / "generated.arrow"
             with ShardWriter(shard, {"sample_id": pa.string(), "image": Column("float16", (1, *place.size.shape))}) as writer:

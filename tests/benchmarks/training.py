@@ -209,8 +209,8 @@ def _autoencoder_race(place: Place, seed: int, seconds: tuple[float, float]) -> 
     ours.look()  # what the linear path alone gives
     race(ours, theirs, seconds)
     if seed == 0:
-        save_weights(task.average, place.folder / "ours-autoencoder.pt")
-        save_weights(network, place.folder / "peer-autoencoder.pt")
+        save_weights(task.average, place.folder / "ours-autoencoder.safetensors")
+        save_weights(network, place.folder / "peer-autoencoder.safetensors")
     images = place.tensors("train")[: settings.optimiser.batch_size]
     facts = {
         "parameters": {"ours": _weights(task.modules["model"]), "peer": _weights(network)},
@@ -236,13 +236,13 @@ def trained_peer_autoencoder(place: Place) -> Any:
     settings = place.study.autoencoder
     torch.manual_seed(0)
     network = peer.peer_autoencoder(settings, "cpu")
-    if not load_weights(network, place.folder / "peer-autoencoder.pt"):
+    if not load_weights(network, place.folder / "peer-autoencoder.safetensors"):
         optimiser = peer.peer_optimiser(network, settings.optimiser.learning_rate)
         images = place.tensors("train")
         for step in range(2 if place.setting.quick else 40):
             rows = batch_rows(SEED, step, settings.optimiser.batch_size, len(images))
             peer.peer_autoencoder_step(network, optimiser, images[rows], settings.kl_weight)
-        save_weights(network, place.folder / "peer-autoencoder.pt")
+        save_weights(network, place.folder / "peer-autoencoder.safetensors")
     return network.requires_grad_(False).eval()
 
 
@@ -367,11 +367,11 @@ def our_models(place: Place, seconds: float) -> tuple[Any, Any]:
     """
     study = place.study
     first = AutoencoderTask(study.autoencoder, study.augmentation, place.images, place.rows("train"), place.rows("val"), f"{SEED}/0", place.fabric)
-    if not load_weights(first.average, place.folder / "ours-autoencoder.pt"):
+    if not load_weights(first.average, place.folder / "ours-autoencoder.safetensors"):
         training = OurTraining(first, study.autoencoder.optimiser)
         for _ in range(2 if place.setting.quick else 40):
             training.step()
-        save_weights(first.average, place.folder / "ours-autoencoder.pt")
+        save_weights(first.average, place.folder / "ours-autoencoder.safetensors")
     first.fit_tone()
     means, log_variances = [], []
     with torch.no_grad():
@@ -381,7 +381,7 @@ def our_models(place: Place, seconds: float) -> tuple[Any, Any]:
             log_variances.append(log_variance[0].numpy())
     data = latent_data(place, write_latents(place.folder / "ours-latents.arrow", means, log_variances))
     task = DiffusionTask(study.diffusion, data, place.encoding.level_counts, f"{SEED}/0", place.fabric)
-    path = place.folder / "ours-diffusion.pt"
+    path = place.folder / "ours-diffusion.safetensors"
     if not load_weights(task.modules["average"], path):
         training, clock = OurTraining(task, study.diffusion.optimiser), measure.Clock()
         while clock.wall < seconds and training.done < study.diffusion.optimiser.steps:

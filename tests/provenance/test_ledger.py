@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -145,12 +143,8 @@ def test_a_release_of_pictures(tmp_path):
     assert not (place.release / ".bidsignore").exists()
 
 
-def test_bids_validator(place):
-    validator = shutil.which("bids-validator-deno", path=str(Path(sys.executable).parent))
-    if validator is None:
-        pytest.skip("bids-validator-deno is not installed")
-    done = subprocess.run([validator, "--max-rows", "-1", "--format", "json", str(place.release)], capture_output=True, text=True, check=False)
-    issues = json.loads(done.stdout)["issues"]["issues"]
+def test_bids_validator(place, bids_report):
+    issues = bids_report(place.release)["issues"]["issues"]
     assert [(issue["code"], issue.get("location")) for issue in issues] == []
 
 
