@@ -2,7 +2,7 @@
 # make test    the tests (10 minutes); make test-slow those that kill, preempt, distil, or start a Slurm
 # make bench   our way beside that of MONAI's tutorials, what planning 100,000 subjects takes, and docs/benchmarks.md (half an hour on 2 quiet cores)
 # make scale   a cohort of many small images through the workflow, at two sizes (SCALE="10000 100000" by default: hours; SCALE=1000 for a try)
-# All create the environment in .venv first, with nothing but Python 3.11 and make.
+# make env     only the environment in .venv, which all of these create first, with nothing but Python 3.11 and make
 SHELL := bash
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: demo test test-slow bench bench-gpu scale check format lock clean
+.PHONY: env demo test test-slow bench bench-gpu scale check format lock clean
 
 # The lock is complete, so pip need not resolve anything (--no-deps). torch comes first, with its own dependencies: a CPU
 # wheel that lies on the machine (PIP_FIND_LINKS) has none, the registry's brings CUDA.
@@ -25,6 +25,8 @@ $(VENV)/.ready: envs/requirements.lock pyproject.toml
 $(VENV)/.ready-test: $(VENV)/.ready envs/requirements-test.lock
 	$(PIP) --no-deps -r envs/requirements-test.lock
 	@touch $@
+
+env: $(VENV)/.ready
 
 # Two jobs beside each other where each alone would leave a core idle: half of these is starting Python and loading libraries.
 ONE_THREAD := latents=1 calibrate=1 showcase=1 measure=1 privacy=1 augment_data=1 augment_train=1 augment_test=1
