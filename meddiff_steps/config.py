@@ -7,6 +7,7 @@ see into content-addressed JSON files; `load_stage` is how a step reads its own.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -74,14 +75,15 @@ class CategoricalCovariate(Section):
         return value
 
 
-def _covariate_kind(value: Any) -> str:
-    has_levels = "levels" in value if isinstance(value, dict) else isinstance(value, CategoricalCovariate)
-    return "categorical" if has_levels else "continuous"
+def _covariate_kind(value: Any) -> str | None:
+    if not isinstance(value, dict):
+        return "categorical" if isinstance(value, CategoricalCovariate) else "continuous"
+    return "categorical" if "levels" in value else "continuous" if {"unit", "range"} & set(value) else None
 
 
 Covariate = Annotated[
     Annotated[ContinuousCovariate, Tag("continuous")] | Annotated[CategoricalCovariate, Tag("categorical")],
-    Discriminator(_covariate_kind),
+    Discriminator(_covariate_kind, custom_error_type="covariate_kind", custom_error_message="give `levels` (a label) or `unit` and `range` (a number)"),
 ]
 Covariates = dict[Name, Covariate]
 
@@ -172,6 +174,8 @@ class Preprocess(Section):
 
 
 class Optimiser(Section):
+    """How a network is trained; what a study leaves out keeps its default."""
+
     steps: PositiveInt
     batch_size: PositiveInt
     learning_rate: PositiveFloat
@@ -207,6 +211,12 @@ class Adversarial(Section):
     learning_rate: PositiveFloat = 2e-4
 
 
+class AutoencoderOptimiser(Optimiser):
+    steps: PositiveInt = 1500
+    batch_size: PositiveInt = 8
+    learning_rate: PositiveFloat = 1e-3
+
+
 class Autoencoder(Section):
     """KL-regularised autoencoder (first stage)."""
 
@@ -223,7 +233,7 @@ class Autoencoder(Section):
     perceptual: Perceptual = Perceptual()
     adversarial: Adversarial = Adversarial()
     gradient_checkpointing: bool = False
-    optimiser: Optimiser = Optimiser(steps=1500, batch_size=8, learning_rate=1e-3)
+    optimiser: AutoencoderOptimiser = AutoencoderOptimiser()
 
     @model_validator(mode="after")
     def _channels_divide(self) -> Self:
@@ -255,6 +265,12 @@ class Latents(Section):
     batch_size: PositiveInt = 8
 
 
+class DiffusionOptimiser(Optimiser):
+    steps: PositiveInt = 1200
+    batch_size: PositiveInt = 32
+    learning_rate: PositiveFloat = 5e-4
+
+
 class Diffusion(Section):
     """Latent diffusion model conditioned on the study's covariates."""
 
@@ -276,7 +292,7 @@ class Diffusion(Section):
         800, description="Steps of the small network that learns how the Gaussian's components depend on each other; 0 leaves it out."
     )
     gradient_checkpointing: bool = False
-    optimiser: Optimiser = Optimiser(steps=1200, batch_size=32, learning_rate=5e-4)
+    optimiser: DiffusionOptimiser = DiffusionOptimiser()
 
     @model_validator(mode="after")
     def _levels_match(self) -> Self:
@@ -360,11 +376,18 @@ class Generate(Section):
         return self
 
 
+class EmbedderOptimiser(Optimiser):
+    steps: PositiveInt = 300
+    batch_size: PositiveInt = 64
+    learning_rate: PositiveFloat = 1e-3
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+
+
 class Embedder(Section):
     """The learned copy detector (SimCLR)."""
 
     temperature: PositiveFloat = Field(0.1, description="Of the NT-Xent loss; smaller attends to the nearest strangers.")
-    optimiser: Optimiser = Optimiser(steps=300, batch_size=64, learning_rate=1e-3, warmup_steps=20)
+    optimiser: EmbedderOptimiser = EmbedderOptimiser()
 
 
 class Privacy(Section):
@@ -447,6 +470,14 @@ class Structure(Section):
         return self
 
 
+class SegmenterOptimiser(Optimiser):
+    steps: PositiveInt = 400
+    batch_size: PositiveInt = 4
+    learning_rate: PositiveFloat = 0.01
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.98
+
+
 class Segmentation(Section):
     """Label maps of real scans, from which a segmenter learns to measure volumes in synthetic ones: a second instrument beside the predictors."""
 
@@ -455,7 +486,7 @@ class Segmentation(Section):
     channels: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt, PositiveInt] = Field(
         (16, 32, 64, 64, 64), description="Features of the U-Net at half, quarter, ... of the resolution."
     )
-    optimiser: Optimiser = Optimiser(steps=400, batch_size=4, learning_rate=0.01, warmup_steps=20, ema_decay=0.98)
+    optimiser: SegmenterOptimiser = SegmenterOptimiser()
 
     @model_validator(mode="after")
     def _batch_has_statistics(self) -> Self:
@@ -535,6 +566,14 @@ class Shift(Section):
     levels: list[str] = Field(min_length=1, description="Its levels that are kept out.")
 
 
+class ClassifierOptimiser(Optimiser):
+    steps: PositiveInt = 1000
+    batch_size: PositiveInt = 32
+    learning_rate: PositiveFloat = 2e-3
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.98
+    validate_every: PositiveInt = 100
+
+
 class Classifier(Section):
     """MONAI ResNet that learns the target from images alone; the same settings in every arm."""
 
@@ -542,7 +581,7 @@ class Classifier(Section):
     channels: list[PositiveInt] = Field([16, 32, 64, 128], min_length=4, max_length=4, description="Feature channels of the four stages.")
     blocks: list[PositiveInt] = Field([1, 1, 1, 1], min_length=4, max_length=4, description="Residual blocks per stage ([2, 2, 2, 2] is ResNet-18).")
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
-    optimiser: Optimiser = Optimiser(steps=1000, batch_size=32, learning_rate=2e-3, ema_decay=0.98, validate_every=100)
+    optimiser: ClassifierOptimiser = ClassifierOptimiser()
 
     @model_validator(mode="after")
     def _batch_has_statistics(self) -> Self:
@@ -692,7 +731,7 @@ class Study(Section):
     title: str = ""
     results: str = "results"
     seed: str = Field("meddiff", min_length=1, description="Root of every random number; any text. Publish it with the cohort.")
-    cohort: CohortSource = Field(SimulatedSource())
+    cohort: CohortSource
     covariates: Covariates = Field(min_length=1)
     splits: Splits = Splits()
     preprocess: Preprocess = Preprocess()
@@ -944,7 +983,10 @@ def _explain(error: ValidationError, origin: str) -> str:
         where = ".".join(str(part) for i, part in enumerate(problem["loc"]) if not (i and str(part) in tags) and not re.match(r"(tuple|function)\b", str(part)))
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            message = "unknown key. Check the spelling against config/README.md, or remove it"
+            known = difflib.get_close_matches(str(problem["loc"][-1]), {key for _, model in _sections() for key in model.model_fields}, 1)
+            message = f"unknown key. {f'Did you mean `{known[0]}`? ' if known else ''}config/keys.md lists all keys"
+        elif problem["type"] in ("union_tag_not_found", "union_tag_invalid"):
+            message = "set `source` to bids, table or simulated"
         found = problem.get("input")
         shown = f" (found {found!r})" if problem["type"] != "missing" and isinstance(found, (str, int, float, bool, type(None))) else ""
         lines.append(f"  {where or 'study'}: {message}{shown}")
@@ -979,7 +1021,12 @@ def load_stage(path: Path, stage: str) -> Study:
     missing = [section for section, key in declared if section not in raw or (key and key not in raw[section])]
     if missing:
         raise UserError(f"{path}: no section {missing}, which stage `{stage}` reads. Freeze it from the study again.")
-    placeholder: dict[str, Any] = {"study": "placeholder", "covariates": {"x": {"unit": "", "range": [0, 1]}}, "plan": [{"name": "x", "subjects": 1}]}
+    placeholder: dict[str, Any] = {
+        "study": "placeholder",
+        "cohort": {"source": "simulated"},
+        "covariates": {"x": {"unit": "", "range": [0, 1]}},
+        "plan": [{"name": "x", "subjects": 1}],
+    }
     values = {}
     for section, key in declared:
         values[section] = getattr(_Unchecked.model_validate(placeholder | {section: raw[section]}), section)

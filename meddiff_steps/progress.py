@@ -99,6 +99,15 @@ def gpus_of(stage: str, study: Study) -> int:
     return study.compute.devices if stage in TRAININGS else 1
 
 
+def ran_without_gpu(results: Path) -> bool:
+    """Whether the training of the autoencoder, by its run record, ran on a processor; False while it has none."""
+    try:
+        record = json.loads((results / "records/autoencoder/model.safetensors.json").read_text(encoding="utf-8"))
+    except OSError:
+        return False
+    return "gpu" not in record["environment"]["torch"]
+
+
 def newest_study(results: Path) -> Study:
     """The study as the last run froze it."""
     frozen = sorted((results / "config").glob("study-*.json"), key=lambda path: path.stat().st_mtime)

@@ -75,8 +75,19 @@ def lock_results():
         raise WorkflowError(str(error)) from None
 
 
+def cohort_problem():
+    """What is wrong with where the scans should be, in words; None if nothing is, or if they are fetched or were read already."""
+    source = STUDY.cohort
+    named = {"bids": "root", "table": "table"}.get(source.source)
+    if SEALED or named is None or STUDY.storage.cohort or Path(MANIFEST).exists() or Path(getattr(source, named)).exists():
+        return None
+    return f"cohort.{named}: {getattr(source, named)} is not there. Relative paths start at the working directory, {Path.cwd()}."
+
+
 onstart:
     if workflow.is_main_process:
+        if cohort_problem():
+            raise WorkflowError(cohort_problem())
         lock_results()
 
 

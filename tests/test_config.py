@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 MINIMAL = {
     "study": "tiny",
+    "cohort": {"source": "simulated"},
     "covariates": {"age": {"unit": "year", "range": [0, 100]}, "sex": {"levels": ["F", "M"]}},
     "plan": [{"name": "syn", "subjects": 10}],
 }
@@ -37,11 +38,23 @@ def test_the_generated_files_have_not_drifted():
     assert (ROOT / "config/keys.md").read_text() == config.key_reference(), "run: python -m meddiff_steps schema"
 
 
+def test_a_study_says_where_its_scans_come_from():
+    with pytest.raises(UserError, match="cohort: Field required"):
+        config.parse_study({key: value for key, value in MINIMAL.items() if key != "cohort"}, "study.yaml")
+
+
+def test_what_an_optimiser_leaves_out_keeps_the_default_of_its_network():
+    study = config.parse_study(with_change("diffusion.optimiser", {"steps": 7}), "study.yaml")
+    assert study.diffusion.optimiser == config.DiffusionOptimiser(steps=7)
+
+
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
         ("stduy", "x", "stduy: unknown key"),
-        ("preprocess.spacng_mm", 2, "preprocess.spacng_mm: unknown key"),
+        ("preprocess.spacng_mm", 2, "preprocess.spacng_mm: unknown key. Did you mean `spacing_mm`?"),
+        ("cohort", {"root": "/data"}, "cohort: set `source` to bids, table or simulated"),
+        ("covariates.sex", {}, "covariates.sex: give `levels`"),
         ("study", "My Study", "study"),
         ("covariates.age", {"unit": "year", "range": [90, 18]}, "low < high"),
         ("covariates.age", {"unit": "year"}, "covariates.age.range"),

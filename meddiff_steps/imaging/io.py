@@ -110,7 +110,7 @@ def _read_bytes(path: Path) -> bytes:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise ScanError(path, "missing file", "no such file. Check the cohort's root and path column.") from None
+        raise ScanError(path, "missing file", "no such file. Check cohort.root, the table's path column, or preprocess.brain_mask.") from None
     except IsADirectoryError:
         raise ScanError(path, "directory", "is a directory, expected one image file. DICOM series: convert them to NIfTI, for example with dcm2niix.") from None
     except OSError as error:

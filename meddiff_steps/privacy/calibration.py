@@ -40,11 +40,6 @@ def conformal_threshold(scores: np.ndarray, level: float) -> float | None:
     return float(scores[rank - 1]) if 1 <= rank <= len(scores) else None
 
 
-def subjects_needed(level: float, detectors: int) -> int:
-    """Calibration subjects below which `level`, shared over `detectors`, has no threshold."""
-    return math.ceil(detectors / level - 1 - 1e-9)
-
-
 @dataclass(frozen=True)
 class Thresholds:
     """One threshold per detector, for everybody and for the groups that are large enough.
@@ -90,7 +85,7 @@ def calibrate(scores: Mapping[str, np.ndarray], groups: np.ndarray, level: float
     Returns
     -------
     Thresholds or None
-        None where there are too few calibration subjects for the level (`subjects_needed`).
+        None where there are too few calibration subjects for the level (`cohort.splits.subjects_needed`).
     """
     groups = np.asarray(groups, dtype=str)
     share = level / len(scores)

@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from meddiff_steps.cohort.splits import subjects_needed
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.files import load_autoencoder, load_embedder
 from meddiff_steps.privacy.attacks import flag_rate_is_nominal, share
-from meddiff_steps.privacy.calibration import calibrate, subjects_needed
+from meddiff_steps.privacy.calibration import calibrate
 from meddiff_steps.privacy.detectors import BATCH, Detector, LatentEncoder, TrainingImages, make_detectors, references, score
 from meddiff_steps.privacy.perturbations import perturbed_copies
 from meddiff_steps.training.loop import step_generator

@@ -98,7 +98,7 @@ def contact_sheet(pairs: list[tuple[Shown, Shown]], study: Study) -> Picture:
         figures.image_grid(blocks, title=title),
         f"{len(pairs)} held-out {kind.split(',')[0].lower()} images beside {len(pairs)} synthetic ones, each with its covariates.",
         f"{how}Grey values 0 to 1, bicubic. Each held-out scan stands beside the synthetic image whose request is closest; none was picked by eye. "
-        "Good: as sharp as its partner, with structures of the size that was asked for. Bad: haze in the background, blur, or one face behind all of them.",
+        "Good: as sharp as its partner, with structures of the size that was asked for. Bad: haze in the background, blur, or nearly the same image everywhere.",
     )
 
 
@@ -109,7 +109,7 @@ def slices(pairs: list[tuple[Shown, Shown]]) -> Viewer:
     return viewer(
         groups,
         "Move the sliders, or click or drag in a slice: all planes of both volumes follow. Good: the same structures in the same places, as sharp "
-        "in every plane. Bad: texture that breaks off from slice to slice, or haze outside the head. Radiological convention, 8 grey bits.",
+        "in every plane. Bad: texture that breaks off from slice to slice, or haze outside the head. Radiological convention, 256 grey levels.",
     )
 
 

@@ -14,10 +14,10 @@ from meddiff_steps.provenance.audit_report import as_html, as_text
 
 def run(
     release: Annotated[Path, typer.Argument(help="root of the release")],
-    key: Annotated[Path | None, typer.Option(help="the publisher's public key (PEM), from elsewhere than the release; L1")] = None,
-    private: Annotated[Path | None, typer.Option(help="the private ledger (privacy/ledger-private.parquet); L4")] = None,
-    models: Annotated[Path | None, typer.Option(help="folder with autoencoder/ and diffusion/; L6 makes images again")] = None,
-    results: Annotated[Path | None, typer.Option(help="the study's folder with the real scans; L7 compares with them again")] = None,
+    key: Annotated[Path | None, typer.Option(exists=True, help="the publisher's public key (PEM), from elsewhere than the release; L1")] = None,
+    private: Annotated[Path | None, typer.Option(exists=True, help="the private ledger (privacy/ledger-private.parquet); L4")] = None,
+    models: Annotated[Path | None, typer.Option(exists=True, help="folder with autoencoder/ and diffusion/; L6 makes images again")] = None,
+    results: Annotated[Path | None, typer.Option(exists=True, help="the study's folder with the real scans; L7 compares with them again")] = None,
     sample: Annotated[int, typer.Option(min=1, help="images that L6 and L7 look at")] = 20,
     seed: Annotated[str, typer.Option(help="what those images are drawn by; choose one that the publisher could not know")] = "audit",
     images: Annotated[bool, typer.Option(help="read the images; without, L1 looks at sizes only and L5 does not run")] = True,

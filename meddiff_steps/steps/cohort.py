@@ -12,8 +12,9 @@ import typer
 from meddiff_steps.cohort.bids import read_bids
 from meddiff_steps.cohort.covariates import check_names
 from meddiff_steps.cohort.manifest import build_manifest, write_manifest
+from meddiff_steps.cohort.splits import subjects_needed
 from meddiff_steps.cohort.table import read_table
-from meddiff_steps.config import BidsSource, SimulatedSource, TableSource, load_stage
+from meddiff_steps.config import BidsSource, Privacy, SimulatedSource, TableSource, load_stage
 from meddiff_steps.errors import UserError
 from meddiff_steps.files import atomic_path, write_atomic
 
@@ -51,5 +52,13 @@ def run(
     with atomic_path(out) as temporary:
         write_manifest(manifest, temporary)
     write_atomic(card, (json.dumps(summary, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    calibrating, needed = summary["splits"]["calibration"]["subjects"], subjects_needed(Privacy().level, detectors=3)
+    if calibrating < needed:
+        log.warning(
+            "the calibration split has %d subjects; at the default privacy.level the privacy filter needs %d, and with too few it rejects nothing. "
+            "Raise splits.calibration, or privacy.level (docs/own-cohort.md).",
+            calibrating,
+            needed,
+        )
     counts = ", ".join(f"{name} {split['scans']}" for name, split in summary["splits"].items())
     log.info("%s: %s scans; %d duplicate pairs, %d undecodable", out, counts, len(summary["duplicates"]), len(summary["undecodable"]))

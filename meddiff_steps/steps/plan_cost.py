@@ -10,6 +10,7 @@ import typer
 from meddiff_steps.config import load_study
 from meddiff_steps.cost import estimates, wall_hours
 from meddiff_steps.errors import UserError
+from meddiff_steps.progress import ran_without_gpu
 from meddiff_steps.synthesis.size import planned_subjects
 
 
@@ -31,6 +32,8 @@ def run(
         scans = study.cohort.subjects
     found = list(estimates(study, scans, measured))
     print(f"{study.study}: {scans:,} scans in, {planned_subjects(study.plan):,} synthetic subjects out; measured by {measured}")
+    if ran_without_gpu(measured):
+        print("measured without a GPU: GPU-hours are hours of such a processor, and say nothing of a GPU")
     print(f"{'stage':<14}{'jobs':>6}{'hours each':>12}{'hours':>10}{'GPU-hours':>11}{'disk, GB':>10}")
     for one in found:
         hours = one.jobs * one.hours_each

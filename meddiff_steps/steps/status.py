@@ -10,7 +10,7 @@ import typer
 
 from meddiff_steps.errors import UserError
 from meddiff_steps.files import holder
-from meddiff_steps.progress import Stage, gpus_of, newest_study, read_stages, table
+from meddiff_steps.progress import Stage, gpus_of, newest_study, ran_without_gpu, read_stages, table
 
 
 def run(
@@ -32,6 +32,8 @@ def run(
     study = newest_study(results)
     stages += [Stage(name, jobs, gpus=gpus_of(name, study)) for name, (jobs, _) in estimated.items() if name not in known]
     print(f"{results}: {'a run works here, ' + worker if worker else 'no run works here'}")
+    if ran_without_gpu(results):
+        print("it ran without a GPU: GPU-hours are hours of the jobs that would have taken one")
     print("\n".join(table(stages, time.time(), {name: hours for name, (_, hours) in estimated.items()})))
 
 

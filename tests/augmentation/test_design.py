@@ -186,7 +186,10 @@ def test_what_cannot_be_learnt_is_refused() -> None:
 def test_a_bad_study_is_refused(change: dict[str, Any], expected: str) -> None:
     covariates = {"age": {"unit": "year", "range": [0, 100]}, "sex": {"levels": ["F", "M"]}, "site": {"levels": ["A", "B"]}}
     with pytest.raises(UserError) as caught:
-        parse_study({"study": "tiny", "covariates": covariates, "plan": [{"name": "syn", "subjects": 10}], "augment": change}, "study.yaml")
+        parse_study(
+            {"study": "tiny", "cohort": {"source": "simulated"}, "covariates": covariates, "plan": [{"name": "syn", "subjects": 10}], "augment": change},
+            "study.yaml",
+        )
     assert expected in str(caught.value)
 
 

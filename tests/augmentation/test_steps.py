@@ -56,6 +56,7 @@ class Tiny:
         self.study: Study = parse_study(
             {
                 "study": "tiny",
+                "cohort": {"source": "simulated"},
                 "covariates": {"diagnosis": {"levels": ["control", "case"]}, "sex": {"levels": ["F", "M"]}, "site": {"levels": ["A", "B"]}},
                 "preprocess": {"shape": list(SHAPE), "spacing_mm": None},
                 "plan": [{"name": "syn", "subjects": synthetic}],

@@ -64,6 +64,7 @@ IMAGES = 16
 #: A study that a processor runs in seconds, for `--quick`.
 QUICK = {
     "study": "quick",
+    "cohort": {"source": "simulated"},
     "covariates": {"age": {"unit": "year", "range": [40, 90]}, "sex": {"levels": ["F", "M"]}},
     "preprocess": {"shape": [16, 16, 16]},
     "autoencoder": {"channels": [8, 16], "norm_num_groups": 4, "latent_channels": 4, "optimiser": {"steps": 9, "batch_size": 2, "learning_rate": 0.001}},

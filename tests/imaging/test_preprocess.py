@@ -391,7 +391,13 @@ def test_mask_pattern(tmp_path: Path) -> None:
 
 def frozen(folder: Path, stage: str, **preprocess: Any) -> Path:
     sections = {"shape": [24, 32, 24], "spacing_mm": 4.0, **preprocess}
-    raw = {"study": "test", "covariates": {"age": {"unit": "year", "range": [0, 120]}}, "plan": [{"name": "a", "subjects": 1}], "preprocess": sections}
+    raw = {
+        "study": "test",
+        "cohort": {"source": "simulated"},
+        "covariates": {"age": {"unit": "year", "range": [0, 120]}},
+        "plan": [{"name": "a", "subjects": 1}],
+        "preprocess": sections,
+    }
     return freeze(parse_study(raw, "test"), stage, folder)
 
 

@@ -35,6 +35,7 @@ class Workplace:
         self.root, self.dims, self.release = root, dims, root / "release"
         self.study = {
             "study": "test",
+            "cohort": {"source": "simulated"},
             "title": "A test",
             "covariates": {
                 "age": {"unit": "year", "range": [0, 120], "description": "Age at scan."},

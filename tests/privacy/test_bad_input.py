@@ -46,6 +46,7 @@ class Cohort:
         self.study = parse_study(
             {
                 "study": "x",
+                "cohort": {"source": "simulated"},
                 "covariates": {"age": {"unit": "year", "range": [0, 100]}},
                 "plan": [{"name": "syn", "subjects": 2}],
                 "privacy": {"level": 0.2, "embedder": {"optimiser": {"steps": 2, "batch_size": 8, "learning_rate": 1e-3}}},

@@ -81,7 +81,7 @@ def test_copies_of_pictures_that_fill_the_frame_are_found_when_their_borders_are
 
 
 def test_the_learned_detector_finds_rotated_copies(scans):
-    settings = config.Embedder(optimiser=config.Optimiser(steps=120, batch_size=30, learning_rate=1e-3, warmup_steps=5))
+    settings = config.Embedder(optimiser=config.EmbedderOptimiser(steps=120, batch_size=30, learning_rate=1e-3, warmup_steps=5))
     embedder, losses = train_embedder(settings, scans.shards, scans.rows, "seed")
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
     detector = Embedding("learned", embedder)

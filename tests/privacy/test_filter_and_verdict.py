@@ -170,7 +170,12 @@ def test_duplicates_found_by_block_means_are_those_of_all_voxels(tmp_path, shape
 
 
 def test_a_fail_stops_the_release_and_says_why(tmp_path):
-    minimal = {"study": "x", "covariates": {"age": {"unit": "year", "range": [0, 100]}}, "plan": [{"name": "syn", "subjects": 2}]}
+    minimal = {
+        "study": "x",
+        "cohort": {"source": "simulated"},
+        "covariates": {"age": {"unit": "year", "range": [0, 100]}},
+        "plan": [{"name": "syn", "subjects": 2}],
+    }
     bad = {"name": "copies before the filter", "figure": {"value": 0.9}, "limit": 0.05, "outcome": "FAIL", "meaning": "learnt by heart"}
     write_json(tmp_path / "report.json", {"verdict": "FAIL", "gates": [bad]})
     subjects = plan(2)

@@ -65,7 +65,10 @@ def planted(tmp_path_factory):
     training = TrainingImages(Shards([path]), np.arange(TRAIN))
 
     embedder, _ = train_embedder(
-        config.Embedder(optimiser=config.Optimiser(steps=100, batch_size=48, learning_rate=1e-3, warmup_steps=10)), training.shards, training.rows, "planted"
+        config.Embedder(optimiser=config.EmbedderOptimiser(steps=100, batch_size=48, learning_rate=1e-3, warmup_steps=10)),
+        training.shards,
+        training.rows,
+        "planted",
     )
     torch.manual_seed(0)
     autoencoder = Autoencoder(config.Autoencoder(channels=[8, 16], norm_num_groups=4, latent_channels=8), 3).eval()

@@ -155,6 +155,7 @@ def test_the_command_line_records_a_real_step(tmp_path):
     results = tmp_path / "results/tiny"
     study = {
         "study": "tiny",
+        "cohort": {"source": "simulated"},
         "covariates": {"sex": {"levels": ["F", "M"]}},
         "plan": [{"name": "syn", "subjects": 2, "covariates": "grid", "grid": {"sex": ["F", "M"]}}],
     }

@@ -6,7 +6,7 @@ from meddiff_steps.config import freeze, parse_study
 from meddiff_steps.errors import UserError
 from meddiff_steps.steps.distill import run
 
-STUDY = {"study": "x", "covariates": {"age": {"unit": "year", "range": [0, 100]}}, "plan": [{"name": "syn", "subjects": 2}]}
+STUDY = {"study": "x", "cohort": {"source": "simulated"}, "covariates": {"age": {"unit": "year", "range": [0, 100]}}, "plan": [{"name": "syn", "subjects": 2}]}
 
 
 def files(folder, decisions):

@@ -48,6 +48,7 @@ def config(tmp_path: Path, *groups: dict[str, Any]) -> Path:
     study = parse_study(
         {
             "study": "t",
+            "cohort": {"source": "simulated"},
             "covariates": {"sex": {"levels": ["F", "M"]}, "age": {"unit": "year", "range": [18, 100], "column": "AGE"}},
             "plan": list(groups),
             "generate": {"shard_size": 20},

@@ -26,6 +26,7 @@ def prepare(folder: Path, **compute) -> list[str]:
     study = config.parse_study(
         {
             "study": "tiny",
+            "cohort": {"source": "simulated"},
             "covariates": {"age": {"unit": "year", "range": [40, 90]}},
             "preprocess": {"shape": [8, 8, 8]},
             "autoencoder": {"channels": [8, 16], "norm_num_groups": 4, "latent_channels": 4, "optimiser": optimiser},
