@@ -75,15 +75,6 @@ def lock_results():
         raise WorkflowError(str(error)) from None
 
 
-def cohort_problem():
-    """What is wrong with where the scans should be, in words; None if nothing is, or if they are fetched or were read already."""
-    source = STUDY.cohort
-    named = {"bids": "root", "table": "table"}.get(source.source)
-    if SEALED or named is None or STUDY.storage.cohort or Path(MANIFEST).exists() or Path(getattr(source, named)).exists():
-        return None
-    return f"cohort.{named}: {getattr(source, named)} is not there. Relative paths start at the working directory, {Path.cwd()}."
-
-
 onstart:
     if workflow.is_main_process:
         if cohort_problem():
@@ -284,3 +275,17 @@ def made_again(wildcards):
         return expand(REGENERATED_SHARD, shard=shard_names(plan_shards([enlarged_group()], STUDY.generate.shard_size)))
     ledger = json.loads(Path(SEALED, "provenance", "root.json").read_text())["ledger"]
     return expand(REGENERATED_SHARD, shard=[f"{entry['shard']:04d}" for entry in ledger["shards"]])
+
+
+def cohort_problem():
+    """What is wrong with where the scans should be, in words; None if nothing is, or if they are fetched or were read already."""
+    source = STUDY.cohort
+    named = {"bids": "root", "table": "table"}.get(source.source)
+    if SEALED or named is None or STUDY.storage.cohort or Path(MANIFEST).exists() or Path(getattr(source, named)).exists():
+        return None
+    return f"cohort.{named}: {getattr(source, named)} is not there. Relative paths start at the working directory, {Path.cwd()}."
+
+
+# A plan can be made without the scans, a run cannot.
+if workflow.is_main_process and cohort_problem():
+    logger.warning(cohort_problem())
