@@ -65,7 +65,12 @@ class CategoricalCovariate(Section):
     @field_validator("levels", mode="before")
     @classmethod
     def _levels_are_text(cls, value: Any) -> Any:
-        return [f"{v:g}" if isinstance(v, (int, float)) and not isinstance(v, bool) else v for v in value] if isinstance(value, list) else value
+        def text(level: Any) -> Any:
+            if isinstance(level, bool) or not isinstance(level, (int, float)):
+                return level
+            return str(int(level)) if float(level).is_integer() else repr(level)
+
+        return [text(level) for level in value] if isinstance(value, list) else value
 
     @field_validator("levels")
     @classmethod
@@ -772,7 +777,7 @@ class Study(Section):
             for field in ("where", "grid", "base"):
                 for name, value in getattr(group, field).items():
                     self._check_request(f"plan.{group.name}.{field}.{name}", name, value if isinstance(value, list) else [value])
-        self._check_augment()
+        self._check_labels()
         self._check_segmentation()
         self._check_sampler("generate.sampler", self.generate.sampler)
         for sampler in self.sampler_study.samplers or []:
@@ -795,8 +800,8 @@ class Study(Section):
             if not isinstance(covariate, ContinuousCovariate) or covariate.unit != "mL":
                 raise ValueError(f"segmentation.structures: {name} is no covariate with unit mL; name each structure as the covariate that is its volume")
 
-    def _check_augment(self) -> None:
-        named = {"augment.target": self.augment.target, "augment.subgroup": self.augment.subgroup}
+    def _check_labels(self) -> None:
+        named = {"augment.target": self.augment.target, "augment.subgroup": self.augment.subgroup, "privacy.subgroup": self.privacy.subgroup}
         if self.augment.shift:
             named["augment.shift.covariate"] = self.augment.shift.covariate
         for where, name in named.items():

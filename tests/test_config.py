@@ -43,6 +43,11 @@ def test_a_study_says_where_its_scans_come_from():
         config.parse_study({key: value for key, value in MINIMAL.items() if key != "cohort"}, "study.yaml")
 
 
+def test_levels_may_be_numbers_of_any_length():
+    study = config.parse_study(with_change("covariates.site", {"levels": [1234567, 1234568, 0.5]}), "study.yaml")
+    assert study.covariates["site"].levels == ["1234567", "1234568", "0.5"]
+
+
 def test_what_an_optimiser_leaves_out_keeps_the_default_of_its_network():
     study = config.parse_study(with_change("diffusion.optimiser", {"steps": 7}), "study.yaml")
     assert study.diffusion.optimiser == config.DiffusionOptimiser(steps=7)
@@ -55,6 +60,8 @@ def test_what_an_optimiser_leaves_out_keeps_the_default_of_its_network():
         ("preprocess.spacng_mm", 2, "preprocess.spacng_mm: unknown key. Did you mean `spacing_mm`?"),
         ("cohort", {"root": "/data"}, "cohort: set `source` to bids, table or simulated"),
         ("covariates.sex", {}, "covariates.sex: give `levels`"),
+        ("privacy.subgroup", "nope", "privacy.subgroup: nope is no declared covariate"),
+        ("privacy.subgroup", "age", "privacy.subgroup: age is a number"),
         ("study", "My Study", "study"),
         ("covariates.age", {"unit": "year", "range": [90, 18]}, "low < high"),
         ("covariates.age", {"unit": "year"}, "covariates.age.range"),

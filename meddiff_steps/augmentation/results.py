@@ -154,17 +154,21 @@ def _cells(probability: np.ndarray) -> np.ndarray:
 
 
 def _group_figures(data: Scored, groups: Mapping[str, Draws]) -> dict[str, Any]:
-    """AUC per subgroup, that of the worst, and the gap between best and worst.
+    """AUC per subgroup, that of the worst, and the gap between best and worst; subgroups without two classes have none and do not count.
 
     fairlearn's MetricFrame gives the same values (`group_min`, `difference`), but no intervals from the resamples that all arms share.
     """
     sizes = {name: len(set(data.units[data.subgroup == name])) for name in groups}
     shown: dict[str, Any] = {name: replace(entry, n=sizes[name]).figure(lowest=0.0) for name, entry in groups.items()}
-    values, draws = np.array([g.value for g in groups.values()]), np.stack([np.clip(g.widened(), 0.0, 1.0) for g in groups.values()])
+    judged = {name: entry for name, entry in groups.items() if np.isfinite(entry.value)}
+    if not judged:
+        return {"groups": shown}
+    values, draws = np.array([g.value for g in judged.values()]), np.stack([np.clip(g.widened(), 0.0, 1.0) for g in judged.values()])
+    smallest = min(sizes[name] for name in judged)
     return {
         "groups": shown,
-        "worst_group_auc": figure(float(values.min()), draws.min(0), min(sizes.values())),
-        "gap": figure(float(np.ptp(values)), np.ptp(draws, axis=0), min(sizes.values())),
+        "worst_group_auc": figure(float(values.min()), draws.min(0), smallest),
+        "gap": figure(float(np.ptp(values)), np.ptp(draws, axis=0), smallest),
     }
 
 

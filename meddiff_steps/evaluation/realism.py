@@ -133,16 +133,16 @@ def polynomial_kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a @ b.T / a.shape[1] + 1.0) ** 3
 
 
-def _mmd(kernel: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def _mmd(kernel: np.ndarray, first: np.ndarray, second: np.ndarray, units: np.ndarray) -> np.ndarray:
     """Unbiased squared MMD between rows drawn as the weights `first` and `second` say, (b, n) each, of one pooled kernel (n, n).
 
-    A row that was drawn twice is not compared with itself; otherwise repeated rows would look like a difference.
+    Rows of one unit are not compared within a sample: scans of a person, or a row that was drawn twice, are alike for another reason.
     """
-    diagonal = np.diag(kernel)
+    same = np.equal.outer(units, units)
     within = []
     for weights in (first, second):
-        pairs = weights.sum(1) ** 2 - np.square(weights).sum(1)
-        within.append((((weights @ kernel) * weights).sum(1) - np.square(weights) @ diagonal) / np.maximum(pairs, 1.0))
+        pairs = weights.sum(1) ** 2 - ((weights @ same) * weights).sum(1)
+        within.append(((weights @ np.where(same, 0.0, kernel)) * weights).sum(1) / np.maximum(pairs, 1.0))
     between = ((first @ kernel) * second).sum(1) / (first.sum(1) * second.sum(1))
     return within[0] + within[1] - 2.0 * between
 
@@ -155,7 +155,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
     """
     pooled = np.concatenate([a, b]).astype(np.float64)
     first = np.arange(len(pooled)) < len(a)
-    return float(_mmd(polynomial_kernel(pooled, pooled), first[None] * 1.0, ~first[None] * 1.0)[0])
+    return float(_mmd(polynomial_kernel(pooled, pooled), first[None] * 1.0, ~first[None] * 1.0, np.arange(len(pooled)))[0])
 
 
 def _permuted(units: np.ndarray, firsts: int, permutations: int, rng: np.random.Generator) -> np.ndarray:
@@ -176,14 +176,15 @@ def kernel_figure(a: Sample, b: Sample, *, resamples: int, permutations: int, se
     pooled = np.concatenate([a.features, b.features])
     kernel = polynomial_kernel(pooled, pooled)
     first = np.arange(len(pooled)) < len(a)
-    value = float(_mmd(kernel, first[None] * 1.0, ~first[None] * 1.0)[0])
+    names = np.concatenate([np.char.add("a:", a.units.astype(str)), np.char.add("b:", b.units.astype(str))])
+    units = np.unique(names, return_inverse=True)[1]
+    value = float(_mmd(kernel, first[None] * 1.0, ~first[None] * 1.0, units)[0])
     boots = [Bootstrap(sample.units, resamples, seed, f"kid {label} {side}") for side, sample in zip("ab", (a, b), strict=True)]
     weights = [np.zeros((resamples, len(pooled))) for _ in boots]
     weights[0][:, first], weights[1][:, ~first] = (boot.all_weights() for boot in boots)
-    draws = _mmd(kernel, *weights)
-    units = np.concatenate([np.char.add("a:", a.units.astype(str)), np.char.add("b:", b.units.astype(str))])
+    draws = _mmd(kernel, weights[0], weights[1], units)
     chosen = _permuted(units, boots[0].n, permutations, philox(seed, f"kid permutations {label}"))
-    shuffled = _mmd(kernel, chosen * 1.0, ~chosen * 1.0)
+    shuffled = _mmd(kernel, chosen * 1.0, ~chosen * 1.0, units)
     p_value = (1 + int((shuffled >= value).sum())) / (1 + permutations)
     return figure(value, centred(value, draws), boots[0].n) | {"p_value": rounded(p_value)}
 

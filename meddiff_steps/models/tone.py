@@ -35,7 +35,7 @@ class ToneCurve(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images in [0, 1], float32 of any shape, through the curve, linear between its levels."""
         position = images * LEVELS
-        below = position.long().clamp_max(LEVELS - 1)
+        below = position.nan_to_num(0.0).long().clamp(0, LEVELS - 1)  # what is no number stays none
         start = self.values[below]
         return start + (self.values[below + 1] - start) * (position - below)
 

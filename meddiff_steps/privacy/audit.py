@@ -21,7 +21,7 @@ from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.denoiser import Denoiser
 from meddiff_steps.privacy import attacks
 from meddiff_steps.privacy.detectors import BATCH, Detector
-from meddiff_steps.privacy.search import nearest, unit_rows
+from meddiff_steps.privacy.search import QUERIES, nearest, nearest_earlier, unit_rows
 from meddiff_steps.privacy.verdict import Gate, at_most, holds, verdict
 
 #: Images per set that the attacks look at, chosen by the hash of their id: intervals hardly narrow beyond.
@@ -74,15 +74,17 @@ def attack(synthetic: Mapping[str, np.ndarray], train: RealScans, calibration: R
     calibration scans are the reference of the density ratio.
     """
     result: dict[str, Any] = {"nearer_to_training": {}, "authenticity": {}, "membership": {}}
-    unseen = min(len(test) + len(calibration), len(train))
+    strangers = np.concatenate([calibration.subjects, test.subjects])
+    people = min(len(np.unique(strangers)), len(np.unique(train.subjects)))
+    unseen = np.flatnonzero(np.isin(strangers, list(dict.fromkeys(strangers))[:people]))
     generator = np.random.default_rng(int(hashlib.sha256(f"{seed}/privacy/attack".encode()).hexdigest()[:8], 16))
     members = np.sort(generator.permutation(len(train))[: max(len(test), min(len(train), 4 * len(test)))])
     who = np.concatenate([train.subjects[members], test.subjects])
     is_member = np.arange(len(who)) < len(members)
     for name, images in synthetic.items():
-        real = np.concatenate([calibration.directions[name], test.directions[name]])[:unseen]
-        to_held_out = nearest(images, real)[0][:, 0]
-        some = np.sort(generator.permutation(len(train))[: len(real)])
+        to_held_out = nearest(images, np.concatenate([calibration.directions[name], test.directions[name]])[unseen])[0][:, 0]
+        # As many people on either side, each with all scans: as many scans would be of more people, and lie nearer by chance.
+        some = np.flatnonzero(np.isin(train.subjects, generator.permutation(np.unique(train.subjects))[:people]))
         to_some = nearest(images, train.directions[name][some])[0][:, 0]
         result["nearer_to_training"][name] = attacks.nearer_to_training(to_some, to_held_out)
         among = nearest(train.directions[name], train.directions[name], 2)[0][:, -1]
@@ -124,10 +126,11 @@ def denoising_losses(model: Denoiser, latents: np.ndarray, covariates: np.ndarra
 
 
 def near_duplicates(shards: Shards, planned: pd.DataFrame, limit: float) -> list[str]:
-    """Synthetic images that are the same as an earlier one of other noise: a Pearson correlation of all voxels of at least `limit`.
+    """Synthetic images that are the same as one earlier in the plan, of other noise: a Pearson correlation of all voxels of at least `limit`.
 
     Block means find who may be: they are a projection, which never moves two images apart, so a pair that is further apart by them than
-    the limit allows is none.  Memory is some kilobytes per image, whatever its size.  The 8 nearest of every image are looked at.
+    the limit allows is none.  Memory is some kilobytes per image, whatever its size.  The 8 nearest earlier ones of every image are looked
+    at, so that of many that are the same the first alone remains, in whatever shards they lie.
 
     Subjects of a counterfactual group share their noise on purpose and are not compared with each other.
 
@@ -139,24 +142,28 @@ def near_duplicates(shards: Shards, planned: pd.DataFrame, limit: float) -> list
     ids = shards.column("sample_id")
     if len(ids) < 2:
         return []
-    origin = planned.set_index("sample_id").loc[ids, ["cohort_root", "noise_index"]].astype(str).agg("/".join, axis=1).to_numpy()
+    rows = pd.Index(planned["sample_id"]).get_indexer(ids).argsort()  # of the shards, in the order of the plan
+    origin = planned.set_index("sample_id").loc[np.array(ids)[rows], ["cohort_root", "noise_index"]].astype(str).agg("/".join, axis=1).to_numpy()
     shape = shards.shape("image")
     batches = shards.batches("image", max(1, min(256, BATCH_VALUES // int(np.prod(shape)))))
     coarse = np.concatenate([_block_means(unit_rows(images).reshape(images.shape)) for _, images in batches])
     norms = np.linalg.norm(coarse, axis=1)
     coarse /= np.maximum(norms, 1e-12)[:, None]
-    similarity, index = nearest(coarse, coarse, NEIGHBOURS)
-    apart = norms[:, None] ** 2 + norms[index] ** 2 - 2 * norms[:, None] * norms[index] * similarity
-    dropped: set[int] = set()
-    for row, found in enumerate(tqdm(index, desc="looking for duplicates", unit="image", mininterval=5, file=sys.stderr)):
-        # 1e-4: what single precision may have added.
-        for other in found[apart[row] <= 2 * (1 - limit) + 1e-4]:
-            if other < row and origin[other] != origin[row] and other not in dropped:
-                one, two = unit_rows(shards.tensors("image", [row, other]))
-                if one @ two >= limit:
-                    dropped.add(row)
-                    break
-    return sorted(ids[row] for row in dropped)
+    coarse, norms = coarse[rows], norms[rows]
+    dropped = []
+    with tqdm(total=len(ids), desc="looking for duplicates", unit="image", mininterval=5, file=sys.stderr) as progress:
+        for start in range(0, len(ids), QUERIES):
+            similarity, index = nearest_earlier(coarse, start, min(start + QUERIES, len(ids)), NEIGHBOURS)
+            for place, (near, found) in enumerate(zip(similarity, index, strict=True), start):
+                apart = norms[place] ** 2 + norms[found] ** 2 - 2 * norms[place] * norms[found] * near
+                # 1e-4: what single precision may have added.
+                for other in found[(apart <= 2 * (1 - limit) + 1e-4) & (origin[found] != origin[place])]:
+                    one, two = unit_rows(shards.tensors("image", rows[[place, other]]))
+                    if one @ two >= limit:
+                        dropped.append(ids[rows[place]])
+                        break
+            progress.update(len(index))
+    return sorted(dropped)
 
 
 def _block_means(images: np.ndarray) -> np.ndarray:

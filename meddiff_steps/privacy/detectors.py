@@ -106,18 +106,19 @@ class Aligned:
     def __init__(self, mean: np.ndarray, training: TrainingImages, references: np.ndarray | None = None) -> None:
         self.mean, self.training = torch.from_numpy(mean)[None], training
         self.dims = mean.ndim - 1
-        self.factor = -(-max(mean.shape) // ALIGNED_SIDE[self.dims])
+        self.factors = [min(-(-max(mean.shape) // ALIGNED_SIDE[self.dims]), n) for n in mean.shape[1:]]
         self.mask = self.mean > BACKGROUND
         if not bool(self.mask.any()):
             self.mask = torch.ones_like(self.mask)
         # Nothing outside the bounding box of the mask counts, so nothing there is computed.
         ends = [(int(where.min()), int(where.max()) + 1) for where in self.mask.nonzero().T[2:]]
         self.box = (slice(None), slice(None), *(slice(max(0, a - WINDOW // 2), b + WINDOW // 2) for a, b in ends))
-        self.coarse_mask = self._pool(self.mask.float()) > 0.5
+        filled = self._pool(self.mask.float())
+        self.coarse_mask = filled > (0.5 if bool((filled > 0.5).any()) else 0.0)  # thin structures fill no cell by half
         self.references = np.zeros((0, 0), np.float32) if references is None else references
 
     def _pool(self, images: Tensor) -> Tensor:
-        return (functional.avg_pool3d if self.dims == 3 else functional.avg_pool2d)(images, self.factor)
+        return (functional.avg_pool3d if self.dims == 3 else functional.avg_pool2d)(images, self.factors)
 
     def vectors(self, images: Tensor) -> np.ndarray:
         return self._vectors(images, extent(images))

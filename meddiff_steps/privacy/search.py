@@ -80,6 +80,25 @@ def nearest(queries: np.ndarray, references: np.ndarray, k: int = 1) -> tuple[np
     return similarity, index
 
 
+def nearest_earlier(vectors: np.ndarray, start: int, stop: int, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """The `k` most similar of all earlier rows, for rows `start` to `stop`.
+
+    Returns
+    -------
+    similarity, index
+        float32 and int64, (stop - start, at most k), most similar first.  Rows with fewer than k before them have similarity -inf there.
+    """
+    block = vectors[start:stop]
+    own = torch.from_numpy(block @ block.T).masked_fill_(torch.ones(len(block), len(block)).triu().bool(), -torch.inf)
+    values, positions = (part.numpy() for part in own.topk(min(k, len(block)), dim=1))
+    if start == 0:
+        return values, positions
+    similarity, index = nearest(block, vectors[:start], k)
+    similarity, index = np.concatenate([similarity, values], 1), np.concatenate([index, positions + start], 1)
+    order = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(similarity, order, 1), np.take_along_axis(index, order, 1)
+
+
 def _top(product: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k largest of each row and their columns: the k best are in the k groups with the largest maximum, so only those are sorted."""
     rows, columns = product.shape

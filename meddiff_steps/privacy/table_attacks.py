@@ -62,7 +62,8 @@ def singling_out(released: pd.DataFrame, train: pd.DataFrame, others: pd.DataFra
     Returns
     -------
     dict
-        The excess risk with its interval, and the two success rates `attack` and `control`.
+        The excess risk with its interval, and the two success rates `attack` and `control`; 0 where no predicate fits one released
+        subject alone, as among many subjects with labels only.
     """
     names = list(covariates)
     medians = {name: released[name].median() for name in names if not isinstance(covariates[name], CategoricalCovariate)}
@@ -85,6 +86,8 @@ def singling_out(released: pd.DataFrame, train: pd.DataFrame, others: pd.DataFra
 
         if matches(released) == 1:
             hits.append((matches(train) == 1, matches(others) == 1))
+    if not hits and len(released):
+        return {"value": 0.0, "low": 0.0, "high": 0.0, "n": 0}
     return _against_control(np.array(hits, dtype=bool).reshape(-1, 2).T)
 
 

@@ -98,7 +98,7 @@ def contact_sheet(pairs: list[tuple[Shown, Shown]], study: Study) -> Picture:
         figures.image_grid(blocks, title=title),
         f"{len(pairs)} held-out {kind.split(',')[0].lower()} images beside {len(pairs)} synthetic ones, each with its covariates.",
         f"{how}Grey values 0 to 1, bicubic. Each held-out scan stands beside the synthetic image whose request is closest; none was picked by eye. "
-        "Good: as sharp as its partner, with structures of the size that was asked for. Bad: haze in the background, blur, or nearly the same image everywhere.",
+        "Good: as sharp as its partner, with structures of the size that was asked for. Bad: haze in the background, blur, or one image everywhere.",
     )
 
 

@@ -43,7 +43,8 @@ def run(
     study = load_stage(config, "autoencoder")
     settings = study.autoencoder
     shards = Shards(images)
-    rows = rows_by_split(read_manifest(manifest), shards.column("scan_id"))
+    scans = read_manifest(manifest)
+    rows = rows_by_split(scans, shards.column("scan_id"))
     fabric = make_fabric(study.compute, threads, study.compute.devices)
     task = AutoencoderTask(settings, study.augmentation, shards, rows["train"], rows["val"], study.seed, fabric)
     compiled = speed_up(task.costly, study.compute, fabric, training=True)
@@ -67,7 +68,12 @@ def run(
             writer.append(scan_id=ids[row], split=split, image=image[0], reconstruction=reconstruction[0])
             pairs[split][0].append(image[0])
             pairs[split][1].append(reconstruction[0])
-    metrics = {split: reconstruction_quality(np.stack(real), np.stack(made)) for split, (real, made) in pairs.items() if real}
+    subject = scans.set_index("scan_id")["subject_id"]
+    metrics = {
+        split: reconstruction_quality(np.stack(real), np.stack(made), subjects=[subject[ids[row]] for name, row in held_out if name == split])
+        for split, (real, made) in pairs.items()
+        if real
+    }
     save_model(
         task.average,
         weights,

@@ -60,21 +60,25 @@ def run(
         return rows, audit.RealScans(known, scans["subject_id"].to_numpy()[rows])
 
     (train_rows, train), (_, held), (test_rows, test) = split("train"), split("calibration"), split("test")
+    planned = pd.read_parquet(plan)
+    planned["subgroup"] = planned[settings.subgroup].astype(str) if settings.subgroup else "all"
+    duplicates = audit.near_duplicates(after, planned, settings.duplicate_correlation)
     sets = {}
-    for label, drawn in (("before", before), ("after", after)):
-        rows = audit.sample(drawn.column("sample_id"))
+    for label, drawn, left_out in (("before", before, []), ("after", after, duplicates)):
+        ids = np.array(drawn.column("sample_id"))
+        kept = np.flatnonzero(~np.isin(ids, left_out))
+        rows = kept[audit.sample(ids[kept].tolist())]
         if len(rows) and len(held) and len(test):
             sets[label] = audit.attack(audit.directions(detectors, drawn, rows), train, held, test, settings.bootstrap, study.seed)
 
     table = pd.concat([pd.read_parquet(path) for path in shard_decisions], ignore_index=True)
-    planned = pd.read_parquet(plan)
-    planned["subgroup"] = planned[settings.subgroup].astype(str) if settings.subgroup else "all"
-    duplicates = audit.near_duplicates(after, planned, settings.duplicate_correlation)
     counts = audit.count(table, planned, duplicates)
     copies = None
     if card["status"] == "CALIBRATED":
         first, strangers = table[table["attempt"] == 0], card["controls"]["negative"]
-        copies = attacks.excess_risk((first["decision"] == "rejected").to_numpy(), np.arange(strangers["n"]) < strangers["flagged"])
+        copies = attacks.excess_risk(
+            ((first["decision"] == "rejected") & (first["reason"] != "not an image")).to_numpy(), np.arange(strangers["n"]) < strangers["flagged"]
+        )
     found: dict[str, Any] = {"excess_copies_before": copies, **sets}
     found["denoising_loss"] = _loss_attack(study, scans, shards, train_rows, test_rows, autoencoder, autoencoder_card, diffusion, diffusion_card)
     accepted = set(table.loc[table["decision"] == "accepted", "sample_id"]) - set(duplicates)

@@ -73,6 +73,16 @@ def test_kid_is_unbiased_and_its_test_keeps_its_level() -> None:
     assert np.mean(np.array(p_values) < 0.1) < 0.25
 
 
+def test_kid_is_unbiased_where_a_person_has_several_scans() -> None:
+    values = []
+    for i in range(40):
+        rng = philox("test", f"scans {i}")
+        faces = np.sqrt(0.9) * rng.standard_normal((30, 1, 6)) + np.sqrt(0.1) * rng.standard_normal((30, 4, 6))
+        people = r.Sample(faces.reshape(-1, 6), np.repeat([f"sub-{k}" for k in range(30)], 4))
+        values.append(r.kernel_figure(sample(f"z{i}", 120, 6), people, resamples=20, permutations=20, seed=str(i), label="")["value"])
+    assert abs(np.mean(values)) < 2.5 * np.std(values) / np.sqrt(40)
+
+
 def test_kid_sees_a_difference() -> None:
     found = r.kernel_figure(sample("p", 40, shift=3.0), sample("q", 40), resamples=200, permutations=199, seed="", label="")
     assert found["p_value"] == pytest.approx(1 / 200)

@@ -59,3 +59,8 @@ def test_a_decoder_that_knows_nothing_is_not_stretched():
     tone = fitted(guesses, scans)
     assert tone.values[LEVELS // 2 :] == pytest.approx(np.linspace(0.5, 1, LEVELS // 2 + 1))
     assert float((tone(guesses) == 0).float().mean()) == pytest.approx(0.3, abs=0.05)
+
+
+def test_what_is_no_number_stays_none():
+    images = torch.tensor([0.5, float("nan"), 1.0])
+    assert torch.isnan(ToneCurve()(images)).tolist() == [False, True, False]

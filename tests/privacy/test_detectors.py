@@ -37,6 +37,17 @@ def test_the_ssim_is_that_of_monai(shape):
     assert torch.allclose(ssim_map(a, b, 7), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(1, 160, 160, 8), (1, 512, 8)])
+def test_images_much_longer_than_wide_can_be_reduced(shape):
+    assert Aligned(np.full(shape, 0.5, np.float32), None).vectors(torch.rand(2, *shape)).shape[1] > 0
+
+
+def test_structures_thinner_than_a_coarse_cell_are_seen():
+    mean = np.zeros((1, 64, 64), np.float32)
+    mean[0, ::4] = 0.8
+    assert Aligned(mean, None).vectors(torch.rand(3, 1, 64, 64) * torch.from_numpy(mean)).shape[1] > 0
+
+
 def strangers_and_copies(detector, scans, others=range(60, 80)):
     strangers = torch.from_numpy(scans.shards.tensors("image", np.array(others)))
     originals = torch.from_numpy(scans[np.arange(12)])

@@ -11,6 +11,7 @@ from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
 from meddiff_steps.privacy import audit
 from meddiff_steps.privacy.calibration import Thresholds
 from meddiff_steps.privacy.filter import fill
+from meddiff_steps.privacy.search import unit_rows
 from meddiff_steps.privacy.verdict import at_most, holds, verdict
 from meddiff_steps.steps import gate
 
@@ -150,6 +151,38 @@ def test_near_duplicates_are_found_but_not_among_counterfactuals(tmp_path):
             shard.append(sample_id=f"s{i}", image=picture)
     planned = plan(6).assign(noise_index=[0, 1, 2, 3, 4, 1])
     assert audit.near_duplicates(Shards([tmp_path / "x.arrow"]), planned, 0.99) == ["s4"]
+
+
+def test_of_many_that_are_the_same_the_first_of_the_plan_remains_in_whatever_shards_they_lie(tmp_path):
+    """More copies than neighbours that are looked at, and more images than are compared at once, stored in another order than planned."""
+    rng = np.random.default_rng(2)
+    images = np.concatenate([np.repeat(rng.random((1, 1, 6, 6)), 60, 0) + 1e-3 * rng.random((60, 1, 6, 6)), rng.random((540, 1, 6, 6))]).astype(np.float32)
+    names = [f"s{i}" for i in rng.permutation(600)]
+    order = rng.permutation(600)
+    for number, part in enumerate(np.array_split(order, 3)):
+        with ShardWriter(tmp_path / f"{number}.arrow", {"sample_id": pa.string(), "image": Tensor("float32", (1, 6, 6))}) as shard:
+            for i in part:
+                shard.append(sample_id=names[i], image=images[i])
+    copies = sorted(names[:60], key=lambda name: int(name[1:]))
+    found = audit.near_duplicates(Shards([tmp_path / f"{number}.arrow" for number in range(3)]), plan(600), 0.99)
+    assert found == sorted(copies[1:])
+
+
+@pytest.mark.parametrize("scans", [1, 4])
+def test_several_scans_of_a_person_do_not_look_like_a_leak(scans):
+    """Images that know nothing of anybody, 150 training and 40 other people; scans of a person resemble each other (r = 0.95)."""
+    rng = np.random.default_rng(3)
+
+    def people(count, name):
+        faces = rng.standard_normal((count, 1, 24)) * 0.95**0.5 + rng.standard_normal((count, scans, 24)) * 0.05**0.5
+        return audit.RealScans({"learned": unit_rows(faces.reshape(-1, 24))}, np.repeat([f"{name}{i}" for i in range(count)], scans))
+
+    shares = []
+    for seed in range(6):
+        images = {"learned": unit_rows(rng.standard_normal((400, 24)))}
+        found = audit.attack(images, people(150, "t"), people(20, "c"), people(20, "e"), 20, str(seed))
+        shares.append(found["nearer_to_training"]["learned"]["value"])
+    assert np.mean(shares) == pytest.approx(0.5, abs=0.05)
 
 
 @pytest.mark.parametrize("shape", [(1, 40, 36), (1, 26, 20, 18)])

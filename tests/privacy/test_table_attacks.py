@@ -50,6 +50,12 @@ def test_predicates_single_out_one_subject_and_not_two():
     assert figure["value"] == 0
 
 
+def test_where_labels_alone_are_released_nobody_can_be_singled_out():
+    labels = {"sex": COVARIATES["sex"]}
+    figure = singling_out(people(200, 0)[["sex"]], people(200, 1)[["sex"]], people(200, 2)[["sex"]], labels, np.random.default_rng(0))
+    assert (figure["value"], figure["low"], figure["high"]) == (0, 0, 0)
+
+
 def test_missing_values_are_values_and_missing_secrets_no_targets():
     train, others = people(60, 1), people(60, 2)
     train.loc[:9, "brain_ml"] = np.nan
