@@ -84,7 +84,7 @@ def read_image(path: Path, *, allow_constant: bool = False) -> Image:
     ------
     ScanError
         The file is missing, a directory, unreadable, empty, truncated, of an unknown format, of the wrong dimension,
-        has voxels without size, or holds values that are not finite or all the same.
+        has voxels without size, does not say where left and right are, or holds values that are not finite or all the same.
     UserError
         The file is DICOM and pydicom is not installed.
     """
@@ -138,6 +138,7 @@ def _decode_nifti(path: Path, content: bytes) -> Image:
         # As stored: nibabel replaces sizes of 0 by 1 mm when it reads.
         voxel_size = kind.header_class(content[: kind.header_class.sizeof_hdr], check=False)["pixdim"][1:4]
         shape, dtype = volume.shape, volume.get_data_dtype()
+        oriented = volume.header["sform_code"] > 0 or volume.header["qform_code"] > 0
     except Exception as error:  # noqa: BLE001 a damaged header can make nibabel raise nearly anything
         raise ScanError(path, "damaged header", f"the NIfTI header cannot be used ({error}). Convert the image again.") from None
     while len(shape) > 3 and shape[-1] == 1:
@@ -152,6 +153,10 @@ def _decode_nifti(path: Path, content: bytes) -> Image:
     if dtype.kind not in "iufb":
         raise ScanError(path, "wrong data type", f"voxels of type {dtype}, expected real numbers. Convert colour or complex data to one channel.")
     affine = _check_affine(path, np.asarray(volume.affine, dtype=np.float64), np.abs(voxel_size))
+    if not oriented:  # nibabel would guess, and half of the guesses are mirror images
+        found = "qform_code and sform_code are 0 (as after a conversion from Analyze), expected one above 0: nothing says where left and right are"
+        remedy = "Convert the original images again, or, if you know it, set the sform (fslorient -setsform and -setsformcode 1, or nibabel's set_sform)"
+        raise ScanError(path, "no orientation", f"{found}. {remedy}.")
     try:
         array = np.asarray(volume.get_fdata(dtype=np.float32, caching="unchanged")).reshape(shape)
     except Exception as error:  # noqa: BLE001 short reads and impossible offsets come as OSError or ValueError, depending on the header
