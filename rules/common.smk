@@ -286,6 +286,21 @@ def cohort_problem():
     return f"cohort.{named}: {getattr(source, named)} is not there. Relative paths start at the working directory, {Path.cwd()}."
 
 
+def tables(files, made):
+    """Tables of the user's that a rule reads, where they are there.
+
+    Once the rule's output `made` is, they always count: without them Snakemake takes it as it is, where a shorter list would make it again.
+    """
+    return [file for file in files if Path(file).exists() or Path(made).exists()]
+
+
+def cohort_tables():
+    """What says who the subjects are. A fetched cohort is watched where it comes from; sub-*_sessions.tsv are too many."""
+    if STUDY.storage.cohort or STUDY.cohort.source == "simulated":
+        return []
+    return tables([STUDY.cohort.table if STUDY.cohort.source == "table" else f"{STUDY.cohort.root}/participants.tsv"], MANIFEST)
+
+
 # A plan can be made without the scans, a run cannot.
 if workflow.is_main_process and cohort_problem():
     logger.warning(cohort_problem())

@@ -82,6 +82,38 @@ def test_every_profile_plans_a_study_where_no_scheduler_is_installed(profile, ba
     assert re.search(r"^diffusion\s+1", done.stdout, re.M)
 
 
+def test_changed_tables_are_noticed_and_missing_ones_are_no_obstacle(tmp_path):
+    results, participants, requests = tmp_path / "results/tiny", tmp_path / "bids/participants.tsv", tmp_path / "requests.csv"
+    study = {"study": "tiny", "results": f"{tmp_path}/results", "cohort": {"source": "bids", "root": f"{tmp_path}/bids"}}
+    study |= {"covariates": {"age": {"unit": "year", "range": [0, 120]}}}
+    study["plan"] = [{"name": "a", "subjects": 1, "covariates": "table", "table": str(requests)}]
+
+    def planned() -> set[str]:
+        (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+        target = f"{results}/generated/shard-0000.arrow"
+        done = run("snakemake", "-n", "--rerun-triggers", "mtime", "--configfile", f"{tmp_path}/study.yaml", "--", target)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return {rule for rule in ("cohort", "plan") if re.search(rf"^{rule} +1$", done.stdout, re.M)}
+
+    assert planned() == {"cohort", "plan"}, "also without the tables"
+    for name in ("cohort/manifest.parquet", "cohort/card.json", "plan.parquet"):
+        (results / name).parent.mkdir(parents=True, exist_ok=True)
+        (results / name).touch()
+    assert not planned(), "what was read once is taken as it is where the tables are gone"
+    participants.parent.mkdir()
+    for table in (participants, requests):
+        table.touch()
+        os.utime(table, (0, 0))
+    assert not planned()
+    os.utime(requests)
+    assert planned() == {"plan"}
+    os.utime(participants)
+    assert planned() == {"cohort", "plan"}
+    participants.rename(tmp_path / "people.csv")
+    study["cohort"] = {"source": "table", "table": f"{tmp_path}/people.csv"}
+    assert planned() == {"cohort", "plan"}
+
+
 def test_no_profile_asks_for_job_arrays():
     for path in [ROOT / "slurm/profile.v9+.yaml", *(ROOT / "profiles").glob("*/profile*.yaml")]:
         assert "slurm-array-jobs" not in yaml.safe_load(path.read_text())

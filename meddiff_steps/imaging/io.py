@@ -7,6 +7,7 @@ know why it was left out.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import importlib.util
 import io
 import warnings
@@ -65,7 +66,7 @@ class Image:
     affine: np.ndarray | None
 
 
-def read_image(path: Path, *, allow_constant: bool = False) -> Image:
+def read_image(path: Path, *, allow_constant: bool = False, sha256: str | None = None) -> Image:
     """Read one image.
 
     Parameters
@@ -74,6 +75,8 @@ def read_image(path: Path, *, allow_constant: bool = False) -> Image:
         `.nii`, `.nii.gz`, `.png`, `.jpg`, `.jpeg` or `.dcm` (or any name that holds DICOM); the content decides, not the name.
     allow_constant
         Accept an image with a single value (masks).
+    sha256
+        What the file's bytes must have, if it was looked at before.
 
     Returns
     -------
@@ -83,13 +86,16 @@ def read_image(path: Path, *, allow_constant: bool = False) -> Image:
     Raises
     ------
     ScanError
-        The file is missing, a directory, unreadable, empty, truncated, of an unknown format, of the wrong dimension,
+        The file is missing, not the one that `sha256` was taken of, a directory, unreadable, empty, truncated, of an unknown format, of the wrong dimension,
         has voxels without size, does not say where left and right are, or holds values that are not finite or all the same.
     UserError
         The file is DICOM and pydicom is not installed.
     """
     path = Path(path)
     content = _read_bytes(path)
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        detail = "not the file that the manifest was made of. Restore it, or read the cohort again (snakemake --forcerun cohort)."
+        raise ScanError(path, "changed since the cohort was read", detail)
     if content[:2] == b"\x1f\x8b":
         image = _decode_nifti(path, _gunzip(path, content))
     elif int.from_bytes(content[:4], "little") in _NIFTI_CLASSES or int.from_bytes(content[:4], "big") in _NIFTI_CLASSES:
