@@ -160,11 +160,29 @@ def test_the_state_of_a_kubernetes_job_in_snakemakes_words(tmp_path, script, wor
     assert kubernetes_job(tmp_path, "status", "--namespace", "lab", "job", script=script).stdout.strip() == word
 
 
-def test_exactly_the_rules_that_run_networks_ask_for_a_gpu():
+def gpu_rules() -> dict[str, str]:
+    """What the rules that ask for a GPU by themselves say."""
     rules = "\n".join(path.read_text() for path in (ROOT / "rules").glob("*.smk"))
     blocks = dict(re.findall(r"^ *rule (\w+):\n(.*?)(?=^ *rule |\Z)", rules, re.M | re.S))
-    found = {name for name, body in blocks.items() if re.search(r"^ +gpu=", body, re.M)}
-    assert found == {
+    return {name: body for name, body in blocks.items() if re.search(r"^ +gpu=", body, re.M)}
+
+
+def test_the_slurm_profile_names_every_rule_that_asks_for_a_gpu():
+    rules = "\n".join(path.read_text() for path in (ROOT / "rules").glob("*.smk"))
+    asking = set(gpu_rules())
+    asking |= {name for base, name in re.findall(r"^ *use rule (\w+) as (\w+) with:", rules, re.M) if base in asking}
+    named = re.findall(r"^# +(\w+): \{slurm_partition: gpu\}$", (ROOT / "slurm/profile.v9+.yaml").read_text(), re.M)
+    assert sorted(named) == sorted(asking)
+
+
+def test_several_gpus_are_asked_for_on_one_node():
+    several = {name for name, body in gpu_rules().items() if re.search(r"^ +gpu=GPUS,", body, re.M)}
+    assert several == {"autoencoder", "diffusion"}
+    assert all(re.search(r"^ +nodes=1,", gpu_rules()[name], re.M) for name in several)
+
+
+def test_exactly_the_rules_that_run_networks_ask_for_a_gpu():
+    assert set(gpu_rules()) == {
         "autoencoder",
         "augment_train",
         "latents",
