@@ -11,6 +11,7 @@ from snakemake.exceptions import WorkflowError
 from meddiff_steps import config as study_config
 from meddiff_steps.errors import UserError
 from meddiff_steps.files import hold
+from meddiff_steps.privacy.size import BYTES_PER_VALUE, batch_size
 from meddiff_steps.provenance.digest import code_digest
 from meddiff_steps.synthesis.size import enlarged, plan_shards
 
@@ -226,6 +227,9 @@ wildcard_constraints:
 VOXELS = math.prod(STUDY.preprocess.shape)
 # Attempts up to which requests grow; a training that is preempted twenty times must not ask for 3000 times the memory.
 MOST_GROWTH = 4
+# Bytes per voxel that the copy detectors need for as many images as they look at together, and a shard that is drawn as well.
+DETECTING = BYTES_PER_VALUE * batch_size(STUDY.preprocess.shape)
+DRAWING_AND_DETECTING = max(DETECTING, 600 * STUDY.generate.batch_size)
 GPUS = 0 if STUDY.compute.device == "cpu" else STUDY.compute.devices
 
 

@@ -175,6 +175,13 @@ def test_the_slurm_profile_names_every_rule_that_asks_for_a_gpu():
     assert sorted(named) == sorted(asking)
 
 
+def test_rules_that_run_the_detectors_ask_for_memory_by_voxels():
+    """And for no more images at once than the detectors take."""
+    rules = (ROOT / "rules/privacy.smk").read_text() + (ROOT / "rules/audit.smk").read_text()
+    asked = dict(re.findall(r"^rule (\w+):\n(?:.*\n)*? +mem_mb=memory\((.*?)\),", rules, re.M))
+    assert all("DETECTING" in asked[rule] for rule in ("calibrate", "filter", "privacy", "audit"))
+
+
 def test_several_gpus_are_asked_for_on_one_node():
     several = {name for name, body in gpu_rules().items() if re.search(r"^ +gpu=GPUS,", body, re.M)}
     assert several == {"autoencoder", "diffusion"}
