@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -29,10 +30,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     The file gets the usual access rights, also where a library makes it readable by its owner alone, as safetensors does:
     the rest of a group on a cluster should be able to read it.  The temporary name keeps the suffix (libraries choose formats by it) and starts with a dot.
+    It is this writer's alone, whoever else writes the same file: process numbers are the same in many containers, and several nodes may share the folder.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    temporary = path.with_name(f".partial-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
     try:
         yield temporary
         with open(temporary, "rb") as stream:

@@ -16,7 +16,7 @@ rule audit:
         "../envs/meddiff.yaml"
     threads: 8
     resources:
-        mem_mb=memory(4000, 600, STUDY.generate.batch_size),
+        mem_mb=memory(4000, DRAWING_AND_DETECTING),
         runtime=minutes(240),
         gpu=min(GPUS, 1),
     params:

@@ -19,6 +19,7 @@ rule autoencoder:
         mem_mb=memory(2500, 2000, STUDY.autoencoder.optimiser.batch_size),
         runtime=minutes(2880),
         gpu=GPUS,
+        nodes=1,  # a process per GPU, all started by one command
     params:
         config=settings("autoencoder"),
         code=code_digest("autoencoder"),

@@ -24,6 +24,7 @@ rule cohort:
     input:
         simulated=SIMULATED if STUDY.cohort.source == "simulated" else [],
         fetched=FETCHED if STUDY.storage.cohort else [],
+        tables=cohort_tables(),
     output:
         manifest=MANIFEST,
         card=COHORT_CARD,

@@ -11,6 +11,7 @@ from snakemake.exceptions import WorkflowError
 from meddiff_steps import config as study_config
 from meddiff_steps.errors import UserError
 from meddiff_steps.files import hold
+from meddiff_steps.privacy.size import BYTES_PER_VALUE, batch_size
 from meddiff_steps.provenance.digest import code_digest
 from meddiff_steps.synthesis.size import enlarged, plan_shards
 
@@ -226,6 +227,9 @@ wildcard_constraints:
 VOXELS = math.prod(STUDY.preprocess.shape)
 # Attempts up to which requests grow; a training that is preempted twenty times must not ask for 3000 times the memory.
 MOST_GROWTH = 4
+# Bytes per voxel that the copy detectors need for as many images as they look at together, and a shard that is drawn as well.
+DETECTING = BYTES_PER_VALUE * batch_size(STUDY.preprocess.shape)
+DRAWING_AND_DETECTING = max(DETECTING, 600 * STUDY.generate.batch_size)
 GPUS = 0 if STUDY.compute.device == "cpu" else STUDY.compute.devices
 
 
@@ -284,6 +288,21 @@ def cohort_problem():
     if SEALED or named is None or STUDY.storage.cohort or Path(MANIFEST).exists() or Path(getattr(source, named)).exists():
         return None
     return f"cohort.{named}: {getattr(source, named)} is not there. Relative paths start at the working directory, {Path.cwd()}."
+
+
+def tables(files, made):
+    """Tables of the user's that a rule reads, where they are there.
+
+    Once the rule's output `made` is, they always count: without them Snakemake takes it as it is, where a shorter list would make it again.
+    """
+    return [file for file in files if Path(file).exists() or Path(made).exists()]
+
+
+def cohort_tables():
+    """What says who the subjects are. A fetched cohort is watched where it comes from; sub-*_sessions.tsv are too many."""
+    if STUDY.storage.cohort or STUDY.cohort.source == "simulated":
+        return []
+    return tables([STUDY.cohort.table if STUDY.cohort.source == "table" else f"{STUDY.cohort.root}/participants.tsv"], MANIFEST)
 
 
 # A plan can be made without the scans, a run cannot.

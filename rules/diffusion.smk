@@ -18,6 +18,7 @@ rule diffusion:
         mem_mb=memory(4000, 200, STUDY.diffusion.optimiser.batch_size),
         runtime=minutes(4320),
         gpu=GPUS,
+        nodes=1,  # a process per GPU, all started by one command
     params:
         config=settings("diffusion"),
         code=code_digest("diffusion"),

@@ -6,6 +6,8 @@ if STUDY.distill.subjects:
     TEACHER_FILES = {"diffusion": DIFFUSION, "diffusion_card": DIFFUSION_CARD}
 
     use rule plan as teacher_plan with:
+        input:
+            manifest=MANIFEST,
         output:
             TEACHER_PLAN,
         log:

@@ -1,6 +1,7 @@
 rule plan:
     input:
-        MANIFEST,
+        manifest=MANIFEST,
+        tables=tables([group.table for group in STUDY.plan if group.table], PLAN),
     output:
         PLAN,
     log:
@@ -20,7 +21,7 @@ rule plan:
     message:
         "Planning the synthetic subjects"
     shell:
-        "python -m meddiff_steps plan --config {params.config} --manifest {input} --out {output} 2>&1 | tee {log}"
+        "python -m meddiff_steps plan --config {params.config} --manifest {input.manifest} --out {output} 2>&1 | tee {log}"
 
 
 rule generate:

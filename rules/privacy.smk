@@ -42,7 +42,7 @@ rule calibrate:
         "../envs/meddiff.yaml"
     threads: 8
     resources:
-        mem_mb=memory(4000, 600, 32),
+        mem_mb=memory(4000, DETECTING + 1200),  # and 20 scans, copied in 7 ways
         runtime=minutes(720),
     params:
         config=settings("calibrate"),
@@ -75,7 +75,7 @@ rule filter:
         "../envs/meddiff.yaml"
     threads: 8
     resources:
-        mem_mb=memory(4000, 600, STUDY.generate.batch_size),
+        mem_mb=memory(4000, DRAWING_AND_DETECTING),
         runtime=minutes(720),
         gpu=min(GPUS, 1),
     params:
@@ -115,7 +115,7 @@ rule privacy:
         "../envs/meddiff.yaml"
     threads: 8
     resources:
-        mem_mb=memory(8000),
+        mem_mb=memory(8000, DETECTING),
         runtime=minutes(720),
     params:
         config=settings("privacy"),

@@ -19,6 +19,16 @@ def test_a_failed_writer_leaves_the_old_file_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
+def test_writers_of_one_file_with_equal_process_numbers_do_not_meet(tmp_path):
+    path = tmp_path / "shared.json"
+    with atomic_path(path) as first:  # this process stands for two containers, both with process 17, that share a folder
+        first.write_text("one")
+        with atomic_path(path) as second:
+            second.write_text("two")
+        assert first.name.startswith(".partial-") and first.suffix == ".json"
+    assert path.read_text() == "one" and os.listdir(tmp_path) == ["shared.json"]
+
+
 def test_files_get_the_usual_access_also_where_a_library_is_stricter(tmp_path):
     (tmp_path / "plain").touch()
     with atomic_path(tmp_path / "strict") as path:

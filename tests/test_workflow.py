@@ -82,6 +82,38 @@ def test_every_profile_plans_a_study_where_no_scheduler_is_installed(profile, ba
     assert re.search(r"^diffusion\s+1", done.stdout, re.M)
 
 
+def test_changed_tables_are_noticed_and_missing_ones_are_no_obstacle(tmp_path):
+    results, participants, requests = tmp_path / "results/tiny", tmp_path / "bids/participants.tsv", tmp_path / "requests.csv"
+    study = {"study": "tiny", "results": f"{tmp_path}/results", "cohort": {"source": "bids", "root": f"{tmp_path}/bids"}}
+    study |= {"covariates": {"age": {"unit": "year", "range": [0, 120]}}}
+    study["plan"] = [{"name": "a", "subjects": 1, "covariates": "table", "table": str(requests)}]
+
+    def planned() -> set[str]:
+        (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+        target = f"{results}/generated/shard-0000.arrow"
+        done = run("snakemake", "-n", "--rerun-triggers", "mtime", "--configfile", f"{tmp_path}/study.yaml", "--", target)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return {rule for rule in ("cohort", "plan") if re.search(rf"^{rule} +1$", done.stdout, re.M)}
+
+    assert planned() == {"cohort", "plan"}, "also without the tables"
+    for name in ("cohort/manifest.parquet", "cohort/card.json", "plan.parquet"):
+        (results / name).parent.mkdir(parents=True, exist_ok=True)
+        (results / name).touch()
+    assert not planned(), "what was read once is taken as it is where the tables are gone"
+    participants.parent.mkdir()
+    for table in (participants, requests):
+        table.touch()
+        os.utime(table, (0, 0))
+    assert not planned()
+    os.utime(requests)
+    assert planned() == {"plan"}
+    os.utime(participants)
+    assert planned() == {"cohort", "plan"}
+    participants.rename(tmp_path / "people.csv")
+    study["cohort"] = {"source": "table", "table": f"{tmp_path}/people.csv"}
+    assert planned() == {"cohort", "plan"}
+
+
 def test_no_profile_asks_for_job_arrays():
     for path in [ROOT / "slurm/profile.v9+.yaml", *(ROOT / "profiles").glob("*/profile*.yaml")]:
         assert "slurm-array-jobs" not in yaml.safe_load(path.read_text())
@@ -128,11 +160,36 @@ def test_the_state_of_a_kubernetes_job_in_snakemakes_words(tmp_path, script, wor
     assert kubernetes_job(tmp_path, "status", "--namespace", "lab", "job", script=script).stdout.strip() == word
 
 
-def test_exactly_the_rules_that_run_networks_ask_for_a_gpu():
+def gpu_rules() -> dict[str, str]:
+    """What the rules that ask for a GPU by themselves say."""
     rules = "\n".join(path.read_text() for path in (ROOT / "rules").glob("*.smk"))
     blocks = dict(re.findall(r"^ *rule (\w+):\n(.*?)(?=^ *rule |\Z)", rules, re.M | re.S))
-    found = {name for name, body in blocks.items() if re.search(r"^ +gpu=", body, re.M)}
-    assert found == {
+    return {name: body for name, body in blocks.items() if re.search(r"^ +gpu=", body, re.M)}
+
+
+def test_the_slurm_profile_names_every_rule_that_asks_for_a_gpu():
+    rules = "\n".join(path.read_text() for path in (ROOT / "rules").glob("*.smk"))
+    asking = set(gpu_rules())
+    asking |= {name for base, name in re.findall(r"^ *use rule (\w+) as (\w+) with:", rules, re.M) if base in asking}
+    named = re.findall(r"^# +(\w+): \{slurm_partition: gpu\}$", (ROOT / "slurm/profile.v9+.yaml").read_text(), re.M)
+    assert sorted(named) == sorted(asking)
+
+
+def test_rules_that_run_the_detectors_ask_for_memory_by_voxels():
+    """And for no more images at once than the detectors take."""
+    rules = (ROOT / "rules/privacy.smk").read_text() + (ROOT / "rules/audit.smk").read_text()
+    asked = dict(re.findall(r"^rule (\w+):\n(?:.*\n)*? +mem_mb=memory\((.*?)\),", rules, re.M))
+    assert all("DETECTING" in asked[rule] for rule in ("calibrate", "filter", "privacy", "audit"))
+
+
+def test_several_gpus_are_asked_for_on_one_node():
+    several = {name for name, body in gpu_rules().items() if re.search(r"^ +gpu=GPUS,", body, re.M)}
+    assert several == {"autoencoder", "diffusion"}
+    assert all(re.search(r"^ +nodes=1,", gpu_rules()[name], re.M) for name in several)
+
+
+def test_exactly_the_rules_that_run_networks_ask_for_a_gpu():
+    assert set(gpu_rules()) == {
         "autoencoder",
         "augment_train",
         "latents",

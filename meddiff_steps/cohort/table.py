@@ -34,17 +34,28 @@ def image_extension(path: str) -> str | None:
 def read_delimited(path: Path, delimiter: str) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a delimited text file, every cell as text, blank lines skipped.
 
+    Cells between commas may be quoted, without line breaks inside; between tabs a quote is a character like any other, as in BIDS.
+
     Raises
     ------
     UserError
-        The file is missing, unreadable, empty, or a row is longer or shorter than the header.
+        The file is missing, unreadable, empty, a quote is not closed on its line, or a row is longer or shorter than the header.
     """
+    first = 1  # line where the row that is being read begins
     try:
         with open(path, encoding="utf-8-sig", newline="") as stream:
-            lines = csv.reader(stream, delimiter=delimiter)
-            header = [name.strip() for name in next(lines, [])]
+            lines = csv.reader(stream, delimiter=delimiter, strict=True, quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL)
+            header: list[str] = []
             rows = []
             for row in lines:
+                begun, first = first, lines.line_num + 1
+                if lines.line_num > begun:  # else an open quote would swallow the rows after it
+                    raise UserError(_open_quote(path, begun, f"a cell goes on to line {lines.line_num}"))
+                if not header:
+                    header = [name.strip() for name in row]
+                    if not any(header):
+                        break
+                    continue
                 if not row or row == [""]:
                     continue
                 if len(row) != len(header):
@@ -58,7 +69,9 @@ def read_delimited(path: Path, delimiter: str) -> tuple[list[str], list[list[str
         raise UserError(f"{path} is a directory, expected a table. Name the file itself.") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text table in UTF-8 ({error.reason}). Save it as UTF-8.") from None
-    except (OSError, csv.Error) as error:
+    except csv.Error as error:
+        raise UserError(_open_quote(path, first, str(error))) from None
+    except OSError as error:
         raise UserError(f"{path}: cannot be read as a table ({error}). Check its permissions and its format.") from None
     if not any(header):
         raise UserError(f"{path}: empty, expected a header line with column names. Write the table again.")
@@ -66,6 +79,10 @@ def read_delimited(path: Path, delimiter: str) -> tuple[list[str], list[list[str
     if repeated:
         raise UserError(f"{path}: column {shorten(repeated)} occurs more than once. Rename or remove one.")
     return header, rows
+
+
+def _open_quote(path: Path, line: int, found: str) -> str:
+    return f'{path}, line {line}: {found}, expected one row per line. Close the quote, write a quote inside a cell as "" or remove the line break.'
 
 
 def load_table(path: Path) -> pd.DataFrame:

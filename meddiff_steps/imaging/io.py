@@ -7,6 +7,7 @@ know why it was left out.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import importlib.util
 import io
 import warnings
@@ -65,7 +66,7 @@ class Image:
     affine: np.ndarray | None
 
 
-def read_image(path: Path, *, allow_constant: bool = False) -> Image:
+def read_image(path: Path, *, allow_constant: bool = False, sha256: str | None = None) -> Image:
     """Read one image.
 
     Parameters
@@ -74,6 +75,8 @@ def read_image(path: Path, *, allow_constant: bool = False) -> Image:
         `.nii`, `.nii.gz`, `.png`, `.jpg`, `.jpeg` or `.dcm` (or any name that holds DICOM); the content decides, not the name.
     allow_constant
         Accept an image with a single value (masks).
+    sha256
+        What the file's bytes must have, if it was looked at before.
 
     Returns
     -------
@@ -83,13 +86,16 @@ def read_image(path: Path, *, allow_constant: bool = False) -> Image:
     Raises
     ------
     ScanError
-        The file is missing, a directory, unreadable, empty, truncated, of an unknown format, of the wrong dimension,
-        has voxels without size, or holds values that are not finite or all the same.
+        The file is missing, not the one that `sha256` was taken of, a directory, unreadable, empty, truncated, of an unknown format, of the wrong dimension,
+        has voxels without size, does not say where left and right are, or holds values that are not finite or all the same.
     UserError
         The file is DICOM and pydicom is not installed.
     """
     path = Path(path)
     content = _read_bytes(path)
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        detail = "not the file that the manifest was made of. Restore it, or read the cohort again (snakemake --forcerun cohort)."
+        raise ScanError(path, "changed since the cohort was read", detail)
     if content[:2] == b"\x1f\x8b":
         image = _decode_nifti(path, _gunzip(path, content))
     elif int.from_bytes(content[:4], "little") in _NIFTI_CLASSES or int.from_bytes(content[:4], "big") in _NIFTI_CLASSES:
@@ -138,6 +144,7 @@ def _decode_nifti(path: Path, content: bytes) -> Image:
         # As stored: nibabel replaces sizes of 0 by 1 mm when it reads.
         voxel_size = kind.header_class(content[: kind.header_class.sizeof_hdr], check=False)["pixdim"][1:4]
         shape, dtype = volume.shape, volume.get_data_dtype()
+        oriented = volume.header["sform_code"] > 0 or volume.header["qform_code"] > 0
     except Exception as error:  # noqa: BLE001 a damaged header can make nibabel raise nearly anything
         raise ScanError(path, "damaged header", f"the NIfTI header cannot be used ({error}). Convert the image again.") from None
     while len(shape) > 3 and shape[-1] == 1:
@@ -152,6 +159,10 @@ def _decode_nifti(path: Path, content: bytes) -> Image:
     if dtype.kind not in "iufb":
         raise ScanError(path, "wrong data type", f"voxels of type {dtype}, expected real numbers. Convert colour or complex data to one channel.")
     affine = _check_affine(path, np.asarray(volume.affine, dtype=np.float64), np.abs(voxel_size))
+    if not oriented:  # nibabel would guess, and half of the guesses are mirror images
+        found = "qform_code and sform_code are 0 (as after a conversion from Analyze), expected one above 0: nothing says where left and right are"
+        remedy = "Convert the original images again, or, if you know it, set the sform (fslorient -setsform and -setsformcode 1, or nibabel's set_sform)"
+        raise ScanError(path, "no orientation", f"{found}. {remedy}.")
     try:
         array = np.asarray(volume.get_fdata(dtype=np.float32, caching="unchanged")).reshape(shape)
     except Exception as error:  # noqa: BLE001 short reads and impossible offsets come as OSError or ValueError, depending on the header

@@ -57,7 +57,7 @@ SNAP_TOLERANCE = 0.05
 _FACE = 0.5 + 1e-3
 
 
-def preprocess_image(path: Path, config: Preprocess, mask_path: Path | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+def preprocess_image(path: Path, config: Preprocess, mask_path: Path | None = None, sha256: str | None = None) -> tuple[np.ndarray, dict[str, Any]]:
     """Bring one scan to the study's grid and intensity scale.
 
     Parameters
@@ -68,6 +68,8 @@ def preprocess_image(path: Path, config: Preprocess, mask_path: Path | None = No
         The study's `preprocess` section.
     mask_path
         Brain mask (above 0 is inside) of the same subject in the same world space; voxels outside become 0.
+    sha256
+        Of the scan when the cohort was read.
 
     Returns
     -------
@@ -79,10 +81,10 @@ def preprocess_image(path: Path, config: Preprocess, mask_path: Path | None = No
     Raises
     ------
     ScanError
-        The scan or its mask cannot be used.
+        The scan or its mask cannot be used, or the scan was changed.
     """
     path = Path(path)
-    scan = read_image(path)
+    scan = read_image(path, sha256=sha256)
     wanted = len(config.shape)
     if scan.array.ndim != wanted:
         remedy = "Leave it out of the cohort, or give preprocess.shape as many numbers as the images have axes."
@@ -298,7 +300,7 @@ def preprocess_shard(rows: pd.DataFrame, config: Preprocess, out: Path, threads:
     Parameters
     ----------
     rows
-        Manifest rows; `scan_id` and `path` are read, and `subject_id`, `session_id` when there is a mask pattern.
+        Manifest rows; `scan_id` and `path` are read, `sha256` if it is there, and `subject_id`, `session_id` when there is a mask pattern.
     config
         The study's `preprocess` section.
     out
@@ -317,7 +319,7 @@ def preprocess_shard(rows: pd.DataFrame, config: Preprocess, out: Path, threads:
         The mask pattern names an unknown field, or a worker was killed.
     """
     rows = rows.sort_values("scan_id")
-    tasks = [(str(row["scan_id"]), Path(str(row["path"])), config, _mask_path(row, config)) for row in rows.to_dict("records")]
+    tasks = [(str(row["scan_id"]), Path(str(row["path"])), config, _mask_path(row, config), row.get("sha256")) for row in rows.to_dict("records")]
     table = []
     with ShardWriter(out, {"scan_id": pa.string(), "image": Tensor("float16", (1, *config.shape))}) as shard:
         results = _in_order(_attempt, tasks, threads)
@@ -340,14 +342,14 @@ def _mask_path(row: dict[Any, Any], config: Preprocess) -> Path | None:
         raise UserError(f"preprocess.brain_mask: {config.brain_mask!r} cannot be filled in ({error}). Known fields: {sorted(fields)} in braces.") from None
 
 
-Task = tuple[str, Path, Preprocess, Path | None]
+Task = tuple[str, Path, Preprocess, Path | None, str | None]
 
 
 def _attempt(task: Task) -> tuple[np.ndarray | None, dict[str, Any]]:
     """One scan as (float16 image, facts), or (None, facts) with the reason."""
-    scan_id, path, config, mask_path = task
+    scan_id, path, config, mask_path, sha256 = task
     try:
-        image, facts = preprocess_image(path, config, mask_path)
+        image, facts = preprocess_image(path, config, mask_path, sha256)
     except ScanError as error:
         return None, {"scan_id": scan_id, "path": str(path), "status": "left out", "reason": error.reason, "message": str(error)}
     return image.astype(np.float16), {"scan_id": scan_id, **facts}

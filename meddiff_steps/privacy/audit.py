@@ -20,8 +20,9 @@ from meddiff_steps.evaluation.statistics import Figure
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.denoiser import Denoiser
 from meddiff_steps.privacy import attacks
-from meddiff_steps.privacy.detectors import BATCH, Detector
+from meddiff_steps.privacy.detectors import Detector
 from meddiff_steps.privacy.search import QUERIES, nearest, nearest_earlier, unit_rows
+from meddiff_steps.privacy.size import batch_size
 from meddiff_steps.privacy.verdict import Gate, at_most, holds, verdict
 
 #: Images per set that the attacks look at, chosen by the hash of their id: intervals hardly narrow beyond.
@@ -49,8 +50,9 @@ def sample(ids: Sequence[str], most: int = MAX_IMAGES) -> np.ndarray:
 def directions(detectors: list[Detector], shards: Shards, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Per detector: directions of the images of `rows`, (n, d)."""
     parts: dict[str, list[np.ndarray]] = {detector.name: [] for detector in detectors}
-    for start in range(0, len(rows), BATCH):
-        images = torch.from_numpy(shards.tensors("image", rows[start : start + BATCH]))
+    size = batch_size(shards.shape("image"))
+    for start in range(0, len(rows), size):
+        images = torch.from_numpy(shards.tensors("image", rows[start : start + size]))
         for detector in detectors:
             parts[detector.name].append(detector.vectors(images))
     return {name: np.concatenate(values) for name, values in parts.items()}
@@ -117,11 +119,12 @@ def denoising_losses(model: Denoiser, latents: np.ndarray, covariates: np.ndarra
     for number, share in enumerate(LOSS_TIMES):
         noise = torch.from_numpy(batch_noise([hashlib.sha256(f"denoising/{number}".encode()).hexdigest()[:32]], latents.shape[1:]))
         timestep = float(process.training_timesteps(torch.tensor([share]))[0])
-        for start in range(0, len(latents), BATCH):
-            x0 = torch.from_numpy(latents[start : start + BATCH])
+        size = batch_size(latents.shape[1:])
+        for start in range(0, len(latents), size):
+            x0 = torch.from_numpy(latents[start : start + size])
             timesteps, eps = torch.full((len(x0),), timestep), noise.expand_as(x0)
-            predicted = model(process.add_noise(x0, eps, timesteps), timesteps, torch.from_numpy(covariates[start : start + BATCH]))
-            losses[start : start + BATCH] += (predicted - process.target(x0, eps, timesteps)).square().flatten(1).mean(1).numpy()
+            predicted = model(process.add_noise(x0, eps, timesteps), timesteps, torch.from_numpy(covariates[start : start + size]))
+            losses[start : start + size] += (predicted - process.target(x0, eps, timesteps)).square().flatten(1).mean(1).numpy()
     return losses / len(LOSS_TIMES)
 
 

@@ -21,9 +21,7 @@ from meddiff_steps.models.autoencoder import Autoencoder
 from meddiff_steps.models.embedder import Embedder
 from meddiff_steps.privacy.perturbations import flip
 from meddiff_steps.privacy.search import nearest, unit_rows
-
-#: Images held at once.
-BATCH = 32
+from meddiff_steps.privacy.size import batch_size
 
 #: The aligned detector compares at this size first, and its best candidates at full size.
 ALIGNED_SIDE = {2: 32, 3: 16}
@@ -66,7 +64,8 @@ class Embedding:
 
     @torch.no_grad()
     def vectors(self, images: Tensor) -> np.ndarray:
-        return unit_rows(self.encode(images).flatten(1).numpy())
+        parts = images.split(batch_size(images.shape[1:]))
+        return np.concatenate([unit_rows(self.encode(part).flatten(1).numpy()) for part in parts])
 
     def similarity(self, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
         best, index = zip(*(nearest(self.vectors(x), self.references) for x in (images, flip(images))), strict=True)
@@ -130,16 +129,22 @@ class Aligned:
     def similarity(self, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
         score, index = np.full(len(images), -1.0), np.zeros(len(images), np.int64)
         shifts = torch.cartesian_prod(*[torch.arange(-MAX_SHIFT, MAX_SHIFT + 1)] * self.dims).tolist()
+        variants = np.arange(2 * len(shifts))  # the image at every shift, then its mirror image
         unmoved = [len(shifts) // 2, len(shifts) + len(shifts) // 2]
+        size = batch_size(images.shape[1:])
         for i, image in enumerate(images):
             both = torch.stack([image, flip(image[None])[0]])
             whole = torch.stack([both, extent(both)], 1)
-            moved = [torch.roll(whole, shift, dims=list(range(3, self.dims + 3))) for shift in shifts]
-            variants, seen = torch.stack(moved, 1).flatten(0, 1).unbind(1)
-            vectors = self._vectors(variants, seen)
+            vectors = np.concatenate([self._vectors(*_moved(whole, part, shifts)) for part in _parts(variants, size)])
             found = np.unique(nearest(vectors[unmoved], self.references, CANDIDATES // 2)[1])
             best = (vectors @ self.references[found].T).argmax(0)
-            values = self._ssim(variants[best], torch.from_numpy(self.training[found]), seen[best])
+            values = np.concatenate(
+                [
+                    self._ssim(moved, torch.from_numpy(self.training[found[part]]), seen)
+                    for part in _parts(np.arange(len(found)), size)
+                    for moved, seen in [_moved(whole, best[part], shifts)]
+                ]
+            )
             score[i], index[i] = values.max(), found[values.argmax()]
         return score, index
 
@@ -151,6 +156,17 @@ class Aligned:
         # A window that reaches over a cut compares anatomy with nothing.
         inside = self.mask[self.box][(slice(None), slice(None), *trim)] * (window_mean(seen, window) > 1.0 - 1e-4)
         return ((values * inside).flatten(1).sum(1) / inside.flatten(1).sum(1).clamp_min(1.0)).numpy()
+
+
+def _parts(numbers: np.ndarray, size: int) -> list[np.ndarray]:
+    return np.split(numbers, range(size, len(numbers), size))
+
+
+def _moved(whole: Tensor, variants: np.ndarray, shifts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Variants of an image and their extents, (n, 1, *spatial) each, of both for the image and its mirror image, (2, 2, 1, *spatial)."""
+    axes = list(range(2, whole.ndim - 1))
+    moved = torch.stack([torch.roll(whole[number // len(shifts)], shifts[number % len(shifts)], dims=axes) for number in variants])
+    return moved[:, 0], moved[:, 1]
 
 
 def extent(images: Tensor) -> Tensor:
@@ -203,8 +219,8 @@ class TrainingImages:
         return self.shards.tensors("image", self.rows[index])
 
     def batches(self) -> Iterator[Tensor]:
-        for start in range(0, len(self), BATCH):
-            yield torch.from_numpy(self.shards.tensors("image", self.rows[start : start + BATCH]))
+        for rows in _parts(self.rows, batch_size(self.shards.shape("image"))):
+            yield torch.from_numpy(self.shards.tensors("image", rows))
 
 
 def references(detector: Detector, training: TrainingImages) -> np.ndarray:

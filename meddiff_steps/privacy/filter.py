@@ -10,7 +10,8 @@ import pandas as pd
 import torch
 
 from meddiff_steps.privacy.calibration import Thresholds
-from meddiff_steps.privacy.detectors import BATCH, Detector, score
+from meddiff_steps.privacy.detectors import Detector, score
+from meddiff_steps.privacy.size import batch_size
 from meddiff_steps.synthesis.plan import redraw
 
 #: Draws the images of planned subjects, (sample_id, image (1, *spatial)) in any order.
@@ -82,7 +83,7 @@ def judge(
         if sample_id not in waiting:
             raise ValueError(f"the image of {sample_id} was not asked for, or came twice")
         pending.append((waiting.pop(sample_id), image))
-        if len(pending) == BATCH:
+        if len(pending) == batch_size(image.shape):
             yield from flush()
     if pending:
         yield from flush()

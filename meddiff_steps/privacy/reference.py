@@ -20,8 +20,9 @@ from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.files import load_autoencoder, load_embedder
 from meddiff_steps.privacy.attacks import flag_rate_is_nominal, share
 from meddiff_steps.privacy.calibration import calibrate
-from meddiff_steps.privacy.detectors import BATCH, Detector, LatentEncoder, TrainingImages, make_detectors, references, score
+from meddiff_steps.privacy.detectors import Detector, LatentEncoder, TrainingImages, make_detectors, references, score
 from meddiff_steps.privacy.perturbations import perturbed_copies
+from meddiff_steps.privacy.size import batch_size
 from meddiff_steps.training.loop import step_generator
 
 #: Training scans that are copied for the positive controls, each in six ways.
@@ -67,8 +68,9 @@ def _detectors(files: ReferenceFiles, training: TrainingImages, vectors: Mapping
 def score_scans(detectors: list[Detector], shards: Shards, rows: Sequence[int] | np.ndarray, label: str) -> dict[str, np.ndarray]:
     """Per detector: similarity of each scan to its nearest training scan, (len(rows),)."""
     parts: list[dict[str, np.ndarray]] = []
-    for start in tqdm(range(0, len(rows), BATCH), desc=label, mininterval=5, file=sys.stderr):
-        parts.append(score(detectors, torch.from_numpy(shards.tensors("image", rows[start : start + BATCH])))[0])
+    size = batch_size(shards.shape("image"))
+    for start in tqdm(range(0, len(rows), size), desc=label, mininterval=5, file=sys.stderr):
+        parts.append(score(detectors, torch.from_numpy(shards.tensors("image", rows[start : start + size])))[0])
     return {detector.name: np.concatenate([part[detector.name] for part in parts]) if parts else np.zeros(0) for detector in detectors}
 
 
@@ -138,5 +140,5 @@ def calibration_card(
 def _copies(files: ReferenceFiles, images: Tensor, seed: str) -> dict[str, Tensor]:
     """Each image reconstructed by the autoencoder, and changed in the ways of `perturbed_copies`."""
     autoencoder, _ = load_autoencoder(files.autoencoder, files.autoencoder_card)
-    copies = {"reconstructed": autoencoder.reconstruct(images)}
+    copies = {"reconstructed": torch.cat([autoencoder.reconstruct(part) for part in images.split(batch_size(images.shape[1:]))])}
     return copies | perturbed_copies(images, step_generator(seed, "privacy/copies", 0))

@@ -13,8 +13,9 @@ from meddiff_steps.errors import UserError
 from meddiff_steps.files import read_json
 from meddiff_steps.imaging import release as imaging
 from meddiff_steps.privacy.calibration import thresholds_of
-from meddiff_steps.privacy.detectors import BATCH, score
+from meddiff_steps.privacy.detectors import score
 from meddiff_steps.privacy.reference import ReferenceFiles, load_detectors
+from meddiff_steps.privacy.size import batch_size
 from meddiff_steps.provenance.reexecution import choose
 from meddiff_steps.provenance.sealed import Sealed
 from meddiff_steps.provenance.verify import Check
@@ -47,7 +48,8 @@ def check_privacy(release: Sealed, results: Path, sample: int, seed: str) -> Ite
     except imaging.Undecodable as error:
         yield Check(7, "images", "finding", f"an image cannot be decoded ({error})")
         return
-    parts = [score(detectors, torch.from_numpy(stack[start : start + BATCH]))[0] for start in range(0, len(stack), BATCH)]
+    size = batch_size(stack.shape[1:])
+    parts = [score(detectors, torch.from_numpy(stack[start : start + size]))[0] for start in range(0, len(stack), size)]
     similarity = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     subgroup = study.privacy.subgroup
     groups = [str(row["covariates"][subgroup]) if subgroup else "all" for row in rows]

@@ -12,7 +12,6 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
-import logging
 import os
 import platform
 import socket
@@ -21,17 +20,17 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from meddiff_steps import __version__, config
+from meddiff_steps.errors import UserError
 from meddiff_steps.files import sha256_file, write_json
 from meddiff_steps.provenance.canonical import canonical_bytes
 from meddiff_steps.provenance.digest import code_digest, safetensors_digest
-
-log = logging.getLogger(__name__)
 
 SCHEMA = "meddiff/record/v1"
 RECORDS = "records"
@@ -45,7 +44,10 @@ PACKAGES = ("diffusers", "lightning-fabric", "monai", "nibabel", "numpy", "panda
 
 
 def recorded(step: str, run: Callable[..., None]) -> Callable[..., None]:
-    """`run`, leaving a record when it has ended well and worked on a study's results; the signature stays."""
+    """`run`, leaving a record when it has ended well and worked on a study's results; the signature stays.
+
+    It raises what `run` raises, and UserError where the record cannot be written: an output without one fails the audit in the end.
+    """
 
     @functools.wraps(run)
     def wrapper(*args: Any, **kwargs: Any) -> None:
@@ -59,8 +61,10 @@ def recorded(step: str, run: Callable[..., None]) -> Callable[..., None]:
         run(*args, **kwargs)
         try:
             observer.finish()
-        except OSError as error:  # the step's own work is done and whole
-            log.warning("no record of this run could be written (%s); an audit will say that it is missing", error)
+        except OSError as error:
+            raise UserError(
+                f"{results / RECORDS}: the work of {step} is done, but its record cannot be written ({error}). Check permissions and disk space; run it again."
+            ) from None
 
     return wrapper
 
@@ -116,7 +120,8 @@ class KnownDigests:
         except (OSError, ValueError, KeyError, TypeError):
             pass
         digest = sha256_file(path)
-        write_json(place, {"name": name, "stat": list(stat), "sha256": digest})
+        with suppress(OSError):  # without it the file is hashed again next time
+            write_json(place, {"name": name, "stat": list(stat), "sha256": digest})
         return digest
 
 

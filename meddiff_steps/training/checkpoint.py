@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,13 @@ def state_key(step: str, config: Path, inputs: Sequence[Path]) -> str:
 
 
 class CheckpointFolder:
-    """The newest checkpoint of one training."""
+    """The two newest checkpoints of one training: should the newest not be readable, the one before it is."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
 
     def save(self, step: int, modules: Mapping[str, nn.Module], optimisers: Mapping[str, Optimizer], extra: dict[str, Any]) -> None:
-        """Write all weights and optimiser moments after `step` updates, then remove the checkpoint before it.
+        """Write all weights and optimiser moments after `step` updates, then remove all but this checkpoint and the one before it.
 
         `extra` is JSON (the training curve so far).
         """
@@ -50,21 +51,28 @@ class CheckpointFolder:
         for name, optimiser in optimisers.items():
             for index, state in optimiser.state_dict()["state"].items():
                 tensors |= {f"optimiser/{name}/{index}/{key}": value for key, value in state.items()}
-        with atomic_path(self.folder / f"step-{step:09d}.safetensors") as path:
+        written = self.folder / f"step-{step:09d}.safetensors"
+        with atomic_path(written) as path:
             # One metadata entry only: with more, safetensors orders them at random.
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path, {"state": json.dumps({"step": step} | extra)})
-        for old in sorted(self.folder.glob("step-*.safetensors"))[:-1]:
+        # Nothing of a later step: whatever left it there, this training has not come that far, and what it wrote itself must stay.
+        for old in sorted(path for path in self.folder.glob("step-*.safetensors") if path < written)[:-1]:
             old.unlink(missing_ok=True)  # a job that outlived its killed Snakemake may train beside this one
 
     def restore(self, modules: Mapping[str, nn.Module], optimisers: Mapping[str, Optimizer]) -> tuple[int, dict[str, Any]]:
-        """Load the newest readable checkpoint; returns (updates done, extra), or (0, {}) where there is none."""
+        """Load the newest readable checkpoint; returns (updates done, extra), or (0, {}) where there is none.
+
+        One that cannot be read is put aside as `step-*.safetensors.broken`, with a warning.
+        """
         for path in sorted(self.folder.glob("step-*.safetensors"), reverse=True):
             try:
                 with safe_open(path, framework="pt") as stream:
                     extra = json.loads(stream.metadata()["state"])
                     tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 - not a dict
-            except (SafetensorError, OSError, KeyError) as error:
-                log.warning("%s cannot be read (%s); trying the one before it", path, error)
+            except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+                log.warning("%s cannot be read (%s); put aside as %s.broken, trying the one before it", path, error, path.name)
+                with suppress(FileNotFoundError):  # another process of the same training was first
+                    path.rename(path.with_name(f"{path.name}.broken"))
                 continue
             for name, module in modules.items():
                 prefix = f"module/{name}/"

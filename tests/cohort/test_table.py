@@ -56,6 +56,16 @@ def test_all_formats_give_the_same_cohort(folder: Path, name: str) -> None:
     assert read_back["path"][0] == f"{folder}/images/a_000.png"
 
 
+def test_between_tabs_a_quote_is_a_character_and_no_row_is_lost(tmp_path: Path) -> None:
+    (tmp_path / "cohort.tsv").write_text("path\tnote\n" + "".join(f"{i}.png\t{note}\n" for i, note in enumerate(['"5 ft', "ok", '6"', '"x" y'])))
+    assert load_table(tmp_path / "cohort.tsv")["note"].tolist() == ['"5 ft', "ok", '6"', '"x" y']
+
+
+def test_quoted_cells_between_commas(tmp_path: Path) -> None:
+    (tmp_path / "cohort.csv").write_bytes(b'path,"note"\r\n"a,b.png","say ""no"""\r\n\r\nc.png,5" tall\r\n')
+    assert load_table(tmp_path / "cohort.csv").values.tolist() == [["a,b.png", 'say "no"'], ["c.png", '5" tall']]
+
+
 def test_an_index_column_that_pandas_wrote_does_no_harm(folder: Path) -> None:
     pd.DataFrame(ROWS).to_csv(folder / "cohort.csv")
     assert len(read(folder)) == 5
@@ -128,6 +138,14 @@ SPOILT: list[tuple[str, Callable[[Path], object], list[str]]] = [
         ["cohort.csv", "covariates.age", "'age'", "Age", "covariates.NAME.column"],
     ),
     ("long row", text(HEADER + "x.png,1,2,0,9\n"), ["cohort.csv, line 2", "5 cells", "header has 4"]),
+    ("quote left open", text(HEADER + 'x.png,1,"2,0\ny.png,2,3,0\n'), ["cohort.csv, line 2", "unexpected end", "Close the quote"]),
+    (
+        "quote closed rows later",
+        text(HEADER + 'w.png,0,1,0\nx.png,1,2,"0\ny.png,2,3,0\nz.png,3,4,0"\n'),
+        ["cohort.csv, line 3", "goes on to line 5", "Close the quote"],
+    ),
+    ("text after a quote", text(HEADER + 'x.png,1,2,0\ny.png,"2"a,3,0\n'), ["cohort.csv, line 3", "expected after", "Close the quote"]),
+    ("header left open", text('path,subject_id,age,"abnormal\nx.png,1,2,0\n'), ["cohort.csv, line 1", "Close the quote"]),
     ("path left empty", spoilt_path(""), ["column path", "1 row(s) without a path", "row 2", "Fill them in"]),
     ("subject left empty", text(HEADER + "images/a_000.png,n/a,2,0\n"), ["column subject_id", "without a subject", "row 1", "Fill them in"]),
     ("duplicate path", spoilt_path("images/../images/a_000.png"), ["column path", "listed more than once", "a_000.png", "one row per image"]),

@@ -46,6 +46,16 @@ def test_volume(tmp_path: Path, name: str, kind: type[nib.Nifti1Image]) -> None:
     assert image.affine is not None and np.allclose(image.affine, affine)
 
 
+@pytest.mark.parametrize(("qform_code", "sform_code"), [(1, 0), (0, 1), (2, 4)])
+def test_either_code_gives_the_orientation(tmp_path: Path, qform_code: int, sform_code: int) -> None:
+    affine = np.diag([-2.0, 2, 2, 1])
+    image = nifti(affine=affine)
+    image.set_qform(affine, qform_code)
+    image.set_sform(affine, sform_code)
+    nib.save(image, tmp_path / "a.nii")
+    assert np.array_equal(read_image(tmp_path / "a.nii").affine, affine)  # type: ignore[arg-type]
+
+
 def test_intensity_scaling_is_applied(tmp_path: Path) -> None:
     stored = nifti()
     stored.header.set_slope_inter(0.5, 10)
@@ -138,6 +148,7 @@ BAD: dict[str, tuple[str, Callable[[], bytes], str, str]] = {
     "singular affine": ("a.nii", lambda: header_with(srow_y=[2, 0, 0, 0]), "voxels without size", "qform and sform"),
     "flat affine": ("a.nii", lambda: header_with(srow_x=[2, 2, 0, 0], srow_y=[0, 0, 2, 0], srow_z=[0, 0, 1, 0]), "singular affine", "the same way"),
     "metres": ("a.nii", lambda: nifti(affine=np.diag([0.002, 0.002, 0.002, 1])).to_bytes(), "implausible voxel size", "millimetres"),
+    "no codes": ("a.nii.gz", lambda: header_with(qform_code=0, sform_code=0), "no orientation", "fslorient"),
     "nan voxel": ("a.nii.gz", lambda: not_finite(np.nan), "values not finite", "1 of 210"),
     "infinite voxel": ("a.nii.gz", lambda: not_finite(np.inf), "values not finite", "1 of 210"),
     "constant": ("a.nii.gz", lambda: nifti(np.full((4, 4, 4), 7, dtype=np.int16)).to_bytes(), "constant image", "all values are 7"),

@@ -16,6 +16,7 @@ from PIL import Image as PilImage
 from meddiff_steps.cohort.splits import shard_of
 from meddiff_steps.config import Preprocess, freeze, parse_study
 from meddiff_steps.errors import UserError
+from meddiff_steps.files import sha256_file
 from meddiff_steps.imaging import preprocess as module
 from meddiff_steps.imaging.io import ScanError
 from meddiff_steps.imaging.preprocess import QC_COLUMNS, preprocess_image, preprocess_shard
@@ -372,6 +373,17 @@ def test_workers_change_no_byte(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(serial, parallel)
 
 
+def test_a_scan_that_changed_since_the_cohort_was_read_is_left_out(tmp_path: Path) -> None:
+    rows = cohort(tmp_path, 2).sort_values("scan_id", ignore_index=True)
+    rows["sha256"] = [sha256_file(Path(path)) for path in rows["path"]]
+    save(Path(rows["path"][1]), np.random.default_rng(9).integers(1, 900, (26, 30, 28)).astype(np.float32), np.diag([4.0, 4, 4, 1]))
+    table = preprocess_shard(rows, config(), tmp_path / "shard.arrow")
+    assert table["status"].tolist() == ["ok", "left out"]
+    assert table["reason"][1] == "changed since the cohort was read"
+    assert "Restore it, or read the cohort again" in table["message"][1]
+    assert Shards([tmp_path / "shard.arrow"]).column("scan_id") == ["sub-0"]
+
+
 def test_mask_pattern(tmp_path: Path) -> None:
     rows = cohort(tmp_path, 2)
     for i in range(2):
@@ -402,7 +414,8 @@ def frozen(folder: Path, stage: str, **preprocess: Any) -> Path:
 
 
 def manifest_of(rows: pd.DataFrame, path: Path) -> Path:
-    rows.assign(sha256="0" * 64, content_sha256=None, split="train", age=50.0).to_parquet(path, index=False)
+    digests = [sha256_file(file) if (file := Path(name)).exists() else "0" * 64 for name in rows["path"]]
+    rows.assign(sha256=digests, content_sha256=None, split="train", age=50.0).to_parquet(path, index=False)
     return path
 
 

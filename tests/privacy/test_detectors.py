@@ -7,7 +7,7 @@ from scipy.ndimage import gaussian_filter
 
 from meddiff_steps import config
 from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
-from meddiff_steps.privacy import perturbations
+from meddiff_steps.privacy import perturbations, size
 from meddiff_steps.privacy.detectors import Aligned, Embedding, TrainingImages, extent, references, ssim_map
 from meddiff_steps.privacy.embedder import train_embedder
 
@@ -107,6 +107,35 @@ def test_constant_images_are_similar_to_nobody(scans):
     detector = Embedding("plain", torch.nn.Flatten())
     detector.references = references(detector, scans)
     assert np.all(detector.similarity(torch.full((2, *SHAPE), 0.5))[0] == 0)
+
+
+class Spy(torch.nn.Module):
+    """An encoder that remembers how many images it saw together."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, images):
+        self.seen.append(len(images))
+        return images[:, :, ::2]
+
+
+def test_large_images_are_looked_at_few_at_a_time_with_the_same_result(scans, monkeypatch):
+    images = torch.from_numpy(scans.shards.tensors("image", np.arange(60, 80)))
+    found, seen = [], []
+    for most in (size.BATCH_VALUES, 3 * images[0].numel(), 1):
+        monkeypatch.setattr(size, "BATCH_VALUES", most)
+        spy = Spy()
+        detectors = [Aligned(scans.shards.tensors("image", scans.rows).mean(0), scans), Embedding("latent", spy)]
+        for detector in detectors:
+            detector.references = references(detector, scans)
+        found.append([detector.similarity(images) for detector in detectors])
+        seen.append(max(spy.seen))
+    assert seen == [32, 3, 1]
+    for other in found[1:]:
+        for (similarity, index), (expected, of) in zip(other, found[0], strict=True):
+            assert np.allclose(similarity, expected, atol=1e-6) and np.array_equal(index, of)
 
 
 @pytest.mark.parametrize("dims", [2, 3])

@@ -141,6 +141,23 @@ def test_a_large_file_is_hashed_once_and_again_when_it_was_touched(tmp_path, mon
     assert digest() == sha256_file(path) and len(count) == 2
 
 
+def test_a_digest_that_cannot_be_kept_costs_the_next_run_a_look_but_no_record(results, monkeypatch):
+    monkeypatch.setattr(record, "CACHED_FROM", 0)
+    (results / "records").mkdir()
+    (results / "records/.digests").write_text("a file where the folder should be")
+    assert run(results, "--shard", "1") == 0
+    assert read(results)["inputs"]["source"]
+
+
+def test_a_run_whose_record_cannot_be_written_fails(results):
+    (results / "records").write_text("a file where the folder should be")
+    app = typer.Typer()
+    app.command()(record.recorded("plan", step))
+    frozen = freeze(parse_study(STUDY, "test"), "plan", results / "config")
+    with pytest.raises(UserError, match="records: the work of plan is done, but its record cannot be written .* Check permissions"):
+        app(["--config", str(frozen), "--source", str(results / "cohort/a"), "--shard", "1", "--out", str(results / "joined")], standalone_mode=False)
+
+
 def test_weights_have_the_same_digest_with_and_without_torch(tmp_path):
     tensors = {"b": torch.randn(3, 4), "a": torch.arange(5), "h": torch.randn(2).half(), "bf": torch.randn(2).bfloat16(), "s": torch.tensor(1.5)}
     tensors["empty"] = torch.zeros(0, 3)

@@ -11,7 +11,7 @@ from meddiff_steps.models.denoiser import COMPONENT_WIDTH
 from meddiff_steps.training import loop
 from meddiff_steps.training.autoencoder import AutoencoderTask, spectral_loss
 from meddiff_steps.training.backend import make_fabric
-from meddiff_steps.training.checkpoint import weights_digest
+from meddiff_steps.training.checkpoint import CheckpointFolder, weights_digest
 from meddiff_steps.training.components import train_components
 from meddiff_steps.training.diffusion import DiffusionTask
 from meddiff_steps.training.latent_data import LatentData, drop
@@ -37,7 +37,7 @@ def images(tmp_path_factory):
 
 
 def autoencoder_task(images, fabric, **changes):
-    settings = config.Autoencoder(channels=[8, 16], norm_num_groups=4, latent_channels=4, optimiser=OPTIMISER, **changes)
+    settings = config.Autoencoder(channels=[8, 16], norm_num_groups=4, latent_channels=4, optimiser=OPTIMISER.model_dump(), **changes)
     return AutoencoderTask(settings, config.Augmentation(variants=2, flip=True, max_shift_voxels=1), images, range(8), range(8, 10), "seed", fabric)
 
 
@@ -57,7 +57,7 @@ def latents(tmp_path_factory):
 
 
 def diffusion_task(latents, fabric):
-    settings = config.Diffusion(channels=[8, 16], norm_num_groups=4, num_head_channels=8, covariate_dim=8, num_res_blocks=1, optimiser=OPTIMISER)
+    settings = config.Diffusion(channels=[8, 16], norm_num_groups=4, num_head_channels=8, covariate_dim=8, num_res_blocks=1, optimiser=OPTIMISER.model_dump())
     return DiffusionTask(settings, latents, [0, 0], "seed", fabric)
 
 
@@ -100,11 +100,38 @@ def test_a_killed_and_resumed_training_gives_the_same_weights_and_curve(tmp_path
 def test_a_truncated_checkpoint_is_not_resumed_from(tmp_path, latents, fabric):
     task = diffusion_task(latents, fabric)
     loop.fit(task, OPTIMISER, fabric, tmp_path, "test")
-    (newest,) = tmp_path.glob("step-*.safetensors")
+    newest = max(tmp_path.glob("step-*.safetensors"))
     newest.write_bytes(newest.read_bytes()[:1000])
     again = diffusion_task(latents, fabric)
     loop.fit(again, OPTIMISER, fabric, tmp_path, "test")
     assert digests(again) == digests(task)
+
+
+def saved(folder):
+    return sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.safetensors"))
+
+
+def test_the_one_before_a_truncated_checkpoint_is_taken_and_later_saves_stay(tmp_path, caplog):
+    model = torch.nn.Linear(2, 2)
+    checkpoints = CheckpointFolder(tmp_path)
+    for step in (500, 750, 1000):
+        checkpoints.save(step, {"model": model}, {}, {"history": [step]})
+    assert saved(tmp_path) == [750, 1000]
+    newest = tmp_path / "step-000001000.safetensors"
+    newest.write_bytes(newest.read_bytes()[:50])
+    assert checkpoints.restore({"model": model}, {}) == (750, {"history": [750]})
+    assert [path.name for path in tmp_path.glob("*.broken")] == [f"{newest.name}.broken"]
+    assert f"put aside as {newest.name}.broken" in caplog.text
+
+
+def test_a_save_outlives_a_file_of_a_later_step(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    checkpoints = CheckpointFolder(tmp_path)
+    (tmp_path / "step-000001000.safetensors").write_bytes(b"broken")
+    for step in (250, 500, 900):  # a training that began anew, stopped at 900
+        checkpoints.save(step, {"model": model}, {}, {})
+    assert saved(tmp_path) == [500, 900, 1000]
+    assert checkpoints.restore({"model": model}, {}) == (900, {})
 
 
 def test_a_finished_training_trains_no_more(tmp_path, latents, fabric):
@@ -176,7 +203,7 @@ def test_a_loss_that_is_not_finite_stops_the_training(tmp_path, latents, fabric)
 
 
 def test_without_held_out_scans_there_is_no_validation_and_no_failure(tmp_path, images, fabric):
-    settings = config.Autoencoder(channels=[8, 16], norm_num_groups=4, latent_channels=4, optimiser=OPTIMISER)
+    settings = config.Autoencoder(channels=[8, 16], norm_num_groups=4, latent_channels=4, optimiser=OPTIMISER.model_dump())
     task = AutoencoderTask(settings, config.Augmentation(), images, range(10), [], "seed", fabric)
     curve = loop.fit(task, OPTIMISER, fabric, tmp_path, "test")
     assert len(curve) and not curve["metric"].str.startswith("val/").any()
