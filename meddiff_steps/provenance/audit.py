@@ -505,9 +505,9 @@ def check_content(release: Sealed) -> list[Check]:
     """L5: every image is decoded; it says that it is synthetic, and is what the ledger says it shows."""
     study = release.study
     assert study is not None
-    wrong: dict[str, list[str]] = {name: [] for name in ("decodes", "format", "voxels", "marks", "twins")}
+    wrong: dict[str, list[str]] = {name: [] for name in ("decodes", "format", "voxels", "bytes", "marks", "twins")}
     shown: dict[str, tuple[str, str]] = {}
-    layout = Layout.of(study.spatial_dims, study.plan, study.release)
+    layout, grid = Layout.of(study.spatial_dims, study.plan, study.release), imaging.Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
     folders: set[str] = set()
     for row in tqdm(release.released(), total=release.root["ledger"]["released"], desc="content", unit="image", mininterval=5, file=sys.stderr):
         name, path = row["sample_id"], release.folder / row["image"]["path"]
@@ -518,34 +518,33 @@ def check_content(release: Sealed) -> list[Check]:
         if row["image"]["path"] != layout.path(name, row["group"], row["index"]):
             wrong["format"].append(f"{name}: lies at {row['image']['path']}")
         try:
-            stored, affine, description = imaging.decode(path)
+            image = imaging.decode(path, grid)
         except imaging.Undecodable as error:
-            wrong["decodes"].append(f"{row['image']['path']}: {error}")
+            wrong["format" if isinstance(error, imaging.OtherForm) else "decodes"].append(f"{row['image']['path']}: {error}")
             continue
-        wrong["format"] += [f"{name}: {problem}" for problem in _format_problems(stored, study)]
-        if imaging.voxel_digest(stored, affine) != row["image"]["voxel_sha256"]:
+        wrong["format"] += [f"{name}: {problem}" for problem in _format_problems(image.stored)]
+        if imaging.voxel_digest(image.stored, image.affine) != row["image"]["voxel_sha256"]:
             wrong["voxels"].append(name)
-        mark = imaging.read_mark(path)
-        if not description.startswith("SYNTHETIC"):
-            wrong["marks"].append(f"{name}: the description is {description[:40]!r}")
-        if mark is None or mark.get("sample_id") != name or mark.get("study") != study.study:
-            wrong["marks"].append(f"{name}: the mark is {mark}")
+        wrong["bytes"] += [f"{name}: {problem}" for problem in imaging.departures(image, grid, name, study.study)]
+        if not image.description.startswith("SYNTHETIC"):
+            wrong["marks"].append(f"{name}: the description is {image.description[:40]!r}")
+        if image.mark is None or image.mark.get("sample_id") != name or image.mark.get("study") != study.study:
+            wrong["marks"].append(f"{name}: the mark is {str(image.mark)[:200]!r}")
     wrong["marks"] += _dataset_marks(release.folder, study, folders or {""})
     count = release.root["ledger"]["released"]
     return [
         judged(5, "decodes", wrong["decodes"], f"{count} images can be decoded", "image(s) cannot be decoded"),
         judged(5, "format", wrong["format"], "shape, type and range are the study's", "problem(s) with shape, type, range or place"),
         judged(5, "voxels", wrong["voxels"], "what the images show is what the ledger holds", "image(s) show something else than the ledger says"),
+        judged(5, "bytes", wrong["bytes"], "no image holds anything else: headers are as they are written", "thing(s) in images that no image is written with"),
         judged(5, "marks", wrong["marks"], "every image and the dataset say that they are synthetic", "mark(s) are missing or wrong"),
         judged(5, "twins", wrong["twins"], "no two subjects show the same", "pair(s) of subjects show the same"),
     ]
 
 
-def _format_problems(stored: np.ndarray, study: config.Study) -> Iterator[str]:
-    kind, top = (np.int16, imaging.VOLUME_SCALE) if study.spatial_dims == 3 else (np.uint8, imaging.PICTURE_SCALE)
-    if stored.shape != tuple(study.preprocess.shape) or stored.dtype != kind:
-        yield f"{stored.dtype} {stored.shape}, expected {np.dtype(kind)} {tuple(study.preprocess.shape)}"
-    elif stored.min() < 0 or stored.max() > top:
+def _format_problems(stored: np.ndarray) -> Iterator[str]:
+    top = imaging.VOLUME_SCALE if stored.ndim == 3 else imaging.PICTURE_SCALE
+    if stored.min() < 0 or stored.max() > top:
         yield f"values from {stored.min()} to {stored.max()}, expected 0 to {top}"
     elif stored.min() == stored.max():
         yield f"the same value everywhere ({stored.min()})"

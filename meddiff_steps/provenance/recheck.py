@@ -42,11 +42,13 @@ def check_privacy(release: Sealed, results: Path, sample: int, seed: str) -> Ite
         yield Check(7, "images", "not run", f"too few unseen subjects for limits ({calibration['subjects']} of {calibration.get('needed')})")
         return
     scale = imaging.VOLUME_SCALE if study.spatial_dims == 3 else imaging.PICTURE_SCALE
+    grid = imaging.Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
     try:
-        stack = np.stack([imaging.decode(release.folder / row["image"]["path"])[0].astype(np.float32) / scale for row in rows])[:, None]
+        stored = [imaging.decode(release.folder / row["image"]["path"], grid).stored for row in rows]
     except imaging.Undecodable as error:
         yield Check(7, "images", "finding", f"an image cannot be decoded ({error})")
         return
+    stack = np.stack(stored).astype(np.float32)[:, None] / scale
     parts = [score(detectors, torch.from_numpy(stack[start : start + BATCH]))[0] for start in range(0, len(stack), BATCH)]
     similarity = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     subgroup = study.privacy.subgroup

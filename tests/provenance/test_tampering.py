@@ -16,6 +16,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -381,6 +382,56 @@ def _noise_image(low: int, high: int, shape: tuple[int, ...] = (8, 8, 8)) -> np.
     return np.random.default_rng(2).integers(low, high, shape).astype(np.float64)
 
 
+def _rewritten(offset: int, content: bytes) -> Callable[[Target], None]:
+    """An attack that writes over bytes of an image's header."""
+
+    def apply(target: Target) -> None:
+        target.rewrite(FIRST, lambda c: c.__setitem__(slice(offset, offset + len(content)), content))
+        target.seal()
+
+    return apply
+
+
+def _mirror(target: Target) -> None:
+    volume = nib.Nifti1Image.from_bytes(gzip.decompress(target.path(FIRST).read_bytes()))
+    volume.set_qform(np.diag([-1, 1, 1, 1]) @ volume.affine, code=1)
+    target.path(FIRST).write_bytes(gzip.compress(volume.to_bytes(), 6, mtime=0))
+    target.seal()
+
+
+def _second_extension(target: Target) -> None:
+    volume = nib.Nifti1Image.from_bytes(gzip.decompress(target.path(FIRST).read_bytes()))
+    volume.header.extensions.append(nib.nifti1.Nifti1Extension(6, b'{"patient": "Jane Doe"}'))
+    target.path(FIRST).write_bytes(gzip.compress(volume.to_bytes(), 6, mtime=0))
+    target.seal()
+
+
+def _deep_mark(target: Target) -> None:
+    volume = nib.Nifti1Image.from_bytes(gzip.decompress(target.path(FIRST).read_bytes()))
+    volume.header.extensions.clear()
+    volume.header.extensions.append(nib.nifti1.Nifti1Extension(6, b"[" * 50_000))
+    target.path(FIRST).write_bytes(gzip.compress(volume.to_bytes(), 6, mtime=0))
+    target.seal()
+
+
+def _named(target: Target) -> None:
+    """A name in the header of the compression, where `gzip -N` shows it."""
+    packed = target.path(FIRST).read_bytes()
+    target.path(FIRST).write_bytes(packed[:3] + b"\x08" + packed[4:10] + b"Jane Doe\0" + packed[10:])
+    target.seal()
+
+
+def _behind(content: bytes, packed: bool) -> Callable[[Target], None]:
+    def apply(target: Target) -> None:
+        path = target.path(FIRST)
+        path.write_bytes(
+            path.read_bytes() + gzip.compress(content, mtime=0) if packed else gzip.compress(gzip.decompress(path.read_bytes()) + content, mtime=0)
+        )
+        target.seal()
+
+    return apply
+
+
 def _break_image(target: Target) -> None:
     target.path(FIRST).write_bytes(gzip.compress(b"no image"))
     target.seal()
@@ -428,6 +479,19 @@ SEALED_AGAIN = {
     "another picture, old voxel digest": Attack(lambda t: t.show(FIRST, _noise_image(0, 1000), honest=False), 5, "voxels"),
     "one voxel": Attack(lambda t: (_flip_voxel(t), t.seal()), 5, "voxels"),
     "moved in space": Attack(lambda t: (t.rewrite(FIRST, lambda c: c.__setitem__(slice(292, 296), struct.pack("<f", 3.0))), t.seal()), 5, "voxels"),
+    "an image shown inverted": Attack(_rewritten(112, struct.pack("<ff", -1.0, 1000.0)), 5, "bytes"),
+    "mirrored by its qform": Attack(_mirror, 5, "bytes"),
+    "voxels in metres": Attack(_rewritten(123, b"\x01"), 5, "bytes"),
+    "voxels of another size": Attack(_rewritten(80, struct.pack("<fff", 1, 1, 1)), 5, "bytes"),
+    "a name in the header": Attack(_rewritten(14, b"Jane Doe"), 5, "bytes"),
+    "a second header extension": Attack(_second_extension, 5, "bytes"),
+    "a name in the header of the compression": Attack(_named, 5, "bytes"),
+    "something behind the voxels": Attack(_behind(b"x" * 100, packed=False), 5, "bytes"),
+    "much behind the voxels": Attack(_behind(os.urandom(300_000), packed=False), 5, "bytes"),
+    "an image that unpacks to 256 MB": Attack(_behind(bytes(1 << 28), packed=False), 5, "bytes"),
+    "another file behind the compressed one": Attack(_behind(b"a scan", packed=True), 5, "bytes"),
+    "a shape of 2 GB": Attack(_rewritten(40, struct.pack("<4h", 3, 1000, 1000, 1000)), 5, "format"),
+    "a mark that is nested deeply": Attack(_deep_mark, 5, "marks"),
     "another subject's picture": Attack(_twin, 5, "twins"),
     "nothing in the picture": Attack(lambda t: t.show(FIRST, np.full((8, 8, 8), 500.0)), 5, "format"),
     "values out of range": Attack(lambda t: t.show(FIRST, _noise_image(0, 3000)), 5, "format"),
@@ -483,6 +547,41 @@ def test_an_allowed_covariate_that_was_edited_is_seen_with_the_key_alone(target)
     _shift_age(target, 55.5)
     assert seen(target.audit(key=False)) == set()
     assert (1, "signature") in seen(target.audit())
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("flat"), dims=2)
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+@pytest.mark.parametrize("hidden", ["text", "behind", "behind the pixels", "packed otherwise"])
+def test_what_a_picture_hides_is_seen(flat, tmp_path, hidden):
+    target = Target(flat, Path(shutil.copytree(flat.release, tmp_path / "release")))
+    path = target.folder / f"images/{FIRST}.png"
+    content = path.read_bytes()
+    start, end = content.index(b"IDAT") - 4, content.index(b"IEND") - 4
+    pixels = zlib.decompress(content[start + 8 : end - 4])
+    path.write_bytes(
+        {
+            "text": content[:end] + _chunk(b"tEXt", b"Patient\0Jane Doe") + content[end:],
+            "behind": content + b"a scan",
+            "behind the pixels": content[:start] + _chunk(b"IDAT", zlib.compress(pixels + b"a scan")) + content[end:],
+            "packed otherwise": content[:start] + _chunk(b"IDAT", zlib.compress(pixels, 0)) + content[end:],
+        }[hidden]
+    )
+    target.seal()
+    assert seen(target.audit(key=False)) == (set() if hidden == "packed otherwise" else {(5, "bytes")})
+
+
+def test_making_an_image_again_looks_at_the_released_file(target):
+    """Its voxels are those of the ledger, but viewers show it inverted."""
+    _rewritten(112, struct.pack("<ff", -1.0, 1000.0))(target)
+    report = audit(Request(target.folder, models=target.place.results))
+    assert {(5, "bytes"), (6, "images")} <= seen(report)
 
 
 def test_the_attacks_are_many_and_every_level_up_to_five_sees_some():
