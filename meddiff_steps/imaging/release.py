@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from meddiff_steps import __version__
 from meddiff_steps.cohort.manifest import content_digest
-from meddiff_steps.config import CategoricalCovariate, Covariates, Release
+from meddiff_steps.config import CategoricalCovariate, Covariates, Release, Study
 from meddiff_steps.errors import UserError
 from meddiff_steps.files import CHECKSUMS, sha256_file, write_atomic
 from meddiff_steps.imaging import card
@@ -497,7 +497,7 @@ def _write_dataset(root: Path, plan: pd.DataFrame, images: pd.DataFrame, story: 
     if volumes:
         for suffix in SUFFIXES:
             (root / f"{suffix}.json").unlink(missing_ok=True)  # the sidecar of an earlier suffix
-        _write_json(root / f"{story.config.suffix}.json", _sidecar(story))
+        _write_json(root / f"{story.config.suffix}.json", _sidecar(story.study, story.config))
     _write_texts(root, len(plan), story, part, [])
     _write_json(root / "dataset_description.json", _description(story, part, []))
     if part is not None:
@@ -604,14 +604,21 @@ def _participants_dictionary(covariates: Covariates, volumes: bool) -> dict[str,
     return fields
 
 
-def _sidecar(story: Story) -> dict[str, Any]:
+def described(study: Study) -> dict[str, bytes]:
+    """Dictionaries and licence of every dataset of a study, by name, as `complete_dataset` writes them: they follow from the study alone."""
+    volumes = study.spatial_dims == 3
+    found = {"participants.json": _json(_participants_dictionary(study.covariates, volumes)), "LICENSE": _licence(study.release).encode()}
+    return found | ({f"{study.release.suffix}.json": _json(_sidecar(study.study, study.release))} if volumes else {})
+
+
+def _sidecar(study: str, config: Release) -> dict[str, Any]:
     # Under one key of its own: BIDS-Prov (BEP028) will give GeneratedBy in sidecars another meaning.
     return {
         "Description": SYNTHETIC,
-        "SkullStripped": story.config.skull_stripped,
+        "SkullStripped": config.skull_stripped,
         "Synthesis": {
             "Synthetic": True,
-            "Study": story.study,
+            "Study": study,
             "DigitalSourceType": "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia",
             "Software": "meddiff_steps",
             "SoftwareVersion": __version__,
@@ -724,7 +731,11 @@ def _licence(config: Release) -> str:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    write_atomic(path, (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomic(path, _json(value))
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def _shorten(names: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import load_file
 
 from meddiff_steps.errors import UserError
-from meddiff_steps.files import read_json
+from meddiff_steps.files import read_json, sha256_file
 from meddiff_steps.imaging import release as imaging
 from meddiff_steps.privacy.calibration import thresholds_of
 from meddiff_steps.privacy.detectors import BATCH, score
@@ -31,6 +31,11 @@ def check_privacy(release: Sealed, results: Path, sample: int, seed: str) -> Ite
     if not rows:
         yield Check(7, "images", "not run", "nothing was released")
         return
+    stale = [path for path, digest in release.root["inputs"].items() if (results / path).is_file() and sha256_file(results / path) != digest]
+    if stale:
+        yield Check(7, "inputs", "finding", f"{len(stale)} file(s) of {results} are not those that the ledger was made from", sorted(stale)[:5])
+    else:
+        yield from _check_report(release, results)
     try:
         calibration = read_json(results / "privacy/calibration.json")
         thresholds = thresholds_of(calibration)
@@ -63,6 +68,19 @@ def check_privacy(release: Sealed, results: Path, sample: int, seed: str) -> Ite
         yield Check(7, "images", "finding", f"{len(near)} of {len(rows)} released images are nearer to a training scan than allowed", near[:5])
     else:
         yield Check(7, "images", "pass", f"none of {len(rows)} released images is nearer to a training scan than {len(similarity)} detectors allow")
+
+
+def _check_report(release: Sealed, results: Path) -> Iterator[Check]:
+    """Verdict and counts are those of the privacy report, which is the one that root.json names."""
+    said = release.root["privacy"]
+    try:
+        report = read_json(results / "privacy/report.json")
+        same = report["verdict"] == said.get("verdict") and {k: v for k, v in report["counts"].items() if isinstance(v, int)} == said.get("counts")
+    except (UserError, KeyError, AttributeError) as error:
+        yield Check(7, "inputs", "not run", f"the privacy report cannot be read ({error})")
+        return
+    good, bad = "the ledger was made from the files in", "root.json has another verdict or other counts than the privacy report in"
+    yield Check(7, "inputs", "pass" if same else "finding", f"{good if same else bad} {results}")
 
 
 def _files(results: Path) -> ReferenceFiles:

@@ -38,6 +38,10 @@ TABLE, DESCRIPTION, CHECKSUMS = "participants.tsv", "dataset_description.json", 
 #: What a dataset that is a part of a release has, beside its images.
 DATASET = (TABLE, "participants.json", DESCRIPTION, "README", "CHANGES", "LICENSE")
 
+#: How names of images end, of the ledger's and of others that could have been slipped in.
+IMAGES = (".nii", ".nii.gz", ".img", ".hdr", ".mgz", ".mgh", ".mnc", ".nrrd", ".nhdr", ".mha", ".mhd", ".dcm", ".dicom", ".npy", ".npz", ".h5", ".hdf5")
+IMAGES += (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp")
+
 #: What a row holds: the types of its fields, and of the fields of those that are objects.
 FIELDS: dict[str, tuple[type, ...]] = {
     "sample_id": (str,),
@@ -431,8 +435,9 @@ def check_completeness(release: Path, root: dict[str, Any], ledger: Ledger) -> l
 
 
 def _where_images_lie(name: str) -> bool:
+    name = name.lower()
     folders = name.split("/")[:-1]
-    return name.endswith((".nii", ".nii.gz")) or (folders[:1] != ["provenance"] and any(one == "images" or one.startswith("sub-") for one in folders))
+    return name.endswith(IMAGES) or (folders[:1] != ["provenance"] and any(one == "images" or one.startswith("sub-") for one in folders))
 
 
 def _gap(found: list[int]) -> str:
@@ -469,6 +474,7 @@ def _table_problems(release: Path, name: str, participants: dict[str, list[str]]
     yield from (f"{who}: in {name} alone" for who in sorted(set(found) - set(participants)))
     yield from (f"{who}: in the ledger alone, not in {name}" for who in sorted(set(participants) - set(found)))
     yield from (f"{who}: {found[who]}, ledger {cells}" for who, cells in sorted(participants.items()) if who in found and found[who] != cells)
+    yield from (f"line {number} of {name} has {len(row)} cells, its header {len(header)}" for number, row in enumerate(body, 2) if len(row) != len(header))
     if len(body) != len(found):
         yield f"{len(body) - len(found)} participant(s) of {name} occur twice"
     if sorted(front) not in (["participant_id"], ["image", "participant_id"]) or sorted(header[len(front) :]) != covariates:

@@ -359,6 +359,59 @@ def _circle(target: Target) -> None:
     _edit_record(target, "cohort", lambda record: record["inputs"].update(plan=plan))
 
 
+def _extra_cell(target: Target) -> None:
+    _edit_tsv(target, lambda lines: [lines[0], f"{lines[1]}\tJane Doe", *lines[2:]])
+    target.seal()
+
+
+def _slip_in_as(name: str) -> Callable[[Target], None]:
+    def apply(target: Target) -> None:
+        (target.folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(target.path(FIRST), target.folder / name)
+        target.seal()
+
+    return apply
+
+
+def _say(name: str, change: Callable[[Any], Any]) -> Callable[[Target], None]:
+    """An attack that edits one of the release's own JSON files."""
+
+    def apply(target: Target) -> None:
+        target.edit(name, change)
+        target.seal()
+
+    return apply
+
+
+def _older(target: Target) -> None:
+    """False metadata, and a version that could not make it again."""
+    target.edit(croissant.NAME, lambda c: c.update({"rai:hasSyntheticData": False}))
+    target.seal(describe=False)
+    target.edit(bundle.ROOT, lambda r: r["software"].update(version="0.0.9"))
+
+
+def _raise_limits(limit: float | None) -> Callable[[Target], None]:
+    """A copy of a training scan that was let pass, with limits of its own."""
+
+    def apply(target: Target) -> None:
+        def change(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            row = next(row for row in rows if row["sample_id"] == FIRST)
+            row.update(similarity=dict.fromkeys(row["similarity"], 0.9999), limit=dict.fromkeys(row["limit"], limit))
+            return rows
+
+        _private(target, change)
+        rows, schema = pq.read_table(target.private).to_pylist(), pq.read_schema(target.private)
+        written = ledger.write_ledger(ledger.as_tables(rows, schema), schema, target.private)
+        target.edit(bundle.ROOT, lambda r: r["private_ledger"].update(root=written.root, rows=len(rows)))
+        target.seal()
+
+    return apply
+
+
+def _privacy(change: Callable[[dict[str, Any]], Any]) -> Callable[[Target], None]:
+    return lambda target: (target.edit(bundle.ROOT, lambda root: change(root["privacy"])), target.seal())  # type: ignore[return-value]
+
+
 def _unmark(target: Target) -> None:
     volume = nib.Nifti1Image.from_filename(target.path(FIRST))
     stored = np.asarray(volume.dataobj)
@@ -479,6 +532,24 @@ SEALED_AGAIN = {
     "another picture, old voxel digest": Attack(lambda t: t.show(FIRST, _noise_image(0, 1000), honest=False), 5, "voxels"),
     "one voxel": Attack(lambda t: (_flip_voxel(t), t.seal()), 5, "voxels"),
     "moved in space": Attack(lambda t: (t.rewrite(FIRST, lambda c: c.__setitem__(slice(292, 296), struct.pack("<f", 3.0))), t.seal()), 5, "voxels"),
+    "another verdict": Attack(_privacy(lambda p: p.update(verdict="CONDITIONAL")), 4, "verdict"),
+    "nothing was rejected": Attack(_privacy(lambda p: p["counts"].update(rejected=0)), 4, "verdict"),
+    "fewer candidates": Attack(_privacy(lambda p: p["counts"].update(candidates=10)), 4, "verdict"),
+    "no counts": Attack(_privacy(lambda p: p.update(counts={})), 4, "verdict"),
+    "false metadata by another version": Attack(_older, 3, "code"),
+    "real scans, says the description": Attack(_say("dataset_description.json", lambda c: c.update(Name="Real scans")), 3, "chain"),
+    "ages in months": Attack(_say("participants.json", lambda c: c["age"].update(Units="month")), 4, "described"),
+    "sexes exchanged": Attack(_say("participants.json", lambda c: c["sex"].update(Levels={"F": "male", "M": "female"})), 4, "described"),
+    "a patient in the sidecar": Attack(_say("T1w.json", lambda c: c.update(Description="T1w of a patient")), 4, "described"),
+    "another licence": Attack(lambda t: ((t.folder / "LICENSE").write_text("All rights reserved."), t.seal()), 4, "described"),
+    "a cell too many in participants.tsv": Attack(_extra_cell, 2, "participants"),
+    "a scan slipped in, in capitals": Attack(_slip_in_as("SUB-real01/T1W.NII.GZ"), 2, "one-image-each"),
+    "a scan slipped in, of another format": Attack(_slip_in_as("real.mgz"), 2, "one-image-each"),
+    "a run with no settings": Attack(
+        lambda t: _edit_record(t, "diffusion", lambda r: r.update(config={"sections": [], "sha256": hashlib.sha256(b"{}").hexdigest()})), 4, "settings"
+    ),
+    "limits raised for one candidate": Attack(_raise_limits(1.0), 4, "private-ledger"),
+    "no limits for one candidate": Attack(_raise_limits(None), 4, "private-ledger"),
     "an image shown inverted": Attack(_rewritten(112, struct.pack("<ff", -1.0, 1000.0)), 5, "bytes"),
     "mirrored by its qform": Attack(_mirror, 5, "bytes"),
     "voxels in metres": Attack(_rewritten(123, b"\x01"), 5, "bytes"),
@@ -488,7 +559,7 @@ SEALED_AGAIN = {
     "a name in the header of the compression": Attack(_named, 5, "bytes"),
     "something behind the voxels": Attack(_behind(b"x" * 100, packed=False), 5, "bytes"),
     "much behind the voxels": Attack(_behind(os.urandom(300_000), packed=False), 5, "bytes"),
-    "an image that unpacks to 256 MB": Attack(_behind(bytes(1 << 28), packed=False), 5, "bytes"),
+    "an image that unpacks to 64 MB": Attack(_behind(bytes(1 << 26), packed=False), 5, "bytes"),
     "another file behind the compressed one": Attack(_behind(b"a scan", packed=True), 5, "bytes"),
     "a shape of 2 GB": Attack(_rewritten(40, struct.pack("<4h", 3, 1000, 1000, 1000)), 5, "format"),
     "a mark that is nested deeply": Attack(_deep_mark, 5, "marks"),
