@@ -228,10 +228,45 @@ def check_lineage(release: Sealed) -> list[Check]:
         judged(3, "chain", gaps, f"{len(steps)} runs: every file that one read is what another wrote", "gap(s) in the chain of runs"),
         judged(3, "ends", ends, "the chain leads from the ledger to the cohort", "end(s) of the chain are missing"),
         judged(3, "stray-records", stray, "no record that leads nowhere", "record(s) that do not lead to this release"),
+        judged(3, "sources", _source_problems(release, found), "every run read what its step needs", "run(s) did not read what their step needs"),
         judged(3, "weights", _weight_problems(release, found), "the rows' weights were written by recorded trainings", "row(s) or models name other weights"),
         _check_lock(release, steps),
     ]
     return checks + _code_notes(release, steps)
+
+
+def _source_problems(release: Sealed, found: lineage.Lineage) -> Iterator[str]:
+    """Runs that lack an input, and runs that made or filtered the released images with other weights than the rows name."""
+    made: set[str] = set()  # what the released images were made from
+    for record in found.steps():
+        sources = {found.records[entry["path"]]["step"] for entry in lineage.entries(record, "inputs") if entry["path"] in found.records}
+        for needed in lineage.SOURCES.get(record["step"], ()):
+            if not needed & sources:
+                yield f"{_written(record)} (step {record['step']}): read nothing of step {' or '.join(sorted(needed))}"
+        if record["step"] == "images":
+            made |= {entry["path"] for entry in lineage.entries(record, "inputs")}
+    filters = [record for record in found.steps() if record["step"] == "filter" and made & {entry["path"] for entry in lineage.entries(record, "outputs")}]
+    made = {entry["path"] for record in filters for entry in lineage.entries(record, "inputs")}
+    for record in found.steps():
+        drew = record["step"] == "generate" and made & {entry["path"] for entry in lineage.entries(record, "outputs")}
+        if not drew and record not in filters:
+            continue
+        for kind in ("autoencoder", "diffusion"):
+            read = {entry["path"] for entry in lineage.entries(record, "inputs")}
+            weights = {
+                (kind, str(entry["weights_sha256"]))
+                for path in read & set(found.records)
+                if found.records[path]["step"] == kind
+                for entry in lineage.entries(found.records[path], "outputs")
+                if entry["path"] == path and "weights_sha256" in entry
+            }
+            if not weights or not weights <= set(release.weights):
+                named = ", ".join(sorted(digest[:16] for _, digest in weights)) or "none"
+                yield f"{_written(record)} (step {record['step']}): read {kind} {named}, which the rows do not name"
+
+
+def _written(record: lineage.Record) -> str:
+    return next((str(entry["path"]) for entry in lineage.entries(record, "outputs")), "nothing")
 
 
 def _weight_problems(release: Sealed, found: lineage.Lineage) -> Iterator[str]:

@@ -353,6 +353,31 @@ def _stray_record(target: Target) -> None:
     target.seal()
 
 
+def _from_elsewhere(path: str) -> Callable[[Target], None]:
+    """The diffusion model came from a file that no run wrote."""
+    return lambda target: _edit_record(target, "generate", lambda r: r["inputs"]["diffusion"][0].update(path=path, sha256="0" * 64))
+
+
+def _keep_inputs(step: str, *names: str) -> Callable[[Target], None]:
+    return lambda target: _edit_record(target, step, lambda r: r.update(inputs={name: r["inputs"][name] for name in names}))
+
+
+def _other_training(target: Target) -> None:
+    """A second training, recorded, whose weights the images were made with; the rows name those of the first."""
+    content = json.loads(_record(target, "diffusion").read_text())
+    for entry in (one for files in content["outputs"].values() for one in files):
+        entry.update(path=f"other/{entry['path']}", **({"weights_sha256": "2" * 64} if "weights_sha256" in entry else {}))
+    write_json(target.folder / bundle.RECORDS / "other/diffusion/card.json.json", content)
+    for record in (target.folder / bundle.RECORDS / "generated").glob("*.json"):
+
+        def change(run: dict[str, Any]) -> None:
+            for name in ("diffusion", "diffusion_card"):
+                run["inputs"][name][0]["path"] = f"other/{run['inputs'][name][0]['path']}"
+
+        target.edit(record.relative_to(target.folder).as_posix(), change)
+    target.seal()
+
+
 def _circle(target: Target) -> None:
     """The cohort's manifest, made to depend on the plan that depends on it."""
     plan = json.loads(_record(target, "plan").read_text())["outputs"]["out"]
@@ -518,6 +543,14 @@ SEALED_AGAIN = {
     "a record that is missing": Attack(lambda t: (_record(t, "filter").unlink(), t.seal()), 3, "chain"),
     "no record of the cohort": Attack(lambda t: (_record(t, "cohort").unlink(), t.seal()), 3, "ends"),
     "runs in a circle": Attack(_circle, 3, "chain"),
+    "a model from elsewhere": Attack(_from_elsewhere("external/model.safetensors"), 3, "chain"),
+    "a model from a folder of this machine": Attack(_from_elsewhere("/home/me/model.safetensors"), 3, "chain"),
+    "a model that is said to be a config": Attack(_from_elsewhere("config/model.safetensors"), 3, "chain"),
+    "images made of nothing": Attack(_keep_inputs("generate", "config"), 3, "sources"),
+    "images made without a model": Attack(_keep_inputs("generate", "config", "plan"), 3, "sources"),
+    "a filter without limits": Attack(_keep_inputs("filter", "config", "plan", "generated", "autoencoder", "diffusion"), 3, "sources"),
+    "a model trained on nothing": Attack(_keep_inputs("autoencoder", "config", "manifest"), 3, "sources"),
+    "images made by another training": Attack(_other_training, 3, "sources"),
     "a record that leads nowhere": Attack(_stray_record, 3, "stray-records"),
     "no privacy report behind the ledger": Attack(lambda t: t.edit(bundle.ROOT, lambda r: r["inputs"].pop("privacy/report.json")), 3, "ends", key=False),
     "a record that is none": Attack(lambda t: _edit_record(t, "generate", lambda r: r.pop("inputs")), 0, "readable"),
