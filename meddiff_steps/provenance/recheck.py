@@ -15,8 +15,8 @@ from meddiff_steps.imaging import release as imaging
 from meddiff_steps.privacy.calibration import thresholds_of
 from meddiff_steps.privacy.detectors import BATCH, score
 from meddiff_steps.privacy.reference import ReferenceFiles, load_detectors
-from meddiff_steps.provenance.reexecution import choose
 from meddiff_steps.provenance import verify
+from meddiff_steps.provenance.reexecution import choose
 from meddiff_steps.provenance.sealed import Sealed
 from meddiff_steps.provenance.verify import Check
 
@@ -32,7 +32,9 @@ def check_privacy(release: Sealed, results: Path, sample: int, seed: str) -> Ite
     if not rows:
         yield Check(7, "images", "not run", "nothing was released")
         return
-    stale = [path for path, digest in release.root["inputs"].items() if verify.safe(path) and (results / path).is_file() and sha256_file(results / path) != digest]
+    stale = [
+        path for path, digest in release.root["inputs"].items() if verify.safe(path) and (results / path).is_file() and sha256_file(results / path) != digest
+    ]
     if stale:
         yield Check(7, "inputs", "finding", f"{len(stale)} file(s) of {results} are not those that the ledger was made from", sorted(stale)[:5])
     else:

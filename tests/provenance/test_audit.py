@@ -154,7 +154,7 @@ def test_a_proof_leads_to_the_root_and_another_row_does_not(place, tmp_path):
     (tmp_path / "proof.json").write_text(json.dumps(proof))
     command = [sys.executable, "-I", "-S", str(place.release / "provenance/verify.py"), "--proof", str(tmp_path / "proof.json")]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "leads to the ledger's root" in done.stdout
+    assert done.returncode == 0 and "leads from syn000001 to the ledger's root" in done.stdout
 
 
 def test_diff_names_the_field_that_differs(place, tmp_path):

@@ -724,6 +724,86 @@ def test_verify_sees_what_the_audit_sees(target, name):
     assert (attack.level, attack.check) in {(check["level"], check["name"]) for check in json.loads(done.stdout) if check["outcome"] == "finding"}
 
 
+def _pipe(target: Target, name: str) -> None:
+    (target.folder / name).unlink()
+    os.mkfifo(target.folder / name)
+
+
+def _link_to(target: Target, name: str, to: str) -> None:
+    (target.folder / name).unlink()
+    (target.folder / name).symlink_to(to)
+
+
+NESTED = b"[" * 200_000
+
+#: What should hang, crash or fill the memory of who looks at it: what it does, and the level and check that name it.
+HOSTILE: dict[str, tuple[Callable[[Target], Any], int, str]] = {
+    "a shard of many rows": (lambda t: t.edit(bundle.ROOT, lambda r: r["ledger"]["shards"][0].update(ranges=[[0, 10**15]])), 1, "shard-roots"),
+    "a shard of the same rows often": (lambda t: t.edit(bundle.ROOT, lambda r: r["ledger"]["shards"][0].update(ranges=[[0, 4]] * 9)), 1, "shard-roots"),
+    "a ledger without end": (lambda t: _link_to(t, bundle.LINES, "/dev/zero"), 0, "root-form"),
+    "a ledger that is a pipe": (lambda t: _pipe(t, bundle.LINES), 0, "root-form"),
+    "a table that is a pipe": (lambda t: _pipe(t, "participants.tsv"), 0, "root-form"),
+    "an image without end": (lambda t: _link_to(t, t.path(FIRST).relative_to(t.folder).as_posix(), "/dev/zero"), 0, "root-form"),
+    "a deep root.json": (lambda t: (t.folder / bundle.ROOT).write_bytes(NESTED), 0, "root-form"),
+    "a deep line": (lambda t: _edit_line(t, lambda x: [NESTED, *x[1:]]), 0, "rows-form"),
+    "a long line": (lambda t: _edit_line(t, lambda x: [b" " * (1 << 21), *x[1:]]), 0, "root-form"),
+    "a covariate that is none": (lambda t: _edit_line(t, lambda x: [x[0].replace(b'"sex":"', b'"sex":[1],"x":"'), *x[1:]]), 0, "rows-form"),
+    "a deep signature": (lambda t: (t.folder / bundle.SIGNATURE).write_bytes(NESTED), 1, "signature"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_release_is_a_finding_and_no_crash(target, name):
+    attack, level, check = HOSTILE[name]
+    attack(target)
+    done = stand_alone(target.folder, "--json", "--key", str(target.key))
+    assert done.returncode == 1 and not done.stderr
+    assert (level, check) in {(one["level"], one["name"]) for one in json.loads(done.stdout) if one["outcome"] == "finding"}
+    assert (level, check) in seen(target.audit())
+
+
+def test_deep_files_beside_the_ledger_are_findings(target):
+    for name in (bundle.CONFIG, _record(target, "generate").relative_to(target.folder).as_posix()):
+        (target.folder / name).write_bytes(NESTED)
+    assert (0, "readable") in seen(target.audit())
+
+
+def test_words_of_a_stranger_cannot_draw_on_the_terminal(target):
+    target.edit(bundle.ROOT, lambda root: root["privacy"].update(verdict="\x1b[2J\nL1  PASS"))
+    _edit_line(target, lambda lines: [lines[0].replace(b'"decision":"released"', b'"decision":"\\u001b[2J"'), *lines[1:]])
+    done = stand_alone(target.folder)
+    assert "\x1b" not in done.stdout and "\\x1b[2J" in done.stdout
+    assert not any("\x1b" in f"{check.text}{check.examples}" for check in target.audit().checks)
+
+
+def test_a_proof_needs_nothing_but_root_and_image(place, tmp_path):
+    proof, folder = tmp_path / "proof.json", tmp_path / "part"
+    written = subprocess.run([sys.executable, "-m", "meddiff_steps", "prove", FIRST, str(place.release), "--out", str(proof)], capture_output=True, text=True)
+    assert written.returncode == 0, written.stderr
+    image = f"sub-{FIRST}/anat/sub-{FIRST}_T1w.nii.gz"
+    for name in (bundle.ROOT, bundle.SIGNATURE, image):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(place.release / name, folder / name)
+
+    def outcomes() -> tuple[int, dict[str, str]]:
+        done = stand_alone(folder, "--proof", str(proof), "--key", f"{place.key}.pub", "--json")
+        return done.returncode, {check["name"]: check["outcome"] for check in json.loads(done.stdout)}
+
+    good = dict.fromkeys(("root-form", "signature", "proof", "image"), "pass")
+    assert outcomes() == (0, good)
+    _flip(folder / image, 60)
+    assert outcomes() == (1, good | {"image": "finding"})
+    (folder / image).unlink()
+    assert outcomes() == (0, good | {"image": "not run"})
+    content = json.loads(proof.read_text())
+    write_json(proof, content | {"record": content["record"].replace(FIRST, SECOND)})
+    assert outcomes() == (1, good | {"proof": "finding", "image": "not run"})
+    write_json(proof, content)
+    root = json.loads((folder / bundle.ROOT).read_text())
+    write_json(folder / bundle.ROOT, root | {"study": "other"})
+    assert outcomes() == (1, good | {"signature": "finding", "image": "not run"})
+
+
 def test_verify_that_cannot_run_says_so(tmp_path, place):
     assert stand_alone(tmp_path / "none").returncode == 2
     done = stand_alone(tmp_path)
