@@ -41,7 +41,25 @@ TABLE, DESCRIPTION, CHECKSUMS = "participants.tsv", "dataset_description.json", 
 DATASET = (TABLE, "participants.json", DESCRIPTION, "README", "CHANGES", "LICENSE")
 
 #: How names of images end, of the ledger's and of others that could have been slipped in.
-IMAGES = (".nii", ".nii.gz", ".img", ".hdr", ".mgz", ".mgh", ".mnc", ".nrrd", ".nhdr", ".mha", ".mhd", ".dcm", ".dicom", ".npy", ".npz", ".h5", ".hdf5")
+IMAGES: tuple[str, ...] = (
+    ".nii",
+    ".nii.gz",
+    ".img",
+    ".hdr",
+    ".mgz",
+    ".mgh",
+    ".mnc",
+    ".nrrd",
+    ".nhdr",
+    ".mha",
+    ".mhd",
+    ".dcm",
+    ".dicom",
+    ".npy",
+    ".npz",
+    ".h5",
+    ".hdf5",
+)
 IMAGES += (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp")
 
 #: What a row holds: the types of its fields, and of the fields of those that are objects.
@@ -378,7 +396,8 @@ def check_integrity(
 
 
 def _shard_problems(shards: list[Any], ledger: Ledger) -> list[str]:
-    wrong, seen = [], [0] * len(ledger.leaves)
+    wrong: list[str] = []
+    seen = [0] * len(ledger.leaves)
     left = len(seen)  # rows that no shard has named; more than there are need not be counted
     for entry in shards:
         try:
