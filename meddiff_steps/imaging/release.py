@@ -15,8 +15,10 @@ import hashlib
 import io
 import json
 import logging
+import math
 import re
 import shutil
+import stat
 import sys
 import zlib
 from collections.abc import Collection, Mapping, Sequence
@@ -34,7 +36,7 @@ from tqdm import tqdm
 
 from meddiff_steps import __version__
 from meddiff_steps.cohort.manifest import content_digest
-from meddiff_steps.config import CategoricalCovariate, Covariates, Release
+from meddiff_steps.config import CategoricalCovariate, Covariates, Release, Study
 from meddiff_steps.errors import UserError
 from meddiff_steps.files import CHECKSUMS, sha256_file, write_atomic
 from meddiff_steps.imaging import card
@@ -49,6 +51,8 @@ VOLUME_SCALE, PICTURE_SCALE = 1000, 255
 GZIP_LEVEL = 6
 #: NIfTI header extension code "comment": plain text, read by every tool that reads extensions.
 COMMENT = 6
+#: Bytes of a NIfTI-1 header.
+_HEADER = 348
 BIDS_VERSION = "1.10.0"
 #: Version of the dataset; CHANGES tells of it.
 VERSION = "1.0.0"
@@ -112,6 +116,11 @@ def encode_volume(image: np.ndarray, grid: Grid, sample_id: str, study: str) -> 
         int16 (x, y, z), 0 to 1000.
     """
     stored = np.rint(image * VOLUME_SCALE).astype(np.int16)
+    return gzip.compress(_volume(stored, grid, sample_id, study), GZIP_LEVEL, mtime=0), stored
+
+
+def _volume(stored: np.ndarray, grid: Grid, sample_id: str, study: str) -> bytes:
+    """The NIfTI file of stored values, not compressed."""
     volume = nib.Nifti1Image(stored, grid.affine)
     volume.header.set_xyzt_units("mm", "sec")
     volume.header.set_slope_inter(1, 0)
@@ -120,18 +129,22 @@ def encode_volume(image: np.ndarray, grid: Grid, sample_id: str, study: str) -> 
     volume.set_qform(grid.affine, code="aligned")  # not "scanner": there was none
     volume.set_sform(grid.affine, code="aligned")
     volume.header.extensions.append(nib.nifti1.Nifti1Extension(COMMENT, _mark(sample_id, study).encode()))
-    return gzip.compress(volume.to_bytes(), GZIP_LEVEL, mtime=0), stored
+    return volume.to_bytes()
 
 
 def encode_picture(image: np.ndarray, sample_id: str, study: str) -> tuple[bytes, np.ndarray]:
     """A PNG file (bytes) and its pixels, uint8 (rows, columns), from `image` (rows, columns) in [0, 1]."""
     stored = np.rint(image * PICTURE_SCALE).astype(np.uint8)
+    return _picture(stored, sample_id, study), stored
+
+
+def _picture(stored: np.ndarray, sample_id: str, study: str) -> bytes:
     text = PngInfo()
     text.add_text("Description", SYNTHETIC)
     text.add_text("Synthesis", _mark(sample_id, study))
     stream = io.BytesIO()
     PilImage.fromarray(stored).save(stream, format="PNG", pnginfo=text)
-    return stream.getvalue(), stored
+    return stream.getvalue()
 
 
 def encode(image: np.ndarray, grid: Grid, sample_id: str, study: str) -> tuple[bytes, np.ndarray]:
@@ -159,10 +172,20 @@ def read_mark(path: Path) -> dict[str, Any] | None:
             with PilImage.open(path, formats=["PNG"]) as picture:
                 text = picture.info.get("Synthesis")
         else:
-            header = nib.load(path).header
-            text = next((e.text for e in header.extensions if e.code == COMMENT), None)  # type: ignore[attr-defined]
-        mark = json.loads(text) if text else None
+            text = _comment(nib.load(path).header)
     except (OSError, EOFError, zlib.error, ValueError, AttributeError, nib.filebasedimages.ImageFileError):
+        return None
+    return _read_mark(text)
+
+
+def _comment(header: Any) -> str | None:
+    return next((e.text for e in header.extensions if e.code == COMMENT), None)
+
+
+def _read_mark(text: str | None) -> dict[str, Any] | None:
+    try:
+        mark = json.loads(text) if text else None
+    except (ValueError, RecursionError):
         return None
     return mark if isinstance(mark, dict) and mark.get("synthetic") is True else None
 
@@ -171,23 +194,125 @@ class Undecodable(Exception):
     """A file is not the image that its name promises."""
 
 
-def decode(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
-    """Stored values, affine (None for a picture) and description of a released image.
+class OtherForm(Undecodable):
+    """It is an image, but of another shape or type; its values were not read."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A released image as read back.
+
+    Attributes
+    ----------
+    stored, affine
+        Its values (*spatial) and, of a volume, its affine (4, 4).
+    description, mark
+        What it says of itself; the mark is None if there is none.
+    content
+        The file, without its compression if it is a volume.
+    behind
+        What does not belong to the image that was read.
+    """
+
+    stored: np.ndarray
+    affine: np.ndarray | None
+    description: str
+    mark: dict[str, Any] | None
+    content: bytes
+    behind: list[str]
+
+
+#: Bytes that an image may have beside its values: headers and marks have less than a thousand.
+_BESIDE = 1 << 16
+
+
+def decode(path: Path, grid: Grid) -> Decoded:
+    """A released image.  No more is read, or unpacked, than an image of this grid can have.
 
     Raises
     ------
     Undecodable
-        The file cannot be decoded.
+        The file cannot be decoded, or (`OtherForm`) is no image of this grid.
     """
     try:
-        if path.suffix == ".png":
-            with PilImage.open(path, formats=["PNG"]) as picture:
-                return np.asarray(picture), None, str(picture.info.get("Description", ""))
-        volume = nib.Nifti1Image.from_filename(path)
-        header: Any = volume.header
-        return np.asarray(volume.dataobj.get_unscaled()), volume.affine, header["descrip"].item().decode("ascii", "replace")  # type: ignore[attr-defined]
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise Undecodable("a link, or no file")
+        most = math.prod(grid.shape) * (2 if len(grid.shape) == 3 else 1) + _BESIDE
+        with open(path, "rb") as stream:
+            packed = stream.read(2 * most)  # more than what no compression would make shorter
+        return _decode_volume(packed, grid, most) if len(grid.shape) == 3 else _decode_picture(packed, grid)
+    except Undecodable:
+        raise
     except Exception as error:  # noqa: BLE001 decoders raise anything on damaged data
         raise Undecodable(f"{type(error).__name__}: {error}") from None
+
+
+def _decode_volume(packed: bytes, grid: Grid, most: int) -> Decoded:
+    unpacker = zlib.decompressobj(31)
+    content = unpacker.decompress(packed, most)
+    behind = []
+    if packed[3:8] != bytes(5):
+        behind.append("fields in the header of its compression")
+    if unpacker.unused_data:
+        behind.append("bytes behind its compressed content")
+    if not unpacker.eof:
+        if len(content) < most:
+            raise Undecodable("cut short")
+        behind.append(f"more than {most} bytes")
+    header = nib.Nifti1Header.from_fileobj(io.BytesIO(content))
+    _check_form(tuple(header.get_data_shape()), header.get_data_dtype(), grid, np.int16)
+    volume = nib.Nifti1Image.from_bytes(content)
+    stored = np.asarray(volume.dataobj.get_unscaled())  # type: ignore[attr-defined]
+    return Decoded(stored, volume.affine, header["descrip"].item().decode("ascii", "replace"), _read_mark(_comment(header)), content, behind)
+
+
+def _decode_picture(content: bytes, grid: Grid) -> Decoded:
+    with PilImage.open(io.BytesIO(content), formats=["PNG"]) as picture:
+        _check_form(picture.size[::-1], np.dtype(np.uint8) if picture.mode == "L" else picture.mode, grid, np.uint8)
+        stored = np.asarray(picture)
+        return Decoded(stored, None, str(picture.info.get("Description", "")), _read_mark(picture.info.get("Synthesis")), content, [])
+
+
+def _check_form(shape: tuple[int, ...], kind: Any, grid: Grid, expected: Any) -> None:
+    if shape != grid.shape or kind != expected:
+        raise OtherForm(f"{kind} {shape}, expected {np.dtype(expected)} {grid.shape}")
+
+
+def departures(image: Decoded, grid: Grid, sample_id: str, study: str) -> list[str]:
+    """What a file holds otherwise than `encode` writes it for the same stored values: every tool then shows what the ledger holds, and nothing is hidden."""
+    if len(grid.shape) == 3:
+        return image.behind + _volume_departures(image.content, _volume(image.stored, grid, sample_id, study))
+    found, pixels = _chunks(image.content)
+    expected, _ = _chunks(_picture(image.stored, sample_id, study))
+    unpacker, size = zlib.decompressobj(), grid.shape[0] * (grid.shape[1] + 1)
+    try:
+        whole = len(unpacker.decompress(pixels, size + 1)) == size and unpacker.eof and not unpacker.unused_data
+    except zlib.error:
+        whole = False
+    return ([] if found == expected else ["other chunks than texts and pixels"]) + ([] if whole else ["more or less than its pixels"])
+
+
+def _volume_departures(content: bytes, expected: bytes) -> list[str]:
+    if content == expected:
+        return []
+    found, wanted = (np.frombuffer(one, nib.nifti1.header_dtype, 1)[0] for one in (content, expected))
+    fields = [name for name in nib.nifti1.header_dtype.names or () if found[name].tobytes() != wanted[name].tobytes()]
+    # The quaternion comes from an eigenvector, whose last bits are those of the machine.
+    wrong = [name for name in fields if not (name.startswith("quatern_") and abs(found[name] - wanted[name]) <= 1e-6)]
+    return [f"other {', '.join(wrong)}"] * bool(wrong) + ["other bytes behind its header"] * (content[_HEADER:] != expected[_HEADER:])
+
+
+def _chunks(content: bytes) -> tuple[list[bytes], bytes]:
+    """The chunks of a PNG but for its pixels, and these, packed: another version of zlib packs the same ones otherwise."""
+    others, pixels, place = [content[:8]], b"", 8
+    while place < len(content):
+        end = place + 12 + int.from_bytes(content[place : place + 4], "big")
+        if content[place + 4 : place + 8] == b"IDAT":
+            pixels += content[place + 8 : end - 4]
+        else:
+            others.append(content[place:end])
+        place = end
+    return others, pixels
 
 
 def write_images(
@@ -372,7 +497,7 @@ def _write_dataset(root: Path, plan: pd.DataFrame, images: pd.DataFrame, story: 
     if volumes:
         for suffix in SUFFIXES:
             (root / f"{suffix}.json").unlink(missing_ok=True)  # the sidecar of an earlier suffix
-        _write_json(root / f"{story.config.suffix}.json", _sidecar(story))
+        _write_json(root / f"{story.config.suffix}.json", _sidecar(story.study, story.config))
     _write_texts(root, len(plan), story, part, [])
     _write_json(root / "dataset_description.json", _description(story, part, []))
     if part is not None:
@@ -479,14 +604,21 @@ def _participants_dictionary(covariates: Covariates, volumes: bool) -> dict[str,
     return fields
 
 
-def _sidecar(story: Story) -> dict[str, Any]:
+def described(study: Study) -> dict[str, bytes]:
+    """Dictionaries and licence of every dataset of a study, by name, as `complete_dataset` writes them: they follow from the study alone."""
+    volumes = study.spatial_dims == 3
+    found = {"participants.json": _json(_participants_dictionary(study.covariates, volumes)), "LICENSE": _licence(study.release).encode()}
+    return found | ({f"{study.release.suffix}.json": _json(_sidecar(study.study, study.release))} if volumes else {})
+
+
+def _sidecar(study: str, config: Release) -> dict[str, Any]:
     # Under one key of its own: BIDS-Prov (BEP028) will give GeneratedBy in sidecars another meaning.
     return {
         "Description": SYNTHETIC,
-        "SkullStripped": story.config.skull_stripped,
+        "SkullStripped": config.skull_stripped,
         "Synthesis": {
             "Synthetic": True,
-            "Study": story.study,
+            "Study": study,
             "DigitalSourceType": "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia",
             "Software": "meddiff_steps",
             "SoftwareVersion": __version__,
@@ -599,7 +731,11 @@ def _licence(config: Release) -> str:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    write_atomic(path, (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomic(path, _json(value))
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def _shorten(names: Sequence[str]) -> str:

@@ -136,7 +136,7 @@ def audit(request: Request) -> Report:
         report.checks += [Check(level, "all", "not run", "L0 found the ledger, the config or the records malformed") for level in range(3, 8)]
         return report
     report.checks += check_lineage(release)
-    report.checks += [*check_recipes(release, request.private), check_metadata(release)]
+    report.checks += [*check_recipes(release, request.private), check_metadata(release), check_described(release)]
     if request.hash_images:
         report.checks += check_content(release)
     else:
@@ -221,14 +221,52 @@ def check_lineage(release: Sealed) -> list[Check]:
     gaps = [f"{path}: no run wrote it" for path in found.missing]
     gaps += [f"{path}: read with SHA-256 {wanted[:16]}, but written with {written[:16]}" for path, wanted, written in found.stale]
     gaps += [f"{path}: leads to itself" for path in sorted(set(found.cyclic))]
+    for path, digest in inputs.items():  # what of the release itself the ledger was made from
+        if path.startswith("release/") and release.root["files"].get(path.removeprefix("release/"), {}).get("sha256") != digest:
+            gaps.append(f"{path}: read with SHA-256 {digest[:16]}, but sealed with another")
     checks = [
         judged(3, "chain", gaps, f"{len(steps)} runs: every file that one read is what another wrote", "gap(s) in the chain of runs"),
         judged(3, "ends", ends, "the chain leads from the ledger to the cohort", "end(s) of the chain are missing"),
         judged(3, "stray-records", stray, "no record that leads nowhere", "record(s) that do not lead to this release"),
+        judged(3, "sources", _source_problems(release, found), "every run read what its step needs", "run(s) did not read what their step needs"),
         judged(3, "weights", _weight_problems(release, found), "the rows' weights were written by recorded trainings", "row(s) or models name other weights"),
         _check_lock(release, steps),
     ]
     return checks + _code_notes(release, steps)
+
+
+def _source_problems(release: Sealed, found: lineage.Lineage) -> Iterator[str]:
+    """Runs that lack an input, and runs that made or filtered the released images with other weights than the rows name."""
+    made: set[str] = set()  # what the released images were made from
+    for record in found.steps():
+        sources = {found.records[entry["path"]]["step"] for entry in lineage.entries(record, "inputs") if entry["path"] in found.records}
+        for needed in lineage.SOURCES.get(record["step"], ()):
+            if not needed & sources:
+                yield f"{_written(record)} (step {record['step']}): read nothing of step {' or '.join(sorted(needed))}"
+        if record["step"] == "images":
+            made |= {entry["path"] for entry in lineage.entries(record, "inputs")}
+    filters = [record for record in found.steps() if record["step"] == "filter" and made & {entry["path"] for entry in lineage.entries(record, "outputs")}]
+    made = {entry["path"] for record in filters for entry in lineage.entries(record, "inputs")}
+    for record in found.steps():
+        drew = record["step"] == "generate" and made & {entry["path"] for entry in lineage.entries(record, "outputs")}
+        if not drew and record not in filters:
+            continue
+        for kind in ("autoencoder", "diffusion"):
+            read = {entry["path"] for entry in lineage.entries(record, "inputs")}
+            weights = {
+                (kind, str(entry["weights_sha256"]))
+                for path in read & set(found.records)
+                if found.records[path]["step"] == kind
+                for entry in lineage.entries(found.records[path], "outputs")
+                if entry["path"] == path and "weights_sha256" in entry
+            }
+            if not weights or not weights <= set(release.weights):
+                named = ", ".join(sorted(digest[:16] for _, digest in weights)) or "none"
+                yield f"{_written(record)} (step {record['step']}): read {kind} {named}, which the rows do not name"
+
+
+def _written(record: lineage.Record) -> str:
+    return next((str(entry["path"]) for entry in lineage.entries(record, "outputs")), "nothing")
 
 
 def _weight_problems(release: Sealed, found: lineage.Lineage) -> Iterator[str]:
@@ -260,7 +298,9 @@ def _code_notes(release: Sealed, steps: list[lineage.Record]) -> list[Check]:
     commits = Counter(str(record["code"].get("commit"))[:12] for record in steps)
     dirty = sorted({record["step"] for record in steps if record["code"].get("dirty")})
     notes = []
-    if set(versions) != {release.root["software"].get("version")} or len(commits) > 1:
+    if release.root["software"].get("version") not in versions:
+        notes.append(Check(3, "code", "finding", f"sealed by version {str(release.root['software'].get('version'))[:40]!r}, but runs by {dict(versions)}"))
+    elif set(versions) != {release.root["software"].get("version")} or len(commits) > 1:
         notes.append(Check(3, "code", "note", f"runs by versions {dict(versions)}, commits {dict(commits)}"))
     if dirty:
         notes.append(Check(3, "uncommitted", "note", f"steps with uncommitted changes: {', '.join(dirty)}; their code digests are in the records"))
@@ -286,7 +326,8 @@ def check_recipes(release: Sealed, private: Path | None) -> list[Check]:
         name, group = row["sample_id"], groups.get(row["group"])
         counts[row["group"]] += 1
         decisions[row["privacy"]["decision"]] += 1
-        outcomes[name] = (row["attempt"], row["seed_key"], row["privacy"]["attempts"])
+        held = str(row["covariates"].get(study.privacy.subgroup)) if study.privacy.subgroup else "all"
+        outcomes[name] = (row["attempt"], row["seed_key"], row["privacy"]["attempts"], held)
         if group is None:
             wrong["groups"].append(f"{name}: group {row['group']!r} is not in the plan")
             continue
@@ -328,7 +369,7 @@ def check_recipes(release: Sealed, private: Path | None) -> list[Check]:
         judged(4, "covariates", wrong["covariates"], "all covariates are what the plan allows", "covariate(s) are not what the plan allows"),
         judged(4, "groups", wrong["groups"], f"{len(groups)} group(s) have their planned size", "problem(s) with groups"),
         judged(4, "attempts", wrong["attempts"], "attempts and decisions fit together", "row(s) whose attempts and decisions do not fit"),
-        judged(4, "verdict", _verdict_problems(release, decisions), f"counts and verdict ({release.root['privacy'].get('verdict')}) fit", "problem(s)"),
+        judged(4, "verdict", _verdict_problems(release, decisions, outcomes), f"counts and verdict ({_verdict(release)}) fit", "problem(s)"),
         judged(4, "settings", _settings_problems(release), "the settings of every run are those of config.json", "run(s) had other settings than config.json"),
         *check_private(release, private, outcomes),
     ]
@@ -390,6 +431,12 @@ def _fulfils(value: Any, condition: Any, categorical: bool) -> bool:
     return condition[0] <= value <= condition[1]
 
 
+def _verdict(release: Sealed) -> str:
+    """The verdict as it can be shown: a stranger wrote it."""
+    said = str(release.root["privacy"].get("verdict"))
+    return said if said in ("PASS", "CONDITIONAL", "FAIL") else repr(said[:40])
+
+
 def _attempt_problems(row: ledger.Row, most: int) -> Iterator[str]:
     made = row["privacy"]["attempts"]
     if not 1 <= made <= most:
@@ -400,15 +447,30 @@ def _attempt_problems(row: ledger.Row, most: int) -> Iterator[str]:
         yield f"given up after {made} of {most} attempts"
 
 
-def _verdict_problems(release: Sealed, decisions: Counter[str]) -> Iterator[str]:
+def _verdict_problems(release: Sealed, decisions: Counter[str], outcomes: Mapping[str, Outcome]) -> Iterator[str]:
     study, said = release.study, release.root["privacy"]
     assert study is not None
     if said.get("verdict") == "FAIL" and study.privacy.enforce == "stop":
         yield "the verdict is FAIL and privacy.enforce is stop, but there is a release"
-    counts = said.get("counts", {})
-    for name, found in (("planned", sum(decisions.values())), ("released", decisions["released"])):
-        if counts.get(name, found) != found:
-            yield f"{found} {name} by the ledger, {counts[name]} by the privacy report"
+    try:
+        described = str(read_json(release.folder / verify.DESCRIPTION).get("Description"))
+    except UserError as error:
+        described = str(error)
+    if f"Verdict: {said.get('verdict')}." not in described:
+        yield f"{verify.DESCRIPTION} does not say the verdict that root.json says, {str(said.get('verdict'))[:40]!r}"
+    candidates = sum(made for _, _, made, _ in outcomes.values())
+    found = {
+        "planned": sum(decisions.values()),
+        "released": decisions["released"],
+        "duplicates": decisions["duplicate"],
+        "failed": decisions["rejected"],
+        "candidates": candidates,
+        "rejected": candidates - decisions["released"] - decisions["duplicate"],
+    }
+    counts = said.get("counts")
+    for name, number in found.items():
+        if (told := counts.get(name) if isinstance(counts, dict) else None) != number:
+            yield f"{number} {name} by the ledger, {str(told)[:40]!r} by the privacy report"
 
 
 def _settings_problems(release: Sealed) -> Iterator[str]:
@@ -422,7 +484,8 @@ def _settings_problems(release: Sealed) -> Iterator[str]:
             known = {hashlib.sha256(canonical_bytes(config.part_of(content, said["sections"]))).hexdigest() for content in plans}
         except (KeyError, TypeError, ValueError):
             known = set()
-        if said.get("sha256") not in known:
+        # Of nothing the digest is always right.
+        if said.get("sha256") not in known or said.get("sections") != list(config.STAGES.get(record["step"], ())):
             yield f"{path} (step {record['step']})"
 
 
@@ -444,8 +507,30 @@ def check_metadata(release: Sealed) -> Check:
     return judged(4, name, wrong, f"{croissant.NAME} and {crate.NAME} follow from the release", "problem(s) with metadata")
 
 
-#: Attempt and key of a subject's released image (None if there is none), and the number of its attempts.
-Outcome = tuple[int | None, str | None, int]
+def check_described(release: Sealed) -> Check:
+    """L4: what explains tables and images follows from the config; made again, it is the same."""
+    study, name = release.study, "described"
+    assert study is not None
+    written = release.records.get("release/dataset_description.json")
+    version = written["code"].get("version") if written else None
+    if version != __version__:
+        return Check(4, name, "note", f"dictionaries and licence are by version {str(version)[:40]!r} and cannot be made again by version {__version__}")
+    layout = Layout.of(study.spatial_dims, study.plan, study.release)
+    # Planned folders of subjects that all failed are not there.
+    folders = sorted({verify.placed(row["image"]["path"])[0] for row in release.released()} if layout.size else {""})
+    wrong = []
+    for place, (file, content) in itertools.product(folders, imaging.described(study).items()):
+        path = release.folder / place / file
+        try:
+            if path.stat().st_size != len(content) or path.read_bytes() != content:
+                wrong.append(f"{PurePosixPath(place, file)}: says something else than the config")
+        except OSError as error:
+            wrong.append(f"{PurePosixPath(place, file)}: {error.strerror}")
+    return judged(4, name, wrong, f"{', '.join(imaging.described(study))} follow from the config", "file(s) say something else than the config")
+
+
+#: Attempt and key of a subject's released image (None if there is none), the number of its attempts, and its subgroup of the filter.
+Outcome = tuple[int | None, str | None, int, str]
 
 
 def check_private(release: Sealed, private: Path | None, outcomes: Mapping[str, Outcome]) -> list[Check]:
@@ -457,11 +542,16 @@ def check_private(release: Sealed, private: Path | None, outcomes: Mapping[str, 
     accepted: dict[str, tuple[int, str]] = {}
     tries: Counter[str] = Counter()
     wrong: list[str] = []
+    limits: dict[str, Any] = {}
     try:
         for table in ledger.read_tables(private):
             leaves += map(verify.leaf_hash, canonical_lines(table))
             names, tried, decided, keys = (table[name].to_pylist() for name in ("sample_id", "attempt", "decision", "seed_key"))
             tries.update(names)
+            for name, limit in zip(names, table["limit"].to_pylist(), strict=True):
+                group = outcomes[name][3] if name in outcomes else ""
+                if limits.setdefault(group, limit) != limit:
+                    wrong.append(f"{name}: limits {limit}, those of its subgroup {group!r} are {limits[group]}")
             accepted |= {name: (attempt, key) for name, attempt, key, decision in zip(names, tried, keys, decided, strict=True) if decision == "accepted"}
             for row in table.filter(_to_look_at(table)).to_pylist():
                 wrong += [f"{row['sample_id']}, attempt {row['attempt']}: {problem}" for problem in _candidate_problems(row)]
@@ -469,7 +559,7 @@ def check_private(release: Sealed, private: Path | None, outcomes: Mapping[str, 
         return [Check(4, "private-ledger", "finding", f"{private} cannot be read as the private ledger ({error})")]
     if verify.merkle_root(leaves).hex() != sealed.get("root") or len(leaves) != sealed.get("rows"):
         wrong.append("its root is not the one that root.json commits to")
-    for name, (attempt, key, attempts) in outcomes.items():
+    for name, (attempt, key, attempts, _) in outcomes.items():
         if accepted.get(name, (None, None)) != (attempt, key):
             wrong.append(f"{name}: released and accepted do not fit together")
         if tries[name] != attempts:
@@ -505,9 +595,9 @@ def check_content(release: Sealed) -> list[Check]:
     """L5: every image is decoded; it says that it is synthetic, and is what the ledger says it shows."""
     study = release.study
     assert study is not None
-    wrong: dict[str, list[str]] = {name: [] for name in ("decodes", "format", "voxels", "marks", "twins")}
+    wrong: dict[str, list[str]] = {name: [] for name in ("decodes", "format", "voxels", "bytes", "marks", "twins")}
     shown: dict[str, tuple[str, str]] = {}
-    layout = Layout.of(study.spatial_dims, study.plan, study.release)
+    layout, grid = Layout.of(study.spatial_dims, study.plan, study.release), imaging.Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
     folders: set[str] = set()
     for row in tqdm(release.released(), total=release.root["ledger"]["released"], desc="content", unit="image", mininterval=5, file=sys.stderr):
         name, path = row["sample_id"], release.folder / row["image"]["path"]
@@ -518,34 +608,33 @@ def check_content(release: Sealed) -> list[Check]:
         if row["image"]["path"] != layout.path(name, row["group"], row["index"]):
             wrong["format"].append(f"{name}: lies at {row['image']['path']}")
         try:
-            stored, affine, description = imaging.decode(path)
+            image = imaging.decode(path, grid)
         except imaging.Undecodable as error:
-            wrong["decodes"].append(f"{row['image']['path']}: {error}")
+            wrong["format" if isinstance(error, imaging.OtherForm) else "decodes"].append(f"{row['image']['path']}: {error}")
             continue
-        wrong["format"] += [f"{name}: {problem}" for problem in _format_problems(stored, study)]
-        if imaging.voxel_digest(stored, affine) != row["image"]["voxel_sha256"]:
+        wrong["format"] += [f"{name}: {problem}" for problem in _format_problems(image.stored)]
+        if imaging.voxel_digest(image.stored, image.affine) != row["image"]["voxel_sha256"]:
             wrong["voxels"].append(name)
-        mark = imaging.read_mark(path)
-        if not description.startswith("SYNTHETIC"):
-            wrong["marks"].append(f"{name}: the description is {description[:40]!r}")
-        if mark is None or mark.get("sample_id") != name or mark.get("study") != study.study:
-            wrong["marks"].append(f"{name}: the mark is {mark}")
+        wrong["bytes"] += [f"{name}: {problem}" for problem in imaging.departures(image, grid, name, study.study)]
+        if not image.description.startswith("SYNTHETIC"):
+            wrong["marks"].append(f"{name}: the description is {image.description[:40]!r}")
+        if image.mark is None or image.mark.get("sample_id") != name or image.mark.get("study") != study.study:
+            wrong["marks"].append(f"{name}: the mark is {str(image.mark)[:200]!r}")
     wrong["marks"] += _dataset_marks(release.folder, study, folders or {""})
     count = release.root["ledger"]["released"]
     return [
         judged(5, "decodes", wrong["decodes"], f"{count} images can be decoded", "image(s) cannot be decoded"),
         judged(5, "format", wrong["format"], "shape, type and range are the study's", "problem(s) with shape, type, range or place"),
         judged(5, "voxels", wrong["voxels"], "what the images show is what the ledger holds", "image(s) show something else than the ledger says"),
+        judged(5, "bytes", wrong["bytes"], "no image holds anything else: headers are as they are written", "thing(s) in images that no image is written with"),
         judged(5, "marks", wrong["marks"], "every image and the dataset say that they are synthetic", "mark(s) are missing or wrong"),
         judged(5, "twins", wrong["twins"], "no two subjects show the same", "pair(s) of subjects show the same"),
     ]
 
 
-def _format_problems(stored: np.ndarray, study: config.Study) -> Iterator[str]:
-    kind, top = (np.int16, imaging.VOLUME_SCALE) if study.spatial_dims == 3 else (np.uint8, imaging.PICTURE_SCALE)
-    if stored.shape != tuple(study.preprocess.shape) or stored.dtype != kind:
-        yield f"{stored.dtype} {stored.shape}, expected {np.dtype(kind)} {tuple(study.preprocess.shape)}"
-    elif stored.min() < 0 or stored.max() > top:
+def _format_problems(stored: np.ndarray) -> Iterator[str]:
+    top = imaging.VOLUME_SCALE if stored.ndim == 3 else imaging.PICTURE_SCALE
+    if stored.min() < 0 or stored.max() > top:
         yield f"values from {stored.min()} to {stored.max()}, expected 0 to {top}"
     elif stored.min() == stored.max():
         yield f"the same value everywhere ({stored.min()})"

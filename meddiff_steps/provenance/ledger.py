@@ -263,7 +263,7 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, Row]]:
             content = line.removesuffix(b"\n")
             try:
                 row = json.loads(content)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: not JSON ({error}). The file was changed; get the release again.") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number}: expected an object. The file was changed; get the release again.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -39,9 +40,36 @@ def check_record(record: Any, name: str) -> None:
                     raise UserError(f"{name}: {side} must list files with path and sha256. Get the release again, or run the workflow again.")
 
 
-def is_declared(path: str) -> bool:
-    """Whether a file needs no run behind it: a frozen config (checked against the published one) or a file from outside the study."""
-    return path.startswith(("config/", "external/")) or PurePosixPath(path).is_absolute()
+#: Steps whose settings may name files from outside the study: tables, masks, weights, labels.  What all others read, a run wrote.
+FROM_OUTSIDE = frozenset({"cohort", "preprocess", "autoencoder", "plan", "segmenter", "evaluate"})
+#: What a run of a step must have read, by the steps that write it, any one of each set.
+SOURCES: dict[str, tuple[frozenset[str], ...]] = {
+    step: tuple(frozenset(one.split("|")) for one in needed.split())
+    for step, needed in {
+        "preprocess": "cohort",
+        "autoencoder": "cohort preprocess",
+        "latents": "autoencoder preprocess|filter",
+        "diffusion": "cohort|distill latents",
+        "distill": "plan filter|privacy",
+        "calibrate": "autoencoder preprocess",
+        "plan": "cohort",
+        "generate": "plan autoencoder diffusion",
+        "filter": "plan generate calibrate autoencoder diffusion",
+        "privacy": "plan filter",
+        "gate": "plan privacy",
+        "images": "filter gate",
+    }.items()
+}
+
+
+def is_declared(record: Record, name: str, path: str) -> bool:
+    """Whether a file that a run read as `name` needs no run behind it.
+
+    That is its frozen config, whose content is checked against the published one, and, of the steps that may read such, a file from outside the study.
+    """
+    if name == "config":
+        return re.fullmatch(rf"config/{re.escape(record['step'])}-[0-9a-f]{{16}}\.json", path) is not None
+    return record["step"] in FROM_OUTSIDE and (path.startswith("external/") or PurePosixPath(path).is_absolute())
 
 
 @dataclass
@@ -89,8 +117,6 @@ def trace(heads: Mapping[str, str], producer: Any) -> Lineage:
                 above.discard(path)
                 done.add(path)
                 continue
-            if is_declared(path):
-                continue
             if path in above:
                 found.cyclic.append(path)
                 continue
@@ -107,7 +133,12 @@ def trace(heads: Mapping[str, str], producer: Any) -> Lineage:
                 found.records.setdefault(entry["path"], record)
             above.add(path)
             stack.append((path, wanted, True))
-            stack += [(entry["path"], entry["sha256"], False) for entry in entries(record, "inputs")]
+            stack += [
+                (entry["path"], entry["sha256"], False)
+                for name, files in record["inputs"].items()
+                for entry in files
+                if not is_declared(record, name, entry["path"])
+            ]
     found.missing = sorted(set(found.missing))
     return found
 

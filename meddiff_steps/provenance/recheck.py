@@ -10,12 +10,13 @@ import torch
 from safetensors.numpy import load_file
 
 from meddiff_steps.errors import UserError
-from meddiff_steps.files import read_json
+from meddiff_steps.files import read_json, sha256_file
 from meddiff_steps.imaging import release as imaging
 from meddiff_steps.privacy.calibration import thresholds_of
 from meddiff_steps.privacy.detectors import score
 from meddiff_steps.privacy.reference import ReferenceFiles, load_detectors
 from meddiff_steps.privacy.size import batch_size
+from meddiff_steps.provenance import verify
 from meddiff_steps.provenance.reexecution import choose
 from meddiff_steps.provenance.sealed import Sealed
 from meddiff_steps.provenance.verify import Check
@@ -32,6 +33,13 @@ def check_privacy(release: Sealed, results: Path, sample: int, seed: str) -> Ite
     if not rows:
         yield Check(7, "images", "not run", "nothing was released")
         return
+    stale = [
+        path for path, digest in release.root["inputs"].items() if verify.safe(path) and (results / path).is_file() and sha256_file(results / path) != digest
+    ]
+    if stale:
+        yield Check(7, "inputs", "finding", f"{len(stale)} file(s) of {results} are not those that the ledger was made from", sorted(stale)[:5])
+    else:
+        yield from _check_report(release, results)
     try:
         calibration = read_json(results / "privacy/calibration.json")
         thresholds = thresholds_of(calibration)
@@ -43,11 +51,13 @@ def check_privacy(release: Sealed, results: Path, sample: int, seed: str) -> Ite
         yield Check(7, "images", "not run", f"too few unseen subjects for limits ({calibration['subjects']} of {calibration.get('needed')})")
         return
     scale = imaging.VOLUME_SCALE if study.spatial_dims == 3 else imaging.PICTURE_SCALE
+    grid = imaging.Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
     try:
-        stack = np.stack([imaging.decode(release.folder / row["image"]["path"])[0].astype(np.float32) / scale for row in rows])[:, None]
+        stored = [imaging.decode(release.folder / row["image"]["path"], grid).stored for row in rows]
     except imaging.Undecodable as error:
         yield Check(7, "images", "finding", f"an image cannot be decoded ({error})")
         return
+    stack = np.stack(stored).astype(np.float32)[:, None] / scale
     size = batch_size(stack.shape[1:])
     parts = [score(detectors, torch.from_numpy(stack[start : start + size]))[0] for start in range(0, len(stack), size)]
     similarity = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -63,6 +73,19 @@ def check_privacy(release: Sealed, results: Path, sample: int, seed: str) -> Ite
         yield Check(7, "images", "finding", f"{len(near)} of {len(rows)} released images are nearer to a training scan than allowed", near[:5])
     else:
         yield Check(7, "images", "pass", f"none of {len(rows)} released images is nearer to a training scan than {len(similarity)} detectors allow")
+
+
+def _check_report(release: Sealed, results: Path) -> Iterator[Check]:
+    """Verdict and counts are those of the privacy report, which is the one that root.json names; a note at best, since no image was looked at."""
+    said = release.root["privacy"]
+    try:
+        report = read_json(results / "privacy/report.json")
+        same = report["verdict"] == said.get("verdict") and {k: v for k, v in report["counts"].items() if isinstance(v, int)} == said.get("counts")
+    except (UserError, KeyError, AttributeError) as error:
+        yield Check(7, "inputs", "not run", f"the privacy report cannot be read ({error})")
+        return
+    good, bad = "the ledger was made from the files in", "root.json has another verdict or other counts than the privacy report in"
+    yield Check(7, "inputs", "note" if same else "finding", f"{good if same else bad} {results}")
 
 
 def _files(results: Path) -> ReferenceFiles:

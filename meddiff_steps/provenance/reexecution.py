@@ -59,7 +59,11 @@ def check_reexecution(release: Sealed, models: Path, sample: int, seed: str, thr
     text = f"of {len(results)} images made again (seed {seed!r}) {counts['bitwise']} are the same bit by bit"
     if counts["within tolerance"]:
         text += f", {counts['within tolerance']} within {TOLERANCE[study.spatial_dims]} stored units"
-    bad = [f"{result.sample_id}: {result.verdict}, by up to {result.largest} stored units" for result in results if result.verdict in ("differs", "missing")]
+    bad = [
+        f"{result.sample_id}: {result.verdict}, by up to {result.largest} stored units{' (its header or the ledger says otherwise)' * (result.largest == 0)}"
+        for result in results
+        if result.verdict in ("differs", "missing")
+    ]
     if bad:
         yield Check(6, "images", "finding", f"{text}, {len(bad)} are not", bad[:5])
     else:

@@ -3,7 +3,7 @@
 
     python3 -I provenance/verify.py                     the release that this file lies in
     python3 -I verify.py RELEASE --key publisher.pub    another one, and its signature
-    python3 -I verify.py RELEASE --proof proof.json     one subject's place in it
+    python3 -I verify.py RELEASE --proof proof.json     one subject's place in it, with root.json and that subject's image alone
 
 Levels: L0 form (root.json and the ledger can be read), L1 integrity (every file is the one that was sealed, the roots are
 those of the rows, the signature), L2 completeness (no file too many or too few, participants.tsv and ledger agree).  Exit code:
@@ -34,9 +34,33 @@ from typing import Any
 ROOT_SCHEMA, LEDGER_SCHEMA, SCHEME = "meddiff/release/v1", "meddiff/ledger/v1", "rfc6962-sha256"
 ROOT, SIGNATURE, LINES = "provenance/root.json", "provenance/root.dsse.json", "provenance/ledger.jsonl"
 EXAMPLES = 5
+#: Bytes of the largest file that is read as a whole, and of the longest line of a ledger: many times what any release has.
+MOST, LINE = 1 << 28, 1 << 20
 TABLE, DESCRIPTION, CHECKSUMS = "participants.tsv", "dataset_description.json", "SHA256SUMS"
 #: What a dataset that is a part of a release has, beside its images.
 DATASET = (TABLE, "participants.json", DESCRIPTION, "README", "CHANGES", "LICENSE")
+
+#: How names of images end, of the ledger's and of others that could have been slipped in.
+IMAGES: tuple[str, ...] = (
+    ".nii",
+    ".nii.gz",
+    ".img",
+    ".hdr",
+    ".mgz",
+    ".mgh",
+    ".mnc",
+    ".nrrd",
+    ".nhdr",
+    ".mha",
+    ".mhd",
+    ".dcm",
+    ".dicom",
+    ".npy",
+    ".npz",
+    ".h5",
+    ".hdf5",
+)
+IMAGES += (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp")
 
 #: What a row holds: the types of its fields, and of the fields of those that are objects.
 FIELDS: dict[str, tuple[type, ...]] = {
@@ -102,9 +126,17 @@ class Check:
     text: str
     examples: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.text, self.examples = shown(self.text), [shown(example) for example in self.examples]
+
 
 class Unreadable(Exception):
     """The release cannot be read far enough to go on."""
+
+
+def shown(text: str) -> str:
+    """A text in which strangers' words cannot move the cursor, begin a line of their own or colour it."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def judged(level: int, name: str, wrong: Iterable[str], good: str, bad: str) -> Check:
@@ -160,11 +192,14 @@ def read_root(release: Path) -> dict[str, Any]:
     Raises
     ------
     Unreadable
-        It is not there, no JSON, of an unknown version, or lacks fields.
+        It is not there, no JSON, of an unknown version, or lacks fields; or there is what could not be read to an end.
     """
+    closed = sorted(_endless(release))
+    if closed:
+        raise Unreadable(f"{closed[0]} is a device, a pipe or a link where there must be a file; nothing was read")
     try:
-        root = json.loads((release / ROOT).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        root = _read(release, ROOT)
+    except (OSError, ValueError, RecursionError) as error:
         raise Unreadable(f"{ROOT} cannot be read ({error})") from None
     if not isinstance(root, dict) or root.get("schema") != ROOT_SCHEMA:
         raise Unreadable(f"{ROOT} is of schema {root.get('schema') if isinstance(root, dict) else None!r}, expected {ROOT_SCHEMA!r}")
@@ -180,6 +215,30 @@ def read_root(release: Path) -> dict[str, Any]:
     if wrong:
         raise Unreadable(f"{ROOT} lacks, or has wrong, {', '.join(wrong[:EXAMPLES])}")
     return root
+
+
+def _endless(release: Path) -> Iterator[str]:
+    """What is no file and no folder, or is a link to such a thing; and links in `provenance`, which is read before L2 looks for links."""
+    waiting = [""]
+    while waiting:
+        place = waiting.pop()
+        with os.scandir(f"{release}/{place}") as found:
+            for entry in found:
+                name = f"{place}{entry.name}"
+                if entry.is_symlink():
+                    if name.startswith("provenance") or (os.path.exists(entry.path) and not entry.is_file() and not entry.is_dir()):
+                        yield name
+                elif entry.is_dir():
+                    waiting.append(f"{name}/")
+                elif not entry.is_file():
+                    yield name
+
+
+def _read(release: Path, name: str) -> Any:
+    """A JSON file of the release."""
+    if (release / name).stat().st_size > MOST:
+        raise ValueError(f"larger than {MOST} bytes")
+    return json.loads((release / name).read_text(encoding="utf-8"))
 
 
 def safe(name: str) -> bool:
@@ -203,6 +262,9 @@ def row_problem(row: Any) -> str | None:
             for key, kinds in parts.items():
                 if type(part[key]) not in kinds:
                     return f"{name}.{key} is {type(part[key]).__name__}"
+    for name, value in row["covariates"].items():
+        if not (value is None or type(value) in (str, float) or (type(value) is int and abs(value) < 1 << 64)):
+            return f"covariates.{name} is neither text nor a number"
     if row["privacy"]["decision"] not in DECISIONS:
         return f"privacy.decision is {row['privacy']['decision']!r}"
     if (row["privacy"]["decision"] == "released") != (row["image"] is not None):
@@ -218,7 +280,9 @@ def rows(release: Path) -> Iterator[tuple[int, bytes, Any]]:
     """Line number, bytes and object (None if it is no JSON) of each line of the ledger."""
     try:
         with open(release / LINES, "rb") as stream:
-            for number, line in enumerate(stream, start=1):
+            for number, line in enumerate(iter(lambda: stream.readline(LINE + 1), b""), start=1):
+                if len(line) > LINE:
+                    raise Unreadable(f"{LINES}, line {number}: longer than {LINE} bytes")
                 content = line[:-1] if line.endswith(b"\n") else line
                 try:
                     row = json.loads(content)
@@ -226,7 +290,7 @@ def rows(release: Path) -> Iterator[tuple[int, bytes, Any]]:
                     if content.count(b'":') != _keys(row) or any(blank in content for blank in (b" ", b"\t", b"\r")):
                         row = json.loads(content, object_pairs_hook=_without_doubles)
                     yield number, content, row
-                except ValueError:
+                except (ValueError, RecursionError):
                     yield number, content, None
     except OSError as error:
         raise Unreadable(f"{LINES} cannot be read ({error})") from None
@@ -332,9 +396,14 @@ def check_integrity(
 
 
 def _shard_problems(shards: list[Any], ledger: Ledger) -> list[str]:
-    wrong, seen = [], [0] * len(ledger.leaves)
+    wrong: list[str] = []
+    seen = [0] * len(ledger.leaves)
+    left = len(seen)  # rows that no shard has named; more than there are need not be counted
     for entry in shards:
         try:
+            left -= sum(end - first if 0 <= first <= end <= len(seen) else len(seen) + 1 for first, end in entry["ranges"])
+            if left < 0:
+                return [*wrong, "shards that name rows twice, or rows that are not there"]
             places = [i for first, end in entry["ranges"] for i in range(first, end)]
             if merkle_root(ledger.leaves[i] for i in places).hex() != entry["root"] or len(places) != entry["rows"]:
                 wrong.append(f"shard {entry['shard']}")
@@ -431,8 +500,9 @@ def check_completeness(release: Path, root: dict[str, Any], ledger: Ledger) -> l
 
 
 def _where_images_lie(name: str) -> bool:
+    name = name.lower()
     folders = name.split("/")[:-1]
-    return name.endswith((".nii", ".nii.gz")) or (folders[:1] != ["provenance"] and any(one == "images" or one.startswith("sub-") for one in folders))
+    return name.endswith(IMAGES) or (folders[:1] != ["provenance"] and any(one == "images" or one.startswith("sub-") for one in folders))
 
 
 def _gap(found: list[int]) -> str:
@@ -469,6 +539,7 @@ def _table_problems(release: Path, name: str, participants: dict[str, list[str]]
     yield from (f"{who}: in {name} alone" for who in sorted(set(found) - set(participants)))
     yield from (f"{who}: in the ledger alone, not in {name}" for who in sorted(set(participants) - set(found)))
     yield from (f"{who}: {found[who]}, ledger {cells}" for who, cells in sorted(participants.items()) if who in found and found[who] != cells)
+    yield from (f"line {number} of {name} has {len(row)} cells, its header {len(header)}" for number, row in enumerate(body, 2) if len(row) != len(header))
     if len(body) != len(found):
         yield f"{len(body) - len(found)} participant(s) of {name} occur twice"
     if sorted(front) not in (["participant_id"], ["image", "participant_id"]) or sorted(header[len(front) :]) != covariates:
@@ -485,8 +556,8 @@ def _check_datasets(release: Path, root: dict[str, Any], ledger: Ledger) -> Chec
             digests[folder][inside] = digest
     wrong = [f"{folder!r}: not a folder of the release" for folder in sorted(digests) if not folder or "/" in folder]
     try:
-        named = json.loads((release / DESCRIPTION).read_text(encoding="utf-8"))["Datasets"]
-    except (OSError, ValueError, KeyError, TypeError):
+        named = _read(release, DESCRIPTION)["Datasets"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         named = None
     wrong += [] if named == sorted(digests) else [f"{DESCRIPTION} names datasets {named}"]
     seen: dict[str, str] = {}
@@ -584,14 +655,14 @@ def check_signature(release: Path, root: dict[str, Any], key: bytes | None) -> C
     if key is None:
         return Check(1, name, "note", f"UNSIGNED as far as can be told: there is a signature that names key {str(signer)[:16]}, but no --key to check it with")
     try:
-        envelope = json.loads((release / SIGNATURE).read_text(encoding="utf-8"))
+        envelope = _read(release, SIGNATURE)
         payload = base64.b64decode(envelope["payload"], validate=True)
         kind = envelope["payloadType"].encode()
         message = b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
         if not any(ed25519_valid(key, message, base64.b64decode(entry["sig"], validate=True)) for entry in envelope["signatures"]):
             return Check(1, name, "finding", "the signature is not by this key, or the statement was changed after it was signed")
         subjects = {entry["name"]: entry["digest"]["sha256"] for entry in json.loads(payload)["subject"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return Check(1, name, "finding", f"{SIGNATURE} is not a signed statement ({type(error).__name__}: {error})")
     if subjects.get(ROOT) != digest:
         return Check(
@@ -621,23 +692,58 @@ def verify(release: Path, key: bytes | None = None, hash_images: bool = True) ->
     return [*checks, *check_integrity(release, root, ledger, hash_images), check_signature(release, root, key), *check_completeness(release, root, ledger)]
 
 
+def verify_one(release: Path, proof: Any, key: bytes | None = None) -> list[Check]:
+    """What can be checked with root.json, its signature, a proof and one image: neither the ledger nor any other file is read.
+
+    Raises
+    ------
+    Unreadable
+        There is no release with provenance here.
+    """
+    if not (release / "provenance").is_dir():
+        raise Unreadable(f"{release}: no folder `provenance` with root.json")
+    try:
+        root = read_root(release)
+    except Unreadable as error:
+        return [Check(0, "root-form", "finding", str(error)), Check(1, "all", "not run", "root.json cannot be read")]
+    checks = [Check(0, "root-form", "pass", f"{ROOT} is of schema {ROOT_SCHEMA}"), check_signature(release, root, key)]
+    sealed = root["ledger"]
+    try:
+        row = json.loads(proof["record"])
+        problem = row_problem(row)
+    except (KeyError, TypeError, ValueError, RecursionError):
+        row, problem = None, "it holds no row"
+    wrong = [] if problem is None else [problem]
+    wrong += [] if proven(proof, sealed["root"]) and proof["rows"] == sealed["rows"] else [f"does not lead to the ledger's root {sealed['root']}"]
+    who = row["sample_id"] if problem is None else "a row"
+    checks.append(judged(1, "proof", wrong, f"leads from {who} to the ledger's root {sealed['root']}", "problem(s) with the proof"))
+    if wrong:
+        return [*checks, Check(1, "image", "not run", "without a proof nothing is known of the image")]
+    image = row["image"]
+    if image is None:
+        return [*checks, Check(1, "image", "not run", f"{who} was not released: {row['privacy']['decision']}")]
+    if not os.path.lexists(release / image["path"]):
+        return [*checks, Check(1, "image", "not run", f"{image['path']} is not here; its SHA-256 must be {image['sha256']}")]
+    altered = _altered(release, [(image["path"], image["bytes"], image["sha256"])], True, None)
+    return [*checks, judged(1, "image", altered, f"{image['path']} is the image of {who}, by size and SHA-256", "image is not as sealed")]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Check a synthetic cohort: form, integrity, completeness.")
     parser.add_argument("release", nargs="?", type=Path, default=Path(__file__).resolve().parents[1], help="root of the release")
     parser.add_argument("--key", type=Path, help="the publisher's public key (PEM, ed25519), from elsewhere than the release")
-    parser.add_argument("--proof", type=Path, help="a proof of one subject, as `prove` writes it")
+    parser.add_argument("--proof", type=Path, help="check root.json, its signature and one subject's image alone, by this proof, as `prove` writes it")
     parser.add_argument("--no-images", action="store_true", help="do not read the images")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
     try:
-        checks = verify(options.release, read_public_key(options.key) if options.key else None, not options.no_images)
+        key = read_public_key(options.key) if options.key else None
         if options.proof:
-            proof = json.loads(options.proof.read_text(encoding="utf-8"))
-            good = proven(proof, read_root(options.release)["ledger"]["root"])
-            text = f"{options.proof} {'leads' if good else 'does not lead'} to the ledger's root"
-            checks.append(Check(1, "proof", "pass" if good else "finding", text))
-    except (Unreadable, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+            checks = verify_one(options.release, json.loads(options.proof.read_text(encoding="utf-8")), key)
+        else:
+            checks = verify(options.release, key, not options.no_images)
+    except (Unreadable, OSError, ValueError, RecursionError) as error:
+        print(f"error: {shown(str(error))}", file=sys.stderr)
         return 2
     if options.json:
         print(json.dumps([asdict(check) for check in checks], indent=1))

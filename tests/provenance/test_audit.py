@@ -74,11 +74,23 @@ def test_the_bound_is_the_exact_one():
 
 def test_without_what_the_filter_used_the_privacy_level_says_that_it_did_not_run(place):
     found = checks(audit(Request(place.release, results=place.results)), 7)
-    assert [check.outcome for check in found.values()] == ["not run"]
+    assert [check.outcome for check in found.values()] == ["note", "not run"]
     assert "lacks what the filter used" in found["images"].text
 
 
 # ------------------------------------------------------------------------------------------------- reports
+
+
+def test_another_privacy_report_than_the_sealed_one_is_seen(place, copied, tmp_path):
+    """Whoever has the study's folder compares the report itself."""
+    report = json.loads((place.results / "privacy/report.json").read_text())
+    (tmp_path / "privacy").mkdir()
+    (tmp_path / "privacy/report.json").write_text(json.dumps(report | {"verdict": "CONDITIONAL"}))
+    assert checks(audit(Request(copied, results=tmp_path)), 7)["inputs"].outcome == "finding"
+    root = json.loads((copied / "provenance/root.json").read_text())
+    root["privacy"]["verdict"] = "CONDITIONAL"
+    (copied / "provenance/root.json").write_text(json.dumps(root))
+    assert checks(audit(Request(copied, results=place.results)), 7)["inputs"].outcome == "finding"
 
 
 def test_reports_name_every_level_and_what_did_not_run(place, copied):
@@ -142,7 +154,7 @@ def test_a_proof_leads_to_the_root_and_another_row_does_not(place, tmp_path):
     (tmp_path / "proof.json").write_text(json.dumps(proof))
     command = [sys.executable, "-I", "-S", str(place.release / "provenance/verify.py"), "--proof", str(tmp_path / "proof.json")]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "leads to the ledger's root" in done.stdout
+    assert done.returncode == 0 and "leads from syn000001 to the ledger's root" in done.stdout
 
 
 def test_diff_names_the_field_that_differs(place, tmp_path):
@@ -160,19 +172,21 @@ def test_diff_names_the_field_that_differs(place, tmp_path):
 def made(step: str, inputs: dict[str, str], outputs: dict[str, str]) -> dict:
     return {
         "step": step,
-        "inputs": {"x": [{"path": path, "sha256": digest} for path, digest in inputs.items()]},
+        "inputs": {"config" if path.startswith("config/") else path: [{"path": path, "sha256": digest}] for path, digest in inputs.items()},
         "outputs": {"y": [{"path": path, "sha256": digest} for path, digest in outputs.items()]},
     }
 
 
 def test_trace_finds_gaps_old_files_and_circles():
-    a = made("a", {"config/a.json": "0"}, {"a": "1"})
-    b = made("b", {"a": "1", "external/z": "9"}, {"b": "2"})
+    a = made("a", {"config/a-0123456789abcdef.json": "0"}, {"a": "1"})
+    b = made("evaluate", {"a": "1", "external/z": "9"}, {"b": "2"})
     c = made("c", {"b": "2", "a": "other", "nowhere": "5"}, {"c": "3"})
     records = {"a": a, "b": b, "c": c}
     found = lineage.trace({"c": "3"}, records.get)
-    assert [record["step"] for record in found.steps()] == ["a", "b", "c"]
+    assert [record["step"] for record in found.steps()] == ["a", "c", "evaluate"]
     assert found.missing == ["nowhere"] and found.stale == [("a", "other", "1")] and found.cyclic == []
+    records["b"] = made("generate", {"a": "1", "external/z": "9", "config/a-0123456789abcdef.json": "0"}, {"b": "2"})
+    assert lineage.trace({"c": "3"}, records.get).missing == ["config/a-0123456789abcdef.json", "external/z", "nowhere"]
     records["a"] = made("a", {"c": "3"}, {"a": "1"})
     assert lineage.trace({"c": "3"}, records.get).cyclic != []
 

@@ -16,6 +16,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -352,10 +353,88 @@ def _stray_record(target: Target) -> None:
     target.seal()
 
 
+def _from_elsewhere(path: str) -> Callable[[Target], None]:
+    """The diffusion model came from a file that no run wrote."""
+    return lambda target: _edit_record(target, "generate", lambda r: r["inputs"]["diffusion"][0].update(path=path, sha256="0" * 64))
+
+
+def _keep_inputs(step: str, *names: str) -> Callable[[Target], None]:
+    return lambda target: _edit_record(target, step, lambda r: r.update(inputs={name: r["inputs"][name] for name in names}))
+
+
+def _other_training(target: Target) -> None:
+    """A second training, recorded, whose weights the images were made with; the rows name those of the first."""
+    content = json.loads(_record(target, "diffusion").read_text())
+    for entry in (one for files in content["outputs"].values() for one in files):
+        entry.update(path=f"other/{entry['path']}", **({"weights_sha256": "2" * 64} if "weights_sha256" in entry else {}))
+    write_json(target.folder / bundle.RECORDS / "other/diffusion/card.json.json", content)
+    for record in (target.folder / bundle.RECORDS / "generated").glob("*.json"):
+
+        def change(run: dict[str, Any]) -> None:
+            for name in ("diffusion", "diffusion_card"):
+                run["inputs"][name][0]["path"] = f"other/{run['inputs'][name][0]['path']}"
+
+        target.edit(record.relative_to(target.folder).as_posix(), change)
+    target.seal()
+
+
 def _circle(target: Target) -> None:
     """The cohort's manifest, made to depend on the plan that depends on it."""
     plan = json.loads(_record(target, "plan").read_text())["outputs"]["out"]
     _edit_record(target, "cohort", lambda record: record["inputs"].update(plan=plan))
+
+
+def _extra_cell(target: Target) -> None:
+    _edit_tsv(target, lambda lines: [lines[0], f"{lines[1]}\tJane Doe", *lines[2:]])
+    target.seal()
+
+
+def _slip_in_as(name: str) -> Callable[[Target], None]:
+    def apply(target: Target) -> None:
+        (target.folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(target.path(FIRST), target.folder / name)
+        target.seal()
+
+    return apply
+
+
+def _say(name: str, change: Callable[[Any], Any]) -> Callable[[Target], None]:
+    """An attack that edits one of the release's own JSON files."""
+
+    def apply(target: Target) -> None:
+        target.edit(name, change)
+        target.seal()
+
+    return apply
+
+
+def _older(target: Target) -> None:
+    """False metadata, and a version that could not make it again."""
+    target.edit(croissant.NAME, lambda c: c.update({"rai:hasSyntheticData": False}))
+    target.seal(describe=False)
+    target.edit(bundle.ROOT, lambda r: r["software"].update(version="0.0.9"))
+
+
+def _raise_limits(limit: float | None) -> Callable[[Target], None]:
+    """A copy of a training scan that was let pass, with limits of its own."""
+
+    def apply(target: Target) -> None:
+        def change(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            row = next(row for row in rows if row["sample_id"] == FIRST)
+            row.update(similarity=dict.fromkeys(row["similarity"], 0.9999), limit=dict.fromkeys(row["limit"], limit))
+            return rows
+
+        _private(target, change)
+        rows, schema = pq.read_table(target.private).to_pylist(), pq.read_schema(target.private)
+        written = ledger.write_ledger(ledger.as_tables(rows, schema), schema, target.private)
+        target.edit(bundle.ROOT, lambda r: r["private_ledger"].update(root=written.root, rows=len(rows)))
+        target.seal()
+
+    return apply
+
+
+def _privacy(change: Callable[[dict[str, Any]], Any]) -> Callable[[Target], None]:
+    return lambda target: (target.edit(bundle.ROOT, lambda root: change(root["privacy"])), target.seal())  # type: ignore[return-value]
 
 
 def _unmark(target: Target) -> None:
@@ -379,6 +458,56 @@ def _twin(target: Target) -> None:
 
 def _noise_image(low: int, high: int, shape: tuple[int, ...] = (8, 8, 8)) -> np.ndarray:
     return np.random.default_rng(2).integers(low, high, shape).astype(np.float64)
+
+
+def _rewritten(offset: int, content: bytes) -> Callable[[Target], None]:
+    """An attack that writes over bytes of an image's header."""
+
+    def apply(target: Target) -> None:
+        target.rewrite(FIRST, lambda c: c.__setitem__(slice(offset, offset + len(content)), content))
+        target.seal()
+
+    return apply
+
+
+def _mirror(target: Target) -> None:
+    volume = nib.Nifti1Image.from_bytes(gzip.decompress(target.path(FIRST).read_bytes()))
+    volume.set_qform(np.diag([-1, 1, 1, 1]) @ volume.affine, code=1)
+    target.path(FIRST).write_bytes(gzip.compress(volume.to_bytes(), 6, mtime=0))
+    target.seal()
+
+
+def _second_extension(target: Target) -> None:
+    volume = nib.Nifti1Image.from_bytes(gzip.decompress(target.path(FIRST).read_bytes()))
+    volume.header.extensions.append(nib.nifti1.Nifti1Extension(6, b'{"patient": "Jane Doe"}'))
+    target.path(FIRST).write_bytes(gzip.compress(volume.to_bytes(), 6, mtime=0))
+    target.seal()
+
+
+def _deep_mark(target: Target) -> None:
+    volume = nib.Nifti1Image.from_bytes(gzip.decompress(target.path(FIRST).read_bytes()))
+    volume.header.extensions.clear()
+    volume.header.extensions.append(nib.nifti1.Nifti1Extension(6, b"[" * 50_000))
+    target.path(FIRST).write_bytes(gzip.compress(volume.to_bytes(), 6, mtime=0))
+    target.seal()
+
+
+def _named(target: Target) -> None:
+    """A name in the header of the compression, where `gzip -N` shows it."""
+    packed = target.path(FIRST).read_bytes()
+    target.path(FIRST).write_bytes(packed[:3] + b"\x08" + packed[4:10] + b"Jane Doe\0" + packed[10:])
+    target.seal()
+
+
+def _behind(content: bytes, packed: bool) -> Callable[[Target], None]:
+    def apply(target: Target) -> None:
+        path = target.path(FIRST)
+        path.write_bytes(
+            path.read_bytes() + gzip.compress(content, mtime=0) if packed else gzip.compress(gzip.decompress(path.read_bytes()) + content, mtime=0)
+        )
+        target.seal()
+
+    return apply
 
 
 def _break_image(target: Target) -> None:
@@ -414,6 +543,14 @@ SEALED_AGAIN = {
     "a record that is missing": Attack(lambda t: (_record(t, "filter").unlink(), t.seal()), 3, "chain"),
     "no record of the cohort": Attack(lambda t: (_record(t, "cohort").unlink(), t.seal()), 3, "ends"),
     "runs in a circle": Attack(_circle, 3, "chain"),
+    "a model from elsewhere": Attack(_from_elsewhere("external/model.safetensors"), 3, "chain"),
+    "a model from a folder of this machine": Attack(_from_elsewhere("/home/me/model.safetensors"), 3, "chain"),
+    "a model that is said to be a config": Attack(_from_elsewhere("config/model.safetensors"), 3, "chain"),
+    "images made of nothing": Attack(_keep_inputs("generate", "config"), 3, "sources"),
+    "images made without a model": Attack(_keep_inputs("generate", "config", "plan"), 3, "sources"),
+    "a filter without limits": Attack(_keep_inputs("filter", "config", "plan", "generated", "autoencoder", "diffusion"), 3, "sources"),
+    "a model trained on nothing": Attack(_keep_inputs("autoencoder", "config", "manifest"), 3, "sources"),
+    "images made by another training": Attack(_other_training, 3, "sources"),
     "a record that leads nowhere": Attack(_stray_record, 3, "stray-records"),
     "no privacy report behind the ledger": Attack(lambda t: t.edit(bundle.ROOT, lambda r: r["inputs"].pop("privacy/report.json")), 3, "ends", key=False),
     "a record that is none": Attack(lambda t: _edit_record(t, "generate", lambda r: r.pop("inputs")), 0, "readable"),
@@ -428,6 +565,37 @@ SEALED_AGAIN = {
     "another picture, old voxel digest": Attack(lambda t: t.show(FIRST, _noise_image(0, 1000), honest=False), 5, "voxels"),
     "one voxel": Attack(lambda t: (_flip_voxel(t), t.seal()), 5, "voxels"),
     "moved in space": Attack(lambda t: (t.rewrite(FIRST, lambda c: c.__setitem__(slice(292, 296), struct.pack("<f", 3.0))), t.seal()), 5, "voxels"),
+    "another verdict": Attack(_privacy(lambda p: p.update(verdict="CONDITIONAL")), 4, "verdict"),
+    "nothing was rejected": Attack(_privacy(lambda p: p["counts"].update(rejected=0)), 4, "verdict"),
+    "fewer candidates": Attack(_privacy(lambda p: p["counts"].update(candidates=10)), 4, "verdict"),
+    "no counts": Attack(_privacy(lambda p: p.update(counts={})), 4, "verdict"),
+    "false metadata by another version": Attack(_older, 3, "code"),
+    "real scans, says the description": Attack(_say("dataset_description.json", lambda c: c.update(Name="Real scans")), 3, "chain"),
+    "ages in months": Attack(_say("participants.json", lambda c: c["age"].update(Units="month")), 4, "described"),
+    "sexes exchanged": Attack(_say("participants.json", lambda c: c["sex"].update(Levels={"F": "male", "M": "female"})), 4, "described"),
+    "a patient in the sidecar": Attack(_say("T1w.json", lambda c: c.update(Description="T1w of a patient")), 4, "described"),
+    "another licence": Attack(lambda t: ((t.folder / "LICENSE").write_text("All rights reserved."), t.seal()), 4, "described"),
+    "a cell too many in participants.tsv": Attack(_extra_cell, 2, "participants"),
+    "a scan slipped in, in capitals": Attack(_slip_in_as("SUB-real01/T1W.NII.GZ"), 2, "one-image-each"),
+    "a scan slipped in, of another format": Attack(_slip_in_as("real.mgz"), 2, "one-image-each"),
+    "a run with no settings": Attack(
+        lambda t: _edit_record(t, "diffusion", lambda r: r.update(config={"sections": [], "sha256": hashlib.sha256(b"{}").hexdigest()})), 4, "settings"
+    ),
+    "limits raised for one candidate": Attack(_raise_limits(1.0), 4, "private-ledger"),
+    "no limits for one candidate": Attack(_raise_limits(None), 4, "private-ledger"),
+    "an image shown inverted": Attack(_rewritten(112, struct.pack("<ff", -1.0, 1000.0)), 5, "bytes"),
+    "mirrored by its qform": Attack(_mirror, 5, "bytes"),
+    "voxels in metres": Attack(_rewritten(123, b"\x01"), 5, "bytes"),
+    "voxels of another size": Attack(_rewritten(80, struct.pack("<fff", 1, 1, 1)), 5, "bytes"),
+    "a name in the header": Attack(_rewritten(14, b"Jane Doe"), 5, "bytes"),
+    "a second header extension": Attack(_second_extension, 5, "bytes"),
+    "a name in the header of the compression": Attack(_named, 5, "bytes"),
+    "something behind the voxels": Attack(_behind(b"x" * 100, packed=False), 5, "bytes"),
+    "much behind the voxels": Attack(_behind(os.urandom(300_000), packed=False), 5, "bytes"),
+    "an image that unpacks to 64 MB": Attack(_behind(bytes(1 << 26), packed=False), 5, "bytes"),
+    "another file behind the compressed one": Attack(_behind(b"a scan", packed=True), 5, "bytes"),
+    "a shape of 2 GB": Attack(_rewritten(40, struct.pack("<4h", 3, 1000, 1000, 1000)), 5, "format"),
+    "a mark that is nested deeply": Attack(_deep_mark, 5, "marks"),
     "another subject's picture": Attack(_twin, 5, "twins"),
     "nothing in the picture": Attack(lambda t: t.show(FIRST, np.full((8, 8, 8), 500.0)), 5, "format"),
     "values out of range": Attack(lambda t: t.show(FIRST, _noise_image(0, 3000)), 5, "format"),
@@ -485,6 +653,41 @@ def test_an_allowed_covariate_that_was_edited_is_seen_with_the_key_alone(target)
     assert (1, "signature") in seen(target.audit())
 
 
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("flat"), dims=2)
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+@pytest.mark.parametrize("hidden", ["text", "behind", "behind the pixels", "packed otherwise"])
+def test_what_a_picture_hides_is_seen(flat, tmp_path, hidden):
+    target = Target(flat, Path(shutil.copytree(flat.release, tmp_path / "release")))
+    path = target.folder / f"images/{FIRST}.png"
+    content = path.read_bytes()
+    start, end = content.index(b"IDAT") - 4, content.index(b"IEND") - 4
+    pixels = zlib.decompress(content[start + 8 : end - 4])
+    path.write_bytes(
+        {
+            "text": content[:end] + _chunk(b"tEXt", b"Patient\0Jane Doe") + content[end:],
+            "behind": content + b"a scan",
+            "behind the pixels": content[:start] + _chunk(b"IDAT", zlib.compress(pixels + b"a scan")) + content[end:],
+            "packed otherwise": content[:start] + _chunk(b"IDAT", zlib.compress(pixels, 0)) + content[end:],
+        }[hidden]
+    )
+    target.seal()
+    assert seen(target.audit(key=False)) == (set() if hidden == "packed otherwise" else {(5, "bytes")})
+
+
+def test_making_an_image_again_looks_at_the_released_file(target):
+    """Its voxels are those of the ledger, but viewers show it inverted."""
+    _rewritten(112, struct.pack("<ff", -1.0, 1000.0))(target)
+    report = audit(Request(target.folder, models=target.place.results))
+    assert {(5, "bytes"), (6, "images")} <= seen(report)
+
+
 def test_the_attacks_are_many_and_every_level_up_to_five_sees_some():
     attacks = [*NAIVE.values(), *SEALED_AGAIN.values()]
     assert len(attacks) >= 40
@@ -519,6 +722,86 @@ def test_verify_sees_what_the_audit_sees(target, name):
     done = stand_alone(target.folder, "--json", *(["--key", str(target.key)] if attack.key else []))
     assert done.returncode == 1, done.stderr
     assert (attack.level, attack.check) in {(check["level"], check["name"]) for check in json.loads(done.stdout) if check["outcome"] == "finding"}
+
+
+def _pipe(target: Target, name: str) -> None:
+    (target.folder / name).unlink()
+    os.mkfifo(target.folder / name)
+
+
+def _link_to(target: Target, name: str, to: str) -> None:
+    (target.folder / name).unlink()
+    (target.folder / name).symlink_to(to)
+
+
+NESTED = b"[" * 200_000
+
+#: What should hang, crash or fill the memory of who looks at it: what it does, and the level and check that name it.
+HOSTILE: dict[str, tuple[Callable[[Target], Any], int, str]] = {
+    "a shard of many rows": (lambda t: t.edit(bundle.ROOT, lambda r: r["ledger"]["shards"][0].update(ranges=[[0, 10**15]])), 1, "shard-roots"),
+    "a shard of the same rows often": (lambda t: t.edit(bundle.ROOT, lambda r: r["ledger"]["shards"][0].update(ranges=[[0, 4]] * 9)), 1, "shard-roots"),
+    "a ledger without end": (lambda t: _link_to(t, bundle.LINES, "/dev/zero"), 0, "root-form"),
+    "a ledger that is a pipe": (lambda t: _pipe(t, bundle.LINES), 0, "root-form"),
+    "a table that is a pipe": (lambda t: _pipe(t, "participants.tsv"), 0, "root-form"),
+    "an image without end": (lambda t: _link_to(t, t.path(FIRST).relative_to(t.folder).as_posix(), "/dev/zero"), 0, "root-form"),
+    "a deep root.json": (lambda t: (t.folder / bundle.ROOT).write_bytes(NESTED), 0, "root-form"),
+    "a deep line": (lambda t: _edit_line(t, lambda x: [NESTED, *x[1:]]), 0, "rows-form"),
+    "a long line": (lambda t: _edit_line(t, lambda x: [b" " * (1 << 21), *x[1:]]), 0, "root-form"),
+    "a covariate that is none": (lambda t: _edit_line(t, lambda x: [x[0].replace(b'"sex":"', b'"sex":[1],"x":"'), *x[1:]]), 0, "rows-form"),
+    "a deep signature": (lambda t: (t.folder / bundle.SIGNATURE).write_bytes(NESTED), 1, "signature"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_release_is_a_finding_and_no_crash(target, name):
+    attack, level, check = HOSTILE[name]
+    attack(target)
+    done = stand_alone(target.folder, "--json", "--key", str(target.key))
+    assert done.returncode == 1 and not done.stderr
+    assert (level, check) in {(one["level"], one["name"]) for one in json.loads(done.stdout) if one["outcome"] == "finding"}
+    assert (level, check) in seen(target.audit())
+
+
+def test_deep_files_beside_the_ledger_are_findings(target):
+    for name in (bundle.CONFIG, _record(target, "generate").relative_to(target.folder).as_posix()):
+        (target.folder / name).write_bytes(NESTED)
+    assert (0, "readable") in seen(target.audit())
+
+
+def test_words_of_a_stranger_cannot_draw_on_the_terminal(target):
+    target.edit(bundle.ROOT, lambda root: root["privacy"].update(verdict="\x1b[2J\nL1  PASS"))
+    _edit_line(target, lambda lines: [lines[0].replace(b'"decision":"released"', b'"decision":"\\u001b[2J"'), *lines[1:]])
+    done = stand_alone(target.folder)
+    assert "\x1b" not in done.stdout and "\\x1b[2J" in done.stdout
+    assert not any("\x1b" in f"{check.text}{check.examples}" for check in target.audit().checks)
+
+
+def test_a_proof_needs_nothing_but_root_and_image(place, tmp_path):
+    proof, folder = tmp_path / "proof.json", tmp_path / "part"
+    written = subprocess.run([sys.executable, "-m", "meddiff_steps", "prove", FIRST, str(place.release), "--out", str(proof)], capture_output=True, text=True)
+    assert written.returncode == 0, written.stderr
+    image = f"sub-{FIRST}/anat/sub-{FIRST}_T1w.nii.gz"
+    for name in (bundle.ROOT, bundle.SIGNATURE, image):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(place.release / name, folder / name)
+
+    def outcomes() -> tuple[int, dict[str, str]]:
+        done = stand_alone(folder, "--proof", str(proof), "--key", f"{place.key}.pub", "--json")
+        return done.returncode, {check["name"]: check["outcome"] for check in json.loads(done.stdout)}
+
+    good = dict.fromkeys(("root-form", "signature", "proof", "image"), "pass")
+    assert outcomes() == (0, good)
+    _flip(folder / image, 60)
+    assert outcomes() == (1, good | {"image": "finding"})
+    (folder / image).unlink()
+    assert outcomes() == (0, good | {"image": "not run"})
+    content = json.loads(proof.read_text())
+    write_json(proof, content | {"record": content["record"].replace(FIRST, SECOND)})
+    assert outcomes() == (1, good | {"proof": "finding", "image": "not run"})
+    write_json(proof, content)
+    root = json.loads((folder / bundle.ROOT).read_text())
+    write_json(folder / bundle.ROOT, root | {"study": "other"})
+    assert outcomes() == (1, good | {"signature": "finding", "image": "not run"})
 
 
 def test_verify_that_cannot_run_says_so(tmp_path, place):

@@ -227,6 +227,7 @@ class Place:
                 "duplicates": 1,
                 "failed": 1,
                 "candidates": len(table),
+                "rejected": int((table["decision"] == "rejected").sum()),
             }
             calibration = {"status": "CALIBRATED", "detectors": list(LIMITS), "level": 0.05, "subjects": 99, "needed": 59}
             write_json(report, {"verdict": "PASS", "gates": [], "counts": counts, "calibration": calibration})
