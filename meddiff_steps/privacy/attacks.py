@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
-from meddiff_steps.evaluation.statistics import Bootstrap, Figure, Statistic, auc, mean_of, rounded
+from meddiff_steps.evaluation.statistics import Bootstrap, Figure, Statistic, auc, centred, figure, mean_of, rounded
 
 #: False-positive rates at which a membership attack is judged (Carlini et al. 2022: the average hides the few it exposes).
 FALSE_POSITIVE_RATES = (0.01, 0.05, 0.10)
+
+#: Times that people are drawn from the larger side where equally many are compared.
+PEOPLE_DRAWS = 200
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:
@@ -48,19 +51,33 @@ def excess_risk(attack: np.ndarray, control: np.ndarray) -> Figure:
     return {"value": rounded(ends[0]), "low": rounded(ends[1]), "high": rounded(ends[2]), "n": len(attack)}
 
 
-def nearer_to_training(to_training: np.ndarray, to_held_out: np.ndarray) -> Figure:
-    """Share of synthetic images nearer to the training set than to as many unseen scans; 0.5 if nothing leaked.
+def nearer_to_training(training: np.ndarray, held_out: np.ndarray, resamples: int, generator: np.random.Generator) -> Figure:
+    """Share of synthetic images nearer to training people than to as many unseen people; 0.5 if nothing leaked.
 
-    Platzer and Reutterer 2021.  Ties count half.
+    Platzer and Reutterer 2021, with people in place of records, since scans of a person are alike.  Of the larger side as many are
+    drawn as the other has, again and again, and the figure is the mean; the interval resamples people of both sides, and images.
+    Ties count half.
 
     Parameters
     ----------
-    to_training, to_held_out
-        Similarity of each synthetic image to the nearest of n training scans and of n held-out scans, (m,).
+    training, held_out
+        Similarity of each synthetic image to the nearest scan of each training person (m, p) and of each unseen person (m, h).
     """
-    wins = float(np.sum(to_training > to_held_out) + 0.5 * np.sum(to_training == to_held_out))
-    low, high = wilson(round(wins), len(to_training))
-    return {"value": rounded(wins / len(to_training)), "low": rounded(low), "high": rounded(high), "n": len(to_training)}
+    images, count = len(training), min(training.shape[1], held_out.shape[1])
+
+    def nearer(some: np.ndarray, others: np.ndarray) -> np.ndarray:
+        one, other = training[:, some].max(1), held_out[:, others].max(1)
+        return (one > other) + 0.5 * (one == other)
+
+    def chosen(people: int) -> np.ndarray:
+        return generator.permutation(people)[:count]
+
+    value = float(np.mean([nearer(chosen(training.shape[1]), chosen(held_out.shape[1])).mean() for _ in range(PEOPLE_DRAWS)]))
+    draws = np.empty(resamples)
+    for i in range(resamples):
+        flags = nearer(generator.integers(training.shape[1], size=count), generator.integers(held_out.shape[1], size=count))
+        draws[i] = flags[generator.integers(images, size=images)].mean()
+    return figure(value, centred(value, draws, 0.0).clip(max=1.0), count)
 
 
 def authenticity(to_training: np.ndarray, nearest: np.ndarray, among_training: np.ndarray) -> Figure:

@@ -21,12 +21,14 @@ from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.denoiser import Denoiser
 from meddiff_steps.privacy import attacks
 from meddiff_steps.privacy.detectors import Detector
-from meddiff_steps.privacy.search import QUERIES, nearest, nearest_earlier, unit_rows
+from meddiff_steps.privacy.search import QUERIES, nearest, nearest_earlier, nearest_of_each, unit_rows
 from meddiff_steps.privacy.size import batch_size
 from meddiff_steps.privacy.verdict import Gate, at_most, holds, verdict
 
 #: Images per set that the attacks look at, chosen by the hash of their id: intervals hardly narrow beyond.
 MAX_IMAGES = 5000
+#: People of either side that `nearer_to_training` takes, at random.
+MAX_PEOPLE = 1000
 
 #: Longest side at which all synthetic images are compared with each other, and the nearest others of each that are looked at in full.
 COARSE_SIDE = {2: 32, 3: 12}
@@ -77,18 +79,17 @@ def attack(synthetic: Mapping[str, np.ndarray], train: RealScans, calibration: R
     """
     result: dict[str, Any] = {"nearer_to_training": {}, "authenticity": {}, "membership": {}}
     strangers = np.concatenate([calibration.subjects, test.subjects])
-    people = min(len(np.unique(strangers)), len(np.unique(train.subjects)))
-    unseen = np.flatnonzero(np.isin(strangers, list(dict.fromkeys(strangers))[:people]))
     generator = np.random.default_rng(int(hashlib.sha256(f"{seed}/privacy/attack".encode()).hexdigest()[:8], 16))
     members = np.sort(generator.permutation(len(train))[: max(len(test), min(len(train), 4 * len(test)))])
     who = np.concatenate([train.subjects[members], test.subjects])
     is_member = np.arange(len(who)) < len(members)
     for name, images in synthetic.items():
-        to_held_out = nearest(images, np.concatenate([calibration.directions[name], test.directions[name]])[unseen])[0][:, 0]
-        # As many people on either side, each with all scans: as many scans would be of more people, and lie nearer by chance.
-        some = np.flatnonzero(np.isin(train.subjects, generator.permutation(np.unique(train.subjects))[:people]))
-        to_some = nearest(images, train.directions[name][some])[0][:, 0]
-        result["nearer_to_training"][name] = attacks.nearer_to_training(to_some, to_held_out)
+        unseen = np.concatenate([calibration.directions[name], test.directions[name]])
+        sides = []
+        for vectors, owners in ((train.directions[name], train.subjects), (unseen, strangers)):
+            some = np.isin(owners, generator.permutation(np.unique(owners))[:MAX_PEOPLE])
+            sides.append(nearest_of_each(images, vectors[some], owners[some]))
+        result["nearer_to_training"][name] = attacks.nearer_to_training(sides[0], sides[1], resamples, generator)
         among = nearest(train.directions[name], train.directions[name], 2)[0][:, -1]
         for label, x in (("synthetic", images), ("held_out", test.directions[name])):
             similarity, index = nearest(x, train.directions[name])

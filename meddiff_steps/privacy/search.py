@@ -80,6 +80,22 @@ def nearest(queries: np.ndarray, references: np.ndarray, k: int = 1) -> tuple[np
     return similarity, index
 
 
+def nearest_of_each(queries: np.ndarray, references: np.ndarray, owners: np.ndarray) -> np.ndarray:
+    """Similarity of every query to the nearest reference of each owner, float32 (n, owners), owners in sorted order.
+
+    Parameters
+    ----------
+    queries, references
+        float32 (n, d) and (m, d) from `unit_rows`.
+    owners
+        Whose each reference is, (m,).
+    """
+    order = np.argsort(owners, kind="stable")
+    starts = np.unique(owners[order], return_index=True)[1]
+    references = references[order]
+    return np.concatenate([np.maximum.reduceat(queries[i : i + QUERIES] @ references.T, starts, axis=1) for i in range(0, len(queries), QUERIES)])
+
+
 def nearest_earlier(vectors: np.ndarray, start: int, stop: int, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """The `k` most similar of all earlier rows, for rows `start` to `stop`.
 

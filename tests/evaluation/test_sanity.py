@@ -174,8 +174,8 @@ def test_copies_of_the_training_set_are_seen_by_the_privacy_figures_alone(realit
     for name, vectors in (("copies", made), ("fresh", fresh)):
         similarity, index = nearest(vectors, training)
         genuine = authenticity(similarity[:, 0], index[:, 0], among)
-        nearer = nearer_to_training(similarity[:, 0], nearest(vectors, held_out)[0][:, 0])
+        nearer = nearer_to_training(vectors @ training.T, vectors @ held_out.T, 200, np.random.default_rng(0))
         found[name] = (genuine, nearer)
     assert found["copies"][0]["high"] < 0.05 < found["fresh"][0]["low"]
-    assert found["copies"][1]["low"] > 0.95
+    assert found["copies"][1]["low"] > 0.8
     assert found["fresh"][1]["low"] < 0.5 < found["fresh"][1]["high"]

@@ -34,11 +34,22 @@ def test_excess_copies_cover_the_truth():
 
 
 def test_nearer_to_training_is_half_where_nothing_leaked():
-    x = np.random.default_rng(0).random((2, 1000))
-    figure = attacks.nearer_to_training(*x)
+    rng = np.random.default_rng(0)
+    figure = attacks.nearer_to_training(rng.random((300, 90)), rng.random((300, 30)), 200, rng)
     assert figure["low"] < 0.5 < figure["high"]
-    assert attacks.nearer_to_training(np.ones(10), np.ones(10))["value"] == 0.5
-    assert attacks.nearer_to_training(np.ones(10), np.zeros(10))["value"] == 1
+    assert attacks.nearer_to_training(np.ones((10, 4)), np.ones((10, 3)), 20, rng)["value"] == 0.5
+    assert attacks.nearer_to_training(np.ones((10, 4)), np.zeros((10, 3)), 20, rng)["low"] == 1
+
+
+def test_the_interval_of_nearer_to_training_knows_that_people_were_drawn():
+    """40 people on either side, whom all images see alike: who is near is a matter of who was drawn."""
+    covered = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        near = rng.random((1, 80))
+        figure = attacks.nearer_to_training(*np.split(near + 0.05 * rng.random((200, 80)), 2, axis=1), 200, rng)
+        covered += figure["low"] <= 0.5 <= figure["high"]
+    assert covered > 50
 
 
 def test_copies_are_not_authentic():
