@@ -79,7 +79,8 @@ def test_kid_is_unbiased_where_a_person_has_several_scans() -> None:
         rng = philox("test", f"scans {i}")
         faces = np.sqrt(0.9) * rng.standard_normal((30, 1, 6)) + np.sqrt(0.1) * rng.standard_normal((30, 4, 6))
         people = r.Sample(faces.reshape(-1, 6), np.repeat([f"sub-{k}" for k in range(30)], 4))
-        values.append(r.kernel_figure(sample(f"z{i}", 120, 6), people, resamples=20, permutations=20, seed=str(i), label="")["value"])
+        images = r.Sample(rng.standard_normal((120, 6)), np.arange(120).astype(str))
+        values.append(r.kernel_figure(images, people, resamples=20, permutations=20, seed=str(i), label="")["value"])
     assert abs(np.mean(values)) < 2.5 * np.std(values) / np.sqrt(40)
 
 
