@@ -87,7 +87,7 @@ def build(folder: Path, rows: int) -> None:
     shards = ledger.shard_roots(public, dict(zip(plan["sample_id"], plan["shard"], strict=True)))
     root["ledger"] |= {"root": public.root, "rows": rows, "released": rows, "shards": shards}
     root["private_ledger"] |= {"root": private.root, "rows": rows}
-    root["privacy"]["counts"] = {"planned": rows, "released": rows}
+    root["privacy"]["counts"] = {"planned": rows, "released": rows, "candidates": rows, "rejected": 0, "duplicates": 0, "failed": 0}
     files = bundle._files(release, set(images["path"]))
     for name, content in bundle.metadata(release, root["ledger"], root["inputs"], files, read_json(release / croissant.NAME)["datePublished"]):
         write_json(release / name, content)
