@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import time
@@ -95,6 +96,17 @@ def test_stages_that_have_a_gpu_are_those_whose_rules_ask_for_one():
     found = {re.search(r"benchmarks/(.+?)(?:/\{\{\w+\}\})?\.tsv", body).group(1) for body in blocks if re.search(r"^ +gpu=", body, re.M)}
     inherited = {name for name in progress.GPU_STAGES if name.startswith(("teacher/", "distilled/"))}
     assert found == progress.GPU_STAGES - inherited
+
+
+@pytest.mark.parametrize("gpu", [None, "NVIDIA A100"])
+def test_hours_of_a_processor_are_not_taken_for_hours_of_a_gpu(results, gpu, capsys):
+    run(results)
+    assert "without a GPU" not in capsys.readouterr().out, "before anything was trained nothing is known"
+    record = results / "records/autoencoder/model.safetensors.json"
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"environment": {"torch": {"version": "2.13.0"} | ({"gpu": gpu} if gpu else {})}}))
+    run(results)
+    assert ("it ran without a GPU: GPU-hours are hours of the jobs" in capsys.readouterr().out) is (gpu is None)
 
 
 def test_a_folder_without_a_study_is_refused(tmp_path):

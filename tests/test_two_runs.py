@@ -37,6 +37,16 @@ def test_the_same_results_from_two_folders_are_refused(tmp_path):
     assert not (results / "tiny/cohort").exists()
 
 
+def test_a_run_without_its_scans_is_refused_before_it_begins(tmp_path):
+    command = study_in(tmp_path, "gone")
+    (tmp_path / "gone.yaml").write_text(yaml.safe_dump(STUDY | {"study": "gone", "cohort": {"source": "bids", "root": "no/where"}}))
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert done.returncode != 0
+    assert "cohort.root: no/where is not there. Relative paths start at the working directory" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "results/gone/.lock").exists()
+
+
 @pytest.mark.slow
 def test_the_same_study_twice_in_a_folder_is_refused_and_two_studies_are_not(tmp_path):
     first = start(study_in(tmp_path, "first"))

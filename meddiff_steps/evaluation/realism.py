@@ -139,10 +139,11 @@ def _mmd(kernel: np.ndarray, first: np.ndarray, second: np.ndarray, units: np.nd
     Rows of one unit are not compared within a sample: scans of a person, or a row that was drawn twice, are alike for another reason.
     """
     same = np.equal.outer(units, units)
+    compared = np.where(same, 0.0, kernel)
     within = []
     for weights in (first, second):
         pairs = weights.sum(1) ** 2 - ((weights @ same) * weights).sum(1)
-        within.append(((weights @ np.where(same, 0.0, kernel)) * weights).sum(1) / np.maximum(pairs, 1.0))
+        within.append(((weights @ compared) * weights).sum(1) / np.maximum(pairs, 1.0))
     between = ((first @ kernel) * second).sum(1) / (first.sum(1) * second.sum(1))
     return within[0] + within[1] - 2.0 * between
 

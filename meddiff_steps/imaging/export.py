@@ -24,7 +24,7 @@ from webdataset.writer import TarWriter
 
 from meddiff_steps.errors import UserError
 from meddiff_steps.files import CHECKSUMS, atomic_path, write_atomic, write_checksums
-from meddiff_steps.imaging.release import PICTURE_SCALE, SYNTHETIC, VOLUME_SCALE
+from meddiff_steps.imaging.encoding import PICTURE_SCALE, SYNTHETIC, VOLUME_SCALE
 from meddiff_steps.provenance.canonical import canonical_bytes
 
 MANIFEST, README = "manifest.parquet", "README.md"

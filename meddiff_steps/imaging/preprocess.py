@@ -51,6 +51,8 @@ QC_COLUMNS = {
     "cut_off_share": "float64",
 }
 
+#: Share of a scan's foreground outside the grid from which on it is worth a warning.
+NOTEWORTHY_CUT = 0.01
 #: Displacement (voxels of the scan) anywhere in the target grid below which two grids count as the same.
 SNAP_TOLERANCE = 0.05
 #: A voxel belongs to a grid when its centre is within the grid's outer voxel faces; rounding must not decide.
@@ -330,6 +332,19 @@ def preprocess_shard(rows: pd.DataFrame, config: Preprocess, out: Path, threads:
                 shard.append(scan_id=facts["scan_id"], image=image)
             table.append(facts)
     return pd.DataFrame(table, columns=list(QC_COLUMNS)).astype(QC_COLUMNS)
+
+
+def cut_off(quality: pd.DataFrame) -> str | None:
+    """How many scans of a quality table lose more than `NOTEWORTHY_CUT` of their foreground at the edge of the grid; None if none does."""
+    cut = quality[quality["cut_off_share"] > NOTEWORTHY_CUT]
+    if cut.empty:
+        return None
+    worst = cut.loc[cut["cut_off_share"].idxmax()]
+    return (
+        f"{len(cut)} of {(quality['status'] != 'left out').sum()} scans lose more than {NOTEWORTHY_CUT:.0%} of their foreground at the edge of the grid, "
+        f"{worst['scan_id']} most ({worst['cut_off_share']:.0%}): the grid of preprocess.shape and spacing_mm is too small for them, "
+        "or preprocess.center: foreground would centre it better."
+    )
 
 
 def _mask_path(row: dict[Any, Any], config: Preprocess) -> Path | None:

@@ -28,8 +28,10 @@ from meddiff_steps.diffusion.noise import SCHEME as SEED_SCHEME
 from meddiff_steps.diffusion.noise import seed_key
 from meddiff_steps.errors import UserError
 from meddiff_steps.files import read_json, sha256_file
-from meddiff_steps.imaging import release as imaging
+from meddiff_steps.imaging import encoding
 from meddiff_steps.imaging.layout import Layout
+from meddiff_steps.imaging.release import config_texts
+from meddiff_steps.privacy.verdict import SEVERITY
 from meddiff_steps.provenance import bundle, crate, croissant, ledger, lineage, signature, verify
 from meddiff_steps.provenance.canonical import canonical_bytes
 from meddiff_steps.provenance.columns import canonical_lines
@@ -434,7 +436,7 @@ def _fulfils(value: Any, condition: Any, categorical: bool) -> bool:
 def _verdict(release: Sealed) -> str:
     """The verdict as it can be shown: a stranger wrote it."""
     said = str(release.root["privacy"].get("verdict"))
-    return said if said in ("PASS", "CONDITIONAL", "FAIL") else repr(said[:40])
+    return said if said in SEVERITY else repr(said[:40])
 
 
 def _attempt_problems(row: ledger.Row, most: int) -> Iterator[str]:
@@ -519,14 +521,14 @@ def check_described(release: Sealed) -> Check:
     # Planned folders of subjects that all failed are not there.
     folders = sorted({verify.placed(row["image"]["path"])[0] for row in release.released()} if layout.size else {""})
     wrong = []
-    for place, (file, content) in itertools.product(folders, imaging.described(study).items()):
+    for place, (file, content) in itertools.product(folders, config_texts(study).items()):
         path = release.folder / place / file
         try:
             if path.stat().st_size != len(content) or path.read_bytes() != content:
                 wrong.append(f"{PurePosixPath(place, file)}: says something else than the config")
         except OSError as error:
             wrong.append(f"{PurePosixPath(place, file)}: {error.strerror}")
-    return judged(4, name, wrong, f"{', '.join(imaging.described(study))} follow from the config", "file(s) say something else than the config")
+    return judged(4, name, wrong, f"{', '.join(config_texts(study))} follow from the config", "file(s) say something else than the config")
 
 
 #: Attempt and key of a subject's released image (None if there is none), the number of its attempts, and its subgroup of the filter.
@@ -597,7 +599,7 @@ def check_content(release: Sealed) -> list[Check]:
     assert study is not None
     wrong: dict[str, list[str]] = {name: [] for name in ("decodes", "format", "voxels", "bytes", "marks", "twins")}
     shown: dict[str, tuple[str, str]] = {}
-    layout, grid = Layout.of(study.spatial_dims, study.plan, study.release), imaging.Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
+    layout, grid = Layout.of(study.spatial_dims, study.plan, study.release), encoding.Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
     folders: set[str] = set()
     for row in tqdm(release.released(), total=release.root["ledger"]["released"], desc="content", unit="image", mininterval=5, file=sys.stderr):
         name, path = row["sample_id"], release.folder / row["image"]["path"]
@@ -608,14 +610,14 @@ def check_content(release: Sealed) -> list[Check]:
         if row["image"]["path"] != layout.path(name, row["group"], row["index"]):
             wrong["format"].append(f"{name}: lies at {row['image']['path']}")
         try:
-            image = imaging.decode(path, grid)
-        except imaging.Undecodable as error:
-            wrong["format" if isinstance(error, imaging.OtherForm) else "decodes"].append(f"{row['image']['path']}: {error}")
+            image = encoding.decode(path, grid)
+        except encoding.Undecodable as error:
+            wrong["format" if isinstance(error, encoding.OtherForm) else "decodes"].append(f"{row['image']['path']}: {error}")
             continue
         wrong["format"] += [f"{name}: {problem}" for problem in _format_problems(image.stored)]
-        if imaging.voxel_digest(image.stored, image.affine) != row["image"]["voxel_sha256"]:
+        if encoding.voxel_digest(image.stored, image.affine) != row["image"]["voxel_sha256"]:
             wrong["voxels"].append(name)
-        wrong["bytes"] += [f"{name}: {problem}" for problem in imaging.departures(image, grid, name, study.study)]
+        wrong["bytes"] += [f"{name}: {problem}" for problem in encoding.departures(image, grid, name, study.study)]
         if not image.description.startswith("SYNTHETIC"):
             wrong["marks"].append(f"{name}: the description is {image.description[:40]!r}")
         if image.mark is None or image.mark.get("sample_id") != name or image.mark.get("study") != study.study:
@@ -633,7 +635,7 @@ def check_content(release: Sealed) -> list[Check]:
 
 
 def _format_problems(stored: np.ndarray) -> Iterator[str]:
-    top = imaging.VOLUME_SCALE if stored.ndim == 3 else imaging.PICTURE_SCALE
+    top = encoding.VOLUME_SCALE if stored.ndim == 3 else encoding.PICTURE_SCALE
     if stored.min() < 0 or stored.max() > top:
         yield f"values from {stored.min()} to {stored.max()}, expected 0 to {top}"
     elif stored.min() == stored.max():

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from meddiff_steps import __version__
-from meddiff_steps.imaging.release import SYNTHETIC, VERSION, licence
+from meddiff_steps.imaging.encoding import SYNTHETIC
+from meddiff_steps.imaging.release import VERSION, licence
 from meddiff_steps.provenance.published import TABLE, Published
 
 NAME = "croissant.json"

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from meddiff_steps.errors import UserError
 from meddiff_steps.files import read_json, sha256_file
-from meddiff_steps.imaging import release as imaging
+from meddiff_steps.imaging import encoding
 from meddiff_steps.privacy.calibration import thresholds_of
 from meddiff_steps.privacy.detectors import score
 from meddiff_steps.privacy.reference import ReferenceFiles, load_detectors
@@ -50,11 +50,11 @@ def check_privacy(release: Sealed, results: Path, sample: int, seed: str) -> Ite
     if thresholds is None:
         yield Check(7, "images", "not run", f"too few unseen subjects for limits ({calibration['subjects']} of {calibration.get('needed')})")
         return
-    scale = imaging.VOLUME_SCALE if study.spatial_dims == 3 else imaging.PICTURE_SCALE
-    grid = imaging.Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
+    scale = encoding.VOLUME_SCALE if study.spatial_dims == 3 else encoding.PICTURE_SCALE
+    grid = encoding.Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
     try:
-        stored = [imaging.decode(release.folder / row["image"]["path"], grid).stored for row in rows]
-    except imaging.Undecodable as error:
+        stored = [encoding.decode(release.folder / row["image"]["path"], grid).stored for row in rows]
+    except encoding.Undecodable as error:
         yield Check(7, "images", "finding", f"an image cannot be decoded ({error})")
         return
     stack = np.stack(stored).astype(np.float32)[:, None] / scale

@@ -17,7 +17,7 @@ from meddiff_steps import config
 from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.errors import UserError
 from meddiff_steps.files import sha256_file, write_atomic
-from meddiff_steps.imaging import release as imaging
+from meddiff_steps.imaging import encoding
 from meddiff_steps.imaging.layout import Layout
 from meddiff_steps.models.files import LatentDiffusion, load_autoencoder
 from meddiff_steps.provenance import verify
@@ -113,19 +113,19 @@ def remake(rows: Sequence[Row], study: config.Study, models: Path, threads: int)
 
 def compare(row: Row, again: np.ndarray, release: Path, study: config.Study) -> tuple[Comparison, bytes]:
     """An image that was made again beside the released file, and the file that it gives."""
-    grid = imaging.Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
-    content, values = imaging.encode(again, grid, row["sample_id"], study.study)
+    grid = encoding.Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
+    content, values = encoding.encode(again, grid, row["sample_id"], study.study)
     name, path = row["sample_id"], release / row["image"]["path"]
-    promised = imaging.voxel_digest(values, grid.affine) == row["image"]["voxel_sha256"]
+    promised = encoding.voxel_digest(values, grid.affine) == row["image"]["voxel_sha256"]
     if not os.path.lexists(path):  # the folder `provenance` alone is enough
         same_file = hashlib.sha256(content).hexdigest() == row["image"]["sha256"]
         return Comparison(name, "bitwise" if promised else "missing", same_file, 0 if promised else -1), content
     try:
-        released = imaging.decode(path, grid)
-    except imaging.Undecodable:
+        released = encoding.decode(path, grid)
+    except encoding.Undecodable:
         return Comparison(name, "missing", False, -1), content
     largest = int(np.abs(released.stored.astype(int) - values.astype(int)).max())
-    if imaging.departures(released, grid, name, study.study):
+    if encoding.departures(released, grid, name, study.study):
         verdict = "differs"
     elif largest == 0:
         verdict = "bitwise" if promised else "differs"
@@ -250,7 +250,7 @@ def regenerate_more(
         elif old["image"] is not None:  # who was rejected stays rejected
             rows.append(old)
     layout = Layout.of(study.spatial_dims, [wanted if other.name == wanted.name else other for other in study.plan], study.release)
-    grid = imaging.Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
+    grid = encoding.Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
     comparisons, added = [], []
     for row, image in remake(rows, study, models, threads) if rows else ():
         path = layout.path(row["sample_id"], row["group"], row["index"])
@@ -258,8 +258,8 @@ def regenerate_more(
             comparison, content = compare(row, image, release.folder, study)
             comparisons.append(comparison)
         else:
-            content, stored = imaging.encode(image, grid, row["sample_id"], study.study)
-            digests = hashlib.sha256(content).hexdigest(), imaging.voxel_digest(stored, grid.affine)
+            content, stored = encoding.encode(image, grid, row["sample_id"], study.study)
+            digests = hashlib.sha256(content).hexdigest(), encoding.voxel_digest(stored, grid.affine)
             added.append(Added(row["sample_id"], path, len(content), *digests, row["seed_key"], row["covariates"]))
         write_atomic(out / path, content)
     return sorted(comparisons, key=lambda one: one.sample_id), sorted(added, key=lambda one: one.sample_id)

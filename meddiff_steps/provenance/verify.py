@@ -41,26 +41,7 @@ TABLE, DESCRIPTION, CHECKSUMS = "participants.tsv", "dataset_description.json", 
 DATASET = (TABLE, "participants.json", DESCRIPTION, "README", "CHANGES", "LICENSE")
 
 #: How names of images end, of the ledger's and of others that could have been slipped in.
-IMAGES: tuple[str, ...] = (
-    ".nii",
-    ".nii.gz",
-    ".img",
-    ".hdr",
-    ".mgz",
-    ".mgh",
-    ".mnc",
-    ".nrrd",
-    ".nhdr",
-    ".mha",
-    ".mhd",
-    ".dcm",
-    ".dicom",
-    ".npy",
-    ".npz",
-    ".h5",
-    ".hdf5",
-)
-IMAGES += (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp")
+IMAGES = tuple(".nii .nii.gz .img .hdr .mgz .mgh .mnc .nrrd .nhdr .mha .mhd .dcm .dicom .npy .npz .h5 .hdf5 .png .jpg .jpeg .tif .tiff .bmp .gif .webp".split())
 
 #: What a row holds: the types of its fields, and of the fields of those that are objects.
 FIELDS: dict[str, tuple[type, ...]] = {
@@ -674,6 +655,11 @@ def check_signature(release: Path, root: dict[str, Any], key: bytes | None) -> C
 # --------------------------------------------------------------------------------------------------- main
 
 
+def _require_provenance(release: Path) -> None:
+    if not (release / "provenance").is_dir():
+        raise Unreadable(f"{release}: no folder `provenance`; this is not a release, or it was removed")
+
+
 def verify(release: Path, key: bytes | None = None, hash_images: bool = True) -> list[Check]:
     """All checks of L0 to L2.
 
@@ -682,8 +668,7 @@ def verify(release: Path, key: bytes | None = None, hash_images: bool = True) ->
     Unreadable
         There is no release with provenance here.
     """
-    if not (release / "provenance").is_dir():
-        raise Unreadable(f"{release}: no folder `provenance`; this is not a release, or it was removed")
+    _require_provenance(release)
     try:
         checks, root, ledger = check_form(release)
     except Unreadable as error:
@@ -700,8 +685,7 @@ def verify_one(release: Path, proof: Any, key: bytes | None = None) -> list[Chec
     Unreadable
         There is no release with provenance here.
     """
-    if not (release / "provenance").is_dir():
-        raise Unreadable(f"{release}: no folder `provenance` with root.json")
+    _require_provenance(release)
     try:
         root = read_root(release)
     except Unreadable as error:

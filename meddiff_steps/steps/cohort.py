@@ -17,6 +17,7 @@ from meddiff_steps.cohort.table import read_table
 from meddiff_steps.config import BidsSource, Privacy, SimulatedSource, TableSource, load_stage
 from meddiff_steps.errors import UserError
 from meddiff_steps.files import atomic_path, write_atomic
+from meddiff_steps.privacy.calibration import DETECTORS
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def run(
     with atomic_path(out) as temporary:
         write_manifest(manifest, temporary)
     write_atomic(card, (json.dumps(summary, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
-    calibrating, needed = summary["splits"]["calibration"]["subjects"], subjects_needed(Privacy().level, detectors=3)
+    calibrating, needed = summary["splits"]["calibration"]["subjects"], subjects_needed(Privacy().level, len(DETECTORS))
     if calibrating < needed:
         log.warning(
             "the calibration split has %d subjects; at the default privacy.level the privacy filter needs %d, and with too few it rejects nothing. "

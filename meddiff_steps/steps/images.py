@@ -10,8 +10,9 @@ import typer
 
 from meddiff_steps.config import load_stage
 from meddiff_steps.files import atomic_path
+from meddiff_steps.imaging.encoding import Grid
 from meddiff_steps.imaging.layout import Layout
-from meddiff_steps.imaging.release import Grid, write_images
+from meddiff_steps.imaging.release import write_images
 
 
 def run(

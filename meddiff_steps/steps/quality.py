@@ -12,11 +12,9 @@ import typer
 from meddiff_steps.config import load_stage
 from meddiff_steps.errors import UserError
 from meddiff_steps.files import atomic_path
+from meddiff_steps.imaging.preprocess import cut_off
 
 logger = logging.getLogger(__name__)
-
-#: Share of a scan's foreground outside the grid from which on it is worth a warning.
-NOTEWORTHY_CUT = 0.01
 
 
 def run(
@@ -42,19 +40,8 @@ def run(
     logger.info("%d of %d scans are usable", len(table) - len(left_out), len(table))
     if len(left_out):
         logger.warning("left out:\n%s", _reasons(left_out))
-    cut = table.loc[table["cut_off_share"] > NOTEWORTHY_CUT]
-    if len(cut):
-        worst = cut.loc[cut["cut_off_share"].idxmax()]
-        logger.warning(
-            "%d of %d scans lose more than %.0f %% of their foreground at the edge of the grid, %s most (%.0f %%): the grid of preprocess.shape and "
-            "spacing_mm is too small for them, or preprocess.center: foreground would centre it better. Column cut_off_share of %s has all figures.",
-            len(cut),
-            len(table) - len(left_out),
-            100 * NOTEWORTHY_CUT,
-            worst["scan_id"],
-            100 * worst["cut_off_share"],
-            out,
-        )
+    if told := cut_off(table):
+        logger.warning("%s Column cut_off_share of %s has all figures.", told, out)
     with atomic_path(out) as temporary:
         table.to_parquet(temporary, index=False)
 

@@ -13,7 +13,8 @@ import typer
 from meddiff_steps.config import BidsSource, Study, load_stage
 from meddiff_steps.errors import UserError
 from meddiff_steps.files import read_json
-from meddiff_steps.imaging.release import Grid, Story, complete_dataset
+from meddiff_steps.imaging.encoding import Grid
+from meddiff_steps.imaging.release import Story, complete_dataset
 
 logger = logging.getLogger(__name__)
 

@@ -26,8 +26,9 @@ from meddiff_steps.cohort.simulator import one_torch_thread, simulate_cohort
 from meddiff_steps.evaluation.diversity import pair_similarity
 from meddiff_steps.evaluation.image_quality import SsimSettings
 from meddiff_steps.evaluation.statistics import rounded
+from meddiff_steps.imaging.encoding import GZIP_LEVEL, VOLUME_SCALE, Grid
 from meddiff_steps.imaging.preprocess import preprocess_image, preprocess_shard
-from meddiff_steps.imaging.release import GZIP_LEVEL, VOLUME_SCALE, Grid, write_images
+from meddiff_steps.imaging.release import write_images
 from meddiff_steps.imaging.shards import Shards, ShardWriter
 from meddiff_steps.imaging.shards import Tensor as Column
 from meddiff_steps.training.latent_data import LatentData

@@ -355,6 +355,11 @@ def test_the_step_writes_the_same_bytes_every_time(dataset: Path, tmp_path: Path
     assert len(read_manifest(tmp_path / "first/manifest.parquet", COVARIATES)) == 12
 
 
+def test_the_step_warns_of_too_few_subjects_for_a_privacy_filter(dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(frozen(tmp_path, {"source": "bids", "root": str(dataset)}), tmp_path / "m.parquet", tmp_path / "c.json")
+    assert "the calibration split has 0 subjects; at the default privacy.level the privacy filter needs 59" in caplog.text
+
+
 def test_the_step_reads_tables(frame: pd.DataFrame, tmp_path: Path) -> None:
     frame.to_csv(tmp_path / "table.csv", index=False)
     run(frozen(tmp_path, {"source": "table", "table": str(tmp_path / "table.csv")}), tmp_path / "m.parquet", tmp_path / "c.json")

@@ -19,7 +19,7 @@ from meddiff_steps.errors import UserError
 from meddiff_steps.files import sha256_file
 from meddiff_steps.imaging import preprocess as module
 from meddiff_steps.imaging.io import ScanError
-from meddiff_steps.imaging.preprocess import QC_COLUMNS, preprocess_image, preprocess_shard
+from meddiff_steps.imaging.preprocess import QC_COLUMNS, cut_off, preprocess_image, preprocess_shard
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.steps import preprocess as preprocess_step
 from meddiff_steps.steps import quality as quality_step
@@ -363,6 +363,13 @@ def test_shard_leaves_bad_scans_out_and_says_why(tmp_path: Path) -> None:
     assert values.min() == 0 and values.max() == 1
     image, _ = preprocess_image(tmp_path / "scan3.nii.gz", config())
     assert np.array_equal(values[2], image.astype(np.float16))
+
+
+def test_a_grid_that_cuts_heads_off_is_told_with_the_worst(tmp_path: Path) -> None:
+    table = preprocess_shard(cohort(tmp_path), config(), tmp_path / "shard.arrow")
+    assert cut_off(table.assign(cut_off_share=0.01)) is None
+    table["cut_off_share"] = [0.0, 0.02, np.nan, 0.3, 0.0, np.nan, 0.011, np.nan, 0.0]
+    assert (cut_off(table) or "").startswith("3 of 6 scans lose more than 1% of their foreground at the edge of the grid, sub-3 most (30%)")
 
 
 def test_workers_change_no_byte(tmp_path: Path) -> None:

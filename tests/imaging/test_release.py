@@ -18,9 +18,9 @@ from PIL import Image as PilImage
 from meddiff_steps.config import freeze, parse_study
 from meddiff_steps.errors import UserError
 from meddiff_steps.imaging import release as module
+from meddiff_steps.imaging.encoding import read_mark, voxel_digest
 from meddiff_steps.imaging.io import read_image
 from meddiff_steps.imaging.layout import image_path
-from meddiff_steps.imaging.release import read_mark, voxel_digest
 from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
 from meddiff_steps.steps import images as images_step
 from meddiff_steps.steps import release as release_step

@@ -11,7 +11,7 @@ from meddiff_steps import config
 from meddiff_steps.cohort.simulator import load_template, make_lattice, simulate_subject
 from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
 from meddiff_steps.models.autoencoder import Autoencoder
-from meddiff_steps.privacy.calibration import calibrate
+from meddiff_steps.privacy.calibration import DETECTORS, calibrate
 from meddiff_steps.privacy.detectors import LatentEncoder, TrainingImages, make_detectors, references, score
 from meddiff_steps.privacy.embedder import train_embedder
 from meddiff_steps.privacy.reference import any_flag
@@ -79,6 +79,7 @@ def planted(tmp_path_factory):
     mean = train.mean(0)
     vectors = {detector.name: references(detector, training) for detector in make_detectors(training, embedder, latent, {}, mean)}
     detectors = make_detectors(training, embedder, latent, vectors, mean)
+    assert tuple(detector.name for detector in detectors) == DETECTORS
     thresholds = calibrate(score(detectors, torch.from_numpy(calibration))[0], np.zeros(CALIBRATION), LEVEL)
     assert thresholds is not None
 

@@ -19,7 +19,7 @@ from tiny_release import Place
 
 from meddiff_steps.errors import UserError
 from meddiff_steps.files import sha256_file, write_json
-from meddiff_steps.imaging.release import voxel_digest
+from meddiff_steps.imaging.encoding import voxel_digest
 from meddiff_steps.provenance.audit import Request, audit
 from meddiff_steps.provenance.ledger import read_lines
 from meddiff_steps.provenance.regeneration import find_models

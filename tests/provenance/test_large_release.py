@@ -14,8 +14,8 @@ from tiny_release import GIVEN_UP, Place
 
 from meddiff_steps.config import PlanGroup, Release
 from meddiff_steps.files import sha256_file
+from meddiff_steps.imaging.encoding import read_mark
 from meddiff_steps.imaging.layout import Layout
-from meddiff_steps.imaging.release import read_mark
 from meddiff_steps.provenance import bundle, crate, croissant, story, verify
 from meddiff_steps.provenance.audit import Request, audit
 from meddiff_steps.provenance.regeneration import regenerate

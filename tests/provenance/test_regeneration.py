@@ -17,7 +17,7 @@ from tiny_release import AGAIN, GIVEN_UP
 from meddiff_steps import config
 from meddiff_steps.cohort.manifest import read_manifest, write_manifest
 from meddiff_steps.errors import UserError
-from meddiff_steps.imaging.release import Grid, encode
+from meddiff_steps.imaging.encoding import Grid, encode
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.provenance.regeneration import regenerate, regenerate_more
 from meddiff_steps.provenance.sealed import open_release

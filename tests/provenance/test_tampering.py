@@ -31,7 +31,7 @@ from tiny_release import AGAIN, GIVEN_UP, Place
 
 from meddiff_steps.diffusion.noise import seed_key
 from meddiff_steps.files import sha256_file, write_json
-from meddiff_steps.imaging.release import Grid, encode_volume, voxel_digest
+from meddiff_steps.imaging.encoding import Grid, encode_volume, voxel_digest
 from meddiff_steps.provenance import bundle, crate, croissant, ledger, signature
 from meddiff_steps.provenance.audit import Report, Request, audit
 
