@@ -193,16 +193,17 @@ class Optimiser(Section):
 
 
 class Perceptual(Section):
-    """Feature-space L1 (LPIPS style) on monai.losses.PerceptualLoss; weights are never downloaded."""
+    """Distance between feature maps of a network of your own (Zhang et al. 2018); nothing is downloaded."""
 
     weight: Annotated[float, Field(ge=0.0)] = 0.0
-    network: str = Field("medicalnet_resnet10_23datasets", description="A network name of monai.losses.PerceptualLoss.")
-    weights: str | None = Field(None, description="Local path of that network's weights; needed when weight is above 0.")
+    weights: str | None = Field(
+        None, description="Path of a TorchScript file: from images (b, 1, ...) in [0, 1] to feature maps (b, c, ...); needed when weight is above 0."
+    )
 
     @model_validator(mode="after")
     def _weights_given(self) -> Self:
         if self.weight > 0 and self.weights is None:
-            raise ValueError("perceptual.weight is above 0 but perceptual.weights names no file; nothing is downloaded at run time")
+            raise ValueError("perceptual.weight is above 0 but perceptual.weights names no file")
         return self
 
 
@@ -404,7 +405,7 @@ class Privacy(Section):
     )
     subgroup: Name | None = Field(None, description="Categorical covariate whose levels get thresholds of their own where they have enough subjects.")
     max_attempts: PositiveInt = Field(5, description="Draws per planned subject before it is given up as failed.")
-    max_failed_share: Fraction = Field(0.05, description="The run stops if more planned subjects than this have failed.")
+    max_failed_share: Fraction = Field(0.05, description="Gate: share of planned subjects that were given up as failed.")
     # The nearest two of the demo's 1,000 scans have 0.977, of 185 IXI brains at 4 mm 0.980; a scan and itself with 3 % noise have 0.997.
     duplicate_correlation: Annotated[float, Field(gt=0.5, lt=1.0)] = Field(
         0.99, description="Correlation of all voxels from which two synthetic images count as one; coarse images of many subjects need more."

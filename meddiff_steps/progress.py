@@ -15,12 +15,12 @@ from meddiff_steps.synthesis.size import plan_shards
 #: Stages that run once per shard of the cohort and of the plan, by the names of their folders under logs/.
 COHORT_STAGES = ("preprocess", "latents")
 PLAN_STAGES = ("generate", "filter", "images", "export", "regenerate", "teacher/generate", "teacher/filter")
-#: Stages whose jobs have a GPU each (`compute.devices` of them for the two trainings), where the study does not say `compute.device: cpu`.
+#: Stages whose jobs have a GPU each (`compute.devices` of them for the trainings of both models), where the study does not say `compute.device: cpu`.
 GPU_STAGES = frozenset(
     "autoencoder latents diffusion generate filter sampler_study showcase audit segmenter augment/train regenerate "
-    "teacher/generate teacher/filter distilled/latents distilled/diffusion".split()
+    "teacher/generate teacher/filter distilled/latents distilled/diffusion augment/generate augment/filter augment/diffusion".split()
 )
-TRAININGS = ("autoencoder", "diffusion", "distilled/diffusion")
+TRAININGS = ("autoencoder", "diffusion", "distilled/diffusion", "augment/diffusion")
 #: How a log ends whose step has given up; a step that was killed from outside says nothing.
 LAST_WORDS = re.compile(r"^(error: |Traceback |[\w.]+Error\b)|asked to stop \(SIGTERM\)", re.M)
 #: Bytes at the end of a log in which they are looked for.

@@ -3,6 +3,7 @@ rule autoencoder:
         manifest=MANIFEST,
         qc=QC,
         images=COHORT_IMAGES,
+        features=[STUDY.autoencoder.perceptual.weights] if STUDY.autoencoder.perceptual.weight else [],
     output:
         weights=lasting(AUTOENCODER),
         card=AUTOENCODER_CARD,
@@ -24,10 +25,11 @@ rule autoencoder:
         config=settings("autoencoder"),
         code=code_digest("autoencoder"),
         images=lambda wildcards, input: repeat("--images", input.images),
+        features=lambda wildcards, input: repeat("--features", input.features),
         state=f"{STATE}/autoencoder",
     message:
         "Training the autoencoder"
     shell:
         "python -m meddiff_steps autoencoder --config {params.config} --manifest {input.manifest} {params.images} "
         "--weights {output.weights} --card {output.card} --history {output.history} "
-        "--reconstructions {output.reconstructions} --state {params.state} --threads {threads} 2>&1 | tee {log}"
+        "--reconstructions {output.reconstructions} {params.features} --state {params.state} --threads {threads} 2>&1 | tee {log}"

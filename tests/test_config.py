@@ -76,7 +76,7 @@ def test_what_an_optimiser_leaves_out_keeps_the_default_of_its_network():
         ("preprocess.percentiles", [99, 1], "percentiles"),
         ("preprocess.shards", 0, "preprocess.shards"),
         ("autoencoder.channels", [30, 60], "multiples of norm_num_groups"),
-        ("autoencoder.perceptual", {"weight": 0.1}, "nothing is downloaded"),
+        ("autoencoder.perceptual", {"weight": 0.1}, "perceptual.weights names no file"),
         ("autoencoder.optimiser", {"steps": 0, "batch_size": 1, "learning_rate": 0.1}, "autoencoder.optimiser.steps"),
         ("diffusion.attention_levels", [True], "one entry per level"),
         ("diffusion.num_head_channels", 48, "num_head_channels"),

@@ -32,6 +32,7 @@ from meddiff_steps.errors import UserError
 from meddiff_steps.evaluation.statistics import philox
 from meddiff_steps.files import sha256_file
 from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.models.torchscript import load_torchscript
 
 #: Image values read at once; with `RandomNetwork` at eight channels it bounds memory to some hundred MB.
 BATCH_VALUES = 2**21
@@ -287,10 +288,8 @@ def network_space(settings: FeatureNetwork, spatial_dims: int) -> FeatureSpace:
     UserError
         The file is missing, unreadable, or holds weights of another architecture.
     """
-    path = Path(settings.weights)
-    if not path.is_file():
-        raise UserError(f"evaluate.features.{settings.name}: there is no file {path}. Nothing is downloaded; put the weights there or change the path.")
-    network = _torchscript(path, settings) if settings.architecture == "torchscript" else _resnet(path, settings, spatial_dims)
+    path, key = Path(settings.weights), f"evaluate.features.{settings.name}"
+    network = load_torchscript(path, key) if settings.architecture == "torchscript" else _resnet(path, settings, spatial_dims)
     network.eval()  # extraction runs without gradients
 
     def features(images: Tensor) -> Tensor:
@@ -309,14 +308,6 @@ def network_space(settings: FeatureNetwork, spatial_dims: int) -> FeatureSpace:
     weights = sha256_file(path)
     digest = _digest("network", weights, settings.architecture, settings.channels, settings.zscore)
     return FeatureSpace(settings.name, digest, f"{settings.architecture} with the user's weights, sha256 {weights[:16]}", features)
-
-
-def _torchscript(path: Path, settings: FeatureNetwork) -> nn.Module:
-    try:
-        return torch.jit.load(str(path), map_location="cpu")
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"evaluate.features.{settings.name}: {path} is no TorchScript file ({reason}). Export the network with torch.jit.trace.") from None
 
 
 def _resnet(path: Path, settings: FeatureNetwork, spatial_dims: int) -> nn.Module:

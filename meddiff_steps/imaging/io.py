@@ -94,7 +94,7 @@ def read_image(path: Path, *, allow_constant: bool = False, sha256: str | None =
     path = Path(path)
     content = _read_bytes(path)
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-        detail = "not the file that the manifest was made of. Restore it, or read the cohort again (snakemake --forcerun cohort)."
+        detail = "not the file that the manifest was made of. Restore it, or read the cohort again (remove cohort/manifest.parquet)."
         raise ScanError(path, "changed since the cohort was read", detail)
     if content[:2] == b"\x1f\x8b":
         image = _decode_nifti(path, _gunzip(path, content))

@@ -37,6 +37,7 @@ def run(
     history: Annotated[Path, typer.Option(help="training curve to write (Parquet)")],
     reconstructions: Annotated[Path, typer.Option(help="held-out scans and their reconstructions to write (Arrow)")],
     state: Annotated[Path, typer.Option(help="folder for resumable checkpoints")],
+    features: Annotated[Path | None, typer.Option(help="network of the perceptual term (TorchScript); needed if that has a weight")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; changes the last bits of CPU results")] = 1,
 ) -> None:
     """Train the autoencoder on the train split, resuming after a kill, and measure it on held-out scans."""
@@ -46,9 +47,10 @@ def run(
     scans = read_manifest(manifest)
     rows = rows_by_split(scans, shards.column("scan_id"))
     fabric = make_fabric(study.compute, threads, study.compute.devices)
-    task = AutoencoderTask(settings, study.augmentation, shards, rows["train"], rows["val"], study.seed, fabric)
+    task = AutoencoderTask(settings, study.augmentation, shards, rows["train"], rows["val"], study.seed, fabric, features)
     compiled = speed_up(task.costly, study.compute, fabric, training=True)
-    curve = fit(task, settings.optimiser, fabric, state / state_key("autoencoder", config, [manifest, *images]), "autoencoder")
+    inputs = [manifest, *images, *([features] if features else [])]
+    curve = fit(task, settings.optimiser, fabric, state / state_key("autoencoder", config, inputs), "autoencoder")
     if not fabric.is_global_zero:
         return
     task.fit_tone()

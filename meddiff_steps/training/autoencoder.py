@@ -5,19 +5,22 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from monai.losses import PatchAdversarialLoss, PerceptualLoss
+from monai.losses import PatchAdversarialLoss
 from monai.networks.nets import PatchDiscriminator
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from meddiff_steps import config
+from meddiff_steps.errors import UserError
 from meddiff_steps.imaging.augment import draw_variant
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.autoencoder import Autoencoder, kl_divergence
+from meddiff_steps.models.torchscript import load_torchscript
 from meddiff_steps.training.backend import adamw, channels_last, to_channels_last, to_device
 from meddiff_steps.training.loop import batch_rows, clip_gradients, rank_share, step_generator
 from meddiff_steps.training.micro import Losses, MicroBatch
@@ -41,19 +44,35 @@ def spectral_loss(reconstruction: Tensor, image: Tensor) -> Tensor:
     return (torch.fft.rfftn(reconstruction, dim=axes, norm="ortho").abs() - torch.fft.rfftn(image, dim=axes, norm="ortho").abs()).abs().mean()
 
 
+def perceptual_loss(features: nn.Module, reconstruction: Tensor, image: Tensor) -> Tensor:
+    """Squared distance between feature maps (b, c, ...) of unit length at every place, averaged over places (Zhang et al. 2018, equation 1, unweighted).
+
+    monai.losses.PerceptualLoss fetches code and weights from the internet, whatever path it is given in 3D.
+    """
+    made, real = (nn.functional.normalize(features(x), dim=1, eps=1e-6) for x in (reconstruction, image))
+    return (made - real).square().sum(1).mean()
+
+
 class AutoencoderTask:
     """L1 + KL, and where configured perceptual, spectral and adversarial terms (Pinaya et al. 2022, appendix).
 
     Parameters
     ----------
     settings, augmentation
-        The study's `autoencoder` and `latents.augmentation` sections.
+        The study's `autoencoder` and `augmentation` sections.
     shards
         Preprocessed images in [0, 1].
     train_rows, val_rows
         Rows of `shards`.
     root
         The study's seed.
+    features
+        Network of the perceptual term, a TorchScript file.
+
+    Raises
+    ------
+    UserError
+        There is no such network, and the term has a weight.
     """
 
     def __init__(
@@ -65,6 +84,7 @@ class AutoencoderTask:
         val_rows: Sequence[int],
         root: str,
         fabric: Fabric,
+        features: Path | None = None,
     ) -> None:
         self.settings, self.augmentation, self.shards, self.fabric = settings, augmentation, shards, fabric
         self.micro = MicroBatch(fabric)
@@ -85,9 +105,9 @@ class AutoencoderTask:
         #: What `backend.speed_up` may compile.
         self.costly = list(model.costly)
         if settings.perceptual.weight > 0:
-            self.perceptual = fabric.to_device(
-                PerceptualLoss(self.spatial_dims, settings.perceptual.network, is_fake_3d=False, pretrained=True, pretrained_path=settings.perceptual.weights)
-            )
+            if features is None:
+                raise UserError("autoencoder.perceptual.weight is above 0, but no network was given: add --features, as the workflow does.")
+            self.features = fabric.to_device(load_torchscript(features, "autoencoder.perceptual.weights"))
         if settings.adversarial.weight > 0:
             adversarial = settings.adversarial
             discriminator = PatchDiscriminator(self.spatial_dims, adversarial.channels, in_channels=1, num_layers_d=adversarial.layers, norm="INSTANCE")
@@ -129,7 +149,7 @@ class AutoencoderTask:
                 named["train/spectral"] = spectral_loss(reconstruction, x[part])
                 loss = loss + settings.spectral_weight * named["train/spectral"]
             if settings.perceptual.weight > 0:
-                named["train/perceptual"] = self.perceptual(reconstruction, x[part])
+                named["train/perceptual"] = perceptual_loss(self.features, reconstruction, x[part])
                 loss = loss + settings.perceptual.weight * named["train/perceptual"]
             if adversarial:
                 made[part] = reconstruction.detach()

@@ -184,6 +184,8 @@ def fit(task: Task, settings: Optimiser, fabric: Fabric, state: Path, label: str
         bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
 
     with stop_request() as asked, curves as writer:
+        if start == 0:
+            record(0, task.validate())  # what the linear path or the prior gives without training
         for step in bar:
             done = step + 1
             scale = learning_rate_scale(step, settings)

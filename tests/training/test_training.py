@@ -8,8 +8,9 @@ from meddiff_steps.errors import UserError
 from meddiff_steps.imaging.augment import Variant, draw_variant
 from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
 from meddiff_steps.models.denoiser import COMPONENT_WIDTH
+from meddiff_steps.models.torchscript import load_torchscript
 from meddiff_steps.training import loop
-from meddiff_steps.training.autoencoder import AutoencoderTask, spectral_loss
+from meddiff_steps.training.autoencoder import AutoencoderTask, perceptual_loss, spectral_loss
 from meddiff_steps.training.backend import make_fabric
 from meddiff_steps.training.checkpoint import CheckpointFolder, weights_digest
 from meddiff_steps.training.components import train_components
@@ -36,9 +37,9 @@ def images(tmp_path_factory):
     return Shards([path])
 
 
-def autoencoder_task(images, fabric, **changes):
+def autoencoder_task(images, fabric, features=None, **changes):
     settings = config.Autoencoder(channels=[8, 16], norm_num_groups=4, latent_channels=4, optimiser=OPTIMISER.model_dump(), **changes)
-    return AutoencoderTask(settings, config.Augmentation(variants=2, flip=True, max_shift_voxels=1), images, range(8), range(8, 10), "seed", fabric)
+    return AutoencoderTask(settings, config.Augmentation(variants=2, flip=True, max_shift_voxels=1), images, range(8), range(8, 10), "seed", fabric, features)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,41 @@ def test_a_killed_and_resumed_training_gives_the_same_weights_and_curve(tmp_path
     resumed = make()
     assert loop.fit(resumed, OPTIMISER, fabric, tmp_path / "resumed", "test").equals(curve)
     assert digests(resumed) == digests(straight)
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    """A feature network as a user would give it: TorchScript, from images to maps of 3 channels."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("features") / "network.pt"
+    torch.jit.trace(torch.nn.Conv3d(1, 3, 3, bias=False), torch.rand(1, 1, 8, 8, 8)).save(str(path))
+    return path
+
+
+def test_the_perceptual_term_compares_directions_of_features(features):
+    network = load_torchscript(features, "here")
+    image, other = torch.rand(2, 2, 1, 8, 8, 8)
+    assert perceptual_loss(network, image, image) == 0
+    assert perceptual_loss(network, 2 * image, image) < 1e-6 < perceptual_loss(network, other, image), "the length of features does not count"
+    assert perceptual_loss(network, other, -image) > 2 > perceptual_loss(network, other, image)
+    empty = torch.zeros(1, 1, 8, 8, 8, requires_grad=True)
+    perceptual_loss(network, empty, image[:1]).backward()
+    assert empty.grad is not None and torch.isfinite(empty.grad).all()
+
+
+def test_a_network_for_the_perceptual_term_is_used_and_its_absence_told(images, fabric, features, tmp_path):
+    task = autoencoder_task(images, fabric, features, perceptual=config.Perceptual(weight=0.5, weights=str(features)))
+    first = float(task.train_step(0)["train/perceptual"])
+    plain = autoencoder_task(images, fabric)
+    assert first > 0 and "train/perceptual" not in plain.train_step(0)
+    assert digests(task) != digests(plain)
+    assert not any(p.requires_grad for p in task.features.parameters())
+    (tmp_path / "text.pt").write_text("no network")
+    for path, message in ((tmp_path / "gone.pt", "there is no file"), (tmp_path / "text.pt", "is no TorchScript file")):
+        with pytest.raises(UserError, match=rf"autoencoder\.perceptual\.weights: .*{message}"):
+            autoencoder_task(images, fabric, path, perceptual=config.Perceptual(weight=0.5, weights=str(path)))
+    with pytest.raises(UserError, match="no network was given: add --features"):
+        autoencoder_task(images, fabric, perceptual=config.Perceptual(weight=0.5, weights=str(features)))
 
 
 def test_a_truncated_checkpoint_is_not_resumed_from(tmp_path, latents, fabric):
