@@ -229,7 +229,7 @@ class Autoencoder(Section):
     stem: Literal["haar", "space_to_depth", "none"] = Field(
         "haar", description="Invertible 2x reduction before the first convolution: orthonormal Haar wavelet, plain rearrangement, or none."
     )
-    linear_path: bool = Field(True, description="A linear map of blocks beside the network, started at the best linear code of the training images.")
+    linear_path: bool = Field(True, description="A linear map of blocks beside the network: the best linear code of the training images.")
     channels: list[PositiveInt] = Field([32, 64], min_length=1, description="Feature channels per level; each level after the first halves the size.")
     num_res_blocks: PositiveInt = 1
     norm_num_groups: PositiveInt = 16

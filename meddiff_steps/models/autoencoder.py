@@ -32,9 +32,9 @@ class Autoencoder(nn.Module):
     would take half a gigabyte per head and image.
 
     With `linear_path` a linear map of blocks to latent channels and back runs beside the network, which then
-    only learns what is not linear (residual autoencoding as in Chen et al. 2025, DC-AE, here with a learnt
-    map).  `fit_linear_path` starts it at the Karhunen-Loeve transform of the training images, the best linear
-    code there is, so that training starts near 28 dB and not near 0.
+    only learns what is not linear (residual autoencoding as in Chen et al. 2025, DC-AE, here with a fitted
+    map).  `fit_linear_path` sets it to the Karhunen-Loeve transform of the training images, the best linear
+    code there is, so that training starts near 30 dB and not near 0.
 
     Parameters
     ----------
@@ -84,7 +84,10 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def fit_linear_path(self, images: Tensor) -> None:
-        """Set the linear path to the whitened Karhunen-Loeve transform of non-overlapping blocks.
+        """Set the linear path to the whitened Karhunen-Loeve transform of non-overlapping blocks, and keep it there.
+
+        Adam moves every weight by steps of one size, which are large beside what decodes the lesser channels.  Held-out PSNR of the demo
+        (140 steps, tone curve included): 30.97 dB before training, 30.87 with a path that is trained, too, 31.15 with one that is not.
 
         Parameters
         ----------
@@ -110,7 +113,10 @@ class Autoencoder(nn.Module):
         self.analysis.weight[: len(order)] = (basis / deviations).reshape(shape).float()
         self.analysis.bias[: len(order)] = -(basis / deviations).sum(1).float() * float(center)
         self.synthesis.weight[: len(order)] = (basis * deviations).reshape(shape).float()
+        self.synthesis.weight[len(order) :] = 0.0  # more channels than a block has values: left to the network
         self.synthesis.bias.fill_(float(center))
+        for path in (self.analysis, self.synthesis):
+            path.requires_grad_(False)
 
     @property
     def costly(self) -> list[nn.Module]:

@@ -98,7 +98,7 @@ class AutoencoderTask:
         to_channels_last(model, self.spatial_dims)
         self.average = copy.deepcopy(model).requires_grad_(False).eval()
         fabric.to_device(self.average)
-        optimiser = adamw(model.parameters(), settings.optimiser.learning_rate, fabric)
+        optimiser = adamw([p for p in model.parameters() if p.requires_grad], settings.optimiser.learning_rate, fabric)
         self.net, wrapped = fabric.setup(model, optimiser)
         self.modules: dict[str, nn.Module] = {"model": model, "average": self.average}
         self.optimisers: dict[str, torch.optim.Optimizer] = {"model": wrapped}

@@ -6,6 +6,7 @@ Everything is made by the product's own functions and kept in a work folder, so 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -186,20 +187,26 @@ class Place:
 
 
 class OurTraining:
-    """A training of ours, stepped by hand: exactly the steps of `training.loop.fit`, without its checkpoints."""
+    """A training of ours, stepped by hand: exactly the steps of `training.loop.fit`, without its checkpoints.
 
-    def __init__(self, task: Task, settings: config.Optimiser) -> None:
-        self.task, self.settings, self.done = task, settings, 0
+    With `seconds` the learning rate has run through its schedule when so much time was spent in steps, however many these were.
+    """
+
+    def __init__(self, task: Task, settings: config.Optimiser, seconds: float | None = None) -> None:
+        self.task, self.settings, self.seconds, self.done, self.spent = task, settings, seconds, 0, 0.0
         self.rates = {name: [group["lr"] for group in optimiser.param_groups] for name, optimiser in task.optimisers.items()}
 
     def step(self) -> None:
-        scale = learning_rate_scale(min(self.done, self.settings.steps - 1), self.settings)
+        start = time.perf_counter()
+        place = self.done if self.seconds is None else int(self.spent / self.seconds * self.settings.steps)
+        scale = learning_rate_scale(min(place, self.settings.steps - 1), self.settings)
         for name, optimiser in self.task.optimisers.items():
             for group, rate in zip(optimiser.param_groups, self.rates[name], strict=True):
                 group["lr"] = rate * scale
         self.task.train_step(self.done)
         update_average(self.task.modules["average"], self.task.modules["model"], self.settings.ema_decay, self.done)
         self.done += 1
+        self.spent += time.perf_counter() - start
 
 
 def write_latents(path: Path, means: Sequence[np.ndarray], log_variances: Sequence[np.ndarray]) -> Shards:

@@ -3,7 +3,7 @@
 Both sides take turns of a few steps, so that a busy minute of the machine falls on both; where the peer is far behind it gets more time.
 After each turn the held-out figure is measured, off the clock.  The level that decides is the best that the peer reached in its time; the ratio is the
 peer's seconds to that level over ours.  Ours is also looked at before its first step, when
-it already has its linear path or its Gaussian prior.
+it already has its linear path or its Gaussian prior, and its learning rate runs through its schedule in the time it has.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def _autoencoder_race(place: Place, seed: int, seconds: tuple[float, float]) -> 
     clock = measure.Clock()
     with clock.running():  # fitting the linear path is part of our training
         task = AutoencoderTask(settings, study.augmentation, place.images, place.rows("train"), looked_at, f"{SEED}/{seed}", place.fabric)
-    training = OurTraining(task, settings.optimiser)
+    training = OurTraining(task, settings.optimiser, seconds[0])
 
     torch.manual_seed(seed)
     network = peer.peer_autoencoder(settings, "cpu")
@@ -290,7 +290,7 @@ def _diffusion_race(
         data = latent_data(place, shards, scale=1.0 / factor)
         task = DiffusionTask(settings, data, levels, f"{SEED}/{seed}", place.fabric)
     before = clock.wall
-    training = OurTraining(task, settings.optimiser)
+    training = OurTraining(task, settings.optimiser, seconds[0])
 
     torch.manual_seed(seed)
     network = peer.peer_unet(settings, place.latent_shape[0], len(levels), "cpu")
