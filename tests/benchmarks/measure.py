@@ -22,7 +22,9 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from meddiff_steps.config import Compute
 from meddiff_steps.evaluation.statistics import Figure, figure, philox, rounded
+from meddiff_steps.training.backend import resolve
 
 #: Resamples behind the interval of a median over turns.
 RESAMPLES = 2000
@@ -114,12 +116,17 @@ def median_figure(values: Sequence[float] | np.ndarray, label: str) -> Figure:
 # ---------------------------------------------------------------------------------------------------- floors
 
 
-def matmul_rate(turns: int = 5) -> float:
-    """Floating-point operations per second of a float32 matrix product on the threads in use; the best of some tries."""
-    a = torch.ones(MATRIX, MATRIX)
+def matmul_rate(precision: str = "32-true", turns: int = 5) -> float:
+    """Floating-point operations per second of a matrix product on the threads in use, in bfloat16 for `bf16-mixed`; the best of some tries."""
+    a = torch.ones(MATRIX, MATRIX, dtype=torch.bfloat16 if precision == "bf16-mixed" else torch.float32)
     a @ a
     best = min(_seconds(lambda: a @ a) for _ in range(turns))
     return 2.0 * MATRIX**3 / best
+
+
+def matmul_rates() -> dict[str, float]:
+    """`matmul_rate` of both sides, each in its own precision: ours takes what `compute.precision: auto` means here, the peer float32."""
+    return {"ours": matmul_rate(resolve(Compute(device="cpu"))[1]), "peer": matmul_rate()}
 
 
 def copy_rate(turns: int = 5) -> float:
@@ -167,7 +174,8 @@ def private_mebibytes() -> float:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on: processor, cores in use, load of others, rates."""
+    """What the figures were measured on: processor, cores in use, load of others, rates; and the precision that ours takes there."""
+    precision = resolve(Compute(device="cpu"))[1]
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
@@ -178,7 +186,9 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_before": [round(value, 2) for value in os.getloadavg()],
+        "precision": precision,
         "matmul_gflops": rounded(matmul_rate() / 1e9),
+        "matmul_gflops_ours": rounded(matmul_rate(precision) / 1e9),
         "copy_gbytes": rounded(copy_rate() / 1e9),
     }
 

@@ -125,7 +125,7 @@ class Place:
                     "optimiser": {"steps": 2 * steps, "batch_size": 4, "learning_rate": 0.002, "warmup_steps": 1 if setting.quick else 50, "ema_decay": 0.99},
                 },
                 "plan": [{"name": "syn", "subjects": max(20, size.test)}],
-                "compute": {"device": "cpu", "precision": "32-true"},
+                "compute": {"device": "cpu"},
             },
             "the benchmarks",
         )

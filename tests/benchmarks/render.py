@@ -148,6 +148,8 @@ _COMPARED = """- **The peers' way** is in `tests/benchmarks/peer.py`, written ag
   resolution, fp32, every image encoded again at every diffusion step, `CacheDataset` and `PersistentDataset` over `.nii.gz`,
   `DDIMScheduler` with two passes per step, decoding one by one, MS-SSIM over all ordered pairs. A test checks that both sides have as
   many weights (within a quarter), the same latent grid, batch size, learning rate, noise schedule and steps.
+- **Precision**: ours is what `compute.precision: auto` means on the machine, bf16 where the processor multiplies that fast; the peers' is fp32,
+  as in their scripts on a processor.
 - **In the peers' favour**: no anomaly detection, perceptual loss, discriminator or TensorBoard, which their scripts have; the narrowest
   full-resolution level; our learning rate, higher than theirs; images held in memory while diffusion trains; sampling in batches, not one by one.
 - **On our clock**: fitting the linear path, encoding the cohort once, fitting the Gaussian prior and training its network. Both sides of the
@@ -267,10 +269,14 @@ def _knee(curve: dict[str, Any], series: dict[str, Any]) -> str:
 
 
 def _machines(found: Sequence[Result]) -> str:
-    out = ["| result | date | processor or GPU | threads | load before | matrix products | copy | took |", "|---|---|---|---|---|---|---|---|"]
+    out = [
+        "| result | date | processor or GPU | threads | load before | ours in | matrix products, peers; ours | copy | took |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for result in found:
         m = result.get("machine", {})
-        rates = [f"{number(m[key])} {unit}" if m.get(key) else "" for key, unit in (("matmul_gflops", "GFLOP/s"), ("copy_gbytes", "GB/s"))]
+        products = "; ".join(number(m[key]) for key in ("matmul_gflops", "matmul_gflops_ours") if m.get(key))
+        rates = [m.get("precision", ""), f"{products} GFLOP/s" if products else "", f"{number(m['copy_gbytes'])} GB/s" if m.get("copy_gbytes") else ""]
         device = m.get("gpu") or f"{m.get('processor', '')}, {m.get('cores', '')} cores"
         load = m.get("load_before", [""])[0]
         cells = [result["name"], result.get("date", ""), device, m.get("threads", ""), load, *rates, f"{result.get('seconds', 0):.0f} s"]

@@ -173,12 +173,14 @@ def autoencoder(setting: Setting) -> dict[str, Any]:
         for seed in range(seeds):
             ours, theirs, facts = _autoencoder_race(place, seed, seconds)
             races.append((ours, theirs))
-        rate = measure.matmul_rate()
+        rates = measure.matmul_rates()
         what = ("autoencoder training", "autoencoder: seconds to the peer's best held-out PSNR (dB)")
         found = results(races, place.study.autoencoder.optimiser.batch_size, what, "subjects/s", True, size.name, parameters=facts["parameters"])
         batch = place.study.autoencoder.optimiser.batch_size
         found[0]["floor"] = {
-            side: measure.floor(facts["flops"][side] / batch, rate, 1.0 / found[0][side]["value"]) for side in ("ours", "peer") if found[0][side]["value"]
+            side: measure.floor(facts["flops"][side] / batch, rates[side], 1.0 / found[0][side]["value"])
+            for side in ("ours", "peer")
+            if found[0][side]["value"]
         }
         rows += found
         drawn.append(curves(races, f"autoencoder {size.name}", "held-out PSNR (dB)"))
@@ -268,10 +270,10 @@ def diffusion(setting: Setting) -> dict[str, Any]:
             clock = measure.Clock(encoding.wall, encoding.cpu)  # the cache serves any number of trainings; each pays for it here
             ours, theirs, facts = _diffusion_race(place, seed, seconds, autoencoder, shards, clock)
             races.append((ours, theirs))
-        rate = measure.matmul_rate()
+        rates = measure.matmul_rates()
         what = ("diffusion training", "diffusion: seconds to the peer's best held-out loss (MSE of the noise)")
         found = results(races, 1.0, what, "steps/s", False, size.name, parameters=facts["parameters"])
-        found[0]["floor"] = {side: measure.floor(facts["flops"][side], rate, 1.0 / found[0][side]["value"]) for side in ("ours", "peer")}
+        found[0]["floor"] = {side: measure.floor(facts["flops"][side], rates[side], 1.0 / found[0][side]["value"]) for side in ("ours", "peer")}
         found[0]["note"] = f"ours after encoding {len(shards)} scans once and fitting the prior, {facts['before']:.1f} s, which the row below counts"
         rows += found
         drawn.append(curves(races, f"diffusion {size.name}", "held-out MSE of the noise"))
