@@ -112,15 +112,16 @@ def _judge(samplers: Samplers, plan: dict[str, Any]) -> dict[str, dict[int, dict
     extract = random_space(3).extract
     train, real = (_features(extract, place.tensors(split).numpy()) for split in ("train", "test"))
     scale = Scale.of(train, min(plan["images"], len(real)))
-    reference = scale.components(scale.standard(real))
+    reference = scale.standard(real)
     chosen = np.arange(min(plan["images"], len(real)))
     found: dict[str, dict[int, dict[str, float | None]]] = {"ours": {}, "peer": {}}
     for side in ("ours", "peer"):
         for steps in plan[side]:
             run = samplers.ours if side == "ours" else lambda rows, n: samplers.theirs(rows, n, passes=1)
             images = np.concatenate([run(part, steps) for part in np.split(chosen, range(BATCH, len(chosen), BATCH))])
-            made = scale.components(scale.standard(_features(extract, images)))
-            found[side][steps] = {"frechet": rounded(frechet_distance(made, reference)), "kid": rounded(kernel_distance(made, reference))}
+            made = scale.standard(_features(extract, images))
+            frechet = frechet_distance(scale.components(made), scale.components(reference))
+            found[side][steps] = {"frechet": rounded(frechet), "kid": rounded(kernel_distance(made, reference))}
     return found
 
 
