@@ -49,4 +49,4 @@ def _keep_gradients_right(convolution: nn.Conv2d | nn.Conv3d) -> None:
         with torch.autocast("cpu", enabled=False):
             return convolve(x.float(), weight, bias)
 
-    convolution._conv_forward = forward  # type: ignore[method-assign]
+    convolution._conv_forward = forward  # type: ignore[method-assign, assignment]
