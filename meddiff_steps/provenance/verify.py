@@ -198,21 +198,27 @@ def read_root(release: Path) -> dict[str, Any]:
     return root
 
 
-def _endless(release: Path) -> Iterator[str]:
-    """What is no file and no folder, or is a link to such a thing; and links in `provenance`, which is read before L2 looks for links."""
+def _entries(release: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Whatever lies in a release, with its path there; links are not followed."""
     waiting = [""]
     while waiting:
         place = waiting.pop()
         with os.scandir(f"{release}/{place}") as found:
             for entry in found:
                 name = f"{place}{entry.name}"
-                if entry.is_symlink():
-                    if name.startswith("provenance") or (os.path.exists(entry.path) and not entry.is_file() and not entry.is_dir()):
-                        yield name
-                elif entry.is_dir():
+                yield name, entry
+                if entry.is_dir(follow_symlinks=False):
                     waiting.append(f"{name}/")
-                elif not entry.is_file():
-                    yield name
+
+
+def _endless(release: Path) -> Iterator[str]:
+    """What is no file and no folder, or is a link to such a thing; and links in `provenance`, which is read before L2 looks for links."""
+    for name, entry in _entries(release):
+        if entry.is_symlink():
+            if name.startswith("provenance") or (os.path.exists(entry.path) and not entry.is_file() and not entry.is_dir()):
+                yield name
+        elif not entry.is_file() and not entry.is_dir():
+            yield name
 
 
 def _read(release: Path, name: str) -> Any:
@@ -435,19 +441,13 @@ def contents(release: Path) -> tuple[set[str], list[str], set[str]]:
     files: set[str] = set()
     links: list[str] = []
     folders: set[str] = set()
-    waiting = [""]
-    while waiting:
-        place = waiting.pop()
-        with os.scandir(f"{release}/{place}") as found:
-            for entry in found:
-                name = f"{place}{entry.name}"
-                if entry.is_symlink():
-                    links.append(name)
-                elif entry.is_dir():
-                    folders.add(name)
-                    waiting.append(f"{name}/")
-                else:
-                    files.add(name)
+    for name, entry in _entries(release):
+        if entry.is_symlink():
+            links.append(name)
+        elif entry.is_dir():
+            folders.add(name)
+        else:
+            files.add(name)
     return files, links, folders
 
 
