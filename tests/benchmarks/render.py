@@ -156,7 +156,7 @@ _COMPARED = """- **The peers' way** is in `tests/benchmarks/peer.py`, written ag
   diffusion race learn the latents of the peer's autoencoder at one noise scale, so that one loss judges both.
 - **Sampling** has one trained model on both sides, ours; what differs is the sampler, the second pass and the decoding. Ours counts with the
   fewest steps whose Frechet distance to held-out scans is not above the peer's. At guidance scale 1 the second pass cancels, so the
-  peer's realism is measured without it and its time with it. KID in results before 2026-11-24 was taken of a few components, and says nothing.
+  peer's realism is measured without it and its time with it. KID is of all features, standardised by training scans; 0 is one distribution.
 - **Data** are simulated heads (`meddiff_steps.cohort.simulator`); nothing here says how good images of real people are."""
 
 
