@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 #: With several processes, steps between two agreements on whether one of them was asked to stop: each waits for the GPU.
 AGREE_EVERY = 10
 
+#: What `Task.validate` of the two stages measures on held-out scans, and training is to lower.
+HELD_OUT_LOSSES = ("val/l1", "val/loss")
+
 
 class Task(Protocol):
     """What the loop trains.
@@ -150,6 +153,18 @@ def clip_gradients(module: nn.Module, optimiser: torch.optim.Optimizer, settings
     fabric.clip_gradients(module, optimiser, max_norm=settings.gradient_clip, error_if_nonfinite=checked)
 
 
+def warn_if_in_vain(history: list[tuple[int, str, float]], label: str) -> None:
+    """Say so if a held-out loss of `history` (step, metric, value) is no lower at the end than before the first step."""
+    for metric in HELD_OUT_LOSSES:
+        values = [value for _, name, value in history if name == metric]
+        if len(values) > 1 and values[-1] >= values[0]:
+            log.warning(
+                "%s: training did not lower %s: %.4g before the first step, %.4g at the end. What is fitted without training (the linear path, the prior) "
+                "is better alone: lower the learning rate, train for more steps, or on more scans",
+                label, metric, values[0], values[-1],
+            )  # fmt: skip
+
+
 def fit(task: Task, settings: Optimiser, fabric: Fabric, state: Path, label: str) -> pd.DataFrame:
     """Train `task` to its last step, resuming from `state` if it holds a checkpoint.
 
@@ -215,4 +230,6 @@ def fit(task: Task, settings: Optimiser, fabric: Fabric, state: Path, label: str
             if stop:
                 fabric.barrier()  # the first process to end makes a launcher end the others, and one of them is still writing
                 raise Preempted(f"{label}: asked to stop (SIGTERM); saved step {done} of {settings.steps} in {state}. The same command goes on from there.")
+    if fabric.is_global_zero:
+        warn_if_in_vain(history, label)
     return pd.DataFrame(history, columns=["step", "metric", "value"]).astype({"step": "int64", "value": "float64"})

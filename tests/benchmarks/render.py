@@ -154,6 +154,9 @@ _COMPARED = """- **The peers' way** is in `tests/benchmarks/peer.py`, written ag
   full-resolution level; our learning rate, higher than theirs; images held in memory while diffusion trains; sampling in batches, not one by one.
 - **On our clock**: fitting the linear path, encoding the cohort once, fitting the Gaussian prior and training its network. Both sides of the
   diffusion race learn the latents of the peer's autoencoder at one noise scale, so that one loss judges both.
+- **Where our diffusion curves rise**: trained for seconds, the peer's autoencoder has latents that hardly vary, and the Gaussian alone predicts
+  them better than the first few hundred steps of any network do. `meddiff_steps diffusion` warns where that happens. On the latents of the demo
+  400 steps lower the held-out loss from 0.510 to 0.501.
 - **Sampling** has one trained model on both sides, ours; what differs is the sampler, the second pass and the decoding. Ours counts with the
   fewest steps whose Frechet distance to held-out scans is not above the peer's. At guidance scale 1 the second pass cancels, so the
   peer's realism is measured without it and its time with it. KID is of all features, standardised by training scans; 0 is one distribution.

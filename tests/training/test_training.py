@@ -232,6 +232,15 @@ def test_losses_fall(tmp_path, images, fabric):
     assert l1[-1] < l1[0]
 
 
+@pytest.mark.parametrize(("end", "told"), [(0.31, True), (0.29, False)])
+def test_a_training_that_did_not_lower_the_held_out_loss_is_told(tmp_path, latents, fabric, caplog, end, told):
+    task = diffusion_task(latents, fabric)
+    looks = iter([0.3, 0.5, end])
+    task.validate = lambda: {"val/loss": next(looks)}
+    loop.fit(task, OPTIMISER, fabric, tmp_path, "diffusion")
+    assert ("did not lower val/loss: 0.3 before the first step, 0.31 at the end" in caplog.text) == told
+
+
 def test_training_does_not_spoil_the_linear_code_that_it_starts_from(tmp_path, fabric):
     rng, shape = np.random.default_rng(0), (16, 16, 16)
     with ShardWriter(tmp_path / "shard.arrow", {"scan_id": pa.string(), "image": Tensor("float16", (1, *shape))}) as shard:
