@@ -39,6 +39,9 @@ rule all:
         REPORT,
         NEIGHBOURS,
         REQUESTED,
+        # Weights, too: Snakemake makes a missing file again only if something that is not there yet needs it.
+        AUTOENCODER,
+        DIFFUSION,
     localrule: True
     message:
         f"Done. Look at {REPORT} first; the synthetic cohort is in {RELEASE_ROOT}"

@@ -51,6 +51,15 @@ def test_a_second_run_does_nothing(study):
     assert "Nothing to be done" in run(study)
 
 
+@pytest.mark.parametrize(
+    ("lost", "made_again"), [("autoencoder/model.safetensors", True), ("diffusion/model.safetensors", True), ("preprocessed/shard-0000.arrow", False)]
+)
+def test_of_a_finished_study_lost_weights_are_made_again_and_intermediates_are_not(study, tmp_path, lost, made_again):
+    shutil.copytree(study, tmp_path, copy_function=os.link, dirs_exist_ok=True)
+    (tmp_path / "results/tiny" / lost).unlink()
+    assert ("Nothing to be done" not in run(tmp_path, "--dry-run")) == made_again
+
+
 def test_manifest_and_plan_have_their_columns(study):
     manifest = pd.read_parquet(study / "results/tiny/cohort/manifest.parquet")
     assert {"scan_id", "subject_id", "path", "sha256", "split", "age", "sex", "brain_ml"} <= set(manifest)
