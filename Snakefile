@@ -42,6 +42,7 @@ rule all:
         # Weights, too: Snakemake makes a missing file again only if something that is not there yet needs it.
         AUTOENCODER,
         DIFFUSION,
+        DIFFUSION_FILES["diffusion"],
     localrule: True
     message:
         f"Done. Look at {REPORT} first; the synthetic cohort is in {RELEASE_ROOT}"
