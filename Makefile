@@ -46,7 +46,7 @@ test: $(VENV)/.ready-test
 	$(PYTEST) -m "not slow" tests/test_end_to_end.py tests
 
 test-slow: $(VENV)/.ready-test
-	$(PYTEST) -m slow tests/test_end_to_end.py tests/test_slurm.py tests
+	$(PYTEST) -m slow tests/test_chaos.py tests/test_end_to_end.py tests/test_slurm.py tests
 
 # What is measured alone: make bench NAMES="diffusion loader". Results stay in tests/benchmarks/results, one file per comparison.
 bench: $(VENV)/.ready-test
