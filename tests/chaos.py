@@ -46,6 +46,8 @@ from tiny_study import ENVIRONMENT, STUDY, digests  # noqa: E402
 SMALL_DISK_MB = 512
 #: A run that has not ended by then hangs.
 HANGS_AFTER_S = 7200
+#: What a finished study no longer needs, so that Snakemake does not make it again; all else must be there after the last rerun.
+INTERMEDIATE = ("preprocessed/", "latents/", "generated/", "filtered/", "privacy/decisions", "privacy/embedder", "privacy/reference", "images/")
 #: Reruns without a fault after which a run that still fails is lost.
 MOST_RERUNS = 4
 
@@ -232,8 +234,7 @@ def small_disk(folder: Path):
 def finish(run: Run, expected: dict[str, str]) -> None:
     """Start `run` until it ends well, without faults; then compare.
 
-    Snakemake does not make again what nothing needs any more: intermediate files that were lost in the last moment of a run are asked
-    for by name, as a person would who wants them.
+    Of a run that was disturbed in its last moment, intermediate files can be missing; they are asked for by name, as a person would who wants them.
     """
     for _ in range(MOST_RERUNS):
         if run.ended():
@@ -245,7 +246,7 @@ def finish(run: Run, expected: dict[str, str]) -> None:
             run.kill()
     else:
         raise Lost(f"{run.folder}: still failing after {MOST_RERUNS} reruns; see run.log there")
-    if missing := sorted(expected.keys() - digests(run.folder).keys()):
+    if missing := [name for name in sorted(expected.keys() - digests(run.folder).keys()) if name.startswith(INTERMEDIATE)]:
         run.start(*(f"results/tiny/{name}" for name in missing))
         run.wait()
     found = digests(run.folder)
