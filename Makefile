@@ -48,16 +48,16 @@ test: $(VENV)/.ready-test
 test-slow: $(VENV)/.ready-test
 	$(PYTEST) -m slow tests/test_chaos.py tests/test_end_to_end.py tests/test_slurm.py tests
 
-# What is measured alone: make bench NAMES="diffusion loader". Results stay in tests/benchmarks/results, one file per comparison.
+# What is measured alone: make bench NAMES="diffusion loader". Results stay in benchmarks/results, one file per comparison.
 bench: $(VENV)/.ready-test
-	$(BIN)/python -m tests.benchmarks run $(NAMES)
-	$(BIN)/python -m tests.benchmarks render
-	$(BIN)/python tests/benchmarks/dry_run.py
+	$(BIN)/python -m benchmarks run $(NAMES)
+	$(BIN)/python -m benchmarks render
+	$(BIN)/python benchmarks/dry_run.py
 
 SCALE ?= 10000 100000
 
 scale: $(VENV)/.ready-test
-	$(BIN)/python tests/benchmarks/scale.py $(SCALE) --cores $(CORES)
+	$(BIN)/python benchmarks/scale.py $(SCALE) --cores $(CORES)
 
 check: $(VENV)/.ready-test
 	$(BIN)/ruff check .
@@ -88,9 +88,9 @@ MINUTES ?= 9
 bench-gpu:
 	@$(PYTHON) -c "import torch; torch.cuda.is_available() or exit('No GPU is visible to $(PYTHON); see docs/gpu.md')"
 	@mkdir -p build/gpu
-	@needed="$$(PYTHONPATH=build/gpu $(PYTHON) tests/benchmarks/gpu_packages.py)"; test -z "$$needed" || \
+	@needed="$$(PYTHONPATH=build/gpu $(PYTHON) benchmarks/gpu_packages.py)"; test -z "$$needed" || \
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --target build/gpu $(if $(WHEELS),--no-index --find-links $(WHEELS)) $$needed
-	PYTHONPATH=build/gpu:. $(PYTHON) -m tests.benchmarks.gpu --minutes $(MINUTES) --out $(OUT)
+	PYTHONPATH=build/gpu:. $(PYTHON) -m benchmarks.gpu --minutes $(MINUTES) --out $(OUT)
 
 clean:
 	rm -rf $(VENV) build results .snakemake

@@ -8,7 +8,7 @@ import signal
 import sys
 
 from meddiff_steps import __version__
-from meddiff_steps.errors import EXIT_PREEMPTED, Preempted, UserError
+from meddiff_steps.core.errors import EXIT_PREEMPTED, Preempted, UserError
 
 #: Every step with one line of help, in the order data flows.
 STEPS = {
@@ -61,7 +61,12 @@ STEPS = {
 
 def usage() -> str:
     width = max(map(len, STEPS)) + 2
-    lines = [f"meddiff_steps {__version__}", "", "usage: python -m meddiff_steps STEP [OPTIONS]    (STEP --help lists the options)", ""]
+    lines = [
+        f"meddiff_steps {__version__}",
+        "",
+        "usage: python -m meddiff_steps STEP [OPTIONS]    (STEP --help lists the options)",
+        "",
+    ]
     return "\n".join(lines + [f"  {name:<{width}}{text}" for name, text in STEPS.items()])
 
 

@@ -19,9 +19,9 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
-from meddiff_steps.errors import UserError
-from meddiff_steps.files import write_atomic
-from meddiff_steps.provenance.canonical import canonical_json
+from meddiff_steps.core.canonical import canonical_json
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import write_atomic
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -88,7 +88,11 @@ def _covariate_kind(value: Any) -> str | None:
 
 Covariate = Annotated[
     Annotated[ContinuousCovariate, Tag("continuous")] | Annotated[CategoricalCovariate, Tag("categorical")],
-    Discriminator(_covariate_kind, custom_error_type="covariate_kind", custom_error_message="give `levels` (a label) or `unit` and `range` (a number)"),
+    Discriminator(
+        _covariate_kind,
+        custom_error_type="covariate_kind",
+        custom_error_message="give `levels` (a label) or `unit` and `range` (a number)",
+    ),
 ]
 Covariates = dict[Name, Covariate]
 
@@ -104,14 +108,18 @@ class SimulatedSource(Section):
     shape: tuple[PositiveInt, PositiveInt, PositiveInt] = Field((32, 40, 32), description="Voxels.")
     spacing_mm: PositiveFloat = 5.0
     case_share: Fraction = Field(0.2, description="Share of subjects with the simulated diagnosis.")
-    missing_share: Fraction = Field(0.02, description="Share of age values left out, so that missing values are exercised.")
+    missing_share: Fraction = Field(
+        0.02, description="Share of age values left out, so that missing values are exercised."
+    )
 
 
 class BidsSource(Section):
     """A BIDS dataset: images under sub-*/[ses-*/]DATATYPE, covariates in participants.tsv and sessions.tsv."""
 
     source: Literal["bids"]
-    root: str = Field(description="Directory that holds dataset_description.json; relative paths start at the working directory.")
+    root: str = Field(
+        description="Directory that holds dataset_description.json; relative paths start at the working directory."
+    )
     datatype: str = "anat"
     suffix: str = "T1w"
     entities: dict[str, str] = Field({}, description="Entities an image name must carry, for example {acq: mprage}.")
@@ -123,8 +131,12 @@ class TableSource(Section):
     source: Literal["table"]
     table: str = Field(description="The table; relative paths start at the working directory.")
     path_column: str = "path"
-    subject_column: str = Field("subject_id", description="Column that says whom the image shows; splits are made by it.")
-    root: str | None = Field(None, description="Directory that relative image paths start at; the table's own by default.")
+    subject_column: str = Field(
+        "subject_id", description="Column that says whom the image shows; splits are made by it."
+    )
+    root: str | None = Field(
+        None, description="Directory that relative image paths start at; the table's own by default."
+    )
 
 
 CohortSource = Annotated[SimulatedSource | BidsSource | TableSource, Field(discriminator="source")]
@@ -155,13 +167,21 @@ class Preprocess(Section):
     """From any scan to one grid and one intensity scale [0, 1]; defined once, used by every later stage."""
 
     shape: tuple[PositiveInt, PositiveInt] | tuple[PositiveInt, PositiveInt, PositiveInt] = Field(
-        (32, 40, 32), description="Voxels (3D, axes left-right, posterior-anterior, inferior-superior) or pixels (2D, rows, columns)."
+        (32, 40, 32),
+        description="Voxels (3D, axes left-right, posterior-anterior, inferior-superior) or pixels (2D, rows, columns).",
     )
-    spacing_mm: PositiveFloat | None = Field(5.0, description="Isotropic voxel size of the 3D grid; null for 2D images.")
+    spacing_mm: PositiveFloat | None = Field(
+        5.0, description="Isotropic voxel size of the 3D grid; null for 2D images."
+    )
     center: Literal["image", "foreground"] = Field("image", description="What the grid is centred on.")
-    foreground: Literal["nonzero", "all"] = Field("nonzero", description="Voxels that intensity percentiles are taken over.")
+    foreground: Literal["nonzero", "all"] = Field(
+        "nonzero", description="Voxels that intensity percentiles are taken over."
+    )
     percentiles: tuple[float, float] = Field((0.0, 99.5), description="Mapped to 0 and 1; values outside are clipped.")
-    brain_mask: str | None = Field(None, description="Path pattern of a mask per scan, with {subject_id}, {session_id} and {scan_id}; voxels outside become 0.")
+    brain_mask: str | None = Field(
+        None,
+        description="Path pattern of a mask per scan, with {subject_id}, {session_id} and {scan_id}; voxels outside become 0.",
+    )
     shards: Annotated[int, Field(ge=1, le=10_000)] = 2
     max_failed_share: Fraction = Field(0.05, description="More left-out scans than this stop the study.")
 
@@ -187,7 +207,9 @@ class Optimiser(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 50
     gradient_clip: PositiveFloat = Field(1.0, description="Largest gradient norm.")
     log_every: PositiveInt = Field(25, description="Steps that one point of the training curve averages.")
-    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.999, description="Decay per step of the averaged weights that are released.")
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.999, description="Decay per step of the averaged weights that are released."
+    )
     checkpoint_every: PositiveInt = Field(250, description="Steps between resumable checkpoints.")
     validate_every: PositiveInt = Field(200, description="Steps between validation losses.")
 
@@ -197,7 +219,8 @@ class Perceptual(Section):
 
     weight: Annotated[float, Field(ge=0.0)] = 0.0
     weights: str | None = Field(
-        None, description="Path of a TorchScript file: from images (b, 1, ...) in [0, 1] to feature maps (b, c, ...); needed when weight is above 0."
+        None,
+        description="Path of a TorchScript file: from images (b, 1, ...) in [0, 1] to feature maps (b, c, ...); needed when weight is above 0.",
     )
 
     @model_validator(mode="after")
@@ -227,15 +250,24 @@ class Autoencoder(Section):
     """KL-regularised autoencoder (first stage)."""
 
     stem: Literal["haar", "space_to_depth", "none"] = Field(
-        "haar", description="Invertible 2x reduction before the first convolution: orthonormal Haar wavelet, plain rearrangement, or none."
+        "haar",
+        description="Invertible 2x reduction before the first convolution: orthonormal Haar wavelet, plain rearrangement, or none.",
     )
-    linear_path: bool = Field(True, description="A linear map of blocks beside the network: the best linear code of the training images.")
-    channels: list[PositiveInt] = Field([32, 64], min_length=1, description="Feature channels per level; each level after the first halves the size.")
+    linear_path: bool = Field(
+        True, description="A linear map of blocks beside the network: the best linear code of the training images."
+    )
+    channels: list[PositiveInt] = Field(
+        [32, 64], min_length=1, description="Feature channels per level; each level after the first halves the size."
+    )
     num_res_blocks: PositiveInt = 1
     norm_num_groups: PositiveInt = 16
     latent_channels: PositiveInt = 16
-    kl_weight: Annotated[float, Field(ge=0.0)] = Field(1e-7, description="Weight of the KL divergence in nats per image, beside the mean absolute error.")
-    spectral_weight: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Weight of the L1 distance between Fourier magnitudes, which keeps fine detail.")
+    kl_weight: Annotated[float, Field(ge=0.0)] = Field(
+        1e-7, description="Weight of the KL divergence in nats per image, beside the mean absolute error."
+    )
+    spectral_weight: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="Weight of the L1 distance between Fourier magnitudes, which keeps fine detail."
+    )
     perceptual: Perceptual = Perceptual()
     adversarial: Adversarial = Adversarial()
     gradient_checkpointing: bool = False
@@ -259,7 +291,9 @@ class Augmentation(Section):
 
     variants: PositiveInt = 1
     flip: bool = Field(False, description="Mirror left-right in half of the variants.")
-    max_shift_voxels: Annotated[int, Field(ge=0)] = Field(0, description="Largest whole-voxel shift per axis; no interpolation, so nothing is blurred.")
+    max_shift_voxels: Annotated[int, Field(ge=0)] = Field(
+        0, description="Largest whole-voxel shift per axis; no interpolation, so nothing is blurred."
+    )
 
 
 class Latents(Section):
@@ -281,21 +315,30 @@ class Diffusion(Section):
     """Latent diffusion model conditioned on the study's covariates."""
 
     prediction_type: Literal["epsilon", "v_prediction", "flow"] = "v_prediction"
-    schedule: Literal["scaled_linear", "linear", "cosine"] = Field("scaled_linear", description="Noise schedule; ignored by `flow`.")
+    schedule: Literal["scaled_linear", "linear", "cosine"] = Field(
+        "scaled_linear", description="Noise schedule; ignored by `flow`."
+    )
     num_train_timesteps: Annotated[int, Field(ge=10)] = 1000
     beta_start: PositiveFloat = Field(0.0015, description="Pinaya et al. 2022.")
     beta_end: PositiveFloat = Field(0.0205, description="Pinaya et al. 2022.")
-    zero_terminal_snr: bool = Field(False, description="Rescale the schedule so that the last step is pure noise (Lin et al. 2023).")
+    zero_terminal_snr: bool = Field(
+        False, description="Rescale the schedule so that the last step is pure noise (Lin et al. 2023)."
+    )
     channels: list[PositiveInt] = Field([32, 64], min_length=1)
     attention_levels: list[bool] = [False, True]
     num_res_blocks: PositiveInt = 2
     num_head_channels: PositiveInt = 32
     norm_num_groups: PositiveInt = 16
     covariate_dim: PositiveInt = Field(64, description="Width of one covariate token.")
-    covariate_dropout: Fraction = Field(0.1, description="Probability that one covariate is replaced by its learnt null, each on its own.")
-    condition_dropout: Fraction = Field(0.1, description="Probability that all covariates are dropped at once (classifier-free guidance).")
+    covariate_dropout: Fraction = Field(
+        0.1, description="Probability that one covariate is replaced by its learnt null, each on its own."
+    )
+    condition_dropout: Fraction = Field(
+        0.1, description="Probability that all covariates are dropped at once (classifier-free guidance)."
+    )
     component_steps: Annotated[int, Field(ge=0)] = Field(
-        800, description="Steps of the small network that learns how the Gaussian's components depend on each other; 0 leaves it out."
+        800,
+        description="Steps of the small network that learns how the Gaussian's components depend on each other; 0 leaves it out.",
     )
     gradient_checkpointing: bool = False
     optimiser: DiffusionOptimiser = DiffusionOptimiser()
@@ -303,18 +346,28 @@ class Diffusion(Section):
     @model_validator(mode="after")
     def _levels_match(self) -> Self:
         if len(self.attention_levels) != len(self.channels):
-            raise ValueError(f"attention_levels needs one entry per level: {len(self.channels)} channels, {len(self.attention_levels)} entries")
+            raise ValueError(
+                f"attention_levels needs one entry per level: {len(self.channels)} channels, {len(self.attention_levels)} entries"
+            )
         wrong = [c for c in self.channels if c % self.norm_num_groups]
         if wrong:
             raise ValueError(f"channels must be multiples of norm_num_groups={self.norm_num_groups}, found {wrong}")
         # The middle block attends at the width of the last level, whatever attention_levels says.
-        attended = [c for c, a in zip(self.channels, [*self.attention_levels[:-1], True], strict=True) if a and c % self.num_head_channels]
+        attended = [
+            c
+            for c, a in zip(self.channels, [*self.attention_levels[:-1], True], strict=True)
+            if a and c % self.num_head_channels
+        ]
         if attended:
-            raise ValueError(f"channels with attention (and the last level) must be multiples of num_head_channels={self.num_head_channels}, found {attended}")
+            raise ValueError(
+                f"channels with attention (and the last level) must be multiples of num_head_channels={self.num_head_channels}, found {attended}"
+            )
         if self.beta_start >= self.beta_end:
             raise ValueError(f"beta_start must be below beta_end, found {self.beta_start:g} >= {self.beta_end:g}")
         if self.zero_terminal_snr and self.prediction_type == "epsilon":
-            raise ValueError("zero_terminal_snr cannot be used with epsilon prediction: the last step would divide by zero")
+            raise ValueError(
+                "zero_terminal_snr cannot be used with epsilon prediction: the last step would divide by zero"
+            )
         return self
 
 
@@ -328,14 +381,24 @@ class PlanGroup(Section):
     """A group of synthetic subjects with the same origin of covariates; its subjects are numbered from 0 on their own."""
 
     name: Alphanumeric = Field(description="Prefix of the synthetic subject ids.")
-    subjects: PositiveInt = Field(description="Number of subjects; for `grid` and `counterfactual`, subjects per grid point.")
+    subjects: PositiveInt = Field(
+        description="Number of subjects; for `grid` and `counterfactual`, subjects per grid point."
+    )
     covariates: Literal["copula", "table", "grid", "counterfactual"] = "copula"
     where: dict[Name, Condition] = Field(
-        {}, description="Copula only. A level, a list of levels, a number, or [low, high]: every subject of the group fulfils it."
+        {},
+        description="Copula only. A level, a list of levels, a number, or [low, high]: every subject of the group fulfils it.",
     )
-    table: str | None = Field(None, description="Table only. CSV, TSV or Parquet with a column per covariate; empty cells are missing values.")
-    grid: dict[Name, list[Scalar]] = Field({}, description="Grid and counterfactual. Values per covariate; all combinations are planned.")
-    base: dict[Name, Scalar] = Field({}, description="Grid and counterfactual. Values of the covariates that stay fixed; the rest is drawn from the copula.")
+    table: str | None = Field(
+        None, description="Table only. CSV, TSV or Parquet with a column per covariate; empty cells are missing values."
+    )
+    grid: dict[Name, list[Scalar]] = Field(
+        {}, description="Grid and counterfactual. Values per covariate; all combinations are planned."
+    )
+    base: dict[Name, Scalar] = Field(
+        {},
+        description="Grid and counterfactual. Values of the covariates that stay fixed; the rest is drawn from the copula.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -364,21 +427,31 @@ def default_steps(sampler: str, num_train_timesteps: int) -> int:
 
 class Generate(Section):
     sampler: Sampler = "dpmpp"
-    num_inference_steps: PositiveInt | None = Field(None, description="Steps; the sampler's tested default when left out.")
-    guidance_scale: Annotated[float, Field(ge=0.0)] = Field(1.0, description="1 is plain conditional sampling (one network pass per step).")
-    batch_size: PositiveInt = Field(16, description="Fixed: it changes the last bits, so it belongs to the recipe; short batches are padded.")
+    num_inference_steps: PositiveInt | None = Field(
+        None, description="Steps; the sampler's tested default when left out."
+    )
+    guidance_scale: Annotated[float, Field(ge=0.0)] = Field(
+        1.0, description="1 is plain conditional sampling (one network pass per step)."
+    )
+    batch_size: PositiveInt = Field(
+        16, description="Fixed: it changes the last bits, so it belongs to the recipe; short batches are padded."
+    )
     shard_size: PositiveInt = Field(250, description="Subjects per job.")
     decode_batch_size: PositiveInt | None = Field(
-        None, description="Images decoded at once, which bounds memory; divides `batch_size`, and is all of a batch when left out. Changes the last bits."
+        None,
+        description="Images decoded at once, which bounds memory; divides `batch_size`, and is all of a batch when left out. Changes the last bits.",
     )
     decode_slab: PositiveInt | None = Field(
-        None, description="Where one image is too large to be decoded at once: planes of a slab that layers are computed in. The same but for rounding, slower."
+        None,
+        description="Where one image is too large to be decoded at once: planes of a slab that layers are computed in. The same but for rounding, slower.",
     )
 
     @model_validator(mode="after")
     def _decoding_divides(self) -> Self:
         if self.decode_batch_size and self.batch_size % self.decode_batch_size:
-            raise ValueError(f"decode_batch_size must divide batch_size={self.batch_size}, found {self.decode_batch_size}")
+            raise ValueError(
+                f"decode_batch_size must divide batch_size={self.batch_size}, found {self.decode_batch_size}"
+            )
         return self
 
 
@@ -392,33 +465,48 @@ class EmbedderOptimiser(Optimiser):
 class Embedder(Section):
     """The learned copy detector (SimCLR)."""
 
-    temperature: PositiveFloat = Field(0.1, description="Of the NT-Xent loss; smaller attends to the nearest strangers.")
+    temperature: PositiveFloat = Field(
+        0.1, description="Of the NT-Xent loss; smaller attends to the nearest strangers."
+    )
     optimiser: EmbedderOptimiser = EmbedderOptimiser()
 
 
 class Privacy(Section):
     """What may be released: every synthetic image is compared with every training scan."""
 
-    enforce: Literal["stop", "report"] = Field("stop", description="`stop`: a verdict of FAIL ends the run before the release; `report`: it is only told.")
+    enforce: Literal["stop", "report"] = Field(
+        "stop", description="`stop`: a verdict of FAIL ends the run before the release; `report`: it is only told."
+    )
     level: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(
         0.05, description="Share of unseen real subjects that the filter may take for copies; fixes the thresholds."
     )
-    subgroup: Name | None = Field(None, description="Categorical covariate whose levels get thresholds of their own where they have enough subjects.")
+    subgroup: Name | None = Field(
+        None,
+        description="Categorical covariate whose levels get thresholds of their own where they have enough subjects.",
+    )
     max_attempts: PositiveInt = Field(5, description="Draws per planned subject before it is given up as failed.")
-    max_failed_share: Fraction = Field(0.05, description="Gate: share of planned subjects that were given up as failed.")
+    max_failed_share: Fraction = Field(
+        0.05, description="Gate: share of planned subjects that were given up as failed."
+    )
     # The nearest two of the demo's 1,000 scans have 0.977, of 185 IXI brains at 4 mm 0.980; a scan and itself with 3 % noise have 0.997.
     duplicate_correlation: Annotated[float, Field(gt=0.5, lt=1.0)] = Field(
-        0.99, description="Correlation of all voxels from which two synthetic images count as one; coarse images of many subjects need more."
+        0.99,
+        description="Correlation of all voxels from which two synthetic images count as one; coarse images of many subjects need more.",
     )
     embedder: Embedder = Embedder()
     bootstrap: Annotated[int, Field(ge=100)] = 500
-    max_excess_copies: Fraction = Field(0.05, description="Gate: copies before the filter beyond those that unseen real scans would be taken for.")
-    max_membership_auc: Annotated[float, Field(ge=0.5, le=1.0)] = Field(0.6, description="Gate: AUC of every membership attack on the released cohort.")
+    max_excess_copies: Fraction = Field(
+        0.05, description="Gate: copies before the filter beyond those that unseen real scans would be taken for."
+    )
+    max_membership_auc: Annotated[float, Field(ge=0.5, le=1.0)] = Field(
+        0.6, description="Gate: AUC of every membership attack on the released cohort."
+    )
     max_nearer_to_training: Annotated[float, Field(ge=0.5, le=1.0)] = Field(
         0.6, description="Gate: share of released images nearer to the training set than to as many unseen scans."
     )
     max_table_risk: Fraction = Field(
-        0.1, description="Gate: success of singling out and attribute inference on the covariate table beyond that on subjects who were not trained on."
+        0.1,
+        description="Gate: success of singling out and attribute inference on the covariate table beyond that on subjects who were not trained on.",
     )
     min_recall: Fraction = Field(0.95, description="Gate: share of planted copies that the detectors must find.")
 
@@ -426,40 +514,64 @@ class Privacy(Section):
 class Distill(Section):
     """A second model, trained only on synthetic images that the filter accepted, makes the released cohort (Fernandez et al. 2023)."""
 
-    subjects: Annotated[int, Field(ge=0)] = Field(0, description="Synthetic subjects of the first model that the second learns from; 0: no second model.")
-    validation_share: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.1, description="Of the accepted ones: those that the second training is validated on.")
+    subjects: Annotated[int, Field(ge=0)] = Field(
+        0, description="Synthetic subjects of the first model that the second learns from; 0: no second model."
+    )
+    validation_share: Annotated[float, Field(gt=0, lt=0.5)] = Field(
+        0.1, description="Of the accepted ones: those that the second training is validated on."
+    )
 
 
 class FeatureNetwork(Section):
     """A network of the user's own, whose features realism and diversity are measured on; nothing is downloaded."""
 
     name: Name = Field(description="Of the feature space in metrics.json and in the report.")
-    weights: str = Field(description="A file on this machine: TorchScript, or safetensors of a MONAI ResNet. TorchScript is code: take it from whom you trust.")
+    weights: str = Field(
+        description="A file on this machine: TorchScript, or safetensors of a MONAI ResNet. TorchScript is code: take it from whom you trust."
+    )
     architecture: Literal["torchscript", "resnet10", "resnet18", "resnet34", "resnet50"] = "torchscript"
     channels: PositiveInt = Field(1, description="Input channels; the grey image is repeated in each.")
-    zscore: bool = Field(False, description="Give the network images with mean 0 and standard deviation 1 (MedicalNet) rather than in [0, 1].")
+    zscore: bool = Field(
+        False,
+        description="Give the network images with mean 0 and standard deviation 1 (MedicalNet) rather than in [0, 1].",
+    )
 
 
 class Evaluate(Section):
     seed: str | None = Field(
-        None, min_length=1, description="Root of the random numbers of evaluation: resamples, pairs, folds, permutations. The study's `seed` when left out."
+        None,
+        min_length=1,
+        description="Root of the random numbers of evaluation: resamples, pairs, folds, permutations. The study's `seed` when left out.",
     )
     bootstrap: Annotated[int, Field(ge=100)] = 1000
     sweep_steps: Annotated[int, Field(ge=3)] = Field(5, description="Images per counterfactual sweep in the report.")
     max_images: Annotated[int, Field(ge=20, le=5000)] = Field(
-        500, description="Synthetic, training and held-out images at most, of each, that realism and diversity are measured on."
+        500,
+        description="Synthetic, training and held-out images at most, of each, that realism and diversity are measured on.",
     )
-    realism_bootstrap: Annotated[int, Field(ge=100)] = Field(200, description="Resamples behind the intervals of Frechet, KID and Wasserstein distances.")
-    permutations: Annotated[int, Field(ge=100)] = Field(1000, description="Of the test behind KID; the smallest p-value is 1 / (permutations + 1).")
-    ssim_pairs: PositiveInt = Field(100, description="Pairs of images whose similarity is averaged, of synthetic and of real images.")
-    neighbours: PositiveInt = Field(5, description="Nearest neighbours that span the manifolds of precision, recall, density and coverage.")
-    features: list[FeatureNetwork] = Field([], description="Feature spaces beside the built-in ones: networks whose weights you have.")
+    realism_bootstrap: Annotated[int, Field(ge=100)] = Field(
+        200, description="Resamples behind the intervals of Frechet, KID and Wasserstein distances."
+    )
+    permutations: Annotated[int, Field(ge=100)] = Field(
+        1000, description="Of the test behind KID; the smallest p-value is 1 / (permutations + 1)."
+    )
+    ssim_pairs: PositiveInt = Field(
+        100, description="Pairs of images whose similarity is averaged, of synthetic and of real images."
+    )
+    neighbours: PositiveInt = Field(
+        5, description="Nearest neighbours that span the manifolds of precision, recall, density and coverage."
+    )
+    features: list[FeatureNetwork] = Field(
+        [], description="Feature spaces beside the built-in ones: networks whose weights you have."
+    )
 
     @model_validator(mode="after")
     def _names_are_distinct(self) -> Self:
         names = ["random", "embedder", "radiomics", *(network.name for network in self.features)]
         if len(set(names)) != len(names):
-            raise ValueError(f"features: names must be distinct and none of random, embedder, radiomics; found {names[3:]}")
+            raise ValueError(
+                f"features: names must be distinct and none of random, embedder, radiomics; found {names[3:]}"
+            )
         return self
 
 
@@ -467,7 +579,9 @@ class Structure(Section):
     """A structure in a label map."""
 
     labels: list[PositiveInt] = Field([], description="Labels that belong to it.")
-    all_but: list[PositiveInt] = Field([], description="Instead: labels that do not belong to it, while all others above 0 do.")
+    all_but: list[PositiveInt] = Field(
+        [], description="Instead: labels that do not belong to it, while all others above 0 do."
+    )
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
@@ -487,8 +601,13 @@ class SegmenterOptimiser(Optimiser):
 class Segmentation(Section):
     """Label maps of real scans, from which a segmenter learns to measure volumes in synthetic ones: a second instrument beside the predictors."""
 
-    labels: str = Field(min_length=1, description="Path of a scan's label map, with {subject_id}, {session_id}, {scan_id} in it; same world space as the scan.")
-    structures: dict[Name, Structure] = Field(min_length=1, description="Structures by the covariate, in mL, that is their volume.")
+    labels: str = Field(
+        min_length=1,
+        description="Path of a scan's label map, with {subject_id}, {session_id}, {scan_id} in it; same world space as the scan.",
+    )
+    structures: dict[Name, Structure] = Field(
+        min_length=1, description="Structures by the covariate, in mL, that is their volume."
+    )
     channels: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt, PositiveInt] = Field(
         (16, 32, 64, 64, 64), description="Features of the U-Net at half, quarter, ... of the resolution."
     )
@@ -505,11 +624,17 @@ class SamplerStudy(Section):
     """Quality against steps and seconds, for the target `sampler_study`."""
 
     samplers: list[Sampler] | None = Field(
-        None, min_length=1, description="Those compared; by default all that can sample the model but `ddpm`, which takes hundreds of steps."
+        None,
+        min_length=1,
+        description="Those compared; by default all that can sample the model but `ddpm`, which takes hundreds of steps.",
     )
     num_inference_steps: list[PositiveInt] = Field([4, 8, 16], min_length=1, description="Steps of each sampler.")
-    guidance_scales: list[Annotated[float, Field(ge=0.0)]] = Field([1.0, 1.5], min_length=1, description="Guidance scales of each sampler.")
-    images: Annotated[int, Field(ge=20)] = Field(48, description="Synthetic images per sampler, steps and scale: the first planned subjects, the same for all.")
+    guidance_scales: list[Annotated[float, Field(ge=0.0)]] = Field(
+        [1.0, 1.5], min_length=1, description="Guidance scales of each sampler."
+    )
+    images: Annotated[int, Field(ge=20)] = Field(
+        48, description="Synthetic images per sampler, steps and scale: the first planned subjects, the same for all."
+    )
 
 
 # --------------------------------------------------------------------------------------------- augmentation
@@ -519,30 +644,50 @@ class Arm(Section):
     """One training set of the augmentation study; every arm takes the same number of gradient steps."""
 
     name: Name
-    real: Fraction = Field(1.0, description="Share of the real training subjects, by a stable hash: smaller shares are parts of larger ones.")
+    real: Fraction = Field(
+        1.0,
+        description="Share of the real training subjects, by a stable hash: smaller shares are parts of larger ones.",
+    )
     synthetic: Annotated[float, Field(ge=0.0, le=100.0)] = Field(
-        0.0, description="Images added per real one of the same class (with `real: 0`, per training scan; with `rare_only`, per scan that a class lacks)."
+        0.0,
+        description="Images added per real one of the same class (with `real: 0`, per training scan; with `rare_only`, per scan that a class lacks).",
     )
     source: Literal["filtered", "generated", "reconstruction"] = Field(
         "filtered",
         description="What is added: accepted images, candidates before the filter, or the arm's own real scans through the autoencoder (a control).",
     )
-    rare_only: bool = Field(False, description="Add only to classes rarer than the largest; `synthetic: 1` fills the whole gap.")
-    balance: Literal["none", "weights", "oversample"] = Field("none", description="Rare classes weigh more in the loss, or are drawn more often.")
-    classical: bool = Field(False, description="Change every training image at random: mirrored, moved, re-contrasted, noised, cropped.")
-    mixup: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Alpha of mixup (Zhang et al. 2018); 0 leaves it out.")
-    test: Literal["real", "synthetic"] = Field("real", description="`synthetic`: train on real, test on synthetic images.")
+    rare_only: bool = Field(
+        False, description="Add only to classes rarer than the largest; `synthetic: 1` fills the whole gap."
+    )
+    balance: Literal["none", "weights", "oversample"] = Field(
+        "none", description="Rare classes weigh more in the loss, or are drawn more often."
+    )
+    classical: bool = Field(
+        False, description="Change every training image at random: mirrored, moved, re-contrasted, noised, cropped."
+    )
+    mixup: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="Alpha of mixup (Zhang et al. 2018); 0 leaves it out."
+    )
+    test: Literal["real", "synthetic"] = Field(
+        "real", description="`synthetic`: train on real, test on synthetic images."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.real == 0 and self.synthetic == 0:
             raise ValueError(f"arm {self.name} has nothing to learn from: `real` or `synthetic` must be above 0")
         if self.rare_only and not (self.real and self.synthetic):
-            raise ValueError(f"arm {self.name}: rare_only adds synthetic images to real ones; both `real` and `synthetic` must be above 0")
+            raise ValueError(
+                f"arm {self.name}: rare_only adds synthetic images to real ones; both `real` and `synthetic` must be above 0"
+            )
         if self.source == "reconstruction" and (self.synthetic > 1 or self.rare_only):
-            raise ValueError(f"arm {self.name}: a scan has one reconstruction, so `synthetic` is at most 1 and `rare_only` is not possible")
+            raise ValueError(
+                f"arm {self.name}: a scan has one reconstruction, so `synthetic` is at most 1 and `rare_only` is not possible"
+            )
         if self.test == "synthetic" and self.synthetic:
-            raise ValueError(f"arm {self.name} is tested on synthetic images and must not learn from them: set `synthetic: 0`")
+            raise ValueError(
+                f"arm {self.name} is tested on synthetic images and must not learn from them: set `synthetic: 0`"
+            )
         return self
 
     @property
@@ -561,7 +706,9 @@ class Primary(Section):
 
     reference: Name = Field("real", description="Arm without synthetic images.")
     arms: list[Name] = Field(
-        ["real_synthetic"], min_length=1, description="Arm compared with it; of several, the one that does best on the validation subjects."
+        ["real_synthetic"],
+        min_length=1,
+        description="Arm compared with it; of several, the one that does best on the validation subjects.",
     )
 
 
@@ -584,15 +731,21 @@ class Classifier(Section):
     """MONAI ResNet that learns the target from images alone; the same settings in every arm."""
 
     longest_side: PositiveInt = Field(64, description="Images are reduced by block means until no side is longer.")
-    channels: list[PositiveInt] = Field([16, 32, 64, 128], min_length=4, max_length=4, description="Feature channels of the four stages.")
-    blocks: list[PositiveInt] = Field([1, 1, 1, 1], min_length=4, max_length=4, description="Residual blocks per stage ([2, 2, 2, 2] is ResNet-18).")
+    channels: list[PositiveInt] = Field(
+        [16, 32, 64, 128], min_length=4, max_length=4, description="Feature channels of the four stages."
+    )
+    blocks: list[PositiveInt] = Field(
+        [1, 1, 1, 1], min_length=4, max_length=4, description="Residual blocks per stage ([2, 2, 2, 2] is ResNet-18)."
+    )
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     optimiser: ClassifierOptimiser = ClassifierOptimiser()
 
     @model_validator(mode="after")
     def _batch_has_statistics(self) -> Self:
         if self.optimiser.batch_size < 4:
-            raise ValueError(f"optimiser.batch_size must be at least 4 for batch normalisation, found {self.optimiser.batch_size}")
+            raise ValueError(
+                f"optimiser.batch_size must be at least 4 for batch normalisation, found {self.optimiser.batch_size}"
+            )
         return self
 
 
@@ -600,7 +753,9 @@ class Augment(Section):
     """Downstream study: does training with synthetic images make a better classifier? Off without a target."""
 
     target: Name | None = Field(None, description="Categorical covariate to be told from the image.")
-    groups: list[Alphanumeric] = Field([], description="Groups of the plan that arms may use; all `copula` and `table` groups by default.")
+    groups: list[Alphanumeric] = Field(
+        [], description="Groups of the plan that arms may use; all `copula` and `table` groups by default."
+    )
     arms: list[Arm] = Field(
         description="Training sets that are compared.",
         default=[
@@ -613,8 +768,12 @@ class Augment(Section):
         min_length=2,
     )
     primary: Primary = Primary()
-    margin: Annotated[float, Field(gt=0.0, le=0.5)] = Field(0.035, description="Loss of AUC that would be tolerated (non-inferiority; Packhäuser 2022).")
-    subgroup: Name | None = Field(None, description="Categorical covariate by whose levels figures are also given: worst group and gap.")
+    margin: Annotated[float, Field(gt=0.0, le=0.5)] = Field(
+        0.035, description="Loss of AUC that would be tolerated (non-inferiority; Packhäuser 2022)."
+    )
+    subgroup: Name | None = Field(
+        None, description="Categorical covariate by whose levels figures are also given: worst group and gap."
+    )
     shift: Shift | None = Field(None, description="A group that is kept out of training and tested on its own.")
     seeds: Annotated[int, Field(ge=2, le=100)] = Field(
         5, description="Classifiers per arm: initial weights and order of batches. Below 5, intervals are very wide."
@@ -625,7 +784,8 @@ class Augment(Section):
         "subjects that arms need. Every classifier seed is run with each of them.",
     )
     retrain: bool = Field(
-        False, description="Whether every further generator seed trains a diffusion model of its own, which costs as much as the first. Else all draw from one."
+        False,
+        description="Whether every further generator seed trains a diffusion model of its own, which costs as much as the first. Else all draw from one.",
     )
     jobs: PositiveInt = Field(1, description="Jobs that the arms are spread over.")
     bootstrap: Annotated[int, Field(ge=200)] = Field(2000, description="Resamples of subjects and seeds.")
@@ -640,11 +800,15 @@ class Augment(Section):
             if name not in arms:
                 raise ValueError(f"primary names the arm {name}, which is not among the arms {sorted(arms)}")
             if arms[name].test != "real":
-                raise ValueError(f"primary names the arm {name}, which is tested on synthetic images; figures on other images are not comparable")
+                raise ValueError(
+                    f"primary names the arm {name}, which is tested on synthetic images; figures on other images are not comparable"
+                )
         if self.primary.reference in self.primary.arms:
             raise ValueError(f"primary compares the arm {self.primary.reference} with itself")
         if arms[self.primary.reference].synthetic:
-            raise ValueError(f"primary.reference {self.primary.reference} has synthetic images; it must be an arm without")
+            raise ValueError(
+                f"primary.reference {self.primary.reference} has synthetic images; it must be an arm without"
+            )
         if self.retrain and self.generator_seeds == 1:
             raise ValueError("retrain: the one generator seed is the released model; set generator_seeds to 2 or more")
         return self
@@ -669,19 +833,33 @@ class Release(Section):
     name: str = Field("Synthetic cohort", description="Name in dataset_description.json.")
     authors: list[str] = []
     licence: str = Field("CC0", description="Licence of the synthetic images.")
-    suffix: Literal["T1w", "T2w", "PDw", "FLAIR", "T2starw", "inplaneT1", "inplaneT2"] = Field("T1w", description="BIDS suffix of 3D images: their contrast.")
-    skull_stripped: bool = Field(True, description="Whether the images that the model learnt from show the brain only (BIDS SkullStripped).")
+    suffix: Literal["T1w", "T2w", "PDw", "FLAIR", "T2starw", "inplaneT1", "inplaneT2"] = Field(
+        "T1w", description="BIDS suffix of 3D images: their contrast."
+    )
+    skull_stripped: bool = Field(
+        True, description="Whether the images that the model learnt from show the brain only (BIDS SkullStripped)."
+    )
     acknowledgements: str = Field("", description="Acknowledgement that the source data ask for.")
-    signing_key: str | None = Field(None, description="Path of a private key that `keygen` made; the release is then signed. Never published.")
+    signing_key: str | None = Field(
+        None, description="Path of a private key that `keygen` made; the release is then signed. Never published."
+    )
     url: str = Field("", description="Address at which the release will be found.")
-    date: str = Field("", pattern=r"^(\d{4}-\d{2}-\d{2})?$", description="Day of publication, YYYY-MM-DD; by default the day on which the last image was made.")
+    date: str = Field(
+        "",
+        pattern=r"^(\d{4}-\d{2}-\d{2})?$",
+        description="Day of publication, YYYY-MM-DD; by default the day on which the last image was made.",
+    )
     shard_size: PositiveInt = Field(
-        1000, description="Subjects per dataset: if more are planned, the release is several datasets, each complete by itself, of at most so many subjects."
+        1000,
+        description="Subjects per dataset: if more are planned, the release is several datasets, each complete by itself, of at most so many subjects.",
     )
     card: Card = Card()
-    exports: list[Literal["webdataset"]] = Field([], description="Copies for machine learning, beside the release: `webdataset` writes tar shards and a table.")
+    exports: list[Literal["webdataset"]] = Field(
+        [], description="Copies for machine learning, beside the release: `webdataset` writes tar shards and a table."
+    )
     models: bool = Field(
-        False, description="Whether the weights are packed for publication, too. They can give away more of the training scans than images do."
+        False,
+        description="Whether the weights are packed for publication, too. They can give away more of the training scans than images do.",
     )
 
 
@@ -690,17 +868,21 @@ class Compute(Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: PositiveInt = Field(1, description="GPUs (or processes) per training job.")
-    precision: Literal["auto", "32-true", "bf16-mixed"] = Field("auto", description="Around the networks only; `auto` takes bf16 where the hardware has it.")
+    precision: Literal["auto", "32-true", "bf16-mixed"] = Field(
+        "auto", description="Around the networks only; `auto` takes bf16 where the hardware has it."
+    )
     compile: bool | Literal["auto"] = Field(
         "auto",
         description="torch.compile with static shapes, minutes once per job. `auto`: in trainings on a GPU; `true`: also where images are encoded and "
         "generated, worth it above some thousand images; `false`: nowhere. Changes the last bits.",
     )
     cuda_graphs: bool = Field(
-        False, description="With `compile: true`, on a GPU: generation replays recorded CUDA graphs; for small images, which leave a GPU waiting."
+        False,
+        description="With `compile: true`, on a GPU: generation replays recorded CUDA graphs; for small images, which leave a GPU waiting.",
     )
     autotune: bool = Field(
-        False, description="In trainings on a GPU, cuDNN times its convolutions and takes the fastest; a repeated training may then differ in the last bits."
+        False,
+        description="In trainings on a GPU, cuDNN times its convolutions and takes the fastest; a repeated training may then differ in the last bits.",
     )
 
     @model_validator(mode="after")
@@ -718,13 +900,19 @@ class Storage(Section):
     """What stays on disk."""
 
     temporary: list[Literal["latents", "generated", "filtered"]] = Field(
-        [], description="Shards that are deleted when the last job that reads them has ended. A later change that needs them makes them again."
+        [],
+        description="Shards that are deleted when the last job that reads them has ended. A later change that needs them makes them again.",
     )
     protect: bool = Field(
-        True, description="Finished weights and the root of a sealed release become read-only, and a run that would replace them is refused before it starts."
+        True,
+        description="Finished weights and the root of a sealed release become read-only, and a run that would replace them is refused before it starts.",
     )
-    cohort: Annotated[str, Field(pattern=S3)] | None = Field(None, description="Fetched into `cohort.root` before it is read: `s3://bucket/folder`.")
-    publish: Annotated[str, Field(pattern=S3)] | None = Field(None, description="Where `snakemake publish` puts the sealed release: `s3://bucket/folder`.")
+    cohort: Annotated[str, Field(pattern=S3)] | None = Field(
+        None, description="Fetched into `cohort.root` before it is read: `s3://bucket/folder`."
+    )
+    publish: Annotated[str, Field(pattern=S3)] | None = Field(
+        None, description="Where `snakemake publish` puts the sealed release: `s3://bucket/folder`."
+    )
 
 
 # ------------------------------------------------------------------------------------------------- study
@@ -736,7 +924,9 @@ class Study(Section):
     study: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")] = Field(description="Names the results folder.")
     title: str = ""
     results: str = "results"
-    seed: str = Field("meddiff", min_length=1, description="Root of every random number; any text. Publish it with the cohort.")
+    seed: str = Field(
+        "meddiff", min_length=1, description="Root of every random number; any text. Publish it with the cohort."
+    )
     cohort: CohortSource
     covariates: Covariates = Field(min_length=1)
     splits: Splits = Splits()
@@ -760,7 +950,9 @@ class Study(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.storage.cohort and not isinstance(self.cohort, BidsSource):
-            raise ValueError("storage.cohort: only a BIDS cohort is fetched, into cohort.root; set cohort.source: bids, or leave storage.cohort out")
+            raise ValueError(
+                "storage.cohort: only a BIDS cohort is fetched, into cohort.root; set cohort.source: bids, or leave storage.cohort out"
+            )
         factor = self.autoencoder.downsampling * 2 ** (len(self.diffusion.channels) - 1)
         wrong = [n for n in self.preprocess.shape if n % factor]
         if wrong:
@@ -770,14 +962,18 @@ class Study(Section):
             )
         taken = sorted(set(self.covariates) & RESERVED_COLUMNS)
         if taken:
-            raise ValueError(f"covariates {taken} have names of columns that the tables already have; call them something else and set `column`")
+            raise ValueError(
+                f"covariates {taken} have names of columns that the tables already have; call them something else and set `column`"
+            )
         names = [g.name for g in self.plan]
         if len(set(names)) != len(names):
             raise ValueError(f"plan: group names must be distinct, found {names}")
         for group in self.plan:
             for field in ("where", "grid", "base"):
                 for name, value in getattr(group, field).items():
-                    self._check_request(f"plan.{group.name}.{field}.{name}", name, value if isinstance(value, list) else [value])
+                    self._check_request(
+                        f"plan.{group.name}.{field}.{name}", name, value if isinstance(value, list) else [value]
+                    )
         self._check_labels()
         self._check_segmentation()
         self._check_sampler("generate.sampler", self.generate.sampler)
@@ -789,7 +985,9 @@ class Study(Section):
         if sampler == "flow" and self.diffusion.prediction_type != "flow":
             raise ValueError(f"{where}: flow needs diffusion.prediction_type: flow")
         if self.diffusion.prediction_type == "flow" and sampler not in ("flow", "dpmpp", "unipc"):
-            raise ValueError(f"{where}: diffusion.prediction_type: flow can be sampled by flow, dpmpp or unipc, not {sampler}")
+            raise ValueError(
+                f"{where}: diffusion.prediction_type: flow can be sampled by flow, dpmpp or unipc, not {sampler}"
+            )
 
     def _check_segmentation(self) -> None:
         if self.segmentation is None:
@@ -799,10 +997,16 @@ class Study(Section):
         for name in self.segmentation.structures:
             covariate = self.covariates.get(name)
             if not isinstance(covariate, ContinuousCovariate) or covariate.unit != "mL":
-                raise ValueError(f"segmentation.structures: {name} is no covariate with unit mL; name each structure as the covariate that is its volume")
+                raise ValueError(
+                    f"segmentation.structures: {name} is no covariate with unit mL; name each structure as the covariate that is its volume"
+                )
 
     def _check_labels(self) -> None:
-        named = {"augment.target": self.augment.target, "augment.subgroup": self.augment.subgroup, "privacy.subgroup": self.privacy.subgroup}
+        named = {
+            "augment.target": self.augment.target,
+            "augment.subgroup": self.augment.subgroup,
+            "privacy.subgroup": self.privacy.subgroup,
+        }
         if self.augment.shift:
             named["augment.shift.covariate"] = self.augment.shift.covariate
         for where, name in named.items():
@@ -812,17 +1016,25 @@ class Study(Section):
             if covariate is None:
                 raise ValueError(f"{where}: {name} is no declared covariate; declared are {sorted(self.covariates)}")
             if not isinstance(covariate, CategoricalCovariate):
-                raise ValueError(f"{where}: {name} is a number, and a label is needed; declare a categorical covariate, for example its terciles")
+                raise ValueError(
+                    f"{where}: {name} is a number, and a label is needed; declare a categorical covariate, for example its terciles"
+                )
         if self.augment.shift:
             if self.augment.shift.covariate == self.augment.target:
-                raise ValueError("augment.shift.covariate: keeping levels of the target out of training leaves nothing to learn")
+                raise ValueError(
+                    "augment.shift.covariate: keeping levels of the target out of training leaves nothing to learn"
+                )
             covariate = self.covariates[self.augment.shift.covariate]
             levels = set(covariate.levels) if isinstance(covariate, CategoricalCovariate) else set()
             if not set(self.augment.shift.levels) < levels:
-                raise ValueError(f"augment.shift.levels must be some, not all, of {sorted(levels)}, found {self.augment.shift.levels}")
+                raise ValueError(
+                    f"augment.shift.levels must be some, not all, of {sorted(levels)}, found {self.augment.shift.levels}"
+                )
         unknown = sorted(set(self.augment.groups) - {group.name for group in self.plan})
         if unknown:
-            raise ValueError(f"augment.groups: the plan has no group {unknown[0]}; it has {sorted(group.name for group in self.plan)}")
+            raise ValueError(
+                f"augment.groups: the plan has no group {unknown[0]}; it has {sorted(group.name for group in self.plan)}"
+            )
 
     def _check_request(self, where: str, name: str, values: list[Scalar]) -> None:
         covariate = self.covariates.get(name)
@@ -833,7 +1045,9 @@ class Study(Section):
                 if str(value) not in covariate.levels:
                     raise ValueError(f"{where}: {value!r} is not one of {covariate.levels}")
             elif not isinstance(value, (int, float)) or not covariate.range[0] <= value <= covariate.range[1]:
-                raise ValueError(f"{where}: {value!r} is outside the declared range {list(covariate.range)} {covariate.unit}")
+                raise ValueError(
+                    f"{where}: {value!r} is outside the declared range {list(covariate.range)} {covariate.unit}"
+                )
 
     @property
     def spatial_dims(self) -> int:
@@ -862,7 +1076,9 @@ RESERVED_COLUMNS = frozenset(
 )
 
 #: What a release says of itself.
-_DESCRIBED = tuple(f"release.{name}" for name in Release.model_fields if name not in ("signing_key", "exports", "models"))
+_DESCRIBED = tuple(
+    f"release.{name}" for name in Release.model_fields if name not in ("signing_key", "exports", "models")
+)
 
 #: What each stage may read, and therefore what makes it run again when it changes: sections, or one key of a section.
 STAGES: dict[str, tuple[str, ...]] = {
@@ -906,7 +1122,11 @@ STAGES: dict[str, tuple[str, ...]] = {
     "augment_test": ("seed", "covariates", "augment"),
     "report": ("study", "title", "cohort", "covariates", "preprocess"),
     # The release holds the whole study but for what is done with it afterwards, so that asking for a copy does not seal it again.
-    "ledger": (*(name for name in Study.model_fields if name not in ("release", "storage")), *_DESCRIBED, "release.signing_key"),
+    "ledger": (
+        *(name for name in Study.model_fields if name not in ("release", "storage")),
+        *_DESCRIBED,
+        "release.signing_key",
+    ),
     "export": ("study", "release.name", "release.licence"),
     "export_index": ("study", "release.name", "release.licence"),
     "export_models": ("study", "release.name"),
@@ -986,15 +1206,25 @@ def _explain(error: ValidationError, origin: str) -> str:
     tags = {"continuous", "categorical", "simulated", "bids", "table"}
     lines = [f"{origin}: {error.error_count()} problem(s) in the study:"]
     for problem in error.errors(include_url=False):
-        where = ".".join(str(part) for i, part in enumerate(problem["loc"]) if not (i and str(part) in tags) and not re.match(r"(tuple|function)\b", str(part)))
+        where = ".".join(
+            str(part)
+            for i, part in enumerate(problem["loc"])
+            if not (i and str(part) in tags) and not re.match(r"(tuple|function)\b", str(part))
+        )
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            known = difflib.get_close_matches(str(problem["loc"][-1]), {key for _, model in _sections() for key in model.model_fields}, 1)
+            known = difflib.get_close_matches(
+                str(problem["loc"][-1]), {key for _, model in _sections() for key in model.model_fields}, 1
+            )
             message = f"unknown key. {f'Did you mean `{known[0]}`? ' if known else ''}config/keys.md lists all keys"
         elif problem["type"] in ("union_tag_not_found", "union_tag_invalid"):
             message = "set `source` to bids, table or simulated"
         found = problem.get("input")
-        shown = f" (found {found!r})" if problem["type"] != "missing" and isinstance(found, (str, int, float, bool, type(None))) else ""
+        shown = (
+            f" (found {found!r})"
+            if problem["type"] != "missing" and isinstance(found, (str, int, float, bool, type(None)))
+            else ""
+        )
         lines.append(f"  {where or 'study'}: {message}{shown}")
     return "\n".join(lines)
 
@@ -1020,9 +1250,13 @@ def load_stage(path: Path, stage: str) -> Study:
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such frozen config. Make one with: python -m meddiff_steps freeze STUDY.yaml") from None
+        raise UserError(
+            f"{path}: no such frozen config. Make one with: python -m meddiff_steps freeze STUDY.yaml"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise UserError(f"{path}: not a frozen config ({error}). Make one with: python -m meddiff_steps freeze STUDY.yaml") from None
+        raise UserError(
+            f"{path}: not a frozen config ({error}). Make one with: python -m meddiff_steps freeze STUDY.yaml"
+        ) from None
     declared = [name.partition(".")[::2] for name in STAGES[stage]]
     missing = [section for section, key in declared if section not in raw or (key and key not in raw[section])]
     if missing:
@@ -1063,9 +1297,21 @@ def json_schema() -> str:
 
 def key_reference() -> str:
     """Every key of a study as Markdown tables: type, default and meaning."""
-    lines = ["# Keys of a study", "", "Generated from `meddiff_steps/config.py` by `python -m meddiff_steps schema`; a test compares.", ""]
+    lines = [
+        "# Keys of a study",
+        "",
+        "Generated from `meddiff_steps/config.py` by `python -m meddiff_steps schema`; a test compares.",
+        "",
+    ]
     for title, model in _sections():
-        lines += [f"## `{title}`", "", " ".join((model.__doc__ or "").split()), "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        lines += [
+            f"## `{title}`",
+            "",
+            " ".join((model.__doc__ or "").split()),
+            "",
+            "| key | type | default | meaning |",
+            "|---|---|---|---|",
+        ]
         for name, field in model.model_fields.items():
             if field.is_required():
                 default = "required"
@@ -1081,7 +1327,11 @@ def key_reference() -> str:
 
 def _sections() -> list[tuple[str, type[BaseModel]]]:
     listed: list[tuple[str, type[BaseModel]]] = [("study", Study)]
-    listed += [("cohort (source: simulated)", SimulatedSource), ("cohort (source: bids)", BidsSource), ("cohort (source: table)", TableSource)]
+    listed += [
+        ("cohort (source: simulated)", SimulatedSource),
+        ("cohort (source: bids)", BidsSource),
+        ("cohort (source: table)", TableSource),
+    ]
     listed += [("covariates.NAME (a number)", ContinuousCovariate), ("covariates.NAME (a label)", CategoricalCovariate)]
     for name, field in Study.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -1101,9 +1351,13 @@ def _type_name(annotation: Any) -> str:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "section"
     if isinstance(annotation, type) and not hasattr(annotation, "__args__"):
-        return {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "NoneType": "null"}.get(
-            annotation.__name__, annotation.__name__
-        )
+        return {
+            "str": "text",
+            "int": "whole number",
+            "float": "number",
+            "bool": "true or false",
+            "NoneType": "null",
+        }.get(annotation.__name__, annotation.__name__)
     origin = getattr(annotation, "__origin__", None)
     arguments: tuple[Any, ...] = getattr(annotation, "__args__", ())
     if origin is Literal:

@@ -9,10 +9,10 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from meddiff_steps import config as study_config
-from meddiff_steps.errors import UserError
-from meddiff_steps.files import hold
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import hold
 from meddiff_steps.privacy.size import BYTES_PER_VALUE, batch_size
-from meddiff_steps.provenance.digest import code_digest
+from meddiff_steps.core.code_digest import code_digest
 from meddiff_steps.synthesis.size import enlarged, plan_shards
 
 # Jobs run `python`; make that the interpreter that runs Snakemake, also when its environment was not activated.

@@ -3,19 +3,16 @@
     python tests/chaos.py --faults 30 --seed 0 --folder /tmp/chaos            # on this machine
     python tests/chaos.py --faults 30 --seed 0 --folder /tmp/chaos --slurm    # on a Slurm that it starts (root)
 
-A run that ends well begins anew until the number of faults is reached, and the last one is left to end. Every fault is a line
-of `FOLDER/faults.jsonl`. Exit status: 0, all runs ended with the bytes of the undisturbed one; 1, one did not.
+A run that ends well begins anew until the number of faults is reached, and the last one is left to end. Every fault is
+a line of `FOLDER/faults.jsonl`. Exit status: 0, all runs ended with the bytes of the undisturbed one; 1, one did not.
 
-Kinds
------
-kill-step           kill -9 of a step's process
-kill-snakemake      kill -9 of Snakemake and, on this machine, of all its jobs; then `--unlock`
-terminate-step      SIGTERM to a step's process, as before a node is taken back
-truncate            half of an intermediate file is lost while nothing runs; whoever reads it must refuse it, and it is deleted
-truncate-state      the same to the newest checkpoint; nothing need be deleted
-full-disk           the file system of the results is full until the run has failed (root: a small one is mounted)
-scancel, requeue    a random job of Slurm is cancelled, or put back into the queue
-restart-node        kill -9 of Slurm's daemon on the node, which is started again
+Kinds ----- kill-step           kill -9 of a step's process kill-snakemake      kill -9 of Snakemake and, on this
+machine, of all its jobs; then `--unlock` terminate-step      SIGTERM to a step's process, as before a node is taken
+back truncate            half of an intermediate file is lost while nothing runs; whoever reads it must refuse it, and
+it is deleted truncate-state      the same to the newest checkpoint; nothing need be deleted full-disk           the
+file system of the results is full until the run has failed (root: a small one is mounted) scancel, requeue    a random
+job of Slurm is cancelled, or put back into the queue restart-node        kill -9 of Slurm's daemon on the node, which
+is started again
 """
 
 from __future__ import annotations
@@ -46,8 +43,18 @@ from tiny_study import ENVIRONMENT, STUDY, digests  # noqa: E402
 SMALL_DISK_MB = 512
 #: A run that has not ended by then hangs.
 HANGS_AFTER_S = 7200
-#: What a finished study no longer needs, so that Snakemake does not make it again; all else must be there after the last rerun.
-INTERMEDIATE = ("preprocessed/", "latents/", "generated/", "filtered/", "privacy/decisions", "privacy/embedder", "privacy/reference", "images/")
+#: What a finished study no longer needs, so that Snakemake does not make it again; all else must be there after the
+#: last rerun.
+INTERMEDIATE = (
+    "preprocessed/",
+    "latents/",
+    "generated/",
+    "filtered/",
+    "privacy/decisions",
+    "privacy/embedder",
+    "privacy/reference",
+    "images/",
+)
 #: Reruns without a fault after which a run that still fails is lost.
 MOST_RERUNS = 4
 
@@ -80,14 +87,30 @@ class Run:
     def command(self, *arguments: str) -> list[str]:
         common = [sys.executable, "-m", "snakemake", *arguments, "--rerun-incomplete", "--max-threads", "1"]
         if self.cluster:
-            how = ["--profile", "slurm", "--slurm-init-seconds-before-status-checks", "2", "--latency-wait", "10", "--retries", "0"]
+            how = [
+                "--profile",
+                "slurm",
+                "--slurm-init-seconds-before-status-checks",
+                "2",
+                "--latency-wait",
+                "10",
+                "--retries",
+                "0",
+            ]
         else:
             how = ["--cores", "2", "--keep-going"]
         return [*common, *how, "--configfile", "study.yaml"]
 
     def start(self, *targets: str) -> None:
         with open(self.folder / "run.log", "ab") as log:
-            self.process = subprocess.Popen(self.command(*targets), cwd=self.folder, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                self.command(*targets),
+                cwd=self.folder,
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
 
     def ended(self) -> bool:
         return self.process is None or self.process.poll() is not None
@@ -120,7 +143,14 @@ class Run:
         for process in self.steps():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        subprocess.run(self.command("--unlock"), cwd=self.folder, env=self.environment, capture_output=True, check=True, timeout=600)
+        subprocess.run(
+            self.command("--unlock"),
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            check=True,
+            timeout=600,
+        )
 
 
 # ----------------------------------------------------------------------------------------------------- faults
@@ -155,8 +185,20 @@ def halve(run: Run, draw: random.Random, patterns: list[str]) -> Path | None:
 
 
 def truncate(run: Run, draw: random.Random) -> str | None:
-    """The next run must refuse the file; then it is deleted, as the message says, and made again. One that takes it is found out in the end."""
-    victim = halve(run, draw, ["preprocessed/*.arrow", "latents/*.arrow", "generated/*.arrow", "autoencoder/model.safetensors", "diffusion/model.safetensors"])
+    """The next run must refuse the file; then it is deleted, as the message says, and made again. One that takes it is
+    found out in the end.
+    """
+    victim = halve(
+        run,
+        draw,
+        [
+            "preprocessed/*.arrow",
+            "latents/*.arrow",
+            "generated/*.arrow",
+            "autoencoder/model.safetensors",
+            "diffusion/model.safetensors",
+        ],
+    )
     if victim is None:
         return None
     run.start()
@@ -223,7 +265,13 @@ SLURM: dict[str, Callable[[Run, random.Random], str | None]] = {
 def small_disk(folder: Path):
     """`folder` on a file system of its own that can be filled, where this user may mount one."""
     folder.mkdir(parents=True, exist_ok=True)
-    mounted = os.geteuid() == 0 and subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK_MB}m", "tmpfs", folder], check=False).returncode == 0
+    mounted = (
+        os.geteuid() == 0
+        and subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK_MB}m", "tmpfs", folder], check=False
+        ).returncode
+        == 0
+    )
     try:
         yield
     finally:
@@ -234,7 +282,8 @@ def small_disk(folder: Path):
 def finish(run: Run, expected: dict[str, str]) -> None:
     """Start `run` until it ends well, without faults; then compare.
 
-    Of a run that was disturbed in its last moment, intermediate files can be missing; they are asked for by name, as a person would who wants them.
+    Of a run that was disturbed in its last moment, intermediate files can be missing; they are asked for by name, as a
+    person would who wants them.
     """
     for _ in range(MOST_RERUNS):
         if run.ended():
@@ -246,13 +295,17 @@ def finish(run: Run, expected: dict[str, str]) -> None:
             run.kill()
     else:
         raise Lost(f"{run.folder}: still failing after {MOST_RERUNS} reruns; see run.log there")
-    if missing := [name for name in sorted(expected.keys() - digests(run.folder).keys()) if name.startswith(INTERMEDIATE)]:
+    if missing := [
+        name for name in sorted(expected.keys() - digests(run.folder).keys()) if name.startswith(INTERMEDIATE)
+    ]:
         run.start(*(f"results/tiny/{name}" for name in missing))
         run.wait()
     found = digests(run.folder)
     differing = sorted(name for name in expected | found if expected.get(name) != found.get(name))
     if differing:
-        raise Lost(f"{run.folder}: {len(differing)} outputs differ from the undisturbed run: {', '.join(differing[:10])}")
+        raise Lost(
+            f"{run.folder}: {len(differing)} outputs differ from the undisturbed run: {', '.join(differing[:10])}"
+        )
 
 
 def trial(folder: Path, faults: int, seed: int, slurm: bool) -> int:
@@ -302,7 +355,9 @@ def trial(folder: Path, faults: int, seed: int, slurm: bool) -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0, help="of the kinds and moments; what a moment hits depends on the machine")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the kinds and moments; what a moment hits depends on the machine"
+    )
     parser.add_argument("--folder", type=Path, required=True, help="a new folder for both runs")
     parser.add_argument("--slurm", action="store_true", help="through a Slurm that is started for it")
     given = parser.parse_args(arguments)

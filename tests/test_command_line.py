@@ -6,7 +6,7 @@ import pytest
 from meddiff_steps import __version__
 from meddiff_steps.__main__ import STEPS
 from meddiff_steps.config import STAGES
-from meddiff_steps.provenance.digest import code_digest, imports_of
+from meddiff_steps.core.code_digest import code_digest, imports_of
 
 
 def meddiff(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from meddiff_steps import config
-from meddiff_steps.errors import UserError
+from meddiff_steps.core.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,13 +28,17 @@ def with_change(path: str, value: object) -> dict:
     return study
 
 
-@pytest.mark.parametrize("path", [ROOT / "config/config.yaml", *sorted((ROOT / "config/studies").glob("*.yaml"))], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [ROOT / "config/config.yaml", *sorted((ROOT / "config/studies").glob("*.yaml"))], ids=lambda p: p.name
+)
 def test_every_shipped_study_is_valid(path):
     assert config.load_study(path).study
 
 
 def test_the_generated_files_have_not_drifted():
-    assert (ROOT / "config/study.schema.json").read_text() == config.json_schema(), "run: python -m meddiff_steps schema"
+    assert (ROOT / "config/study.schema.json").read_text() == config.json_schema(), (
+        "run: python -m meddiff_steps schema"
+    )
     assert (ROOT / "config/keys.md").read_text() == config.key_reference(), "run: python -m meddiff_steps schema"
 
 
@@ -109,7 +113,12 @@ def test_a_bad_study_is_refused_with_the_key_and_the_reason(path, value, expecte
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [(b"study: [", "not valid YAML"), (b"- 1", "expected a mapping"), (b"\xff\xfe\x00", "UTF-8"), (b"", "expected a mapping")],
+    [
+        (b"study: [", "not valid YAML"),
+        (b"- 1", "expected a mapping"),
+        (b"\xff\xfe\x00", "UTF-8"),
+        (b"", "expected a mapping"),
+    ],
 )
 def test_a_file_that_is_no_study_is_refused(tmp_path, content, expected):
     path = tmp_path / "study.yaml"
@@ -128,7 +137,11 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
 def test_freezing_is_content_addressed_and_narrow(tmp_path):
     before = config.parse_study(MINIMAL, "a")
     after = config.parse_study(with_change("generate.guidance_scale", 2.0), "b")
-    changed = {stage for stage in config.STAGES if config.freeze(before, stage, tmp_path) != config.freeze(after, stage, tmp_path)}
+    changed = {
+        stage
+        for stage in config.STAGES
+        if config.freeze(before, stage, tmp_path) != config.freeze(after, stage, tmp_path)
+    }
     assert changed == {stage for stage, sections in config.STAGES.items() if "generate" in sections}
     assert "diffusion" not in changed
     assert config.freeze(before, None, tmp_path) == config.freeze(before, None, tmp_path)

@@ -6,7 +6,20 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "config/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CITATION = re.compile(r"\b([A-Z][^\W\d_]{2,})(?: et al\.,?| and [A-Z][^\W\d_]+)? \(?((?:19|20)\d\d)\b")
-MONTHS = {"January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"}
+MONTHS = {
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+}
 
 
 def test_links_lead_to_files():

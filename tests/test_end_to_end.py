@@ -18,15 +18,19 @@ import yaml
 from tiny_study import CONTRACT, ENVIRONMENT, LEAN, STUDY, digests, made_later, run, snakemake, whole_run
 
 from meddiff_steps.config import load_study
-from meddiff_steps.cost import estimates
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.progress import seconds
+from meddiff_steps.operations.cost import estimates
+from meddiff_steps.operations.status import seconds
 
 
 def run_and_kill(folder: Path, when: Callable[[], bool]) -> None:
     """Start the workflow and `kill -9` it with all its jobs as soon as `when()` holds."""
     process = subprocess.Popen(
-        snakemake(folder, "--rerun-incomplete"), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        snakemake(folder, "--rerun-incomplete"),
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 600
     while not when():
@@ -52,7 +56,12 @@ def test_a_second_run_does_nothing(study):
 
 
 @pytest.mark.parametrize(
-    ("lost", "made_again"), [("autoencoder/model.safetensors", True), ("diffusion/model.safetensors", True), ("preprocessed/shard-0000.arrow", False)]
+    ("lost", "made_again"),
+    [
+        ("autoencoder/model.safetensors", True),
+        ("diffusion/model.safetensors", True),
+        ("preprocessed/shard-0000.arrow", False),
+    ],
 )
 def test_of_a_finished_study_lost_weights_are_made_again_and_intermediates_are_not(study, tmp_path, lost, made_again):
     shutil.copytree(study, tmp_path, copy_function=os.link, dirs_exist_ok=True)
@@ -94,14 +103,20 @@ def test_the_release_is_valid_bids(study, bids_report):
 
 def test_a_subject_is_the_same_in_another_cohort_size_shard_and_order(study, tmp_path):
     """Fewer subjects in other shards: the same models must give the same bytes for the same subject."""
-    changed = STUDY | {"plan": [STUDY["plan"][1], {"name": "syn", "subjects": 7}], "generate": STUDY["generate"] | {"shard_size": 6}}
+    changed = STUDY | {
+        "plan": [STUDY["plan"][1], {"name": "syn", "subjects": 7}],
+        "generate": STUDY["generate"] | {"shard_size": 6},
+    }
     folder = Path(shutil.copytree(study, tmp_path / "copy"))
     (folder / "study.yaml").write_text(yaml.safe_dump(changed))
     run(folder, *(f"results/tiny/generated/shard-000{i}.arrow" for i in range(2)))
 
     def images(where: Path) -> dict[str, bytes]:
         shards = Shards(sorted((where / "results/tiny/generated").glob("*.arrow")))
-        return {name: np.ascontiguousarray(shards.tensor("image", i)).tobytes() for i, name in enumerate(shards.column("sample_id"))}
+        return {
+            name: np.ascontiguousarray(shards.tensor("image", i)).tobytes()
+            for i, name in enumerate(shards.column("sample_id"))
+        }
 
     before = images(study)
     after = {name: image for name, image in images(folder).items() if name in before}
@@ -112,15 +127,29 @@ def test_a_subject_is_the_same_in_another_cohort_size_shard_and_order(study, tmp
 def test_a_study_is_estimated_to_cost_what_it_did(study):
     """Measured by itself, so that nothing is extrapolated."""
     results = study / "results/tiny"
-    found = {one.stage: one for one in estimates(load_study(study / "study.yaml"), STUDY["cohort"]["subjects"], results)}
-    assert {"simulate", "preprocess", "autoencoder", "diffusion", "generate", "filter", "evaluate", "ledger"} <= set(found)
+    found = {
+        one.stage: one for one in estimates(load_study(study / "study.yaml"), STUDY["cohort"]["subjects"], results)
+    }
+    assert {"simulate", "preprocess", "autoencoder", "diffusion", "generate", "filter", "evaluate", "ledger"} <= set(
+        found
+    )
     for stage, one in found.items():
         folder = results / "benchmarks" / stage
         took = [seconds(path) for path in (folder.glob("*.tsv") if folder.is_dir() else [folder.with_suffix(".tsv")])]
         assert one.jobs == len(took)
         assert one.jobs * one.hours_each * 3600 == pytest.approx(sum(took))
     assert found["generate"].disk == sum(path.stat().st_size for path in (results / "generated").glob("*.arrow"))
-    command = [sys.executable, "-m", "meddiff_steps", "plan-cost", str(study / "study.yaml"), "--measured", str(results), "--jobs", "4"]
+    command = [
+        sys.executable,
+        "-m",
+        "meddiff_steps",
+        "plan-cost",
+        str(study / "study.yaml"),
+        "--measured",
+        str(results),
+        "--jobs",
+        "4",
+    ]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "40 scans in, 22 synthetic subjects out" in done.stdout
@@ -129,9 +158,19 @@ def test_a_study_is_estimated_to_cost_what_it_did(study):
 @pytest.mark.parametrize(
     ("section", "change", "first", "untouched"),
     [
-        ("generate", {"guidance_scale": 2.0}, "generate", {"cohort", "preprocess", "autoencoder", "latents", "diffusion"}),
+        (
+            "generate",
+            {"guidance_scale": 2.0},
+            "generate",
+            {"cohort", "preprocess", "autoencoder", "latents", "diffusion"},
+        ),
         ("diffusion", {"covariate_dropout": 0.2}, "diffusion", {"cohort", "preprocess", "autoencoder", "latents"}),
-        ("release", {"licence": "CC-BY-4.0"}, "describe", {"cohort", "autoencoder", "diffusion", "generate", "measure", "images"}),
+        (
+            "release",
+            {"licence": "CC-BY-4.0"},
+            "describe",
+            {"cohort", "autoencoder", "diffusion", "generate", "measure", "images"},
+        ),
     ],
 )
 def test_a_changed_setting_reruns_its_stage_and_nothing_before(study, section, change, first, untouched):
@@ -149,7 +188,9 @@ def test_a_changed_setting_reruns_its_stage_and_nothing_before(study, section, c
 @pytest.mark.slow
 def test_a_distilled_model_learns_from_accepted_synthetic_images_alone(study, tmp_path):
     folder = Path(shutil.copytree(study, tmp_path / "copy"))
-    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY | {"distill": {"subjects": 14}, "generate": STUDY["generate"] | {"shard_size": 22}}))
+    (folder / "study.yaml").write_text(
+        yaml.safe_dump(STUDY | {"distill": {"subjects": 14}, "generate": STUDY["generate"] | {"shard_size": 22}})
+    )
     run(folder, "results/tiny/report.html")
     results = folder / "results/tiny"
     manifest = pd.read_parquet(results / "distilled/manifest.parquet")

@@ -41,7 +41,9 @@ def packages(tmp_path_factory):
 def endpoint(packages):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-m", "moto.server", "-p", str(port)], env=os.environ | packages, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-p", str(port)], env=os.environ | packages, stderr=subprocess.DEVNULL
+    )
     for _ in range(300):
         with socket.socket() as client:
             if client.connect_ex(("127.0.0.1", port)) == 0:
@@ -76,8 +78,13 @@ def run(tmp_path, packages, endpoint):
 
 def test_a_cohort_comes_from_s3_and_is_read(tmp_path, bucket, run):
     bucket.create_bucket(Bucket="hospital")
-    people = pd.DataFrame({"participant_id": [f"sub-{i:02d}" for i in range(24)], "age": range(50, 74), "sex": ["F", "M"] * 12})
-    files = {"participants.tsv": people.to_csv(sep="\t", index=False).encode(), "dataset_description.json": b'{"Name": "x", "BIDSVersion": "1.10.0"}'}
+    people = pd.DataFrame(
+        {"participant_id": [f"sub-{i:02d}" for i in range(24)], "age": range(50, 74), "sex": ["F", "M"] * 12}
+    )
+    files = {
+        "participants.tsv": people.to_csv(sep="\t", index=False).encode(),
+        "dataset_description.json": b'{"Name": "x", "BIDSVersion": "1.10.0"}',
+    }
     draw = np.random.default_rng(0)
     for name in people["participant_id"]:
         image = nib.Nifti1Image(draw.integers(0, 100, (4, 4, 4)).astype(np.int16), np.eye(4))
@@ -87,17 +94,29 @@ def test_a_cohort_comes_from_s3_and_is_read(tmp_path, bucket, run):
     run("results/tiny/cohort/manifest.parquet")
     manifest = pd.read_parquet(tmp_path / "results/tiny/cohort/manifest.parquet")
     assert sorted(manifest["subject_id"]) == sorted(people["participant_id"])
-    found = {str(path.relative_to(tmp_path / "data/cohort")): path.read_bytes() for path in (tmp_path / "data/cohort").rglob("*") if path.is_file()}
+    found = {
+        str(path.relative_to(tmp_path / "data/cohort")): path.read_bytes()
+        for path in (tmp_path / "data/cohort").rglob("*")
+        if path.is_file()
+    }
     assert found == files
 
 
 def test_a_sealed_release_goes_to_s3_whole(tmp_path, bucket, run):
     bucket.create_bucket(Bucket="public")
     release = tmp_path / "results/tiny/release"
-    files = {"provenance/root.json": b"{}", "dataset_description.json": b"{}", "sub-1/anat/sub-1_T1w.nii.gz": bytes(range(256))}
+    files = {
+        "provenance/root.json": b"{}",
+        "dataset_description.json": b"{}",
+        "sub-1/anat/sub-1_T1w.nii.gz": bytes(range(256)),
+    }
     for name, content in files.items():
         (release / name).parent.mkdir(parents=True, exist_ok=True)
         (release / name).write_bytes(content)
     run("publish", "--allowed-rules", "publish")
     found = {item.key: item.get()["Body"].read() for item in bucket.Bucket("public").objects.all() if item.size}
-    assert {name.removeprefix("releases/tiny/"): content for name, content in found.items() if not name.endswith(".snakemake_timestamp")} == files
+    assert {
+        name.removeprefix("releases/tiny/"): content
+        for name, content in found.items()
+        if not name.endswith(".snakemake_timestamp")
+    } == files

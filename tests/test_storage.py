@@ -1,4 +1,6 @@
-"""What stays on disk: temporary shards go when nobody needs them, weights and sealed releases are not replaced by accident."""
+"""What stays on disk: temporary shards go when nobody needs them, weights and sealed releases are not replaced by
+accident.
+"""
 
 import os
 import re
@@ -16,7 +18,9 @@ ORDINARY = ["setpriv", "--bounding-set", "-dac_override"] if os.geteuid() == 0 e
 def plan(folder, *arguments, **storage) -> subprocess.CompletedProcess[str]:
     """A dry run of the tiny study, as a user without the powers of root."""
     (folder / "study.yaml").write_text(yaml.safe_dump(STUDY | {"storage": storage}))
-    return subprocess.run([*ORDINARY, *snakemake(folder, "-n", *arguments)], env=ENVIRONMENT, capture_output=True, text=True, timeout=1200)
+    return subprocess.run(
+        [*ORDINARY, *snakemake(folder, "-n", *arguments)], env=ENVIRONMENT, capture_output=True, text=True, timeout=1200
+    )
 
 
 def test_temporary_shards_go_after_their_last_reader_and_nothing_else_does(tmp_path):
@@ -24,13 +28,21 @@ def test_temporary_shards_go_after_their_last_reader_and_nothing_else_does(tmp_p
     assert done.returncode == 0, done.stdout + done.stderr
     said = done.stdout + done.stderr
     removed = set(re.findall(r"Would remove temporary output (\S+)", said))
-    assert {path.removeprefix("results/tiny/") for path in removed} == {f"{kind}/shard-000{i}.arrow" for kind in ("latents", "generated") for i in range(2)}
-    assert said.index("Training the latent diffusion model") < said.index("Would remove temporary output results/tiny/latents")
-    assert said.index("Attacking the synthetic cohort") < said.index("Would remove temporary output results/tiny/generated")
+    assert {path.removeprefix("results/tiny/") for path in removed} == {
+        f"{kind}/shard-000{i}.arrow" for kind in ("latents", "generated") for i in range(2)
+    }
+    assert said.index("Training the latent diffusion model") < said.index(
+        "Would remove temporary output results/tiny/latents"
+    )
+    assert said.index("Attacking the synthetic cohort") < said.index(
+        "Would remove temporary output results/tiny/generated"
+    )
 
 
 @pytest.mark.skipif(bool(ORDINARY) and shutil.which("setpriv") is None, reason="root needs setpriv to be like anybody")
-@pytest.mark.parametrize("name", ["autoencoder/model.safetensors", "diffusion/model.safetensors", "release/provenance/root.json"])
+@pytest.mark.parametrize(
+    "name", ["autoencoder/model.safetensors", "diffusion/model.safetensors", "release/provenance/root.json"]
+)
 def test_a_run_that_would_replace_what_is_protected_is_refused_before_it_starts(tmp_path, name):
     path = tmp_path / "results/tiny" / name
     path.parent.mkdir(parents=True)
@@ -38,4 +50,7 @@ def test_a_run_that_would_replace_what_is_protected_is_refused_before_it_starts(
     path.chmod(0o444)
     done = plan(tmp_path, protect=True)
     assert done.returncode != 0
-    assert f"Write-protected output files for rule {'ledger' if 'root' in name else path.parent.name}" in done.stdout + done.stderr
+    assert (
+        f"Write-protected output files for rule {'ledger' if 'root' in name else path.parent.name}"
+        in done.stdout + done.stderr
+    )

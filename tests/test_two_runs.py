@@ -8,7 +8,7 @@ import pytest
 import yaml
 from tiny_study import ENVIRONMENT, STUDY, snakemake
 
-from meddiff_steps.files import hold
+from meddiff_steps.core.files import hold
 
 #: The first steps are enough; they take seconds.
 TARGETS = ["cohort/manifest.parquet", "preprocessed/qc.parquet"]
@@ -39,7 +39,9 @@ def test_the_same_results_from_two_folders_are_refused(tmp_path):
 
 def test_a_run_without_its_scans_is_refused_before_it_begins(tmp_path):
     command = study_in(tmp_path, "gone")
-    (tmp_path / "gone.yaml").write_text(yaml.safe_dump(STUDY | {"study": "gone", "cohort": {"source": "bids", "root": "no/where"}}))
+    (tmp_path / "gone.yaml").write_text(
+        yaml.safe_dump(STUDY | {"study": "gone", "cohort": {"source": "bids", "root": "no/where"}})
+    )
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     assert done.returncode != 0
     assert "cohort.root: no/where is not there. Relative paths start at the working directory" in done.stderr

@@ -18,7 +18,9 @@ BIN = Path(sys.executable).parent
 
 def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key != "MEDDIFF_STUDY"} | variables
-    return subprocess.run([str(BIN / command[0]), *command[1:]], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [str(BIN / command[0]), *command[1:]], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 def test_the_linter_is_content():
@@ -46,7 +48,7 @@ def test_the_types_are_clean():
 
 def test_the_slurm_profile_plans_the_published_scale(tmp_path, monkeypatch):
     """Less than `dry_run.py` allows on a quiet machine: what the processor did, which a busy one enlarges by half."""
-    monkeypatch.syspath_prepend(ROOT / "tests/benchmarks")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     dry_run = importlib.import_module("dry_run")
     planned = dry_run.measure(100_000, tmp_path)
     assert 900 < planned.jobs < dry_run.JOBS
@@ -57,7 +59,9 @@ def test_the_slurm_profile_plans_the_published_scale(tmp_path, monkeypatch):
 def test_no_rule_of_many_jobs_reads_all_shards_of_another_stage():
     """Planning takes time for every pair of a job and a file that it reads."""
     rules = "\n".join(path.read_text() for path in (ROOT / "rules").glob("*.smk"))
-    blocks = dict(re.findall(r"^ *(?:use )?rule ([\w ]+?)(?: with)?:\n(.*?)(?=^ *(?:use )?rule |\Z)", rules, re.M | re.S))
+    blocks = dict(
+        re.findall(r"^ *(?:use )?rule ([\w ]+?)(?: with)?:\n(.*?)(?=^ *(?:use )?rule |\Z)", rules, re.M | re.S)
+    )
     for name, body in blocks.items():
         inputs = re.search(r"^ +input:\n(.*?)^ +output:", body, re.M | re.S)
         if inputs and "wildcards.shard" in body:
@@ -77,21 +81,41 @@ def bare_path(tmp_path) -> str:
 def test_every_profile_plans_a_study_where_no_scheduler_is_installed(profile, bare_path, tmp_path):
     if profile == "profiles/kubernetes":
         pytest.importorskip("snakemake_executor_plugin_cluster_generic")
-    done = run("snakemake", "--profile", profile, "-n", "--configfile", "config/studies/ixi.yaml", "--config", f"results={tmp_path}", PATH=bare_path)
+    done = run(
+        "snakemake",
+        "--profile",
+        profile,
+        "-n",
+        "--configfile",
+        "config/studies/ixi.yaml",
+        "--config",
+        f"results={tmp_path}",
+        PATH=bare_path,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^diffusion\s+1", done.stdout, re.M)
 
 
 def test_changed_tables_are_noticed_and_missing_ones_are_no_obstacle(tmp_path):
-    results, participants, requests = tmp_path / "results/tiny", tmp_path / "bids/participants.tsv", tmp_path / "requests.csv"
-    study = {"study": "tiny", "results": f"{tmp_path}/results", "cohort": {"source": "bids", "root": f"{tmp_path}/bids"}}
+    results, participants, requests = (
+        tmp_path / "results/tiny",
+        tmp_path / "bids/participants.tsv",
+        tmp_path / "requests.csv",
+    )
+    study = {
+        "study": "tiny",
+        "results": f"{tmp_path}/results",
+        "cohort": {"source": "bids", "root": f"{tmp_path}/bids"},
+    }
     study |= {"covariates": {"age": {"unit": "year", "range": [0, 120]}}}
     study["plan"] = [{"name": "a", "subjects": 1, "covariates": "table", "table": str(requests)}]
 
     def planned() -> set[str]:
         (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
         target = f"{results}/generated/shard-0000.arrow"
-        done = run("snakemake", "-n", "--rerun-triggers", "mtime", "--configfile", f"{tmp_path}/study.yaml", "--", target)
+        done = run(
+            "snakemake", "-n", "--rerun-triggers", "mtime", "--configfile", f"{tmp_path}/study.yaml", "--", target
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return {rule for rule in ("cohort", "plan") if re.search(rf"^{rule} +1$", done.stdout, re.M)}
 
@@ -124,7 +148,10 @@ def kubernetes_job(tmp_path, *arguments: str, script: str) -> subprocess.Complet
     (tmp_path / "kubectl").write_text(f"#!/bin/sh\n{script}\n")
     (tmp_path / "kubectl").chmod(0o755)
     command = [sys.executable, str(ROOT / "profiles/kubernetes/job.py"), *arguments]
-    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "MEDDIFF_STUDY": "results/x/config/study.json"}
+    environment = os.environ | {
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+        "MEDDIFF_STUDY": "results/x/config/study.json",
+    }
     return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
 
 

@@ -41,9 +41,20 @@ STUDY: dict[str, Any] = {
     },
     "plan": [{"name": "syn", "subjects": 18}, {"name": "old", "subjects": 4, "where": {"age": [70, 85], "sex": "F"}}],
     "generate": {"batch_size": 4, "shard_size": 11, "guidance_scale": 1.5},
-    "privacy": {"level": 0.45, "enforce": "report", "bootstrap": 100, "embedder": {"optimiser": {"steps": 20, "batch_size": 8, "learning_rate": 1e-3}}},
+    "privacy": {
+        "level": 0.45,
+        "enforce": "report",
+        "bootstrap": 100,
+        "embedder": {"optimiser": {"steps": 20, "batch_size": 8, "learning_rate": 1e-3}},
+    },
     "evaluate": {"bootstrap": 200, "sweep_steps": 3, "realism_bootstrap": 100, "permutations": 100, "ssim_pairs": 20},
-    "release": {"name": "Tiny", "authors": ["A Tester", "B Tester"], "date": "2026-01-31", "exports": ["webdataset"], "models": True},
+    "release": {
+        "name": "Tiny",
+        "authors": ["A Tester", "B Tester"],
+        "date": "2026-01-31",
+        "exports": ["webdataset"],
+        "models": True,
+    },
     # Tests make parts of finished studies again.
     "storage": {"protect": False},
 }
@@ -80,8 +91,22 @@ CONTRACT = [
 
 
 def snakemake(folder: Path, *arguments: str) -> list[str]:
-    # The number of threads changes last bits, and what is compared ran on other processors. --configfile takes several files, so targets must stand before it.
-    command = [sys.executable, "-m", "snakemake", *arguments, "-s", str(ROOT / "Snakefile"), "--directory", str(folder), "--cores", "2", "--max-threads", "1"]
+    # The number of threads changes last bits, and what is compared ran on other processors. --configfile takes several
+    # files, so targets must stand before it.
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        *arguments,
+        "-s",
+        str(ROOT / "Snakefile"),
+        "--directory",
+        str(folder),
+        "--cores",
+        "2",
+        "--max-threads",
+        "1",
+    ]
     return [*command, "--configfile", str(folder / "study.yaml")]
 
 
@@ -90,7 +115,9 @@ ENVIRONMENT.pop("MEDDIFF_STUDY", None)
 
 
 #: The study without what it makes of the finished release.
-LEAN: dict[str, Any] = STUDY | {"release": {name: value for name, value in STUDY["release"].items() if name not in ("exports", "models")}}
+LEAN: dict[str, Any] = STUDY | {
+    "release": {name: value for name, value in STUDY["release"].items() if name not in ("exports", "models")}
+}
 
 
 def run(folder: Path, *arguments: str) -> str:
@@ -102,12 +129,22 @@ def run(folder: Path, *arguments: str) -> str:
 def digests(folder: Path) -> dict[str, str]:
     """Digest of every result, leaving out logs, timings, run records (they hold times) and training state."""
     root = folder / "results/tiny"
-    files = [p for p in root.rglob("*") if p.is_file() and p.relative_to(root).parts[0] not in {"logs", "benchmarks", "state", "config", "records"}]
-    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files if not p.name.startswith(".")}
+    files = [
+        p
+        for p in root.rglob("*")
+        if p.is_file() and p.relative_to(root).parts[0] not in {"logs", "benchmarks", "state", "config", "records"}
+    ]
+    return {
+        str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in files
+        if not p.name.startswith(".")
+    }
 
 
 def whole_run(factory: pytest.TempPathFactory) -> Path:
-    """The folder of one undisturbed run of `STUDY`, which all processes of a test session share; only the first makes it."""
+    """The folder of one undisturbed run of `STUDY`, which all processes of a test session share; only the first makes
+    it.
+    """
     base = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
     folder, done = base / "tiny-study", base / "tiny-study.done"
     with open(base / "tiny-study.lock", "w") as lock:

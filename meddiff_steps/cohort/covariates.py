@@ -19,17 +19,21 @@ import pandas as pd
 from pydantic import ValidationError
 
 from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate, Covariate, Covariates
-from meddiff_steps.errors import UserError
+from meddiff_steps.core.errors import UserError
 
 log = logging.getLogger(__name__)
 
 #: Columns of the manifest that are no covariates, so no covariate may have their name.
 RESERVED = ("scan_id", "subject_id", "session_id", "path", "sha256", "content_sha256", "split")
 
-#: Cells that mean "missing", in lower case (BIDS writes n/a, R writes NA, pandas an empty cell or NaN).  A declared level wins over them.
+#: Cells that mean "missing", in lower case (BIDS writes n/a, R writes NA, pandas an empty cell or NaN).  A declared
+#: level wins over them.
 NULLS = frozenset({"", "n/a", "na", "nan", "null"})
 
-KINDS: dict[str, type[ContinuousCovariate | CategoricalCovariate]] = {"continuous": ContinuousCovariate, "categorical": CategoricalCovariate}
+KINDS: dict[str, type[ContinuousCovariate | CategoricalCovariate]] = {
+    "continuous": ContinuousCovariate,
+    "categorical": CategoricalCovariate,
+}
 
 #: Problems listed in one message; the rest is counted.
 SHOWN = 5
@@ -82,7 +86,10 @@ def check_names(covariates: Covariates) -> None:
     """
     for name in covariates:
         if name in RESERVED:
-            raise UserError(f"covariates.{name}: `{name}` is a column of every manifest. Give the covariate another name and set `column: {name}`.")
+            raise UserError(
+                f"covariates.{name}: `{name}` is a column of every manifest. Give the covariate another name and set"
+                f" `column: {name}`."
+            )
 
 
 def require_columns(covariates: Covariates, available: Sequence[str], origin: str) -> dict[str, str]:
@@ -98,7 +105,10 @@ def require_columns(covariates: Covariates, available: Sequence[str], origin: st
     missing = {name: column for name, column in columns.items() if column not in available}
     if missing:
         wanted = ", ".join(f"covariates.{name} reads column {column!r}" for name, column in missing.items())
-        raise UserError(f"{origin}: {wanted}, which is not there. Columns are: {', '.join(available)}. Set covariates.NAME.column, or add the column.")
+        raise UserError(
+            f"{origin}: {wanted}, which is not there. Columns are: {', '.join(available)}. Set covariates.NAME.column,"
+            " or add the column."
+        )
     return columns
 
 
@@ -116,20 +126,28 @@ def parse_covariates(frame: pd.DataFrame, covariates: Covariates) -> pd.DataFram
     Returns
     -------
     pandas.DataFrame
-        Continuous covariates as float64 in their own unit (NaN where missing), categorical ones as text (None where missing).
+        Continuous covariates as float64 in their own unit (NaN where missing), categorical ones as text (None where
+        missing).
 
     Raises
     ------
     UserError
-        A number cannot be read or is outside the declared range, a level is not declared, or a column is missing.  Names
-        row, column, value and remedy.
+        A number cannot be read or is outside the declared range, a level is not declared, or a column is missing.
+        Names row, column, value and remedy.
     """
     check_names(covariates)
     missing = [name for name in covariates if name not in frame]
     if missing:
-        raise UserError(f"the table has no column for covariate {shorten(missing)}; its columns are: {', '.join(map(str, frame.columns))}. Add the column.")
+        raise UserError(
+            f"the table has no column for covariate {shorten(missing)}; its columns are:"
+            f" {', '.join(map(str, frame.columns))}. Add the column."
+        )
     named = next((column for column in ("scan_id", "sample_id") if column in frame), None)
-    rows = [f"scan {i}" if named == "scan_id" else f"sample {i}" for i in frame[named]] if named else [f"row {i}" for i in range(len(frame))]
+    rows = (
+        [f"scan {i}" if named == "scan_id" else f"sample {i}" for i in frame[named]]
+        if named
+        else [f"row {i}" for i in range(len(frame))]
+    )
 
     problems: list[str] = []
     parsed = frame.copy()
@@ -146,12 +164,13 @@ def parse_covariates(frame: pd.DataFrame, covariates: Covariates) -> pd.DataFram
             field = "levels" if isinstance(covariate, CategoricalCovariate) else "range"
             more = f"\n    and {len(wrong) - SHOWN} more in this column" if len(wrong) > SHOWN else ""
             problems.append(
-                f"  covariates.{name}: {len(wrong)} value(s) cannot be used. Correct them, write n/a where unknown, or change covariates.{name}.{field}.\n    "
-                + "\n    ".join(wrong[:SHOWN])
-                + more
+                f"  covariates.{name}: {len(wrong)} value(s) cannot be used. Correct them, write n/a where unknown, or"
+                f" change covariates.{name}.{field}.\n    " + "\n    ".join(wrong[:SHOWN]) + more
             )
             continue
-        parsed[name] = pd.Series(values, index=frame.index, dtype="float64" if isinstance(covariate, ContinuousCovariate) else "object")
+        parsed[name] = pd.Series(
+            values, index=frame.index, dtype="float64" if isinstance(covariate, ContinuousCovariate) else "object"
+        )
     if problems:
         raise UserError("the covariates do not fit what the study declares:\n" + "\n".join(problems))
     return parsed
@@ -178,7 +197,9 @@ class _Number:
 
 
 class _Levels:
-    """Text to a declared level, or None.  `1`, `1.0` and `01` are one number, so they match the one level that is that number."""
+    """Text to a declared level, or None.  `1`, `1.0` and `01` are one number, so they match the one level that is that
+    number.
+    """
 
     def __init__(self, levels: Sequence[str]) -> None:
         self.levels = frozenset(levels)
@@ -221,10 +242,18 @@ def describe(values: pd.Series, covariate: Covariate) -> dict[str, Any]:
     summary: dict[str, Any] = {"n": len(present), "missing": len(values) - len(present)}
     if isinstance(covariate, CategoricalCovariate):
         counts = Counter(present)
-        summary["levels"] = {level: {"n": counts[level], "share": counts[level] / len(present) if present else None} for level in covariate.levels}
+        summary["levels"] = {
+            level: {"n": counts[level], "share": counts[level] / len(present) if present else None}
+            for level in covariate.levels
+        }
         return summary
     mean = fmean(present) if present else None
-    summary |= {"mean": mean, "std": _std(present), "min": min(present, default=None), "max": max(present, default=None)}
+    summary |= {
+        "mean": mean,
+        "std": _std(present),
+        "min": min(present, default=None),
+        "max": max(present, default=None),
+    }
     return summary
 
 
@@ -268,7 +297,9 @@ class CovariateEncoding:
     @property
     def kinds(self) -> tuple[str, ...]:
         """`continuous` or `categorical`, per encoded column."""
-        return tuple("categorical" if isinstance(c, CategoricalCovariate) else "continuous" for c in self.covariates.values())
+        return tuple(
+            "categorical" if isinstance(c, CategoricalCovariate) else "continuous" for c in self.covariates.values()
+        )
 
     @property
     def levels(self) -> dict[str, tuple[str, ...]]:
@@ -289,28 +320,44 @@ class CovariateEncoding:
         Raises
         ------
         UserError
-            A covariate has no values, or a continuous one has fewer than two or does not vary, so nothing can be learnt from it.
+            A covariate has no values, or a continuous one has fewer than two or does not vary, so nothing can be learnt
+            from it.
         """
         rows = parse_covariates(frame[frame["split"] == "train"] if "split" in frame else frame, covariates)
         means: dict[str, float] = {}
         stds: dict[str, float] = {}
         declared: Covariates = {}
         for name, covariate in covariates.items():
-            declared[name] = covariate.model_copy(update={"column": None})  # from here on the column has the covariate's name
+            declared[name] = covariate.model_copy(
+                update={"column": None}
+            )  # from here on the column has the covariate's name
             values = rows[name].dropna().tolist()
             remedy = f"Remove `{name}` from `covariates`, or add training scans that have it."
             if isinstance(covariate, CategoricalCovariate):
                 if not values:
-                    raise UserError(f"covariates.{name}: all {len(rows)} training rows are missing it, so it cannot be learnt. {remedy}")
+                    raise UserError(
+                        f"covariates.{name}: all {len(rows)} training rows are missing it, so it cannot be learnt."
+                        f" {remedy}"
+                    )
                 unseen = [level for level in covariate.levels if level not in set(values)]
                 if unseen:
-                    log.warning("covariates.%s: no training row has level %s; images asked for with it will not follow it", name, shorten(unseen))
+                    log.warning(
+                        "covariates.%s: no training row has level %s; images asked for with it will not follow it",
+                        name,
+                        shorten(unseen),
+                    )
                 continue
             std = _std(values)
             if std is None:
-                raise UserError(f"covariates.{name}: {len(values)} of {len(rows)} training rows have a value, at least 2 are needed. {remedy}")
+                raise UserError(
+                    f"covariates.{name}: {len(values)} of {len(rows)} training rows have a value, at least 2 are"
+                    f" needed. {remedy}"
+                )
             if std == 0.0:
-                raise UserError(f"covariates.{name}: all {len(values)} training values are {values[0]:g}, so its effect cannot be learnt. {remedy}")
+                raise UserError(
+                    f"covariates.{name}: all {len(values)} training values are {values[0]:g}, so its effect cannot be"
+                    f" learnt. {remedy}"
+                )
             means[name], stds[name] = fmean(values), std
         return cls(declared, means, stds)
 
@@ -362,5 +409,8 @@ class CovariateEncoding:
                     means[name], stds[name] = float(fields.pop("mean")), float(fields.pop("std"))
                 declared[name] = KINDS[kind].model_validate(fields)
         except (KeyError, TypeError, ValueError, ValidationError) as error:
-            raise UserError(f"covariate encoding: not readable ({error!r}). It comes from a model's card.json; train or download the model again.") from None
+            raise UserError(
+                f"covariate encoding: not readable ({error!r}). It comes from a model's card.json; train or download"
+                " the model again."
+            ) from None
         return cls(declared, means, stds)

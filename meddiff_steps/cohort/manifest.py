@@ -27,7 +27,7 @@ from meddiff_steps.cohort.covariates import RESERVED, check_names, describe, par
 from meddiff_steps.cohort.splits import SPLITS, assign_splits, split_balance
 from meddiff_steps.cohort.table import image_extension
 from meddiff_steps.config import CategoricalCovariate, Covariates, Splits
-from meddiff_steps.errors import UserError
+from meddiff_steps.core.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,11 @@ def _decode(path: str, data: bytes) -> np.ndarray:
     extension = image_extension(path)
     if extension in (".nii", ".nii.gz"):
         raw = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-        kind = nib.Nifti2Image if 540 in (int.from_bytes(raw[:4], "little"), int.from_bytes(raw[:4], "big")) else nib.Nifti1Image
+        kind = (
+            nib.Nifti2Image
+            if 540 in (int.from_bytes(raw[:4], "little"), int.from_bytes(raw[:4], "big"))
+            else nib.Nifti1Image
+        )
         return np.asarray(kind.from_bytes(raw).dataobj.get_unscaled())  # type: ignore[attr-defined]
     if extension == ".dcm":
         return np.asarray(importlib.import_module("pydicom").dcmread(io.BytesIO(data)).pixel_array)
@@ -90,12 +94,17 @@ def _digest_all(paths: list[str], threads: int) -> list[FileDigest]:
     """Digests in the order of `paths`; refuses files that are not there before anything is hashed."""
     if any(image_extension(path) == ".dcm" for path in paths) and importlib.util.find_spec("pydicom") is None:
         raise UserError(
-            "the cohort holds DICOM files (.dcm), which need the package pydicom. Install it (pip install pydicom), or convert them to NIfTI or PNG."
+            "the cohort holds DICOM files (.dcm), which need the package pydicom. Install it (pip install pydicom), or"
+            " convert them to NIfTI or PNG."
         )
     problems: list[str] = []
     for path in paths:
         if not os.path.exists(path):
-            annexed = " (a link to nothing: with git-annex or DataLad, run `datalad get` first)" if os.path.islink(path) else ""
+            annexed = (
+                " (a link to nothing: with git-annex or DataLad, run `datalad get` first)"
+                if os.path.islink(path)
+                else ""
+            )
             problems.append(f"{path}: not there{annexed}")
         elif os.path.isdir(path):
             problems.append(f"{path}: a directory, expected an image file")
@@ -103,9 +112,18 @@ def _digest_all(paths: list[str], threads: int) -> list[FileDigest]:
             problems.append(f"{path}: no permission to read it")
     digests: list[FileDigest] = []
     if not problems:
-        with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:  # hashing, inflating and reading release the interpreter lock
+        with ThreadPoolExecutor(
+            max_workers=max(1, threads)
+        ) as pool:  # hashing, inflating and reading release the interpreter lock
             jobs = [pool.submit(digest_file, path) for path in paths]
-            for path, job in tqdm(zip(paths, jobs, strict=True), total=len(paths), desc="hash", unit="scan", mininterval=5, file=sys.stderr):
+            for path, job in tqdm(
+                zip(paths, jobs, strict=True),
+                total=len(paths),
+                desc="hash",
+                unit="scan",
+                mininterval=5,
+                file=sys.stderr,
+            ):
                 try:
                     digests.append(job.result())
                 except OSError as error:
@@ -143,20 +161,25 @@ def build_manifest(
     Returns
     -------
     manifest : pandas.DataFrame
-        scan_id, subject_id, session_id, path, sha256, content_sha256, split, and a column per covariate; sorted by scan_id.
+        scan_id, subject_id, session_id, path, sha256, content_sha256, split, and a column per covariate; sorted by
+        scan_id.
     card : dict
-        Counts, covariate summaries, balance of the splits, duplicates (pairs of scan ids with equal content) and scans that
-        could not be decoded.
+        Counts, covariate summaries, balance of the splits, duplicates (pairs of scan ids with equal content) and scans
+        that could not be decoded.
 
     Raises
     ------
     UserError
         A covariate value is wrong, a scan id occurs twice, a file cannot be read, or a split stays empty.
     """
-    typed = parse_covariates(frame, covariates).sort_values("scan_id", ignore_index=True)  # wrong values are cheap to find: before hashing
+    typed = parse_covariates(frame, covariates).sort_values(
+        "scan_id", ignore_index=True
+    )  # wrong values are cheap to find: before hashing
     repeated = sorted(set(typed["scan_id"][typed["scan_id"].duplicated()]))
     if repeated:
-        raise UserError(f"scan_id {shorten(repeated)} occurs more than once. Rename the files so that each scan has its own name.")
+        raise UserError(
+            f"scan_id {shorten(repeated)} occurs more than once. Rename the files so that each scan has its own name."
+        )
     assign_splits(typed["subject_id"], [], splits, seed)  # an empty split is usually known before hashing, too
 
     digests = _digest_all(typed["path"].tolist(), threads)
@@ -183,14 +206,20 @@ def build_manifest(
         "sessions": len(manifest[["subject_id", "session_id"]].drop_duplicates()),
         "splits": split_balance(manifest, covariates, splits),
         "covariates": {
-            name: covariate.model_dump(mode="json", exclude={"column", "levels"}, exclude_defaults=True)
-            | {"kind": "categorical" if isinstance(covariate, CategoricalCovariate) else "continuous"}
-            | describe(manifest[name], covariate)
+            name: (
+                covariate.model_dump(mode="json", exclude={"column", "levels"}, exclude_defaults=True)
+                | {"kind": "categorical" if isinstance(covariate, CategoricalCovariate) else "continuous"}
+                | describe(manifest[name], covariate)
+            )
             for name, covariate in covariates.items()
         },
-        "duplicates": sorted([group["scan_id"].iloc[0], other] for group in copies for other in group["scan_id"].iloc[1:]),
+        "duplicates": sorted(
+            [group["scan_id"].iloc[0], other] for group in copies for other in group["scan_id"].iloc[1:]
+        ),
         "united_subjects": united,
-        "undecodable": {scan_id: d.problem for scan_id, d in zip(manifest["scan_id"], digests, strict=True) if d.problem},
+        "undecodable": {
+            scan_id: d.problem for scan_id, d in zip(manifest["scan_id"], digests, strict=True) if d.problem
+        },
     }
     return manifest, card
 
@@ -200,7 +229,10 @@ def build_manifest(
 
 def write_manifest(manifest: pd.DataFrame, path: Path) -> None:
     """Write a manifest as Parquet.  Column types are fixed, so that a column of nulls keeps its type."""
-    types = [(str(name), pa.float64() if pd.api.types.is_float_dtype(manifest[name]) else pa.string()) for name in manifest.columns]
+    types = [
+        (str(name), pa.float64() if pd.api.types.is_float_dtype(manifest[name]) else pa.string())
+        for name in manifest.columns
+    ]
     manifest.to_parquet(path, index=False, schema=pa.schema(types))
 
 
@@ -234,12 +266,16 @@ def read_manifest(path: Path, covariates: Covariates | None = None) -> pd.DataFr
         raise UserError(f"{path}: not a readable manifest ({error}). {remedy}") from None
     missing = [name for name in RESERVED if name not in manifest]
     if missing:
-        raise UserError(f"{path}: no column {shorten(missing)}; columns are: {', '.join(map(str, manifest.columns))}. {remedy}")
+        raise UserError(
+            f"{path}: no column {shorten(missing)}; columns are: {', '.join(map(str, manifest.columns))}. {remedy}"
+        )
     if manifest.empty:
         raise UserError(f"{path}: no rows, expected one per scan. {remedy}")
     for name in ("scan_id", "subject_id", "path", "sha256", "split"):
         if not manifest[name].map(lambda value: isinstance(value, str)).all():
-            raise UserError(f"{path}, column {name}: expected text in every row, found missing values or numbers. {remedy}")
+            raise UserError(
+                f"{path}, column {name}: expected text in every row, found missing values or numbers. {remedy}"
+            )
     repeated = sorted(set(manifest["scan_id"][manifest["scan_id"].duplicated()]))
     if repeated:
         raise UserError(f"{path}: scan_id {shorten(repeated)} occurs more than once. {remedy}")
@@ -249,13 +285,18 @@ def read_manifest(path: Path, covariates: Covariates | None = None) -> pd.DataFr
     per_subject = manifest.groupby("subject_id")["split"].nunique()
     torn = per_subject.index[per_subject > 1].tolist()
     if torn:
-        raise UserError(f"{path}: subject {shorten(torn)} is in more than one split, so training data would leak into the test. {remedy}")
+        raise UserError(
+            f"{path}: subject {shorten(torn)} is in more than one split, so training data would leak into the test."
+            f" {remedy}"
+        )
     if covariates is not None:
         check_names(covariates)
         absent = [name for name in covariates if name not in manifest]
         if absent:
             raise UserError(f"{path}: no column for covariate {shorten(absent)}, which the study declares. {remedy}")
-        manifest = parse_covariates(manifest, {name: c.model_copy(update={"column": None}) for name, c in covariates.items()})
+        manifest = parse_covariates(
+            manifest, {name: c.model_copy(update={"column": None}) for name, c in covariates.items()}
+        )
     return manifest
 
 
@@ -271,11 +312,14 @@ def rows_by_split(manifest: pd.DataFrame, scan_ids: Sequence[str]) -> dict[str, 
     unknown = [scan for scan in scan_ids if scan not in split_of]
     if unknown:
         raise UserError(
-            f"{len(unknown)} scan(s) are not in the manifest, for example {unknown[0]}. The images belong to another cohort; run the workflow again."
+            f"{len(unknown)} scan(s) are not in the manifest, for example {unknown[0]}. The images belong to another"
+            " cohort; run the workflow again."
         )
     rows: dict[str, list[int]] = {split: [] for split in SPLITS}
     for row, scan in enumerate(scan_ids):
         rows[split_of[scan]].append(row)
     if not rows["train"]:
-        raise UserError("no scan of the train split is left after preprocessing. See preprocessed/qc.parquet for the reasons.")
+        raise UserError(
+            "no scan of the train split is left after preprocessing. See preprocessed/qc.parquet for the reasons."
+        )
     return rows

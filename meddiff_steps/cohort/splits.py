@@ -1,8 +1,8 @@
 """Splits by stable hash: a subject's split depends on its own id and the study's seed, and on nothing else.
 
 Exact stratification (equal shares of every level in every split) needs the ranks of all subjects, so a newcomer would
-move others between training and test.  A hash gives every stratum the same expected shares and moves nobody; how well the
-splits came out is reported by `split_balance`.
+move others between training and test.  A hash gives every stratum the same expected shares and moves nobody; how well
+the splits came out is reported by `split_balance`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pandas as pd
 
 from meddiff_steps.cohort.covariates import describe
 from meddiff_steps.config import ContinuousCovariate, Covariates, Splits
-from meddiff_steps.errors import UserError
+from meddiff_steps.core.errors import UserError
 
 #: All splits, in the order in which they divide [0, 1).
 SPLITS = ("train", "val", "calibration", "test")
@@ -38,7 +38,9 @@ def shard_of(subject_id: str, shards: int) -> int:
     return int(stable_fraction(f"meddiff/shard/v1|{subject_id}") * shards)
 
 
-def assign_splits(subjects: Iterable[str], groups: Iterable[Sequence[str]], splits: Splits, seed: str) -> dict[str, str]:
+def assign_splits(
+    subjects: Iterable[str], groups: Iterable[Sequence[str]], splits: Splits, seed: str
+) -> dict[str, str]:
     """Split of every subject.
 
     Parameters
@@ -46,8 +48,8 @@ def assign_splits(subjects: Iterable[str], groups: Iterable[Sequence[str]], spli
     subjects
         Subject ids.
     groups
-        Subjects that must share a split, for example because they share an image.  Groups that overlap are united; a united
-        group takes the split of the member with the smallest hash.
+        Subjects that must share a split, for example because they share an image.  Groups that overlap are united; a
+        united group takes the split of the member with the smallest hash.
     splits
         Shares.
     seed
@@ -79,8 +81,9 @@ def assign_splits(subjects: Iterable[str], groups: Iterable[Sequence[str]], spli
             counts = ", ".join(f"{n} {sum(s == n for s in assigned.values())}" for n in SPLITS)
             enough = math.ceil(math.log(0.01) / math.log1p(-min(share, 0.99)))
             raise UserError(
-                f"splits.{name} is {share:g}, but none of the {len(assigned)} subjects fell into it ({counts}). "
-                f"Add subjects (with {max(enough, len(assigned) + 1)} or more this is unlikely), take another `seed`, or change the shares in `splits`."
+                f"splits.{name} is {share:g}, but none of the {len(assigned)} subjects fell into it ({counts}). Add"
+                f" subjects (with {max(enough, len(assigned) + 1)} or more this is unlikely), take another `seed`, or"
+                " change the shares in `splits`."
             )
     return assigned
 
@@ -108,8 +111,8 @@ def split_balance(manifest: pd.DataFrame, covariates: Covariates, splits: Splits
     Returns
     -------
     dict
-        Per split: configured `share`, `scans`, `subjects`, and `covariates` as `describe` gives them.  Continuous covariates
-        add `difference_from_train`, in standard deviations of the training scans.
+        Per split: configured `share`, `scans`, `subjects`, and `covariates` as `describe` gives them.  Continuous
+        covariates add `difference_from_train`, in standard deviations of the training scans.
     """
     report: dict[str, Any] = {}
     train = manifest[manifest["split"] == "train"]
@@ -121,6 +124,13 @@ def split_balance(manifest: pd.DataFrame, covariates: Covariates, splits: Splits
             if isinstance(covariate, ContinuousCovariate):
                 mean, reference = summaries[name]["mean"], references[name]
                 comparable = mean is not None and reference["std"]
-                summaries[name]["difference_from_train"] = (mean - reference["mean"]) / reference["std"] if comparable else None
-        report[split] = {"share": getattr(splits, split), "scans": len(rows), "subjects": int(rows["subject_id"].nunique()), "covariates": summaries}
+                summaries[name]["difference_from_train"] = (
+                    (mean - reference["mean"]) / reference["std"] if comparable else None
+                )
+        report[split] = {
+            "share": getattr(splits, split),
+            "scans": len(rows),
+            "subjects": int(rows["subject_id"].nunique()),
+            "covariates": summaries,
+        }
     return report

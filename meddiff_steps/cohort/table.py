@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from meddiff_steps.cohort.covariates import cell_text, is_null, require_columns, shorten
 from meddiff_steps.config import Covariates, TableSource
-from meddiff_steps.errors import UserError
+from meddiff_steps.core.errors import UserError
 
 #: Image formats that a table may name, longest extension first.
 IMAGE_EXTENSIONS = (".nii.gz", ".nii", ".png", ".jpeg", ".jpg", ".dcm")
@@ -34,17 +34,24 @@ def image_extension(path: str) -> str | None:
 def read_delimited(path: Path, delimiter: str) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a delimited text file, every cell as text, blank lines skipped.
 
-    Cells between commas may be quoted, without line breaks inside; between tabs a quote is a character like any other, as in BIDS.
+    Cells between commas may be quoted, without line breaks inside; between tabs a quote is a character like any other,
+    as in BIDS.
 
     Raises
     ------
     UserError
-        The file is missing, unreadable, empty, a quote is not closed on its line, or a row is longer or shorter than the header.
+        The file is missing, unreadable, empty, a quote is not closed on its line, or a row is longer or shorter than
+        the header.
     """
     first = 1  # line where the row that is being read begins
     try:
         with open(path, encoding="utf-8-sig", newline="") as stream:
-            lines = csv.reader(stream, delimiter=delimiter, strict=True, quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL)
+            lines = csv.reader(
+                stream,
+                delimiter=delimiter,
+                strict=True,
+                quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL,
+            )
             header: list[str] = []
             rows = []
             for row in lines:
@@ -60,11 +67,14 @@ def read_delimited(path: Path, delimiter: str) -> tuple[list[str], list[list[str
                     continue
                 if len(row) != len(header):
                     raise UserError(
-                        f"{path}, line {lines.line_num}: {len(row)} cells, but the header has {len(header)}. Fill the row; write n/a where a value is missing."
+                        f"{path}, line {lines.line_num}: {len(row)} cells, but the header has {len(header)}. Fill the"
+                        " row; write n/a where a value is missing."
                     )
                 rows.append(row)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such table. Check the path in the study; relative paths start at the working directory.") from None
+        raise UserError(
+            f"{path}: no such table. Check the path in the study; relative paths start at the working directory."
+        ) from None
     except IsADirectoryError:
         raise UserError(f"{path} is a directory, expected a table. Name the file itself.") from None
     except UnicodeDecodeError as error:
@@ -82,7 +92,10 @@ def read_delimited(path: Path, delimiter: str) -> tuple[list[str], list[list[str
 
 
 def _open_quote(path: Path, line: int, found: str) -> str:
-    return f'{path}, line {line}: {found}, expected one row per line. Close the quote, write a quote inside a cell as "" or remove the line break.'
+    return (
+        f'{path}, line {line}: {found}, expected one row per line. Close the quote, write a quote inside a cell as ""'
+        " or remove the line break."
+    )
 
 
 def load_table(path: Path) -> pd.DataFrame:
@@ -100,13 +113,21 @@ def load_table(path: Path) -> pd.DataFrame:
         frame = pd.DataFrame(rows, columns=pd.Index(header), dtype="object")
     elif kind == ".parquet":
         if not path.is_file():
-            raise UserError(f"{path}: no such table, or not a file. Check the path in the study; relative paths start at the working directory.")
+            raise UserError(
+                f"{path}: no such table, or not a file. Check the path in the study; relative paths start at the"
+                " working directory."
+            )
         try:
             frame = pd.read_parquet(path)
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read as Parquet ({error}). Write the table again, or save it as CSV.") from None
+            raise UserError(
+                f"{path}: cannot be read as Parquet ({error}). Write the table again, or save it as CSV."
+            ) from None
     else:
-        raise UserError(f"{path}: tables are .csv, .tsv or .parquet, found {kind or 'no extension'!r}. Save the table in one of these formats.")
+        raise UserError(
+            f"{path}: tables are .csv, .tsv or .parquet, found {kind or 'no extension'!r}. Save the table in one of"
+            " these formats."
+        )
     if frame.empty:
         raise UserError(f"{path}: the table has no rows, expected one per image. Write the table again.")
     return frame
@@ -118,13 +139,14 @@ def read_table(source: TableSource, covariates: Covariates) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        scan_id, subject_id, session_id (None), path, and per covariate its raw cells; sorted by scan_id.  scan_id is the file
-        name without extension, preceded by as many folder names as it takes to tell all images apart.
+        scan_id, subject_id, session_id (None), path, and per covariate its raw cells; sorted by scan_id.  scan_id is
+        the file name without extension, preceded by as many folder names as it takes to tell all images apart.
 
     Raises
     ------
     UserError
-        The table or a column is missing, a path or subject is missing, twice there, of an unknown format, or leads to no file.
+        The table or a column is missing, a path or subject is missing, twice there, of an unknown format, or leads to
+        no file.
     """
     table = Path(source.table)
     frame = load_table(table)
@@ -132,10 +154,18 @@ def read_table(source: TableSource, covariates: Covariates) -> pd.DataFrame:
     hint = ""
     if len(available) == 1 and table.suffix.lower() in DELIMITERS:
         found = next((mark for mark in ";,\t" if mark in available[0]), None)
-        hint = f" It looks as if cells were separated by {found!r}; {table.suffix} needs {DELIMITERS[table.suffix.lower()]!r}." if found else ""
+        hint = (
+            f" It looks as if cells were separated by {found!r}; {table.suffix} needs"
+            f" {DELIMITERS[table.suffix.lower()]!r}."
+            if found
+            else ""
+        )
     for key, column in (("path_column", source.path_column), ("subject_column", source.subject_column)):
         if column not in available:
-            raise UserError(f"{table}: no column {column!r}. Columns are: {', '.join(available)}.{hint} Set cohort.{key} to the right one.")
+            raise UserError(
+                f"{table}: no column {column!r}. Columns are: {', '.join(available)}.{hint} Set cohort.{key} to the"
+                " right one."
+            )
     columns = require_columns(covariates, available, str(table))
 
     listed = [cell_text(value) for value in frame[source.path_column]]
@@ -143,7 +173,10 @@ def read_table(source: TableSource, covariates: Covariates) -> pd.DataFrame:
     for key, values, what in ((source.path_column, listed, "path"), (source.subject_column, subjects, "subject")):
         empty = [f"row {i}" for i, value in enumerate(values, 1) if is_null(value)]
         if empty:
-            raise UserError(f"{table}, column {key}: {len(empty)} row(s) without a {what} ({shorten(empty)}). Fill them in, or remove the rows.")
+            raise UserError(
+                f"{table}, column {key}: {len(empty)} row(s) without a {what} ({shorten(empty)}). Fill them in, or"
+                " remove the rows."
+            )
 
     root = source.root if source.root is not None else str(table.parent)
     paths = [os.path.join(root, path) for path in listed]
@@ -158,10 +191,15 @@ def _check_paths(table: Path, column: str, paths: Sequence[str]) -> None:
     counts = Counter(os.path.normpath(path) for path in paths)
     repeated = [path for path, count in counts.items() if count > 1]
     if repeated:
-        raise UserError(f"{where}: {len(repeated)} image(s) are listed more than once: {shorten(repeated)}. Keep one row per image.")
+        raise UserError(
+            f"{where}: {len(repeated)} image(s) are listed more than once: {shorten(repeated)}. Keep one row per image."
+        )
     unknown = [path for path in paths if image_extension(path) is None]
     if unknown:
-        raise UserError(f"{where}: {len(unknown)} path(s) of an unknown format: {shorten(unknown)}. Images are {', '.join(IMAGE_EXTENSIONS)}; convert them.")
+        raise UserError(
+            f"{where}: {len(unknown)} path(s) of an unknown format: {shorten(unknown)}. Images are"
+            f" {', '.join(IMAGE_EXTENSIONS)}; convert them."
+        )
     absent, folders = [], []
     for path in paths:
         try:
@@ -175,7 +213,10 @@ def _check_paths(table: Path, column: str, paths: Sequence[str]) -> None:
             "Correct the paths, or set cohort.root to the directory they start at (the table's own by default)."
         )
     if folders:
-        raise UserError(f"{where}: {len(folders)} path(s) are directories: {shorten(folders)}. Name the image files; convert a DICOM series to NIfTI first.")
+        raise UserError(
+            f"{where}: {len(folders)} path(s) are directories: {shorten(folders)}. Name the image files; convert a"
+            " DICOM series to NIfTI first."
+        )
 
 
 def _scan_ids(table: Path, listed: Sequence[str]) -> list[str]:
@@ -189,4 +230,7 @@ def _scan_ids(table: Path, listed: Sequence[str]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     twice = [name for name, count in Counter(names).items() if count > 1]
-    raise UserError(f"{table}: images that differ only in their extension or separators: {shorten(twice)}. Remove or rename one of each.")
+    raise UserError(
+        f"{table}: images that differ only in their extension or separators: {shorten(twice)}. Remove or rename one of"
+        " each."
+    )

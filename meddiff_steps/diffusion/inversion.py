@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from meddiff_steps.config import DEFAULT_STEPS
+from meddiff_steps.core.errors import UserError
 from meddiff_steps.diffusion.samplers import Denoiser, flow_timesteps, karras_timesteps, predict
 from meddiff_steps.diffusion.schedules import NoiseProcess
-from meddiff_steps.errors import UserError
 
 
 def invert(
@@ -71,7 +71,9 @@ def invert(
     return x
 
 
-def _back(process: NoiseProcess, x: Tensor, velocity: Tensor, here: tuple[float, float], there: tuple[float, float]) -> Tensor:
+def _back(
+    process: NoiseProcess, x: Tensor, velocity: Tensor, here: tuple[float, float], there: tuple[float, float]
+) -> Tensor:
     """The state at level `there` from which one step along `velocity` (of `there`) leads to `x` at level `here`.
 
     A level is (alpha, sigma).  On a flow the step is a straight line; else a rotation by the angle between the levels.

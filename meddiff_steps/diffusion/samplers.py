@@ -32,8 +32,8 @@ from diffusers import (
 from torch import Tensor
 
 from meddiff_steps.config import DEFAULT_STEPS, default_steps
+from meddiff_steps.core.errors import UserError
 from meddiff_steps.diffusion.schedules import NoiseProcess
-from meddiff_steps.errors import UserError
 
 #: denoiser(x (b, c, *spatial), timesteps (b,) float32, covariates (b, k), NaN = missing) -> the process's prediction.
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -162,20 +162,31 @@ def predict(denoiser: Denoiser, x: Tensor, timesteps: Tensor, covariates: Tensor
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
-def solver(sampler: str, process: NoiseProcess, num_inference_steps: int | None = None, step_noise: Callable[[int], Tensor] | None = None) -> Solver:
+def solver(
+    sampler: str,
+    process: NoiseProcess,
+    num_inference_steps: int | None = None,
+    step_noise: Callable[[int], Tensor] | None = None,
+) -> Solver:
     """A fresh run of `sampler`; arguments and exceptions as in `sample`."""
     if sampler not in DEFAULT_STEPS:
         raise UserError(f"sampler {sampler!r}: no such sampler; there are {', '.join(DEFAULT_STEPS)}")
     if process.is_flow and sampler not in FLOW_SAMPLERS:
-        raise UserError(f"sampler {sampler!r} cannot sample a model with prediction_type: flow; use one of {', '.join(FLOW_SAMPLERS)}")
+        raise UserError(
+            f"sampler {sampler!r} cannot sample a model with prediction_type: flow; use one of {', '.join(FLOW_SAMPLERS)}"
+        )
     if sampler == "flow" and not process.is_flow:
-        raise UserError(f"sampler 'flow' needs a model with prediction_type: flow, found {process.prediction_type}; use dpmpp, for example")
+        raise UserError(
+            f"sampler 'flow' needs a model with prediction_type: flow, found {process.prediction_type}; use dpmpp, for example"
+        )
     steps = default_steps(sampler, process.num_train_timesteps) if num_inference_steps is None else num_inference_steps
     if steps < 1:
         raise UserError(f"num_inference_steps must be at least 1, found {steps}")
     if sampler == "ddpm":
         if steps > process.num_train_timesteps:
-            raise UserError(f"num_inference_steps: ddpm can take at most the {process.num_train_timesteps} steps of training, found {steps}")
+            raise UserError(
+                f"num_inference_steps: ddpm can take at most the {process.num_train_timesteps} steps of training, found {steps}"
+            )
         if step_noise is None and steps > 1:
             raise ValueError("sampler 'ddpm' adds noise at every step and draws none itself: give step_noise")
         return _respaced(sampler, process, np.linspace(process.last_timestep, 0, steps).round(), step_noise)
@@ -216,11 +227,18 @@ def _amplitudes(process: NoiseProcess, timesteps: np.ndarray) -> tuple[np.ndarra
     return alpha.numpy(), sigma.numpy()
 
 
-def _respaced(sampler: str, process: NoiseProcess, timesteps: np.ndarray, step_noise: Callable[[int], Tensor] | None) -> Solver:
+def _respaced(
+    sampler: str, process: NoiseProcess, timesteps: np.ndarray, step_noise: Callable[[int], Tensor] | None
+) -> Solver:
     """DDPM, DDIM and PNDM on a schedule that consists of the chosen levels only (Nichol and Dhariwal 2021, section 4)."""
     alpha, sigma = (values[::-1].copy() for values in _amplitudes(process, timesteps))
     power = alpha**2
-    options: dict[str, Any] = {"num_train_timesteps": len(power), "timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True}
+    options: dict[str, Any] = {
+        "num_train_timesteps": len(power),
+        "timestep_spacing": "leading",
+        "steps_offset": 0,
+        "set_alpha_to_one": True,
+    }
     scheduler: Any
     if sampler == "pndm":
         scheduler = PNDMScheduler(**options, prediction_type="epsilon", skip_prk_steps=True)
@@ -263,7 +281,9 @@ def _multistep(sampler: str, process: NoiseProcess, timesteps: np.ndarray) -> So
     """DPM-Solver++ and UniPC, both of order 2, on a variance-preserving process or on a flow."""
     alpha, sigma = _amplitudes(process, timesteps)
     kind = DPMSolverMultistepScheduler if sampler == "dpmpp" else UniPCMultistepScheduler
-    scheduler: Any = kind(prediction_type="sample", solver_order=2, use_flow_sigmas=process.is_flow, final_sigmas_type="zero")
+    scheduler: Any = kind(
+        prediction_type="sample", solver_order=2, use_flow_sigmas=process.is_flow, final_sigmas_type="zero"
+    )
     scheduler.set_timesteps(len(timesteps))
     scheduler.set_begin_index(0)  # else the first step looks itself up among rounded timesteps
     scheduler.sigmas = torch.from_numpy(np.r_[sigma if process.is_flow else sigma / alpha, 0.0]).float()

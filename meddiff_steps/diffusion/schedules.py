@@ -98,8 +98,14 @@ class NoiseProcess:
             A timestep is outside the process (checked on the CPU only; elsewhere it would cost a synchronisation).
         """
         timesteps = timesteps.double()
-        if timesteps.device.type == "cpu" and timesteps.numel() and not (timesteps.min() >= 0 and timesteps.max() <= self.last_timestep):
-            raise ValueError(f"timesteps must be in [0, {self.last_timestep:g}], found [{timesteps.min():g}, {timesteps.max():g}]")
+        if (
+            timesteps.device.type == "cpu"
+            and timesteps.numel()
+            and not (timesteps.min() >= 0 and timesteps.max() <= self.last_timestep)
+        ):
+            raise ValueError(
+                f"timesteps must be in [0, {self.last_timestep:g}], found [{timesteps.min():g}, {timesteps.max():g}]"
+            )
         if self.is_flow:
             sigma = timesteps / self.num_train_timesteps
             return 1.0 - sigma, sigma

@@ -14,9 +14,11 @@ import numpy as np
 from scipy.spatial.distance import cdist, pdist, squareform
 from tqdm import tqdm
 
+from meddiff_steps.core.random_streams import philox
 from meddiff_steps.evaluation.image_quality import SsimSettings, structural_similarity
 from meddiff_steps.evaluation.realism import Sample
-from meddiff_steps.evaluation.statistics import Bootstrap, Figure, Statistic, figure, mean_of, philox, rounded
+from meddiff_steps.statistics.bootstrap import Bootstrap, Figure, Statistic, figure, rounded
+from meddiff_steps.statistics.measures import mean_of
 
 #: Image values compared at once; SSIM holds about ten float32 copies.
 PAIR_VALUES = 2**21
@@ -36,9 +38,9 @@ def neighbour_radii(features: np.ndarray, neighbours: int) -> np.ndarray:
 def manifold_shares(real: np.ndarray, synthetic: np.ndarray, neighbours: int) -> dict[str, np.ndarray]:
     """What precision, recall, density and coverage are the means of.
 
-    Balls around the real images that reach their k-th nearest neighbour are where real images are; likewise for synthetic ones.
-    Kynkäänniemi et al. 2019 (precision, recall; equation 2) and Naeem et al. 2020 (density, coverage; equations 3 and 4), which the
-    package `prdc` computes; these lines keep the single images, which intervals need.
+    Balls around the real images that reach their k-th nearest neighbour are where real images are; likewise for
+    synthetic ones. Kynkäänniemi et al. 2019 (precision, recall; equation 2) and Naeem et al. 2020 (density, coverage;
+    equations 3 and 4), which the package `prdc` computes; these lines keep the single images, which intervals need.
 
     Parameters
     ----------
@@ -63,7 +65,9 @@ def manifold_shares(real: np.ndarray, synthetic: np.ndarray, neighbours: int) ->
 
 
 def expected_coverage(real: int, synthetic: int, neighbours: int) -> float:
-    """Coverage of two samples of one distribution: 1 - (r - 1)...(r - k) / ((s + r - 1)...(s + r - k)) (Naeem et al. 2020, lemma 2)."""
+    """Coverage of two samples of one distribution: 1 - (r - 1)...(r - k) / ((s + r - 1)...(s + r - k)) (Naeem et al.
+    2020, lemma 2).
+    """
     steps = np.arange(1, neighbours + 1)
     return float(1.0 - np.prod((real - steps) / (synthetic + real - steps)))
 
@@ -72,7 +76,8 @@ def expected_coverage(real: int, synthetic: int, neighbours: int) -> float:
 
 
 def vendi_score(kernel: np.ndarray) -> float:
-    """Effective number of distinct images: exp of the entropy of the eigenvalues of K / n (Friedman and Dieng 2023, definition 3.1).
+    """Effective number of distinct images: exp of the entropy of the eigenvalues of K / n (Friedman and Dieng 2023,
+    definition 3.1).
 
     Parameters
     ----------
@@ -102,20 +107,28 @@ def kernel_width(features: np.ndarray) -> float:
 def vendi_figure(sample: Sample, width: float) -> Figure:
     """`vendi_score` with its interval, of at most `VENDI_IMAGES` images.
 
-    The kernel is exp(-|x - y|^2 / width).  Cosines, which the paper takes of embeddings, would call images alike that differ from real
-    ones in one direction, and different where they differ by next to nothing; distances in a unit of real images do neither.
+    The kernel is exp(-|x - y|^2 / width).  Cosines, which the paper takes of embeddings, would call images alike that
+    differ from real ones in one direction, and different where they differ by next to nothing; distances in a unit of
+    real images do neither.
 
-    The interval is from the jackknife over units: on 200 samples of 40 points it held the expected score 94.5 % of the time, the
-    bootstrap, whose repeated rows have no diversity, 86 %.
+    The interval is from the jackknife over units: on 200 samples of 40 points it held the expected score 94.5 % of the
+    time, the bootstrap, whose repeated rows have no diversity, 86 %.
     """
     chosen = np.unique(np.linspace(0, len(sample) - 1, min(len(sample), VENDI_IMAGES)).round().astype(int))
     kernel = np.exp(-squareform(pdist(sample.features[chosen], "sqeuclidean")) / width)
     units = sample.units[chosen]
     names = np.unique(units)
     value = vendi_score(kernel)
-    without = np.array([_vendi(kernel, (units != name) * 1.0) for name in names]) if len(names) > 1 else np.full(1, np.nan)
+    without = (
+        np.array([_vendi(kernel, (units != name) * 1.0) for name in names]) if len(names) > 1 else np.full(1, np.nan)
+    )
     error = 1.96 * math.sqrt((len(names) - 1) / len(names) * float(np.sum(np.square(without - without.mean()))))
-    return {"value": rounded(value), "low": rounded(max(value - error, 1.0)), "high": rounded(value + error), "n": len(names)}
+    return {
+        "value": rounded(value),
+        "low": rounded(max(value - error, 1.0)),
+        "high": rounded(value + error),
+        "n": len(names),
+    }
 
 
 def diversity(samples: Mapping[str, Sample], *, neighbours: int, resamples: int, seed: str) -> dict[str, Any]:
@@ -143,14 +156,18 @@ def diversity(samples: Mapping[str, Sample], *, neighbours: int, resamples: int,
         found: dict[str, Figure] = {}
         for name, values in manifold_shares(reference.features, sample.features, neighbours).items():
             units = sample.units if name in ("precision", "density") else reference.units
-            found[name] = _surely(Bootstrap(units, resamples, seed, f"manifold {kind} {name}").figure(mean_of(values)), name)
+            found[name] = _surely(
+                Bootstrap(units, resamples, seed, f"manifold {kind} {name}").figure(mean_of(values)), name
+            )
         found["vendi"] = vendi_figure(sample, width)
         out = found if not out else {name: out[name] | {"ceiling": found[name]} for name in found}
     return out
 
 
 def _surely(entry: Figure, name: str) -> Figure:
-    """Resamples of a share of 0 or 1 are all alike, though another sample might differ: up to 3 / n by the rule of three."""
+    """Resamples of a share of 0 or 1 are all alike, though another sample might differ: up to 3 / n by the rule of
+    three.
+    """
     if name != "density" and entry["value"] in (0.0, 1.0) and entry["low"] is not None:
         reach = rounded(min(1.0, 3.0 / entry["n"]))
         entry |= {"high": reach} if entry["value"] == 0.0 else {"low": rounded(1.0 - (reach or 0.0))}
@@ -161,10 +178,11 @@ def _surely(entry: Figure, name: str) -> Figure:
 
 
 def draw_pairs(units: Sequence[str] | np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Distinct unordered pairs of images of different units, int (pairs, 2); fewer than `count` where there are no more.
+    """Distinct unordered pairs of images of different units, int (pairs, 2); fewer than `count` where there are no
+    more.
 
-    Public evaluation scripts compare all n (n - 1) ordered pairs, twice the work for the same mean, and read both images again for
-    each; a sample of pairs with an interval says as much.
+    Public evaluation scripts compare all n (n - 1) ordered pairs, twice the work for the same mean, and read both
+    images again for each; a sample of pairs with an interval says as much.
     """
     codes = np.unique(np.asarray(units, dtype=str), return_inverse=True)[1]
     n = len(codes)
@@ -181,7 +199,9 @@ def draw_pairs(units: Sequence[str] | np.ndarray, count: int, rng: np.random.Gen
 
 
 def pair_statistic(pairs: np.ndarray, values: np.ndarray) -> Statistic:
-    """Mean of the values (pairs,) of pairs of rows; a pair counts as often as both of its images were drawn, multiplied."""
+    """Mean of the values (pairs,) of pairs of rows; a pair counts as often as both of its images were drawn,
+    multiplied.
+    """
 
     def statistic(weights: np.ndarray) -> np.ndarray:
         drawn = weights[:, pairs[:, 0]] * weights[:, pairs[:, 1]]
@@ -191,7 +211,14 @@ def pair_statistic(pairs: np.ndarray, values: np.ndarray) -> Statistic:
 
 
 def pair_similarity(
-    read: Callable[[np.ndarray], np.ndarray], units: Sequence[str] | np.ndarray, shape: Sequence[int], *, pairs: int, resamples: int, seed: str, label: str
+    read: Callable[[np.ndarray], np.ndarray],
+    units: Sequence[str] | np.ndarray,
+    shape: Sequence[int],
+    *,
+    pairs: int,
+    resamples: int,
+    seed: str,
+    label: str,
 ) -> Figure:
     """Mean (MS-)SSIM of randomly drawn pairs of images: high where images resemble each other.
 
@@ -218,7 +245,9 @@ def pair_similarity(
     if len(chosen) == 0:
         return figure(np.nan, np.full(resamples, np.nan), boot.n) | {"pairs": 0}
     values = []
-    with tqdm(total=len(chosen), desc=f"similarity of {label} pairs", unit="pair", mininterval=5, file=sys.stderr) as progress:
+    with tqdm(
+        total=len(chosen), desc=f"similarity of {label} pairs", unit="pair", mininterval=5, file=sys.stderr
+    ) as progress:
         for start in range(0, len(chosen), step):
             part = chosen[start : start + step]
             values.append(structural_similarity(read(part[:, 0]), read(part[:, 1]), settings))

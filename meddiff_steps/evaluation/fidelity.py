@@ -15,12 +15,14 @@ import pandas as pd
 from scipy.stats import wasserstein_distance
 
 from meddiff_steps.config import CategoricalCovariate, Covariates
-from meddiff_steps.evaluation.statistics import Bootstrap, Figure, Statistic, auc, calibration_error, centred, figure, macro, mean_of, pearson, philox, slope
+from meddiff_steps.core.random_streams import philox
+from meddiff_steps.statistics.bootstrap import Bootstrap, Figure, Statistic, centred, figure
+from meddiff_steps.statistics.measures import auc, calibration_error, macro, mean_of, pearson, slope
 
-#: Columns of a predictions table.  `unit` is what is resampled: the subject of a real scan, the noise of a synthetic one.
-#: Numbers have one row per image and level null; a label has a row per level (of two levels: the second), in which
-#: `requested_or_true` is 1 for that level and 0 otherwise, and `measured` its probability.  `extrapolated` marks numbers beyond what
-#: training scans have: neither generator nor predictor has seen the like.
+#: Columns of a predictions table.  `unit` is what is resampled: the subject of a real scan, the noise of a synthetic
+#: one. Numbers have one row per image and level null; a label has a row per level (of two levels: the second), in which
+#: `requested_or_true` is 1 for that level and 0 otherwise, and `measured` its probability.  `extrapolated` marks
+#: numbers beyond what training scans have: neither generator nor predictor has seen the like.
 PREDICTION_COLUMNS = {
     "id": "string",
     "unit": "string",
@@ -59,8 +61,8 @@ def predictions_table(
     covariates
         The study's schema.
     trained
-        Smallest and largest value of each continuous covariate among training scans (`training_range`); nothing is marked as
-        extrapolated without.
+        Smallest and largest value of each continuous covariate among training scans (`training_range`); nothing is
+        marked as extrapolated without.
 
     Returns
     -------
@@ -71,29 +73,54 @@ def predictions_table(
     for name, values in measured.items():
         covariate, column = covariates[name], wanted[name].reset_index(drop=True)
         present = column.notna().to_numpy(dtype=bool)
-        base = {"id": np.asarray(ids, dtype=object)[present], "unit": np.asarray(units, dtype=object)[present], "kind": kind, "covariate": name}
+        base = {
+            "id": np.asarray(ids, dtype=object)[present],
+            "unit": np.asarray(units, dtype=object)[present],
+            "kind": kind,
+            "covariate": name,
+        }
         base["extrapolated"] = False
         if isinstance(covariate, CategoricalCovariate):
             for i, level in enumerate(covariate.levels):
                 if i or len(covariate.levels) > 2:
                     truth = (column[present] == level).to_numpy(dtype=np.float64)
-                    parts.append(pd.DataFrame(base | {"level": level, "requested_or_true": truth, "measured": values[present, i]}))
+                    parts.append(
+                        pd.DataFrame(
+                            base | {"level": level, "requested_or_true": truth, "measured": values[present, i]}
+                        )
+                    )
         else:
             numbers = column[present].to_numpy(dtype=np.float64)
             low, high = (trained or {}).get(name, (-np.inf, np.inf))
             outside = (numbers < low) | (numbers > high)
-            parts.append(pd.DataFrame(base | {"level": None, "requested_or_true": numbers, "measured": values[present], "extrapolated": outside}))
+            parts.append(
+                pd.DataFrame(
+                    base
+                    | {
+                        "level": None,
+                        "requested_or_true": numbers,
+                        "measured": values[present],
+                        "extrapolated": outside,
+                    }
+                )
+            )
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(PREDICTION_COLUMNS))
     return table[list(PREDICTION_COLUMNS)].astype(PREDICTION_COLUMNS)
 
 
 def training_range(training: pd.DataFrame, covariates: Covariates) -> dict[str, tuple[float, float]]:
     """Smallest and largest value of each continuous covariate in a table of training scans."""
-    numbers = {name: training[name].dropna().astype(float) for name, c in covariates.items() if not isinstance(c, CategoricalCovariate)}
+    numbers = {
+        name: training[name].dropna().astype(float)
+        for name, c in covariates.items()
+        if not isinstance(c, CategoricalCovariate)
+    }
     return {name: (float(values.min()), float(values.max())) for name, values in numbers.items() if len(values)}
 
 
-def covariate_fidelity(predictions: pd.DataFrame, covariates: Covariates, *, resamples: int = 1000, seed: str = "") -> dict[str, Any]:
+def covariate_fidelity(
+    predictions: pd.DataFrame, covariates: Covariates, *, resamples: int = 1000, seed: str = ""
+) -> dict[str, Any]:
     """How well synthetic images show the requested covariates, beside the ceiling on held-out real scans.
 
     Parameters
@@ -108,11 +135,12 @@ def covariate_fidelity(predictions: pd.DataFrame, covariates: Covariates, *, res
     Returns
     -------
     dict
-        Per continuous covariate: `r` (Pearson, requested and measured), `slope` (of measured on requested), `mae` and `bias`
-        (mean of measured minus requested) in `unit`, and `share_of_ceiling` (r over the ceiling's r).  Per categorical covariate:
-        `auc` and `ece`, the expected calibration error of the probabilities (both one-vs-rest macro averages beyond two levels), and
-        `share_of_ceiling` (of auc).  Each is a figure; all but the last carry a `ceiling`.  Rows that are extrapolated are left out
-        of all of these; `extrapolation`, where there are such synthetic images, has their `mae` and `bias`.
+        Per continuous covariate: `r` (Pearson, requested and measured), `slope` (of measured on requested), `mae` and
+        `bias` (mean of measured minus requested) in `unit`, and `share_of_ceiling` (r over the ceiling's r).  Per
+        categorical covariate: `auc` and `ece`, the expected calibration error of the probabilities (both one-vs-rest
+        macro averages beyond two levels), and `share_of_ceiling` (of auc).  Each is a figure; all but the last carry a
+        `ceiling`.  Rows that are extrapolated are left out of all of these; `extrapolation`, where there are such
+        synthetic images, has their `mae` and `bias`.
     """
     out: dict[str, Any] = {}
     for name, covariate in covariates.items():
@@ -131,7 +159,11 @@ def covariate_fidelity(predictions: pd.DataFrame, covariates: Covariates, *, res
             if "ece" in statistics:  # a resample repeats images, which makes it look worse calibrated
                 value, draws, n = results[kind]["ece"]
                 results[kind]["ece"] = value, centred(value, draws, 0.0), n
-        entry: dict[str, Any] = {"kind": "categorical"} if isinstance(covariate, CategoricalCovariate) else {"kind": "continuous", "unit": covariate.unit}
+        entry: dict[str, Any] = (
+            {"kind": "categorical"}
+            if isinstance(covariate, CategoricalCovariate)
+            else {"kind": "continuous", "unit": covariate.unit}
+        )
         for key, drawn in results["synthetic"].items():
             entry[key] = figure(*drawn) | {"ceiling": figure(*results["real"][key])}
         (value, draws, n), (best, bests, _) = results["synthetic"][head], results["real"][head]
@@ -161,8 +193,8 @@ def subgroup_fidelity(
     Returns
     -------
     dict
-        Per categorical covariate and level: `images` (counts of both kinds) and `covariates`, figures of all other covariates, empty
-        where there are fewer than `MIN_SUBGROUP` units of either kind.
+        Per categorical covariate and level: `images` (counts of both kinds) and `covariates`, figures of all other
+        covariates, empty where there are fewer than `MIN_SUBGROUP` units of either kind.
     """
     out: dict[str, dict[str, dict[str, Any]]] = {}
     for name, covariate in covariates.items():
@@ -174,23 +206,28 @@ def subgroup_fidelity(
             rows = predictions[level_of == level]
             counts = {kind: int(rows.loc[rows["kind"] == kind, "id"].nunique()) for kind in ("synthetic", "real")}
             units = [rows.loc[rows["kind"] == kind, "unit"].nunique() for kind in counts]
-            figures = covariate_fidelity(rows, others, resamples=resamples, seed=seed) if min(units) >= MIN_SUBGROUP else {}
+            figures = (
+                covariate_fidelity(rows, others, resamples=resamples, seed=seed) if min(units) >= MIN_SUBGROUP else {}
+            )
             out.setdefault(name, {})[level] = {"images": counts, "covariates": figures}
     return out
 
 
-def distribution_distances(predictions: pd.DataFrame, covariates: Covariates, *, resamples: int = 200, seed: str = "") -> dict[str, dict[str, Any]]:
+def distribution_distances(
+    predictions: pd.DataFrame, covariates: Covariates, *, resamples: int = 200, seed: str = ""
+) -> dict[str, dict[str, Any]]:
     """How far measured covariates of the synthetic cohort are from those of held-out real scans, as a distribution.
 
-    Both are measured by the same instrument, so its errors are in both.  The distance is the first Wasserstein distance: how far a
-    value has to be moved, on average, to turn one distribution into the other.
+    Both are measured by the same instrument, so its errors are in both.  The distance is the first Wasserstein
+    distance: how far a value has to be moved, on average, to turn one distribution into the other.
 
     Returns
     -------
     dict
-        Per continuous covariate `wasserstein` in its unit and `relative`, in standard deviations of the real measurements, each with a
-        `floor` (random halves of the real scans: fewer images than the figure has, so on the high side); and `requested`, the
-        distance in the unit between requested and true values: what the request alone brings.
+        Per continuous covariate `wasserstein` in its unit and `relative`, in standard deviations of the real
+        measurements, each with a `floor` (random halves of the real scans: fewer images than the figure has, so on the
+        high side); and `requested`, the distance in the unit between requested and true values: what the request alone
+        brings.
     """
     out: dict[str, dict[str, Any]] = {}
     for name, covariate in covariates.items():
@@ -200,10 +237,15 @@ def distribution_distances(predictions: pd.DataFrame, covariates: Covariates, *,
         sides = [rows[rows["kind"] == kind] for kind in ("synthetic", "real")]
         if any(side["unit"].nunique() < 2 for side in sides):
             continue
-        boots = [Bootstrap(side["unit"].to_numpy(dtype=str), resamples, seed, f"distribution {i}") for i, side in enumerate(sides)]
+        boots = [
+            Bootstrap(side["unit"].to_numpy(dtype=str), resamples, seed, f"distribution {i}")
+            for i, side in enumerate(sides)
+        ]
         weights = [boot.all_weights() for boot in boots]
 
-        def distance(column: str, sides: list[pd.DataFrame] = sides, weights: list[np.ndarray] = weights) -> tuple[float, np.ndarray]:
+        def distance(
+            column: str, sides: list[pd.DataFrame] = sides, weights: list[np.ndarray] = weights
+        ) -> tuple[float, np.ndarray]:
             a, b = (side[column].to_numpy(dtype=np.float64) for side in sides)
             value = float(wasserstein_distance(a, b))
             draws = np.array([wasserstein_distance(a, b, u, v) for u, v in zip(*weights, strict=True)])
@@ -217,19 +259,24 @@ def distribution_distances(predictions: pd.DataFrame, covariates: Covariates, *,
         value, draws = distance("measured")
         out[name] = {"unit": covariate.unit, "requested": figure(*distance("requested_or_true"), boots[0].n)}
         for key, scale in (("wasserstein", 1.0), ("relative", spread)):
-            out[name][key] = figure(value / scale, draws / scale, boots[0].n) | {"floor": figure(float(np.median(floor)) / scale, floor / scale, boots[1].n)}
+            out[name][key] = figure(value / scale, draws / scale, boots[0].n) | {
+                "floor": figure(float(np.median(floor)) / scale, floor / scale, boots[1].n)
+            }
     return out
 
 
-def correlation_structure(predictions: pd.DataFrame, covariates: Covariates, *, resamples: int = 1000, seed: str = "") -> dict[str, dict[str, Figure]]:
+def correlation_structure(
+    predictions: pd.DataFrame, covariates: Covariates, *, resamples: int = 1000, seed: str = ""
+) -> dict[str, dict[str, Figure]]:
     """Do covariates go together in synthetic images as they were requested to?
 
     Returns
     -------
     dict
-        Per pair of covariates "a~b", Pearson's r over the images where both are known: `requested` and `measured` (synthetic), `true`
-        and `real_measured` (held-out real scans: what the instrument makes of a known correlation).  A label enters as a column per level, "a = level"
-        (of two levels: the second), 0 or 1 where it was requested, a probability where it was measured.
+        Per pair of covariates "a~b", Pearson's r over the images where both are known: `requested` and `measured`
+        (synthetic), `true` and `real_measured` (held-out real scans: what the instrument makes of a known
+        correlation).  A label enters as a column per level, "a = level" (of two levels: the second), 0 or 1 where it
+        was requested, a probability where it was measured.
     """
     columns: dict[str, str] = {}
     for name, covariate in covariates.items():
@@ -237,10 +284,14 @@ def correlation_structure(predictions: pd.DataFrame, covariates: Covariates, *, 
         levels = levels[1:] if len(levels) == 2 else levels
         columns |= dict.fromkeys([f"{name} = {level}" for level in levels] or [name], name)
     labelled = predictions.assign(
-        column=predictions["covariate"].where(predictions["level"].isna(), predictions["covariate"] + " = " + predictions["level"].fillna(""))
+        column=predictions["covariate"].where(
+            predictions["level"].isna(), predictions["covariate"] + " = " + predictions["level"].fillna("")
+        )
     )
     wide = {
-        kind: labelled[labelled["kind"] == kind].pivot(index=["id", "unit"], columns="column", values=["requested_or_true", "measured"])
+        kind: labelled[labelled["kind"] == kind].pivot(
+            index=["id", "unit"], columns="column", values=["requested_or_true", "measured"]
+        )
         for kind in ("synthetic", "real")
     }
     out: dict[str, dict[str, Figure]] = {}
@@ -252,9 +303,15 @@ def correlation_structure(predictions: pd.DataFrame, covariates: Covariates, *, 
             if not {("measured", a), ("measured", b)} <= set(wide[kind].columns):
                 break
             both = wide[kind].dropna(subset=[("measured", a), ("measured", b)])
-            boot = Bootstrap(both.index.get_level_values("unit").to_numpy(dtype=str), resamples, seed, f"correlation {kind}")
+            boot = Bootstrap(
+                both.index.get_level_values("unit").to_numpy(dtype=str), resamples, seed, f"correlation {kind}"
+            )
             for label, what in zip(names, ("requested_or_true", "measured"), strict=True):
-                pair[label] = boot.figure(pearson(both[(what, a)].to_numpy(), both[(what, b)].to_numpy()) if len(both) else mean_of(np.empty(0)))
+                pair[label] = boot.figure(
+                    pearson(both[(what, a)].to_numpy(), both[(what, b)].to_numpy())
+                    if len(both)
+                    else mean_of(np.empty(0))
+                )
         if pair:
             out[f"{a}~{b}"] = pair
     return out
@@ -266,7 +323,12 @@ def _number_statistics(rows: pd.DataFrame) -> tuple[dict[str, Statistic], np.nda
     if len(rows) == 0:
         return dict.fromkeys(("r", "slope", "mae", "bias"), mean_of(wanted)), units
     error = measured - wanted
-    return {"r": pearson(wanted, measured), "slope": slope(wanted, measured), "mae": mean_of(np.abs(error)), "bias": mean_of(error)}, units
+    return {
+        "r": pearson(wanted, measured),
+        "slope": slope(wanted, measured),
+        "mae": mean_of(np.abs(error)),
+        "bias": mean_of(error),
+    }, units
 
 
 def _label_statistics(rows: pd.DataFrame) -> tuple[dict[str, Statistic], np.ndarray]:

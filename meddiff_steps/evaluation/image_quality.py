@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from monai.metrics import MultiScaleSSIMMetric, SSIMMetric
 
-from meddiff_steps.errors import UserError
-from meddiff_steps.evaluation.statistics import Bootstrap, mean_of
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.statistics.bootstrap import Bootstrap
+from meddiff_steps.statistics.measures import mean_of
 
 #: Weights of the five scales (Wang, Simoncelli and Bovik 2003, "Multiscale structural similarity", section 3.2).
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
@@ -57,8 +58,8 @@ class SsimSettings:
     def for_shape(cls, shape: Sequence[int]) -> SsimSettings:
         """The most scales (up to five) that leave a window of at least 5, then the largest window (7 in 3D, 11 in 2D).
 
-        A scale s of S halves the image s - 1 times, and MONAI refuses sides below `(kernel_size - 1) * (S - 1)**2`; both must
-        hold.  Sides too small for two scales with a window of 3 get plain SSIM.
+        A scale s of S halves the image s - 1 times, and MONAI refuses sides below `(kernel_size - 1) * (S - 1)**2`;
+        both must hold.  Sides too small for two scales with a window of 3 get plain SSIM.
         """
         side, limit = min(shape), 7 if len(shape) == 3 else 11
 
@@ -76,24 +77,38 @@ class SsimSettings:
     def metric(self, spatial_dims: int, data_range: float) -> MultiScaleSSIMMetric | SSIMMetric:
         if self.name == "ssim":
             return SSIMMetric(spatial_dims, data_range=data_range, win_size=self.kernel_size)
-        return MultiScaleSSIMMetric(spatial_dims, data_range=data_range, kernel_size=self.kernel_size, weights=self.weights)
+        return MultiScaleSSIMMetric(
+            spatial_dims, data_range=data_range, kernel_size=self.kernel_size, weights=self.weights
+        )
 
     def card(self) -> dict[str, Any]:
-        return {"kernel_size": self.kernel_size, "kernel_sigma": 1.5, "scales": len(self.weights), "weights": [round(w, 6) for w in self.weights]}
+        return {
+            "kernel_size": self.kernel_size,
+            "kernel_sigma": 1.5,
+            "scales": len(self.weights),
+            "weights": [round(w, 6) for w in self.weights],
+        }
 
 
 def psnr(images: np.ndarray, reconstructions: np.ndarray, data_range: float = 1.0) -> np.ndarray:
-    """Peak signal-to-noise ratio of each image in dB, (n,); 10 log10(data_range^2 / mean squared error), at most `MAX_PSNR`."""
+    """Peak signal-to-noise ratio of each image in dB, (n,); 10 log10(data_range^2 / mean squared error), at most
+    `MAX_PSNR`.
+    """
     axes = tuple(range(1, images.ndim))
     error = np.mean(np.square(images.astype(np.float64) - reconstructions), axis=axes)
     return 10.0 * np.log10(data_range**2 / np.maximum(error, data_range**2 * 10 ** (-MAX_PSNR / 10)))
 
 
-def structural_similarity(images: np.ndarray, reconstructions: np.ndarray, settings: SsimSettings, data_range: float = 1.0) -> np.ndarray:
+def structural_similarity(
+    images: np.ndarray, reconstructions: np.ndarray, settings: SsimSettings, data_range: float = 1.0
+) -> np.ndarray:
     """(MS-)SSIM of each image, (n,), by MONAI with the given settings."""
     metric = settings.metric(images.ndim - 2, data_range)
     with torch.inference_mode():
-        values = metric(torch.from_numpy(np.ascontiguousarray(reconstructions, np.float32)), torch.from_numpy(np.ascontiguousarray(images, np.float32)))
+        values = metric(
+            torch.from_numpy(np.ascontiguousarray(reconstructions, np.float32)),
+            torch.from_numpy(np.ascontiguousarray(images, np.float32)),
+        )
     return np.asarray(values, dtype=np.float64).reshape(len(images))
 
 
@@ -131,10 +146,14 @@ def reconstruction_quality(
     """
     if images.shape != reconstructions.shape:
         raise UserError(
-            f"reconstructions: shape {reconstructions.shape} differs from the images' {images.shape}. Both must come from the same autoencoder run."
+            f"reconstructions: shape {reconstructions.shape} differs from the images' {images.shape}. Both must come"
+            " from the same autoencoder run."
         )
     if len(images) == 0:
-        raise UserError("reconstructions: there are no images to compare, expected at least one. Check that the held-out splits are not empty.")
+        raise UserError(
+            "reconstructions: there are no images to compare, expected at least one. Check that the held-out splits are"
+            " not empty."
+        )
     n, shape = len(images), images.shape[2:]
     settings = SsimSettings.for_shape(shape)
     compared = np.unique(np.linspace(0, n - 1, min(n, MAX_SSIM_IMAGES)).round().astype(int))
@@ -144,7 +163,8 @@ def reconstruction_quality(
         image, other = (np.asarray(a[start : start + step], dtype=np.float32) for a in (images, reconstructions))
         if not (np.isfinite(image).all() and np.isfinite(other).all()):
             raise UserError(
-                f"reconstructions: values that are not finite among rows {start} to {start + len(image) - 1}. The autoencoder diverged; train it again."
+                f"reconstructions: values that are not finite among rows {start} to {start + len(image) - 1}. The"
+                " autoencoder diverged; train it again."
             )
         ratios.append(psnr(image, other, data_range))
         errors.append(np.abs(image - other).mean(axis=tuple(range(1, image.ndim)), dtype=np.float64))

@@ -11,10 +11,9 @@ import numpy as np
 import pandas as pd
 
 from meddiff_steps.config import CategoricalCovariate, Covariates, Evaluate, Study
-from meddiff_steps.errors import UserError
+from meddiff_steps.core.errors import UserError
 from meddiff_steps.evaluation import spectrum
 from meddiff_steps.evaluation.diversity import diversity, pair_similarity
-from meddiff_steps.evaluation.features import FeatureSpace, extract
 from meddiff_steps.evaluation.fidelity import (
     correlation_structure,
     covariate_fidelity,
@@ -24,15 +23,16 @@ from meddiff_steps.evaluation.fidelity import (
     training_range,
 )
 from meddiff_steps.evaluation.image_quality import SsimSettings, reconstruction_quality
-from meddiff_steps.evaluation.predictors import MAX_TRAINING_SCANS, Predictors, fit_predictors
 from meddiff_steps.evaluation.realism import MIN_IMAGES, Sample, Scale, realism
-from meddiff_steps.evaluation.segmenter import segmented_volumes
-from meddiff_steps.evaluation.selection import Images, drawn, held_out, reconstructed
-from meddiff_steps.models.segmenter import Segmenter
+from meddiff_steps.imaging.selection import Images, drawn, held_out, reconstructed
+from meddiff_steps.instruments.features import FeatureSpace, extract
+from meddiff_steps.instruments.predictors import MAX_TRAINING_SCANS, Predictors, fit_predictors
+from meddiff_steps.instruments.segmenter import Segmenter, segmented_volumes
 
 logger = logging.getLogger(__name__)
 
-#: Images measured at most, of either kind: beyond it intervals hardly shrink. Chosen by a hash of the id, so the choice is stable.
+#: Images measured at most, of either kind: beyond it intervals hardly shrink. Chosen by a hash of the id, so the choice
+#: is stable.
 MAX_SYNTHETIC, MAX_HELD_OUT = 5_000, 5_000
 
 
@@ -56,7 +56,12 @@ class Evaluation:
 
 
 def evaluate(
-    cohort: Images, generated: Images, paired: Images, spaces: Sequence[FeatureSpace], study: Study, instrument: tuple[Segmenter, dict[str, Any]] | None = None
+    cohort: Images,
+    generated: Images,
+    paired: Images,
+    spaces: Sequence[FeatureSpace],
+    study: Study,
+    instrument: tuple[Segmenter, dict[str, Any]] | None = None,
 ) -> Evaluation:
     """Measure covariate fidelity, realism, diversity, reconstruction quality and sharpness.
 
@@ -78,15 +83,21 @@ def evaluate(
     Raises
     ------
     UserError
-        There are no training or no held-out scans, training scans are among the reconstructions, or images are not finite.
+        There are no training or no held-out scans, training scans are among the reconstructions, or images are not
+        finite.
     """
     seed = study.evaluate.seed or study.seed
     options: dict[str, Any] = {"resamples": study.evaluate.bootstrap, "seed": seed}
     every_train = cohort.of_splits(["train"])
     train = every_train.at_most(MAX_TRAINING_SCANS)
     if len(train) == 0:
-        raise UserError(f"{cohort.origin}: no preprocessed scan is in the train split, so nothing can be measured. Check splits and preprocessed/qc.parquet.")
-    predictors = fit_predictors(train.batches("learning to measure"), train.table, train.units.tolist(), study.covariates)
+        raise UserError(
+            f"{cohort.origin}: no preprocessed scan is in the train split, so nothing can be measured. Check splits and"
+            " preprocessed/qc.parquet."
+        )
+    predictors = fit_predictors(
+        train.batches("learning to measure"), train.table, train.units.tolist(), study.covariates
+    )
     real, splits = held_out(cohort)
     wanted = replace(generated, table=drawn(generated.table, study.plan))
     real, synthetic = real.at_most(MAX_HELD_OUT), wanted.at_most(MAX_SYNTHETIC)
@@ -96,22 +107,40 @@ def evaluate(
     predictions = pd.concat([synthetic_table, real_table], ignore_index=True)
     labels = [name for name, c in study.covariates.items() if isinstance(c, CategoricalCovariate)]
     levels = pd.concat([images.table.set_index(images.key)[labels] for images in (synthetic, real)])
-    like, various, components = realism_and_diversity(spaces, {"training": train, "held_out": real, "synthetic": synthetic}, study.evaluate, seed=seed)
+    like, various, components = realism_and_diversity(
+        spaces, {"training": train, "held_out": real, "synthetic": synthetic}, study.evaluate, seed=seed
+    )
 
     shown = reconstructed(paired)
-    quality = reconstruction_quality(shown.column("image"), shown.column("reconstruction"), subjects=shown.units.tolist(), **options)
+    quality = reconstruction_quality(
+        shown.column("image"), shown.column("reconstruction"), subjects=shown.units.tolist(), **options
+    )
     image_power, reconstruction_power = (radial_power(shown, name) for name in ("image", "reconstruction"))
     ratios = {
-        "reconstruction": spectrum.band_power_ratio(reconstruction_power, image_power, paired=True, units=shown.units.tolist(), **options),
+        "reconstruction": spectrum.band_power_ratio(
+            reconstruction_power, image_power, paired=True, units=shown.units.tolist(), **options
+        ),
         "synthetic": spectrum.band_power_ratio(
-            synthetic_power, real_power, paired=False, units=synthetic.units.tolist(), reference_units=real.units.tolist(), **options
+            synthetic_power,
+            real_power,
+            paired=False,
+            units=synthetic.units.tolist(),
+            reference_units=real.units.tolist(),
+            **options,
         ),
     }
-    curves = {"real": real_power, "synthetic": synthetic_power, "image": image_power, "reconstruction": reconstruction_power}
+    curves = {
+        "real": real_power,
+        "synthetic": synthetic_power,
+        "image": image_power,
+        "reconstruction": reconstruction_power,
+    }
     metrics = {
         "covariates": covariate_fidelity(predictions, study.covariates, **options),
         "correlations": correlation_structure(predictions, study.covariates, **options),
-        "distributions": distribution_distances(predictions, study.covariates, resamples=study.evaluate.realism_bootstrap, seed=seed),
+        "distributions": distribution_distances(
+            predictions, study.covariates, resamples=study.evaluate.realism_bootstrap, seed=seed
+        ),
         "subgroups": subgroup_fidelity(predictions, levels, study.covariates, **options),
         "training_range": {name: list(ends) for name, ends in trained.items()},
         "realism": like,
@@ -134,13 +163,22 @@ def evaluate(
     }
     if instrument is not None:
         model, card = instrument
-        parts = [segmented(model, images, kind, study, trained) for kind, images in (("synthetic", synthetic), ("real", real))]
+        parts = [
+            segmented(model, images, kind, study, trained)
+            for kind, images in (("synthetic", synthetic), ("real", real))
+        ]
         volumes = covariate_fidelity(pd.concat(parts, ignore_index=True), study.covariates, **options)
-        metrics["segmentation"] = {"covariates": volumes, "digest": card["weights_sha256"][:16], "held_out": card["held_out"]}
+        metrics["segmentation"] = {
+            "covariates": volumes,
+            "digest": card["weights_sha256"][:16],
+            "held_out": card["held_out"],
+        }
     return Evaluation(metrics, predictions, components)
 
 
-def segmented(model: Segmenter, images: Images, kind: str, study: Study, trained: Mapping[str, tuple[float, float]]) -> pd.DataFrame:
+def segmented(
+    model: Segmenter, images: Images, kind: str, study: Study, trained: Mapping[str, tuple[float, float]]
+) -> pd.DataFrame:
     """`fidelity.predictions_table` of volumes that a segmenter measures."""
     assert study.preprocess.spacing_mm is not None
     volumes = segmented_volumes(model, images, study.preprocess.spacing_mm**3 / 1000, f"segmenting {kind} images")
@@ -149,11 +187,17 @@ def segmented(model: Segmenter, images: Images, kind: str, study: Study, trained
 
 def radial_power(images: Images, column: str) -> np.ndarray:
     """`spectrum.radial_power` of a column, (n, rings)."""
-    return np.concatenate([spectrum.radial_power(batch) for batch in images.batches(f"spectrum of each {column}", column)])
+    return np.concatenate(
+        [spectrum.radial_power(batch) for batch in images.batches(f"spectrum of each {column}", column)]
+    )
 
 
 def measure(
-    predictors: Predictors, images: Images, kind: str, covariates: Covariates, trained: Mapping[str, tuple[float, float]]
+    predictors: Predictors,
+    images: Images,
+    kind: str,
+    covariates: Covariates,
+    trained: Mapping[str, tuple[float, float]],
 ) -> tuple[pd.DataFrame, np.ndarray]:
     """`fidelity.predictions_table` and `spectrum.radial_power` (n, rings) of images, in one pass."""
     values: dict[str, list[np.ndarray]] = {name: [] for name in predictors.by_name}
@@ -163,13 +207,16 @@ def measure(
             values[name].append(part)
         powers.append(spectrum.radial_power(batch))
     measured = {name: np.concatenate(parts) for name, parts in values.items()}
-    return predictions_table(images.ids, images.units.tolist(), kind, images.table, measured, covariates, trained), np.concatenate(powers)
+    return predictions_table(
+        images.ids, images.units.tolist(), kind, images.table, measured, covariates, trained
+    ), np.concatenate(powers)
 
 
 def realism_and_diversity(
     spaces: Sequence[FeatureSpace], images: Mapping[str, Images], settings: Evaluate, *, seed: str
 ) -> tuple[dict[str, Any], dict[str, Any], pd.DataFrame]:
-    """Both sections of metrics.json, and the first two principal components of held-out and synthetic images in every space.
+    """Both sections of metrics.json, and the first two principal components of held-out and synthetic images in every
+    space.
 
     Parameters
     ----------
@@ -184,28 +231,56 @@ def realism_and_diversity(
         Of all that is drawn.
     """
     count = min(len(images["synthetic"]), len(images["training"]), settings.max_images)
-    chosen = {kind: images[kind].at_most(settings.max_images if kind == "held_out" else count) for kind in ("synthetic", "training", "held_out")}
+    chosen = {
+        kind: images[kind].at_most(settings.max_images if kind == "held_out" else count)
+        for kind in ("synthetic", "training", "held_out")
+    }
     smallest = min(map(len, chosen.values()))
-    found = {kind: extract(spaces, some.shards, some.rows, f"features of {kind} images") for kind, some in chosen.items()}
+    found = {
+        kind: extract(spaces, some.shards, some.rows, f"features of {kind} images") for kind, some in chosen.items()
+    }
     like: dict[str, Any] = {}
     by_space: dict[str, Any] = {}
     places = [pd.DataFrame({"id": pd.Series(dtype="string"), "kind": "", "space": "", "pc1": 0.0, "pc2": 0.0})]
     for space in spaces:
-        card: dict[str, Any] = {"digest": space.digest, "description": space.description, "images": {kind: len(some) for kind, some in chosen.items()}}
+        card: dict[str, Any] = {
+            "digest": space.digest,
+            "description": space.description,
+            "images": {kind: len(some) for kind, some in chosen.items()},
+        }
         if smallest < MIN_IMAGES:
-            like[space.name] = by_space[space.name] = card | {"skipped": f"{smallest} images of one kind, at least {MIN_IMAGES} are needed"}
+            like[space.name] = by_space[space.name] = card | {
+                "skipped": f"{smallest} images of one kind, at least {MIN_IMAGES} are needed"
+            }
             continue
         scale = Scale.of(found["training"][space.name], smallest)
         samples = {kind: Sample(scale.standard(found[kind][space.name]), some.units) for kind, some in chosen.items()}
-        card |= {"features": len(scale.mean), "components": scale.basis.shape[1], "explained": [float(f"{x:.4g}") for x in scale.explained[:2]]}
+        card |= {
+            "features": len(scale.mean),
+            "components": scale.basis.shape[1],
+            "explained": [float(f"{x:.4g}") for x in scale.explained[:2]],
+        }
         common: dict[str, Any] = {"resamples": settings.bootstrap, "seed": seed}
-        like[space.name] = card | realism(samples, scale, slow_resamples=settings.realism_bootstrap, permutations=settings.permutations, **common)
-        by_space[space.name] = card | {"neighbours": settings.neighbours} | diversity(samples, neighbours=settings.neighbours, **common)
+        like[space.name] = card | realism(
+            samples, scale, slow_resamples=settings.realism_bootstrap, permutations=settings.permutations, **common
+        )
+        by_space[space.name] = (
+            card | {"neighbours": settings.neighbours} | diversity(samples, neighbours=settings.neighbours, **common)
+        )
         for kind in ("held_out", "synthetic"):
             first = scale.components(samples[kind].features)[:, :2]
-            places.append(pd.DataFrame({"id": chosen[kind].ids, "kind": kind, "space": space.name, "pc1": first[:, 0], "pc2": first[:, 1]}))
+            places.append(
+                pd.DataFrame(
+                    {"id": chosen[kind].ids, "kind": kind, "space": space.name, "pc1": first[:, 0], "pc2": first[:, 1]}
+                )
+            )
         told = like[space.name]["classifier_auc"]
-        logger.info("%s: AUC of telling synthetic from real %s, real from real %s", space.name, told["value"], told["floor"]["value"])
+        logger.info(
+            "%s: AUC of telling synthetic from real %s, real from real %s",
+            space.name,
+            told["value"],
+            told["floor"]["value"],
+        )
 
     shape = chosen["synthetic"].shards.shape("image")[1:]
     ssim = SsimSettings.for_shape(shape)
@@ -221,5 +296,9 @@ def realism_and_diversity(
         )
         for kind in ("synthetic", "training")
     }
-    various = {ssim.name: pairs["synthetic"] | {"floor": pairs["training"]}, "ssim_settings": ssim.card() | {"metric": ssim.name}, "features": by_space}
+    various = {
+        ssim.name: pairs["synthetic"] | {"floor": pairs["training"]},
+        "ssim_settings": ssim.card() | {"metric": ssim.name},
+        "features": by_space,
+    }
     return like, various, pd.concat(places[1:] or places, ignore_index=True)

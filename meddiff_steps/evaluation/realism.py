@@ -1,8 +1,8 @@
 """Realism: how far the distribution of synthetic images is from that of real ones, in a feature space.
 
-Every figure compares synthetic images with held-out real scans.  Its floor is the same figure with as many training scans in
-place of the synthetic images: what a generator as good as reality would get with these numbers of images.  Figures of
-different feature spaces or numbers of images cannot be compared; a figure and its floor can.
+Every figure compares synthetic images with held-out real scans.  Its floor is the same figure with as many training
+scans in place of the synthetic images: what a generator as good as reality would get with these numbers of images.
+Figures of different feature spaces or numbers of images cannot be compared; a figure and its floor can.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from meddiff_steps.evaluation.statistics import Bootstrap, Figure, auc, centred, figure, philox, rounded
+from meddiff_steps.core.random_streams import philox
+from meddiff_steps.statistics.bootstrap import Bootstrap, Figure, centred, figure, rounded
+from meddiff_steps.statistics.measures import auc
 
-#: Principal components kept at most.  A covariance of d components has d^2 / 2 numbers: fewer than five images per component
-#: leave it mostly noise.
+#: Principal components kept at most.  A covariance of d components has d^2 / 2 numbers: fewer than five images per
+#: component leave it mostly noise.
 MAX_COMPONENTS, IMAGES_PER_COMPONENT = 64, 5
 #: Fewer images than this, of any kind, say nothing about a distribution.
 MIN_IMAGES = 10
@@ -74,7 +76,10 @@ class Scale:
         spread = np.where(spread > 1e-6 * np.maximum(np.abs(mean), 1e-3), spread, 1.0)
         _, singular, directions = np.linalg.svd((features - mean) / spread, full_matrices=False)
         count = max(2, min(MAX_COMPONENTS, images // IMAGES_PER_COMPONENT, len(directions)))
-        directions = directions[:count] * np.where(np.take_along_axis(directions, np.abs(directions).argmax(1)[:, None], 1) < 0, -1.0, 1.0)[:count]
+        directions = (
+            directions[:count]
+            * np.where(np.take_along_axis(directions, np.abs(directions).argmax(1)[:, None], 1) < 0, -1.0, 1.0)[:count]
+        )
         power = np.square(singular)
         return cls(mean, spread, directions.T, power[:count] / max(power.sum(), 1e-300))
 
@@ -96,8 +101,12 @@ def _moments(features: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.
     rows = features - centre
     total = weights.sum(1)
     mean = weights @ rows / total[:, None]
-    products = (weights @ (rows[:, :, None] * rows[:, None, :]).reshape(len(rows), -1)).reshape(len(weights), *(rows.shape[1],) * 2)
-    covariance = (products - total[:, None, None] * mean[:, :, None] * mean[:, None, :]) / np.maximum(total - 1.0, 1.0)[:, None, None]
+    products = (weights @ (rows[:, :, None] * rows[:, None, :]).reshape(len(rows), -1)).reshape(
+        len(weights), *(rows.shape[1],) * 2
+    )
+    covariance = (products - total[:, None, None] * mean[:, :, None] * mean[:, None, :]) / np.maximum(total - 1.0, 1.0)[
+        :, None, None
+    ]
     return mean + centre, covariance
 
 
@@ -118,8 +127,8 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     of a product that is not symmetric is needed (`scipy.linalg.sqrtm` may fail or turn complex).  monai.metrics.FIDMetric does
     that, in the precision it is given, and does not run with scipy from 1.18 on.
 
-    With few images it comes out too large, by about a constant over the number of images: compare only with a floor from equal
-    numbers of images.
+    With few images it comes out too large, by about a constant over the number of images: compare only with a floor
+    from equal numbers of images.
     """
     moments = [_moments(np.asarray(x, dtype=np.float64), np.ones((1, len(x)))) for x in (a, b)]
     return max(0.0, float(_frechet(*moments)[0]))
@@ -134,9 +143,11 @@ def polynomial_kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _mmd(kernel: np.ndarray, first: np.ndarray, second: np.ndarray, units: np.ndarray) -> np.ndarray:
-    """Unbiased squared MMD between rows drawn as the weights `first` and `second` say, (b, n) each, of one pooled kernel (n, n).
+    """Unbiased squared MMD between rows drawn as the weights `first` and `second` say, (b, n) each, of one pooled
+    kernel (n, n).
 
-    Rows of one unit are not compared within a sample: scans of a person, or a row that was drawn twice, are alike for another reason.
+    Rows of one unit are not compared within a sample: scans of a person, or a row that was drawn twice, are alike for
+    another reason.
     """
     same = np.equal.outer(units, units)
     compared = np.where(same, 0.0, kernel)
@@ -151,12 +162,14 @@ def _mmd(kernel: np.ndarray, first: np.ndarray, second: np.ndarray, units: np.nd
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Kernel inception distance (KID): unbiased squared MMD with `polynomial_kernel` of features (n, d) and (m, d).
 
-    Gretton et al. 2012, equation 3.  Its expectation does not depend on the number of images, so samples of one distribution
-    give about 0, above or below.  monai.metrics.MMDMetric has a linear kernel, which compares means only.
+    Gretton et al. 2012, equation 3.  Its expectation does not depend on the number of images, so samples of one
+    distribution give about 0, above or below.  monai.metrics.MMDMetric has a linear kernel, which compares means only.
     """
     pooled = np.concatenate([a, b]).astype(np.float64)
     first = np.arange(len(pooled)) < len(a)
-    return float(_mmd(polynomial_kernel(pooled, pooled), first[None] * 1.0, ~first[None] * 1.0, np.arange(len(pooled)))[0])
+    return float(
+        _mmd(polynomial_kernel(pooled, pooled), first[None] * 1.0, ~first[None] * 1.0, np.arange(len(pooled)))[0]
+    )
 
 
 def _permuted(units: np.ndarray, firsts: int, permutations: int, rng: np.random.Generator) -> np.ndarray:
@@ -180,7 +193,10 @@ def kernel_figure(a: Sample, b: Sample, *, resamples: int, permutations: int, se
     names = np.concatenate([np.char.add("a:", a.units.astype(str)), np.char.add("b:", b.units.astype(str))])
     units = np.unique(names, return_inverse=True)[1]
     value = float(_mmd(kernel, first[None] * 1.0, ~first[None] * 1.0, units)[0])
-    boots = [Bootstrap(sample.units, resamples, seed, f"kid {label} {side}") for side, sample in zip("ab", (a, b), strict=True)]
+    boots = [
+        Bootstrap(sample.units, resamples, seed, f"kid {label} {side}")
+        for side, sample in zip("ab", (a, b), strict=True)
+    ]
     weights = [np.zeros((resamples, len(pooled))) for _ in boots]
     weights[0][:, first], weights[1][:, ~first] = (boot.all_weights() for boot in boots)
     draws = _mmd(kernel, weights[0], weights[1], units)
@@ -194,10 +210,11 @@ def kernel_figure(a: Sample, b: Sample, *, resamples: int, permutations: int, se
 
 
 def classifier_figure(a: Sample, b: Sample, *, resamples: int, seed: str, label: str) -> Figure:
-    """AUC of a classifier that is to tell `a` from `b`: 0.5 if it cannot, 1 if it always can (Lopez-Paz and Oquab 2017).
+    """AUC of a classifier that is to tell `a` from `b`: 0.5 if it cannot, 1 if it always can (Lopez-Paz and Oquab
+    2017).
 
-    Logistic regression on standardised features, judged on images of units it has not learnt from (five folds).  The AUC over all
-    folds together is slightly below 0.5 where there is nothing to tell.
+    Logistic regression on standardised features, judged on images of units it has not learnt from (five folds).  The
+    AUC over all folds together is slightly below 0.5 where there is nothing to tell.
     """
     features = np.concatenate([a.features, b.features])
     labels = np.concatenate([np.ones(len(a), bool), np.zeros(len(b), bool)])
@@ -209,7 +226,9 @@ def classifier_figure(a: Sample, b: Sample, *, resamples: int, seed: str, label:
     scores = np.empty(len(features))
     state = int(philox(seed, f"classifier folds {label}").integers(2**31))
     for fit, check in StratifiedGroupKFold(folds, shuffle=True, random_state=state).split(features, labels, units):
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=CLASSIFIER_C, max_iter=1000, class_weight="balanced")).fit(features[fit], labels[fit])
+        model = make_pipeline(
+            StandardScaler(), LogisticRegression(C=CLASSIFIER_C, max_iter=1000, class_weight="balanced")
+        ).fit(features[fit], labels[fit])
         scores[check] = model.decision_function(features[check])
     return boot.figure(auc(labels, scores))
 
@@ -219,13 +238,20 @@ def classifier_figure(a: Sample, b: Sample, *, resamples: int, seed: str, label:
 
 def frechet_figure(a: Sample, b: Sample, *, resamples: int, seed: str, label: str) -> Figure:
     """`frechet_distance` of two samples with its interval."""
-    boots = [Bootstrap(sample.units, resamples, seed, f"frechet {label} {side}") for side, sample in zip("ab", (a, b), strict=True)]
-    draws = _frechet(*(_moments(sample.features, boot.all_weights()) for sample, boot in zip((a, b), boots, strict=True)))
+    boots = [
+        Bootstrap(sample.units, resamples, seed, f"frechet {label} {side}")
+        for side, sample in zip("ab", (a, b), strict=True)
+    ]
+    draws = _frechet(
+        *(_moments(sample.features, boot.all_weights()) for sample, boot in zip((a, b), boots, strict=True))
+    )
     value = frechet_distance(a.features, b.features)
     return figure(value, centred(value, draws, 0.0), boots[0].n)
 
 
-def realism(samples: Mapping[str, Sample], scale: Scale, *, resamples: int, slow_resamples: int, permutations: int, seed: str) -> dict[str, Any]:
+def realism(
+    samples: Mapping[str, Sample], scale: Scale, *, resamples: int, slow_resamples: int, permutations: int, seed: str
+) -> dict[str, Any]:
     """Realism of one feature space.
 
     Parameters
@@ -249,7 +275,9 @@ def realism(samples: Mapping[str, Sample], scale: Scale, *, resamples: int, slow
         reduced = [Sample(scale.components(s.features), s.units) for s in (sample, reference)]
         found = {
             "frechet": frechet_figure(*reduced, resamples=slow_resamples, seed=seed, label=kind),
-            "kid": kernel_figure(sample, reference, resamples=slow_resamples, permutations=permutations, seed=seed, label=kind),
+            "kid": kernel_figure(
+                sample, reference, resamples=slow_resamples, permutations=permutations, seed=seed, label=kind
+            ),
             "classifier_auc": classifier_figure(sample, reference, resamples=resamples, seed=seed, label=kind),
         }
         out = found if not out else {name: out[name] | {"floor": found[name]} for name in found}

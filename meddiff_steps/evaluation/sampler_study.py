@@ -1,7 +1,8 @@
 """Which sampler, how many steps, which guidance scale: quality against seconds per image.
 
-All points draw the same subjects from the same noise, so that they differ by the sampler alone.  Quality is the Frechet distance
-and KID in the feature space `random`, and how well predictors read covariates, each beside its floor or ceiling.
+All points draw the same subjects from the same noise, so that they differ by the sampler alone.  Quality is the Frechet
+distance and KID in the feature space `random`, and how well predictors read covariates, each beside its floor or
+ceiling.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ import torch
 from meddiff_steps.config import DEFAULT_STEPS, Sampler, Study
 from meddiff_steps.config import SamplerStudy as Settings
 from meddiff_steps.diffusion.samplers import FLOW_SAMPLERS, evaluations
-from meddiff_steps.evaluation.features import FeatureSpace, extract
 from meddiff_steps.evaluation.fidelity import covariate_fidelity, predictions_table
 from meddiff_steps.evaluation.metrics import MAX_HELD_OUT, measure
-from meddiff_steps.evaluation.predictors import MAX_TRAINING_SCANS, Predictors, fit_predictors
 from meddiff_steps.evaluation.realism import Sample, Scale, frechet_figure, kernel_figure
-from meddiff_steps.evaluation.selection import Images, held_out
+from meddiff_steps.imaging.selection import Images, held_out
+from meddiff_steps.instruments.features import FeatureSpace, extract
+from meddiff_steps.instruments.predictors import MAX_TRAINING_SCANS, Predictors, fit_predictors
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,9 @@ class Point:
 
 def points(settings: Settings, prediction_type: str) -> list[Point]:
     """All combinations that the study asks for, samplers first."""
-    able: Sequence[Any] = FLOW_SAMPLERS if prediction_type == "flow" else [s for s in DEFAULT_STEPS if s not in ("ddpm", "flow")]
+    able: Sequence[Any] = (
+        FLOW_SAMPLERS if prediction_type == "flow" else [s for s in DEFAULT_STEPS if s not in ("ddpm", "flow")]
+    )
     return [
         Point(sampler, steps, scale)
         for sampler in settings.samplers or able
@@ -55,9 +58,11 @@ def points(settings: Settings, prediction_type: str) -> list[Point]:
 
 
 def choice(entries: Sequence[Mapping[str, Any]]) -> int | None:
-    """Which point to take: of those that these images do not show to be worse than the best, the one with the fewest passes.
+    """Which point to take: of those that these images do not show to be worse than the best, the one with the fewest
+    passes.
 
-    Worse is a Frechet interval above that of the point with the smallest distance, or a covariate's below that of the same point.
+    Worse is a Frechet interval above that of the point with the smallest distance, or a covariate's below that of the
+    same point.
 
     Parameters
     ----------
@@ -75,19 +80,30 @@ def choice(entries: Sequence[Mapping[str, Any]]) -> int | None:
     best = min(known, key=lambda entry: entry["frechet"]["value"])
 
     def as_good(entry: Mapping[str, Any]) -> bool:
-        pairs = [(entry["covariates"][name][key], figure) for name, part in best["covariates"].items() for key, figure in part.items()]
+        pairs = [
+            (entry["covariates"][name][key], figure)
+            for name, part in best["covariates"].items()
+            for key, figure in part.items()
+        ]
         return entry["frechet"]["low"] <= best["frechet"]["high"] and not any(
-            mine["high"] is not None and other["low"] is not None and mine["high"] < other["low"] for mine, other in pairs
+            mine["high"] is not None and other["low"] is not None and mine["high"] < other["low"]
+            for mine, other in pairs
         )
 
-    return entries.index(min((entry for entry in known if as_good(entry)), key=lambda entry: (entry["passes"], entry["frechet"]["value"])))
+    return entries.index(
+        min(
+            (entry for entry in known if as_good(entry)), key=lambda entry: (entry["passes"], entry["frechet"]["value"])
+        )
+    )
 
 
 #: (sample_id, image (1, *spatial)) of a plan's rows, in any order, drawn in one way; the work is done as it is read.
 Draw = Callable[[Point, pd.DataFrame], Iterable[tuple[str, np.ndarray]]]
 
 
-def compare(draw: Draw, chosen: Sequence[Point], subjects: pd.DataFrame, cohort: Images, space: FeatureSpace, study: Study) -> dict[str, Any]:
+def compare(
+    draw: Draw, chosen: Sequence[Point], subjects: pd.DataFrame, cohort: Images, space: FeatureSpace, study: Study
+) -> dict[str, Any]:
     """Draw the same subjects in every way, and measure them.
 
     Parameters
@@ -112,17 +128,25 @@ def compare(draw: Draw, chosen: Sequence[Point], subjects: pd.DataFrame, cohort:
         `frechet` and `kid` with a `floor`, and `covariates`, the figure `r` or `auc` of each, with its `ceiling`; `choice`.
     """
     train, real = cohort.of_splits(["train"]).at_most(MAX_TRAINING_SCANS), held_out(cohort)[0].at_most(MAX_HELD_OUT)
-    predictors = fit_predictors(train.batches("learning to measure"), train.table, train.units.tolist(), study.covariates)
+    predictors = fit_predictors(
+        train.batches("learning to measure"), train.table, train.units.tolist(), study.covariates
+    )
     reference, _ = measure(predictors, real, "real", study.covariates, {})
     some = train.at_most(len(subjects))
-    found = {name: extract([space], s.shards, s.rows, f"features of {name} images")[space.name] for name, s in (("training", some), ("held-out", real))}
+    found = {
+        name: extract([space], s.shards, s.rows, f"features of {name} images")[space.name]
+        for name, s in (("training", some), ("held-out", real))
+    }
     scale = Scale.of(found["training"], min(len(some), len(real), len(subjects)))
     held = Sample(scale.standard(found["held-out"]), real.units)
 
     def distances(sample: Sample, label: str) -> dict[str, Any]:
         slow: dict[str, Any] = {"resamples": study.evaluate.realism_bootstrap, "seed": study.seed, "label": label}
         reduced = [Sample(scale.components(s.features), s.units) for s in (sample, held)]
-        return {"frechet": frechet_figure(*reduced, **slow), "kid": kernel_figure(sample, held, permutations=study.evaluate.permutations, **slow)}
+        return {
+            "frechet": frechet_figure(*reduced, **slow),
+            "kid": kernel_figure(sample, held, permutations=study.evaluate.permutations, **slow),
+        }
 
     floors = distances(Sample(scale.standard(found["training"]), some.units), "training")
     ids, units = subjects["sample_id"].tolist(), subjects["seed_key"].to_numpy(dtype=str)
@@ -132,10 +156,23 @@ def compare(draw: Draw, chosen: Sequence[Point], subjects: pd.DataFrame, cohort:
     for point in chosen:
         seconds, features, measured = _drawn(draw(point, subjects), ids, predictors, space)
         table = predictions_table(ids, units.tolist(), "synthetic", subjects, measured, study.covariates)
-        fidelity = covariate_fidelity(pd.concat([table, reference], ignore_index=True), study.covariates, resamples=study.evaluate.bootstrap, seed=study.seed)
-        entry: dict[str, Any] = asdict(point) | {"passes": point.passes, "seconds_per_image": float(f"{seconds / len(subjects):.4g}")}
-        entry |= {name: figure | {"floor": floors[name]} for name, figure in distances(Sample(scale.standard(features), units), "synthetic").items()}
-        entry["covariates"] = {name: {key: part[key] for key in ("r", "auc") if key in part} for name, part in fidelity.items()}
+        fidelity = covariate_fidelity(
+            pd.concat([table, reference], ignore_index=True),
+            study.covariates,
+            resamples=study.evaluate.bootstrap,
+            seed=study.seed,
+        )
+        entry: dict[str, Any] = asdict(point) | {
+            "passes": point.passes,
+            "seconds_per_image": float(f"{seconds / len(subjects):.4g}"),
+        }
+        entry |= {
+            name: figure | {"floor": floors[name]}
+            for name, figure in distances(Sample(scale.standard(features), units), "synthetic").items()
+        }
+        entry["covariates"] = {
+            name: {key: part[key] for key in ("r", "auc") if key in part} for name, part in fidelity.items()
+        }
         out.append(entry)
         logger.info(
             "%s, %d steps, guidance %g: %.3g s per image, Frechet distance %s (floor %s)",
@@ -143,7 +180,12 @@ def compare(draw: Draw, chosen: Sequence[Point], subjects: pd.DataFrame, cohort:
             entry["frechet"]["value"],
             floors["frechet"]["value"],
         )
-    return {"images": len(subjects), "space": {"name": space.name, "digest": space.digest}, "points": out, "choice": choice(out)}
+    return {
+        "images": len(subjects),
+        "space": {"name": space.name, "digest": space.digest},
+        "points": out,
+        "choice": choice(out),
+    }
 
 
 def _drawn(
@@ -159,5 +201,7 @@ def _drawn(
         measured[name] = predictors.measure(image[None])
         start = time.perf_counter()
     seconds += time.perf_counter() - start
-    values = {covariate: np.concatenate([measured[name][covariate] for name in ids]) for covariate in predictors.by_name}
+    values = {
+        covariate: np.concatenate([measured[name][covariate] for name in ids]) for covariate in predictors.by_name
+    }
     return seconds, np.concatenate([features[name] for name in ids]), values

@@ -1,8 +1,8 @@
 """Sharpness: the radially averaged power spectrum, in three bands, against real images.
 
 Images are Hann-windowed after their mean is taken off.  Without a window, an image that does not fade out at its border
-(any radiograph, a brain cut at the neck) has a step there whose leakage fills the high frequencies, for sharp and blurred
-images alike, and hides what is to be measured.
+(any radiograph, a brain cut at the neck) has a step there whose leakage fills the high frequencies, for sharp and
+blurred images alike, and hides what is to be measured.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import scipy.fft
 
-from meddiff_steps.evaluation.statistics import Bootstrap, Figure, figure, mean_of, philox
+from meddiff_steps.core.random_streams import philox
+from meddiff_steps.statistics.bootstrap import Bootstrap, Figure, figure
+from meddiff_steps.statistics.measures import mean_of
 
 #: Band edges as fractions of the Nyquist frequency along an axis.  Corners of the cube beyond 1 are left out: they are
 #: sampled in some directions only.
@@ -27,7 +29,9 @@ def _rings(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     bins = ring_count(shape)
     axes = [np.fft.fftfreq(n) for n in shape[:-1]] + [np.fft.rfftfreq(shape[-1])]
     radius = 2.0 * np.sqrt(sum(np.square(f) for f in np.meshgrid(*axes, indexing="ij")))
-    ring = np.ceil(radius * bins - 1e-9).astype(int) - 1  # ring k holds (k / bins, (k + 1) / bins]; a small margin against rounding
+    ring = (
+        np.ceil(radius * bins - 1e-9).astype(int) - 1
+    )  # ring k holds (k / bins, (k + 1) / bins]; a small margin against rounding
     ring[(ring < 0) | (ring >= bins)] = bins
     multiplicity = np.full(ring.shape, 2.0)  # rfftn leaves out the mirror half
     multiplicity[..., 0] = 1.0
@@ -83,11 +87,17 @@ def radial_power(images: np.ndarray) -> np.ndarray:
 
 
 def curves_card(powers: Mapping[str, np.ndarray], shape: Sequence[int]) -> dict[str, Any]:
-    """Radial averages of sets of images with `radial_power` (n, rings), by name, and what their frequencies and bands are."""
+    """Radial averages of sets of images with `radial_power` (n, rings), by name, and what their frequencies and bands
+    are.
+    """
     return {
         "bands_of_nyquist": {name: list(edges) for name, edges in BANDS.items()},
         "frequency_of_nyquist": [float(f"{f:.6g}") for f in ring_frequencies(shape)],
-        "radial_average": {name: [float(f"{v:.6g}") for v in power.mean(0) / ring_sizes(shape)] for name, power in powers.items() if len(power)},
+        "radial_average": {
+            name: [float(f"{v:.6g}") for v in power.mean(0) / ring_sizes(shape)]
+            for name, power in powers.items()
+            if len(power)
+        },
     }
 
 
@@ -121,12 +131,18 @@ def band_power_ratio(
     Returns
     -------
     dict
-        A figure per band of `BANDS`; n counts the subjects of the images.  Unpaired figures carry as `ceiling` what halves of
-        the reference give against each other.
+        A figure per band of `BANDS`; n counts the subjects of the images.  Unpaired figures carry as `ceiling` what
+        halves of the reference give against each other.
     """
     a, b = band_power(power), band_power(reference)
     boot = Bootstrap(np.arange(len(a)) if units is None else units, resamples, seed, "spectrum")
-    others = boot if paired else Bootstrap(np.arange(len(b)) if reference_units is None else reference_units, resamples, seed, "spectrum reference")
+    others = (
+        boot
+        if paired
+        else Bootstrap(
+            np.arange(len(b)) if reference_units is None else reference_units, resamples, seed, "spectrum reference"
+        )
+    )
     halves = None if paired else _halves(b, others, resamples, seed)
     out: dict[str, Figure] = {}
     for i, band in enumerate(BANDS):
@@ -139,7 +155,9 @@ def band_power_ratio(
 
 
 def _halves(bands: np.ndarray, boot: Bootstrap, resamples: int, seed: str) -> np.ndarray:
-    """Ratio of mean band power between random halves of the reference subjects, (resamples, bands); NaN below two subjects."""
+    """Ratio of mean band power between random halves of the reference subjects, (resamples, bands); NaN below two
+    subjects.
+    """
     if boot.n < 2:
         return np.full((resamples, bands.shape[1]), np.nan)
     rng = philox(seed, "spectrum halves")

@@ -3,9 +3,9 @@
 Every file says that it is synthetic on its own: NIfTI in `descrip` and in a header extension, PNG in text chunks.
 Equal input gives equal bytes.
 
-Volumes are int16 from 0 to 1000.  The step of 0.001 adds noise 70 dB below full scale, far below any generative model's error;
-8 bits would save a third of the bytes and band dark tissue, 12 bits cost 15 % more and store decoder noise.  Integers
-without scl_slope are read alike by every tool.
+Volumes are int16 from 0 to 1000.  The step of 0.001 adds noise 70 dB below full scale, far below any generative model's
+error; 8 bits would save a third of the bytes and band dark tissue, 12 bits cost 15 % more and store decoder noise.
+Integers without scl_slope are read alike by every tool.
 """
 
 from __future__ import annotations
@@ -111,11 +111,16 @@ def _picture(stored: np.ndarray, sample_id: str, study: str) -> bytes:
 
 def encode(image: np.ndarray, grid: Grid, sample_id: str, study: str) -> tuple[bytes, np.ndarray]:
     """`encode_volume` or `encode_picture`, as the grid has it."""
-    return encode_volume(image, grid, sample_id, study) if len(grid.shape) == 3 else encode_picture(image, sample_id, study)
+    return (
+        encode_volume(image, grid, sample_id, study)
+        if len(grid.shape) == 3
+        else encode_picture(image, sample_id, study)
+    )
 
 
 def voxel_digest(stored: np.ndarray, affine: np.ndarray | None) -> str:
-    """SHA-256 of what an image shows: `content_digest` of its stored values and, in 3D, the affine (float32, as NIfTI keeps it).
+    """SHA-256 of what an image shows: `content_digest` of its stored values and, in 3D, the affine (float32, as NIfTI
+    keeps it).
 
     Independent of compression and of everything else in the header.
     """
@@ -221,14 +226,28 @@ def _decode_volume(packed: bytes, grid: Grid, most: int) -> Decoded:
     _check_form(tuple(header.get_data_shape()), header.get_data_dtype(), grid, np.int16)
     volume = nib.Nifti1Image.from_bytes(content)
     stored = np.asarray(volume.dataobj.get_unscaled())  # type: ignore[attr-defined]
-    return Decoded(stored, volume.affine, header["descrip"].item().decode("ascii", "replace"), _read_mark(_comment(header)), content, behind)
+    return Decoded(
+        stored,
+        volume.affine,
+        header["descrip"].item().decode("ascii", "replace"),
+        _read_mark(_comment(header)),
+        content,
+        behind,
+    )
 
 
 def _decode_picture(content: bytes, grid: Grid) -> Decoded:
     with PilImage.open(io.BytesIO(content), formats=["PNG"]) as picture:
         _check_form(picture.size[::-1], np.dtype(np.uint8) if picture.mode == "L" else picture.mode, grid, np.uint8)
         stored = np.asarray(picture)
-        return Decoded(stored, None, str(picture.info.get("Description", "")), _read_mark(picture.info.get("Synthesis")), content, [])
+        return Decoded(
+            stored,
+            None,
+            str(picture.info.get("Description", "")),
+            _read_mark(picture.info.get("Synthesis")),
+            content,
+            [],
+        )
 
 
 def _check_form(shape: tuple[int, ...], kind: Any, grid: Grid, expected: Any) -> None:
@@ -237,7 +256,9 @@ def _check_form(shape: tuple[int, ...], kind: Any, grid: Grid, expected: Any) ->
 
 
 def departures(image: Decoded, grid: Grid, sample_id: str, study: str) -> list[str]:
-    """What a file holds otherwise than `encode` writes it for the same stored values: every tool then shows what the ledger holds, and nothing is hidden."""
+    """What a file holds otherwise than `encode` writes it for the same stored values: every tool then shows what the
+    ledger holds, and nothing is hidden.
+    """
     if len(grid.shape) == 3:
         return image.behind + _volume_departures(image.content, _volume(image.stored, grid, sample_id, study))
     found, pixels = _chunks(image.content)
@@ -247,7 +268,9 @@ def departures(image: Decoded, grid: Grid, sample_id: str, study: str) -> list[s
         whole = len(unpacker.decompress(pixels, size + 1)) == size and unpacker.eof and not unpacker.unused_data
     except zlib.error:
         whole = False
-    return ([] if found == expected else ["other chunks than texts and pixels"]) + ([] if whole else ["more or less than its pixels"])
+    return ([] if found == expected else ["other chunks than texts and pixels"]) + (
+        [] if whole else ["more or less than its pixels"]
+    )
 
 
 def _volume_departures(content: bytes, expected: bytes) -> list[str]:
@@ -257,7 +280,9 @@ def _volume_departures(content: bytes, expected: bytes) -> list[str]:
     fields = [name for name in nib.nifti1.header_dtype.names or () if found[name].tobytes() != wanted[name].tobytes()]
     # The quaternion comes from an eigenvector, whose last bits are those of the machine.
     wrong = [name for name in fields if not (name.startswith("quatern_") and abs(found[name] - wanted[name]) <= 1e-6)]
-    return [f"other {', '.join(wrong)}"] * bool(wrong) + ["other bytes behind its header"] * (content[_HEADER:] != expected[_HEADER:])
+    return [f"other {', '.join(wrong)}"] * bool(wrong) + ["other bytes behind its header"] * (
+        content[_HEADER:] != expected[_HEADER:]
+    )
 
 
 def _chunks(content: bytes) -> tuple[list[bytes], bytes]:

@@ -19,16 +19,16 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 
-from meddiff_steps.errors import UserError
-from meddiff_steps.files import atomic_path
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import atomic_path
 
 #: Upper bound of one Arrow record batch; it bounds the writer's memory.
 BATCH_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """Column type of a fixed-shape tensor, for example Tensor("float16", (1, 32, 40, 32))."""
+class TensorColumn:
+    """Column type of a fixed-shape tensor, for example TensorColumn("float16", (1, 32, 40, 32))."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -45,17 +45,17 @@ class Tensor:
 class ShardWriter:
     """Write one shard row by row.
 
-    >>> with ShardWriter(path, {"scan_id": pa.string(), "image": Tensor("float16", (1, 32, 40, 32))}) as shard:
+    >>> with ShardWriter(path, {"scan_id": pa.string(), "image": TensorColumn("float16", (1, 32, 40, 32))}) as shard:
     ...     shard.append(scan_id="sub-01", image=volume)        # doctest: +SKIP
 
     The file appears under `path` when the block ends without an exception, and not at all otherwise.
     """
 
-    def __init__(self, path: Path, columns: Mapping[str, pa.DataType | Tensor]) -> None:
+    def __init__(self, path: Path, columns: Mapping[str, pa.DataType | TensorColumn]) -> None:
         self.columns = dict(columns)
-        row_bytes = sum(c.nbytes for c in self.columns.values() if isinstance(c, Tensor)) + 1
+        row_bytes = sum(c.nbytes for c in self.columns.values() if isinstance(c, TensorColumn)) + 1
         self._rows_per_batch = max(1, BATCH_BYTES // row_bytes)
-        self._schema = pa.schema([(n, c.arrow if isinstance(c, Tensor) else c) for n, c in self.columns.items()])
+        self._schema = pa.schema([(n, c.arrow if isinstance(c, TensorColumn) else c) for n, c in self.columns.items()])
         self._rows: list[dict[str, Any]] = []
         self._atomic = atomic_path(path)
 
@@ -67,7 +67,7 @@ class ShardWriter:
     def append(self, **row: Any) -> None:
         """Add one row; tensors are cast to the column's dtype and must have its shape."""
         for name, column in self.columns.items():
-            if isinstance(column, Tensor):
+            if isinstance(column, TensorColumn):
                 value = np.asarray(row[name], dtype=column.dtype, order="C")
                 if value.shape != column.shape:
                     raise ValueError(f"column {name!r}: expected shape {column.shape}, found {value.shape}")
@@ -82,11 +82,17 @@ class ShardWriter:
         arrays = []
         for name, column in self.columns.items():
             values = [row[name] for row in self._rows]
-            arrays.append(pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack(values)) if isinstance(column, Tensor) else pa.array(values, column))
+            arrays.append(
+                pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack(values))
+                if isinstance(column, TensorColumn)
+                else pa.array(values, column)
+            )
         self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
         self._rows.clear()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self._flush()
@@ -101,10 +107,11 @@ class ShardWriter:
 
 @contextmanager
 def in_background(append: Callable[..., None], waiting: int = 8) -> Iterator[Callable[..., None]]:
-    """`append`, such as that of a `ShardWriter`, called in a thread of its own, in the same order; converting and writing cost no time here.
+    """`append`, such as that of a `ShardWriter`, called in a thread of its own, in the same order; converting and
+    writing cost no time here.
 
-    At most `waiting` rows wait, then a call waits for the oldest: memory stays bounded where the disk is slow.  What `append` raises is
-    raised here, at a later call or at the end of the block.
+    At most `waiting` rows wait, then a call waits for the oldest: memory stays bounded where the disk is slow.  What
+    `append` raises is raised here, at a later call or at the end of the block.
     """
     pending: deque[Future[None]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="writer") as pool:
@@ -148,10 +155,13 @@ class Shards:
                 self._batches += [reader.get_batch(i) for i in range(reader.num_record_batches)]
                 self._maps += [mapped] * reader.num_record_batches
             except (pa.ArrowInvalid, OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-                raise UserError(f"{path}: not a readable shard ({error}). Delete it and run the workflow again: it will be rebuilt.") from None
+                raise UserError(
+                    f"{path}: not a readable shard ({error}). Delete it and run the workflow again: it will be rebuilt."
+                ) from None
             if self._paths and reader.schema != self.schema:
                 raise UserError(
-                    f"{path}: its columns differ from those of {self._paths[0]}. Shards of one stage must come from one config; run the workflow again."
+                    f"{path}: its columns differ from those of {self._paths[0]}. Shards of one stage must come from one"
+                    " config; run the workflow again."
                 )
             self.schema = reader.schema
             self._paths.append(path)
@@ -179,7 +189,9 @@ class Shards:
             self._views[key] = self._batches[index].column(column).to_numpy_ndarray()
         return self._views[key][row - self._starts[index]]
 
-    def tensors(self, column: str, rows: Sequence[int] | np.ndarray | None = None, dtype: str = "float32") -> np.ndarray:
+    def tensors(
+        self, column: str, rows: Sequence[int] | np.ndarray | None = None, dtype: str = "float32"
+    ) -> np.ndarray:
         """Selected tensors (all rows for None) as one new array (rows, *shape)."""
         chosen = range(len(self)) if rows is None else rows
         out = np.empty((len(chosen), *self.shape(column)), dtype)
@@ -205,10 +217,13 @@ class Shards:
 def _convert(values: np.ndarray, out: np.ndarray) -> None:
     """out[...] = values, both of one shape.
 
-    Where torch is loaded anyway it widens half precision: the same numbers in a seventh of the time (64x64x64: 0.08 ms instead of 0.55).
+    Where torch is loaded anyway it widens half precision: the same numbers in a seventh of the time (64x64x64: 0.08 ms
+    instead of 0.55).
     """
     torch = sys.modules.get("torch")
     if torch is not None and values.dtype == np.float16 and out.dtype == np.float32:
-        torch.from_numpy(out).copy_(torch.from_numpy(values.copy()))  # torch warns of read-only memory such as a mapped file's
+        torch.from_numpy(out).copy_(
+            torch.from_numpy(values.copy())
+        )  # torch warns of read-only memory such as a mapped file's
     else:
         out[...] = values

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
-from meddiff_steps.evaluation.statistics import Bootstrap, Figure, Statistic, auc, centred, figure, mean_of, rounded
+from meddiff_steps.statistics.bootstrap import Bootstrap, Figure, Statistic, centred, figure, rounded
+from meddiff_steps.statistics.measures import auc, mean_of
 
-#: False-positive rates at which a membership attack is judged (Carlini et al. 2022: the average hides the few it exposes).
+#: False-positive rates at which a membership attack is judged (Carlini et al. 2022: the average hides the few it
+#: exposes).
 FALSE_POSITIVE_RATES = (0.01, 0.05, 0.10)
 
 #: Times that people are drawn from the larger side where equally many are compared.
@@ -33,9 +35,11 @@ def share(flags: np.ndarray) -> Figure:
 
 
 def excess_risk(attack: np.ndarray, control: np.ndarray) -> Figure:
-    """Success beyond that of the same attack where nothing can have leaked: (p_attack - p_control) / (1 - p_control), at least 0.
+    """Success beyond that of the same attack where nothing can have leaked: (p_attack - p_control) / (1 - p_control),
+    at least 0.
 
-    Giomi et al. 2023 (Anonymeter), equation 2; the interval combines the two Wilson intervals (Newcombe 1998, method 10).
+    Giomi et al. 2023 (Anonymeter), equation 2; the interval combines the two Wilson intervals (Newcombe 1998, method
+    10).
 
     Parameters
     ----------
@@ -51,17 +55,20 @@ def excess_risk(attack: np.ndarray, control: np.ndarray) -> Figure:
     return {"value": rounded(ends[0]), "low": rounded(ends[1]), "high": rounded(ends[2]), "n": len(attack)}
 
 
-def nearer_to_training(training: np.ndarray, held_out: np.ndarray, resamples: int, generator: np.random.Generator) -> Figure:
+def nearer_to_training(
+    training: np.ndarray, held_out: np.ndarray, resamples: int, generator: np.random.Generator
+) -> Figure:
     """Share of synthetic images nearer to training people than to as many unseen people; 0.5 if nothing leaked.
 
-    Platzer and Reutterer 2021, with people in place of records, since scans of a person are alike.  Of the larger side as many are
-    drawn as the other has, again and again, and the figure is the mean; the interval resamples people of both sides, and images.
-    Ties count half.
+    Platzer and Reutterer 2021, with people in place of records, since scans of a person are alike.  Of the larger side
+    as many are drawn as the other has, again and again, and the figure is the mean; the interval resamples people of
+    both sides, and images. Ties count half.
 
     Parameters
     ----------
     training, held_out
-        Similarity of each synthetic image to the nearest scan of each training person (m, p) and of each unseen person (m, h).
+        Similarity of each synthetic image to the nearest scan of each training person (m, p) and of each unseen person
+        (m, h).
     """
     images, count = len(training), min(training.shape[1], held_out.shape[1])
 
@@ -72,10 +79,14 @@ def nearer_to_training(training: np.ndarray, held_out: np.ndarray, resamples: in
     def chosen(people: int) -> np.ndarray:
         return generator.permutation(people)[:count]
 
-    value = float(np.mean([nearer(chosen(training.shape[1]), chosen(held_out.shape[1])).mean() for _ in range(PEOPLE_DRAWS)]))
+    value = float(
+        np.mean([nearer(chosen(training.shape[1]), chosen(held_out.shape[1])).mean() for _ in range(PEOPLE_DRAWS)])
+    )
     draws = np.empty(resamples)
     for i in range(resamples):
-        flags = nearer(generator.integers(training.shape[1], size=count), generator.integers(held_out.shape[1], size=count))
+        flags = nearer(
+            generator.integers(training.shape[1], size=count), generator.integers(held_out.shape[1], size=count)
+        )
         draws[i] = flags[generator.integers(images, size=images)].mean()
     return figure(value, centred(value, draws, 0.0).clip(max=1.0), count)
 
@@ -83,8 +94,8 @@ def nearer_to_training(training: np.ndarray, held_out: np.ndarray, resamples: in
 def authenticity(to_training: np.ndarray, nearest: np.ndarray, among_training: np.ndarray) -> Figure:
     """Share of images that are not nearer to a training scan than any other training scan is to that one.
 
-    Alaa et al. 2022, "How faithful is your synthetic data?", section 3.  Density biases it: compare with the same figure
-    of held-out real scans.
+    Alaa et al. 2022, "How faithful is your synthetic data?", section 3.  Density biases it: compare with the same
+    figure of held-out real scans.
 
     Parameters
     ----------
@@ -115,8 +126,11 @@ def true_positive_rate(members: np.ndarray, scores: np.ndarray, false_positive_r
     return statistic
 
 
-def membership(members: np.ndarray, scores: np.ndarray, subjects: Sequence[str], resamples: int, seed: str, label: str) -> dict[str, Any]:
-    """How well `scores` tell training subjects from others: AUC (0.5 if nothing leaked) and TPR at low FPR (the FPR itself).
+def membership(
+    members: np.ndarray, scores: np.ndarray, subjects: Sequence[str], resamples: int, seed: str, label: str
+) -> dict[str, Any]:
+    """How well `scores` tell training subjects from others: AUC (0.5 if nothing leaked) and TPR at low FPR (the FPR
+    itself).
 
     Parameters
     ----------
@@ -129,10 +143,16 @@ def membership(members: np.ndarray, scores: np.ndarray, subjects: Sequence[str],
         result[f"tpr_at_{rate:g}"] = bootstrap.figure(true_positive_rate(members, scores, rate))
     # The worst-off: members whom an attacker would find without accusing any of the others.
     worst = scores[members] > scores[~members].max(initial=-np.inf)
-    return result | {"exposed_members": int(worst.sum()), "members": int(members.sum()), "others": int((~members).sum())}
+    return result | {
+        "exposed_members": int(worst.sum()),
+        "members": int(members.sum()),
+        "others": int((~members).sum()),
+    }
 
 
-def density_ratio(candidates: np.ndarray, synthetic: np.ndarray, reference: np.ndarray, dimensions: int = 8) -> np.ndarray:
+def density_ratio(
+    candidates: np.ndarray, synthetic: np.ndarray, reference: np.ndarray, dimensions: int = 8
+) -> np.ndarray:
     """log p_synthetic(x) - log p_reference(x), by Gaussian kernel densities on principal components, (n,).
 
     DOMIAS (van Breugel et al. 2023): a model that has overfitted puts more density on its training subjects than the
@@ -144,7 +164,9 @@ def density_ratio(candidates: np.ndarray, synthetic: np.ndarray, reference: np.n
         Embeddings (n, d), (s, d), (r, d); the reference is real and neither member nor tested.
     """
     mean = synthetic.mean(0)
-    basis = np.linalg.svd(synthetic - mean, full_matrices=False)[2][: min(dimensions, len(synthetic) - 1, len(reference) - 1)]
+    basis = np.linalg.svd(synthetic - mean, full_matrices=False)[2][
+        : min(dimensions, len(synthetic) - 1, len(reference) - 1)
+    ]
     projected = [(x - mean) @ basis.T for x in (candidates, synthetic, reference)]
     scale = projected[1].std(0) + 1e-12
     x, s, r = (p / scale for p in projected)
@@ -161,7 +183,9 @@ def density_ratio(candidates: np.ndarray, synthetic: np.ndarray, reference: np.n
 
 def flag_rate_is_nominal(flags: np.ndarray, level: float) -> bool:
     """Whether held-out real scans are flagged no more often than the level allows (one-sided binomial test at 1 %)."""
-    return len(flags) > 0 and bool(binomtest(int(np.sum(flags)), len(flags), level, alternative="greater").pvalue > 0.01)
+    return len(flags) > 0 and bool(
+        binomtest(int(np.sum(flags)), len(flags), level, alternative="greater").pvalue > 0.01
+    )
 
 
 def mean_figure(values: np.ndarray, subjects: Sequence[str], resamples: int, seed: str, label: str) -> Figure:

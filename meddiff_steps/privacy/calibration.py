@@ -16,8 +16,9 @@ DETECTORS = ("aligned", "learned", "latent")
 def conformal_threshold(scores: np.ndarray, level: float) -> float | None:
     """Smallest threshold that an unseen subject exceeds with probability at most `level`.
 
-    Split-conformal: the ceil((n + 1)(1 - level))-th smallest of the calibration scores (Vovk et al. 2005; Angelopoulos and
-    Bates 2021).  It holds exactly for subjects exchangeable with the calibration subjects, and says nothing of others.
+    Split-conformal: the ceil((n + 1)(1 - level))-th smallest of the calibration scores (Vovk et al. 2005; Angelopoulos
+    and Bates 2021).  It holds exactly for subjects exchangeable with the calibration subjects, and says nothing of
+    others.
 
     Parameters
     ----------
@@ -109,4 +110,6 @@ def thresholds_of(card: Mapping[str, Any]) -> Thresholds | None:
     """The thresholds in a calibration card; None where it is not calibrated."""
     if card["status"] != "CALIBRATED":
         return None
-    return Thresholds(dict(card["thresholds"]), {k: dict(v) for k, v in card["groups"].items()}, card["level"], card["subjects"])
+    return Thresholds(
+        dict(card["thresholds"]), {k: dict(v) for k, v in card["groups"].items()}, card["level"], card["subjects"]
+    )

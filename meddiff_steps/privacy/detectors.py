@@ -1,8 +1,8 @@
 """Three ways to ask how near an image comes to its nearest training scan.
 
-Each detector turns images into directions, searched exactly by cosine, and gives one similarity per image.  They fail in
-different ways: the aligned one misses what was rotated, the learned one may not have learnt what matters, the latent one
-sees only what the autoencoder kept.
+Each detector turns images into directions, searched exactly by cosine, and gives one similarity per image.  They fail
+in different ways: the aligned one misses what was rotated, the learned one may not have learnt what matters, the latent
+one sees only what the autoencoder kept.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from meddiff_steps.imaging.perturbations import flip
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.models.autoencoder import Autoencoder
-from meddiff_steps.models.embedder import Embedder
-from meddiff_steps.privacy.perturbations import flip
+from meddiff_steps.instruments.embedder import Embedder
+from meddiff_steps.models.first_stage.kl import Autoencoder
 from meddiff_steps.privacy.search import nearest, unit_rows
 from meddiff_steps.privacy.size import batch_size
 
@@ -88,9 +88,10 @@ class Aligned:
     """Structural similarity to the training scan that fits best, over small shifts and the mirror image.
 
     A search by correlation of coarse, masked images finds the 20 nearest; the best shift of each is chosen by the same
-    correlation, and the highest SSIM inside the mask (Wang et al. 2004) is the similarity.  On registered brains this finds
-    copies better than any embedding (DeepSSIM, arXiv 2509.16582, table 2), as long as they were not rotated.  Only what lies
-    inside the extent of the image counts, so that a copy whose borders were cut off is compared by what is left.
+    correlation, and the highest SSIM inside the mask (Wang et al. 2004) is the similarity.  On registered brains this
+    finds copies better than any embedding (DeepSSIM, arXiv 2509.16582, table 2), as long as they were not rotated.
+    Only what lies inside the extent of the image counts, so that a copy whose borders were cut off is compared by what
+    is left.
 
     Parameters
     ----------
@@ -163,9 +164,13 @@ def _parts(numbers: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 def _moved(whole: Tensor, variants: np.ndarray, shifts: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Variants of an image and their extents, (n, 1, *spatial) each, of both for the image and its mirror image, (2, 2, 1, *spatial)."""
+    """Variants of an image and their extents, (n, 1, *spatial) each, of both for the image and its mirror image, (2, 2,
+    1, *spatial).
+    """
     axes = list(range(2, whole.ndim - 1))
-    moved = torch.stack([torch.roll(whole[number // len(shifts)], shifts[number % len(shifts)], dims=axes) for number in variants])
+    moved = torch.stack(
+        [torch.roll(whole[number // len(shifts)], shifts[number % len(shifts)], dims=axes) for number in variants]
+    )
     return moved[:, 0], moved[:, 1]
 
 
@@ -202,7 +207,11 @@ def ssim_map(a: Tensor, b: Tensor, window: int) -> Tensor:
     variance_a, variance_b = window_mean(a * a, window) - mean_a**2, window_mean(b * b, window) - mean_b**2
     covariance = window_mean(a * b, window) - mean_a * mean_b
     c1, c2 = 0.01**2, 0.03**2
-    return (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2))
+    return (
+        (2 * mean_a * mean_b + c1)
+        * (2 * covariance + c2)
+        / ((mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2))
+    )
 
 
 @dataclass(frozen=True)
@@ -229,13 +238,21 @@ def references(detector: Detector, training: TrainingImages) -> np.ndarray:
     for images in training.batches():
         vectors = detector.vectors(images)
         if not filled:
-            directions = np.empty((len(training), vectors.shape[1]), np.float32)  # filled in place: a list of parts would need twice the memory
+            directions = np.empty(
+                (len(training), vectors.shape[1]), np.float32
+            )  # filled in place: a list of parts would need twice the memory
         directions[filled : filled + len(vectors)] = vectors
         filled += len(vectors)
     return directions
 
 
-def make_detectors(training: TrainingImages, embedder: Embedder, latent: LatentEncoder, vectors: Mapping[str, np.ndarray], mean: np.ndarray) -> list[Detector]:
+def make_detectors(
+    training: TrainingImages,
+    embedder: Embedder,
+    latent: LatentEncoder,
+    vectors: Mapping[str, np.ndarray],
+    mean: np.ndarray,
+) -> list[Detector]:
     """The three detectors, with the training directions that `references` gave before."""
     return [
         Aligned(mean, training, vectors.get("aligned")),

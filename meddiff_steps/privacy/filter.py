@@ -41,12 +41,26 @@ class Candidate:
 
     def row(self) -> dict[str, object]:
         """Without the image, for a table."""
-        front = {"sample_id": self.sample_id, "attempt": self.attempt, "seed_key": self.seed_key, "decision": self.decision, "reason": self.reason}
-        return front | {f"similarity_{k}": v for k, v in self.similarity.items()} | {f"nearest_{k}": v for k, v in self.nearest.items()}
+        front = {
+            "sample_id": self.sample_id,
+            "attempt": self.attempt,
+            "seed_key": self.seed_key,
+            "decision": self.decision,
+            "reason": self.reason,
+        }
+        return (
+            front
+            | {f"similarity_{k}": v for k, v in self.similarity.items()}
+            | {f"nearest_{k}": v for k, v in self.nearest.items()}
+        )
 
 
 def judge(
-    subjects: pd.DataFrame, images: Iterable[tuple[str, np.ndarray]], groups: Mapping[str, str], detectors: list[Detector], thresholds: Thresholds | None
+    subjects: pd.DataFrame,
+    images: Iterable[tuple[str, np.ndarray]],
+    groups: Mapping[str, str],
+    detectors: list[Detector],
+    thresholds: Thresholds | None,
 ) -> Iterator[Candidate]:
     """Judge the images of `subjects`, a batch at a time; without thresholds nothing but non-images is rejected.
 
@@ -55,14 +69,21 @@ def judge(
     ValueError
         An image is of none of the subjects or comes twice, or a subject has none.
     """
-    waiting = {key[0]: key for key in zip(subjects["sample_id"], subjects["attempt"], subjects["seed_key"], strict=True)}
+    waiting = {
+        key[0]: key for key in zip(subjects["sample_id"], subjects["attempt"], subjects["seed_key"], strict=True)
+    }
     pending: list[tuple[tuple[str, int, str], np.ndarray]] = []
 
     def flush() -> Iterator[Candidate]:
         stack = np.stack([image for _, image in pending]).astype(np.float32)
         finite = np.isfinite(stack).all(tuple(range(1, stack.ndim)))
-        real = finite & (np.ptp(np.where(finite.reshape(-1, *[1] * (stack.ndim - 1)), stack, 0).reshape(len(stack), -1), axis=1) > 1e-6)
-        similarity, nearest = score(detectors, torch.from_numpy(np.where(real.reshape(-1, *[1] * (stack.ndim - 1)), stack, 0)))
+        real = finite & (
+            np.ptp(np.where(finite.reshape(-1, *[1] * (stack.ndim - 1)), stack, 0).reshape(len(stack), -1), axis=1)
+            > 1e-6
+        )
+        similarity, nearest = score(
+            detectors, torch.from_numpy(np.where(real.reshape(-1, *[1] * (stack.ndim - 1)), stack, 0))
+        )
         owners = np.array([groups[key[0]] for key, _ in pending])
         flags = thresholds.flags(similarity, owners) if thresholds else {}
         for i, ((sample_id, attempt, key), image) in enumerate(pending):

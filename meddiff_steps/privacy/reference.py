@@ -16,14 +16,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from meddiff_steps.cohort.splits import subjects_needed
+from meddiff_steps.core.random_streams import step_generator
+from meddiff_steps.imaging.perturbations import perturbed_copies
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.models.files import load_autoencoder, load_embedder
+from meddiff_steps.instruments.embedder import load_embedder
+from meddiff_steps.models.trained import load_autoencoder
 from meddiff_steps.privacy.attacks import flag_rate_is_nominal, share
 from meddiff_steps.privacy.calibration import calibrate
 from meddiff_steps.privacy.detectors import Detector, LatentEncoder, TrainingImages, make_detectors, references, score
-from meddiff_steps.privacy.perturbations import perturbed_copies
 from meddiff_steps.privacy.size import batch_size
-from meddiff_steps.training.loop import step_generator
 
 #: Training scans that are copied for the positive controls, each in six ways.
 CONTROL_SCANS = 20
@@ -58,24 +59,35 @@ def load_detectors(files: ReferenceFiles, reference: Mapping[str, np.ndarray]) -
     return _detectors(files, TrainingImages(Shards(files.images), reference["rows"]), reference, reference["mean"])
 
 
-def _detectors(files: ReferenceFiles, training: TrainingImages, vectors: Mapping[str, np.ndarray], mean: np.ndarray) -> list[Detector]:
+def _detectors(
+    files: ReferenceFiles, training: TrainingImages, vectors: Mapping[str, np.ndarray], mean: np.ndarray
+) -> list[Detector]:
     autoencoder, _ = load_autoencoder(files.autoencoder, files.autoencoder_card)
     scale = load_file(files.scale)
     latent = LatentEncoder(autoencoder, scale["offset"], scale["scale"])
     return make_detectors(training, load_embedder(files.embedder, files.embedder_card), latent, vectors, mean)
 
 
-def score_scans(detectors: list[Detector], shards: Shards, rows: Sequence[int] | np.ndarray, label: str) -> dict[str, np.ndarray]:
+def score_scans(
+    detectors: list[Detector], shards: Shards, rows: Sequence[int] | np.ndarray, label: str
+) -> dict[str, np.ndarray]:
     """Per detector: similarity of each scan to its nearest training scan, (len(rows),)."""
     parts: list[dict[str, np.ndarray]] = []
     size = batch_size(shards.shape("image"))
     for start in tqdm(range(0, len(rows), size), desc=label, mininterval=5, file=sys.stderr):
         parts.append(score(detectors, torch.from_numpy(shards.tensors("image", rows[start : start + size])))[0])
-    return {detector.name: np.concatenate([part[detector.name] for part in parts]) if parts else np.zeros(0) for detector in detectors}
+    return {
+        detector.name: np.concatenate([part[detector.name] for part in parts]) if parts else np.zeros(0)
+        for detector in detectors
+    }
 
 
-def nearest_of_subject(scores: Mapping[str, np.ndarray], subjects: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """The largest similarity among the scans of each subject, and the subjects in order; subjects are what is exchangeable."""
+def nearest_of_subject(
+    scores: Mapping[str, np.ndarray], subjects: np.ndarray
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The largest similarity among the scans of each subject, and the subjects in order; subjects are what is
+    exchangeable.
+    """
     names, number = np.unique(np.asarray(subjects, dtype=str), return_inverse=True)
     best = {}
     for detector, values in scores.items():
@@ -90,7 +102,12 @@ def any_flag(flags: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def calibration_card(
-    files: ReferenceFiles, reference: Mapping[str, np.ndarray], table: pd.DataFrame, groups: pd.Series, level: float, seed: str
+    files: ReferenceFiles,
+    reference: Mapping[str, np.ndarray],
+    table: pd.DataFrame,
+    groups: pd.Series,
+    level: float,
+    seed: str,
 ) -> dict[str, Any]:
     """Thresholds from the calibration split, and both controls.
 
@@ -107,14 +124,17 @@ def calibration_card(
     -------
     dict
         status (`CALIBRATED` or `NOT_CALIBRATED`), level, subjects, needed, thresholds, groups, and under `controls`:
-        positive (recall per kind of copy), negative (share of unseen real subjects flagged, and whether that is nominal).
+        positive (recall per kind of copy), negative (share of unseen real subjects flagged, and whether that is
+        nominal).
     """
     shards, detectors = Shards(files.images), load_detectors(files, reference)
     names = [detector.name for detector in detectors]
 
     def of(split: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
         scans = table[table["split"] == split]
-        return nearest_of_subject(score_scans(detectors, shards, scans["row"].to_numpy(), split), scans["subject_id"].to_numpy())
+        return nearest_of_subject(
+            score_scans(detectors, shards, scans["row"].to_numpy(), split), scans["subject_id"].to_numpy()
+        )
 
     scores, subjects = of("calibration")
     card: dict[str, Any] = {"status": "NOT_CALIBRATED", "level": level, "detectors": names, "subjects": len(subjects)}
@@ -126,13 +146,19 @@ def calibration_card(
 
     test_scores, test_subjects = of("test")
     flags = any_flag(thresholds.flags(test_scores, groups.reindex(test_subjects).to_numpy()))
-    negative = share(flags) | {"flagged": int(flags.sum()), "level": level, "nominal": flag_rate_is_nominal(flags, level)}
+    negative = share(flags) | {
+        "flagged": int(flags.sum()),
+        "level": level,
+        "nominal": flag_rate_is_nominal(flags, level),
+    }
     positive = {}
     chosen = step_generator(seed, "privacy/controls", 0).permutation(reference["rows"])[:CONTROL_SCANS]
     owner = groups.reindex(table.set_index("row").loc[chosen, "subject_id"]).to_numpy()
     for kind, copies in _copies(files, torch.from_numpy(shards.tensors("image", chosen)), seed).items():
         found = thresholds.flags(score(detectors, copies)[0], owner)
-        positive[kind] = share(any_flag(found)) | {"by_detector": {name: float(np.mean(values)) for name, values in found.items()}}
+        positive[kind] = share(any_flag(found)) | {
+            "by_detector": {name: float(np.mean(values)) for name, values in found.items()}
+        }
     return card | {"controls": {"positive": positive, "negative": negative}}
 
 
@@ -140,5 +166,9 @@ def calibration_card(
 def _copies(files: ReferenceFiles, images: Tensor, seed: str) -> dict[str, Tensor]:
     """Each image reconstructed by the autoencoder, and changed in the ways of `perturbed_copies`."""
     autoencoder, _ = load_autoencoder(files.autoencoder, files.autoencoder_card)
-    copies = {"reconstructed": torch.cat([autoencoder.reconstruct(part) for part in images.split(batch_size(images.shape[1:]))])}
+    copies = {
+        "reconstructed": torch.cat(
+            [autoencoder.reconstruct(part) for part in images.split(batch_size(images.shape[1:]))]
+        )
+    }
     return copies | perturbed_copies(images, step_generator(seed, "privacy/copies", 0))

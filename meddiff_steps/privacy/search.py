@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from meddiff_steps.errors import UserError
+from meddiff_steps.core.errors import UserError
 
-#: Queries and references compared at once: 16 MiB of similarities, which stay in a processor's cache until the best are found.
+#: Queries and references compared at once: 16 MiB of similarities, which stay in a processor's cache until the best are
+#: found.
 QUERIES, REFERENCES = 512, 8192
 #: Neighbouring references of which only the best is looked at first.
 GROUP = 32
@@ -27,8 +28,9 @@ def unit_rows(vectors: np.ndarray) -> np.ndarray:
     bad = ~np.isfinite(rows).all(1)
     if bad.any():
         raise UserError(
-            f"{int(bad.sum())} of {len(rows)} vectors are not finite, the first in row {int(bad.argmax())}: a network has diverged, or an image holds NaN. "
-            "Look at the training curves and at preprocessed/qc.parquet, and train again with a lower learning rate."
+            f"{int(bad.sum())} of {len(rows)} vectors are not finite, the first in row {int(bad.argmax())}: a network"
+            " has diverged, or an image holds NaN. Look at the training curves and at preprocessed/qc.parquet, and"
+            " train again with a lower learning rate."
         )
     rows = rows - rows.mean(1, keepdims=True)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
@@ -39,8 +41,8 @@ def unit_rows(vectors: np.ndarray) -> np.ndarray:
 def nearest(queries: np.ndarray, references: np.ndarray, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """The `k` most similar references of every query, exactly.
 
-    A blocked matrix product, about as fast as a flat faiss index on two cores (figures in docs/privacy.md) without a second
-    OpenMP runtime beside torch's.  Time grows with queries x references, memory with neither.
+    A blocked matrix product, about as fast as a flat faiss index on two cores (figures in docs/privacy.md) without a
+    second OpenMP runtime beside torch's.  Time grows with queries x references, memory with neither.
 
     Parameters
     ----------
@@ -93,7 +95,12 @@ def nearest_of_each(queries: np.ndarray, references: np.ndarray, owners: np.ndar
     order = np.argsort(owners, kind="stable")
     starts = np.unique(owners[order], return_index=True)[1]
     references = references[order]
-    return np.concatenate([np.maximum.reduceat(queries[i : i + QUERIES] @ references.T, starts, axis=1) for i in range(0, len(queries), QUERIES)])
+    return np.concatenate(
+        [
+            np.maximum.reduceat(queries[i : i + QUERIES] @ references.T, starts, axis=1)
+            for i in range(0, len(queries), QUERIES)
+        ]
+    )
 
 
 def nearest_earlier(vectors: np.ndarray, start: int, stop: int, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -102,7 +109,8 @@ def nearest_earlier(vectors: np.ndarray, start: int, stop: int, k: int = 1) -> t
     Returns
     -------
     similarity, index
-        float32 and int64, (stop - start, at most k), most similar first.  Rows with fewer than k before them have similarity -inf there.
+        float32 and int64, (stop - start, at most k), most similar first.  Rows with fewer than k before them have
+        similarity -inf there.
     """
     block = vectors[start:stop]
     own = torch.from_numpy(block @ block.T).masked_fill_(torch.ones(len(block), len(block)).triu().bool(), -torch.inf)
@@ -116,7 +124,9 @@ def nearest_earlier(vectors: np.ndarray, start: int, stop: int, k: int = 1) -> t
 
 
 def _top(product: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest of each row and their columns: the k best are in the k groups with the largest maximum, so only those are sorted."""
+    """The k largest of each row and their columns: the k best are in the k groups with the largest maximum, so only
+    those are sorted.
+    """
     rows, columns = product.shape
     groups = columns // GROUP
     if k == 1:

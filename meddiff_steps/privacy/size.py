@@ -9,7 +9,8 @@ from collections.abc import Sequence
 BATCH = 32
 #: and their values: 13 images of 80 x 96 x 80 voxels, 1 of 160 x 224 x 160.
 BATCH_VALUES = 2**23
-#: What this takes: live tensors of the encoder of `config/studies/ukb.yaml`, 772 bytes per value when measured; other detectors need less.
+#: What this takes: live tensors of the encoder of `config/studies/ukb.yaml`, 772 bytes per value when measured; other
+#: detectors need less.
 BYTES_PER_VALUE = 800
 
 

@@ -1,8 +1,8 @@
 """Attacks on the covariate table that goes out beside the images: singling out and attribute inference.
 
-Both after Giomi et al. 2023 (Anonymeter, PoPETs 2023-2, sections 4 and 5): an attack that works as well on people who were
-never trained on has learnt about the population; only what it gains beyond that is a leak.  The `anonymeter` package pins
-an old numpy, so the definitions are implemented here.
+Both after Giomi et al. 2023 (Anonymeter, PoPETs 2023-2, sections 4 and 5): an attack that works as well on people who
+were never trained on has learnt about the population; only what it gains beyond that is a leak.  The `anonymeter`
+package pins an old numpy, so the definitions are implemented here.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 
 from meddiff_steps.config import CategoricalCovariate, Covariates
-from meddiff_steps.evaluation.statistics import Figure, philox
+from meddiff_steps.core.random_streams import philox
 from meddiff_steps.privacy.attacks import excess_risk
+from meddiff_steps.statistics.bootstrap import Figure
 
 #: Predicates that are tried, and covariates that each combines.
 PREDICATES, COMBINED = 500, 3
@@ -23,7 +24,9 @@ PREDICATES, COMBINED = 500, 3
 TOLERANCE = 0.05
 
 
-def table_attacks(released: pd.DataFrame, train: pd.DataFrame, others: pd.DataFrame, covariates: Covariates, seed: str) -> dict[str, Any]:
+def table_attacks(
+    released: pd.DataFrame, train: pd.DataFrame, others: pd.DataFrame, covariates: Covariates, seed: str
+) -> dict[str, Any]:
     """Both attacks on training subjects, beside the same attacks on as many subjects who were not trained on.
 
     Parameters
@@ -41,14 +44,28 @@ def table_attacks(released: pd.DataFrame, train: pd.DataFrame, others: pd.DataFr
     if count == 0 or released.empty:
         return {}
     names = list(covariates)
-    members, strangers = (frame[names].iloc[np.sort(generator.permutation(len(frame))[:count])].reset_index(drop=True) for frame in (train, others))
-    result: dict[str, Any] = {"singling_out": singling_out(released[names], members, strangers, covariates, generator), "inference": {}}
+    members, strangers = (
+        frame[names].iloc[np.sort(generator.permutation(len(frame))[:count])].reset_index(drop=True)
+        for frame in (train, others)
+    )
+    result: dict[str, Any] = {
+        "singling_out": singling_out(released[names], members, strangers, covariates, generator),
+        "inference": {},
+    }
     if len(names) > 1:
-        result["inference"] = {name: infer_attribute(released[names], members, strangers, covariates, name) for name in names}
+        result["inference"] = {
+            name: infer_attribute(released[names], members, strangers, covariates, name) for name in names
+        }
     return result
 
 
-def singling_out(released: pd.DataFrame, train: pd.DataFrame, others: pd.DataFrame, covariates: Covariates, generator: np.random.Generator) -> Figure:
+def singling_out(
+    released: pd.DataFrame,
+    train: pd.DataFrame,
+    others: pd.DataFrame,
+    covariates: Covariates,
+    generator: np.random.Generator,
+) -> Figure:
     """Predicates true of exactly one synthetic subject: how much oftener are they true of exactly one training subject?
 
     A predicate takes a random synthetic subject and up to three of its covariates: a level as it is, a number as "at
@@ -62,11 +79,13 @@ def singling_out(released: pd.DataFrame, train: pd.DataFrame, others: pd.DataFra
     Returns
     -------
     dict
-        The excess risk with its interval, and the two success rates `attack` and `control`; 0 where no predicate fits one released
-        subject alone, as among many subjects with labels only.
+        The excess risk with its interval, and the two success rates `attack` and `control`; 0 where no predicate fits
+        one released subject alone, as among many subjects with labels only.
     """
     names = list(covariates)
-    medians = {name: released[name].median() for name in names if not isinstance(covariates[name], CategoricalCovariate)}
+    medians = {
+        name: released[name].median() for name in names if not isinstance(covariates[name], CategoricalCovariate)
+    }
     hits: list[tuple[bool, bool]] = []
     for _ in range(PREDICATES):
         row = released.iloc[int(generator.integers(len(released)))]
@@ -91,7 +110,9 @@ def singling_out(released: pd.DataFrame, train: pd.DataFrame, others: pd.DataFra
     return _against_control(np.array(hits, dtype=bool).reshape(-1, 2).T)
 
 
-def infer_attribute(released: pd.DataFrame, train: pd.DataFrame, others: pd.DataFrame, covariates: Covariates, secret: str) -> Figure:
+def infer_attribute(
+    released: pd.DataFrame, train: pd.DataFrame, others: pd.DataFrame, covariates: Covariates, secret: str
+) -> Figure:
     """Guess one covariate of a person whose others are known, from the nearest synthetic subject (Gower 1971).
 
     A number counts as guessed within 5 % of the truth; subjects whose secret is missing are no targets.
@@ -130,4 +151,7 @@ def _against_control(rates: Any) -> Figure:
     attack, control = (np.asarray(rate, dtype=bool) for rate in rates)
     if len(attack) == 0 or len(control) == 0:
         return {"value": None, "low": None, "high": None, "n": 0}
-    return excess_risk(attack, control) | {"attack": round(float(attack.mean()), 4), "control": round(float(control.mean()), 4)}
+    return excess_risk(attack, control) | {
+        "attack": round(float(attack.mean()), 4),
+        "control": round(float(control.mean()), 4),
+    }

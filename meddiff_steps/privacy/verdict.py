@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from meddiff_steps.evaluation.statistics import Figure
+from meddiff_steps.statistics.bootstrap import Figure
 
 Outcome = Literal["PASS", "CONDITIONAL", "FAIL", "NOT_EVALUATED"]
 
@@ -51,9 +51,13 @@ def at_most(name: str, figure: Figure, limit: float, meaning: str) -> Gate:
     return Gate(name, figure, limit, "PASS" if high <= limit else "FAIL" if low > limit else "CONDITIONAL", meaning)
 
 
-def holds(name: str, condition: bool | None, figure: dict[str, Any], limit: float, meaning: str, otherwise: Outcome = "FAIL") -> Gate:
+def holds(
+    name: str, condition: bool | None, figure: dict[str, Any], limit: float, meaning: str, otherwise: Outcome = "FAIL"
+) -> Gate:
     """A gate on a plain condition; None means that it could not be evaluated."""
-    return Gate(name, figure, limit, "NOT_EVALUATED" if condition is None else "PASS" if condition else otherwise, meaning)
+    return Gate(
+        name, figure, limit, "NOT_EVALUATED" if condition is None else "PASS" if condition else otherwise, meaning
+    )
 
 
 def verdict(gates: Iterable[Gate]) -> Outcome:

@@ -1,4 +1,6 @@
-"""Canonical JSON of whole tables, column by column: the bytes that `canonical` gives for each row, at a tenth of the time."""
+"""Canonical JSON of whole tables, column by column: the bytes that `canonical` gives for each row, at a tenth of the
+time.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +12,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from meddiff_steps.provenance.canonical import EXACT, canonical_json, number
+from meddiff_steps.core.canonical import EXACT, canonical_json, number
 
 #: What JSON escapes, or what Arrow does not order and compare as RFC 8785 asks.
 _SPECIAL = r'[\x00-\x1f"\\]|[^\x00-\x7f]'
 
 
 def canonical_lines(table: pa.Table) -> list[bytes]:
-    """Each row of a table as canonical JSON (RFC 8785) in UTF-8, as `canonical_bytes` writes it of the row as an object.
+    """Each row of a table as canonical JSON (RFC 8785) in UTF-8, as `canonical_bytes` writes it of the row as an
+    object.
 
     Raises
     ------
     ValueError
-        A number is not finite, an integer is beyond 2^53, or a column holds something else than text, numbers, booleans, and records of such.
+        A number is not finite, an integer is beyond 2^53, or a column holds something else than text, numbers,
+        booleans, and records of such.
     """
-    batches = [_record([(field.name, batch.column(i)) for i, field in enumerate(table.schema)]) for batch in table.to_batches()]
+    batches = [
+        _record([(field.name, batch.column(i)) for i, field in enumerate(table.schema)]) for batch in table.to_batches()
+    ]
     return [line for batch in batches for line in batch.cast(pa.binary()).to_pylist()]
 
 

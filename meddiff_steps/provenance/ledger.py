@@ -1,12 +1,12 @@
 """The ledger: a row per planned synthetic subject, released or not, from which its image can be made again and checked.
 
-A row is a canonical JSON object and a leaf of a Merkle tree (`merkle`).  Rows are in the order of their `sample_id` (code
-points), whatever shard made them, so that the cohort's root does not depend on shards or jobs; nothing that changes from
-run to run (time, host, folder) is in a row, so that a rerun gives the same root.  The rows of a shard, in the same order,
-have a root of their own, for whoever holds one shard alone.
+A row is a canonical JSON object and a leaf of a Merkle tree (`merkle`).  Rows are in the order of their `sample_id`
+(code points), whatever shard made them, so that the cohort's root does not depend on shards or jobs; nothing that
+changes from run to run (time, host, folder) is in a row, so that a rerun gives the same root.  The rows of a shard, in
+the same order, have a root of their own, for whoever holds one shard alone.
 
-The private ledger has a row per candidate image, also the rejected ones, with how near it came to which training scan.  It
-stays with the owner of the real scans; its root is published, so that it cannot be rewritten later.
+The private ledger has a row per candidate image, also the rejected ones, with how near it came to which training scan.
+It stays with the owner of the real scans; its root is published, so that it cannot be rewritten later.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from meddiff_steps.config import CategoricalCovariate, Covariates
-from meddiff_steps.errors import UserError
-from meddiff_steps.files import atomic_path
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import atomic_path
 from meddiff_steps.privacy.calibration import Thresholds
 from meddiff_steps.provenance import merkle
 from meddiff_steps.provenance.columns import canonical_lines
 
 SCHEMA = "meddiff/ledger/v1"
-#: Numbers of a noise stream that its digest covers: all streams differ from the first number on, and drawing all is slow.
+#: Numbers of a noise stream that its digest covers: all streams differ from the first number on, and drawing all is
+#: slow.
 NOISE_NUMBERS = 256
 #: Rows held at a time, which bounds memory.
 CHUNK = 10_000
@@ -61,10 +62,18 @@ _GENERATOR = np.random.Generator(_PHILOX)
 def noise_digest(key: str) -> str:
     """SHA-256 of the first `NOISE_NUMBERS` numbers (float32, little-endian) of the stream of `key`.
 
-    The numbers are those of `diffusion.noise.noise`, from one generator whose state is set: making one takes three times as long.
+    The numbers are those of `diffusion.noise.noise`, from one generator whose state is set: making one takes three
+    times as long.
     """
     words = np.array([int(key[16:], 16), int(key[:16], 16)], np.uint64)
-    state: Any = {"bit_generator": "Philox", "state": {"counter": _ZEROS, "key": words}, "buffer": _ZEROS, "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
+    state: Any = {
+        "bit_generator": "Philox",
+        "state": {"counter": _ZEROS, "key": words},
+        "buffer": _ZEROS,
+        "buffer_pos": 4,
+        "has_uint32": 0,
+        "uinteger": 0,
+    }
     _PHILOX.state = state
     return hashlib.sha256(_GENERATOR.standard_normal(NOISE_NUMBERS, np.float32).astype("<f4").tobytes()).hexdigest()
 
@@ -72,7 +81,9 @@ def noise_digest(key: str) -> str:
 # ----------------------------------------------------------------------------------------------------- rows
 
 
-def public_tables(plan: pd.DataFrame, decisions: pd.DataFrame, images: pd.DataFrame, covariates: Covariates, recipe: Recipe) -> Iterator[pa.Table]:
+def public_tables(
+    plan: pd.DataFrame, decisions: pd.DataFrame, images: pd.DataFrame, covariates: Covariates, recipe: Recipe
+) -> Iterator[pa.Table]:
     """Rows of the public ledger, in order, as tables of `public_schema`.
 
     Parameters
@@ -95,7 +106,10 @@ def public_tables(plan: pd.DataFrame, decisions: pd.DataFrame, images: pd.DataFr
         subject without decision.
     """
     if images["sample_id"].duplicated().any():
-        raise UserError(f"images: {images.loc[images['sample_id'].duplicated(), 'sample_id'].iloc[0]} has more than one image. Give each images table once.")
+        raise UserError(
+            f"images: {images.loc[images['sample_id'].duplicated(), 'sample_id'].iloc[0]} has more than one image. Give"
+            " each images table once."
+        )
     files, candidates = _by_id(images), _by_id(decisions)
     accepted = candidates[candidates["decision"] == "accepted"]
     _check_fit(*(set(names) for names in (plan["sample_id"].map(str), candidates.index, accepted.index, files.index)))
@@ -118,12 +132,21 @@ def public_tables(plan: pd.DataFrame, decisions: pd.DataFrame, images: pd.DataFr
         }
         columns |= {"sample_id": pa.array(chunk.index, pa.string()), "seed_key": pa.array(keys, pa.string())}
         columns["noise_sha256"] = pa.array([key and noise_digest(key) for key in keys], pa.string())
-        wanted = {name: _texts(chunk[name]) if isinstance(one, CategoricalCovariate) else _numbers(chunk[name]) for name, one in covariates.items()}
+        wanted = {
+            name: _texts(chunk[name]) if isinstance(one, CategoricalCovariate) else _numbers(chunk[name])
+            for name, one in covariates.items()
+        }
         columns["covariates"] = _struct(schema.field("covariates"), wanted)
-        columns["recipe"] = _struct(schema.field("recipe"), {name: [value] * len(chunk) for name, value in shared.items()})
-        columns["privacy"] = _struct(schema.field("privacy"), {"decision": _texts(chunk["decision"]), "attempts": _integers(chunk["attempts"])})
+        columns["recipe"] = _struct(
+            schema.field("recipe"), {name: [value] * len(chunk) for name, value in shared.items()}
+        )
+        columns["privacy"] = _struct(
+            schema.field("privacy"), {"decision": _texts(chunk["decision"]), "attempts": _integers(chunk["attempts"])}
+        )
         image = files.reindex(chunk.index)
-        parts = {name: _texts(image[name]) for name in ("path", "sha256", "voxel_sha256")} | {"bytes": _integers(image["bytes"])}
+        parts = {name: _texts(image[name]) for name in ("path", "sha256", "voxel_sha256")} | {
+            "bytes": _integers(image["bytes"])
+        }
         columns["image"] = _struct(schema.field("image"), parts, ~released)
         yield pa.table([columns[field.name] for field in schema], schema=schema)
 
@@ -133,7 +156,9 @@ def _by_id(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _texts(column: pd.Series) -> pa.Array:
-    return pa.array([None if missing else str(value) for value, missing in zip(column, column.isna(), strict=True)], pa.string())
+    return pa.array(
+        [None if missing else str(value) for value, missing in zip(column, column.isna(), strict=True)], pa.string()
+    )
 
 
 def _numbers(column: pd.Series) -> pa.Array:
@@ -147,7 +172,9 @@ def _integers(column: pd.Series) -> pa.Array:
 def _struct(field: pa.Field, columns: Mapping[str, Any], absent: np.ndarray | None = None) -> pa.StructArray:
     """Columns as records of a field's type, null where `absent`."""
     kinds = [field.type.field(i) for i in range(field.type.num_fields)]
-    arrays = [column if isinstance(column := columns[kind.name], pa.Array) else pa.array(column, kind.type) for kind in kinds]
+    arrays = [
+        column if isinstance(column := columns[kind.name], pa.Array) else pa.array(column, kind.type) for kind in kinds
+    ]
     return pa.StructArray.from_arrays(arrays, fields=kinds, mask=None if absent is None else pa.array(absent))
 
 
@@ -159,7 +186,10 @@ def _check_fit(planned: set[str], judged: set[str], accepted: set[str], written:
         ("image(s) are of subjects that were not accepted", written - accepted),
     ):
         if found:
-            raise UserError(f"ledger: {len(found)} {problem}: {', '.join(sorted(found)[:3])}. Run the workflow again: these files come from different runs.")
+            raise UserError(
+                f"ledger: {len(found)} {problem}: {', '.join(sorted(found)[:3])}. Run the workflow again: these files"
+                " come from different runs."
+            )
 
 
 def cell(value: Any, categorical: bool) -> str | float | None:
@@ -175,21 +205,33 @@ def detectors_of(decisions: pd.DataFrame) -> list[str]:
     return sorted(name.removeprefix("similarity_") for name in map(str, decisions) if name.startswith("similarity_"))
 
 
-def private_tables(plan: pd.DataFrame, decisions: pd.DataFrame, thresholds: Thresholds | None, subgroup: str | None) -> Iterator[pa.Table]:
-    """Rows of the private ledger, ordered by sample id and attempt: every candidate, its nearest training scans, the limits that it was held to."""
+def private_tables(
+    plan: pd.DataFrame, decisions: pd.DataFrame, thresholds: Thresholds | None, subgroup: str | None
+) -> Iterator[pa.Table]:
+    """Rows of the private ledger, ordered by sample id and attempt: every candidate, its nearest training scans, the
+    limits that it was held to.
+    """
     detectors = detectors_of(decisions)
     schema = private_schema(detectors)
     groups = pd.Series(plan[subgroup].map(str).to_numpy() if subgroup else "all", index=plan["sample_id"].map(str))
     ordered = decisions.assign(sample_id=decisions["sample_id"].map(str)).sort_values(["sample_id", "attempt"])
-    limits = {group: thresholds.groups.get(group, thresholds.overall) if thresholds else {} for group in groups.unique()}
+    limits = {
+        group: thresholds.groups.get(group, thresholds.overall) if thresholds else {} for group in groups.unique()
+    }
     for chunk in (ordered.iloc[start : start + CHUNK] for start in range(0, len(ordered), CHUNK)):
-        columns = {name: _texts(chunk[name]) for name in ("sample_id", "seed_key", "decision", "reason")} | {"attempt": _integers(chunk["attempt"])}
+        columns = {name: _texts(chunk[name]) for name in ("sample_id", "seed_key", "decision", "reason")} | {
+            "attempt": _integers(chunk["attempt"])
+        }
         similarity = {name: chunk[f"similarity_{name}"].astype(float) for name in detectors}
         similarity = {name: _numbers(values.where(np.isfinite(values))) for name, values in similarity.items()}
         held = chunk["sample_id"].map(groups)
         columns["similarity"] = _struct(schema.field("similarity"), similarity)
-        columns["nearest"] = _struct(schema.field("nearest"), {name: _integers(chunk[f"nearest_{name}"]) for name in detectors})
-        columns["limit"] = _struct(schema.field("limit"), {name: [limits[group].get(name) for group in held] for name in detectors})
+        columns["nearest"] = _struct(
+            schema.field("nearest"), {name: _integers(chunk[f"nearest_{name}"]) for name in detectors}
+        )
+        columns["limit"] = _struct(
+            schema.field("limit"), {name: [limits[group].get(name) for group in held] for name in detectors}
+        )
         yield pa.table([columns[field.name] for field in schema], schema=schema)
 
 
@@ -198,7 +240,10 @@ def private_tables(plan: pd.DataFrame, decisions: pd.DataFrame, thresholds: Thre
 
 def public_schema(covariates: Covariates) -> pa.Schema:
     """Columns of ledger.parquet; rows read back from it are the canonical objects again."""
-    kinds = [(name, pa.string() if isinstance(covariate, CategoricalCovariate) else pa.float64()) for name, covariate in covariates.items()]
+    kinds = [
+        (name, pa.string() if isinstance(covariate, CategoricalCovariate) else pa.float64())
+        for name, covariate in covariates.items()
+    ]
     recipe = [(name, pa.string()) for name in ("autoencoder", "diffusion", "sampler", "precision")]
     recipe += [("num_inference_steps", pa.int64()), ("guidance_scale", pa.float64()), ("batch_size", pa.int64())]
     image = [(name, pa.string()) for name in ("path", "sha256", "voxel_sha256")] + [("bytes", pa.int64())]
@@ -209,8 +254,12 @@ def public_schema(covariates: Covariates) -> pa.Schema:
 
 
 def private_schema(detectors: Sequence[str]) -> pa.Schema:
-    columns = [(name, pa.string()) for name in ("sample_id", "seed_key", "decision", "reason")] + [("attempt", pa.int64())]
-    columns += [(name, pa.struct([(detector, pa.float64()) for detector in detectors])) for name in ("similarity", "limit")]
+    columns = [(name, pa.string()) for name in ("sample_id", "seed_key", "decision", "reason")] + [
+        ("attempt", pa.int64())
+    ]
+    columns += [
+        (name, pa.struct([(detector, pa.float64()) for detector in detectors])) for name in ("similarity", "limit")
+    ]
     return pa.schema([*columns, ("nearest", pa.struct([(detector, pa.int64()) for detector in detectors]))])
 
 
@@ -227,11 +276,15 @@ class Written:
 
 
 def write_ledger(tables: Iterable[pa.Table], schema: pa.Schema, parquet: Path, lines: Path | None = None) -> Written:
-    """Write tables as Parquet and, where `lines` is given, as one line of canonical JSON per row; atomically, one table in memory at a time."""
+    """Write tables as Parquet and, where `lines` is given, as one line of canonical JSON per row; atomically, one table
+    in memory at a time.
+    """
     leaves: list[bytes] = []
     ids: list[str] = []
     with ExitStack() as files:
-        writer = files.enter_context(pq.ParquetWriter(files.enter_context(atomic_path(parquet)), schema, compression="zstd"))
+        writer = files.enter_context(
+            pq.ParquetWriter(files.enter_context(atomic_path(parquet)), schema, compression="zstd")
+        )
         stream = files.enter_context(open(files.enter_context(atomic_path(lines)), "wb")) if lines is not None else None
         for table in tables:
             found = canonical_lines(table)
@@ -264,9 +317,13 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, Row]]:
             try:
                 row = json.loads(content)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {number}: not JSON ({error}). The file was changed; get the release again.") from None
+                raise UserError(
+                    f"{path}, line {number}: not JSON ({error}). The file was changed; get the release again."
+                ) from None
             if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}: expected an object. The file was changed; get the release again.")
+                raise UserError(
+                    f"{path}, line {number}: expected an object. The file was changed; get the release again."
+                )
             yield content, row
 
 
@@ -293,7 +350,9 @@ def read_parquet(path: Path) -> Iterator[Row]:
 
 
 def shard_roots(written: Written, shard_of: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Per shard: its root, the number of its rows, and which rows of the ledger they are as [first, past the last] ranges."""
+    """Per shard: its root, the number of its rows, and which rows of the ledger they are as [first, past the last]
+    ranges.
+    """
     members: dict[int, list[int]] = {}
     for place, sample_id in enumerate(written.sample_ids):
         members.setdefault(int(shard_of[sample_id]), []).append(place)
@@ -301,5 +360,12 @@ def shard_roots(written: Written, shard_of: Mapping[str, int]) -> list[dict[str,
     for shard, places in sorted(members.items()):
         breaks = [i for i in range(1, len(places)) if places[i] != places[i - 1] + 1]
         ranges = [[places[a], places[b - 1] + 1] for a, b in itertools.pairwise([0, *breaks, len(places)])]
-        found.append({"shard": shard, "rows": len(places), "ranges": ranges, "root": merkle.root([written.leaves[i] for i in places]).hex()})
+        found.append(
+            {
+                "shard": shard,
+                "rows": len(places),
+                "ranges": ranges,
+                "root": merkle.root([written.leaves[i] for i in places]).hex(),
+            }
+        )
     return found

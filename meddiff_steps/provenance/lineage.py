@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from meddiff_steps.errors import UserError
-from meddiff_steps.files import read_json
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import read_json
 from meddiff_steps.provenance.record import SCHEMA, record_path
 
 Record = dict[str, Any]
@@ -29,18 +29,38 @@ def check_record(record: Any, name: str) -> None:
     UserError
         A field is missing or of another type.
     """
-    kinds = {"schema": str, "step": str, "parameters": dict, "inputs": dict, "outputs": dict, "config": dict, "code": dict, "environment": dict}
+    kinds = {
+        "schema": str,
+        "step": str,
+        "parameters": dict,
+        "inputs": dict,
+        "outputs": dict,
+        "config": dict,
+        "code": dict,
+        "environment": dict,
+    }
     wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]
     if wrong or record["schema"] != SCHEMA:
-        raise UserError(f"{name}: not a run record ({', '.join(wrong) or record['schema']}). Get the release again, or run the workflow again.")
+        raise UserError(
+            f"{name}: not a run record ({', '.join(wrong) or record['schema']}). Get the release again, or run the"
+            " workflow again."
+        )
     for side in ("inputs", "outputs"):
         for files in record[side].values():
             for entry in files if isinstance(files, list) else [None]:
-                if not (isinstance(entry, dict) and isinstance(entry.get("path"), str) and isinstance(entry.get("sha256"), str)):
-                    raise UserError(f"{name}: {side} must list files with path and sha256. Get the release again, or run the workflow again.")
+                if not (
+                    isinstance(entry, dict)
+                    and isinstance(entry.get("path"), str)
+                    and isinstance(entry.get("sha256"), str)
+                ):
+                    raise UserError(
+                        f"{name}: {side} must list files with path and sha256. Get the release again, or run the"
+                        " workflow again."
+                    )
 
 
-#: Steps whose settings may name files from outside the study: tables, masks, weights, labels.  What all others read, a run wrote.
+#: Steps whose settings may name files from outside the study: tables, masks, weights, labels.  What all others read, a
+#: run wrote.
 FROM_OUTSIDE = frozenset({"cohort", "preprocess", "autoencoder", "plan", "segmenter", "evaluate"})
 #: What a run of a step must have read, by the steps that write it, any one of each set.
 SOURCES: dict[str, tuple[frozenset[str], ...]] = {
@@ -65,7 +85,8 @@ SOURCES: dict[str, tuple[frozenset[str], ...]] = {
 def is_declared(record: Record, name: str, path: str) -> bool:
     """Whether a file that a run read as `name` needs no run behind it.
 
-    That is its frozen config, whose content is checked against the published one, and, of the steps that may read such, a file from outside the study.
+    That is its frozen config, whose content is checked against the published one, and, of the steps that may read such,
+    a file from outside the study.
     """
     if name == "config":
         return re.fullmatch(rf"config/{re.escape(record['step'])}-[0-9a-f]{{16}}\.json", path) is not None
@@ -81,7 +102,8 @@ class Lineage:
     records
         Record by the path of each of its outputs.
     missing, stale, cyclic
-        Files without a run; files that are not what their run wrote (path, digest wanted, digest written); files that lead to themselves.
+        Files without a run; files that are not what their run wrote (path, digest wanted, digest written); files that
+        lead to themselves.
     """
 
     records: dict[str, Record] = field(default_factory=dict)
@@ -121,7 +143,11 @@ def trace(heads: Mapping[str, str], producer: Any) -> Lineage:
                 found.cyclic.append(path)
                 continue
             record = found.records.get(path) or producer(path)
-            written = next((entry["sha256"] for entry in entries(record, "outputs") if entry["path"] == path), None) if record else None
+            written = (
+                next((entry["sha256"] for entry in entries(record, "outputs") if entry["path"] == path), None)
+                if record
+                else None
+            )
             if record is None or written is None:
                 found.missing.append(path)
                 continue
@@ -146,8 +172,8 @@ def trace(heads: Mapping[str, str], producer: Any) -> Lineage:
 def study_records(results: Path) -> Any:
     """A `producer` for `trace` over the records of a study's folder.
 
-    A run that wrote several files is found under the first; the others are found through an index of all records, made when
-    it is first needed.
+    A run that wrote several files is found under the first; the others are found through an index of all records, made
+    when it is first needed.
     """
     index: dict[str, Record] = {}
 
@@ -180,6 +206,9 @@ def read_records(folder: Path) -> dict[str, Record]:
         check_record(record, str(path))
         for entry in entries(record, "outputs"):
             if entry["path"] in found:
-                raise UserError(f"{path}: {entry['path']} is an output of another record, too. Remove the older record, or get the release again.")
+                raise UserError(
+                    f"{path}: {entry['path']} is an output of another record, too. Remove the older record, or get the"
+                    " release again."
+                )
             found[entry["path"]] = record
     return found

@@ -1,7 +1,7 @@
 """Merkle trees as in Certificate Transparency (RFC 6962, section 2.1).
 
-Leaves and nodes are hashed with different prefixes, so that a node can never pass for a leaf, and an odd leaf is carried
-up as it is rather than doubled, so that two different lists never share a root.
+Leaves and nodes are hashed with different prefixes, so that a node can never pass for a leaf, and an odd leaf is
+carried up as it is rather than doubled, so that two different lists never share a root.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def inclusion_path(leaves: Sequence[bytes], index: int) -> list[bytes]:
 
 
 def includes(leaf: bytes, index: int, size: int, path: Sequence[bytes], expected: bytes) -> bool:
-    """Whether `path` leads from the leaf hash at `index` of `size` leaves to the root `expected` (RFC 9162, section 2.1.3.2)."""
+    """Whether `path` leads from the leaf hash at `index` of `size` leaves to the root `expected` (RFC 9162, section
+    2.1.3.2).
+    """
     if not 0 <= index < size:
         return False
     node, last = leaf, size - 1

@@ -1,7 +1,7 @@
 """Run records: what a step really read and wrote, with which settings, code and environment.
 
-The command line wraps every step in `recorded`.  Its parameters that are paths tell the files; whether a file was read or
-written is not declared but seen: one that was not there before, or was replaced, is an output, any other an input.
+The command line wraps every step in `recorded`.  Its parameters that are paths tell the files; whether a file was read
+or written is not declared but seen: one that was not there before, or was replaced, is an output, any other an input.
 The record of `RESULTS/plan.parquet` is `RESULTS/records/plan.parquet.json`; it is written last, and only after success.
 """
 
@@ -27,10 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from meddiff_steps import __version__, config
-from meddiff_steps.errors import UserError
-from meddiff_steps.files import sha256_file, write_json
-from meddiff_steps.provenance.canonical import canonical_bytes
-from meddiff_steps.provenance.digest import code_digest, safetensors_digest
+from meddiff_steps.core.canonical import canonical_bytes
+from meddiff_steps.core.code_digest import code_digest
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import sha256_file, write_json
+from meddiff_steps.core.weights_digest import safetensors_digest
 
 SCHEMA = "meddiff/record/v1"
 RECORDS = "records"
@@ -40,13 +41,27 @@ INPUT_FOLDERS = {"simulated": "participants.tsv"}
 CACHED_FROM = 1 << 20
 PACKAGE_ROOT = Path(__file__).parents[2]
 #: Packages whose version can change a result.
-PACKAGES = ("diffusers", "lightning-fabric", "monai", "nibabel", "numpy", "pandas", "pillow", "pyarrow", "safetensors", "scikit-learn", "scipy", "torch")
+PACKAGES = (
+    "diffusers",
+    "lightning-fabric",
+    "monai",
+    "nibabel",
+    "numpy",
+    "pandas",
+    "pillow",
+    "pyarrow",
+    "safetensors",
+    "scikit-learn",
+    "scipy",
+    "torch",
+)
 
 
 def recorded(step: str, run: Callable[..., None]) -> Callable[..., None]:
     """`run`, leaving a record when it has ended well and worked on a study's results; the signature stays.
 
-    It raises what `run` raises, and UserError where the record cannot be written: an output without one fails the audit in the end.
+    It raises what `run` raises, and UserError where the record cannot be written: an output without one fails the audit
+    in the end.
     """
 
     @functools.wraps(run)
@@ -63,7 +78,8 @@ def recorded(step: str, run: Callable[..., None]) -> Callable[..., None]:
             observer.finish()
         except OSError as error:
             raise UserError(
-                f"{results / RECORDS}: the work of {step} is done, but its record cannot be written ({error}). Check permissions and disk space; run it again."
+                f"{results / RECORDS}: the work of {step} is done, but its record cannot be written ({error}). Check"
+                " permissions and disk space; run it again."
             ) from None
 
     return wrapper
@@ -72,7 +88,11 @@ def recorded(step: str, run: Callable[..., None]) -> Callable[..., None]:
 def _results_of(arguments: Mapping[str, Any]) -> Path | None:
     """The study's folder: the frozen config lies in its `config/`."""
     frozen = arguments.get("config")
-    return frozen.parent.parent if isinstance(frozen, Path) and frozen.parent.name == "config" and frozen.is_file() else None
+    return (
+        frozen.parent.parent
+        if isinstance(frozen, Path) and frozen.parent.name == "config" and frozen.is_file()
+        else None
+    )
 
 
 def first_process() -> bool:
@@ -159,7 +179,9 @@ class Observer:
         content = {
             "schema": SCHEMA,
             "step": self.step,
-            "parameters": {name: value for name, value in self.arguments.items() if isinstance(value, (bool, int, float, str))},
+            "parameters": {
+                name: value for name, value in self.arguments.items() if isinstance(value, (bool, int, float, str))
+            },
             "inputs": inputs,
             "outputs": outputs,
             "config": _config(self.step, self.arguments["config"]),
@@ -199,7 +221,10 @@ class Observer:
 def _config(step: str, frozen: Path) -> dict[str, Any]:
     """Which sections the step could read, and their digest as published (without paths of this machine)."""
     content = json.loads(frozen.read_text(encoding="utf-8"))
-    return {"sections": list(config.STAGES[step]), "sha256": hashlib.sha256(canonical_bytes(config.without_paths(content))).hexdigest()}
+    return {
+        "sections": list(config.STAGES[step]),
+        "sha256": hashlib.sha256(canonical_bytes(config.without_paths(content))).hexdigest(),
+    }
 
 
 def public(record: dict[str, Any]) -> dict[str, Any]:
@@ -207,7 +232,10 @@ def public(record: dict[str, Any]) -> dict[str, Any]:
     shown = {key: value for key, value in record.items() if key != "volatile"}
     for side in ("inputs", "outputs"):
         shown[side] = {
-            name: [entry | {"path": f"external/{Path(entry['path']).name}"} if Path(entry["path"]).is_absolute() else entry for entry in entries]
+            name: [
+                entry | {"path": f"external/{Path(entry['path']).name}"} if Path(entry["path"]).is_absolute() else entry
+                for entry in entries
+            ]
             for name, entries in record[side].items()
         }
     return shown
@@ -222,7 +250,9 @@ def _git() -> dict[str, Any]:
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(PACKAGE_ROOT), *arguments], capture_output=True, text=True, timeout=20, check=False)
+            done = subprocess.run(
+                ["git", "-C", str(PACKAGE_ROOT), *arguments], capture_output=True, text=True, timeout=20, check=False
+            )
         except (OSError, subprocess.SubprocessError):
             return None
         return done.stdout if done.returncode == 0 else None
@@ -231,7 +261,11 @@ def _git() -> dict[str, Any]:
     if top is None or Path(top.strip()).resolve() != PACKAGE_ROOT.resolve():
         return {"commit": None, "dirty": None, "diff_sha256": None}
     parts = ("meddiff_steps", "rules", "Snakefile")
-    commit, status, diff = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", *parts), git("diff", "HEAD", "--", *parts)
+    commit, status, diff = (
+        git("rev-parse", "HEAD"),
+        git("status", "--porcelain", "--", *parts),
+        git("diff", "HEAD", "--", *parts),
+    )
     dirty = bool(status)
     changes = hashlib.sha256(f"{status}\0{diff}".encode()).hexdigest() if dirty else None
     return {"commit": commit.strip() if commit else None, "dirty": dirty, "diff_sha256": changes}
@@ -257,7 +291,9 @@ def environment() -> dict[str, Any]:
         "packages": {name: version for name, version in versions.items() if version},
         "lock_sha256": sha256_file(lock) if lock else None,
         "variables": {
-            k: v for k, v in sorted(os.environ.items()) if k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG", "ONEDNN_MAX_CPU_ISA")
+            k: v
+            for k, v in sorted(os.environ.items())
+            if k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG", "ONEDNN_MAX_CPU_ISA")
         },
     }
     torch = sys.modules.get("torch")  # a step that never imported it does not depend on it

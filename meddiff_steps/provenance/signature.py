@@ -22,8 +22,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from meddiff_steps import __version__
-from meddiff_steps.errors import UserError
-from meddiff_steps.provenance.canonical import canonical_bytes
+from meddiff_steps.core.canonical import canonical_bytes
+from meddiff_steps.core.errors import UserError
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
@@ -39,7 +39,9 @@ def pre_authentication(payload_type: str, payload: bytes) -> bytes:
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
 
 
-def statement(subjects: Mapping[str, str], parameters: Mapping[str, Any], dependencies: Mapping[str, str]) -> dict[str, Any]:
+def statement(
+    subjects: Mapping[str, str], parameters: Mapping[str, Any], dependencies: Mapping[str, str]
+) -> dict[str, Any]:
     """An in-toto statement: these files (SHA-256 by name) were made with these parameters from these dependencies."""
     return {
         "_type": STATEMENT_TYPE,
@@ -49,7 +51,9 @@ def statement(subjects: Mapping[str, str], parameters: Mapping[str, Any], depend
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
                 "externalParameters": dict(parameters),
-                "resolvedDependencies": [{"name": name, "digest": {"sha256": digest}} for name, digest in dependencies.items()],
+                "resolvedDependencies": [
+                    {"name": name, "digest": {"sha256": digest}} for name, digest in dependencies.items()
+                ],
             },
             "runDetails": {"builder": {"id": BUILDER, "version": {"meddiff_steps": __version__}}},
         },
@@ -62,7 +66,12 @@ def sign(content: Mapping[str, Any], key: Ed25519PrivateKey) -> dict[str, Any]:
     return {
         "payloadType": PAYLOAD_TYPE,
         "payload": base64.b64encode(payload).decode(),
-        "signatures": [{"keyid": key_id(key.public_key()), "sig": base64.b64encode(key.sign(pre_authentication(PAYLOAD_TYPE, payload))).decode()}],
+        "signatures": [
+            {
+                "keyid": key_id(key.public_key()),
+                "sig": base64.b64encode(key.sign(pre_authentication(PAYLOAD_TYPE, payload))).decode(),
+            }
+        ],
     }
 
 
@@ -76,7 +85,9 @@ def verify(envelope: Any, key: Ed25519PublicKey) -> dict[str, Any]:
     """
     try:
         payload_type, payload = envelope["payloadType"], base64.b64decode(envelope["payload"], validate=True)
-        signatures = [(entry.get("keyid"), base64.b64decode(entry["sig"], validate=True)) for entry in envelope["signatures"]]
+        signatures = [
+            (entry.get("keyid"), base64.b64decode(entry["sig"], validate=True)) for entry in envelope["signatures"]
+        ]
         content = json.loads(payload)
     except (KeyError, TypeError, ValueError, AttributeError, binascii.Error) as error:
         raise UserError(f"not a DSSE envelope ({type(error).__name__}: {error})") from None
@@ -89,7 +100,10 @@ def verify(envelope: Any, key: Ed25519PublicKey) -> dict[str, Any]:
             continue
         return content
     named = ", ".join(str(name)[:16] for name, _ in signatures) or "nobody"
-    raise UserError(f"no valid signature by key {key_id(key)[:16]} (it names {named}): signed by another key, or changed after it was signed")
+    raise UserError(
+        f"no valid signature by key {key_id(key)[:16]} (it names {named}): signed by another key, or changed after it"
+        " was signed"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- keys
@@ -97,7 +111,9 @@ def verify(envelope: Any, key: Ed25519PublicKey) -> dict[str, Any]:
 
 def key_id(key: Ed25519PublicKey) -> str:
     """SHA-256 of the public key in its standard form (SubjectPublicKeyInfo, DER), as hex."""
-    return hashlib.sha256(key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)).hexdigest()
+    return hashlib.sha256(
+        key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    ).hexdigest()
 
 
 def generate(path: Path) -> tuple[Path, str]:
@@ -116,13 +132,19 @@ def generate(path: Path) -> tuple[Path, str]:
     public_path = path.with_name(f"{path.name}.pub")
     for place in (path, public_path):
         if place.exists():
-            raise UserError(f"{place}: exists already, and a key is never overwritten. Give another name, or move the old key away.")
+            raise UserError(
+                f"{place}: exists already, and a key is never overwritten. Give another name, or move the old key away."
+            )
     key = Ed25519PrivateKey.generate()
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    content = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
         stream.write(content)
-    public_path.write_bytes(key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo))
+    public_path.write_bytes(
+        key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    )
     return public_path, key_id(key.public_key())
 
 
@@ -137,10 +159,13 @@ def load_private(path: Path) -> Ed25519PrivateKey:
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise UserError(f"release.signing_key {path}: not usable ({error}). Make one: python -m meddiff_steps keygen --out KEY.pem") from None
+        raise UserError(
+            f"release.signing_key {path}: not usable ({error}). Make one: python -m meddiff_steps keygen --out KEY.pem"
+        ) from None
     if not isinstance(key, Ed25519PrivateKey):
         raise UserError(
-            f"release.signing_key {path}: expected an ed25519 key, found {type(key).__name__}. Make one: python -m meddiff_steps keygen --out KEY.pem"
+            f"release.signing_key {path}: expected an ed25519 key, found {type(key).__name__}. Make one: python -m"
+            " meddiff_steps keygen --out KEY.pem"
         )
     return key
 
@@ -156,7 +181,12 @@ def load_public(path: Path) -> Ed25519PublicKey:
     try:
         key = serialization.load_pem_public_key(path.read_bytes())
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
-        raise UserError(f"--key {path}: not a public key in PEM ({error}). Ask the publisher for the .pub file that `keygen` wrote.") from None
+        raise UserError(
+            f"--key {path}: not a public key in PEM ({error}). Ask the publisher for the .pub file that `keygen` wrote."
+        ) from None
     if not isinstance(key, Ed25519PublicKey):
-        raise UserError(f"--key {path}: expected an ed25519 key, found {type(key).__name__}. Ask the publisher for the .pub file that `keygen` wrote.")
+        raise UserError(
+            f"--key {path}: expected an ed25519 key, found {type(key).__name__}. Ask the publisher for the .pub file"
+            " that `keygen` wrote."
+        )
     return key

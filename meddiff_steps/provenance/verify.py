@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 """Check a synthetic cohort with nothing but Python (3.9 or later): no package, no network.
 
-    python3 -I provenance/verify.py                     the release that this file lies in
-    python3 -I verify.py RELEASE --key publisher.pub    another one, and its signature
-    python3 -I verify.py RELEASE --proof proof.json     one subject's place in it, with root.json and that subject's image alone
+    python3 -I provenance/verify.py                     the release that this file lies in python3 -I verify.py RELEASE
+    --key publisher.pub    another one, and its signature python3 -I verify.py RELEASE --proof proof.json     one
+    subject's place in it, with root.json and that subject's image alone
 
-Levels: L0 form (root.json and the ledger can be read), L1 integrity (every file is the one that was sealed, the roots are
-those of the rows, the signature), L2 completeness (no file too many or too few, participants.tsv and ledger agree).  Exit code:
-0 nothing found, 1 findings, 2 could not run.  Without --key nothing says who made root.json: compare the SHA-256 of
-root.json that is printed with one that you got from the publisher.  A copy of this file from elsewhere is worth more than
-the one in the release.
+Levels: L0 form (root.json and the ledger can be read), L1 integrity (every file is the one that was sealed, the roots
+are those of the rows, the signature), L2 completeness (no file too many or too few, participants.tsv and ledger
+agree).  Exit code: 0 nothing found, 1 findings, 2 could not run.  Without --key nothing says who made root.json:
+compare the SHA-256 of root.json that is printed with one that you got from the publisher.  A copy of this file from
+elsewhere is worth more than the one in the release.
 
 The ledger is one JSON object per line.  Its root is a Merkle tree by RFC 6962 over the lines as they are, in order.
 """
@@ -34,14 +34,18 @@ from typing import Any
 ROOT_SCHEMA, LEDGER_SCHEMA, SCHEME = "meddiff/release/v1", "meddiff/ledger/v1", "rfc6962-sha256"
 ROOT, SIGNATURE, LINES = "provenance/root.json", "provenance/root.dsse.json", "provenance/ledger.jsonl"
 EXAMPLES = 5
-#: Bytes of the largest file that is read as a whole, and of the longest line of a ledger: many times what any release has.
+#: Bytes of the largest file that is read as a whole, and of the longest line of a ledger: many times what any release
+#: has.
 MOST, LINE = 1 << 28, 1 << 20
 TABLE, DESCRIPTION, CHECKSUMS = "participants.tsv", "dataset_description.json", "SHA256SUMS"
 #: What a dataset that is a part of a release has, beside its images.
 DATASET = (TABLE, "participants.json", DESCRIPTION, "README", "CHANGES", "LICENSE")
 
 #: How names of images end, of the ledger's and of others that could have been slipped in.
-IMAGES = tuple(".nii .nii.gz .img .hdr .mgz .mgh .mnc .nrrd .nhdr .mha .mhd .dcm .dicom .npy .npz .h5 .hdf5 .png .jpg .jpeg .tif .tiff .bmp .gif .webp".split())
+IMAGES = tuple(
+    ".nii .nii.gz .img .hdr .mgz .mgh .mnc .nrrd .nhdr .mha .mhd .dcm .dicom .npy .npz .h5 .hdf5 .png .jpg .jpeg .tif"
+    " .tiff .bmp .gif .webp".split()
+)
 
 #: What a row holds: the types of its fields, and of the fields of those that are objects.
 FIELDS: dict[str, tuple[type, ...]] = {
@@ -124,7 +128,11 @@ def judged(level: int, name: str, wrong: Iterable[str], good: str, bad: str) -> 
     """A check that is a finding if anything is wrong; `bad` follows the number of wrong things."""
     found = list(wrong)
     more = [f"and {len(found) - EXAMPLES} more"] if len(found) > EXAMPLES else []
-    return Check(level, name, "finding", f"{len(found)} {bad}", found[:EXAMPLES] + more) if found else Check(level, name, "pass", good)
+    return (
+        Check(level, name, "finding", f"{len(found)} {bad}", found[:EXAMPLES] + more)
+        if found
+        else Check(level, name, "pass", good)
+    )
 
 
 # ------------------------------------------------------------------------------------------ Merkle (RFC 6962)
@@ -183,15 +191,26 @@ def read_root(release: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise Unreadable(f"{ROOT} cannot be read ({error})") from None
     if not isinstance(root, dict) or root.get("schema") != ROOT_SCHEMA:
-        raise Unreadable(f"{ROOT} is of schema {root.get('schema') if isinstance(root, dict) else None!r}, expected {ROOT_SCHEMA!r}")
+        raise Unreadable(
+            f"{ROOT} is of schema {root.get('schema') if isinstance(root, dict) else None!r}, expected {ROOT_SCHEMA!r}"
+        )
     wrong = [name for name, kind in ROOT_FIELDS.items() if not isinstance(root.get(name), kind)]
     ledger: dict[str, Any] = root["ledger"] if isinstance(root.get("ledger"), dict) else {}
     files: dict[str, Any] = root["files"] if isinstance(root.get("files"), dict) else {}
-    wrong += [f"ledger.{name}" for name, kind in (("root", str), ("rows", int), ("released", int), ("shards", list)) if not isinstance(ledger.get(name), kind)]
+    wrong += [
+        f"ledger.{name}"
+        for name, kind in (("root", str), ("rows", int), ("released", int), ("shards", list))
+        if not isinstance(ledger.get(name), kind)
+    ]
     if ledger.get("scheme") != SCHEME or ledger.get("schema") != LEDGER_SCHEMA:
         wrong.append("ledger.scheme or ledger.schema")
     for name, entry in files.items():
-        if not (isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str) and safe(name)):
+        if not (
+            isinstance(entry, dict)
+            and isinstance(entry.get("bytes"), int)
+            and isinstance(entry.get("sha256"), str)
+            and safe(name)
+        ):
             wrong.append(f"files.{name}")
     if wrong:
         raise Unreadable(f"{ROOT} lacks, or has wrong, {', '.join(wrong[:EXAMPLES])}")
@@ -212,10 +231,14 @@ def _entries(release: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
 
 
 def _endless(release: Path) -> Iterator[str]:
-    """What is no file and no folder, or is a link to such a thing; and links in `provenance`, which is read before L2 looks for links."""
+    """What is no file and no folder, or is a link to such a thing; and links in `provenance`, which is read before L2
+    looks for links.
+    """
     for name, entry in _entries(release):
         if entry.is_symlink():
-            if name.startswith("provenance") or (os.path.exists(entry.path) and not entry.is_file() and not entry.is_dir()):
+            if name.startswith("provenance") or (
+                os.path.exists(entry.path) and not entry.is_file() and not entry.is_dir()
+            ):
                 yield name
         elif not entry.is_file() and not entry.is_dir():
             yield name
@@ -231,7 +254,13 @@ def _read(release: Path, name: str) -> Any:
 def safe(name: str) -> bool:
     """Whether a path stays inside the release."""
     path = PurePosixPath(name)
-    return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name and path.as_posix() == name
+    return (
+        bool(name)
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and "\\" not in name
+        and path.as_posix() == name
+    )
 
 
 def row_problem(row: Any) -> str | None:
@@ -255,7 +284,9 @@ def row_problem(row: Any) -> str | None:
     if row["privacy"]["decision"] not in DECISIONS:
         return f"privacy.decision is {row['privacy']['decision']!r}"
     if (row["privacy"]["decision"] == "released") != (row["image"] is not None):
-        return f"the decision is {row['privacy']['decision']}, but there is {'no' if row['image'] is None else 'an'} image"
+        return (
+            f"the decision is {row['privacy']['decision']}, but there is {'no' if row['image'] is None else 'an'} image"
+        )
     if any((row[name] is None) != (row["image"] is None) for name in ("attempt", "seed_key", "noise_sha256")):
         return "a released row names attempt, seed_key and noise_sha256, another does not"
     if row["image"] is not None and not safe(row["image"]["path"]):
@@ -273,7 +304,8 @@ def rows(release: Path) -> Iterator[tuple[int, bytes, Any]]:
                 content = line[:-1] if line.endswith(b"\n") else line
                 try:
                     row = json.loads(content)
-                    # As many keys as are written? Otherwise, or where blanks hide some, one may be there twice, which the slower hook finds out.
+                    # As many keys as are written? Otherwise, or where blanks hide some, one may be there twice, which
+                    # the slower hook finds out.
                     if content.count(b'":') != _keys(row) or any(blank in content for blank in (b" ", b"\t", b"\r")):
                         row = json.loads(content, object_pairs_hook=_without_doubles)
                     yield number, content, row
@@ -348,17 +380,29 @@ def check_form(release: Path) -> tuple[list[Check], dict[str, Any], Ledger]:
             ledger.images.append((image["path"], image["bytes"], image["sha256"]))
             folder, inside = placed(image["path"])
             shown = [inside] if inside.endswith(".png") else []
-            ledger.datasets.setdefault(folder, {})[f"sub-{row['sample_id']}"] = shown + [cell(row["covariates"][name]) for name in ledger.covariates]
+            ledger.datasets.setdefault(folder, {})[f"sub-{row['sample_id']}"] = shown + [
+                cell(row["covariates"][name]) for name in ledger.covariates
+            ]
     checks = [
         Check(0, "root-form", "pass", f"{ROOT} is of schema {ROOT_SCHEMA}"),
-        judged(0, "rows-form", malformed, f"all {len(ledger.leaves)} rows of the ledger have their form", "row(s) of the ledger are malformed"),
+        judged(
+            0,
+            "rows-form",
+            malformed,
+            f"all {len(ledger.leaves)} rows of the ledger have their form",
+            "row(s) of the ledger are malformed",
+        ),
         judged(0, "rows-order", order, "rows are in order, each subject once", "row(s) are out of order or double"),
     ]
     return checks, root, ledger
 
 
 def check_integrity(
-    release: Path, root: dict[str, Any], ledger: Ledger, hash_images: bool = True, progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None
+    release: Path,
+    root: dict[str, Any],
+    ledger: Ledger,
+    hash_images: bool = True,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
 ) -> list[Check]:
     """L1 without the signature: roots and digests."""
     sealed = root["ledger"]
@@ -366,17 +410,41 @@ def check_integrity(
     found = merkle_root(ledger.leaves).hex()
     wrong = [] if found == sealed["root"] else [f"root of the rows {found}, sealed {sealed['root']}"]
     wrong += [] if len(ledger.leaves) == sealed["rows"] else [f"{len(ledger.leaves)} rows, sealed {sealed['rows']}"]
-    wrong += [] if len(ledger.images) == sealed["released"] else [f"{len(ledger.images)} released images, sealed {sealed['released']}"]
-    checks.append(judged(1, "ledger-root", wrong, f"the ledger's root is {found}", "difference(s) between the ledger and its sealed root"))
+    wrong += (
+        []
+        if len(ledger.images) == sealed["released"]
+        else [f"{len(ledger.images)} released images, sealed {sealed['released']}"]
+    )
     checks.append(
-        judged(1, "shard-roots", _shard_problems(sealed["shards"], ledger), f"roots of {len(sealed['shards'])} shard(s)", "shard(s) have another root")
+        judged(
+            1,
+            "ledger-root",
+            wrong,
+            f"the ledger's root is {found}",
+            "difference(s) between the ledger and its sealed root",
+        )
+    )
+    checks.append(
+        judged(
+            1,
+            "shard-roots",
+            _shard_problems(sealed["shards"], ledger),
+            f"roots of {len(sealed['shards'])} shard(s)",
+            "shard(s) have another root",
+        )
     )
     files = [(name, entry["bytes"], entry["sha256"]) for name, entry in root["files"].items()]
     wrong = _altered(release, files, True, None)
-    checks.append(judged(1, "files", wrong, f"{len(files)} files beside the images are as sealed", "file(s) are not as sealed"))
+    checks.append(
+        judged(1, "files", wrong, f"{len(files)} files beside the images are as sealed", "file(s) are not as sealed")
+    )
     wrong = _altered(release, ledger.images, hash_images, progress)
     what = "size and SHA-256" if hash_images else "size alone"
-    checks.append(judged(1, "images", wrong, f"{len(ledger.images)} images are as sealed, by {what}", "image(s) are not as sealed"))
+    checks.append(
+        judged(
+            1, "images", wrong, f"{len(ledger.images)} images are as sealed, by {what}", "image(s) are not as sealed"
+        )
+    )
     if not hash_images:
         checks.append(Check(1, "image-digests", "not run", "the content of the images was not read, as asked"))
     return checks
@@ -388,7 +456,9 @@ def _shard_problems(shards: list[Any], ledger: Ledger) -> list[str]:
     left = len(seen)  # rows that no shard has named; more than there are need not be counted
     for entry in shards:
         try:
-            left -= sum(end - first if 0 <= first <= end <= len(seen) else len(seen) + 1 for first, end in entry["ranges"])
+            left -= sum(
+                end - first if 0 <= first <= end <= len(seen) else len(seen) + 1 for first, end in entry["ranges"]
+            )
             if left < 0:
                 return [*wrong, "shards that name rows twice, or rows that are not there"]
             places = [i for first, end in entry["ranges"] for i in range(first, end)]
@@ -398,10 +468,17 @@ def _shard_problems(shards: list[Any], ledger: Ledger) -> list[str]:
                 seen[i] += 1
         except (KeyError, TypeError, ValueError, IndexError, AttributeError):
             wrong.append("a shard that is not described, or names rows that are not there")
-    return wrong + ([f"{sum(n != 1 for n in seen)} row(s) are not in exactly one shard"] if any(n != 1 for n in seen) else [])
+    return wrong + (
+        [f"{sum(n != 1 for n in seen)} row(s) are not in exactly one shard"] if any(n != 1 for n in seen) else []
+    )
 
 
-def _altered(release: Path, files: list[tuple[str, int, str]], read: bool, progress: Callable[[Iterable[Any], int], Iterable[Any]] | None) -> list[str]:
+def _altered(
+    release: Path,
+    files: list[tuple[str, int, str]],
+    read: bool,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] | None,
+) -> list[str]:
     base = str(release)
 
     def problem(entry: tuple[str, int, str]) -> str | None:
@@ -458,22 +535,44 @@ def check_completeness(release: Path, root: dict[str, Any], ledger: Ledger) -> l
         sealed.add(SIGNATURE)
     there, links, folders = contents(release)
     lower: dict[str, str] = {}
-    clashes = [f"{name} and {lower[name.lower()]}" for name in sorted(there) if lower.setdefault(name.lower(), name) != name]
+    clashes = [
+        f"{name} and {lower[name.lower()]}" for name in sorted(there) if lower.setdefault(name.lower(), name) != name
+    ]
     needed: set[str] = set()
     for name in sealed:
         while (name := name.rpartition("/")[0]) and name not in needed:
             needed.add(name)
-    gaps = [f"{group}: {_gap(found)}" for group, found in ledger.indices.items() if sorted(found) != list(range(len(found)))]
+    gaps = [
+        f"{group}: {_gap(found)}" for group, found in ledger.indices.items() if sorted(found) != list(range(len(found)))
+    ]
     twice = len(ledger.images) - len({path for path, _, _ in ledger.images})
     owners = [f"{twice} shared path(s)"] if twice else []
     owners += [f"{name}: an image of nobody in the ledger" for name in sorted(root["files"]) if _where_images_lie(name)]
     checks = [
-        judged(2, "no-orphans", sorted(there - sealed), "no file is there that was not sealed", "file(s) are there that were not sealed"),
+        judged(
+            2,
+            "no-orphans",
+            sorted(there - sealed),
+            "no file is there that was not sealed",
+            "file(s) are there that were not sealed",
+        ),
         judged(2, "no-missing", sorted(sealed - there), "no sealed file is missing", "sealed file(s) are missing"),
         judged(2, "no-links", sorted(links), "no links", "link(s) in the release"),
-        judged(2, "no-stray-folders", sorted(folders - needed), "no folder without sealed files", "folder(s) without sealed files"),
+        judged(
+            2,
+            "no-stray-folders",
+            sorted(folders - needed),
+            "no folder without sealed files",
+            "folder(s) without sealed files",
+        ),
         judged(2, "no-case-clash", clashes, "no names that differ in case alone", "names that differ in case alone"),
-        judged(2, "indices", gaps, "subjects of each group are numbered without gaps", "group(s) have gaps or doubles in their numbers"),
+        judged(
+            2,
+            "indices",
+            gaps,
+            "subjects of each group are numbered without gaps",
+            "group(s) have gaps or doubles in their numbers",
+        ),
         judged(2, "one-image-each", owners, "no two subjects share a file", "problem(s) with images"),
     ]
     checks.append(_check_participants(release, root, ledger))
@@ -483,7 +582,9 @@ def check_completeness(release: Path, root: dict[str, Any], ledger: Ledger) -> l
 def _where_images_lie(name: str) -> bool:
     name = name.lower()
     folders = name.split("/")[:-1]
-    return name.endswith(IMAGES) or (folders[:1] != ["provenance"] and any(one == "images" or one.startswith("sub-") for one in folders))
+    return name.endswith(IMAGES) or (
+        folders[:1] != ["provenance"] and any(one == "images" or one.startswith("sub-") for one in folders)
+    )
 
 
 def _gap(found: list[int]) -> str:
@@ -494,19 +595,31 @@ def _gap(found: list[int]) -> str:
 def _check_participants(release: Path, root: dict[str, Any], ledger: Ledger) -> Check:
     datasets = ledger.datasets or {"": {}}
     tables = {_in(folder, TABLE) for folder in datasets}
-    wrong = [f"{name}: of no dataset" for name in sorted(root["files"]) if PurePosixPath(name).name == TABLE and name not in tables]
+    wrong = [
+        f"{name}: of no dataset"
+        for name in sorted(root["files"])
+        if PurePosixPath(name).name == TABLE and name not in tables
+    ]
     for folder, participants in sorted(datasets.items()):
         wrong += _table_problems(release, _in(folder, TABLE), participants, ledger.covariates)
     count = sum(map(len, datasets.values()))
     where = TABLE if len(datasets) == 1 else f"{TABLE} of {len(datasets)} datasets"
-    return judged(2, "participants", wrong, f"{where} and the ledger agree on {count} subjects", "difference(s) between participants.tsv and the ledger")
+    return judged(
+        2,
+        "participants",
+        wrong,
+        f"{where} and the ledger agree on {count} subjects",
+        "difference(s) between participants.tsv and the ledger",
+    )
 
 
 def _in(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
-def _table_problems(release: Path, name: str, participants: dict[str, list[str]], covariates: list[str]) -> Iterator[str]:
+def _table_problems(
+    release: Path, name: str, participants: dict[str, list[str]], covariates: list[str]
+) -> Iterator[str]:
     try:
         with open(release / name, encoding="utf-8", newline="") as stream:
             table = list(csv.reader(stream, delimiter="\t"))
@@ -519,18 +632,33 @@ def _table_problems(release: Path, name: str, participants: dict[str, list[str]]
         return
     yield from (f"{who}: in {name} alone" for who in sorted(set(found) - set(participants)))
     yield from (f"{who}: in the ledger alone, not in {name}" for who in sorted(set(participants) - set(found)))
-    yield from (f"{who}: {found[who]}, ledger {cells}" for who, cells in sorted(participants.items()) if who in found and found[who] != cells)
-    yield from (f"line {number} of {name} has {len(row)} cells, its header {len(header)}" for number, row in enumerate(body, 2) if len(row) != len(header))
+    yield from (
+        f"{who}: {found[who]}, ledger {cells}"
+        for who, cells in sorted(participants.items())
+        if who in found and found[who] != cells
+    )
+    yield from (
+        f"line {number} of {name} has {len(row)} cells, its header {len(header)}"
+        for number, row in enumerate(body, 2)
+        if len(row) != len(header)
+    )
     if len(body) != len(found):
         yield f"{len(body) - len(found)} participant(s) of {name} occur twice"
-    if sorted(front) not in (["participant_id"], ["image", "participant_id"]) or sorted(header[len(front) :]) != covariates:
+    if (
+        sorted(front) not in (["participant_id"], ["image", "participant_id"])
+        or sorted(header[len(front) :]) != covariates
+    ):
         yield f"{name}: columns {header}, expected participant_id and {covariates}"
 
 
 def _check_datasets(release: Path, root: dict[str, Any], ledger: Ledger) -> Check:
-    """L2 of a release of several datasets: each is complete by itself, its checksums are the sealed digests, and nobody is in two."""
+    """L2 of a release of several datasets: each is complete by itself, its checksums are the sealed digests, and nobody
+    is in two.
+    """
     digests: dict[str, dict[str, str]] = {folder: {} for folder in ledger.datasets}
-    sealed = [(path, digest) for path, _, digest in ledger.images] + [(name, entry["sha256"]) for name, entry in root["files"].items()]
+    sealed = [(path, digest) for path, _, digest in ledger.images] + [
+        (name, entry["sha256"]) for name, entry in root["files"].items()
+    ]
     for path, digest in sealed:
         folder, _, inside = path.partition("/")
         if folder in digests and inside != CHECKSUMS:
@@ -544,7 +672,9 @@ def _check_datasets(release: Path, root: dict[str, Any], ledger: Ledger) -> Chec
     seen: dict[str, str] = {}
     for folder, participants in sorted(ledger.datasets.items()):
         wrong += [f"{_in(folder, name)} is missing" for name in DATASET if name not in digests[folder]]
-        wrong += [f"{who}: in {seen[who]} and {folder}" for who in participants if seen.setdefault(who, folder) != folder]
+        wrong += [
+            f"{who}: in {seen[who]} and {folder}" for who in participants if seen.setdefault(who, folder) != folder
+        ]
         try:
             lines = (release / _in(folder, CHECKSUMS)).read_text(encoding="utf-8").splitlines()
             told = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
@@ -553,7 +683,13 @@ def _check_datasets(release: Path, root: dict[str, Any], ledger: Ledger) -> Chec
             continue
         differ = sorted(name for name in {*told, *digests[folder]} if told.get(name) != digests[folder].get(name))
         wrong += [f"{_in(folder, CHECKSUMS)}: {name} is not as sealed" for name in differ]
-    return judged(2, "datasets", wrong, f"{len(digests)} datasets are complete, each with its checksums", "problem(s) with datasets")
+    return judged(
+        2,
+        "datasets",
+        wrong,
+        f"{len(digests)} datasets are complete, each with its checksums",
+        "problem(s) with datasets",
+    )
 
 
 # ---------------------------------------------------------------------------------------------- signature
@@ -631,25 +767,50 @@ def check_signature(release: Path, root: dict[str, Any], key: bytes | None) -> C
     signer = root.get("signer")
     if not there:
         if signer or key:
-            return Check(1, name, "finding", f"UNSIGNED: {SIGNATURE} is missing" + (f", but root.json names signer {str(signer)[:16]}" if signer else ""))
-        return Check(1, name, "note", f"UNSIGNED: compare the SHA-256 of root.json, {digest}, with one from the publisher")
+            return Check(
+                1,
+                name,
+                "finding",
+                f"UNSIGNED: {SIGNATURE} is missing"
+                + (f", but root.json names signer {str(signer)[:16]}" if signer else ""),
+            )
+        return Check(
+            1, name, "note", f"UNSIGNED: compare the SHA-256 of root.json, {digest}, with one from the publisher"
+        )
     if key is None:
-        return Check(1, name, "note", f"UNSIGNED as far as can be told: there is a signature that names key {str(signer)[:16]}, but no --key to check it with")
+        return Check(
+            1,
+            name,
+            "note",
+            f"UNSIGNED as far as can be told: there is a signature that names key {str(signer)[:16]}, but no --key to"
+            " check it with",
+        )
     try:
         envelope = _read(release, SIGNATURE)
         payload = base64.b64decode(envelope["payload"], validate=True)
         kind = envelope["payloadType"].encode()
         message = b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
-        if not any(ed25519_valid(key, message, base64.b64decode(entry["sig"], validate=True)) for entry in envelope["signatures"]):
-            return Check(1, name, "finding", "the signature is not by this key, or the statement was changed after it was signed")
+        if not any(
+            ed25519_valid(key, message, base64.b64decode(entry["sig"], validate=True))
+            for entry in envelope["signatures"]
+        ):
+            return Check(
+                1, name, "finding", "the signature is not by this key, or the statement was changed after it was signed"
+            )
         subjects = {entry["name"]: entry["digest"]["sha256"] for entry in json.loads(payload)["subject"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return Check(1, name, "finding", f"{SIGNATURE} is not a signed statement ({type(error).__name__}: {error})")
     if subjects.get(ROOT) != digest:
         return Check(
-            1, name, "finding", f"the signature is valid, but of another release: it names root.json {str(subjects.get(ROOT))[:16]}, here it is {digest[:16]}"
+            1,
+            name,
+            "finding",
+            f"the signature is valid, but of another release: it names root.json {str(subjects.get(ROOT))[:16]}, here"
+            f" it is {digest[:16]}",
         )
-    return Check(1, name, "pass", f"root.json, SHA-256 {digest}, is signed by key {hashlib.sha256(_SPKI + key).hexdigest()[:16]}")
+    return Check(
+        1, name, "pass", f"root.json, SHA-256 {digest}, is signed by key {hashlib.sha256(_SPKI + key).hexdigest()[:16]}"
+    )
 
 
 # --------------------------------------------------------------------------------------------------- main
@@ -674,11 +835,17 @@ def verify(release: Path, key: bytes | None = None, hash_images: bool = True) ->
     except Unreadable as error:
         unread = [Check(level, "all", "not run", "the ledger or root.json cannot be read") for level in (1, 2)]
         return [Check(0, "root-form", "finding", str(error)), *unread]
-    return [*checks, *check_integrity(release, root, ledger, hash_images), check_signature(release, root, key), *check_completeness(release, root, ledger)]
+    return [
+        *checks,
+        *check_integrity(release, root, ledger, hash_images),
+        check_signature(release, root, key),
+        *check_completeness(release, root, ledger),
+    ]
 
 
 def verify_one(release: Path, proof: Any, key: bytes | None = None) -> list[Check]:
-    """What can be checked with root.json, its signature, a proof and one image: neither the ledger nor any other file is read.
+    """What can be checked with root.json, its signature, a proof and one image: neither the ledger nor any other file
+    is read.
 
     Raises
     ------
@@ -698,25 +865,49 @@ def verify_one(release: Path, proof: Any, key: bytes | None = None) -> list[Chec
     except (KeyError, TypeError, ValueError, RecursionError):
         row, problem = None, "it holds no row"
     wrong = [] if problem is None else [problem]
-    wrong += [] if proven(proof, sealed["root"]) and proof["rows"] == sealed["rows"] else [f"does not lead to the ledger's root {sealed['root']}"]
+    wrong += (
+        []
+        if proven(proof, sealed["root"]) and proof["rows"] == sealed["rows"]
+        else [f"does not lead to the ledger's root {sealed['root']}"]
+    )
     who = row["sample_id"] if problem is None else "a row"
-    checks.append(judged(1, "proof", wrong, f"leads from {who} to the ledger's root {sealed['root']}", "problem(s) with the proof"))
+    checks.append(
+        judged(
+            1, "proof", wrong, f"leads from {who} to the ledger's root {sealed['root']}", "problem(s) with the proof"
+        )
+    )
     if wrong:
         return [*checks, Check(1, "image", "not run", "without a proof nothing is known of the image")]
     image = row["image"]
     if image is None:
         return [*checks, Check(1, "image", "not run", f"{who} was not released: {row['privacy']['decision']}")]
     if not os.path.lexists(release / image["path"]):
-        return [*checks, Check(1, "image", "not run", f"{image['path']} is not here; its SHA-256 must be {image['sha256']}")]
+        return [
+            *checks,
+            Check(1, "image", "not run", f"{image['path']} is not here; its SHA-256 must be {image['sha256']}"),
+        ]
     altered = _altered(release, [(image["path"], image["bytes"], image["sha256"])], True, None)
-    return [*checks, judged(1, "image", altered, f"{image['path']} is the image of {who}, by size and SHA-256", "image is not as sealed")]
+    return [
+        *checks,
+        judged(
+            1, "image", altered, f"{image['path']} is the image of {who}, by size and SHA-256", "image is not as sealed"
+        ),
+    ]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Check a synthetic cohort: form, integrity, completeness.")
-    parser.add_argument("release", nargs="?", type=Path, default=Path(__file__).resolve().parents[1], help="root of the release")
-    parser.add_argument("--key", type=Path, help="the publisher's public key (PEM, ed25519), from elsewhere than the release")
-    parser.add_argument("--proof", type=Path, help="check root.json, its signature and one subject's image alone, by this proof, as `prove` writes it")
+    parser.add_argument(
+        "release", nargs="?", type=Path, default=Path(__file__).resolve().parents[1], help="root of the release"
+    )
+    parser.add_argument(
+        "--key", type=Path, help="the publisher's public key (PEM, ed25519), from elsewhere than the release"
+    )
+    parser.add_argument(
+        "--proof",
+        type=Path,
+        help="check root.json, its signature and one subject's image alone, by this proof, as `prove` writes it",
+    )
     parser.add_argument("--no-images", action="store_true", help="do not read the images")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()

@@ -1,8 +1,8 @@
 """Pictures of a report as PNG bytes: equal inputs give equal bytes (no dates, no software name, Agg only).
 
-Volumes are RAS arrays (x left to right, y posterior to anterior, z inferior to superior).  They are shown as middle slices in
-radiological convention: the subject's right is on the viewer's left; anterior is up in axial and left in sagittal planes,
-superior is up in coronal and sagittal ones.
+Volumes are RAS arrays (x left to right, y posterior to anterior, z inferior to superior).  They are shown as middle
+slices in radiological convention: the subject's right is on the viewer's left; anterior is up in axial and left in
+sagittal planes, superior is up in coronal and sagittal ones.
 """
 
 from __future__ import annotations
@@ -73,7 +73,11 @@ def png(drawing: Figure) -> bytes:
 
 def styled() -> Any:
     """Context in which figures are drawn and saved: the same style whatever the user's matplotlibrc says."""
-    style: dict[Any, Any] = {k: v for k, v in matplotlib.rcParamsDefault.items() if k not in ("backend", "interactive", "toolbar", "webagg.open_in_browser")}
+    style: dict[Any, Any] = {
+        k: v
+        for k, v in matplotlib.rcParamsDefault.items()
+        if k not in ("backend", "interactive", "toolbar", "webagg.open_in_browser")
+    }
     style.update(_STYLE)
     return matplotlib.rc_context(style)
 
@@ -122,7 +126,12 @@ def show(axes: Axes, picture: np.ndarray, **options: Any) -> None:
         spine.set_visible(False)
 
 
-def image_grid(blocks: Sequence[Block], width: float = 10.0, title: str = "", views: Sequence[str] = ("axial", "coronal", "sagittal")) -> bytes:
+def image_grid(
+    blocks: Sequence[Block],
+    width: float = 10.0,
+    title: str = "",
+    views: Sequence[str] = ("axial", "coronal", "sagittal"),
+) -> bytes:
     """Blocks of images one below the other; each image shows its planes side by side.
 
     Sizes follow from the pictures, so pixels stay square and nothing overlaps.
@@ -139,7 +148,9 @@ def image_grid(blocks: Sequence[Block], width: float = 10.0, title: str = "", vi
             lines = max(t.caption.count("\n") + 1 if t.caption else 0 for t in block.tiles)
             text = 0.155 * lines + 0.04
             layout.append((block, pictures, margin, cell, text))
-            height += 0.3 * bool(block.title) + -(-len(pictures) // block.columns) * ((cell - 0.06) * rows / columns + text + 0.06)
+            height += 0.3 * bool(block.title) + -(-len(pictures) // block.columns) * (
+                (cell - 0.06) * rows / columns + text + 0.06
+            )
         drawing = figure(width, height + 0.05)
         canvas = height + 0.05
         if title:
@@ -147,7 +158,15 @@ def image_grid(blocks: Sequence[Block], width: float = 10.0, title: str = "", vi
         cursor = top
         for block, pictures, margin, cell, text in layout:
             if block.title:
-                drawing.text(0.05 / width, 1 - (cursor + 0.21) / canvas, block.title, fontsize=10, fontweight="bold", color=block.colour, va="baseline")
+                drawing.text(
+                    0.05 / width,
+                    1 - (cursor + 0.21) / canvas,
+                    block.title,
+                    fontsize=10,
+                    fontweight="bold",
+                    color=block.colour,
+                    va="baseline",
+                )
                 cursor += 0.3
             rows, columns = max(p.shape[0] for p in pictures), max(p.shape[1] for p in pictures)
             tall = (cell - 0.06) * rows / columns
@@ -156,15 +175,32 @@ def image_grid(blocks: Sequence[Block], width: float = 10.0, title: str = "", vi
                 left, up = margin + column * cell, cursor + line * (tall + text + 0.06) + text
                 axes = drawing.add_axes((left / width, 1 - (up + tall) / canvas, (cell - 0.06) / width, tall / canvas))
                 show(axes, picture)
-                drawing.text((left + 0.01) / width, 1 - (up - 0.05) / canvas, tile.caption, fontsize=7.5, va="bottom", linespacing=1.15)
+                drawing.text(
+                    (left + 0.01) / width,
+                    1 - (up - 0.05) / canvas,
+                    tile.caption,
+                    fontsize=7.5,
+                    va="bottom",
+                    linespacing=1.15,
+                )
                 if column == 0 and line < len(block.row_labels):
-                    drawing.text(0.05 / width, 1 - (up + tall / 2) / canvas, block.row_labels[line], fontsize=8, va="center")
+                    drawing.text(
+                        0.05 / width, 1 - (up + tall / 2) / canvas, block.row_labels[line], fontsize=8, va="center"
+                    )
             cursor += -(-len(pictures) // block.columns) * (tall + text + 0.06)
         return png(drawing)
 
 
-def strip(rows: Sequence[Sequence[Tile]], *, difference: bool, views: Sequence[str] = ("axial", "coronal"), row_name: str = "subject") -> bytes:
-    """Rows of images that change along a line; with `difference`, the last minus the first in red (brighter) and blue (darker)."""
+def strip(
+    rows: Sequence[Sequence[Tile]],
+    *,
+    difference: bool,
+    views: Sequence[str] = ("axial", "coronal"),
+    row_name: str = "subject",
+) -> bytes:
+    """Rows of images that change along a line; with `difference`, the last minus the first in red (brighter) and blue
+    (darker).
+    """
     with styled():
         positions = max(len(row) for row in rows)
         columns = positions + difference
@@ -178,7 +214,15 @@ def strip(rows: Sequence[Sequence[Tile]], *, difference: bool, views: Sequence[s
         for r, (row, shown) in enumerate(zip(rows, pictures, strict=True)):
             bottom = height - (r + 1) * line + 0.02
             frame = ((cell - 0.05) / width, (line - 0.27) / height)
-            drawing.text(0.12 / width, (bottom + line / 2) / height, f"{row_name} {r + 1}", rotation=90, fontsize=8, va="center", ha="center")
+            drawing.text(
+                0.12 / width,
+                (bottom + line / 2) / height,
+                f"{row_name} {r + 1}",
+                rotation=90,
+                fontsize=8,
+                va="center",
+                ha="center",
+            )
             for p, (tile, picture) in enumerate(zip(row, shown, strict=True)):
                 axes = drawing.add_axes(((0.4 + p * cell) / width, bottom / height, *frame))
                 show(axes, picture)
@@ -210,7 +254,9 @@ def reconstruction_grid(rows: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> b
             bottom = height - 0.25 - (r + 1) * line + 0.02
             drawing.text(0.03 / width, (bottom + line - 0.2) / height, label, fontsize=8)
             for c, picture in enumerate((*pair, change)):
-                axes = drawing.add_axes(((c * cell + 0.03) / width, bottom / height, (cell - 0.06) / width, (line - 0.25) / height))
+                axes = drawing.add_axes(
+                    ((c * cell + 0.03) / width, bottom / height, (cell - 0.06) / width, (line - 0.25) / height)
+                )
                 show(axes, picture, **({"cmap": "RdBu_r", "vmin": -limit, "vmax": limit} if c == 2 else {}))
         return png(drawing)
 
@@ -258,13 +304,21 @@ def _number_panel(axes: Axes, name: str, rows: pd.DataFrame, entry: Mapping[str,
         style = {"s": 12, "linewidths": 0.7, "alpha": 0.75} | (
             {"facecolors": "none", "edgecolors": colour} if kind == "real" else {"color": colour, "linewidths": 0}
         )
-        axes.scatter(thin["requested_or_true"], thin["measured"], label=f"{label}: {_legend_text(entry, kind, 'r')}, n {len(part)}", **style)
+        axes.scatter(
+            thin["requested_or_true"],
+            thin["measured"],
+            label=f"{label}: {_legend_text(entry, kind, 'r')}, n {len(part)}",
+            **style,
+        )
     values = rows[["requested_or_true", "measured"]].to_numpy()
     low, high = np.nanmin(values), np.nanmax(values)
     margin = 0.04 * (high - low or 1.0)
     axes.plot([low, high], [low, high], color=INK, linewidth=0.8, linestyle="--", zorder=0)
     axes.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin), aspect="equal", title=name)
-    axes.set(xlabel=plain(f"requested (synthetic) or true (real), {entry['unit']}"), ylabel=plain(f"measured from the image, {entry['unit']}"))
+    axes.set(
+        xlabel=plain(f"requested (synthetic) or true (real), {entry['unit']}"),
+        ylabel=plain(f"measured from the image, {entry['unit']}"),
+    )
     axes.legend(loc="upper left", fontsize=7.5, handletextpad=0.2, borderaxespad=0)
 
 
@@ -276,14 +330,26 @@ def _label_panel(axes: Axes, name: str, rows: pd.DataFrame, entry: Mapping[str, 
             centre = 2.6 * i + 1.2 * wanted
             ticks.append(centre)
             labels.append(plain(level if wanted else f"not {level}"))
-            for shift, (kind, label, colour, part) in zip((-0.24, 0.24), _kinds(rows[rows["level"] == level]), strict=True):
+            for shift, (kind, label, colour, part) in zip(
+                (-0.24, 0.24), _kinds(rows[rows["level"] == level]), strict=True
+            ):
                 values = part.loc[part["requested_or_true"] == wanted, "measured"].to_numpy()
                 if len(values) == 0:
                     continue
                 known = f"{label}: {_legend_text(entry, kind, 'auc')}" if i == 0 and wanted == 1.0 else None
-                spread = ((np.arange(len(values)) * 0.61803) % 1 - 0.5) * 0.36  # golden-ratio jitter: even, and the same every time
+                spread = (
+                    (np.arange(len(values)) * 0.61803) % 1 - 0.5
+                ) * 0.36  # golden-ratio jitter: even, and the same every time
                 thin = slice(None, None, max(1, len(values) // 500))
-                axes.scatter((centre + shift + spread)[thin], values[thin], s=7, color=colour, alpha=0.5, linewidths=0, label=known)
+                axes.scatter(
+                    (centre + shift + spread)[thin],
+                    values[thin],
+                    s=7,
+                    color=colour,
+                    alpha=0.5,
+                    linewidths=0,
+                    label=known,
+                )
                 quartiles = np.percentile(values, [25, 50, 75])
                 axes.plot([centre + shift] * 2, quartiles[[0, 2]], color=INK, linewidth=1.2)
                 axes.plot([centre + shift - 0.15, centre + shift + 0.15], [quartiles[1]] * 2, color=INK, linewidth=2)
@@ -308,7 +374,10 @@ def feature_spaces(places: pd.DataFrame, spaces: Mapping[str, Any]) -> bytes:
         names = [name for name in spaces if (places["space"] == name).any()]
         drawing, axes = _grid(len(names), 3, 3.35, 3.5)
         looks: dict[str, tuple[str, dict[str, Any]]] = {
-            "held_out": ("real, held out", {"marker": "o", "facecolors": "none", "edgecolors": REAL, "linewidths": 0.8, "s": 16}),
+            "held_out": (
+                "real, held out",
+                {"marker": "o", "facecolors": "none", "edgecolors": REAL, "linewidths": 0.8, "s": 16},
+            ),
             "synthetic": ("synthetic", {"marker": "x", "color": SYNTHETIC, "linewidths": 0.9, "s": 14}),
         }
         for name, panel in zip(names, axes, strict=True):
@@ -318,7 +387,11 @@ def feature_spaces(places: pd.DataFrame, spaces: Mapping[str, Any]) -> bytes:
                 thin = part.iloc[:: max(1, len(part) // 1000)]
                 panel.scatter(thin["pc1"], thin["pc2"], label=f"{label}, n {len(part)}", alpha=0.8, **style)
             shares = [f"{100 * share:.0f} %" for share in spaces[name]["explained"]]
-            panel.set(title=plain(name), xlabel=f"component 1 ({shares[0]} of real variance)", ylabel=f"component 2 ({shares[1]})")
+            panel.set(
+                title=plain(name),
+                xlabel=f"component 1 ({shares[0]} of real variance)",
+                ylabel=f"component 2 ({shares[1]})",
+            )
             panel.margins(0.08)
         handles, labels = axes[0].get_legend_handles_labels()
         drawing.legend(handles, labels, fontsize=8, loc="upper center", ncols=2, handletextpad=0.2)
@@ -329,7 +402,10 @@ def feature_spaces(places: pd.DataFrame, spaces: Mapping[str, Any]) -> bytes:
 def spectra(spectrum: Mapping[str, Any]) -> bytes:
     """Radially averaged power, and power over real, with the band edges."""
     with styled():
-        frequency, curves = np.asarray(spectrum["frequency_of_nyquist"]), {k: np.asarray(v) for k, v in spectrum["radial_average"].items()}
+        frequency, curves = (
+            np.asarray(spectrum["frequency_of_nyquist"]),
+            {k: np.asarray(v) for k, v in spectrum["radial_average"].items()},
+        )
         drawing, (left, right) = _grid(2, 2, 4.6, 3.6)
         looks = {
             "real": ("real, held out", REAL, "-"),
@@ -361,17 +437,30 @@ def spectra(spectrum: Mapping[str, Any]) -> bytes:
         return png(drawing)
 
 
-#: Colours of Okabe and Ito 2008 that differ for every kind of colour vision, and in grey; markers tell them apart once more.
-SERIES = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "D", ":"), ("#E69F00", "v", "-"), ("#56B4E9", "P", "--"))
+#: Colours of Okabe and Ito 2008 that differ for every kind of colour vision, and in grey; markers tell them apart once
+#: more.
+SERIES = (
+    ("#0072B2", "o", "-"),
+    ("#D55E00", "s", "--"),
+    ("#009E73", "^", "-."),
+    ("#CC79A7", "D", ":"),
+    ("#E69F00", "v", "-"),
+    ("#56B4E9", "P", "--"),
+)
 
 
 def _error(figures: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """Values (n,) and distances to their interval's ends (2, n); nan where a figure is undefined."""
-    table = np.array([[np.nan if f.get(k) is None else f[k] for k in ("value", "low", "high")] for f in figures], dtype=float).reshape(-1, 3)
+    table = np.array(
+        [[np.nan if f.get(k) is None else f[k] for k in ("value", "low", "high")] for f in figures], dtype=float
+    ).reshape(-1, 3)
     return table[:, 0], np.abs(table[:, 1:].T - table[:, 0])
 
 
-def arms(entries: Sequence[tuple[str, Sequence[tuple[str, Mapping[str, Any]]], Sequence[float | None]]], reference: float | None) -> bytes:
+def arms(
+    entries: Sequence[tuple[str, Sequence[tuple[str, Mapping[str, Any]]], Sequence[float | None]]],
+    reference: float | None,
+) -> bytes:
     """AUC of every arm with its interval, one line each.
 
     Parameters
@@ -393,11 +482,23 @@ def arms(entries: Sequence[tuple[str, Sequence[tuple[str, Mapping[str, Any]]], S
             places = [(i, dict(figures)[name]) for i, (_, figures, _) in enumerate(entries) if name in dict(figures)]
             values, distance = _error([value for _, value in places])
             height = np.array([i for i, _ in places]) + 0.6 * ((number + 0.5) / len(sets) - 0.5)
-            axes.errorbar(values, height, xerr=distance, fmt=marker, color=colour, markersize=5, linewidth=1.4, capsize=2.5, label=name)
+            axes.errorbar(
+                values,
+                height,
+                xerr=distance,
+                fmt=marker,
+                color=colour,
+                markersize=5,
+                linewidth=1.4,
+                capsize=2.5,
+                label=name,
+            )
             if number == 0:
                 for at, i in zip(height, (i for i, _ in places), strict=True):
                     each = [value for value in entries[i][2] if value is not None]
-                    axes.scatter(each, [at] * len(each), s=9, facecolors="none", edgecolors=INK, linewidths=0.6, zorder=3)
+                    axes.scatter(
+                        each, [at] * len(each), s=9, facecolors="none", edgecolors=INK, linewidths=0.6, zorder=3
+                    )
         axes.set_yticks(range(len(entries)), [plain(name) for name, _, _ in entries])
         axes.set(ylim=(len(entries) - 0.5, -0.5), xlabel="AUC")
         axes.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -425,11 +526,22 @@ def bars(panels: Sequence[Bars], label: str) -> bytes:
                 colour = SERIES[number % len(SERIES)][0]
                 places = np.arange(len(panel.across)) + width * (number - (len(panel.series) - 1) / 2)
                 values, distance = _error(figures)
-                axes.bar(places, values, 0.9 * width, color=colour, hatch=["", "///", "...", "xxx"][number % 4], edgecolor="white", linewidth=0, label=name)
+                axes.bar(
+                    places,
+                    values,
+                    0.9 * width,
+                    color=colour,
+                    hatch=["", "///", "...", "xxx"][number % 4],
+                    edgecolor="white",
+                    linewidth=0,
+                    label=name,
+                )
                 axes.errorbar(places, values, yerr=distance, fmt="none", ecolor=INK, elinewidth=1, capsize=2.5)
                 for place, ceiling in zip(places, panel.ceilings.get(name, []), strict=False):
                     if ceiling and ceiling.get("value") is not None:
-                        axes.hlines(ceiling["value"], place - 0.48 * width, place + 0.48 * width, color=INK, linewidth=1.6)
+                        axes.hlines(
+                            ceiling["value"], place - 0.48 * width, place + 0.48 * width, color=INK, linewidth=1.6
+                        )
             axes.set_xticks(range(len(panel.across)), [wrapped([plain(name)], 20) for name in panel.across], fontsize=8)
             axes.set(title=panel.title, ylabel=label)
             axes.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -440,16 +552,20 @@ def bars(panels: Sequence[Bars], label: str) -> bytes:
 def _seconds_axis(axes: Axes, entries: Sequence[Mapping[str, Any]]) -> None:
     """Seconds per image above an axis of network passes.
 
-    Seconds grow with passes along a line, whose start is what decoding takes: its slope is the median over pairs of points (Theil 1950), which
-    a machine that was busy with something else for a while does not move.
+    Seconds grow with passes along a line, whose start is what decoding takes: its slope is the median over pairs of
+    points (Theil 1950), which a machine that was busy with something else for a while does not move.
     """
-    passes, seconds = (np.array([entry[key] for entry in entries], dtype=float) for key in ("passes", "seconds_per_image"))
+    passes, seconds = (
+        np.array([entry[key] for entry in entries], dtype=float) for key in ("passes", "seconds_per_image")
+    )
     first, second = np.triu_indices(len(passes), 1)
     apart = passes[first] != passes[second]
     slopes = (seconds[second] - seconds[first])[apart] / (passes[second] - passes[first])[apart]
     slope = max(float(np.median(slopes)), 1e-9) if len(slopes) else 1e-9
     start = max(float(np.median(seconds - slope * passes)), 0.0)
-    upper = axes.secondary_xaxis("top", functions=(lambda x: start + slope * np.asarray(x), lambda s: (np.asarray(s) - start) / slope))
+    upper = axes.secondary_xaxis(
+        "top", functions=(lambda x: start + slope * np.asarray(x), lambda s: (np.asarray(s) - start) / slope)
+    )
     places = sorted({float(place) for place in passes})[:: max(1, len(set(passes)) // 4)]
     upper.xaxis.set_major_locator(FixedLocator([start + slope * place for place in places]))
     upper.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
@@ -458,10 +574,11 @@ def _seconds_axis(axes: Axes, entries: Sequence[Mapping[str, Any]]) -> None:
 
 
 def sampler_study(results: Mapping[str, Any]) -> bytes:
-    """Quality over network passes per image: a row per measure, a column per guidance scale, a line per sampler, a point per number of steps.
+    """Quality over network passes per image: a row per measure, a column per guidance scale, a line per sampler, a
+    point per number of steps.
 
-    The recommended point has a ring in the first row.  Passes do not depend on the machine; the seconds that they took here stand at the upper
-    edge (a line fitted to all points).
+    The recommended point has a ring in the first row.  Passes do not depend on the machine; the seconds that they took
+    here stand at the upper edge (a line fitted to all points).
 
     Parameters
     ----------
@@ -471,8 +588,13 @@ def sampler_study(results: Mapping[str, Any]) -> bytes:
     with styled():
         entries = results["points"]
         recommended = None if results.get("choice") is None else entries[results["choice"]]
-        scales, samplers = (list(dict.fromkeys(entry[key] for entry in entries)) for key in ("guidance_scale", "sampler"))
-        read: dict[str, Any] = {"Frechet distance (low is good)": lambda entry: entry["frechet"], "KID (0 is good)": lambda entry: entry["kid"]}
+        scales, samplers = (
+            list(dict.fromkeys(entry[key] for entry in entries)) for key in ("guidance_scale", "sampler")
+        )
+        read: dict[str, Any] = {
+            "Frechet distance (low is good)": lambda entry: entry["frechet"],
+            "KID (0 is good)": lambda entry: entry["kid"],
+        }
         for name, part in entries[0]["covariates"].items():
             key = next(iter(part))
             label = f"{plain(name)}, {'AUC' if key == 'auc' else key} (high is good)"
@@ -484,18 +606,44 @@ def sampler_study(results: Mapping[str, Any]) -> bytes:
                 for number, sampler in enumerate(samplers):
                     colour, marker, line = SERIES[number % len(SERIES)]
                     part = sorted(
-                        (e for e in entries if (e["sampler"], e["guidance_scale"]) == (sampler, scale)), key=lambda entry: entry["num_inference_steps"]
+                        (e for e in entries if (e["sampler"], e["guidance_scale"]) == (sampler, scale)),
+                        key=lambda entry: entry["num_inference_steps"],
                     )
                     values, distance = _error([value(entry) for entry in part])
-                    style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": line, "markersize": 5, "linewidth": 1.4, "capsize": 2}
+                    style: dict[str, Any] = {
+                        "color": colour,
+                        "marker": marker,
+                        "linestyle": line,
+                        "markersize": 5,
+                        "linewidth": 1.4,
+                        "capsize": 2,
+                    }
                     # A little apart, since most samplers have the same numbers of passes.
                     passes = [entry["passes"] * 1.03 ** (number - (len(samplers) - 1) / 2) for entry in part]
                     axes.errorbar(passes, values, yerr=distance, elinewidth=0.7, label=sampler, **style)
                     if line_number == 0:
-                        chosen = [(at, value) for at, value, entry in zip(passes, values, part, strict=True) if entry is recommended]
-                        axes.scatter(*zip(*chosen, strict=True) if chosen else ([], []), s=170, facecolors="none", edgecolors=INK, linewidths=1.4, zorder=4)
+                        chosen = [
+                            (at, value)
+                            for at, value, entry in zip(passes, values, part, strict=True)
+                            if entry is recommended
+                        ]
+                        axes.scatter(
+                            *zip(*chosen, strict=True) if chosen else ([], []),
+                            s=170,
+                            facecolors="none",
+                            edgecolors=INK,
+                            linewidths=1.4,
+                            zorder=4,
+                        )
                         for at, height, entry in zip(passes, values, part, strict=True):
-                            axes.annotate(str(entry["num_inference_steps"]), (at, height), (3, 4), textcoords="offset points", fontsize=6.5, color=colour)
+                            axes.annotate(
+                                str(entry["num_inference_steps"]),
+                                (at, height),
+                                (3, 4),
+                                textcoords="offset points",
+                                fontsize=6.5,
+                                color=colour,
+                            )
                 best = value(entries[0]).get("floor") or value(entries[0]).get("ceiling")
                 if best and best["value"] is not None:
                     axes.axhline(best["value"], color=INK, linewidth=0.8, linestyle=":")
@@ -527,9 +675,22 @@ def ratio_curves(curves: Sequence[Mapping[str, Any]]) -> bytes:
         for number, curve in enumerate(curves):
             colour, marker, line = SERIES[number % len(SERIES)]
             values, distance = _error([point["auc"] for point in curve["points"]])
-            places = np.array([ratios.index(point["ratio"]) for point in curve["points"]]) + 0.06 * (number - (len(curves) - 1) / 2)
+            places = np.array([ratios.index(point["ratio"]) for point in curve["points"]]) + 0.06 * (
+                number - (len(curves) - 1) / 2
+            )
             label = f"{100 * curve['real']:.3g} % of the real subjects, {curve['source']}"
-            axes.errorbar(places, values, yerr=distance, color=colour, marker=marker, linestyle=line, markersize=5, linewidth=1.4, capsize=2.5, label=label)
+            axes.errorbar(
+                places,
+                values,
+                yerr=distance,
+                color=colour,
+                marker=marker,
+                linestyle=line,
+                markersize=5,
+                linewidth=1.4,
+                capsize=2.5,
+                label=label,
+            )
         axes.set_xticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
         axes.set(xlabel="images added per real one", ylabel="AUC on the test split", xlim=(-0.4, len(ratios) - 0.6))
         axes.legend(fontsize=7.5, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2 if len(curves) > 3 else 1)
@@ -539,7 +700,12 @@ def ratio_curves(curves: Sequence[Mapping[str, Any]]) -> bytes:
 
 def _quantity(metric: str) -> tuple[str, str]:
     """Split "train/l1", "val_l1" and the like into (l1, train); without a prefix the series is the metric itself."""
-    for prefix, series in (("train", "train"), ("validation", "validation"), ("val", "validation"), ("valid", "validation")):
+    for prefix, series in (
+        ("train", "train"),
+        ("validation", "validation"),
+        ("val", "validation"),
+        ("valid", "validation"),
+    ):
         for mark in ("/", "_", "."):
             if metric.startswith(prefix + mark):
                 return metric[len(prefix) + 1 :], series
@@ -559,7 +725,15 @@ def loss_curves(history: pd.DataFrame) -> bytes:
             values = np.concatenate([rows["value"].to_numpy() for rows in group.values()])
             for series, rows in group.items():
                 few = len(rows) <= 40
-                panel.plot(rows["step"], rows["value"], color=colours.get(series, INK), linewidth=1.2, marker="o" if few else None, markersize=3, label=series)
+                panel.plot(
+                    rows["step"],
+                    rows["value"],
+                    color=colours.get(series, INK),
+                    linewidth=1.2,
+                    marker="o" if few else None,
+                    markersize=3,
+                    label=series,
+                )
             finite = values[np.isfinite(values)]
             if len(finite) and finite.min() > 0 and finite.max() > 10 * finite.min():
                 panel.set_yscale("log")

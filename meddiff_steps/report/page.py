@@ -1,7 +1,7 @@
 """report.html: one self-contained page, headline figures first.
 
-The page loads nothing from outside (pictures are embedded, a content security policy forbids the rest and lets no script run but
-the slice viewer's) and holds no dates or paths of the machine, so equal inputs give equal bytes.
+The page loads nothing from outside (pictures are embedded, a content security policy forbids the rest and lets no
+script run but the slice viewer's) and holds no dates or paths of the machine, so equal inputs give equal bytes.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def _show_value(value: Any) -> str:
     return number(value, 4) if isinstance(value, float) else str(value)
 
 
-def render(*, title: str, study: str, lead: str, simulated: bool, headline: Sequence[Headline], sections: Iterable[Section]) -> bytes:
+def render(
+    *, title: str, study: str, lead: str, simulated: bool, headline: Sequence[Headline], sections: Iterable[Section]
+) -> bytes:
     """The page as UTF-8; all text is escaped.
 
     Parameters
@@ -94,7 +96,11 @@ def render(*, title: str, study: str, lead: str, simulated: bool, headline: Sequ
         In the order of the page; sections without content are left out.
     """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters |= {
         "is_figure": lambda keys: set(keys) >= _FIGURE_KEYS,

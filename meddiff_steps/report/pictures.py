@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from meddiff_steps.config import CategoricalCovariate, Covariates, Study
-from meddiff_steps.errors import UserError
+from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.report import figures
 from meddiff_steps.report.page import Picture
@@ -31,7 +31,11 @@ def _facts(row: pd.Series, covariates: Covariates) -> list[str]:
         if pd.isna(value):
             facts.append(f"{name} –")
         else:
-            facts.append(f"{name} {value}" if isinstance(covariate, CategoricalCovariate) else f"{name} {_short(float(value))} {covariate.unit}")
+            facts.append(
+                f"{name} {value}"
+                if isinstance(covariate, CategoricalCovariate)
+                else f"{name} {_short(float(value))} {covariate.unit}"
+            )
     return facts
 
 
@@ -40,7 +44,9 @@ def _short(value: float) -> str:
 
 
 def _coordinates(table: pd.DataFrame, covariates: Covariates, reference: pd.DataFrame) -> np.ndarray:
-    """Covariates on comparable scales, (rows, dimensions): standard deviations for numbers, 2 between labels, 0 where missing."""
+    """Covariates on comparable scales, (rows, dimensions): standard deviations for numbers, 2 between labels, 0 where
+    missing.
+    """
     columns = []
     for name, covariate in covariates.items():
         if isinstance(covariate, CategoricalCovariate):
@@ -52,15 +58,26 @@ def _coordinates(table: pd.DataFrame, covariates: Covariates, reference: pd.Data
     return np.stack(columns, axis=1)
 
 
-def matched_pairs(real: Shards, synthetic: Shards, scans: pd.DataFrame, planned: pd.DataFrame, study: Study) -> list[tuple[Shown, Shown]]:
-    """Held-out scans spread evenly over the first covariate's order, each with the synthetic image whose request is closest, and their covariates."""
+def matched_pairs(
+    real: Shards, synthetic: Shards, scans: pd.DataFrame, planned: pd.DataFrame, study: Study
+) -> list[tuple[Shown, Shown]]:
+    """Held-out scans spread evenly over the first covariate's order, each with the synthetic image whose request is
+    closest, and their covariates.
+    """
     held = _rows(real, "scan_id", scans[scans["split"] == "test"])
     made = _rows(synthetic, "sample_id", planned)
     if held.empty or made.empty:
-        raise UserError("report: there are no preprocessed test scans or no planned synthetic images to show. Check splits and the plan.")
+        raise UserError(
+            "report: there are no preprocessed test scans or no planned synthetic images to show. Check splits and the"
+            " plan."
+        )
     places, requests = (_coordinates(t, study.covariates, scans) for t in (held, made))
     order = np.lexsort((held["scan_id"].to_numpy(dtype=str), places[:, 0]))
-    shown = order[np.unique(np.linspace(0, len(order) - 1, min(PAIRS[study.spatial_dims], len(order), len(made))).round().astype(int))]
+    shown = order[
+        np.unique(
+            np.linspace(0, len(order) - 1, min(PAIRS[study.spatial_dims], len(order), len(made))).round().astype(int)
+        )
+    ]
     free = np.ones(len(made), dtype=bool)
     pairs = []
     for i in shown:
@@ -78,7 +95,10 @@ def contact_sheet(pairs: list[tuple[Shown, Shown]], study: Study) -> Picture:
     """All pairs as one picture."""
     spatial_dims = study.spatial_dims
     columns, width = (2, 92) if spatial_dims == 3 else (6, 26)
-    tiles = [[figures.Tile(image, figures.wrapped(facts, width)) for facts, image in side] for side in zip(*pairs, strict=True)]
+    tiles = [
+        [figures.Tile(image, figures.wrapped(facts, width)) for facts, image in side]
+        for side in zip(*pairs, strict=True)
+    ]
     kind = "Simulated, held out" if study.cohort.source == "simulated" else "Real, held out"
     if spatial_dims == 3:  # pairs side by side
         blocks = [figures.Block("", [tile for pair in zip(*tiles, strict=True) for tile in pair], columns)]
@@ -90,26 +110,36 @@ def contact_sheet(pairs: list[tuple[Shown, Shown]], study: Study) -> Picture:
         ]
         title = ""
     how = (
-        "Axial, coronal and sagittal middle slices, radiological convention (the subject's right is on the left; in sagittal slices, anterior). "
+        "Axial, coronal and sagittal middle slices, radiological convention (the subject's right is on the left; in"
+        " sagittal slices, anterior). "
         if spatial_dims == 3
         else ""
     )
     return Picture(
         figures.image_grid(blocks, title=title),
-        f"{len(pairs)} held-out {kind.split(',')[0].lower()} images beside {len(pairs)} synthetic ones, each with its covariates.",
-        f"{how}Grey values 0 to 1, bicubic. Each held-out scan stands beside the synthetic image whose request is closest; none was picked by eye. "
-        "Good: as sharp as its partner, with structures of the size that was asked for. Bad: haze in the background, blur, or one image everywhere.",
+        f"{len(pairs)} held-out {kind.split(',')[0].lower()} images beside {len(pairs)} synthetic ones, each with its"
+        " covariates.",
+        f"{how}Grey values 0 to 1, bicubic. Each held-out scan stands beside the synthetic image whose request is"
+        " closest; none was picked by eye. Good: as sharp as its partner, with structures of the size that was asked"
+        " for. Bad: haze in the background, blur, or one image everywhere.",
     )
 
 
 def slices(pairs: list[tuple[Shown, Shown]]) -> Viewer:
     """The first, middle and last pair."""
     chosen = [pairs[i] for i in sorted({0, len(pairs) // 2, len(pairs) - 1})]
-    groups = [[(f"{kind}: {', '.join(facts)}", image) for kind, (facts, image) in zip(("Held out", "Synthetic"), pair, strict=True)] for pair in chosen]
+    groups = [
+        [
+            (f"{kind}: {', '.join(facts)}", image)
+            for kind, (facts, image) in zip(("Held out", "Synthetic"), pair, strict=True)
+        ]
+        for pair in chosen
+    ]
     return viewer(
         groups,
-        "Move the sliders, or click or drag in a slice: all planes of both volumes follow. Good: the same structures in the same places, as sharp "
-        "in every plane. Bad: texture that breaks off from slice to slice, or haze outside the head. Radiological convention, 256 grey levels.",
+        "Move the sliders, or click or drag in a slice: all planes of both volumes follow. Good: the same structures in"
+        " the same places, as sharp in every plane. Bad: texture that breaks off from slice to slice, or haze outside"
+        " the head. Radiological convention, 256 grey levels.",
     )
 
 
@@ -128,18 +158,39 @@ def showcase(shards: Shards, study: Study) -> list[Picture]:
         rows = []
         for _, part in table[table["panel"] == panel].groupby("row", sort=True):
             ordered = part.sort_values("position", kind="stable")
-            rows.append([figures.Tile(shards.tensor("image", at), figures.plain(label)) for at, label in zip(ordered["at"], ordered["label"], strict=True)])
+            rows.append(
+                [
+                    figures.Tile(shards.tensor("image", at), figures.plain(label))
+                    for at, label in zip(ordered["at"], ordered["label"], strict=True)
+                ]
+            )
         if panel.startswith("sweep:"):
             name = panel.removeprefix("sweep:")
             covariate = study.covariates.get(name)
-            unit = f" ({covariate.unit})" if covariate is not None and not isinstance(covariate, CategoricalCovariate) else ""
-            caption = f"{name}{unit} moved while noise and all other covariates stay. Right: last minus first image, red is brighter. "
-            caption += "Good: what this covariate does to anatomy changes step by step, and nothing else. Bad: no change, or another subject at every step."
-            pictures.append(Picture(figures.strip(rows, difference=True, views=views), f"Synthetic images of {len(rows)} subjects as {name} changes.", caption))
+            unit = (
+                f" ({covariate.unit})"
+                if covariate is not None and not isinstance(covariate, CategoricalCovariate)
+                else ""
+            )
+            caption = (
+                f"{name}{unit} moved while noise and all other covariates stay. Right: last minus first image, red is"
+                " brighter. "
+            )
+            caption += (
+                "Good: what this covariate does to anatomy changes step by step, and nothing else. Bad: no change, or"
+                " another subject at every step."
+            )
+            pictures.append(
+                Picture(
+                    figures.strip(rows, difference=True, views=views),
+                    f"Synthetic images of {len(rows)} subjects as {name} changes.",
+                    caption,
+                )
+            )
         else:
             caption = (
-                "From one synthetic subject to another: noise and covariates change together. Good: every image between is a subject of its own. "
-                "Bad: two subjects seen through each other."
+                "From one synthetic subject to another: noise and covariates change together. Good: every image between"
+                " is a subject of its own. Bad: two subjects seen through each other."
             )
             picture = figures.strip(rows, difference=False, views=views, row_name="pair")
             pictures.append(Picture(picture, f"{panel}: synthetic images between pairs of subjects.", caption))
@@ -152,14 +203,17 @@ def fidelity(predictions: pd.DataFrame, metrics: Mapping[str, Any]) -> list[Pict
         return []
     alt = f"Requested against measured {', '.join(metrics)}, synthetic images over held-out real scans."
     caption = (
-        "Orange: synthetic, requested against measured. Grey: held-out real scans, true against measured: the predictor's own error, the ceiling. Bars: "
-        "quartiles. Good: orange lies along grey. Bad: orange is flatter (requests are followed in part), off to one side (a bias), or a cloud."
+        "Orange: synthetic, requested against measured. Grey: held-out real scans, true against measured: the"
+        " predictor's own error, the ceiling. Bars: quartiles. Good: orange lies along grey. Bad: orange is flatter"
+        " (requests are followed in part), off to one side (a bias), or a cloud."
     )
     return [Picture(figures.scatter(predictions, metrics), alt, caption)]
 
 
 def subgroups(measured: Mapping[str, Any]) -> list[Picture]:
-    """How well covariates are shown within each level of each label, from the part `subgroups` of evaluation/metrics.json."""
+    """How well covariates are shown within each level of each label, from the part `subgroups` of
+    evaluation/metrics.json.
+    """
     panels = []
     for label, levels in measured.items():
         known = {level: part["covariates"] for level, part in levels.items() if part["covariates"]}
@@ -167,15 +221,23 @@ def subgroups(measured: Mapping[str, Any]) -> list[Picture]:
         read = {level: [part[name].get("r") or part[name]["auc"] for name in names] for level, part in known.items()}
         if len(read) > 1 and names:
             ceilings = {f"{label} {level}": [one.get("ceiling") for one in found] for level, found in read.items()}
-            panels.append(figures.Bars(f"by {figures.plain(label)}", names, {f"{label} {level}": found for level, found in read.items()}, ceilings))
+            panels.append(
+                figures.Bars(
+                    f"by {figures.plain(label)}",
+                    names,
+                    {f"{label} {level}": found for level, found in read.items()},
+                    ceilings,
+                )
+            )
     if not panels:
         return []
     return [
         Picture(
             figures.bars(panels, "r of numbers, AUC of labels"),
             "How well each covariate is shown, by subgroup.",
-            "Bars: requested against measured in synthetic images, with 95 % intervals; the line over a bar is its ceiling, the same on held-out scans of the "
-            "subgroup. Good: bars of one covariate alike, each at its ceiling. Bad: one subgroup below its ceiling while another is at it.",
+            "Bars: requested against measured in synthetic images, with 95 % intervals; the line over a bar is its"
+            " ceiling, the same on held-out scans of the subgroup. Good: bars of one covariate alike, each at its"
+            " ceiling. Bad: one subgroup below its ceiling while another is at it.",
         )
     ]
 
@@ -185,9 +247,10 @@ def realism(places: pd.DataFrame, spaces: Mapping[str, Any]) -> list[Picture]:
     if places.empty:
         return []
     caption = (
-        "Each point is an image, along the two directions in which real training scans vary most. Good: orange crosses mix with grey circles and spread as "
-        "far. Bad: crosses beside the circles (not real), in a clump (not various), or missing where circles are (a kind of image is left out). "
-        "Two directions show only a part of what differs; the table is about all of them."
+        "Each point is an image, along the two directions in which real training scans vary most. Good: orange crosses"
+        " mix with grey circles and spread as far. Bad: crosses beside the circles (not real), in a clump (not"
+        " various), or missing where circles are (a kind of image is left out). Two directions show only a part of what"
+        " differs; the table is about all of them."
     )
     alt = f"Synthetic and held-out real images in the feature spaces {', '.join(spaces)}, principal components 1 and 2."
     return [Picture(figures.feature_spaces(places, spaces), alt, caption)]
@@ -200,7 +263,12 @@ def reconstruction(shards: Shards) -> Picture:
     if len(rows) == 0:
         raise UserError("report: the reconstructions hold no image. Run the step that writes them again.")
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(SEARCHED, len(rows))).round().astype(int))]
-    errors = np.array([np.mean(np.square(shards.tensor("image", r).astype(np.float64) - shards.tensor("reconstruction", r))) for r in map(int, rows)])
+    errors = np.array(
+        [
+            np.mean(np.square(shards.tensor("image", r).astype(np.float64) - shards.tensor("reconstruction", r)))
+            for r in map(int, rows)
+        ]
+    )
     order = rows[np.argsort(errors, kind="stable")]
     ids, shown = shards.column("scan_id"), []
     for share, words in ((0.1, "better than most"), (0.5, "typical"), (0.9, "worse than most")):
@@ -211,8 +279,9 @@ def reconstruction(shards: Shards) -> Picture:
     return Picture(
         figures.reconstruction_grid(shown),
         "Held-out images, their reconstructions by the autoencoder, and the differences.",
-        "Held-out images at the 10th, 50th and 90th percentile of reconstruction error. Difference: reconstruction minus image, red is brighter. "
-        "Good: differences without shape. Bad: edges and folds in them: what the autoencoder loses, no generated image can have.",
+        "Held-out images at the 10th, 50th and 90th percentile of reconstruction error. Difference: reconstruction"
+        " minus image, red is brighter. Good: differences without shape. Bad: edges and folds in them: what the"
+        " autoencoder loses, no generated image can have.",
     )
 
 
@@ -222,14 +291,17 @@ def histories(training: Mapping[str, pd.DataFrame]) -> list[Picture]:
         Picture(
             figures.loss_curves(history),
             f"Training curves of the {name}.",
-            f"Training of the {name}, by step. Good: falling, then flat, val beside train. Bad: val rising while train falls, or still falling.",
+            f"Training of the {name}, by step. Good: falling, then flat, val beside train. Bad: val rising while train"
+            " falls, or still falling.",
         )
         for name, history in training.items()
         if not history.empty
     ]
 
 
-def augmentation(arms: Sequence[Mapping[str, Any]], reference: float, curves: Sequence[Mapping[str, Any]]) -> list[Picture]:
+def augmentation(
+    arms: Sequence[Mapping[str, Any]], reference: float, curves: Sequence[Mapping[str, Any]]
+) -> list[Picture]:
     """AUC of every arm, and over the number of images added where several were.
 
     Parameters
@@ -243,26 +315,40 @@ def augmentation(arms: Sequence[Mapping[str, Any]], reference: float, curves: Se
     entries = []
     for arm in arms:
         found = arm["figures"]
-        entries.append((arm["name"], [(words, found[key]["auc"]) for key, words in names.items() if key in found], found.get("test", {}).get("seeds", [])))
+        entries.append(
+            (
+                arm["name"],
+                [(words, found[key]["auc"]) for key, words in names.items() if key in found],
+                found.get("test", {}).get("seeds", []),
+            )
+        )
     pictures = [
         Picture(
             figures.arms(entries, reference),
             f"AUC of {len(arms)} arms with 95 % intervals.",
-            "Good: arms with synthetic images further right than the grey line by more than their bars. Bad: further left. Bars: "
-            "95 % intervals; circles: single classifiers; grey line: the reference of the verdict; dotted: guessing. "
-            "Overlapping bars do not mean that two arms are alike, since they saw the same test subjects: the table of differences decides.",
+            "Good: arms with synthetic images further right than the grey line by more than their bars. Bad: further"
+            " left. Bars: 95 % intervals; circles: single classifiers; grey line: the reference of the verdict; dotted:"
+            " guessing. Overlapping bars do not mean that two arms are alike, since they saw the same test subjects:"
+            " the table of differences decides.",
         )
     ]
-    grouped = [(arm["name"], arm["figures"]["test"]["groups"]) for arm in arms if "groups" in arm["figures"].get("test", {})]
+    grouped = [
+        (arm["name"], arm["figures"]["test"]["groups"]) for arm in arms if "groups" in arm["figures"].get("test", {})
+    ]
     if grouped:
         levels = list(grouped[0][1])
-        panel = figures.Bars("by subgroup", [name for name, _ in grouped], {level: [groups[level] for _, groups in grouped] for level in levels})
+        panel = figures.Bars(
+            "by subgroup",
+            [name for name, _ in grouped],
+            {level: [groups[level] for _, groups in grouped] for level in levels},
+        )
         pictures.append(
             Picture(
                 figures.bars([panel], "AUC"),
                 "AUC of every arm by subgroup.",
-                "Bars: AUC within a subgroup of the test split, with 95 % intervals. Good: bars of one arm alike, and higher than in arms without synthetic "
-                "images for every subgroup. Bad: an arm that gains for one subgroup and loses for another. Small subgroups have long intervals.",
+                "Bars: AUC within a subgroup of the test split, with 95 % intervals. Good: bars of one arm alike, and"
+                " higher than in arms without synthetic images for every subgroup. Bad: an arm that gains for one"
+                " subgroup and loses for another. Small subgroups have long intervals.",
             )
         )
     if curves:
@@ -270,15 +356,22 @@ def augmentation(arms: Sequence[Mapping[str, Any]], reference: float, curves: Se
             Picture(
                 figures.ratio_curves(curves),
                 "AUC over the number of images added per real one.",
-                "Good: a line that rises from its value at 0, the classifier without added images, by more than the bars. Bad: one that falls. A flat line "
-                "says that more images of this kind are of no use; published curves flatten at 10 to 1 (Sagers et al. 2023).",
+                "Good: a line that rises from its value at 0, the classifier without added images, by more than the"
+                " bars. Bad: one that falls. A flat line says that more images of this kind are of no use; published"
+                " curves flatten at 10 to 1 (Sagers et al. 2023).",
             )
         )
     return pictures
 
 
 def neighbours(
-    chosen: pd.DataFrame, limit: float | None, synthetic: Shards, real: Shards, planned: pd.DataFrame, scans: pd.DataFrame, covariates: Covariates
+    chosen: pd.DataFrame,
+    limit: float | None,
+    synthetic: Shards,
+    real: Shards,
+    planned: pd.DataFrame,
+    scans: pd.DataFrame,
+    covariates: Covariates,
 ) -> Picture:
     """Synthetic images beside the training scan that a detector takes for most like them.
 
@@ -304,11 +397,23 @@ def neighbours(
             (f"{pair.scan_id}, training", known, real, pair.scan_id),
         ):
             row = table.loc[[name]].iloc[0]
-            tiles.append(figures.Tile(shards.tensor("image", int(row["row"])), f"{title}\n{figures.wrapped(_facts(row, covariates), width)}"))
-    told = f"from a similarity of {limit:.3f} on, the filter rejects" if limit is not None else "the filter is not calibrated and rejects none"
+            tiles.append(
+                figures.Tile(
+                    shards.tensor("image", int(row["row"])),
+                    f"{title}\n{figures.wrapped(_facts(row, covariates), width)}",
+                )
+            )
+    told = (
+        f"from a similarity of {limit:.3f} on, the filter rejects"
+        if limit is not None
+        else "the filter is not calibrated and rejects none"
+    )
     return Picture(
-        figures.image_grid([figures.Block("", tiles, columns)], title="Left: synthetic. Right: the nearest training scan"),
+        figures.image_grid(
+            [figures.Block("", tiles, columns)], title="Left: synthetic. Right: the nearest training scan"
+        ),
         f"{len(chosen)} synthetic images, each beside the training scan most like it.",
-        f"The {len(chosen)} released images most like a training scan; {told}. Good: two people who "
-        "resemble each other as strangers of their age and sex do. Bad: the same folds, the same shape of a ventricle or the same device in both.",
+        f"The {len(chosen)} released images most like a training scan; {told}. Good: two people who resemble each other"
+        " as strangers of their age and sex do. Bad: the same folds, the same shape of a ventricle or the same device"
+        " in both.",
     )

@@ -19,8 +19,9 @@ def lead(counts: Mapping[str, Any], simulated: bool) -> str:
     """The paragraph under the title, from the part `n` of evaluation/metrics.json."""
     word = "simulated" if simulated else "real"
     return (
-        f"A diffusion model learnt from {number(counts['training_scans'])} {word} images of {number(counts['training_subjects'])} subjects and then made "
-        f"{number(counts['generated'])} synthetic ones. Every figure of quality is measured on subjects it never saw, or on the synthetic images."
+        f"A diffusion model learnt from {number(counts['training_scans'])} {word} images of"
+        f" {number(counts['training_subjects'])} subjects and then made {number(counts['generated'])} synthetic ones."
+        " Every figure of quality is measured on subjects it never saw, or on the synthetic images."
     )
 
 
@@ -28,8 +29,16 @@ def headlines(metrics: Mapping[str, Any]) -> list[Headline]:
     """What a reader should know first, from metrics.json alone."""
     counts, quality, bands = metrics["n"], metrics["reconstruction"], metrics["spectrum"]
     out = [
-        Headline(number(counts["training_subjects"]), "real subjects learnt from", f"{number(counts['subjects'])} in the cohort; the rest is held out"),
-        Headline(number(counts["generated"]), "synthetic subjects generated", f"figures are about {number(counts['synthetic'])} of them"),
+        Headline(
+            number(counts["training_subjects"]),
+            "real subjects learnt from",
+            f"{number(counts['subjects'])} in the cohort; the rest is held out",
+        ),
+        Headline(
+            number(counts["generated"]),
+            "synthetic subjects generated",
+            f"figures are about {number(counts['synthetic'])} of them",
+        ),
         Headline(
             f"{number(quality['psnr']['value'])} dB",
             "PSNR of held-out scans after encoding and decoding",
@@ -38,14 +47,25 @@ def headlines(metrics: Mapping[str, Any]) -> list[Headline]:
     ]
     for name, entry in metrics["covariates"].items():
         key = "auc" if entry["kind"] == "categorical" else "r"
-        words = f"reading the requested {name} from synthetic images" if key == "auc" else f"correlation of requested and measured {name}"
-        out.append(Headline(f"{'AUC' if key == 'auc' else 'r'} {number(entry[key]['value'])}", words, f"ceiling {interval(entry[key].get('ceiling'))}"))
+        words = (
+            f"reading the requested {name} from synthetic images"
+            if key == "auc"
+            else f"correlation of requested and measured {name}"
+        )
+        out.append(
+            Headline(
+                f"{'AUC' if key == 'auc' else 'r'} {number(entry[key]['value'])}",
+                words,
+                f"ceiling {interval(entry[key].get('ceiling'))}",
+            )
+        )
     synthetic = bands["synthetic"]
     out.append(
         Headline(
             percent({"value": synthetic["above_half"]["value"]}),
             "of the real power in the finest detail of synthetic images (above half of Nyquist)",
-            f"{percent(synthetic['quarter_to_half'])} between a quarter and half; reconstructions {percent(bands['reconstruction']['above_half'])} above half",
+            f"{percent(synthetic['quarter_to_half'])} between a quarter and half; reconstructions"
+            f" {percent(bands['reconstruction']['above_half'])} above half",
         )
     )
     return out
@@ -59,34 +79,51 @@ def privacy_section(report: Mapping[str, Any]) -> Section:
     """The verdict of `privacy/report.json`, its gates and its controls."""
     counts, calibration = report["counts"], report["calibration"]
     text = [
-        f"Verdict: {report['verdict']}. It is the worst of the gates below; none makes up for another. A gate is CONDITIONAL where its limit lies inside the "
-        "interval, so that the data do not say. A verdict is the outcome of these tests, not a proof of anonymity.",
-        f"{number(counts['candidates'])} images were drawn for {number(counts['planned'])} planned subjects; {number(counts['rejected'])} were rejected, "
-        f"{number(counts['duplicates'])} left out as near duplicates of each other, {number(counts['failed'])} subjects failed, "
-        f"{number(counts['released'])} released.",
+        (
+            f"Verdict: {report['verdict']}. It is the worst of the gates below; none makes up for another. A gate is"
+            " CONDITIONAL where its limit lies inside the interval, so that the data do not say. A verdict is the"
+            " outcome of these tests, not a proof of anonymity."
+        ),
+        (
+            f"{number(counts['candidates'])} images were drawn for {number(counts['planned'])} planned subjects;"
+            f" {number(counts['rejected'])} were rejected, {number(counts['duplicates'])} left out as near duplicates"
+            f" of each other, {number(counts['failed'])} subjects failed, {number(counts['released'])} released."
+        ),
     ]
     if calibration["status"] != "CALIBRATED":
         text.append(
-            f"NOT CALIBRATED: there are {calibration['subjects']} calibration subjects and {calibration['needed']} are needed for the level "
-            f"{calibration['level']:g}. Nothing was rejected for being too near to a training scan."
+            f"NOT CALIBRATED: there are {calibration['subjects']} calibration subjects and {calibration['needed']} are"
+            f" needed for the level {calibration['level']:g}. Nothing was rejected for being too near to a training"
+            " scan."
         )
-    rows = [[gate["name"], interval(gate["figure"]), number(gate["limit"]), gate["outcome"]] for gate in report["gates"]]
+    rows = [
+        [gate["name"], interval(gate["figure"]), number(gate["limit"]), gate["outcome"]] for gate in report["gates"]
+    ]
     tables = [Table(["gate", "figure", "limit", "outcome"], rows)]
     if report["controls"]:
-        planted = [[f"planted copies, {kind}", percent(figure), str(figure["n"])] for kind, figure in report["controls"]["positive"].items()]
+        planted = [
+            [f"planted copies, {kind}", percent(figure), str(figure["n"])]
+            for kind, figure in report["controls"]["positive"].items()
+        ]
         strangers = report["controls"]["negative"]
-        tables.append(Table(["control", "flagged", "n"], [*planted, ["unseen real subjects", percent(strangers), str(strangers["n"])]]))
+        tables.append(
+            Table(
+                ["control", "flagged", "n"],
+                [*planted, ["unseen real subjects", percent(strangers), str(strangers["n"])]],
+            )
+        )
     drift = report["attacks"].get("covariate_drift")
     if drift:
         largest = max(drift, key=lambda name: abs(drift[name]))
         text.append(
-            f"Released against planned covariates: the largest drift is that of {largest}, {drift[largest]:+.3f} (standard deviations, or of a level's share)."
+            f"Released against planned covariates: the largest drift is that of {largest}, {drift[largest]:+.3f}"
+            " (standard deviations, or of a level's share)."
         )
     loss = report["attacks"].get("denoising_loss")
     if loss:
         text.append(
-            f"Whoever had the model's weights could tell training subjects by their denoising loss with AUC {interval(loss['auc'])} (0.5: not at all). "
-            "Weights are therefore not part of the release."
+            "Whoever had the model's weights could tell training subjects by their denoising loss with AUC"
+            f" {interval(loss['auc'])} (0.5: not at all). Weights are therefore not part of the release."
         )
     return Section("privacy", "Does it give training subjects away?", text=text, tables=tables)
 
@@ -104,14 +141,26 @@ def distillation_section(privacy: Sequence[Mapping[str, Any]], metrics: Sequence
     rows += [[name, *(interval(each[name]["figure"]) if name in each else "" for each in gates)] for name in gates[1]]
     for name, entry in metrics[1]["covariates"].items():
         key = "auc" if entry["kind"] == "categorical" else "r"
-        rows.append([f"{name}, {key} with what was asked", *(interval(each["covariates"][name][key]) for each in metrics)])
+        rows.append(
+            [f"{name}, {key} with what was asked", *(interval(each["covariates"][name][key]) for each in metrics)]
+        )
     for band in metrics[1]["spectrum"]["synthetic"]:
-        rows.append([f"power over that of real images, {band}", *(interval(each["spectrum"]["synthetic"][band]) for each in metrics)])
+        rows.append(
+            [
+                f"power over that of real images, {band}",
+                *(interval(each["spectrum"]["synthetic"][band]) for each in metrics),
+            ]
+        )
     text = [
-        "The released images come from a second diffusion model that never saw a real scan: it learnt from images of the first model that the filter had "
-        "accepted. Only the autoencoder, which both share, learnt from real scans."
+        "The released images come from a second diffusion model that never saw a real scan: it learnt from images of"
+        " the first model that the filter had accepted. Only the autoencoder, which both share, learnt from real scans."
     ]
-    return Section("distillation", "The second model beside the first", text=text, tables=[Table(["figure", "first model", "second model"], rows)])
+    return Section(
+        "distillation",
+        "The second model beside the first",
+        text=text,
+        tables=[Table(["figure", "first model", "second model"], rows)],
+    )
 
 
 def augmentation_section(results: Mapping[str, Any], opened: Mapping[str, Any]) -> Section:
@@ -125,29 +174,50 @@ def augmentation_section(results: Mapping[str, Any], opened: Mapping[str, Any]) 
     primary, counts, arms = results["primary"], results["n"], results["arms"]
     reference = next(arm for arm in arms if arm["name"] == primary["reference"])
     cases = ", ".join(f"{number(n)} {level}" for level, n in counts["test_images_by_level"].items())
-    chosen = "" if primary["chosen_on"] != "val" else f", chosen on the validation subjects among {', '.join(primary['candidates'])}"
+    chosen = (
+        ""
+        if primary["chosen_on"] != "val"
+        else f", chosen on the validation subjects among {', '.join(primary['candidates'])}"
+    )
     generators = counts["generators"]
     crossed = f" with each of {generators} generator seeds" if generators > 1 else ""
     if generators == 1:
         drawn_by = "Intervals resample test subjects and the seeds of classifiers, not generators: there was one."
     else:
-        models = "diffusion models trained from different seeds" if results["n"]["generators_retrained"] else "one diffusion model, sampled from other noise"
-        drawn_by = f"Intervals cover test subjects, the seeds of classifiers and {generators} generator seeds ({models})."
+        models = (
+            "diffusion models trained from different seeds"
+            if results["n"]["generators_retrained"]
+            else "one diffusion model, sampled from other noise"
+        )
+        drawn_by = (
+            f"Intervals cover test subjects, the seeds of classifiers and {generators} generator seeds ({models})."
+        )
     text = [
-        f"Verdict: {results['verdict']}. {results['verdict_text']} The AUC of {primary['arm']}{chosen} minus that of {primary['reference']} is "
-        f"{interval(primary['difference'])} on {number(counts['test_subjects'])} test subjects, mean of {counts['seeds']} classifiers{crossed}. The verdict is "
-        "“helps” where this interval lies above 0, “harms” where it lies below.",
-        f"Classifiers learnt to tell {results['target']} from the image, with the same number of steps in every arm. Test images: {cases}. "
-        f"The generator learnt from training subjects alone. {drawn_by}",
-        "The test split was opened once, after everything was fixed."
-        if opened["designs"] == 1
-        else f"The test split has been opened with {opened['designs']} different designs. Figures of the later ones, these among them, flatter.",
+        (
+            f"Verdict: {results['verdict']}. {results['verdict_text']} The AUC of {primary['arm']}{chosen} minus that"
+            f" of {primary['reference']} is {interval(primary['difference'])} on {number(counts['test_subjects'])} test"
+            f" subjects, mean of {counts['seeds']} classifiers{crossed}. The verdict is “helps” where this interval"
+            " lies above 0, “harms” where it lies below."
+        ),
+        (
+            f"Classifiers learnt to tell {results['target']} from the image, with the same number of steps in every"
+            f" arm. Test images: {cases}. The generator learnt from training subjects alone. {drawn_by}"
+        ),
+        (
+            "The test split was opened once, after everything was fixed."
+            if opened["designs"] == 1
+            else (
+                f"The test split has been opened with {opened['designs']} different designs. Figures of the later ones,"
+                " these among them, flatter."
+            )
+        ),
     ]
     shift = results.get("shift")
     if shift:
         saw = shift["subjects_that_the_generator_saw"]
         text.append(
-            f"Kept out of training and tested on their own (shifted): {shift['covariate']} = {', '.join(shift['levels'])}."
+            f"Kept out of training and tested on their own (shifted): {shift['covariate']} ="
+            f" {', '.join(shift['levels'])}."
             + (f" The generator did see {number(saw)} training subjects of them." if saw else "")
         )
     header = ["arm", "real images", "added", "AUC", "AUPRC", "Brier", "calibration error", "AUC on validation"]
@@ -157,16 +227,33 @@ def augmentation_section(results: Mapping[str, Any], opened: Mapping[str, Any]) 
         figures_of = arm["figures"].get("test") or arm["figures"]["synthetic"]
         images = [number(sum(arm["images"][kind].values())) for kind in ("real", "added")]
         name = arm["name"] if "test" in arm["figures"] else f"{arm['name']} (tested on synthetic)"
-        row = [name, *images, *(interval(figures_of[key]) for key in ("auc", "auprc", "brier", "ece")), number(arm["validation"]["auc"])]
-        rows.append(row + ([interval(figures_of[key]) if key in figures_of else "" for key in ("worst_group_auc", "gap")] if grouped else []))
+        row = [
+            name,
+            *images,
+            *(interval(figures_of[key]) for key in ("auc", "auprc", "brier", "ece")),
+            number(arm["validation"]["auc"]),
+        ]
+        rows.append(
+            row
+            + (
+                [interval(figures_of[key]) if key in figures_of else "" for key in ("worst_group_auc", "gap")]
+                if grouped
+                else []
+            )
+        )
     header += [f"worst {results['subgroup']}", "gap"] if grouped else []
     compared = []
     for row in results["contrasts"]:
         second = row["delong"]
         adjusted = "declared beforehand" if row["primary"] else number(row["p_holm"])
         delong = [interval(second["difference"]), number(second["p"])] if second else ["more than two classes", ""]
-        compared.append([f"{row['arm']} minus {row['reference']}", interval(row["difference"]), number(row["p"]), adjusted, *delong])
-    tables = [Table(header, rows), Table(["difference of AUC", "bootstrap", "p", "p (Holm)", "DeLong (subjects only)", "p"], compared)]
+        compared.append(
+            [f"{row['arm']} minus {row['reference']}", interval(row["difference"]), number(row["p"]), adjusted, *delong]
+        )
+    tables = [
+        Table(header, rows),
+        Table(["difference of AUC", "bootstrap", "p", "p (Holm)", "DeLong (subjects only)", "p"], compared),
+    ]
     pictures = drawn.augmentation(arms, reference["figures"]["test"]["auc"]["value"], results["ratio_curves"])
     return Section("augmentation", "Does it help a classifier?", text=text, pictures=pictures, tables=tables)
 
@@ -174,8 +261,9 @@ def augmentation_section(results: Mapping[str, Any], opened: Mapping[str, Any]) 
 def _instrument(measured: Mapping[str, Any]) -> list[str]:
     counts = measured["n"]
     instrument = (
-        "Predictors that learnt from real training scans alone measure each covariate in the synthetic images, and in held-out real scans for comparison "
-        f"({number(counts['held_out_scans'])} scans, split {', '.join(counts['held_out_splits'])}). Points on the dashed line are what was asked for."
+        "Predictors that learnt from real training scans alone measure each covariate in the synthetic images, and in"
+        f" held-out real scans for comparison ({number(counts['held_out_scans'])} scans, split"
+        f" {', '.join(counts['held_out_splits'])}). Points on the dashed line are what was asked for."
     )
     skipped = measured["predictors"]["skipped"]
     return [instrument, *(f"Not measured: {name}, because {reason}." for name, reason in skipped.items())]
@@ -183,8 +271,14 @@ def _instrument(measured: Mapping[str, Any]) -> list[str]:
 
 def _second_instrument(segmentation: Mapping[str, Any]) -> str:
     held = segmentation["held_out"]
-    found = "; ".join(f"{name} Dice {number(entry['dice'])}, r {number(entry['r'])}" for name, entry in held.items() if isinstance(entry, dict))
-    lead = "A segmenter that learnt from label maps of real training scans measures volumes a second time (last table). "
+    found = "; ".join(
+        f"{name} Dice {number(entry['dice'])}, r {number(entry['r'])}"
+        for name, entry in held.items()
+        if isinstance(entry, dict)
+    )
+    lead = (
+        "A segmenter that learnt from label maps of real training scans measures volumes a second time (last table). "
+    )
     if not found:
         return lead + "No held-out scan has a label map to check it with."
     return lead + f"Against {number(held['scans'])} label maps that it did not learn from: {found}."
@@ -194,10 +288,16 @@ def _spaces(measured: Mapping[str, Any]) -> list[str]:
     spaces = measured["realism"]
     named = "; ".join(f"{name} ({entry['description']}, digest {entry['digest']})" for name, entry in spaces.items())
     text = [
-        f"Images are compared as rows of features, in several spaces: {named}. Figures of different spaces cannot be compared, nor can published ones; "
-        "what counts is how far a figure is from that of as many real training scans in place of the synthetic images (real against real).",
-        "An AUC near 1 means that a simple classifier tells synthetic from real, by whatever little differs; precision falls when images look like no "
-        "real one, recall and coverage when kinds of real images are missing. Copies of training scans would score perfectly: see the section on privacy.",
+        (
+            f"Images are compared as rows of features, in several spaces: {named}. Figures of different spaces cannot"
+            " be compared, nor can published ones; what counts is how far a figure is from that of as many real"
+            " training scans in place of the synthetic images (real against real)."
+        ),
+        (
+            "An AUC near 1 means that a simple classifier tells synthetic from real, by whatever little differs;"
+            " precision falls when images look like no real one, recall and coverage when kinds of real images are"
+            " missing. Copies of training scans would score perfectly: see the section on privacy."
+        ),
     ]
     return text + [f"{name}: not measured, {entry['skipped']}." for name, entry in spaces.items() if "skipped" in entry]
 
@@ -228,7 +328,13 @@ def fidelity_section(metrics: Mapping[str, Any], predictions: pd.DataFrame) -> S
 def realism_section(metrics: Mapping[str, Any], components: pd.DataFrame | None) -> Section:
     """Realism and diversity, from evaluation/metrics.json and components.parquet."""
     pictures = [] if components is None else drawn.realism(components, metrics["realism"])
-    return Section("realism", "Are they like real ones, and as various?", text=_spaces(metrics), pictures=pictures, tables=[tables.realism_table(metrics)])
+    return Section(
+        "realism",
+        "Are they like real ones, and as various?",
+        text=_spaces(metrics),
+        pictures=pictures,
+        tables=[tables.realism_table(metrics)],
+    )
 
 
 def sharpness_section(spectrum: Mapping[str, Any]) -> Section:
@@ -236,12 +342,17 @@ def sharpness_section(spectrum: Mapping[str, Any]) -> Section:
     return Section(
         "sharpness",
         "How sharp are they?",
-        text=["Blur removes power at high spatial frequencies; noise and checkerboards add it. 100 % is what real images have."],
+        text=[
+            "Blur removes power at high spatial frequencies; noise and checkerboards add it. 100 % is what real images"
+            " have."
+        ],
         pictures=[
             Picture(
                 figures.spectra(spectrum),
-                "Radially averaged power spectra of real, synthetic and reconstructed images, and their ratios over spatial frequency.",
-                "Left: power of held-out real, synthetic and reconstructed images (Hann-windowed). Right: ratio to real. Dotted: the bands.",
+                "Radially averaged power spectra of real, synthetic and reconstructed images, and their ratios over"
+                " spatial frequency.",
+                "Left: power of held-out real, synthetic and reconstructed images (Hann-windowed). Right: ratio to"
+                " real. Dotted: the bands.",
             )
         ],
         tables=[tables.band_table(spectrum)],
@@ -250,10 +361,17 @@ def sharpness_section(spectrum: Mapping[str, Any]) -> Section:
 
 def reconstruction_section(reconstructions: Shards, quality: Mapping[str, Any]) -> Section:
     """Held-out images beside their reconstructions, and the part `reconstruction` of evaluation/metrics.json."""
-    return Section("reconstruction", "What the autoencoder keeps", pictures=[drawn.reconstruction(reconstructions)], tables=[tables.quality_table(quality)])
+    return Section(
+        "reconstruction",
+        "What the autoencoder keeps",
+        pictures=[drawn.reconstruction(reconstructions)],
+        tables=[tables.quality_table(quality)],
+    )
 
 
 def data_section(qc: pd.DataFrame, scans: pd.DataFrame, requested: pd.DataFrame, study: Study) -> Section:
     """What went in and what was asked for, from preprocessed/qc.parquet, the cohort's manifest and the plan."""
     checks, left_out = tables.quality_control(qc)
-    return Section("data", "The data", text=checks, tables=[tables.covariate_table(scans, requested, study.covariates), *left_out])
+    return Section(
+        "data", "The data", text=checks, tables=[tables.covariate_table(scans, requested, study.covariates), *left_out]
+    )

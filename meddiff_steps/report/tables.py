@@ -17,13 +17,29 @@ SPLITS = ("train", "val", "calibration", "test")
 def fidelity_table(metrics: Mapping[str, Any], title: str = "covariate") -> Table:
     """Every fidelity figure beside its ceiling; `title` heads the covariates."""
     rows = []
-    names = {"r": "r", "slope": "slope", "mae": "mean absolute error", "bias": "bias", "auc": "AUC", "ece": "calibration error"}
+    names = {
+        "r": "r",
+        "slope": "slope",
+        "mae": "mean absolute error",
+        "bias": "bias",
+        "auc": "AUC",
+        "ece": "calibration error",
+    }
     for name, entry in metrics.items():
         for key, label in names.items():
             if key in entry:
                 unit = f", {entry['unit']}" if key in ("mae", "bias") else ""
                 share = percent(entry["share_of_ceiling"]) if key in ("r", "auc") else ""
-                rows.append([name, f"{label}{unit}", interval(entry[key]), interval(entry[key].get("ceiling")), share, number(entry[key]["n"])])
+                rows.append(
+                    [
+                        name,
+                        f"{label}{unit}",
+                        interval(entry[key]),
+                        interval(entry[key].get("ceiling")),
+                        share,
+                        number(entry[key]["n"]),
+                    ]
+                )
     return Table([title, "figure", "synthetic", "ceiling (real, held out)", "share of ceiling", "n"], rows)
 
 
@@ -45,22 +61,41 @@ def realism_table(metrics: Mapping[str, Any]) -> Table:
         for key, (label, reference, good) in names.items():
             if key in both:
                 figure = both[key]
-                shown = f"{interval(figure)}, p {number(figure['p_value'], 2)}" if "p_value" in figure else interval(figure)
+                shown = (
+                    f"{interval(figure)}, p {number(figure['p_value'], 2)}" if "p_value" in figure else interval(figure)
+                )
                 rows.append([space, label, shown, interval(figure[reference]), good, number(figure["n"])])
     settings = metrics["diversity"]["ssim_settings"]
     figure = metrics["diversity"][settings["metric"]]
-    label = f"{'MS-SSIM' if settings['metric'] == 'ms_ssim' else 'SSIM'} of {number(figure['pairs'])} pairs, window {settings['kernel_size']}"
-    rows.append(["images", label, interval(figure), interval(figure["floor"]), "near that of real pairs", number(figure["n"])])
+    label = (
+        f"{'MS-SSIM' if settings['metric'] == 'ms_ssim' else 'SSIM'} of {number(figure['pairs'])} pairs, window"
+        f" {settings['kernel_size']}"
+    )
+    rows.append(
+        ["images", label, interval(figure), interval(figure["floor"]), "near that of real pairs", number(figure["n"])]
+    )
     return Table(["features", "figure", "synthetic against held-out real", "real against real", "good is", "n"], rows)
 
 
 def distribution_table(metrics: Mapping[str, Any]) -> Table:
     """How far distributions of measured covariates are apart."""
-    header = ["covariate", "distance of distributions", "of random halves of real scans", "in standard deviations of real scans", "requested from true"]
+    header = [
+        "covariate",
+        "distance of distributions",
+        "of random halves of real scans",
+        "in standard deviations of real scans",
+        "requested from true",
+    ]
     rows = []
     for name, entry in metrics.items():
         distance = entry["wasserstein"]
-        row = [f"{name}, {entry['unit']}", interval(distance), interval(distance["floor"]), interval(entry["relative"]), interval(entry["requested"])]
+        row = [
+            f"{name}, {entry['unit']}",
+            interval(distance),
+            interval(distance["floor"]),
+            interval(entry["relative"]),
+            interval(entry["requested"]),
+        ]
         rows.append(row)
     return Table(header, rows)
 
@@ -75,10 +110,21 @@ def subgroup_table(subgroups: Mapping[str, Any]) -> Table:
                 key = "auc" if fidelity["kind"] == "categorical" else "r"
                 bias = f"{interval(fidelity['bias'])} {fidelity['unit']}" if "bias" in fidelity else ""
                 figure = fidelity[key]
-                rows.append([f"{name} = {level}", f"{other}, {'AUC' if key == 'auc' else 'r'}", interval(figure), interval(figure["ceiling"]), bias, counts])
+                rows.append(
+                    [
+                        f"{name} = {level}",
+                        f"{other}, {'AUC' if key == 'auc' else 'r'}",
+                        interval(figure),
+                        interval(figure["ceiling"]),
+                        bias,
+                        counts,
+                    ]
+                )
             if not entry["covariates"]:
                 rows.append([f"{name} = {level}", "too few images", "", "", "", counts])
-    return Table(["subgroup", "figure", "synthetic", "ceiling (real, held out)", "bias", "images, synthetic / real"], rows)
+    return Table(
+        ["subgroup", "figure", "synthetic", "ceiling (real, held out)", "bias", "images, synthetic / real"], rows
+    )
 
 
 def extrapolation_table(metrics: Mapping[str, Any], ranges: Mapping[str, Any]) -> Table:
@@ -100,33 +146,57 @@ def correlation_table(correlations: Mapping[str, Any]) -> Table:
     """Pairs of covariates as requested and as measured."""
     header = ["pair", "requested", "measured on synthetic", "true (real)", "measured on real"]
     keys = ("requested", "measured", "true", "real_measured")
-    return Table(header, [[pair.replace("~", " and "), *(interval(entry.get(k)) for k in keys)] for pair, entry in correlations.items()])
+    return Table(
+        header,
+        [[pair.replace("~", " and "), *(interval(entry.get(k)) for k in keys)] for pair, entry in correlations.items()],
+    )
 
 
 def band_table(spectrum: Mapping[str, Any]) -> Table:
     """Power over real in three bands."""
-    labels = {"below_quarter": "below a quarter of Nyquist", "quarter_to_half": "a quarter to half", "above_half": "above half"}
+    labels = {
+        "below_quarter": "below a quarter of Nyquist",
+        "quarter_to_half": "a quarter to half",
+        "above_half": "above half",
+    }
     rows = [
-        [label, percent(spectrum["synthetic"][band]), percent(spectrum["synthetic"][band].get("ceiling")), percent(spectrum["reconstruction"][band])]
+        [
+            label,
+            percent(spectrum["synthetic"][band]),
+            percent(spectrum["synthetic"][band].get("ceiling")),
+            percent(spectrum["reconstruction"][band]),
+        ]
         for band, label in labels.items()
     ]
-    return Table(["spatial frequency", "synthetic over real", "real over real (random halves)", "reconstruction over its image"], rows)
+    return Table(
+        ["spatial frequency", "synthetic over real", "real over real (random halves)", "reconstruction over its image"],
+        rows,
+    )
 
 
 def quality_table(quality: Mapping[str, Any]) -> Table:
     """Reconstruction of held-out scans."""
     settings = quality["settings"]
     similarity = "MS-SSIM" if settings["metric"] == "ms_ssim" else "SSIM (image too small for several scales)"
-    detail = f"{similarity}, window {settings['kernel_size']}, {settings['scales']} scale{'s' if settings['scales'] != 1 else ''}"
+    detail = (
+        f"{similarity}, window {settings['kernel_size']}, {settings['scales']}"
+        f" scale{'s' if settings['scales'] != 1 else ''}"
+    )
     named = (("psnr", "PSNR, dB"), (settings["metric"], detail), ("l1", "mean absolute error"))
-    return Table(["figure", "held-out scans", "n"], [[label, interval(quality[key], 4), number(quality[key]["n"])] for key, label in named])
+    return Table(
+        ["figure", "held-out scans", "n"],
+        [[label, interval(quality[key], 4), number(quality[key]["n"])] for key, label in named],
+    )
 
 
 def covariate_table(manifest: pd.DataFrame, requested: pd.DataFrame, covariates: Covariates) -> Table:
     """Counts and covariates per split, and as requested of the synthetic cohort."""
     groups = {split: manifest[manifest["split"] == split] for split in SPLITS} | {"synthetic (requested)": requested}
     rows = [
-        ["subjects", *(number(int(g["subject_id"].nunique() if "subject_id" in g else len(g))) for g in groups.values())],
+        [
+            "subjects",
+            *(number(int(g["subject_id"].nunique() if "subject_id" in g else len(g))) for g in groups.values()),
+        ],
         ["scans", *(number(len(g)) for g in groups.values())],
     ]
     for name, covariate in covariates.items():
@@ -149,24 +219,38 @@ def _spread(values: pd.Series) -> str:
     present = values.dropna().astype(float)
     if present.empty:
         return "–"
-    return f"{number(present.mean())} ± {number(present.std(ddof=1) if len(present) > 1 else 0.0)} ({number(present.min())} to {number(present.max())})"
+    return (
+        f"{number(present.mean())} ± {number(present.std(ddof=1) if len(present) > 1 else 0.0)}"
+        f" ({number(present.min())} to {number(present.max())})"
+    )
 
 
 def quality_control(qc: pd.DataFrame) -> tuple[list[str], list[Table]]:
     """What preprocessing did: sentences, and the scans left out with their reasons."""
     kept = qc[qc["status"] == "ok"]
     text = [f"{number(len(kept))} of {number(len(qc))} scans preprocessed, {number(len(qc) - len(kept))} left out."]
-    for column, words in (("shape", "Sizes as acquired (voxels)"), ("spacing_mm", "Voxel sizes as acquired (mm)"), ("orientation", "Orientations")):
+    for column, words in (
+        ("shape", "Sizes as acquired (voxels)"),
+        ("spacing_mm", "Voxel sizes as acquired (mm)"),
+        ("orientation", "Orientations"),
+    ):
         counts = (
-            kept[column].dropna().value_counts(sort=False).sort_index().sort_values(ascending=False, kind="stable") if column in kept else pd.Series(dtype=int)
+            kept[column].dropna().value_counts(sort=False).sort_index().sort_values(ascending=False, kind="stable")
+            if column in kept
+            else pd.Series(dtype=int)
         )
         if len(counts):
-            shown = "; ".join(f"{str(value).strip('[]')} ({number(int(count))})" for value, count in counts.head(4).items())
+            shown = "; ".join(
+                f"{str(value).strip('[]')} ({number(int(count))})" for value, count in counts.head(4).items()
+            )
             text.append(f"{words}: {shown}{f'; and {len(counts) - 4} more' if len(counts) > 4 else ''}.")
     if "cut_off_share" in kept and kept["cut_off_share"].notna().any():
         cut = kept["cut_off_share"].dropna()
         worst = kept["scan_id"].loc[cut.index[int(cut.argmax())]]
-        text.append(f"Foreground outside the grid: median {100 * cut.median():.2f} %, at most {100 * cut.max():.2f} % ({worst}).")
+        text.append(
+            f"Foreground outside the grid: median {100 * cut.median():.2f} %, at most {100 * cut.max():.2f} %"
+            f" ({worst})."
+        )
     lost = qc[qc["status"] != "ok"]
     if lost.empty:
         return text, []

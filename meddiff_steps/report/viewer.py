@@ -1,7 +1,7 @@
 """The interactive slice viewer of the report: volumes that a script on the page shows in three linked planes.
 
-The page stays one file that loads nothing: volumes are embedded as grey PNG files, the script (`viewer.js.jinja`) is part of the
-page and allowed there by its digest.  2D images need no viewer.
+The page stays one file that loads nothing: volumes are embedded as grey PNG files, the script (`viewer.js.jinja`) is
+part of the page and allowed there by its digest.  2D images need no viewer.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class Viewer:
 
 
 def reduced(image: np.ndarray) -> np.ndarray:
-    """A volume (1, x, y, z) as (x, y, z), block-averaged as little as keeps it within `MAX_VOXELS`; what fills no block is cut off."""
+    """A volume (1, x, y, z) as (x, y, z), block-averaged as little as keeps it within `MAX_VOXELS`; what fills no block
+    is cut off.
+    """
     values = np.asarray(image[0], dtype=np.float32)
     factor = 1
     while math.prod(n // factor for n in values.shape) > MAX_VOXELS:

@@ -9,7 +9,9 @@ import numpy as np
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """A number as people write it: at least `digits` significant ones, thousands separated, no exponents for common sizes."""
+    """A number as people write it: at least `digits` significant ones, thousands separated, no exponents for common
+    sizes.
+    """
     if value is None:
         return "not defined"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -36,4 +38,8 @@ def percent(figure: Mapping[str, Any] | None) -> str:
     if not figure or figure.get("value") is None:
         return "not defined"
     text = f"{100 * figure['value']:.0f} %"
-    return text if figure.get("low") is None or figure.get("high") is None else f"{text} [{100 * figure['low']:.0f}, {100 * figure['high']:.0f}]"
+    return (
+        text
+        if figure.get("low") is None or figure.get("high") is None
+        else f"{text} [{100 * figure['low']:.0f}, {100 * figure['high']:.0f}]"
+    )

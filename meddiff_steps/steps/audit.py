@@ -7,26 +7,40 @@ from typing import Annotated
 
 import typer
 
-from meddiff_steps.files import write_atomic, write_json
-from meddiff_steps.provenance.audit import Request, audit
-from meddiff_steps.provenance.audit_report import as_html, as_text
+from meddiff_steps.audit.audit import Request, audit
+from meddiff_steps.audit.page import as_html, as_text
+from meddiff_steps.core.files import write_atomic, write_json
 
 
 def run(
     release: Annotated[Path, typer.Argument(help="root of the release")],
-    key: Annotated[Path | None, typer.Option(exists=True, help="the publisher's public key (PEM), from elsewhere than the release; L1")] = None,
-    private: Annotated[Path | None, typer.Option(exists=True, help="the private ledger (privacy/ledger-private.parquet); L4")] = None,
-    models: Annotated[Path | None, typer.Option(exists=True, help="folder with autoencoder/ and diffusion/; L6 makes images again")] = None,
-    results: Annotated[Path | None, typer.Option(exists=True, help="the study's folder with the real scans; L7 compares with them again")] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(exists=True, help="the publisher's public key (PEM), from elsewhere than the release; L1"),
+    ] = None,
+    private: Annotated[
+        Path | None, typer.Option(exists=True, help="the private ledger (privacy/ledger-private.parquet); L4")
+    ] = None,
+    models: Annotated[
+        Path | None, typer.Option(exists=True, help="folder with autoencoder/ and diffusion/; L6 makes images again")
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(exists=True, help="the study's folder with the real scans; L7 compares with them again"),
+    ] = None,
     sample: Annotated[int, typer.Option(min=1, help="images that L6 and L7 look at")] = 20,
-    seed: Annotated[str, typer.Option(help="what those images are drawn by; choose one that the publisher could not know")] = "audit",
-    images: Annotated[bool, typer.Option(help="read the images; without, L1 looks at sizes only and L5 does not run")] = True,
+    seed: Annotated[
+        str, typer.Option(help="what those images are drawn by; choose one that the publisher could not know")
+    ] = "audit",
+    images: Annotated[
+        bool, typer.Option(help="read the images; without, L1 looks at sizes only and L5 does not run")
+    ] = True,
     threads: Annotated[int, typer.Option(help="CPU threads of L6 and L7")] = 1,
     json: Annotated[Path | None, typer.Option(help="report to write (JSON)")] = None,
     html: Annotated[Path | None, typer.Option(help="report to write (HTML)")] = None,
 ) -> None:
-    """Check a release: form, integrity and signature, completeness, lineage, recipes, content, and with --models and --results
-    also by making images again and comparing with the real scans again.
+    """Check a release: form, integrity and signature, completeness, lineage, recipes, content, and with --models and
+    --results also by making images again and comparing with the real scans again.
 
     Exit code 0: nothing found; 1: findings; 2: could not run.  A level that could not run says so and why.
     """

@@ -11,13 +11,13 @@ import pandas as pd
 import typer
 from safetensors.torch import save_file
 
-from meddiff_steps.augmentation.classifier import Task, Trained, train_all
-from meddiff_steps.augmentation.design import OPEN_SPLITS, compose, recipes
+from meddiff_steps.compute.device import resolve
 from meddiff_steps.config import load_stage
-from meddiff_steps.errors import UserError
-from meddiff_steps.files import atomic_path, read_json
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import atomic_path, read_json
+from meddiff_steps.downstream.classifier import Task, Trained, train_all
+from meddiff_steps.downstream.design import OPEN_SPLITS, compose, recipes
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.training.backend import resolve
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +37,13 @@ def run(
     augment, levels = study.augment, read_json(design)["levels"]
     table, shards = pd.read_parquet(samples), Shards([images])
     closed = sorted(set(table["split"]) - set(OPEN_SPLITS))
-    if closed or [*zip(shards.column("image_id"), shards.column("kind"), strict=True)] != [*zip(table["image_id"], table["kind"], strict=True)]:
+    if closed or [*zip(shards.column("image_id"), shards.column("kind"), strict=True)] != [
+        *zip(table["image_id"], table["kind"], strict=True)
+    ]:
         found = f"it holds scans of the split {closed[0]}" if closed else f"its rows are not those of {images}"
-        raise UserError(f"{samples}: {found}. Classifiers learn from {' and '.join(OPEN_SPLITS)} alone; run `augment_data` again.")
+        raise UserError(
+            f"{samples}: {found}. Classifiers learn from {' and '.join(OPEN_SPLITS)} alone; run `augment_data` again."
+        )
     level = table["level"].to_numpy()
     tasks = []
     for name, (arm, generator) in list(recipes(augment).items())[job :: augment.jobs]:
@@ -59,14 +63,28 @@ def run(
         threads,
     )
     with atomic_path(weights) as path:
-        save_file({f"{t.task.recipe}/{t.task.number}/{name}": value for t in trained for name, value in t.state.items()}, path)
-    scores = pd.concat([_scores(t, table.iloc[held]["subject_id"].nunique()) for t in trained], ignore_index=True) if trained else pd.DataFrame()
+        save_file(
+            {f"{t.task.recipe}/{t.task.number}/{name}": value for t in trained for name, value in t.state.items()}, path
+        )
+    scores = (
+        pd.concat([_scores(t, table.iloc[held]["subject_id"].nunique()) for t in trained], ignore_index=True)
+        if trained
+        else pd.DataFrame()
+    )
     with atomic_path(validation) as path:
         scores.to_parquet(path, index=False)
     for which, part in scores[scores["kept"]].groupby("recipe", sort=False) if trained else ():
-        log.info("recipe %s: validation AUC %.3f, log loss %.3f (mean of %d seeds)", which, part["auc"].mean(), part["log_loss"].mean(), len(part))
+        log.info(
+            "recipe %s: validation AUC %.3f, log loss %.3f (mean of %d seeds)",
+            which,
+            part["auc"].mean(),
+            part["log_loss"].mean(),
+            len(part),
+        )
 
 
 def _scores(trained: Trained, subjects: int) -> pd.DataFrame:
     curve = trained.curve
-    return curve.assign(recipe=trained.task.recipe, seed=trained.task.number, kept=curve["step"] == trained.kept_step, subjects=subjects)
+    return curve.assign(
+        recipe=trained.task.recipe, seed=trained.task.number, kept=curve["step"] == trained.kept_step, subjects=subjects
+    )

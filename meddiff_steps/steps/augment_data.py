@@ -14,13 +14,13 @@ import pyarrow as pa
 import typer
 from tqdm import tqdm
 
-from meddiff_steps.augmentation.design import OPEN_SPLITS, check, levels_of, real_samples, synthetic_samples
-from meddiff_steps.augmentation.images import factor, read_reduced, reduce
 from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.config import Compute, load_stage
-from meddiff_steps.errors import UserError
-from meddiff_steps.files import atomic_path, read_json
-from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import atomic_path, read_json
+from meddiff_steps.downstream.design import OPEN_SPLITS, check, levels_of, real_samples, synthetic_samples
+from meddiff_steps.downstream.images import factor, read_reduced, reduce
+from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 
 log = logging.getLogger(__name__)
 
@@ -37,31 +37,59 @@ def run(
     filtered: Annotated[list[Path], typer.Option(help="filtered shard; repeat for all of them")],
     samples: Annotated[Path, typer.Option(help="table of the images to write (Parquet)")],
     out: Annotated[Path, typer.Option(help="reduced images to write (Arrow); private")],
-    generated: Annotated[list[Path] | None, typer.Option(help="generated shard, where arms use images before the filter; repeat for all of them")] = None,
-    autoencoder: Annotated[Path | None, typer.Option(help="autoencoder/model.safetensors, where arms use reconstructions")] = None,
+    generated: Annotated[
+        list[Path] | None,
+        typer.Option(help="generated shard, where arms use images before the filter; repeat for all of them"),
+    ] = None,
+    autoencoder: Annotated[
+        Path | None, typer.Option(help="autoencoder/model.safetensors, where arms use reconstructions")
+    ] = None,
     autoencoder_card: Annotated[Path | None, typer.Option(help="autoencoder/card.json")] = None,
-    more_filtered: Annotated[list[Path] | None, typer.Option(help="filtered shard of generator seed 1, then those of 2, and so on, as many of each")] = None,
-    more_generated: Annotated[list[Path] | None, typer.Option(help="generated shard of generator seed 1, then those of 2, and so on")] = None,
+    more_filtered: Annotated[
+        list[Path] | None,
+        typer.Option(help="filtered shard of generator seed 1, then those of 2, and so on, as many of each"),
+    ] = None,
+    more_generated: Annotated[
+        list[Path] | None, typer.Option(help="generated shard of generator seed 1, then those of 2, and so on")
+    ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
 ) -> None:
-    """Gather the images of the train and val splits and the synthetic ones, and check that every arm can be made of them."""
+    """Gather the images of the train and val splits and the synthetic ones, and check that every arm can be made of
+    them.
+    """
     study = load_stage(config, "augment_data")
-    augment, levels, side = study.augment, levels_of(study.augment, study.covariates), study.augment.classifier.longest_side
+    augment, levels, side = (
+        study.augment,
+        levels_of(study.augment, study.covariates),
+        study.augment.classifier.longest_side,
+    )
     groups = read_json(design)["groups"]
     planned = pd.read_parquet(plan)
     real = Shards(images)
     if "generated" in augment.sources and not generated:
-        raise UserError("an arm uses images before the filter, and none were given. Name the generated shards with --generated.")
+        raise UserError(
+            "an arm uses images before the filter, and none were given. Name the generated shards with --generated."
+        )
     # By kind and generator seed: the shards, and their column of ids.
     sources = {("real", 0): (real, "scan_id"), ("filtered", 0): (Shards(filtered), "sample_id")}
     if generated:
         sources["generated", 0] = (Shards(generated), "sample_id")
     for kind, more in (("filtered", more_filtered), ("generated", more_generated)):
         if kind in augment.sources:
-            sources |= {(kind, i + 1): (Shards(part), "sample_id") for i, part in enumerate(_by_seed(more or [], augment.generator_seeds - 1, kind))}
+            sources |= {
+                (kind, i + 1): (Shards(part), "sample_id")
+                for i, part in enumerate(_by_seed(more or [], augment.generator_seeds - 1, kind))
+            }
     tables = [real_samples(read_manifest(manifest, study.covariates), augment, levels, study.seed)]
-    tables += [synthetic_samples(planned, augment, groups, levels, study.seed, *which) for which in sources if which[0] != "real"]
-    table = pd.concat([_with_images(part, *some) for part, some in zip(tables, sources.values(), strict=True) if len(part)], ignore_index=True)
+    tables += [
+        synthetic_samples(planned, augment, groups, levels, study.seed, *which)
+        for which in sources
+        if which[0] != "real"
+    ]
+    table = pd.concat(
+        [_with_images(part, *some) for part, some in zip(tables, sources.values(), strict=True) if len(part)],
+        ignore_index=True,
+    )
     if "reconstruction" in augment.sources:
         train = table[(table["kind"] == "real") & (table["split"] == "train")]
         table = pd.concat([table, train.assign(kind="reconstruction")], ignore_index=True)
@@ -69,7 +97,9 @@ def run(
 
     shape = real.shape("image")
     small = tuple(max(1, n // factor(shape[1:], side)) for n in shape[1:])
-    with ShardWriter(out, {"image_id": pa.string(), "kind": pa.string(), "image": Tensor("float16", (shape[0], *small))}) as writer:
+    with ShardWriter(
+        out, {"image_id": pa.string(), "kind": pa.string(), "image": TensorColumn("float16", (shape[0], *small))}
+    ) as writer:
         for (kind, generator), (shards, key) in sources.items():
             part = table[(table["kind"] == kind) & (table["generator"] == generator)]
             for chosen, batch in read_reduced(shards, part["row"].to_numpy(), side, f"reducing {kind} images", key):
@@ -77,7 +107,10 @@ def run(
                     writer.append(image_id=part["image_id"].iloc[position], kind=kind, image=image)
         if "reconstruction" in augment.sources:
             if autoencoder is None or autoencoder_card is None:
-                raise UserError("an arm uses reconstructions, and no autoencoder was given. Name --autoencoder and --autoencoder-card.")
+                raise UserError(
+                    "an arm uses reconstructions, and no autoencoder was given. Name --autoencoder and"
+                    " --autoencoder-card."
+                )
             part = table[table["kind"] == "reconstruction"]
             copies = _reconstructed(real, part["row"].to_numpy(), autoencoder, autoencoder_card, study.compute, threads)
             for name, image in zip(part["image_id"], copies, strict=True):
@@ -91,7 +124,10 @@ def run(
 def _by_seed(shards: list[Path], seeds: int, kind: str) -> list[list[Path]]:
     """Shards of each further generator seed."""
     if bool(shards) != bool(seeds) or (seeds and len(shards) % seeds):
-        raise UserError(f"augment.generator_seeds asks for {seeds} further seeds, and {len(shards)} of their {kind} shards were given. Name as many of each.")
+        raise UserError(
+            f"augment.generator_seeds asks for {seeds} further seeds, and {len(shards)} of their {kind} shards were"
+            " given. Name as many of each."
+        )
     count = len(shards) // seeds if seeds else 0
     return [shards[i * count : (i + 1) * count] for i in range(seeds)]
 
@@ -99,16 +135,20 @@ def _by_seed(shards: list[Path], seeds: int, kind: str) -> list[list[Path]]:
 def _with_images(table: pd.DataFrame, shards: Shards, key: str) -> pd.DataFrame:
     """Rows of `table` that have an image, with its row in the shards."""
     ids = shards.column(key)
-    return table.merge(pd.DataFrame({"image_id": ids, "row": range(len(ids))}), on="image_id", how="inner", validate="one_to_one")
+    return table.merge(
+        pd.DataFrame({"image_id": ids, "row": range(len(ids))}), on="image_id", how="inner", validate="one_to_one"
+    )
 
 
-def _reconstructed(shards: Shards, rows: np.ndarray, weights: Path, card: Path, compute: Compute, threads: int) -> Iterator[np.ndarray]:
+def _reconstructed(
+    shards: Shards, rows: np.ndarray, weights: Path, card: Path, compute: Compute, threads: int
+) -> Iterator[np.ndarray]:
     """Scans after encoding and decoding, one at a time."""
     # torch is imported only where an arm needs it: without, the step takes seconds less.
     import torch
 
-    from meddiff_steps.models.files import load_autoencoder
-    from meddiff_steps.training.backend import make_fabric
+    from meddiff_steps.compute.device import make_fabric
+    from meddiff_steps.models.trained import load_autoencoder
 
     fabric = make_fabric(compute, threads)
     model, _ = load_autoencoder(weights, card)

@@ -9,10 +9,17 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from meddiff_steps.augmentation.design import check, design_digest, levels_of, real_samples, synthetic_samples, usable_groups
 from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.config import load_stage
-from meddiff_steps.files import write_json
+from meddiff_steps.core.files import write_json
+from meddiff_steps.downstream.design import (
+    check,
+    design_digest,
+    levels_of,
+    real_samples,
+    synthetic_samples,
+    usable_groups,
+)
 
 log = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from meddiff_steps.augmentation.design import needed, real_samples, synthetic_samples
 from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.config import load_stage
-from meddiff_steps.files import atomic_path, read_json
+from meddiff_steps.core.files import atomic_path, read_json
+from meddiff_steps.downstream.design import needed, real_samples, synthetic_samples
 from meddiff_steps.synthesis.plan import reseed
 
 log = logging.getLogger(__name__)
@@ -26,13 +26,24 @@ def run(
     generator: Annotated[int, typer.Option(help="number of the generator seed, from 1; 0 is the released cohort")],
     out: Annotated[Path, typer.Option(help="plan to write (Parquet), in the columns of plan.parquet")],
 ) -> None:
-    """Take those planned subjects that some arm needs, with the same requests in the same shards, and give them other noise."""
+    """Take those planned subjects that some arm needs, with the same requests in the same shards, and give them other
+    noise.
+    """
     study = load_stage(config, "augment_plan")
     augment, frozen, planned = study.augment, read_json(design), pd.read_parquet(plan)
     levels, groups = frozen["levels"], frozen["groups"]
-    tables = [synthetic_samples(planned, augment, groups, levels, study.seed, kind) for kind in ("filtered", "generated")]
+    tables = [
+        synthetic_samples(planned, augment, groups, levels, study.seed, kind) for kind in ("filtered", "generated")
+    ]
     wanted = set(
-        needed(augment, levels, pd.concat([real_samples(read_manifest(manifest, study.covariates), augment, levels, study.seed), *tables], ignore_index=True))
+        needed(
+            augment,
+            levels,
+            pd.concat(
+                [real_samples(read_manifest(manifest, study.covariates), augment, levels, study.seed), *tables],
+                ignore_index=True,
+            ),
+        )
     )
     chosen = reseed(planned[planned["sample_id"].isin(wanted)], generator)
     with atomic_path(out) as path:

@@ -12,15 +12,15 @@ import pandas as pd
 import torch
 import typer
 
-from meddiff_steps.augmentation.design import check, design_digest, generators_of, held_group, levels_of, recipe, recipes
-from meddiff_steps.augmentation.images import reduce
-from meddiff_steps.augmentation.opening import record_opening
-from meddiff_steps.augmentation.results import choose, summarise
-from meddiff_steps.augmentation.scoring import load_classifiers, score
 from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.config import load_stage
-from meddiff_steps.errors import UserError
-from meddiff_steps.files import atomic_path, read_json, sha256_file, write_json
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import atomic_path, read_json, sha256_file, write_json
+from meddiff_steps.downstream.design import check, design_digest, generators_of, held_group, levels_of, recipe, recipes
+from meddiff_steps.downstream.images import reduce
+from meddiff_steps.downstream.opening import record_opening
+from meddiff_steps.downstream.results import choose, summarise
+from meddiff_steps.downstream.scoring import load_classifiers, score
 from meddiff_steps.imaging.shards import Shards
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,9 @@ def run(
     validation: Annotated[list[Path], typer.Option(help="validation scores of one job; repeat for all of them")],
     manifest: Annotated[Path, typer.Option(help="cohort/manifest.parquet")],
     images: Annotated[list[Path], typer.Option(help="preprocessed shard; repeat for all of them")],
-    ledger: Annotated[Path, typer.Option(help="record of all openings of the test split of this study; kept and added to")],
+    ledger: Annotated[
+        Path, typer.Option(help="record of all openings of the test split of this study; kept and added to")
+    ],
     opened: Annotated[Path, typer.Option(help="record of this opening to write (JSON)")],
     predictions: Annotated[Path, typer.Option(help="predictions to write (Parquet)")],
     out: Annotated[Path, typer.Option(help="results to write (JSON)")],
@@ -46,7 +48,9 @@ def run(
     augment, levels = study.augment, levels_of(study.augment, study.covariates)
     torch.set_num_threads(threads)
     if read_json(design)["design_sha256"] != design_digest(augment):
-        raise UserError(f"{design}: it is of another design than the config. Run `augment_design` and what follows again.")
+        raise UserError(
+            f"{design}: it is of another design than the config. Run `augment_design` and what follows again."
+        )
     table, small, real = pd.read_parquet(samples), Shards([reduced]), Shards(images)
     scores = pd.concat([pd.read_parquet(path) for path in validation], ignore_index=True)
     kept = scores[scores["kept"]]
@@ -57,37 +61,64 @@ def run(
     by_arm = pd.concat([kept[kept["recipe"] == name].assign(arm=arm.name) for arm, name in trained], ignore_index=True)
     primary = choose(augment, by_arm)
     arms = check(augment, levels, table, len(table))
-    frozen = {"design": design_digest(augment), "samples": sha256_file(samples), "weights": [sha256_file(path) for path in weights], "primary": primary}
+    frozen = {
+        "design": design_digest(augment),
+        "samples": sha256_file(samples),
+        "weights": [sha256_file(path) for path in weights],
+        "primary": primary,
+    }
 
     # From here on the test split is open.
     scans = read_manifest(manifest, study.covariates)
     ids = real.column("scan_id")
-    test = scans[(scans["split"] == "test") & scans[augment.target].isin(levels)].merge(pd.DataFrame({"scan_id": ids, "row": range(len(ids))}), on="scan_id")
+    test = scans[(scans["split"] == "test") & scans[augment.target].isin(levels)].merge(
+        pd.DataFrame({"scan_id": ids, "row": range(len(ids))}), on="scan_id"
+    )
     if not (~held_group(test, augment)).any():
         raise UserError(
-            f"{manifest}: no preprocessed scan with a known {augment.target} is in the test split. Raise splits.test, or see preprocessed/qc.parquet."
+            f"{manifest}: no preprocessed scan with a known {augment.target} is in the test split. Raise splits.test,"
+            " or see preprocessed/qc.parquet."
         )
-    record = record_opening(ledger, frozen, {"scans": len(test), "subjects": int(test["subject_id"].nunique()), "split": "test"})
+    record = record_opening(
+        ledger, frozen, {"scans": len(test), "subjects": int(test["subject_id"].nunique()), "split": "test"}
+    )
     write_json(opened, record)
     if record["designs"] > 1:
-        log.warning("the test split of this study has now been opened with %d different designs; figures of the later ones flatter", record["designs"])
+        log.warning(
+            "the test split of this study has now been opened with %d different designs; figures of the later ones"
+            " flatter",
+            record["designs"],
+        )
     classifiers = load_classifiers(weights, augment.classifier, small.shape("image"), len(levels))
-    facts = _facts(test, "scan_id", "subject_id", test[augment.target], test[augment.subgroup] if augment.subgroup else None)
+    facts = _facts(
+        test, "scan_id", "subject_id", test[augment.target], test[augment.subgroup] if augment.subgroup else None
+    )
     facts["set"] = np.where(held_group(test, augment), "shifted", "test")
     side, rows = augment.classifier.longest_side, test["row"].to_numpy(dtype=int)
     of_real, of_synthetic = ([arm for arm in augment.arms if arm.test == kind] for kind in ("real", "synthetic"))
-    scored = score(classifiers, of_real, augment, facts, rows, lambda chosen: reduce(real.tensors("image", chosen), side), levels)
+    scored = score(
+        classifiers, of_real, augment, facts, rows, lambda chosen: reduce(real.tensors("image", chosen), side), levels
+    )
     if of_synthetic:
         made = table[(table["kind"] == "filtered") & (table["generator"] == 0)]
-        facts = _facts(made, "image_id", "subject_id", made["level"].map(dict(enumerate(levels))), None).assign(set="synthetic")
+        facts = _facts(made, "image_id", "subject_id", made["level"].map(dict(enumerate(levels))), None).assign(
+            set="synthetic"
+        )
         read = functools.partial(small.tensors, "image")
-        scored = pd.concat([scored, score(classifiers, of_synthetic, augment, facts, made.index.to_numpy(), read, levels)], ignore_index=True)
+        scored = pd.concat(
+            [scored, score(classifiers, of_synthetic, augment, facts, made.index.to_numpy(), read, levels)],
+            ignore_index=True,
+        )
     with atomic_path(predictions) as path:
         scored.to_parquet(path, index=False)
     generator_saw = int(scans.loc[(scans["split"] == "train") & held_group(scans, augment), "subject_id"].nunique())
     results = summarise(augment, levels, scored, by_arm, arms, primary, study.seed) | {
         "opened": {key: record[key] for key in ("frozen_sha256", "designs")},
-        "shift": augment.shift.model_dump(mode="json") | {"subjects_that_the_generator_saw": generator_saw} if augment.shift else None,
+        "shift": (
+            augment.shift.model_dump(mode="json") | {"subjects_that_the_generator_saw": generator_saw}
+            if augment.shift
+            else None
+        ),
     }
     write_json(out, results)
     log.info("%s: %s (%s)", results["verdict"], results["primary"]["difference"], results["verdict_text"])

@@ -12,15 +12,16 @@ import typer
 from tqdm import tqdm
 
 from meddiff_steps.cohort.manifest import read_manifest, rows_by_split
+from meddiff_steps.compute.compilation import speed_up
+from meddiff_steps.compute.device import make_fabric, resolve
 from meddiff_steps.config import load_stage
+from meddiff_steps.core.files import atomic_path
 from meddiff_steps.evaluation.image_quality import reconstruction_quality
-from meddiff_steps.files import atomic_path
-from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
-from meddiff_steps.models.files import save_model
-from meddiff_steps.training.autoencoder import AutoencoderTask
-from meddiff_steps.training.backend import make_fabric, resolve, speed_up
-from meddiff_steps.training.checkpoint import state_key
+from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
+from meddiff_steps.models.weights import save_model
+from meddiff_steps.training.checkpoints import state_key
 from meddiff_steps.training.loop import fit
+from meddiff_steps.training.tasks.autoencoder import AutoencoderTask
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,9 @@ def run(
     history: Annotated[Path, typer.Option(help="training curve to write (Parquet)")],
     reconstructions: Annotated[Path, typer.Option(help="held-out scans and their reconstructions to write (Arrow)")],
     state: Annotated[Path, typer.Option(help="folder for resumable checkpoints")],
-    features: Annotated[Path | None, typer.Option(help="network of the perceptual term (TorchScript); needed if that has a weight")] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="network of the perceptual term (TorchScript); needed if that has a weight")
+    ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; changes the last bits of CPU results")] = 1,
 ) -> None:
     """Train the autoencoder on the train split, resuming after a kill, and measure it on held-out scans."""
@@ -47,7 +50,9 @@ def run(
     scans = read_manifest(manifest)
     rows = rows_by_split(scans, shards.column("scan_id"))
     fabric = make_fabric(study.compute, threads, study.compute.devices)
-    task = AutoencoderTask(settings, study.augmentation, shards, rows["train"], rows["val"], study.seed, fabric, features)
+    task = AutoencoderTask(
+        settings, study.augmentation, shards, rows["train"], rows["val"], study.seed, fabric, features
+    )
     compiled = speed_up(task.costly, study.compute, fabric, training=True)
     inputs = [manifest, *images, *([features] if features else [])]
     curve = fit(task, settings.optimiser, fabric, state / state_key("autoencoder", config, inputs), "autoencoder")
@@ -61,7 +66,12 @@ def run(
     ids = shards.column("scan_id")
     pairs: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {"test": ([], []), "val": ([], [])}
     shape = shards.shape("image")
-    columns = {"scan_id": pa.string(), "split": pa.string(), "image": Tensor("float16", shape), "reconstruction": Tensor("float16", shape)}
+    columns = {
+        "scan_id": pa.string(),
+        "split": pa.string(),
+        "image": TensorColumn("float16", shape),
+        "reconstruction": TensorColumn("float16", shape),
+    }
     with ShardWriter(reconstructions, columns) as writer, torch.no_grad():
         for split, row in tqdm(held_out, desc="reconstructing held-out scans", mininterval=5, file=sys.stderr):
             image = shards.tensors("image", [row])
@@ -72,7 +82,9 @@ def run(
             pairs[split][1].append(reconstruction[0])
     subject = scans.set_index("scan_id")["subject_id"]
     metrics = {
-        split: reconstruction_quality(np.stack(real), np.stack(made), subjects=[subject[ids[row]] for name, row in held_out if name == split])
+        split: reconstruction_quality(
+            np.stack(real), np.stack(made), subjects=[subject[ids[row]] for name, row in held_out if name == split]
+        )
         for split, (real, made) in pairs.items()
         if real
     }

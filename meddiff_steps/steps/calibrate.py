@@ -1,4 +1,6 @@
-"""Step `calibrate`: the training set as the copy detectors see it, their thresholds and their controls.  All of it private."""
+"""Step `calibrate`: the training set as the copy detectors see it, their thresholds and their controls.  All of it
+private.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from safetensors.numpy import save_file
 
 from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.config import load_stage
-from meddiff_steps.errors import UserError
-from meddiff_steps.files import atomic_path, write_json
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import atomic_path, write_json
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.privacy.reference import ReferenceFiles, build_reference, calibration_card
 
@@ -45,14 +47,24 @@ def run(
     training = table.loc[table["split"] == "train", "row"].to_numpy()
     if len(training) == 0:
         raise UserError(
-            f"{manifest}: no preprocessed scan is in the train split, so there is nothing to compare with. Check splits and preprocessed/qc.parquet."
+            f"{manifest}: no preprocessed scan is in the train split, so there is nothing to compare with. Check splits"
+            " and preprocessed/qc.parquet."
         )
     tensors = build_reference(files, training)
     with atomic_path(reference) as path:
         save_file(tensors, path)
     subgroup = study.privacy.subgroup
-    groups = scans.groupby("subject_id")[subgroup].first().astype(str) if subgroup else pd.Series("all", index=scans["subject_id"].unique())
+    groups = (
+        scans.groupby("subject_id")[subgroup].first().astype(str)
+        if subgroup
+        else pd.Series("all", index=scans["subject_id"].unique())
+    )
     card = calibration_card(files, tensors, table, groups, study.privacy.level, study.seed)
     write_json(out, card)
     if card["status"] != "CALIBRATED":
-        log.warning("NOT_CALIBRATED: %d calibration subjects, %d needed for privacy.level %g", card["subjects"], card["needed"], card["level"])
+        log.warning(
+            "NOT_CALIBRATED: %d calibration subjects, %d needed for privacy.level %g",
+            card["subjects"],
+            card["needed"],
+            card["level"],
+        )

@@ -15,8 +15,8 @@ from meddiff_steps.cohort.manifest import build_manifest, write_manifest
 from meddiff_steps.cohort.splits import subjects_needed
 from meddiff_steps.cohort.table import read_table
 from meddiff_steps.config import BidsSource, Privacy, SimulatedSource, TableSource, load_stage
-from meddiff_steps.errors import UserError
-from meddiff_steps.files import atomic_path, write_atomic
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import atomic_path, write_atomic
 from meddiff_steps.privacy.calibration import DETECTORS
 
 log = logging.getLogger(__name__)
@@ -26,18 +26,25 @@ def run(
     config: Annotated[Path, typer.Option(help="Frozen config of stage `cohort`.")],
     out: Annotated[Path, typer.Option(help="Manifest to write (Parquet).")],
     card: Annotated[Path, typer.Option(help="Card to write: counts, balance of the splits, duplicates (JSON).")],
-    simulated: Annotated[Path | None, typer.Option(help="Root of the simulated BIDS dataset; needed if, and only if, cohort.source is simulated.")] = None,
+    simulated: Annotated[
+        Path | None,
+        typer.Option(help="Root of the simulated BIDS dataset; needed if, and only if, cohort.source is simulated."),
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Files hashed at once.")] = 1,
 ) -> None:
     """Read a cohort and write its manifest: one row per scan with digests, split and covariates.
 
-    Every file is hashed, so the manifest pins down exactly which images the study saw; identical images are found by their
-    content, and the subjects that share them go to one split.
+    Every file is hashed, so the manifest pins down exactly which images the study saw; identical images are found by
+    their content, and the subjects that share them go to one split.
     """
     study = load_stage(config, "cohort")
     source = study.cohort
     if isinstance(source, SimulatedSource) != (simulated is not None):
-        expected = "is needed: give the directory that step `simulate` wrote" if simulated is None else "belongs to simulated cohorts only: leave it out"
+        expected = (
+            "is needed: give the directory that step `simulate` wrote"
+            if simulated is None
+            else "belongs to simulated cohorts only: leave it out"
+        )
         raise UserError(f"--simulated {expected} (cohort.source is {source.source!r}).")
 
     check_names(study.covariates)
@@ -46,20 +53,30 @@ def run(
     elif isinstance(source, BidsSource):
         frame = read_bids(source, study.covariates)
     else:
-        frame = read_bids(BidsSource.model_validate({"source": "bids", "root": str(simulated), "suffix": "T1w"}), study.covariates)
+        frame = read_bids(
+            BidsSource.model_validate({"source": "bids", "root": str(simulated), "suffix": "T1w"}), study.covariates
+        )
     log.info("%d scans of %d subjects", len(frame), frame["subject_id"].nunique())
 
     manifest, summary = build_manifest(frame, study.covariates, study.splits, study.seed, threads, source=source.source)
     with atomic_path(out) as temporary:
         write_manifest(manifest, temporary)
-    write_atomic(card, (json.dumps(summary, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_atomic(
+        card, (json.dumps(summary, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    )
     calibrating, needed = summary["splits"]["calibration"]["subjects"], subjects_needed(Privacy().level, len(DETECTORS))
     if calibrating < needed:
         log.warning(
-            "the calibration split has %d subjects; at the default privacy.level the privacy filter needs %d, and with too few it rejects nothing. "
-            "Raise splits.calibration, or privacy.level (docs/own-cohort.md).",
+            "the calibration split has %d subjects; at the default privacy.level the privacy filter needs %d, and with"
+            " too few it rejects nothing. Raise splits.calibration, or privacy.level (docs/own-cohort.md).",
             calibrating,
             needed,
         )
     counts = ", ".join(f"{name} {split['scans']}" for name, split in summary["splits"].items())
-    log.info("%s: %s scans; %d duplicate pairs, %d undecodable", out, counts, len(summary["duplicates"]), len(summary["undecodable"]))
+    log.info(
+        "%s: %s scans; %d duplicate pairs, %d undecodable",
+        out,
+        counts,
+        len(summary["duplicates"]),
+        len(summary["undecodable"]),
+    )

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from meddiff_steps.provenance.story import compare
+from meddiff_steps.audit.explain import compare
 
 
 def run(

@@ -10,16 +10,17 @@ from safetensors.torch import load_file, save_file
 
 from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.cohort.manifest import read_manifest, rows_by_split
+from meddiff_steps.compute.compilation import speed_up
+from meddiff_steps.compute.device import make_fabric, resolve
 from meddiff_steps.config import load_stage
-from meddiff_steps.files import atomic_path
+from meddiff_steps.core.files import atomic_path
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.models.files import save_model
-from meddiff_steps.training.backend import make_fabric, resolve, speed_up
-from meddiff_steps.training.checkpoint import state_key
-from meddiff_steps.training.components import train_components
-from meddiff_steps.training.diffusion import DiffusionTask
+from meddiff_steps.models.weights import save_model
+from meddiff_steps.training.checkpoints import state_key
 from meddiff_steps.training.latent_data import LatentData
 from meddiff_steps.training.loop import fit
+from meddiff_steps.training.tasks.components import train_components
+from meddiff_steps.training.tasks.diffusion import DiffusionTask
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import typer
 from meddiff_steps.cohort.manifest import write_manifest
 from meddiff_steps.cohort.splits import stable_fraction
 from meddiff_steps.config import load_stage
-from meddiff_steps.errors import UserError
-from meddiff_steps.files import atomic_path
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import atomic_path
 
 
 def run(
@@ -32,13 +32,24 @@ def run(
     planned = pd.read_parquet(plan)
     planned = planned[planned["sample_id"].isin(final.index)].reset_index(drop=True)
     ids = planned["sample_id"]
-    held_out = np.array([stable_fraction(f"{study.seed}/distill/{name}") < study.distill.validation_share for name in ids], dtype=bool)
+    held_out = np.array(
+        [stable_fraction(f"{study.seed}/distill/{name}") < study.distill.validation_share for name in ids], dtype=bool
+    )
     split = np.where(final.loc[ids, "decision"].to_numpy() == "duplicate", "test", np.where(held_out, "val", "train"))
     if (split == "train").sum() < 2:
         raise UserError(
-            f"{decisions}: {(split == 'train').sum()} accepted images are left to train on. Set distill.subjects higher, or look at what was rejected."
+            f"{decisions}: {(split == 'train').sum()} accepted images are left to train on. Set distill.subjects"
+            " higher, or look at what was rejected."
         )
     keys = final.loc[ids, "seed_key"].to_numpy()
-    columns = {"scan_id": ids, "subject_id": ids, "session_id": None, "path": "synthetic", "sha256": keys, "content_sha256": keys, "split": split}
+    columns = {
+        "scan_id": ids,
+        "subject_id": ids,
+        "session_id": None,
+        "path": "synthetic",
+        "sha256": keys,
+        "content_sha256": keys,
+        "split": split,
+    }
     with atomic_path(out) as path:
         write_manifest(pd.DataFrame(columns).assign(**{name: planned[name] for name in study.covariates}), path)

@@ -11,10 +11,10 @@ import typer
 
 from meddiff_steps.cohort.manifest import read_manifest, rows_by_split
 from meddiff_steps.config import load_stage
-from meddiff_steps.errors import UserError
+from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.models.files import save_model
-from meddiff_steps.privacy.embedder import train_embedder
+from meddiff_steps.instruments.embedder import train_embedder
+from meddiff_steps.models.weights import save_model
 
 
 def run(
@@ -31,7 +31,19 @@ def run(
     shards = Shards(images)
     rows = np.array(rows_by_split(read_manifest(manifest), shards.column("scan_id"))["train"])
     if len(rows) < 2:
-        raise UserError(f"{manifest}: {len(rows)} training scan; telling subjects apart cannot be learnt from fewer than 2. Add scans or change splits.")
+        raise UserError(
+            f"{manifest}: {len(rows)} training scan; telling subjects apart cannot be learnt from fewer than 2. Add"
+            " scans or change splits."
+        )
     model, losses = train_embedder(study.privacy.embedder, shards, rows, study.seed)
     last = losses[-max(1, len(losses) // 10) :]
-    save_model(model, weights, card, {"image_shape": list(shards.shape("image")), "training_scans": len(rows), "loss": round(float(np.mean(last)), 5)})
+    save_model(
+        model,
+        weights,
+        card,
+        {
+            "image_shape": list(shards.shape("image")),
+            "training_scans": len(rows),
+            "loss": round(float(np.mean(last)), 5),
+        },
+    )

@@ -1,4 +1,6 @@
-"""Step `evaluate`: covariate fidelity, realism, diversity, reconstruction quality and sharpness, each beside what real scans give."""
+"""Step `evaluate`: covariate fidelity, realism, diversity, reconstruction quality and sharpness, each beside what real
+scans give.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,14 @@ import typer
 
 from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.config import Covariates, Study, load_stage
-from meddiff_steps.errors import UserError
-from meddiff_steps.evaluation import features
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import atomic_path, read_json, write_atomic
 from meddiff_steps.evaluation import metrics as measuring
-from meddiff_steps.evaluation.selection import Images
-from meddiff_steps.files import atomic_path, read_json, write_atomic
+from meddiff_steps.imaging.selection import Images
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.models.files import load_embedder, load_segmenter
+from meddiff_steps.instruments import features
+from meddiff_steps.instruments.embedder import load_embedder
+from meddiff_steps.instruments.segmenter import load_segmenter
 
 logger = logging.getLogger(__name__)
 
@@ -32,24 +35,36 @@ def run(
     plan: Annotated[Path, typer.Option(help="plan.parquet.")],
     reconstructions: Annotated[Path, typer.Option(help="Held-out images beside their reconstructions (.arrow).")],
     out: Annotated[Path, typer.Option(help="Figures to write (metrics.json).")],
-    predictions: Annotated[Path, typer.Option(help="Table to write: requested or true beside measured covariates (.parquet).")],
-    embedder: Annotated[Path | None, typer.Option(help="privacy/embedder.safetensors: a feature space; left out if not given.")] = None,
+    predictions: Annotated[
+        Path, typer.Option(help="Table to write: requested or true beside measured covariates (.parquet).")
+    ],
+    embedder: Annotated[
+        Path | None, typer.Option(help="privacy/embedder.safetensors: a feature space; left out if not given.")
+    ] = None,
     embedder_card: Annotated[Path | None, typer.Option(help="privacy/embedder.json.")] = None,
-    segmenter: Annotated[Path | None, typer.Option(help="evaluation/segmenter.safetensors: measures volumes as well; left out if not given.")] = None,
+    segmenter: Annotated[
+        Path | None,
+        typer.Option(help="evaluation/segmenter.safetensors: measures volumes as well; left out if not given."),
+    ] = None,
     segmenter_card: Annotated[Path | None, typer.Option(help="evaluation/segmenter.json.")] = None,
-    components: Annotated[Path | None, typer.Option(help="Table to write: where each image lies in the feature spaces (.parquet).")] = None,
+    components: Annotated[
+        Path | None, typer.Option(help="Table to write: where each image lies in the feature spaces (.parquet).")
+    ] = None,
 ) -> None:
     """Measure covariate fidelity, realism, diversity, reconstruction quality and sharpness.
 
-    Predictors of the covariates learn from real training scans only and are applied to synthetic images and to held-out real
-    scans.  Grid and counterfactual groups are left out where other groups exist: their covariates are spread on purpose, and
-    correlations over them would flatter.
+    Predictors of the covariates learn from real training scans only and are applied to synthetic images and to held-out
+    real scans.  Grid and counterfactual groups are left out where other groups exist: their covariates are spread on
+    purpose, and correlations over them would flatter.
     """
     study = load_stage(config, "evaluate")
     scans, planned = read_manifest(manifest, study.covariates), _plan(plan, study.covariates)
     real, synthetic = Shards(images), Shards(generated)
     if real.shape("image") != synthetic.shape("image"):
-        raise UserError(f"generated images have shape {synthetic.shape('image')}, preprocessed ones {real.shape('image')}. Both must come from this study.")
+        raise UserError(
+            f"generated images have shape {synthetic.shape('image')}, preprocessed ones {real.shape('image')}. Both"
+            " must come from this study."
+        )
     made = Images.of(synthetic, "sample_id", "seed_key", planned, f"{plan}")
     if len(made) < len(planned):
         logger.warning("%d of %d planned subjects were generated; figures are about those", len(made), len(planned))
@@ -67,10 +82,18 @@ def run(
     if components is not None:
         with atomic_path(components) as temporary:
             found.components.to_parquet(temporary, index=False)
-    write_atomic(out, (json.dumps(found.metrics, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_atomic(
+        out, (json.dumps(found.metrics, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    )
     for name, entry in found.metrics["covariates"].items():
         key = "auc" if entry["kind"] == "categorical" else "r"
-        logger.info("%s: %s %s on synthetic images, %s on held-out real scans", name, key, entry[key]["value"], entry[key]["ceiling"]["value"])
+        logger.info(
+            "%s: %s %s on synthetic images, %s on held-out real scans",
+            name,
+            key,
+            entry[key]["value"],
+            entry[key]["ceiling"]["value"],
+        )
 
 
 def _plan(path: Path, covariates: Covariates) -> pd.DataFrame:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from meddiff_steps.provenance.story import explain
+from meddiff_steps.audit.explain import explain
 
 
 def run(

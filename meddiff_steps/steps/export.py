@@ -10,9 +10,9 @@ import pandas as pd
 import typer
 
 from meddiff_steps.config import load_stage
-from meddiff_steps.imaging.export import write_tar
-from meddiff_steps.provenance.bundle import TABLE
 from meddiff_steps.provenance.ledger import read_parquet
+from meddiff_steps.release.seal import TABLE
+from meddiff_steps.release.webdataset import write_tar
 
 logger = logging.getLogger(__name__)
 

@@ -9,28 +9,37 @@ import pandas as pd
 import typer
 
 from meddiff_steps.config import load_stage
-from meddiff_steps.errors import UserError
-from meddiff_steps.files import sha256_file
-from meddiff_steps.imaging.export import MANIFEST, write_index
-from meddiff_steps.provenance.bundle import TABLE
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import sha256_file
 from meddiff_steps.provenance.ledger import Row, read_parquet
+from meddiff_steps.release.seal import TABLE
+from meddiff_steps.release.webdataset import MANIFEST, write_index
 
 
 def run(
     config: Annotated[Path, typer.Option(help="frozen config of stage `export_index`")],
     root: Annotated[Path, typer.Option(help="root.json of the sealed release")],
     images: Annotated[list[Path], typer.Option(help="table of one shard of images; repeat for every shard")],
-    tars: Annotated[list[Path], typer.Option(help="tar file of one shard, in the order of the tables; repeat for every shard")],
+    tars: Annotated[
+        list[Path], typer.Option(help="tar file of one shard, in the order of the tables; repeat for every shard")
+    ],
     out: Annotated[Path, typer.Option(help="manifest.parquet to write, in the folder of the tar files")],
 ) -> None:
     """Write manifest.parquet, README.md and SHA256SUMS beside the tar files of an export."""
     if out.name != MANIFEST or any(tar.parent != out.parent for tar in tars):
         raise UserError(f"--out {out}: expected {MANIFEST} in the folder of the tar files.")
     if len(images) != len(tars):
-        raise UserError(f"{len(images)} tables and {len(tars)} tar files were given. Give --images and --tars once per shard, in the same order.")
+        raise UserError(
+            f"{len(images)} tables and {len(tars)} tar files were given. Give --images and --tars once per shard, in"
+            " the same order."
+        )
     study, release = load_stage(config, "export_index"), root.parents[1]
     members: dict[Path, list[Row]] = {tar: [] for tar in tars}
-    place = {name: tar for table, tar in zip(images, tars, strict=True) for name in pd.read_parquet(table, columns=["sample_id"])["sample_id"]}
+    place = {
+        name: tar
+        for table, tar in zip(images, tars, strict=True)
+        for name in pd.read_parquet(table, columns=["sample_id"])["sample_id"]
+    }
     for row in read_parquet(release / TABLE):
         if row["sample_id"] in place:
             members[place[row["sample_id"]]].append(row)

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from meddiff_steps.config import load_stage
-from meddiff_steps.errors import UserError
-from meddiff_steps.files import read_json
-from meddiff_steps.provenance.models import README, pack
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import read_json
+from meddiff_steps.release.models import README, pack
 
 
 def run(

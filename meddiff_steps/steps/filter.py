@@ -10,15 +10,15 @@ import pyarrow as pa
 import typer
 from safetensors.numpy import load_file
 
+from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import load_stage
-from meddiff_steps.files import atomic_path, read_json
-from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
-from meddiff_steps.models.files import LatentDiffusion, load_autoencoder
+from meddiff_steps.core.files import atomic_path, read_json
+from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
+from meddiff_steps.models.trained import LatentDiffusion, load_autoencoder
 from meddiff_steps.privacy.calibration import thresholds_of
 from meddiff_steps.privacy.filter import fill
 from meddiff_steps.privacy.reference import ReferenceFiles, load_detectors
-from meddiff_steps.synthesis.generate import Generator
-from meddiff_steps.training.backend import make_fabric
+from meddiff_steps.synthesis.generate import CohortGenerator
 
 
 def run(
@@ -45,14 +45,24 @@ def run(
     fabric = make_fabric(study.compute, threads)
     subjects = pd.read_parquet(plan, filters=[("shard", "==", shard)])
     subgroup = study.privacy.subgroup
-    groups = dict(zip(subjects["sample_id"], subjects[subgroup].astype(str) if subgroup else ["all"] * len(subjects), strict=True))
-    detectors = load_detectors(ReferenceFiles(images, autoencoder, autoencoder_card, scale, embedder, embedder_card), load_file(reference))
+    groups = dict(
+        zip(subjects["sample_id"], subjects[subgroup].astype(str) if subgroup else ["all"] * len(subjects), strict=True)
+    )
+    detectors = load_detectors(
+        ReferenceFiles(images, autoencoder, autoencoder_card, scale, embedder, embedder_card), load_file(reference)
+    )
     first_stage, card = load_autoencoder(autoencoder, autoencoder_card)
-    generator = Generator(LatentDiffusion.load(diffusion, diffusion_card), first_stage, study.generate, fabric, study.compute)
+    generator = CohortGenerator(
+        LatentDiffusion.load(diffusion, diffusion_card), first_stage, study.generate, fabric, study.compute
+    )
     drawn = Shards([generated])
     first = ((name, drawn.tensor("image", row)) for row, name in enumerate(drawn.column("sample_id")))
     rows = []
-    columns = {"sample_id": pa.string(), "attempt": pa.int64(), "image": Tensor("float16", tuple(card["image_shape"]))}
+    columns = {
+        "sample_id": pa.string(),
+        "attempt": pa.int64(),
+        "image": TensorColumn("float16", tuple(card["image_shape"])),
+    }
     with ShardWriter(out, columns) as writer:
         for candidate in fill(
             subjects,

@@ -9,8 +9,8 @@ import pandas as pd
 import typer
 
 from meddiff_steps.config import load_stage
-from meddiff_steps.errors import UserError
-from meddiff_steps.files import atomic_path, read_json
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import atomic_path, read_json
 
 
 def run(
@@ -25,16 +25,22 @@ def run(
     result = read_json(report)
     if result["verdict"] == "FAIL" and study.privacy.enforce == "stop":
         bad = [gate for gate in result["gates"] if gate["outcome"] == "FAIL"]
-        failed = [f"  {gate['name']}: {gate['figure'].get('value')} against {gate['limit']}; {gate['meaning']}" for gate in bad]
+        failed = [
+            f"  {gate['name']}: {gate['figure'].get('value')} against {gate['limit']}; {gate['meaning']}"
+            for gate in bad
+        ]
         raise UserError(
-            f"{report}: the privacy verdict is FAIL, so nothing is released:\n" + "\n".join(failed) + "\n"
-            "Train on more subjects, for fewer steps, or with augmentation. To look at the cohort all the same, set privacy.enforce: report; "
-            "the release then says that it failed."
+            f"{report}: the privacy verdict is FAIL, so nothing is released:\n"
+            + "\n".join(failed)
+            + "\nTrain on more subjects, for fewer steps, or with augmentation. To look at the cohort all the same, set"
+            " privacy.enforce: report; the release then says that it failed."
         )
     table = pd.read_parquet(decisions)
     accepted = table.loc[table["decision"] == "accepted"].set_index("sample_id")
     if accepted.empty:
-        raise UserError(f"{decisions}: no candidate was accepted, so there is nothing to release. {report} says what rejected them.")
+        raise UserError(
+            f"{decisions}: no candidate was accepted, so there is nothing to release. {report} says what rejected them."
+        )
     planned = pd.read_parquet(plan)
     released = planned[planned["sample_id"].isin(accepted.index)].reset_index(drop=True)
     for column in ("attempt", "seed_key"):

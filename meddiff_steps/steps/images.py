@@ -9,11 +9,11 @@ import pandas as pd
 import typer
 
 from meddiff_steps.config import load_stage
-from meddiff_steps.files import atomic_path
+from meddiff_steps.core.files import atomic_path
 from meddiff_steps.imaging.encoding import Grid
-from meddiff_steps.imaging.layout import Layout
-from meddiff_steps.imaging.release import write_images
 from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.release.dataset import write_images
+from meddiff_steps.release.layout import Layout
 
 
 def run(
@@ -31,8 +31,16 @@ def run(
     grid = Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
     layout = Layout.of(study.spatial_dims, study.plan, study.release)
     columns = ["sample_id"] if layout.size is None else ["sample_id", "group", "index"]
-    subjects = pd.read_parquet(released, columns=columns, filters=[("sample_id", "in", Shards([generated]).column("sample_id"))])
-    folders = {} if layout.size is None else dict(zip(subjects["sample_id"], map(layout.folder, subjects["group"], subjects["index"]), strict=True))
-    table = write_images(generated, release, grid, study.study, study.release.suffix, set(subjects["sample_id"]), folders)
+    subjects = pd.read_parquet(
+        released, columns=columns, filters=[("sample_id", "in", Shards([generated]).column("sample_id"))]
+    )
+    folders = (
+        {}
+        if layout.size is None
+        else dict(zip(subjects["sample_id"], map(layout.folder, subjects["group"], subjects["index"]), strict=True))
+    )
+    table = write_images(
+        generated, release, grid, study.study, study.release.suffix, set(subjects["sample_id"]), folders
+    )
     with atomic_path(out) as temporary:
         table.to_parquet(temporary, index=False)

@@ -10,12 +10,13 @@ import torch
 import typer
 from tqdm import tqdm
 
+from meddiff_steps.compute.compilation import cast_weights, speed_up
+from meddiff_steps.compute.device import channels_last, make_fabric, to_channels_last, to_device
 from meddiff_steps.config import load_stage
-from meddiff_steps.imaging.augment import draw_variant
-from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
-from meddiff_steps.models.files import load_autoencoder
-from meddiff_steps.training.backend import cast_weights, channels_last, make_fabric, speed_up, to_channels_last, to_device
-from meddiff_steps.training.loop import step_generator
+from meddiff_steps.core.random_streams import step_generator
+from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
+from meddiff_steps.imaging.variants import draw_variant
+from meddiff_steps.models.trained import load_autoencoder
 
 
 def run(
@@ -39,10 +40,15 @@ def run(
     fabric.to_device(model)
     cast_weights(model.costly, fabric)
     speed_up(model.costly[:1], study.compute, fabric, training=False)
-    latent = Tensor("float16", tuple(card["latent_shape"]))
+    latent = TensorColumn("float16", tuple(card["latent_shape"]))
     size = study.latents.batch_size
     jobs = [(row, variant) for row in range(len(ids)) for variant in range(augmentation.variants)]
-    with ShardWriter(out, {"scan_id": pa.string(), "variant": pa.int64(), "mean": latent, "log_variance": latent}) as writer, torch.no_grad():
+    with (
+        ShardWriter(
+            out, {"scan_id": pa.string(), "variant": pa.int64(), "mean": latent, "log_variance": latent}
+        ) as writer,
+        torch.no_grad(),
+    ):
         for start in tqdm(range(0, len(jobs), size), desc="encoding", mininterval=5, file=sys.stderr):
             batch = jobs[start : start + size]
             padded = batch + [batch[-1]] * (size - len(batch))
@@ -50,9 +56,15 @@ def run(
             for row, variant in padded:
                 image = shards.tensors("image", [row])[0]
                 if variant:
-                    image = draw_variant(augmentation, spatial_dims, step_generator(f"{study.seed}/variant/{ids[row]}", "augmentation", variant))(image)
+                    image = draw_variant(
+                        augmentation,
+                        spatial_dims,
+                        step_generator(f"{study.seed}/variant/{ids[row]}", "augmentation", variant),
+                    )(image)
                 x.append(image)
             with fabric.autocast():
-                mean, log_variance = model.encode(to_device(np.stack(x), fabric).contiguous(memory_format=channels_last(spatial_dims)))
+                mean, log_variance = model.encode(
+                    to_device(np.stack(x), fabric).contiguous(memory_format=channels_last(spatial_dims))
+                )
             for (row, variant), m, v in zip(batch, mean.cpu().numpy(), log_variance.cpu().numpy(), strict=False):
                 writer.append(scan_id=ids[row], variant=variant, mean=m, log_variance=v)

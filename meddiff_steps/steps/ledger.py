@@ -11,11 +11,12 @@ import pandas as pd
 import typer
 
 from meddiff_steps.config import default_steps, load_stage
-from meddiff_steps.errors import UserError
-from meddiff_steps.files import read_json, sha256_file
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import read_json, sha256_file
 from meddiff_steps.privacy.calibration import thresholds_of
-from meddiff_steps.provenance import bundle, ledger
+from meddiff_steps.provenance import ledger
 from meddiff_steps.provenance.record import lock_file
+from meddiff_steps.release import seal
 
 logger = logging.getLogger(__name__)
 
@@ -32,36 +33,45 @@ def run(
     description: Annotated[Path, typer.Option(help="dataset_description.json of the complete release")],
     private: Annotated[Path, typer.Option(help="private ledger to write (Parquet)")],
     out: Annotated[Path, typer.Option(help="root.json to write, in the release's folder `provenance`")],
-    results: Annotated[Path | None, typer.Option(help="the study's folder, which holds its run records; by default where the frozen config lies")] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(help="the study's folder, which holds its run records; by default where the frozen config lies"),
+    ] = None,
 ) -> None:
     """Write the ledger of a release and everything else in its folder `provenance`.
 
     Must come last: every file that lies in the release by then is sealed, and any that is added later is a finding.
     """
     release = description.parent
-    if out != release / bundle.ROOT:
-        raise UserError(f"--out {out}: expected {release / bundle.ROOT}, beside {description}.")
+    if out != release / seal.ROOT:
+        raise UserError(f"--out {out}: expected {release / seal.ROOT}, beside {description}.")
     study = load_stage(config, "ledger")
     settings = study.generate
-    weights = {name: read_json(card)["weights_sha256"] for name, card in (("autoencoder", autoencoder_card), ("diffusion", diffusion_card))}
+    weights = {
+        name: read_json(card)["weights_sha256"]
+        for name, card in (("autoencoder", autoencoder_card), ("diffusion", diffusion_card))
+    }
     recipe = ledger.Recipe(
         **weights,
         sampler=settings.sampler,
-        num_inference_steps=settings.num_inference_steps or default_steps(settings.sampler, study.diffusion.num_train_timesteps),
+        num_inference_steps=settings.num_inference_steps
+        or default_steps(settings.sampler, study.diffusion.num_train_timesteps),
         guidance_scale=settings.guidance_scale,
         batch_size=settings.batch_size,
         precision=study.compute.precision,
     )
     planned, judged = pd.read_parquet(plan), pd.read_parquet(decisions)
     tables = pd.concat([pd.read_parquet(path) for path in images], ignore_index=True)
-    bundle.prepare(release)
+    seal.prepare(release)
     rows = ledger.public_tables(planned, judged, tables, study.covariates, recipe)
-    public = ledger.write_ledger(rows, ledger.public_schema(study.covariates), release / bundle.TABLE, release / bundle.LINES)
+    public = ledger.write_ledger(
+        rows, ledger.public_schema(study.covariates), release / seal.TABLE, release / seal.LINES
+    )
     candidates = ledger.private_tables(planned, judged, thresholds_of(read_json(calibration)), study.privacy.subgroup)
     hidden = ledger.write_ledger(candidates, ledger.private_schema(ledger.detectors_of(judged)), private)
     folder = results or config.parent.parent
     read = [plan, decisions, privacy, calibration, *images, autoencoder_card, diffusion_card, description]
-    facts = bundle.Facts(
+    facts = seal.Facts(
         config=json.loads(config.read_text(encoding="utf-8")),
         privacy=read_json(privacy),
         heads={_name(path, folder): sha256_file(path) for path in read},
@@ -69,12 +79,20 @@ def run(
         lock=lock_file(),
     )
     shard_of = dict(zip(planned["sample_id"].map(str), planned["shard"], strict=True))
-    root = bundle.complete(release, public, hidden, shard_of, set(tables["path"]), facts)
-    logger.info("%s: %d rows, %d released, root %s", out, root["ledger"]["rows"], root["ledger"]["released"], root["ledger"]["root"])
+    root = seal.complete(release, public, hidden, shard_of, set(tables["path"]), facts)
+    logger.info(
+        "%s: %d rows, %d released, root %s",
+        out,
+        root["ledger"]["rows"],
+        root["ledger"]["released"],
+        root["ledger"]["root"],
+    )
 
 
 def _name(path: Path, folder: Path) -> str:
     try:
         return path.resolve().relative_to(folder.resolve()).as_posix()
     except ValueError:
-        raise UserError(f"{path}: not in the study's folder {folder}. Give --results the folder that holds both.") from None
+        raise UserError(
+            f"{path}: not in the study's folder {folder}. Give --results the folder that holds both."
+        ) from None

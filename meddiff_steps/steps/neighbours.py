@@ -1,4 +1,6 @@
-"""Step `neighbours`: the released images that are most like training scans, beside these; for the owner of the cohort alone."""
+"""Step `neighbours`: the released images that are most like training scans, beside these; for the owner of the cohort
+alone.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from safetensors.numpy import load_file
 
 from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.config import load_stage
-from meddiff_steps.errors import UserError
-from meddiff_steps.files import read_json, write_atomic
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import read_json, write_atomic
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.report import pictures
 from meddiff_steps.report.page import Section, render
@@ -25,7 +27,10 @@ PAIRS = 6
 #: What a detector compares, in words.
 MEANING = {
     "aligned": "Grey values voxel by voxel: finds copies that were not moved.",
-    "learned": "What a network learnt to tell subjects apart by: finds copies that were moved, mirrored, cropped or re-contrasted.",
+    "learned": (
+        "What a network learnt to tell subjects apart by: finds copies that were moved, mirrored, cropped or"
+        " re-contrasted."
+    ),
     "latent": "The codes of the generator's own autoencoder.",
 }
 
@@ -41,7 +46,9 @@ def run(
     calibration: Annotated[Path, typer.Option(help="privacy/calibration.json")],
     out: Annotated[Path, typer.Option(help="page to write (HTML); private: it shows training scans")],
 ) -> None:
-    """Show, for every detector, the accepted images nearest to the training set, so that the owner can judge by eye what the filter let pass."""
+    """Show, for every detector, the accepted images nearest to the training set, so that the owner can judge by eye
+    what the filter let pass.
+    """
     study = load_stage(config, "neighbours")
     card, real, made = read_json(calibration), Shards(images), Shards(filtered)
     names = [str(real.column("scan_id")[row]) for row in load_file(reference)["rows"]]
@@ -52,16 +59,25 @@ def run(
     planned, scans = pd.read_parquet(plan), read_manifest(manifest, study.covariates)
     sections = []
     for name in card["detectors"]:
-        first = accepted.nlargest(PAIRS, f"similarity_{name}", keep="all").sort_values([f"similarity_{name}", "sample_id"], ascending=[False, True])[:PAIRS]
+        first = accepted.nlargest(PAIRS, f"similarity_{name}", keep="all").sort_values(
+            [f"similarity_{name}", "sample_id"], ascending=[False, True]
+        )[:PAIRS]
         nearest = [names[int(i)] for i in first[f"nearest_{name}"]]
-        pairs = pd.DataFrame({"sample_id": first["sample_id"], "similarity": first[f"similarity_{name}"], "scan_id": nearest})
-        shown = pictures.neighbours(pairs, (card.get("thresholds") or {}).get(name), made, real, planned, scans, study.covariates)
+        pairs = pd.DataFrame(
+            {"sample_id": first["sample_id"], "similarity": first[f"similarity_{name}"], "scan_id": nearest}
+        )
+        shown = pictures.neighbours(
+            pairs, (card.get("thresholds") or {}).get(name), made, real, planned, scans, study.covariates
+        )
         sections.append(Section(name, f"By the detector {name}", text=[MEANING.get(name, "")], pictures=[shown]))
     page = render(
         title=f"{study.title or study.study}: nearest training scans",
         study=f"Study {study.study}",
-        lead="Private. This page shows training scans with their ids beside the synthetic images most like them. It is for those who may see the cohort, no "
-        "part of the release, and who was nearest to whom is itself something that an attacker would like to know.",
+        lead=(
+            "Private. This page shows training scans with their ids beside the synthetic images most like them. It is"
+            " for those who may see the cohort, no part of the release, and who was nearest to whom is itself something"
+            " that an attacker would like to know."
+        ),
         simulated=study.cohort.source == "simulated",
         headline=[],
         sections=sections,

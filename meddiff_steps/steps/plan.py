@@ -14,8 +14,8 @@ from meddiff_steps.cohort.covariates import parse_covariates
 from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.cohort.table import load_table
 from meddiff_steps.config import Covariates, PlanGroup, load_stage
-from meddiff_steps.errors import UserError
-from meddiff_steps.files import atomic_path
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import atomic_path
 from meddiff_steps.synthesis.plan import build_plan
 
 log = logging.getLogger(__name__)
@@ -28,8 +28,8 @@ def run(
 ) -> None:
     """Decide which synthetic subjects to make: one row each, with its covariates, its seed key and its shard.
 
-    The covariates come from a copula fitted to the training rows, from the user's table, or from a grid.  A subject's row
-    does not depend on how many subjects are asked for.
+    The covariates come from a copula fitted to the training rows, from the user's table, or from a grid.  A subject's
+    row does not depend on how many subjects are asked for.
     """
     study = load_stage(config, "plan")
     scans = read_manifest(manifest, study.covariates)
@@ -43,7 +43,9 @@ def run(
 
 def _read_requests(group: PlanGroup, covariates: Covariates) -> pd.DataFrame:
     """The table of a group, with typed columns under the covariates' own names."""
-    by_name: Covariates = {name: covariate.model_copy(update={"column": None}) for name, covariate in covariates.items()}
+    by_name: Covariates = {
+        name: covariate.model_copy(update={"column": None}) for name, covariate in covariates.items()
+    }
     try:
         return parse_covariates(load_table(Path(str(group.table))), by_name)
     except UserError as error:

@@ -11,8 +11,8 @@ import typer
 from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.cohort.splits import shard_of
 from meddiff_steps.config import load_stage
-from meddiff_steps.errors import UserError
-from meddiff_steps.files import atomic_path
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import atomic_path
 from meddiff_steps.imaging.preprocess import preprocess_shard
 
 
@@ -30,7 +30,10 @@ def run(
     """
     study = load_stage(config, "preprocess")
     if shard >= study.preprocess.shards:
-        raise UserError(f"--shard {shard}: preprocess.shards is {study.preprocess.shards}, so shards are numbered 0 to {study.preprocess.shards - 1}.")
+        raise UserError(
+            f"--shard {shard}: preprocess.shards is {study.preprocess.shards}, so shards are numbered 0 to"
+            f" {study.preprocess.shards - 1}."
+        )
     rows = read_manifest(manifest)
     mine = [shard_of(subject, study.preprocess.shards) == shard for subject in rows["subject_id"]]
     table = preprocess_shard(rows[pd.Series(mine, index=rows.index, dtype=bool)], study.preprocess, out, threads)

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from meddiff_steps.files import write_json
-from meddiff_steps.provenance.story import prove
+from meddiff_steps.audit.explain import prove
+from meddiff_steps.core.files import write_json
 
 
 def run(

@@ -10,8 +10,8 @@ import pandas as pd
 import typer
 
 from meddiff_steps.config import load_stage
-from meddiff_steps.errors import UserError
-from meddiff_steps.files import atomic_path
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import atomic_path
 from meddiff_steps.imaging.preprocess import cut_off
 
 logger = logging.getLogger(__name__)
@@ -27,15 +27,18 @@ def run(
     The limit is preprocess.max_failed_share.
     """
     study = load_stage(config, "quality")
-    table = pd.concat([pd.read_parquet(path) for path in qc], ignore_index=True).sort_values("scan_id", ignore_index=True)
+    table = pd.concat([pd.read_parquet(path) for path in qc], ignore_index=True).sort_values(
+        "scan_id", ignore_index=True
+    )
     left_out = table[table["status"] == "left out"]
     if len(left_out) == len(table):
         raise UserError(f"preprocess: none of {len(table)} scans could be used.\n{_reasons(left_out)}")
     share = len(left_out) / len(table)
     if share > study.preprocess.max_failed_share:
         raise UserError(
-            f"preprocess: {len(left_out)} of {len(table)} scans ({share:.1%}) were left out, more than preprocess.max_failed_share "
-            f"({study.preprocess.max_failed_share:.1%}).\n{_reasons(left_out)}\nRepair these scans, take them out of the cohort, or raise the limit."
+            f"preprocess: {len(left_out)} of {len(table)} scans ({share:.1%}) were left out, more than"
+            f" preprocess.max_failed_share ({study.preprocess.max_failed_share:.1%}).\n{_reasons(left_out)}\nRepair"
+            " these scans, take them out of the cohort, or raise the limit."
         )
     logger.info("%d of %d scans are usable", len(table) - len(left_out), len(table))
     if len(left_out):
@@ -52,5 +55,8 @@ def _reasons(left_out: pd.DataFrame) -> str:
     lines = []
     for reason, count in counts.head(5).items():
         examples = left_out[left_out["reason"] == reason]
-        lines.append(f"  {count} x {reason}: {', '.join(examples['scan_id'].head(3))}{', ...' if count > 3 else ''}. First: {examples['message'].iloc[0]}")
+        lines.append(
+            f"  {count} x {reason}: {', '.join(examples['scan_id'].head(3))}{', ...' if count > 3 else ''}. First:"
+            f" {examples['message'].iloc[0]}"
+        )
     return "\n".join(lines)

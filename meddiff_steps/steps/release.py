@@ -11,10 +11,10 @@ import pandas as pd
 import typer
 
 from meddiff_steps.config import BidsSource, Study, load_stage
-from meddiff_steps.errors import UserError
-from meddiff_steps.files import read_json
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import read_json
 from meddiff_steps.imaging.encoding import Grid
-from meddiff_steps.imaging.release import Story, complete_dataset
+from meddiff_steps.release.dataset import Story, complete_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -28,14 +28,18 @@ def run(
     autoencoder_card: Annotated[Path, typer.Option(help="autoencoder/card.json.")],
     diffusion_card: Annotated[Path, typer.Option(help="diffusion/card.json.")],
     out: Annotated[Path, typer.Option(help="dataset_description.json in the root folder of the release.")],
-    metrics: Annotated[Path | None, typer.Option(help="evaluation/metrics.json; without, README says that nothing was measured.")] = None,
+    metrics: Annotated[
+        Path | None, typer.Option(help="evaluation/metrics.json; without, README says that nothing was measured.")
+    ] = None,
 ) -> None:
     """Complete the released dataset: participants, description, sidecar, README (its card), licence.
 
     Refuses a release in which a planned subject has no image, or an image is not planned.
     """
     if out.name != "dataset_description.json":
-        raise UserError(f"--out {out}: expected a path that ends in dataset_description.json. Its folder is the dataset.")
+        raise UserError(
+            f"--out {out}: expected a path that ends in dataset_description.json. Its folder is the dataset."
+        )
     study = load_stage(config, "release")
     steps = study.generate.num_inference_steps
     story = Story(
@@ -44,7 +48,10 @@ def run(
         config=study.release,
         covariates=study.covariates,
         grid=Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm),
-        sampler=f"{study.generate.sampler}{f', {steps} steps' if steps else ''}, guidance scale {study.generate.guidance_scale:g}",
+        sampler=(
+            f"{study.generate.sampler}{f', {steps} steps' if steps else ''}, guidance scale"
+            f" {study.generate.guidance_scale:g}"
+        ),
         card=read_json(cohort_card),
         sources=_sources(study),
         privacy=read_json(privacy),
@@ -65,7 +72,10 @@ def _sources(study: Study) -> list[dict[str, str]]:
         described = json.loads((Path(study.cohort.root) / "dataset_description.json").read_text(encoding="utf-8"))
         if isinstance(described.get("DatasetDOI"), str):
             return [{"DOI": described["DatasetDOI"]}]
-        entries = [{key: str(entry[key]) for key in ("DOI", "URL", "Version") if key in entry} for entry in described.get("SourceDatasets", [])]
+        entries = [
+            {key: str(entry[key]) for key in ("DOI", "URL", "Version") if key in entry}
+            for entry in described.get("SourceDatasets", [])
+        ]
     except (OSError, ValueError, AttributeError, TypeError):  # optional information, written by others
         return []
     return [entry for entry in entries if "DOI" in entry or entry.get("URL", "").startswith("http")]

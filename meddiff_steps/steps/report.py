@@ -12,8 +12,8 @@ import typer
 
 from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.config import load_stage
-from meddiff_steps.errors import UserError
-from meddiff_steps.files import read_json, write_atomic
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import read_json, write_atomic
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.report import pictures, sections
 from meddiff_steps.report.page import Card, Section, render
@@ -39,11 +39,20 @@ def run(
     predictions: Annotated[Path, typer.Option(help="Requested or true beside measured covariates (.parquet).")],
     out: Annotated[Path, typer.Option(help="Page to write (.html).")],
     contact_sheet: Annotated[Path, typer.Option(help="Picture of real beside synthetic images to write (.png).")],
-    privacy: Annotated[Path | None, typer.Option(help="privacy/report.json; left out of the page if not given.")] = None,
-    components: Annotated[Path | None, typer.Option(help="evaluation/components.parquet; the picture of features is left out if not given.")] = None,
-    teacher_privacy: Annotated[Path | None, typer.Option(help="The same of the first model, where a second made the release.")] = None,
+    privacy: Annotated[
+        Path | None, typer.Option(help="privacy/report.json; left out of the page if not given.")
+    ] = None,
+    components: Annotated[
+        Path | None,
+        typer.Option(help="evaluation/components.parquet; the picture of features is left out if not given."),
+    ] = None,
+    teacher_privacy: Annotated[
+        Path | None, typer.Option(help="The same of the first model, where a second made the release.")
+    ] = None,
     teacher_metrics: Annotated[Path | None, typer.Option(help="Its metrics.")] = None,
-    augmentation: Annotated[Path | None, typer.Option(help="augmentation/results.json; left out of the page if not given.")] = None,
+    augmentation: Annotated[
+        Path | None, typer.Option(help="augmentation/results.json; left out of the page if not given.")
+    ] = None,
     opened: Annotated[Path | None, typer.Option(help="augmentation/test-opened.json, which goes with it.")] = None,
 ) -> None:
     """Write report.html, one self-contained page, and its contact sheet as a PNG.
@@ -69,7 +78,11 @@ def run(
         judged = read_json(privacy)
         contents.append(sections.privacy_section(judged))
         if teacher_privacy and teacher_metrics:
-            contents.append(sections.distillation_section([read_json(teacher_privacy), judged], [read_json(teacher_metrics), measured]))
+            contents.append(
+                sections.distillation_section(
+                    [read_json(teacher_privacy), judged], [read_json(teacher_metrics), measured]
+                )
+            )
     if augmentation and opened:
         contents.append(sections.augmentation_section(read_json(augmentation), read_json(opened)))
     histories = {"autoencoder": _parquet(autoencoder_history), "diffusion model": _parquet(diffusion_history)}
@@ -85,7 +98,9 @@ def run(
         sections.sharpness_section(measured["spectrum"]),
         sections.reconstruction_section(Shards([reconstructions]), measured["reconstruction"]),
         Section("training", "Training", pictures=pictures.histories(histories)),
-        sections.data_section(_parquet(qc), scans, planned.loc[planned["sample_id"].isin(synthetic.column("sample_id"))], study),
+        sections.data_section(
+            _parquet(qc), scans, planned.loc[planned["sample_id"].isin(synthetic.column("sample_id"))], study
+        ),
         Section("cards", "Cards", cards=cards),
     ]
     page = render(

@@ -12,18 +12,18 @@ import pandas as pd
 import typer
 
 from meddiff_steps.cohort.manifest import read_manifest
+from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import load_stage
-from meddiff_steps.errors import UserError
-from meddiff_steps.evaluation.features import random_space
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import write_atomic, write_json
 from meddiff_steps.evaluation.realism import MIN_IMAGES
 from meddiff_steps.evaluation.sampler_study import Point, compare, points
-from meddiff_steps.evaluation.selection import Images, drawn
-from meddiff_steps.files import write_atomic, write_json
+from meddiff_steps.imaging.selection import Images, drawn
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.models.files import LatentDiffusion, load_autoencoder
+from meddiff_steps.instruments.features import random_space
+from meddiff_steps.models.trained import LatentDiffusion, load_autoencoder
 from meddiff_steps.report.figures import sampler_study
-from meddiff_steps.synthesis.generate import Generator
-from meddiff_steps.training.backend import make_fabric
+from meddiff_steps.synthesis.generate import CohortGenerator
 
 
 def run(
@@ -39,23 +39,31 @@ def run(
     figure: Annotated[Path, typer.Option(help="picture to write (PNG)")],
     threads: Annotated[int, typer.Option(help="CPU threads; seconds depend on them")] = 1,
 ) -> None:
-    """Draw the same planned subjects with every sampler, number of steps and guidance scale, and measure quality and seconds.
+    """Draw the same planned subjects with every sampler, number of steps and guidance scale, and measure quality and
+    seconds.
 
     Seconds are of this machine, at the study's batch size, decoding included; all else repeats.
     """
     study = load_stage(config, "sampler_study")
     subjects = drawn(pd.read_parquet(plan), study.plan)[: study.sampler_study.images]
     if len(subjects) < MIN_IMAGES:
-        raise UserError(f"{plan}: {len(subjects)} planned subjects, and samplers cannot be compared on fewer than {MIN_IMAGES}. Plan more.")
+        raise UserError(
+            f"{plan}: {len(subjects)} planned subjects, and samplers cannot be compared on fewer than {MIN_IMAGES}."
+            " Plan more."
+        )
     first_stage, _ = load_autoencoder(autoencoder, autoencoder_card)
     model = LatentDiffusion.load(diffusion, diffusion_card)
-    generator = Generator(model, first_stage, study.generate, make_fabric(study.compute, threads), study.compute)
+    generator = CohortGenerator(model, first_stage, study.generate, make_fabric(study.compute, threads), study.compute)
 
     def draw(point: Point, rows: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
         generator.settings = study.generate.model_copy(update=asdict(point))
-        return generator.images(rows, f"{point.sampler}, {point.num_inference_steps} steps, guidance {point.guidance_scale:g}")
+        return generator.images(
+            rows, f"{point.sampler}, {point.num_inference_steps} steps, guidance {point.guidance_scale:g}"
+        )
 
-    cohort = Images.of(Shards(images), "scan_id", "subject_id", read_manifest(manifest, study.covariates), f"{manifest}")
+    cohort = Images.of(
+        Shards(images), "scan_id", "subject_id", read_manifest(manifest, study.covariates), f"{manifest}"
+    )
     ways = points(study.sampler_study, model.settings.prediction_type)
     results = compare(draw, ways, subjects, cohort, random_space(generator.spatial_dims), study)
     results |= {"batch_size": study.generate.batch_size, "threads": threads, "device": str(generator.fabric.device)}

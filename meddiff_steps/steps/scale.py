@@ -10,9 +10,9 @@ from safetensors.numpy import save_file
 from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.cohort.manifest import read_manifest, rows_by_split
 from meddiff_steps.config import load_stage
-from meddiff_steps.files import atomic_path, write_json
+from meddiff_steps.core.files import atomic_path, write_json
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.models.latents import covariate_features, fit_gaussian, standardisation
+from meddiff_steps.models.latent_statistics import covariate_features, fit_gaussian, standardisation
 
 
 def run(
@@ -22,7 +22,9 @@ def run(
     scale: Annotated[Path, typer.Option(help="latents/scale.safetensors to write")],
     out: Annotated[Path, typer.Option(help="latents/manifest.json to write")],
 ) -> None:
-    """Measure how the latents of the train split are to be standardised, and fit the Gaussian that the diffusion model starts from."""
+    """Measure how the latents of the train split are to be standardised, and fit the Gaussian that the diffusion model
+    starts from.
+    """
     study = load_stage(config, "scale")
     shards = Shards(latents)
     table, ids = read_manifest(manifest), shards.column("scan_id")

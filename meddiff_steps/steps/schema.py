@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from meddiff_steps.config import json_schema, key_reference
-from meddiff_steps.files import write_atomic
+from meddiff_steps.core.files import write_atomic
 
 
 def run(out: Annotated[Path, typer.Option(help="folder for study.schema.json and keys.md")] = Path("config")) -> None:

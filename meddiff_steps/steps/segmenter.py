@@ -12,13 +12,13 @@ import torch
 import typer
 
 from meddiff_steps.cohort.manifest import read_manifest
+from meddiff_steps.compute.device import resolve
 from meddiff_steps.config import load_stage
-from meddiff_steps.errors import UserError
-from meddiff_steps.evaluation import segmenter
-from meddiff_steps.evaluation.selection import Images, held_out
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.instruments import segmenter
+from meddiff_steps.imaging.selection import Images, held_out
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.models.files import save_model
-from meddiff_steps.training.backend import resolve
+from meddiff_steps.models.weights import save_model
 
 
 def run(
@@ -37,12 +37,17 @@ def run(
     study = load_stage(config, "segmenter")
     settings, spacing = study.segmentation, study.preprocess.spacing_mm
     if settings is None or spacing is None:
-        raise UserError("the study has no section `segmentation`, or no volumes: there is nothing to train. Leave this step out.")
+        raise UserError(
+            "the study has no section `segmentation`, or no volumes: there is nothing to train. Leave this step out."
+        )
     torch.set_num_threads(threads)
     device, _ = resolve(study.compute)
     shards = Shards(images)
     scans = Images.of(shards, "scan_id", "subject_id", read_manifest(manifest), f"{manifest}")
-    train, held = scans.of_splits(["train"]).at_most(segmenter.MAX_SCANS), held_out(scans)[0].at_most(segmenter.MAX_SCANS)
+    train, held = (
+        scans.of_splits(["train"]).at_most(segmenter.MAX_SCANS),
+        held_out(scans)[0].at_most(segmenter.MAX_SCANS),
+    )
     grids = pd.read_parquet(qc).set_index("scan_id")["target_affine"]
     affines = {name: np.array(json.loads(grids[name])).reshape(4, 4) for name in [*train.ids, *held.ids]}
     shape = shards.shape("image")[1:]
@@ -50,12 +55,20 @@ def run(
     with segmenter.labelled(train, affines, settings, model) as (found, labels):
         if len(found) < segmenter.MIN_SCANS:
             raise UserError(
-                f"segmentation.labels: {len(found)} of {len(train)} training scans have a readable label map, at least {segmenter.MIN_SCANS} are needed; "
-                f"looked for {segmenter.label_path(settings.labels, train.table.iloc[0].to_dict())} and others. Correct the pattern, or leave the section out."
+                f"segmentation.labels: {len(found)} of {len(train)} training scans have a readable label map, at least"
+                f" {segmenter.MIN_SCANS} are needed; looked for"
+                f" {segmenter.label_path(settings.labels, train.table.iloc[0].to_dict())} and others. Correct the"
+                " pattern, or leave the section out."
             )
         model = segmenter.train_segmenter(model, settings, found, labels, study.seed, device)
-        content = {"image_shape": list(shards.shape("image")), "structures": list(settings.structures), "channels": list(settings.channels)}
+        content = {
+            "image_shape": list(shards.shape("image")),
+            "structures": list(settings.structures),
+            "channels": list(settings.channels),
+        }
         content |= {"training_scans": len(found), "steps": settings.optimiser.steps}
     with segmenter.labelled(held, affines, settings, model) as (found, labels):
-        content["held_out"] = segmenter.agreement(model, found, labels, spacing**3 / 1000) if len(found) else {"scans": 0}
+        content["held_out"] = (
+            segmenter.agreement(model, found, labels, spacing**3 / 1000) if len(found) else {"scans": 0}
+        )
     save_model(model, weights, card, content)

@@ -9,12 +9,12 @@ import typer
 from tqdm import tqdm
 
 from meddiff_steps.cohort.manifest import read_manifest
+from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import load_stage
-from meddiff_steps.imaging.shards import ShardWriter, Tensor
-from meddiff_steps.models.files import LatentDiffusion, load_autoencoder
-from meddiff_steps.synthesis.generate import Generator
+from meddiff_steps.imaging.shards import ShardWriter, TensorColumn
+from meddiff_steps.models.trained import LatentDiffusion, load_autoencoder
+from meddiff_steps.synthesis.generate import CohortGenerator
 from meddiff_steps.synthesis.showcase import render, tiles
-from meddiff_steps.training.backend import make_fabric
 
 
 def run(
@@ -33,9 +33,24 @@ def run(
     fabric = make_fabric(study.compute, threads)
     first_stage, card = load_autoencoder(autoencoder, autoencoder_card)
     model = LatentDiffusion.load(diffusion, diffusion_card)
-    generator = Generator(model, first_stage, study.generate, fabric, study.compute)
-    found = tiles(study.covariates, table[table["split"] == "train"], study.seed, study.evaluate.sweep_steps, model.latent_shape)
-    columns = {"panel": pa.string(), "row": pa.int64(), "position": pa.int64(), "label": pa.string(), "image": Tensor("float16", tuple(card["image_shape"]))}
+    generator = CohortGenerator(model, first_stage, study.generate, fabric, study.compute)
+    found = tiles(
+        study.covariates, table[table["split"] == "train"], study.seed, study.evaluate.sweep_steps, model.latent_shape
+    )
+    columns = {
+        "panel": pa.string(),
+        "row": pa.int64(),
+        "position": pa.int64(),
+        "label": pa.string(),
+        "image": TensorColumn("float16", tuple(card["image_shape"])),
+    }
     with ShardWriter(out, columns) as writer:
-        for tile, image in tqdm(render(found, generator, study.seed), total=len(found), desc="showcase", unit="image", mininterval=5, file=sys.stderr):
+        for tile, image in tqdm(
+            render(found, generator, study.seed),
+            total=len(found),
+            desc="showcase",
+            unit="image",
+            mininterval=5,
+            file=sys.stderr,
+        ):
             writer.append(panel=tile.panel, row=tile.row, position=tile.position, label=tile.label, image=image)

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from meddiff_steps.cohort.simulator import simulate_cohort
 from meddiff_steps.config import SimulatedSource, load_stage
-from meddiff_steps.errors import UserError
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.simulation.brains import simulate_cohort
 
 
 def run(
@@ -20,7 +20,13 @@ def run(
     """Make the simulated brain cohort (a BIDS dataset), labelled SIMULATED wherever it appears."""
     study = load_stage(config, "simulate")
     if not isinstance(study.cohort, SimulatedSource):
-        raise UserError(f"{config}: cohort.source is {study.cohort.source!r}; only a study with cohort.source 'simulated' is simulated.")
+        raise UserError(
+            f"{config}: cohort.source is {study.cohort.source!r}; only a study with cohort.source 'simulated' is"
+            " simulated."
+        )
     if out.name != "participants.tsv":
-        raise UserError(f"--out {out}: must be named participants.tsv, the file that completes a BIDS dataset; its directory becomes the dataset.")
+        raise UserError(
+            f"--out {out}: must be named participants.tsv, the file that completes a BIDS dataset; its directory"
+            " becomes the dataset."
+        )
     simulate_cohort(study.cohort, study.seed, out.parent, threads)

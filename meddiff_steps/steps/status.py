@@ -8,15 +8,20 @@ from typing import Annotated
 
 import typer
 
-from meddiff_steps.errors import UserError
-from meddiff_steps.files import holder
-from meddiff_steps.progress import Stage, gpus_of, newest_study, ran_without_gpu, read_stages, table
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import holder
+from meddiff_steps.operations.status import Stage, gpus_of, newest_study, ran_without_gpu, read_stages, table
 
 
 def run(
     results: Annotated[Path, typer.Argument(help="results/STUDY")],
     measured: Annotated[
-        Path | None, typer.Option(help="results of a finished study on such a machine: says what stages will take of which nothing is done yet")
+        Path | None,
+        typer.Option(
+            help=(
+                "results of a finished study on such a machine: says what stages will take of which nothing is done yet"
+            )
+        ),
     ] = None,
 ) -> None:
     """Per stage: how many jobs are done, running and failed, hours and GPU-hours used and expected; where the logs are.
@@ -30,7 +35,9 @@ def run(
     estimated = estimated_hours(results, measured) if measured else {}
     known = {stage.name for stage in stages}
     study = newest_study(results)
-    stages += [Stage(name, jobs, gpus=gpus_of(name, study)) for name, (jobs, _) in estimated.items() if name not in known]
+    stages += [
+        Stage(name, jobs, gpus=gpus_of(name, study)) for name, (jobs, _) in estimated.items() if name not in known
+    ]
     print(f"{results}: {'a run works here, ' + worker if worker else 'no run works here'}")
     if ran_without_gpu(results):
         print("it ran without a GPU: GPU-hours are hours of the jobs that would have taken one")
@@ -47,10 +54,13 @@ def estimated_hours(results: Path, measured: Path) -> dict[str, tuple[int, float
     """
     import pyarrow.parquet as pq
 
-    from meddiff_steps.cost import estimates  # loads torch
+    from meddiff_steps.operations.cost import estimates  # loads torch
 
     manifest = results / "cohort/manifest.parquet"
     if not manifest.is_file():
-        raise UserError(f"{manifest}: not there yet, so the number of scans is not known. Ask again after the stage `cohort`, or use plan-cost.")
+        raise UserError(
+            f"{manifest}: not there yet, so the number of scans is not known. Ask again after the stage `cohort`, or"
+            " use plan-cost."
+        )
     found = estimates(newest_study(results), pq.read_metadata(manifest).num_rows, measured)
     return {one.stage: (one.jobs, one.jobs * one.hours_each) for one in found}

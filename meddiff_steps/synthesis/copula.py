@@ -1,7 +1,8 @@
 """Covariates of subjects who do not exist: a Gaussian copula fitted to the training rows.
 
 Each covariate keeps its own distribution (its margin); how covariates hang together is one correlation matrix of latent
-standard normals (Nelsen 2006; Patki et al. 2016 for tables).  A subject is a function of its own row of standard normals.
+standard normals (Nelsen 2006; Patki et al. 2016 for tables).  A subject is a function of its own row of standard
+normals.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from scipy.special import ndtr, ndtri
 from scipy.stats import rankdata
 
 from meddiff_steps.config import ContinuousCovariate, Covariates
-from meddiff_steps.errors import UserError
+from meddiff_steps.core.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +30,8 @@ MIN_ROWS = 10
 #: Correlations are kept inside +- this, and eigenvalues of their matrix above 1 minus it.
 MAX_CORRELATION = 0.999
 
-#: Values are given to a power of ten that is at most this share of the declared range: as many digits as mean something,
-#: and none of those in which two machines may differ.
+#: Values are given to a power of ten that is at most this share of the declared range: as many digits as mean
+#: something, and none of those in which two machines may differ.
 RESOLUTION = 1e-5
 
 
@@ -101,7 +102,9 @@ class CategoricalMargin:
 
     @property
     def spread(self) -> float:
-        """Standard deviation of `means` over subjects: by this a correlation with the level is weaker than with the latent."""
+        """Standard deviation of `means` over subjects: by this a correlation with the level is weaker than with the
+        latent.
+        """
         return float(np.sqrt((self.shares * self.means**2).sum()))
 
     def quantile(self, z: np.ndarray) -> np.ndarray:
@@ -140,14 +143,15 @@ class GaussianCopula:
     def fit(cls, training: pd.DataFrame, covariates: Covariates) -> Self:
         """Fit margins and correlations to the training rows.
 
-        A missing value takes part in nothing; a correlation is that of the rows which have both covariates.  Correlations
-        are shrunk towards 0 as far as their own uncertainty asks for (Schaefer and Strimmer 2005), then repaired to be
-        positive definite.
+        A missing value takes part in nothing; a correlation is that of the rows which have both covariates.
+        Correlations are shrunk towards 0 as far as their own uncertainty asks for (Schaefer and Strimmer 2005), then
+        repaired to be positive definite.
 
         Parameters
         ----------
         training
-            One row per training scan and a column per covariate: numbers (NaN where missing) or text (None where missing).
+            One row per training scan and a column per covariate: numbers (NaN where missing) or text (None where
+            missing).
         covariates
             The declared schema.
 
@@ -209,9 +213,15 @@ def _fit_margin(column: pd.Series, name: str, covariates: Covariates) -> Margin:
     covariate, present = covariates[name], column.dropna()
     instead = f"Remove `{name}` from `covariates`, add training scans that have it, or plan with `covariates: table`."
     if len(present) < MIN_ROWS:
-        raise UserError(f"covariates.{name}: {len(present)} of {len(column)} training rows have a value; a copula needs at least {MIN_ROWS}. {instead}")
+        raise UserError(
+            f"covariates.{name}: {len(present)} of {len(column)} training rows have a value; a copula needs at least"
+            f" {MIN_ROWS}. {instead}"
+        )
     if present.nunique() < 2:
-        raise UserError(f"covariates.{name}: all {len(present)} training values are {present.iloc[0]}, so there is no distribution to learn. {instead}")
+        raise UserError(
+            f"covariates.{name}: all {len(present)} training values are {present.iloc[0]}, so there is no distribution"
+            f" to learn. {instead}"
+        )
     if isinstance(covariate, ContinuousCovariate):
         return ContinuousMargin(name, np.sort(present.to_numpy(dtype=np.float64)), covariate.range)
     counts = {level: int((present == level).sum()) for level in covariate.levels}
@@ -229,7 +239,11 @@ def _fit_correlation(training: pd.DataFrame, margins: tuple[Margin, ...]) -> np.
             both = ~np.isnan(scores[i]) & ~np.isnan(scores[j])
             x, y = scores[i][both], scores[j][both]
             if len(x) < MIN_ROWS or np.ptp(x) == 0 or np.ptp(y) == 0:
-                log.warning("covariates %s and %s: too few training rows have both; planned as if unrelated", margins[j].name, margins[i].name)
+                log.warning(
+                    "covariates %s and %s: too few training rows have both; planned as if unrelated",
+                    margins[j].name,
+                    margins[i].name,
+                )
                 continue
             observed = float(np.corrcoef(x, y)[0, 1])
             matrix[i, j] = matrix[j, i] = _latent_correlation(observed, margins[i], margins[j])
@@ -248,8 +262,8 @@ def _fit_correlation(training: pd.DataFrame, margins: tuple[Margin, ...]) -> np.
 def _latent_correlation(observed: float, a: Margin, b: Margin) -> float:
     """Correlation of two latent normals, from that of their scores.
 
-    A level stands for an interval, whose mean varies less than the latent itself.  With one categorical covariate the score
-    correlation is rho times the spread of the level means; with two, the rho is searched that explains it.
+    A level stands for an interval, whose mean varies less than the latent itself.  With one categorical covariate the
+    score correlation is rho times the spread of the level means; with two, the rho is searched that explains it.
     """
     if isinstance(a, CategoricalMargin) and isinstance(b, CategoricalMargin):
         rho = _polychoric(observed * a.spread * b.spread, a, b)

@@ -13,24 +13,26 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from meddiff_steps.compute.compilation import cast_weights, speed_up
+from meddiff_steps.compute.device import channels_last, to_channels_last, to_device
 from meddiff_steps.config import Compute, Generate
-from meddiff_steps.diffusion.noise import batch_noise, seed_key
+from meddiff_steps.core.random_streams import batch_noise, seed_key
 from meddiff_steps.diffusion.samplers import sample
 from meddiff_steps.diffusion.schedules import NoiseProcess
-from meddiff_steps.models.autoencoder import Autoencoder
-from meddiff_steps.models.files import LatentDiffusion
-from meddiff_steps.training.backend import cast_weights, channels_last, speed_up, to_channels_last, to_device
+from meddiff_steps.models.first_stage.kl import Autoencoder
+from meddiff_steps.models.trained import LatentDiffusion
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
-def places(index: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """Batches of rows, int (size,) each: row i stands at place `index[i]` modulo `size`, and a free place holds some row again.
+def batch_slots(index: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Batches of rows, int (size,) each: row i stands at place `index[i]` modulo `size`, and a free place holds some
+    row again.
 
     Consecutive indices fill every batch but the last.
 
-    >>> [batch.tolist() for batch in places(np.array([2, 3, 4, 6]), 4)]
+    >>> [batch.tolist() for batch in batch_slots(np.array([2, 3, 4, 6]), 4)]
     [[2, 0, 0, 1], [3, 3, 3, 3]]
     """
     place = index % size
@@ -42,11 +44,11 @@ def places(index: np.ndarray, size: int) -> Iterator[np.ndarray]:
         yield batch
 
 
-class Generator:
+class CohortGenerator:
     """Draws subjects from a trained model.
 
-    A batch always has `settings.batch_size` rows, and a subject always the same place among them, because both change the last
-    bits of results; what stands in the other places does not, so that free ones are filled with repeats.
+    A batch always has `settings.batch_size` rows, and a subject always the same place among them, because both change
+    the last bits of results; what stands in the other places does not, so that free ones are filled with repeats.
 
     Parameters
     ----------
@@ -61,7 +63,14 @@ class Generator:
         The study wants networks compiled, and this machine cannot.
     """
 
-    def __init__(self, model: LatentDiffusion, autoencoder: Autoencoder, settings: Generate, fabric: Fabric, compute: Compute | None = None) -> None:
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        autoencoder: Autoencoder,
+        settings: Generate,
+        fabric: Fabric,
+        compute: Compute | None = None,
+    ) -> None:
         self.model, self.settings, self.fabric = model, settings, fabric
         self.process = NoiseProcess.of(model.settings)
         self.spatial_dims = len(model.latent_shape) - 1
@@ -79,7 +88,7 @@ class Generator:
         self.ahead = 1 if on_gpu else 0
 
     def images(self, subjects: pd.DataFrame, label: str) -> Iterator[tuple[str, np.ndarray]]:
-        """(sample_id, image float32 (1, *spatial) in [0, 1]) for every row of a plan, batch by batch (`places`)."""
+        """(sample_id, image float32 (1, *spatial) in [0, 1]) for every row of a plan, batch by batch (`batch_slots`)."""
         covariates = self.model.encoding.encode(subjects)
         roots = zip(subjects["cohort_root"], subjects["noise_index"], subjects["attempt"], strict=True)
         subjects_of = [(str(root), int(index), int(attempt)) for root, index, attempt in roots]
@@ -94,7 +103,7 @@ class Generator:
                     yield ids[i], images[index[i] % len(batch)]
                     bar.update()
 
-            for batch in places(index, self.settings.batch_size):
+            for batch in batch_slots(index, self.settings.batch_size):
                 noise = batch_noise([keys[i] for i in batch], self.model.latent_shape)
                 latents = self.latents(noise, covariates[batch], [subjects_of[i] for i in batch])
                 begun.append((batch, self.begin_decoding(latents)))
@@ -115,7 +124,9 @@ class Generator:
             if self.graphs:
                 torch.compiler.cudagraph_mark_step_begin()  # the last result may be overwritten: it was copied
             with self.fabric.autocast():
-                predicted = self.denoiser(x.contiguous(memory_format=channels_last(self.spatial_dims)), timesteps, values)
+                predicted = self.denoiser(
+                    x.contiguous(memory_format=channels_last(self.spatial_dims)), timesteps, values
+                )
             return predicted.clone() if self.graphs else predicted
 
         return sample(
@@ -137,7 +148,8 @@ class Generator:
     def begin_decoding(self, latents: Tensor) -> Callable[[], np.ndarray]:
         """Start what `decode` does, `decode_batch_size` images at a time; the function returned waits for the images.
 
-        A GPU copies images into pinned memory of the host while it decodes the next ones, and without anybody waiting for it.
+        A GPU copies images into pinned memory of the host while it decodes the next ones, and without anybody waiting
+        for it.
         """
         z = self.denoiser.latents(latents).contiguous(memory_format=channels_last(self.spatial_dims))
         size = self.settings.decode_batch_size or len(z)

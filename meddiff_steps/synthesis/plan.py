@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from meddiff_steps.config import CategoricalCovariate, Condition, Covariates, PlanGroup, Scalar
-from meddiff_steps.diffusion.noise import batch_noise, noise, seed_key
-from meddiff_steps.errors import UserError
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.random_streams import batch_noise, noise, seed_key
 from meddiff_steps.synthesis.copula import CategoricalMargin, ContinuousMargin, GaussianCopula
 
 log = logging.getLogger(__name__)
@@ -74,13 +74,14 @@ def build_plan(
     Raises
     ------
     UserError
-        A covariate has the name of a plan column, the copula cannot be fitted, conditions cannot be fulfilled, or a table
-        lacks rows or columns.
+        A covariate has the name of a plan column, the copula cannot be fitted, conditions cannot be fulfilled, or a
+        table lacks rows or columns.
     """
     reserved = [name for name in covariates if name in COLUMNS]
     if reserved:
         raise UserError(
-            f"covariates.{reserved[0]}: `{reserved[0]}` is a column of every plan. Give the covariate another name and set `column: {reserved[0]}`."
+            f"covariates.{reserved[0]}: `{reserved[0]}` is a column of every plan. Give the covariate another name and"
+            f" set `column: {reserved[0]}`."
         )
     if shard_size < 1:
         raise ValueError(f"shard_size must be at least 1, found {shard_size}")
@@ -94,7 +95,9 @@ def build_plan(
         elif group.covariates == "counterfactual":
             part = _counterfactual(group, source)
         else:
-            part = source.draw(group, np.arange(group.subjects), _conditions(group.where, covariates, f"plan.{group.name}.where"))
+            part = source.draw(
+                group, np.arange(group.subjects), _conditions(group.where, covariates, f"plan.{group.name}.where")
+            )
         parts.append(_identify(group, part[list(covariates)], seed))
         log.info("group %s: %d subjects, covariates from %s", group.name, len(part), group.covariates)
     plan = pd.concat(parts, ignore_index=True)
@@ -160,7 +163,9 @@ def _conditions(wanted: Mapping[str, Condition], covariates: Covariates, where: 
             conditions.points[name] = float(value)
         else:
             if len(value) != 2 or float(value[0]) > float(value[1]):
-                raise UserError(f"{where}.{name}: found {value}, expected a number or a range [low, high] with low <= high.")
+                raise UserError(
+                    f"{where}.{name}: found {value}, expected a number or a range [low, high] with low <= high."
+                )
             low, high = float(value[0]), float(value[1])
             if low == high:
                 conditions.points[name] = low
@@ -207,7 +212,9 @@ class _Source:
             found: dict[int, pd.DataFrame] = {}
             waiting = np.arange(len(chunk))
             for block in range(MAX_BLOCKS):
-                normals = batch_noise([seed_key(root, int(i), 0, f"covariates/{block}") for i in chunk[waiting]], (BLOCK, k))
+                normals = batch_noise(
+                    [seed_key(root, int(i), 0, f"covariates/{block}") for i in chunk[waiting]], (BLOCK, k)
+                )
                 if not choosy:
                     found[block] = self.copula.sample(normals[:, 0], conditions.points).set_index(waiting)
                     waiting = waiting[:0]
@@ -232,24 +239,29 @@ class _Source:
                 wanted = conditions.levels.get(margin.name)
                 if wanted and not wanted & set(margin.levels):
                     raise UserError(
-                        f"plan.{group.name}: {margin.name} should be {sorted(wanted)}, but the training rows only have {list(margin.levels)}, "
-                        "so the model has not learnt it. Ask for another level, or add training scans with this one."
+                        f"plan.{group.name}: {margin.name} should be {sorted(wanted)}, but the training rows only have"
+                        f" {list(margin.levels)}, so the model has not learnt it. Ask for another level, or add"
+                        " training scans with this one."
                     )
             elif isinstance(margin, ContinuousMargin) and margin.name in conditions.ranges:
                 low, high = conditions.ranges[margin.name]
                 first, last = margin.values[0], margin.values[-1]
                 if high < first or low > last:
                     raise UserError(
-                        f"plan.{group.name}: {margin.name} should be in [{low:g}, {high:g}], but the training rows are in [{first:g}, {last:g}], "
-                        "so the model has not learnt it. Ask for a range that overlaps, or add training scans."
+                        f"plan.{group.name}: {margin.name} should be in [{low:g}, {high:g}], but the training rows are"
+                        f" in [{first:g}, {last:g}], so the model has not learnt it. Ask for a range that overlaps, or"
+                        " add training scans."
                     )
 
     def _unfulfilled(self, group: PlanGroup, conditions: Conditions, tries: int) -> str:
-        exact = Conditions({}, {**conditions.ranges, **{n: (v, v) for n, v in conditions.points.items()}}, conditions.levels)
+        exact = Conditions(
+            {}, {**conditions.ranges, **{n: (v, v) for n, v in conditions.points.items()}}, conditions.levels
+        )
         rows = int(exact.hold(self.training).sum())
         return (
-            f"plan.{group.name}: none of {tries:,} candidates fulfils {conditions} ({rows} of {len(self.training)} training rows do). "
-            "Widen a range or drop a condition; for covariates of your own choice use `covariates: grid` or `table`."
+            f"plan.{group.name}: none of {tries:,} candidates fulfils {conditions} ({rows} of {len(self.training)}"
+            " training rows do). Widen a range or drop a condition; for covariates of your own choice use `covariates:"
+            " grid` or `table`."
         )
 
 
@@ -260,11 +272,13 @@ def _from_table(group: PlanGroup, covariates: Covariates, table: pd.DataFrame | 
     missing = [name for name in covariates if name not in table]
     if missing:
         raise UserError(
-            f"plan.{group.name}.table {group.table}: no column for covariate {', '.join(missing)}. Add the column; leave its cells empty where unknown."
+            f"plan.{group.name}.table {group.table}: no column for covariate {', '.join(missing)}. Add the column;"
+            " leave its cells empty where unknown."
         )
     if group.subjects > len(table):
         raise UserError(
-            f"plan.{group.name}: subjects is {group.subjects}, but {group.table} has {len(table)} rows, one per subject. Ask for fewer, or add rows."
+            f"plan.{group.name}: subjects is {group.subjects}, but {group.table} has {len(table)} rows, one per"
+            " subject. Ask for fewer, or add rows."
         )
     return table.iloc[: group.subjects]
 
@@ -293,7 +307,9 @@ def _counterfactual(group: PlanGroup, source: _Source) -> pd.DataFrame:
     return rows
 
 
-def _fill(group: PlanGroup, source: _Source, indices: np.ndarray, fixed: Mapping[str, Scalar], unread: str | None = None) -> pd.DataFrame:
+def _fill(
+    group: PlanGroup, source: _Source, indices: np.ndarray, fixed: Mapping[str, Scalar], unread: str | None = None
+) -> pd.DataFrame:
     """Rows with the fixed covariates, and the others drawn; without touching the copula if there is nothing to draw."""
     if set(source.covariates) <= {*fixed, unread}:
         rows = pd.DataFrame(index=range(len(indices)))
@@ -307,15 +323,22 @@ def _fill(group: PlanGroup, source: _Source, indices: np.ndarray, fixed: Mapping
 def draws(group: PlanGroup, covariates: Covariates) -> bool:
     """Whether a group's covariates, or some of them, are drawn from the copula."""
     fixed = {*group.grid, *group.base}
-    return group.covariates == "copula" or (group.covariates in ("grid", "counterfactual") and not set(covariates) <= fixed)
+    return group.covariates == "copula" or (
+        group.covariates in ("grid", "counterfactual") and not set(covariates) <= fixed
+    )
 
 
 def redraw(subjects: pd.DataFrame, attempt: int) -> pd.DataFrame:
     """The same planned subjects with the noise of another attempt: same covariates, another person."""
-    keys = [seed_key(str(root), int(index), attempt, "noise") for root, index in zip(subjects["cohort_root"], subjects["noise_index"], strict=True)]
+    keys = [
+        seed_key(str(root), int(index), attempt, "noise")
+        for root, index in zip(subjects["cohort_root"], subjects["noise_index"], strict=True)
+    ]
     return subjects.assign(attempt=attempt, seed_key=keys)
 
 
 def reseed(subjects: pd.DataFrame, generator: int) -> pd.DataFrame:
-    """The same planned subjects as another generator seed draws them: same covariates and ids, all noise from another root."""
+    """The same planned subjects as another generator seed draws them: same covariates and ids, all noise from another
+    root.
+    """
     return redraw(subjects.assign(cohort_root=[f"{root}/generator/{generator}" for root in subjects["cohort_root"]]), 0)

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from meddiff_steps.config import ContinuousCovariate, Covariates
-from meddiff_steps.diffusion.noise import noise, seed_key
-from meddiff_steps.synthesis.generate import Generator
+from meddiff_steps.core.random_streams import noise, seed_key
+from meddiff_steps.synthesis.generate import CohortGenerator
 
 #: Subjects (rows) per panel.
 ROWS = 2
@@ -31,7 +31,9 @@ class Tile:
     noise: np.ndarray
 
 
-def tiles(covariates: Covariates, training: pd.DataFrame, seed: str, steps: int, latent_shape: tuple[int, ...]) -> list[Tile]:
+def tiles(
+    covariates: Covariates, training: pd.DataFrame, seed: str, steps: int, latent_shape: tuple[int, ...]
+) -> list[Tile]:
     """Sweeps over every covariate (same noise, other covariates typical) and interpolations of noise.
 
     Parameters
@@ -58,7 +60,16 @@ def tiles(covariates: Covariates, training: pd.DataFrame, seed: str, steps: int,
         ]
     for row in range(ROWS):
         for position, share in enumerate(np.linspace(0, 1, steps)):
-            found.append(Tile("interpolation", row, position, f"{share:.0%}", typical, slerp(starts[row], starts[row + 1], float(share))))
+            found.append(
+                Tile(
+                    "interpolation",
+                    row,
+                    position,
+                    f"{share:.0%}",
+                    typical,
+                    slerp(starts[row], starts[row + 1], float(share)),
+                )
+            )
     return found
 
 
@@ -75,7 +86,7 @@ def slerp(start: np.ndarray, end: np.ndarray, share: float) -> np.ndarray:
     return mixed.reshape(start.shape).astype(np.float32)
 
 
-def render(found: list[Tile], generator: Generator, seed: str) -> Iterator[tuple[Tile, np.ndarray]]:
+def render(found: list[Tile], generator: CohortGenerator, seed: str) -> Iterator[tuple[Tile, np.ndarray]]:
     """(tile, image float32 (1, *spatial) in [0, 1]) for every tile, in order, in padded batches."""
     size = generator.settings.batch_size
     for start in range(0, len(found), size):

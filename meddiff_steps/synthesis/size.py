@@ -1,4 +1,6 @@
-"""How many subjects and shards a plan has, from the config alone; imports nothing heavy, for use while a workflow is parsed."""
+"""How many subjects and shards a plan has, from the config alone; imports nothing heavy, for use while a workflow is
+parsed.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from meddiff_steps.errors import UserError
+from meddiff_steps.core.errors import UserError
 
 if TYPE_CHECKING:
     from meddiff_steps.config import PlanGroup
@@ -42,5 +44,7 @@ def enlarged(groups: Sequence[PlanGroup], count: int, name: str | None = None) -
     if len(chosen) > 1:
         raise UserError(f"count {count}: of which group? The plan has {known}. Name one of them.")
     if count < chosen[0].subjects:
-        raise UserError(f"count {count}: group {chosen[0].name} has {chosen[0].subjects} subjects already. Give at least as many.")
+        raise UserError(
+            f"count {count}: group {chosen[0].name} has {chosen[0].subjects} subjects already. Give at least as many."
+        )
     return chosen[0].model_copy(update={"subjects": count})

@@ -43,7 +43,10 @@ class LatentData:
     def coefficients(self, rows: np.ndarray) -> np.ndarray:
         """Of the posterior means of `rows`, standardised, on the components of the Gaussian, float32 (len(rows), R)."""
         offset, scale, basis = (self.prior[name].numpy() for name in ("offset", "scale", "prior.basis"))
-        parts = [((self.shards.tensors("mean", rows[i : i + 64]) - offset) / scale).reshape(-1, basis.shape[1]) @ basis.T for i in range(0, len(rows), 64)]
+        parts = [
+            ((self.shards.tensors("mean", rows[i : i + 64]) - offset) / scale).reshape(-1, basis.shape[1]) @ basis.T
+            for i in range(0, len(rows), 64)
+        ]
         return np.concatenate(parts) if parts else np.zeros((0, len(basis)), np.float32)
 
 

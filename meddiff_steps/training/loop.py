@@ -24,18 +24,19 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from meddiff_steps.compute.micro_batch import MicroBatch
 from meddiff_steps.config import Optimiser
-from meddiff_steps.diffusion.noise import seed_key
-from meddiff_steps.errors import Preempted, UserError
-from meddiff_steps.training.checkpoint import CheckpointFolder
-from meddiff_steps.training.micro import MicroBatch
+from meddiff_steps.core.errors import Preempted, UserError
+from meddiff_steps.core.random_streams import step_generator
+from meddiff_steps.training.checkpoints import CheckpointFolder
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 log = logging.getLogger(__name__)
 
-#: With several processes, steps between two agreements on whether one of them was asked to stop: each waits for the GPU.
+#: With several processes, steps between two agreements on whether one of them was asked to stop: each waits for the
+#: GPU.
 AGREE_EVERY = 10
 
 #: What `Task.validate` of the two stages measures on held-out scans, and training is to lower.
@@ -60,11 +61,6 @@ class Task(Protocol):
         """Losses of `modules["average"]` on held-out data, the same data and noise at every call."""
 
 
-def step_generator(root: str, stream: str, step: int) -> np.random.Generator:
-    """The random numbers of one training step: a function of study seed, purpose and step alone."""
-    return np.random.Generator(np.random.Philox(key=int(seed_key(root, step, 0, stream), 16)))
-
-
 def batch_rows(root: str, step: int, batch_size: int, count: int) -> np.ndarray:
     """Rows of the batch of `step`: consecutive pieces of an endless sequence of shuffled epochs, (batch_size,)."""
     position = np.arange(step * batch_size, (step + 1) * batch_size)
@@ -76,8 +72,8 @@ def batch_rows(root: str, step: int, batch_size: int, count: int) -> np.ndarray:
 def rank_share(batch: np.ndarray, fabric: Fabric) -> np.ndarray:
     """This process's part of a batch; the parts of all processes make the batch without overlap.
 
-    Every process draws the random numbers of the whole batch and keeps its part, so that the step that all take together
-    is that of one process, but for rounding.
+    Every process draws the random numbers of the whole batch and keeps its part, so that the step that all take
+    together is that of one process, but for rounding.
 
     Raises
     ------
@@ -86,8 +82,8 @@ def rank_share(batch: np.ndarray, fabric: Fabric) -> np.ndarray:
     """
     if len(batch) % fabric.world_size:
         raise UserError(
-            f"optimiser.batch_size is {len(batch)} and compute.devices {fabric.world_size}: expected a multiple, so that every process "
-            "gets as many images. Change one of them."
+            f"optimiser.batch_size is {len(batch)} and compute.devices {fabric.world_size}: expected a multiple, so"
+            " that every process gets as many images. Change one of them."
         )
     return batch[fabric.global_rank :: fabric.world_size]
 
@@ -118,7 +114,9 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
 
 @contextmanager
 def stop_request() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets instead of ending the process; outside the main thread, where Python allows no handler, nothing sets it."""
+    """An event that SIGTERM sets instead of ending the process; outside the main thread, where Python allows no
+    handler, nothing sets it.
+    """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked
@@ -140,14 +138,17 @@ def asked_to_stop(asked: threading.Event, fabric: Fabric, done: int) -> bool:
     return bool(torch.as_tensor(votes).any())
 
 
-def clip_gradients(module: nn.Module, optimiser: torch.optim.Optimizer, settings: Optimiser, step: int, fabric: Fabric) -> None:
+def clip_gradients(
+    module: nn.Module, optimiser: torch.optim.Optimizer, settings: Optimiser, step: int, fabric: Fabric
+) -> None:
     """Scale gradients so that their norm is at most `settings.gradient_clip`.
 
     Raises
     ------
     RuntimeError
-        A gradient is not finite.  Looking makes a processor wait for its GPU, so there only steps before a checkpoint are looked at; between
-        them the loss, which is then no longer finite either, stops the training before anything is saved.
+        A gradient is not finite.  Looking makes a processor wait for its GPU, so there only steps before a checkpoint
+        are looked at; between them the loss, which is then no longer finite either, stops the training before anything
+        is saved.
     """
     checked = fabric.device.type == "cpu" or (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps
     fabric.clip_gradients(module, optimiser, max_norm=settings.gradient_clip, error_if_nonfinite=checked)
@@ -183,16 +184,31 @@ def fit(task: Task, settings: Optimiser, fabric: Fabric, state: Path, label: str
     task.micro.remember(state / "micro-batch")
     start, extra = checkpoints.restore(task.modules, task.optimisers)
     history: list[tuple[int, str, float]] = [tuple(row) for row in extra.get("history", [])]
-    base_rates = {name: [group["lr"] for group in optimiser.param_groups] for name, optimiser in task.optimisers.items()}
-    sums: dict[str, Tensor] = {name: fabric.to_device(torch.tensor(value)) for name, value in extra.get("sums", {}).items()}
+    base_rates = {
+        name: [group["lr"] for group in optimiser.param_groups] for name, optimiser in task.optimisers.items()
+    }
+    sums: dict[str, Tensor] = {
+        name: fabric.to_device(torch.tensor(value)) for name, value in extra.get("sums", {}).items()
+    }
     counts: dict[str, int] = defaultdict(int, extra.get("counts", {}))
     curves = SummaryWriter(str(state / "tensorboard"), purge_step=start) if fabric.is_global_zero else nullcontext()
-    bar = tqdm(range(start, settings.steps), initial=start, total=settings.steps, desc=label, mininterval=5, file=sys.stderr, disable=not fabric.is_global_zero)
+    bar = tqdm(
+        range(start, settings.steps),
+        initial=start,
+        total=settings.steps,
+        desc=label,
+        mininterval=5,
+        file=sys.stderr,
+        disable=not fabric.is_global_zero,
+    )
 
     def record(step: int, values: Mapping[str, float]) -> None:
         for metric, value in values.items():
             if not math.isfinite(value):
-                raise UserError(f"{label}: {metric} is {value} at step {step}. Lower the learning rate, or set compute.precision to 32-true.")
+                raise UserError(
+                    f"{label}: {metric} is {value} at step {step}. Lower the learning rate, or set compute.precision to"
+                    " 32-true."
+                )
             history.append((step, metric, value))
             if writer:
                 writer.add_scalar(metric, value, step)
@@ -228,8 +244,12 @@ def fit(task: Task, settings: Optimiser, fabric: Fabric, state: Path, label: str
             if (save or stop) and fabric.is_global_zero:
                 checkpoints.save(done, task.modules, task.optimisers, extra)
             if stop:
-                fabric.barrier()  # the first process to end makes a launcher end the others, and one of them is still writing
-                raise Preempted(f"{label}: asked to stop (SIGTERM); saved step {done} of {settings.steps} in {state}. The same command goes on from there.")
+                # The first process to end makes a launcher end the others, and one of them is still writing
+                fabric.barrier()
+                raise Preempted(
+                    f"{label}: asked to stop (SIGTERM); saved step {done} of {settings.steps} in {state}. The same"
+                    " command goes on from there."
+                )
     if fabric.is_global_zero:
         warn_if_in_vain(history, label)
     return pd.DataFrame(history, columns=["step", "metric", "value"]).astype({"step": "int64", "value": "float64"})

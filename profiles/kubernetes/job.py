@@ -1,4 +1,6 @@
-"""Submit, look at and cancel Kubernetes jobs for Snakemake's executor `cluster-generic`; needs `kubectl` and Python alone."""
+"""Submit, look at and cancel Kubernetes jobs for Snakemake's executor `cluster-generic`; needs `kubectl` and Python
+alone.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from typing import Any
 
 def kubectl(namespace: str, *arguments: str, text: str | None = None) -> str:
     """Output of a kubectl command; the program ends with kubectl's own message if that fails."""
-    done = subprocess.run(["kubectl", "--namespace", namespace, *arguments], input=text, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["kubectl", "--namespace", namespace, *arguments], input=text, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         sys.exit(f"kubectl {' '.join(arguments)}: {done.stderr.strip()}")
     return done.stdout
@@ -43,15 +47,27 @@ def manifest(script: Path, image: str, claim: str, mount: str) -> dict[str, Any]
         "resources": {"requests": limits | {"cpu": str(job.get("threads", 1))}, "limits": limits},
         "volumeMounts": [{"name": "shared", "mountPath": mount}, {"name": "memory", "mountPath": "/dev/shm"}],
     }
-    volumes = [{"name": "shared", "persistentVolumeClaim": {"claimName": claim}}, {"name": "memory", "emptyDir": {"medium": "Memory"}}]
-    pod = {"restartPolicy": "Never", "terminationGracePeriodSeconds": 300, "containers": [container], "volumes": volumes}
+    volumes = [
+        {"name": "shared", "persistentVolumeClaim": {"claimName": claim}},
+        {"name": "memory", "emptyDir": {"medium": "Memory"}},
+    ]
+    pod = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": 300,
+        "containers": [container],
+        "volumes": volumes,
+    }
     name = re.sub(r"[^a-z0-9]+", "-", str(job.get("rule", "group")).lower())
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {"name": f"meddiff-{name}-{uuid.uuid4().hex[:10]}", "labels": {"app": "meddiff", "rule": name}},
         # Snakemake tries again, with more memory and time; Kubernetes must not.
-        "spec": {"backoffLimit": 0, "activeDeadlineSeconds": 60 * int(asked.get("runtime", 30)), "template": {"spec": pod}},
+        "spec": {
+            "backoffLimit": 0,
+            "activeDeadlineSeconds": 60 * int(asked.get("runtime", 30)),
+            "template": {"spec": pod},
+        },
     }
 
 
@@ -65,7 +81,11 @@ def status(namespace: str, name: str) -> str:
     except SystemExit as silence:
         print(silence, file=sys.stderr)
         return "running"
-    conditions = json.loads(found).get("status", {}).get("conditions", []) if found.strip() else [{"type": "Failed", "status": "True"}]
+    conditions = (
+        json.loads(found).get("status", {}).get("conditions", [])
+        if found.strip()
+        else [{"type": "Failed", "status": "True"}]
+    )
     true = {condition["type"] for condition in conditions if condition["status"] == "True"}
     return "success" if "Complete" in true else "failed" if "Failed" in true else "running"
 

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from tests.benchmarks import gpu, gpu_packages
+from benchmarks import gpu, gpu_packages
 
 
 def test_everything_runs_on_a_processor_and_is_written_down(tmp_path, capsys):
@@ -17,16 +17,24 @@ def test_everything_runs_on_a_processor_and_is_written_down(tmp_path, capsys):
     assert content["failures"] == []
     timed = {(result["part"], result["side"]): result for result in content["results"] if "side" in result}
     for part, sides in (("sampling", 1), ("diffusion training", 2), ("autoencoder training", 1)):
-        assert ("ours eager" in [side for p, side in timed if p == part]) and len([p for p, _ in timed if p == part]) == sides + 1
+        assert ("ours eager" in [side for p, side in timed if p == part]) and len(
+            [p for p, _ in timed if p == part]
+        ) == sides + 1
     for (_, side), result in timed.items():
         assert 0 < result["seconds_per_image"]["low"] <= result["seconds_per_image"]["value"]
         if side.startswith("ours"):
             assert result["utilisation_measured"]["value"] > 0
     ratios = [result for result in content["results"] if "ratio" in result]
-    assert {result["ratio"] for result in ratios} == {"peer / ours eager", "peer bf16 / ours eager", "peer DDIM-2 / ours eager"}
+    assert {result["ratio"] for result in ratios} == {
+        "peer / ours eager",
+        "peer bf16 / ours eager",
+        "peer DDIM-2 / ours eager",
+    }
     (check,) = [result for result in content["results"] if "way" in result]
     assert check["spread"] > 0.01
-    assert check["largest_difference"] < 0.05  # the same subjects at another batch size, and in bf16 where the processor has it
+    assert (
+        check["largest_difference"] < 0.05
+    )  # the same subjects at another batch size, and in bf16 where the processor has it
     assert "s/image" in capsys.readouterr().out
 
 
@@ -64,14 +72,23 @@ def test_a_side_that_fails_or_hangs_costs_nobody_else_a_figure(tmp_path):
     def works(batch):
         return lambda: time.sleep(0.01) or batch
 
-    sides = [gpu.Side("peer", no_memory, 4), gpu.Side("peer bf16", works, 4), gpu.Side("ours eager", works, 4), gpu.Side("ours compiled", hangs, 4)]
+    sides = [
+        gpu.Side("peer", no_memory, 4),
+        gpu.Side("peer bf16", works, 4),
+        gpu.Side("ours eager", works, 4),
+        gpu.Side("ours compiled", hangs, 4),
+    ]
     gpu.compare(record, Place, "part", sides, 1e6, limit=12.0, turns=3, turn_seconds=0.05)
     content = json.loads((tmp_path / "gpu.json").read_text())
     assert [(failure["where"], failure["reason"][:13]) for failure in content["failures"]] == [
         ("1x1x1 part: peer", "out of memory"),
         ("1x1x1 part: ours compiled", "OutOfTime: af"),
     ]
-    assert [result.get("side", result.get("ratio")) for result in content["results"]] == ["peer bf16", "ours eager", "peer bf16 / ours eager"]
+    assert [result.get("side", result.get("ratio")) for result in content["results"]] == [
+        "peer bf16",
+        "ours eager",
+        "peer bf16 / ours eager",
+    ]
     ratio = content["results"][-1]["times"]
     assert ratio["low"] <= ratio["value"] <= ratio["high"]
     assert ratio["value"] == pytest.approx(1, rel=0.5)

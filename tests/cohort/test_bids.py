@@ -13,9 +13,12 @@ import pytest
 
 from meddiff_steps.cohort.bids import BidsName, read_bids
 from meddiff_steps.config import BidsSource, CategoricalCovariate, ContinuousCovariate, Covariates
-from meddiff_steps.errors import UserError
+from meddiff_steps.core.errors import UserError
 
-COVARIATES: Covariates = {"age": ContinuousCovariate(unit="year", range=(18, 100)), "sex": CategoricalCovariate(levels=["F", "M"])}
+COVARIATES: Covariates = {
+    "age": ContinuousCovariate(unit="year", range=(18, 100)),
+    "sex": CategoricalCovariate(levels=["F", "M"]),
+}
 
 IXI = Path(os.environ.get("MEDDIFF_SHARED_DATA", Path(__file__).parents[2].parent / "shared" / "data")) / "ixi"
 
@@ -83,11 +86,15 @@ def test_covariate_may_have_another_column_and_live_in_sessions_tsv_only(root: P
 
 
 def test_a_byte_order_mark_windows_line_ends_and_blank_lines_are_read(root: Path) -> None:
-    (root / "participants.tsv").write_bytes(b"\xef\xbb\xbfparticipant_id\tage\tsex\r\nsub-01\t50\tF\r\nsub-02\t60\tM\r\n\r\n")
+    (root / "participants.tsv").write_bytes(
+        b"\xef\xbb\xbfparticipant_id\tage\tsex\r\nsub-01\t50\tF\r\nsub-02\t60\tM\r\n\r\n"
+    )
     assert read(root)["sex"].tolist() == ["F", "M", "M", "M"]
 
 
-def test_rows_without_directory_and_sessions_without_row_are_warnings(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_without_directory_and_sessions_without_row_are_warnings(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write(root / "participants.tsv", "participant_id\tsex\tage\nsub-01\tF\t50\nsub-02\tM\t60\nsub-99\tM\t60\n")
     write(root / "sub-02/sub-02_sessions.tsv", "session_id\tage\nses-1\t61\n")
     with caplog.at_level(logging.WARNING):
@@ -96,14 +103,18 @@ def test_rows_without_directory_and_sessions_without_row_are_warnings(root: Path
     assert "sub-99" in caplog.text and "sub-02_ses-2_acq-mprage_run-1" in caplog.text
 
 
-def test_a_subject_without_matching_image_is_left_out_and_needs_no_row(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_subject_without_matching_image_is_left_out_and_needs_no_row(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     touch(root / "sub-emptyroom/meg/sub-emptyroom_meg.nii.gz")
     with caplog.at_level(logging.WARNING):
         assert read(root, suffix="T2w")["subject_id"].tolist() == ["sub-01"]
     assert "sub-02" in caplog.text and "left out" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["README", "sub-01_T1w.json", "sub-01_T1w.nii.gz.part", ".sub-01_T1w.nii.gz", "T1w.nii.gz"])
+@pytest.mark.parametrize(
+    "name", ["README", "sub-01_T1w.json", "sub-01_T1w.nii.gz.part", ".sub-01_T1w.nii.gz", "T1w.nii.gz"]
+)
 def test_other_files_are_no_images(name: str) -> None:
     assert BidsName.parse(name) is None
 
@@ -118,36 +129,90 @@ def sessions(text: str) -> Callable[[Path], object]:
 
 #: How the dataset is spoilt, and what the message must contain: the file or field, what was found, and the remedy.
 SPOILT: list[tuple[str, Callable[[Path], object], list[str]]] = [
-    ("root is missing", lambda r: r.rename(r.parent / "elsewhere"), ["cohort.root", "study", "does not exist", "Set it to"]),
+    (
+        "root is missing",
+        lambda r: r.rename(r.parent / "elsewhere"),
+        ["cohort.root", "study", "does not exist", "Set it to"],
+    ),
     ("no participants.tsv", lambda r: (r / "participants.tsv").unlink(), ["participants.tsv", "not there", "Add it"]),
     ("empty participants.tsv", participants(""), ["participants.tsv", "empty", "header"]),
-    ("participants.tsv with commas", participants("participant_id,age,sex\nsub-01,50,F\n"), ["participants.tsv", "participant_id,age,sex", "tabs"]),
-    ("no participant_id", participants("id\tage\tsex\nsub-01\t50\tF\n"), ["participants.tsv", "no column 'participant_id'", "id, age, sex", "Add the column"]),
-    ("participant without prefix", participants("participant_id\tage\tsex\n01\t50\tF\n"), ["participants.tsv", "'01'", "Write sub-01"]),
+    (
+        "participants.tsv with commas",
+        participants("participant_id,age,sex\nsub-01,50,F\n"),
+        ["participants.tsv", "participant_id,age,sex", "tabs"],
+    ),
+    (
+        "no participant_id",
+        participants("id\tage\tsex\nsub-01\t50\tF\n"),
+        ["participants.tsv", "no column 'participant_id'", "id, age, sex", "Add the column"],
+    ),
+    (
+        "participant without prefix",
+        participants("participant_id\tage\tsex\n01\t50\tF\n"),
+        ["participants.tsv", "'01'", "Write sub-01"],
+    ),
     (
         "duplicate participant",
         participants("participant_id\tage\tsex\nsub-01\t50\tF\nsub-02\t60\tM\nsub-01\t51\tF\n"),
         ["participants.tsv", "sub-01 occurs more than once", "Keep one row", "sessions.tsv"],
     ),
-    ("short row", participants("participant_id\tage\tsex\nsub-01\t50\n"), ["participants.tsv, line 2", "2 cells", "header has 3", "n/a"]),
-    ("repeated column", participants("participant_id\tage\tage\nsub-01\t50\t50\n"), ["participants.tsv", "column age", "more than once", "Rename"]),
-    ("not UTF-8", lambda r: (r / "participants.tsv").write_bytes(b"participant_id\tage\xff\n"), ["participants.tsv", "UTF-8", "Save it"]),
+    (
+        "short row",
+        participants("participant_id\tage\tsex\nsub-01\t50\n"),
+        ["participants.tsv, line 2", "2 cells", "header has 3", "n/a"],
+    ),
+    (
+        "repeated column",
+        participants("participant_id\tage\tage\nsub-01\t50\t50\n"),
+        ["participants.tsv", "column age", "more than once", "Rename"],
+    ),
+    (
+        "not UTF-8",
+        lambda r: (r / "participants.tsv").write_bytes(b"participant_id\tage\xff\n"),
+        ["participants.tsv", "UTF-8", "Save it"],
+    ),
     (
         "subject without row",
         participants("participant_id\tage\tsex\nsub-01\t50\tF\n"),
         ["participants.tsv", "no row for 1 subject(s)", "sub-02", "Add the rows"],
     ),
-    ("covariate column missing", participants("participant_id\tAge\nsub-01\t50\nsub-02\t60\n"), ["participants.tsv", "covariates.sex", "Age", "column"]),
-    ("no session_id", sessions("session\tage\nses-1\t50\n"), ["sub-02_sessions.tsv", "no column 'session_id'", "session, age", "ses-01"]),
-    ("duplicate session", sessions("session_id\tage\nses-1\t50\nses-1\t51\n"), ["sub-02_sessions.tsv", "ses-1 occurs more than once", "Keep one row"]),
-    ("wrong directory", lambda r: touch(r / "sub-01/anat/sub-02_T1w.nii.gz"), ["sub-01/anat/sub-02_T1w.nii.gz", "must start with sub-01", "rename"]),
-    ("wrong session", lambda r: touch(r / "sub-02/ses-1/anat/sub-02_T1w.nii.gz"), ["sub-02_T1w.nii.gz", "must start with sub-02_ses-1", "rename"]),
-    ("both .nii and .nii.gz", lambda r: touch(r / "sub-01/anat/sub-01_T1w.nii"), ["sub-01", "both as .nii and as .nii.gz", "Remove one"]),
+    (
+        "covariate column missing",
+        participants("participant_id\tAge\nsub-01\t50\nsub-02\t60\n"),
+        ["participants.tsv", "covariates.sex", "Age", "column"],
+    ),
+    (
+        "no session_id",
+        sessions("session\tage\nses-1\t50\n"),
+        ["sub-02_sessions.tsv", "no column 'session_id'", "session, age", "ses-01"],
+    ),
+    (
+        "duplicate session",
+        sessions("session_id\tage\nses-1\t50\nses-1\t51\n"),
+        ["sub-02_sessions.tsv", "ses-1 occurs more than once", "Keep one row"],
+    ),
+    (
+        "wrong directory",
+        lambda r: touch(r / "sub-01/anat/sub-02_T1w.nii.gz"),
+        ["sub-01/anat/sub-02_T1w.nii.gz", "must start with sub-01", "rename"],
+    ),
+    (
+        "wrong session",
+        lambda r: touch(r / "sub-02/ses-1/anat/sub-02_T1w.nii.gz"),
+        ["sub-02_T1w.nii.gz", "must start with sub-02_ses-1", "rename"],
+    ),
+    (
+        "both .nii and .nii.gz",
+        lambda r: touch(r / "sub-01/anat/sub-01_T1w.nii"),
+        ["sub-01", "both as .nii and as .nii.gz", "Remove one"],
+    ),
 ]
 
 
 @pytest.mark.parametrize(("spoil", "expected"), [pytest.param(s, e, id=name) for name, s, e in SPOILT])
-def test_spoilt_datasets_are_refused_with_a_remedy(root: Path, spoil: Callable[[Path], object], expected: list[str]) -> None:
+def test_spoilt_datasets_are_refused_with_a_remedy(
+    root: Path, spoil: Callable[[Path], object], expected: list[str]
+) -> None:
     spoil(root)
     with pytest.raises(UserError) as refusal:
         read(root)
@@ -156,7 +221,9 @@ def test_spoilt_datasets_are_refused_with_a_remedy(root: Path, spoil: Callable[[
 
 
 def test_a_root_that_is_a_file_is_refused(root: Path) -> None:
-    with pytest.raises(UserError, match=r"cohort\.root: .*participants\.tsv is a file, expected the directory .* Name the directory"):
+    with pytest.raises(
+        UserError, match=r"cohort\.root: .*participants\.tsv is a file, expected the directory .* Name the directory"
+    ):
         read(root / "participants.tsv")
 
 
@@ -166,12 +233,17 @@ def test_the_parent_of_a_dataset_points_to_the_dataset(root: Path) -> None:
 
 
 def test_no_match_lists_the_suffixes_seen(root: Path) -> None:
-    with pytest.raises(UserError, match=r"cohort\.suffix 'FLAIR'.* Seen: anat/T1w \(4\), anat/T2w \(1\), func/bold \(1\)\. Set the filter"):
+    with pytest.raises(
+        UserError,
+        match=r"cohort\.suffix 'FLAIR'.* Seen: anat/T1w \(4\), anat/T2w \(1\), func/bold \(1\)\. Set the filter",
+    ):
         read(root, suffix="FLAIR")
 
 
 def test_no_match_lists_the_entities_seen(root: Path) -> None:
-    with pytest.raises(UserError, match=r"\{'acq': 'spgr'\}.* Entities of these: acq-mprage \(2\), run-1 \(1\), run-2 \(1\)"):
+    with pytest.raises(
+        UserError, match=r"\{'acq': 'spgr'\}.* Entities of these: acq-mprage \(2\), run-1 \(1\), run-2 \(1\)"
+    ):
         read(root, entities={"acq": "spgr"})
 
 
@@ -200,6 +272,8 @@ def test_reading_takes_far_less_than_a_millisecond_per_subject(tmp_path: Path) -
 
 @pytest.mark.skipif(not IXI.is_dir(), reason=f"real data not found at {IXI}; set MEDDIFF_SHARED_DATA")
 def test_the_real_dataset() -> None:
-    frame = read(IXI, COVARIATES | {"brain_ml": ContinuousCovariate(unit="mL", range=(500, 2500), column="total_brain_ml")})
+    frame = read(
+        IXI, COVARIATES | {"brain_ml": ContinuousCovariate(unit="mL", range=(500, 2500), column="total_brain_ml")}
+    )
     assert len(frame) == frame["subject_id"].nunique() == 185
     assert (frame["age"] == "n/a").sum() == (frame["sex"] == "n/a").sum() == 4

@@ -13,7 +13,7 @@ import pytest
 
 from meddiff_steps.cohort.covariates import CovariateEncoding, describe, parse_covariates
 from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate, Covariates
-from meddiff_steps.errors import UserError
+from meddiff_steps.core.errors import UserError
 
 AGE = ContinuousCovariate(unit="year", range=(18, 100), column="age_at_scan")
 SEX = CategoricalCovariate(levels=["F", "M"])
@@ -34,7 +34,14 @@ def test_missing_values_become_null(null: Any) -> None:
 
 @pytest.mark.parametrize(
     ("values", "dtype"),
-    [(["0", "1"], "object"), ([0, 1], "int64"), ([0.0, 1.0], "float64"), (["0.0", "1.0"], "object"), ([0, 1], "Int64"), (["00", " 1"], "object")],
+    [
+        (["0", "1"], "object"),
+        ([0, 1], "int64"),
+        ([0.0, 1.0], "float64"),
+        (["0.0", "1.0"], "object"),
+        ([0, 1], "Int64"),
+        (["00", " 1"], "object"),
+    ],
 )
 def test_numeric_levels_match_however_they_were_read(values: list[Any], dtype: str) -> None:
     assert parse(values, CASE, dtype).tolist() == ["0", "1"]
@@ -72,7 +79,9 @@ def test_levels_that_are_the_same_number_are_matched_by_their_text_only() -> Non
         (True, CASE, r"expected one of \['0', '1'\]"),
     ],
 )
-def test_wrong_values_are_refused_with_scan_column_value_and_remedy(value: Any, covariate: ContinuousCovariate | CategoricalCovariate, expected: str) -> None:
+def test_wrong_values_are_refused_with_scan_column_value_and_remedy(
+    value: Any, covariate: ContinuousCovariate | CategoricalCovariate, expected: str
+) -> None:
     good = "50" if isinstance(covariate, ContinuousCovariate) else covariate.levels[0]
     with pytest.raises(UserError, match=expected) as refusal:
         parse([good, value], covariate)
@@ -87,7 +96,11 @@ def test_problems_of_all_columns_are_told_at_once_and_long_lists_are_cut() -> No
     with pytest.raises(UserError) as refusal:
         parse_covariates(frame, {"age": AGE, "sex": SEX})
     message = str(refusal.value)
-    assert "covariates.age: 8 value(s)" in message and "covariates.sex: 8 value(s)" in message and message.count("and 3 more") == 2
+    assert (
+        "covariates.age: 8 value(s)" in message
+        and "covariates.sex: 8 value(s)" in message
+        and message.count("and 3 more") == 2
+    )
 
 
 def test_a_missing_column_and_a_reserved_name_are_refused() -> None:
@@ -98,9 +111,19 @@ def test_a_missing_column_and_a_reserved_name_are_refused() -> None:
 
 
 def test_describe() -> None:
-    assert describe(pd.Series([1.0, 3.0, np.nan]), AGE) == {"n": 2, "missing": 1, "mean": 2.0, "std": math.sqrt(2), "min": 1.0, "max": 3.0}
+    assert describe(pd.Series([1.0, 3.0, np.nan]), AGE) == {
+        "n": 2,
+        "missing": 1,
+        "mean": 2.0,
+        "std": math.sqrt(2),
+        "min": 1.0,
+        "max": 3.0,
+    }
     assert describe(pd.Series([], dtype="float64"), AGE)["mean"] is None
-    assert describe(pd.Series(["F", "F", None, "M"]), SEX)["levels"] == {"F": {"n": 2, "share": 2 / 3}, "M": {"n": 1, "share": 1 / 3}}
+    assert describe(pd.Series(["F", "F", None, "M"]), SEX)["levels"] == {
+        "F": {"n": 2, "share": 2 / 3},
+        "M": {"n": 1, "share": 1 / 3},
+    }
 
 
 # ------------------------------------------------------------------------------------------------ encoding
@@ -122,12 +145,18 @@ def manifest() -> pd.DataFrame:
 
 def test_encoding_standardises_by_the_training_rows_and_keeps_missing_as_nan(manifest: pd.DataFrame) -> None:
     encoding = CovariateEncoding.fit(manifest, BOTH)
-    assert encoding.names == ("sex", "age") and encoding.kinds == ("categorical", "continuous") and encoding.levels == {"sex": ("F", "M")}
+    assert (
+        encoding.names == ("sex", "age")
+        and encoding.kinds == ("categorical", "continuous")
+        and encoding.levels == {"sex": ("F", "M")}
+    )
     assert encoding.means == {"age": 50.0} and encoding.stds == {"age": pytest.approx(math.sqrt(200))}
     encoded = encoding.encode(manifest)
     assert encoded.dtype == np.float32 and encoded.shape == (5, 2)
     unit = math.sqrt(200)
-    np.testing.assert_allclose(encoded, [[0, -10 / unit], [np.nan, 10 / unit], [1, np.nan], [1, 40 / unit], [0, -30 / unit]], rtol=1e-6)
+    np.testing.assert_allclose(
+        encoded, [[0, -10 / unit], [np.nan, 10 / unit], [1, np.nan], [1, 40 / unit], [0, -30 / unit]], rtol=1e-6
+    )
 
 
 def test_fitting_does_not_depend_on_row_order(manifest: pd.DataFrame) -> None:
@@ -144,7 +173,8 @@ def test_encoding_survives_json_with_sorted_keys(manifest: pd.DataFrame) -> None
 
 
 @pytest.mark.parametrize(
-    ("column", "value", "expected"), [("age", 101.0, r"sample s0, column age: found '101'"), ("sex", "X", r"sample s0, column sex: found 'X'")]
+    ("column", "value", "expected"),
+    [("age", 101.0, r"sample s0, column age: found '101'"), ("sex", "X", r"sample s0, column sex: found 'X'")],
 )
 def test_encoding_refuses_what_was_not_declared(manifest: pd.DataFrame, column: str, value: Any, expected: str) -> None:
     plan = pd.DataFrame({"sample_id": ["s0"], "age": [50.0], "sex": ["F"]}).assign(**{column: [value]})
@@ -156,7 +186,11 @@ def test_encoding_refuses_what_was_not_declared(manifest: pd.DataFrame, column: 
     ("ages", "sexes", "expected"),
     [
         ([50.0, 50.0, np.nan], ["F", "M", "M"], r"covariates\.age: all 2 training values are 50.*Remove `age`"),
-        ([50.0, np.nan, np.nan], ["F", "M", "M"], r"covariates\.age: 1 of 3 training rows have a value, at least 2 are needed.*add training scans"),
+        (
+            [50.0, np.nan, np.nan],
+            ["F", "M", "M"],
+            r"covariates\.age: 1 of 3 training rows have a value, at least 2 are needed.*add training scans",
+        ),
         ([50.0, 60.0, 70.0], [None, None, None], r"covariates\.sex: all 3 training rows are missing it.*Remove `sex`"),
     ],
 )
@@ -172,7 +206,10 @@ def test_a_level_absent_from_training_is_a_warning(manifest: pd.DataFrame, caplo
     assert "covariates.sex: no training row has level M" in caplog.text
 
 
-@pytest.mark.parametrize("content", [{}, {"covariates": [{"name": "age"}]}, {"covariates": [{"name": "a", "kind": "colour"}]}, {"covariates": 3}])
+@pytest.mark.parametrize(
+    "content",
+    [{}, {"covariates": [{"name": "age"}]}, {"covariates": [{"name": "a", "kind": "colour"}]}, {"covariates": 3}],
+)
 def test_a_foreign_card_is_refused(content: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"covariate encoding: not readable .*card\.json"):
         CovariateEncoding.from_json(content)

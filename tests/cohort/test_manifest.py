@@ -20,10 +20,13 @@ from PIL import Image
 
 from meddiff_steps.cohort.manifest import build_manifest, content_digest, digest_file, read_manifest, write_manifest
 from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate, Covariates, Splits, freeze, parse_study
-from meddiff_steps.errors import UserError
+from meddiff_steps.core.errors import UserError
 from meddiff_steps.steps.cohort import run
 
-COVARIATES: Covariates = {"age": ContinuousCovariate(unit="year", range=(18, 100)), "sex": CategoricalCovariate(levels=["F", "M"])}
+COVARIATES: Covariates = {
+    "age": ContinuousCovariate(unit="year", range=(18, 100)),
+    "sex": CategoricalCovariate(levels=["F", "M"]),
+}
 HALVES = Splits(train=0.5, val=0.0, calibration=0.0, test=0.5)
 
 
@@ -46,7 +49,16 @@ def frame(tmp_path: Path) -> pd.DataFrame:
         path = tmp_path / f"sub-{i:02}.nii.gz"
         path.write_bytes(gzip.compress(nifti_bytes(volume(i)), mtime=0))
         age = "n/a" if i == 3 else str(40 + i)
-        rows.append({"scan_id": f"sub-{i:02}", "subject_id": f"sub-{i:02}", "session_id": None, "path": str(path), "age": age, "sex": "FM"[i % 2]})
+        rows.append(
+            {
+                "scan_id": f"sub-{i:02}",
+                "subject_id": f"sub-{i:02}",
+                "session_id": None,
+                "path": str(path),
+                "age": age,
+                "sex": "FM"[i % 2],
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -90,7 +102,12 @@ def test_content_differs_with_values_dtype_and_shape(other: np.ndarray) -> None:
 
 def test_content_does_not_depend_on_memory_layout_or_byte_order() -> None:
     array = volume(0)
-    assert content_digest(array) == content_digest(np.asfortranarray(array)) == content_digest(array.astype(">i2")) == content_digest(array.repeat(2, 0)[::2])
+    assert (
+        content_digest(array)
+        == content_digest(np.asfortranarray(array))
+        == content_digest(array.astype(">i2"))
+        == content_digest(array.repeat(2, 0)[::2])
+    )
 
 
 @pytest.mark.parametrize("empty", [np.zeros((0, 3)), np.zeros((), np.float32), np.zeros((2, 2), bool)])
@@ -152,7 +169,17 @@ def test_damaged_files_have_bytes_but_no_content(tmp_path: Path, name: str, data
 
 def test_manifest_follows_the_contract(frame: pd.DataFrame) -> None:
     manifest, card = build(frame)
-    assert list(manifest.columns) == ["scan_id", "subject_id", "session_id", "path", "sha256", "content_sha256", "split", "age", "sex"]
+    assert list(manifest.columns) == [
+        "scan_id",
+        "subject_id",
+        "session_id",
+        "path",
+        "sha256",
+        "content_sha256",
+        "split",
+        "age",
+        "sex",
+    ]
     assert manifest["scan_id"].tolist() == [f"sub-{i:02}" for i in range(12)]
     for i, row in enumerate(manifest.itertuples()):
         assert row.sha256 == hashlib.sha256(Path(str(row.path)).read_bytes()).hexdigest()
@@ -199,7 +226,10 @@ def test_people_who_share_an_image_share_a_split(frame: pd.DataFrame) -> None:
 def test_copies_within_a_subject_are_reported_and_unite_nobody(frame: pd.DataFrame) -> None:
     copy = frame.assign(scan_id=frame["scan_id"] + "_run-2")
     manifest, card = build(pd.concat([frame, copy], ignore_index=True))
-    assert card["duplicates"] == [[f"sub-{i:02}", f"sub-{i:02}_run-2"] for i in range(12)] and card["united_subjects"] == []
+    assert (
+        card["duplicates"] == [[f"sub-{i:02}", f"sub-{i:02}_run-2"] for i in range(12)]
+        and card["united_subjects"] == []
+    )
     assert manifest.groupby("subject_id")["split"].nunique().max() == 1
 
 
@@ -227,15 +257,26 @@ def dangling_link(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("spoil", "expected"),
-    [(remove, "not there"), (make_directory, "a directory, expected an image file"), (dangling_link, "not there (a link to nothing: with git-annex")],
+    [
+        (remove, "not there"),
+        (make_directory, "a directory, expected an image file"),
+        (dangling_link, "not there (a link to nothing: with git-annex"),
+    ],
 )
-def test_files_that_cannot_be_read_are_refused(frame: pd.DataFrame, spoil: Callable[[Path], None], expected: str) -> None:
+def test_files_that_cannot_be_read_are_refused(
+    frame: pd.DataFrame, spoil: Callable[[Path], None], expected: str
+) -> None:
     for path in frame["path"][:7]:
         spoil(Path(path))
     with pytest.raises(UserError) as refusal:
         build(frame)
     message = str(refusal.value)
-    assert "7 of 12 image files cannot be read" in message and expected in message and "and 2 more" in message and "Restore the files" in message
+    assert (
+        "7 of 12 image files cannot be read" in message
+        and expected in message
+        and "and 2 more" in message
+        and "Restore the files" in message
+    )
 
 
 def test_a_read_that_fails_midway_is_refused(frame: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,13 +288,19 @@ def test_a_read_that_fails_midway_is_refused(frame: pd.DataFrame, monkeypatch: p
         return whole(path)
 
     monkeypatch.setattr(Path, "read_bytes", fail)
-    with pytest.raises(UserError, match=r"1 of 12 image files cannot be read:\n  .*sub-05\.nii\.gz: Input/output error"):
+    with pytest.raises(
+        UserError, match=r"1 of 12 image files cannot be read:\n  .*sub-05\.nii\.gz: Input/output error"
+    ):
         build(frame)
 
 
 def test_files_without_permission_are_refused(frame: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("sub-05.nii.gz"))  # chmod would not stop root
-    with pytest.raises(UserError, match=r"1 of 12 image files cannot be read:\n  .*sub-05\.nii\.gz: no permission to read it"):
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: not str(path).endswith("sub-05.nii.gz")
+    )  # chmod would not stop root
+    with pytest.raises(
+        UserError, match=r"1 of 12 image files cannot be read:\n  .*sub-05\.nii\.gz: no permission to read it"
+    ):
         build(frame)
 
 
@@ -299,7 +346,9 @@ def test_a_manifest_reads_back_as_it_was_written(frame: pd.DataFrame, tmp_path: 
         (lambda m: m.assign(age=200.0), r"scan sub-00, column age: found '200'"),
     ],
 )
-def test_spoilt_manifests_are_refused(frame: pd.DataFrame, tmp_path: Path, spoil: Callable[[pd.DataFrame], pd.DataFrame], expected: str) -> None:
+def test_spoilt_manifests_are_refused(
+    frame: pd.DataFrame, tmp_path: Path, spoil: Callable[[pd.DataFrame], pd.DataFrame], expected: str
+) -> None:
     path = tmp_path / "manifest.parquet"
     spoil(build(frame)[0]).to_parquet(path)
     with pytest.raises(UserError, match=expected):
@@ -339,7 +388,9 @@ def dataset(frame: pd.DataFrame, tmp_path: Path) -> Path:
         folder = root / str(row.subject_id) / "anat"
         folder.mkdir(parents=True)
         Path(str(row.path)).rename(folder / f"{row.scan_id}_T1w.nii.gz")
-    frame.rename(columns={"subject_id": "participant_id"})[["participant_id", "age", "sex"]].to_csv(root / "participants.tsv", sep="\t", index=False)
+    frame.rename(columns={"subject_id": "participant_id"})[["participant_id", "age", "sex"]].to_csv(
+        root / "participants.tsv", sep="\t", index=False
+    )
     return root
 
 
@@ -347,22 +398,40 @@ def dataset(frame: pd.DataFrame, tmp_path: Path) -> Path:
 def test_the_step_writes_the_same_bytes_every_time(dataset: Path, tmp_path: Path, simulated: bool) -> None:
     config = frozen(tmp_path, {"source": "simulated"} if simulated else {"source": "bids", "root": str(dataset)})
     for name in ("first", "second"):
-        run(config, tmp_path / name / "manifest.parquet", tmp_path / name / "card.json", dataset if simulated else None, threads=2)
+        run(
+            config,
+            tmp_path / name / "manifest.parquet",
+            tmp_path / name / "card.json",
+            dataset if simulated else None,
+            threads=2,
+        )
     for name in ("manifest.parquet", "card.json"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
     card = json.loads((tmp_path / "first/card.json").read_text())
-    assert card["simulated"] is simulated and card["source"] == ("simulated" if simulated else "bids") and card["scans"] == 12
+    assert (
+        card["simulated"] is simulated
+        and card["source"] == ("simulated" if simulated else "bids")
+        and card["scans"] == 12
+    )
     assert len(read_manifest(tmp_path / "first/manifest.parquet", COVARIATES)) == 12
 
 
-def test_the_step_warns_of_too_few_subjects_for_a_privacy_filter(dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_step_warns_of_too_few_subjects_for_a_privacy_filter(
+    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run(frozen(tmp_path, {"source": "bids", "root": str(dataset)}), tmp_path / "m.parquet", tmp_path / "c.json")
-    assert "the calibration split has 0 subjects; at the default privacy.level the privacy filter needs 59" in caplog.text
+    assert (
+        "the calibration split has 0 subjects; at the default privacy.level the privacy filter needs 59" in caplog.text
+    )
 
 
 def test_the_step_reads_tables(frame: pd.DataFrame, tmp_path: Path) -> None:
     frame.to_csv(tmp_path / "table.csv", index=False)
-    run(frozen(tmp_path, {"source": "table", "table": str(tmp_path / "table.csv")}), tmp_path / "m.parquet", tmp_path / "c.json")
+    run(
+        frozen(tmp_path, {"source": "table", "table": str(tmp_path / "table.csv")}),
+        tmp_path / "m.parquet",
+        tmp_path / "c.json",
+    )
     assert read_manifest(tmp_path / "m.parquet")["scan_id"].tolist() == [f"sub-{i:02}" for i in range(12)]
 
 
@@ -370,5 +439,10 @@ def test_simulated_belongs_to_simulated_cohorts(dataset: Path, tmp_path: Path) -
     with pytest.raises(UserError, match=r"--simulated is needed: .*step `simulate`"):
         run(frozen(tmp_path, {"source": "simulated"}), tmp_path / "m.parquet", tmp_path / "c.json")
     with pytest.raises(UserError, match=r"--simulated belongs to simulated cohorts only.*'bids'"):
-        run(frozen(tmp_path, {"source": "bids", "root": str(dataset)}), tmp_path / "m.parquet", tmp_path / "c.json", dataset)
+        run(
+            frozen(tmp_path, {"source": "bids", "root": str(dataset)}),
+            tmp_path / "m.parquet",
+            tmp_path / "c.json",
+            dataset,
+        )
     assert not (tmp_path / "m.parquet").exists()

@@ -10,7 +10,7 @@ import pytest
 
 from meddiff_steps.cohort.splits import SPLITS, assign_splits, shard_of, split_balance, stable_fraction
 from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate, Covariates, Splits
-from meddiff_steps.errors import UserError
+from meddiff_steps.core.errors import UserError
 
 MANY = [f"sub-{i:05}" for i in range(4000)]
 DEFAULT = Splits()
@@ -40,7 +40,10 @@ def test_shares_are_met_and_independent_of_the_shards() -> None:
     assigned = assign_splits(MANY, [], DEFAULT, "meddiff")
     for name in SPLITS:
         share = getattr(DEFAULT, name)
-        assert abs(sum(s == name for s in assigned.values()) / len(MANY) - share) < 4 * (share * (1 - share) / len(MANY)) ** 0.5
+        assert (
+            abs(sum(s == name for s in assigned.values()) / len(MANY) - share)
+            < 4 * (share * (1 - share) / len(MANY)) ** 0.5
+        )
     in_shard = [assigned[s] for s in MANY if shard_of(s, 2) == 0]
     assert abs(in_shard.count("train") / len(in_shard) - DEFAULT.train) < 0.05
 
@@ -92,7 +95,10 @@ def test_all_subjects_united_into_one_split_are_refused() -> None:
 
 
 def test_balance() -> None:
-    covariates: Covariates = {"age": ContinuousCovariate(unit="year", range=(0, 100)), "sex": CategoricalCovariate(levels=["F", "M"])}
+    covariates: Covariates = {
+        "age": ContinuousCovariate(unit="year", range=(0, 100)),
+        "sex": CategoricalCovariate(levels=["F", "M"]),
+    }
     manifest = pd.DataFrame(
         {
             "subject_id": ["a", "a", "b", "c"],

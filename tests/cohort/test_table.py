@@ -12,11 +12,18 @@ import pytest
 
 from meddiff_steps.cohort.table import load_table, read_table
 from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate, Covariates, TableSource
-from meddiff_steps.errors import UserError
+from meddiff_steps.core.errors import UserError
 
-COVARIATES: Covariates = {"age": ContinuousCovariate(unit="year", range=(0, 120)), "abnormal": CategoricalCovariate(levels=["0", "1"])}
+COVARIATES: Covariates = {
+    "age": ContinuousCovariate(unit="year", range=(0, 120)),
+    "abnormal": CategoricalCovariate(levels=["0", "1"]),
+}
 
-CXR = Path(os.environ.get("MEDDIFF_SHARED_DATA", Path(__file__).parents[2].parent / "shared" / "data")) / "cxr" / "participants.csv"
+CXR = (
+    Path(os.environ.get("MEDDIFF_SHARED_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
+    / "cxr"
+    / "participants.csv"
+)
 
 ROWS: list[dict[str, Any]] = [
     {"path": "images/a_000.png", "subject_id": "007", "age": 40, "abnormal": 0},
@@ -38,7 +45,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def read(folder: Path, name: str = "cohort.csv", covariates: Covariates = COVARIATES, **fields: Any) -> pd.DataFrame:
-    return read_table(TableSource.model_validate({"source": "table", "table": str(folder / name), **fields}), covariates)
+    return read_table(
+        TableSource.model_validate({"source": "table", "table": str(folder / name), **fields}), covariates
+    )
 
 
 @pytest.mark.parametrize("name", ["cohort.csv", "cohort.tsv", "cohort.parquet"])
@@ -57,7 +66,9 @@ def test_all_formats_give_the_same_cohort(folder: Path, name: str) -> None:
 
 
 def test_between_tabs_a_quote_is_a_character_and_no_row_is_lost(tmp_path: Path) -> None:
-    (tmp_path / "cohort.tsv").write_text("path\tnote\n" + "".join(f"{i}.png\t{note}\n" for i, note in enumerate(['"5 ft', "ok", '6"', '"x" y'])))
+    (tmp_path / "cohort.tsv").write_text(
+        "path\tnote\n" + "".join(f"{i}.png\t{note}\n" for i, note in enumerate(['"5 ft', "ok", '6"', '"x" y']))
+    )
     assert load_table(tmp_path / "cohort.tsv")["note"].tolist() == ['"5 ft', "ok", '6"', '"x" y']
 
 
@@ -78,9 +89,13 @@ def test_numeric_subjects_are_the_same_text_from_every_format(folder: Path) -> N
 
 
 def test_a_root_moves_relative_paths_and_leaves_absolute_ones(folder: Path, tmp_path: Path) -> None:
-    rows = [row | {"path": str(row["path"]).removeprefix("images/")} for row in ROWS[:2]] + [ROWS[2] | {"path": str(folder / "images/b.jpeg")}]
+    rows = [row | {"path": str(row["path"]).removeprefix("images/")} for row in ROWS[:2]] + [
+        ROWS[2] | {"path": str(folder / "images/b.jpeg")}
+    ]
     pd.DataFrame(rows).to_csv(folder / "cohort.csv", index=False)
-    assert read(folder, root=str(folder / "images"))["path"].tolist() == [f"{folder}/images/{n}" for n in ("a_000.png", "a_001.PNG", "b.jpeg")]
+    assert read(folder, root=str(folder / "images"))["path"].tolist() == [
+        f"{folder}/images/{n}" for n in ("a_000.png", "a_001.PNG", "b.jpeg")
+    ]
 
 
 def test_equal_file_names_get_their_folder_in_front(folder: Path) -> None:
@@ -129,27 +144,63 @@ SPOILT: list[tuple[str, Callable[[Path], object], list[str]]] = [
     ("table is a directory", replace_by_directory, ["cohort.csv is a directory", "Name the file"]),
     ("empty file", text(""), ["cohort.csv", "empty", "header"]),
     ("header only", text(HEADER), ["cohort.csv", "no rows", "one per image"]),
-    ("no path column", text("file,subject_id,age,abnormal\nx.png,1,2,0\n"), ["cohort.csv", "no column 'path'", "file, subject_id", "cohort.path_column"]),
-    ("no subject column", text("path,patient,age,abnormal\nx.png,1,2,0\n"), ["no column 'subject_id'", "path, patient", "cohort.subject_column"]),
-    ("semicolons", text("path;subject_id;age;abnormal\nx.png;1;2;0\n"), ["no column 'path'", "separated by ';'", "needs ','"]),
+    (
+        "no path column",
+        text("file,subject_id,age,abnormal\nx.png,1,2,0\n"),
+        ["cohort.csv", "no column 'path'", "file, subject_id", "cohort.path_column"],
+    ),
+    (
+        "no subject column",
+        text("path,patient,age,abnormal\nx.png,1,2,0\n"),
+        ["no column 'subject_id'", "path, patient", "cohort.subject_column"],
+    ),
+    (
+        "semicolons",
+        text("path;subject_id;age;abnormal\nx.png;1;2;0\n"),
+        ["no column 'path'", "separated by ';'", "needs ','"],
+    ),
     (
         "covariate column missing",
         text("path,subject_id,Age,abnormal\nx.png,1,2,0\n"),
         ["cohort.csv", "covariates.age", "'age'", "Age", "covariates.NAME.column"],
     ),
     ("long row", text(HEADER + "x.png,1,2,0,9\n"), ["cohort.csv, line 2", "5 cells", "header has 4"]),
-    ("quote left open", text(HEADER + 'x.png,1,"2,0\ny.png,2,3,0\n'), ["cohort.csv, line 2", "unexpected end", "Close the quote"]),
+    (
+        "quote left open",
+        text(HEADER + 'x.png,1,"2,0\ny.png,2,3,0\n'),
+        ["cohort.csv, line 2", "unexpected end", "Close the quote"],
+    ),
     (
         "quote closed rows later",
         text(HEADER + 'w.png,0,1,0\nx.png,1,2,"0\ny.png,2,3,0\nz.png,3,4,0"\n'),
         ["cohort.csv, line 3", "goes on to line 5", "Close the quote"],
     ),
-    ("text after a quote", text(HEADER + 'x.png,1,2,0\ny.png,"2"a,3,0\n'), ["cohort.csv, line 3", "expected after", "Close the quote"]),
-    ("header left open", text('path,subject_id,age,"abnormal\nx.png,1,2,0\n'), ["cohort.csv, line 1", "Close the quote"]),
+    (
+        "text after a quote",
+        text(HEADER + 'x.png,1,2,0\ny.png,"2"a,3,0\n'),
+        ["cohort.csv, line 3", "expected after", "Close the quote"],
+    ),
+    (
+        "header left open",
+        text('path,subject_id,age,"abnormal\nx.png,1,2,0\n'),
+        ["cohort.csv, line 1", "Close the quote"],
+    ),
     ("path left empty", spoilt_path(""), ["column path", "1 row(s) without a path", "row 2", "Fill them in"]),
-    ("subject left empty", text(HEADER + "images/a_000.png,n/a,2,0\n"), ["column subject_id", "without a subject", "row 1", "Fill them in"]),
-    ("duplicate path", spoilt_path("images/../images/a_000.png"), ["column path", "listed more than once", "a_000.png", "one row per image"]),
-    ("file does not exist", spoilt_path("images/nowhere.png"), ["column path", "1 of 5 images", "images/nowhere.png", "cohort.root"]),
+    (
+        "subject left empty",
+        text(HEADER + "images/a_000.png,n/a,2,0\n"),
+        ["column subject_id", "without a subject", "row 1", "Fill them in"],
+    ),
+    (
+        "duplicate path",
+        spoilt_path("images/../images/a_000.png"),
+        ["column path", "listed more than once", "a_000.png", "one row per image"],
+    ),
+    (
+        "file does not exist",
+        spoilt_path("images/nowhere.png"),
+        ["column path", "1 of 5 images", "images/nowhere.png", "cohort.root"],
+    ),
     ("unknown format", spoilt_path("images/a.bmp"), ["unknown format", "images/a.bmp", ".png", "convert"]),
     ("a directory", series, ["directories", "series.dcm", "Name the image files"]),
     ("same name, two formats", two_formats, ["images_b", "rename one"]),
@@ -157,7 +208,9 @@ SPOILT: list[tuple[str, Callable[[Path], object], list[str]]] = [
 
 
 @pytest.mark.parametrize(("spoil", "expected"), [pytest.param(s, e, id=name) for name, s, e in SPOILT])
-def test_spoilt_tables_are_refused_with_a_remedy(folder: Path, spoil: Callable[[Path], object], expected: list[str]) -> None:
+def test_spoilt_tables_are_refused_with_a_remedy(
+    folder: Path, spoil: Callable[[Path], object], expected: list[str]
+) -> None:
     spoil(folder)
     with pytest.raises(UserError) as refusal:
         read(folder)
@@ -168,7 +221,11 @@ def test_spoilt_tables_are_refused_with_a_remedy(folder: Path, spoil: Callable[[
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("cohort.parquet", b"PAR1 but then nothing", r"cohort\.parquet: cannot be read as Parquet .* Write the table again"),
+        (
+            "cohort.parquet",
+            b"PAR1 but then nothing",
+            r"cohort\.parquet: cannot be read as Parquet .* Write the table again",
+        ),
         ("cohort.parquet", None, r"cohort\.parquet: no such table"),
         ("cohort.xlsx", b"PK", r"cohort\.xlsx: tables are \.csv, \.tsv or \.parquet, found '\.xlsx'\. Save the table"),
         ("cohort.csv", b"path\n\xff\xfe\n", r"cohort\.csv: not a text table in UTF-8 .* Save it as UTF-8"),

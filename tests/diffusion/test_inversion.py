@@ -6,11 +6,17 @@ import pytest
 import torch
 from oracle import MixtureDenoiser, process_of
 
+from meddiff_steps.core.errors import UserError
 from meddiff_steps.diffusion.inversion import invert
 from meddiff_steps.diffusion.samplers import sample
-from meddiff_steps.errors import UserError
 
-EVERY = [("epsilon", {}), ("v_prediction", {}), ("v_prediction", {"zero_terminal_snr": True}), ("v_prediction", {"schedule": "cosine"}), ("flow", {})]
+EVERY = [
+    ("epsilon", {}),
+    ("v_prediction", {}),
+    ("v_prediction", {"zero_terminal_snr": True}),
+    ("v_prediction", {"schedule": "cosine"}),
+    ("flow", {}),
+]
 
 
 def round_trip(prediction_type, settings, iterations, steps=None, guidance_scale=1.0, means=(-1.0, 1.0), n=100):
@@ -19,7 +25,11 @@ def round_trip(prediction_type, settings, iterations, steps=None, guidance_scale
     oracle = MixtureDenoiser(process, std=0.25, means=means)
     generator = torch.Generator().manual_seed(0)
     covariates = torch.full((n, 1), 0.5)
-    x0 = 0.25 * torch.randn(n, 1, 2, generator=generator) + 0.5 + torch.tensor([means[0], means[-1]]).repeat(n // 2)[:, None, None]
+    x0 = (
+        0.25 * torch.randn(n, 1, 2, generator=generator)
+        + 0.5
+        + torch.tensor([means[0], means[-1]]).repeat(n // 2)[:, None, None]
+    )
     noise = invert(oracle, x0, covariates, process, steps, guidance_scale, iterations)
     back = sample(oracle, noise, covariates, process, "flow" if process.is_flow else "ddim", steps, guidance_scale)
     return (back - x0).square().mean().sqrt().item(), noise

@@ -9,20 +9,41 @@ from oracle import MixtureDenoiser, process_of, standard_normal
 from torch import Tensor
 
 from meddiff_steps.config import DEFAULT_STEPS
+from meddiff_steps.core.errors import UserError
 from meddiff_steps.diffusion.samplers import FLOW_SAMPLERS, evaluations, sample, solver
-from meddiff_steps.errors import UserError
 
-PAIRS = [(s, p) for p in ("epsilon", "v_prediction") for s in DEFAULT_STEPS if s != "flow"] + [(s, "flow") for s in FLOW_SAMPLERS]
+PAIRS = [(s, p) for p in ("epsilon", "v_prediction") for s in DEFAULT_STEPS if s != "flow"] + [
+    (s, "flow") for s in FLOW_SAMPLERS
+]
 
 
 def gaussian_steps(n: int, seed: int = 7):
     """Standard normal step noise (n, 1, 1) whose mean is 0 and std is 1 at every step."""
-    return lambda i: standard_normal(n, seed * 10_000 + i)[torch.randperm(n, generator=torch.Generator().manual_seed(i))]
+    return lambda i: standard_normal(n, seed * 10_000 + i)[
+        torch.randperm(n, generator=torch.Generator().manual_seed(i))
+    ]
 
 
-def run(sampler: str, prediction_type: str, n: int = 4000, mean: float = 0.0, std: float = 0.5, means=(0.0,), steps=None, **settings) -> Tensor:
+def run(
+    sampler: str,
+    prediction_type: str,
+    n: int = 4000,
+    mean: float = 0.0,
+    std: float = 0.5,
+    means=(0.0,),
+    steps=None,
+    **settings,
+) -> Tensor:
     process = process_of(prediction_type, **settings)
-    return sample(MixtureDenoiser(process, std, means), standard_normal(n), torch.full((n, 1), mean), process, sampler, steps, step_noise=gaussian_steps(n))
+    return sample(
+        MixtureDenoiser(process, std, means),
+        standard_normal(n),
+        torch.full((n, 1), mean),
+        process,
+        sampler,
+        steps,
+        step_noise=gaussian_steps(n),
+    )
 
 
 @pytest.mark.parametrize(("sampler", "prediction_type"), PAIRS)
@@ -48,7 +69,11 @@ def test_default_steps_recover_a_mixture(sampler, prediction_type):
 
 
 @pytest.mark.parametrize("sampler", [s for s in DEFAULT_STEPS if s not in ("flow", "ddpm")])
-@pytest.mark.parametrize("settings", [{"schedule": "cosine"}, {"schedule": "linear"}, {"zero_terminal_snr": True}], ids=["cosine", "linear", "zero-snr"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"schedule": "cosine"}, {"schedule": "linear"}, {"zero_terminal_snr": True}],
+    ids=["cosine", "linear", "zero-snr"],
+)
 def test_other_schedules_are_sampled_as_well(sampler, settings):
     assert run(sampler, "v_prediction", n=1000, **settings).std(correction=0).item() == pytest.approx(0.5, rel=0.06)
 
@@ -60,7 +85,11 @@ def test_any_number_of_steps_is_finite_and_costs_what_is_announced(sampler, pred
     oracle = MixtureDenoiser(process)
     x = sample(oracle, standard_normal(64), torch.zeros(64, 1), process, sampler, steps, step_noise=gaussian_steps(64))
     assert torch.isfinite(x).all()
-    assert len(oracle.calls) == evaluations(sampler, steps) == len(solver(sampler, process, steps, gaussian_steps(64)).timesteps)
+    assert (
+        len(oracle.calls)
+        == evaluations(sampler, steps)
+        == len(solver(sampler, process, steps, gaussian_steps(64)).timesteps)
+    )
 
 
 @pytest.mark.parametrize(("sampler", "prediction_type"), PAIRS)
@@ -78,7 +107,9 @@ def test_ddim_steps_land_on_the_levels_that_the_network_is_told(steps):
 
 def test_ddpm_at_full_length_is_the_training_chain():
     process = process_of(num_train_timesteps=40)
-    np.testing.assert_array_equal(solver("ddpm", process, step_noise=gaussian_steps(2)).timesteps, np.arange(39, -1, -1))
+    np.testing.assert_array_equal(
+        solver("ddpm", process, step_noise=gaussian_steps(2)).timesteps, np.arange(39, -1, -1)
+    )
 
 
 def test_ddpm_agrees_with_the_posterior_of_ho_et_al():
@@ -112,7 +143,16 @@ def test_a_sample_depends_on_its_own_noise_and_covariates_only(sampler, predicti
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
 
     def generate(order: Tensor, start: Tensor) -> Tensor:
-        return sample(MixtureDenoiser(process), start[order], covariates[order], process, sampler, steps, 1.7, step_noise=lambda i: added[i][order])
+        return sample(
+            MixtureDenoiser(process),
+            start[order],
+            covariates[order],
+            process,
+            sampler,
+            steps,
+            1.7,
+            step_noise=lambda i: added[i][order],
+        )
 
     straight = generate(torch.arange(n), noise)
     order = torch.tensor([3, 1, 7, 0, 2, 6, 5, 4])
@@ -153,7 +193,16 @@ def test_guidance_acts_at_every_evaluation(sampler, prediction_type):
         seen.append(float(timesteps[0]))
         return known - x0
 
-    x = sample(MixtureDenoiser(process), standard_normal(n), torch.zeros(n, 1), process, sampler, steps, step_noise=gaussian_steps(n), guidance=guidance)
+    x = sample(
+        MixtureDenoiser(process),
+        standard_normal(n),
+        torch.zeros(n, 1),
+        process,
+        sampler,
+        steps,
+        step_noise=gaussian_steps(n),
+        guidance=guidance,
+    )
     torch.testing.assert_close(x, known, atol=1e-4, rtol=0)
     assert len(seen) == evaluations(sampler, steps)
 
@@ -169,7 +218,16 @@ def test_guidance_by_the_gradient_of_a_likelihood_conditions_the_sample():
         return sigma**2 / alpha * score
 
     n = 1000
-    x = sample(MixtureDenoiser(process), standard_normal(n), torch.zeros(n, 1), process, "dpmpp", 40, guidance=guidance, guidance_gradients=True)
+    x = sample(
+        MixtureDenoiser(process),
+        standard_normal(n),
+        torch.zeros(n, 1),
+        process,
+        "dpmpp",
+        40,
+        guidance=guidance,
+        guidance_gradients=True,
+    )
     assert x.mean().item() == pytest.approx(0.5, abs=0.02)
     assert x.std().item() == pytest.approx(0.5 / 2**0.5, rel=0.05)
     assert not x.requires_grad
@@ -178,7 +236,15 @@ def test_guidance_by_the_gradient_of_a_likelihood_conditions_the_sample():
 def test_progress_is_reported_with_the_estimate():
     seen = []
     process = process_of()
-    sample(MixtureDenoiser(process), standard_normal(4), torch.zeros(4, 1), process, "heun", 3, on_step=lambda i, x0: seen.append((i, x0.shape)))
+    sample(
+        MixtureDenoiser(process),
+        standard_normal(4),
+        torch.zeros(4, 1),
+        process,
+        "heun",
+        3,
+        on_step=lambda i, x0: seen.append((i, x0.shape)),
+    )
     assert seen == [(i, (4, 1, 1)) for i in range(5)]
 
 

@@ -16,7 +16,9 @@ EVERY = [(p, s) for p in ("epsilon", "v_prediction") for s in NAMES] + [("flow",
 @pytest.mark.parametrize("zero_snr", [False, True])
 def test_tables_are_those_of_diffusers_in_double_precision(schedule, zero_snr):
     process = process_of(schedule=schedule, zero_terminal_snr=zero_snr)
-    theirs = DPMSolverMultistepScheduler(beta_schedule=NAMES[schedule], beta_start=0.0015, beta_end=0.0205, rescale_betas_zero_snr=zero_snr).alphas_cumprod
+    theirs = DPMSolverMultistepScheduler(
+        beta_schedule=NAMES[schedule], beta_start=0.0015, beta_end=0.0205, rescale_betas_zero_snr=zero_snr
+    ).alphas_cumprod
     # diffusers keeps float32 tables: its rounding is what is allowed for here.
     np.testing.assert_allclose(process.alphas_cumprod, theirs.double().numpy(), rtol=3e-5, atol=3e-7)
     if zero_snr:
@@ -49,7 +51,9 @@ def test_interpolation_is_linear_in_log_snr_as_in_diffusers():
     scheduler = DPMSolverMultistepScheduler(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0205)
     ratios = ((1 - process.alphas_cumprod) / process.alphas_cumprod) ** 0.5
     for ratio in (0.05, 0.7, 30.0):
-        assert process.timestep_at(ratio) == pytest.approx(float(scheduler._sigma_to_t(np.array(ratio), np.log(ratios))), rel=1e-9)
+        assert process.timestep_at(ratio) == pytest.approx(
+            float(scheduler._sigma_to_t(np.array(ratio), np.log(ratios))), rel=1e-9
+        )
 
 
 @pytest.mark.parametrize(("prediction_type", "schedule"), EVERY)
@@ -71,12 +75,18 @@ def test_noising_and_target_agree_with_diffusers():
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0205)
     x0, noise = torch.randn(2, 4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([0, 10, 500, 999])
-    torch.testing.assert_close(process.add_noise(x0, noise, timesteps), scheduler.add_noise(x0, noise, timesteps), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(process.target(x0, noise, timesteps), scheduler.get_velocity(x0, noise, timesteps), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        process.add_noise(x0, noise, timesteps), scheduler.add_noise(x0, noise, timesteps), rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(
+        process.target(x0, noise, timesteps), scheduler.get_velocity(x0, noise, timesteps), rtol=1e-4, atol=1e-5
+    )
     flow = process_of("flow")
     scheduler = FlowMatchEulerDiscreteScheduler()
     timesteps = torch.tensor([1.0, 250.0, 1000.0])
-    torch.testing.assert_close(flow.add_noise(x0[:3], noise[:3], timesteps), scheduler.scale_noise(x0[:3], timesteps, noise[:3]))
+    torch.testing.assert_close(
+        flow.add_noise(x0[:3], noise[:3], timesteps), scheduler.scale_noise(x0[:3], timesteps, noise[:3])
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

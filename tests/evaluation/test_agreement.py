@@ -1,7 +1,7 @@
 """Published figures against implementations that others wrote: torchmetrics, prdc, scikit-image, SciPy.
 
-Frechet distance, KID and precision to coverage are also compared with brute force beside their own tests, and DeLong's test with
-published figures (tests/augmentation/test_comparison.py).
+Frechet distance, KID and precision to coverage are also compared with brute force beside their own tests, and DeLong's
+test with published figures (tests/augmentation/test_comparison.py).
 """
 
 import math
@@ -21,12 +21,15 @@ from torchmetrics.functional.image import multiscale_structural_similarity_index
 from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import poly_mmd
 
-from meddiff_steps.augmentation.comparison import Resampling, auc_within, brier, calibration_error, holm
-from meddiff_steps.augmentation.results import Scored, measure
 from meddiff_steps.config import Augment
+from meddiff_steps.core.random_streams import philox
+from meddiff_steps.downstream.comparison import Resampling, calibration_error
+from meddiff_steps.downstream.results import Scored, measure
 from meddiff_steps.evaluation import diversity, realism
 from meddiff_steps.evaluation.image_quality import SsimSettings, structural_similarity
-from meddiff_steps.evaluation.statistics import Bootstrap, auc, mean_of, pearson, philox
+from meddiff_steps.statistics.bootstrap import Bootstrap
+from meddiff_steps.statistics.differences import holm
+from meddiff_steps.statistics.measures import auc, auc_within, brier, mean_of, pearson
 
 
 def points(label: str, n: int, dims: int = 8, shift: float = 0.0) -> np.ndarray:
@@ -45,12 +48,21 @@ def test_frechet_distance_is_that_of_torchmetrics() -> None:
 @pytest.mark.parametrize("shift", [0.0, 0.7])
 def test_kid_is_that_of_torchmetrics(shift: float) -> None:
     a, b = points("a", 30), points("b", 30, shift=shift)  # torchmetrics takes samples of one size
-    assert realism.kernel_distance(a, b) == pytest.approx(float(poly_mmd(torch.from_numpy(a), torch.from_numpy(b))), rel=1e-9)
+    assert realism.kernel_distance(a, b) == pytest.approx(
+        float(poly_mmd(torch.from_numpy(a), torch.from_numpy(b))), rel=1e-9
+    )
 
 
 def test_the_p_value_of_kid_is_that_of_scipys_permutation_test() -> None:
     a, b = points("a", 14, 3), points("b", 18, 3, shift=0.35)
-    found = realism.kernel_figure(realism.Sample(a, np.arange(14)), realism.Sample(b, np.arange(18)), resamples=100, permutations=1500, seed="", label="")
+    found = realism.kernel_figure(
+        realism.Sample(a, np.arange(14)),
+        realism.Sample(b, np.arange(18)),
+        resamples=100,
+        permutations=1500,
+        seed="",
+        label="",
+    )
 
     pooled = np.concatenate([a, b])
 
@@ -58,7 +70,15 @@ def test_the_p_value_of_kid_is_that_of_scipys_permutation_test() -> None:
         return realism.kernel_distance(pooled[x.astype(int)], pooled[y.astype(int)])
 
     sides, rng = (np.arange(14), np.arange(14, 32)), np.random.default_rng(0)
-    other = scipy.stats.permutation_test(sides, distance, permutation_type="independent", n_resamples=1500, vectorized=False, alternative="greater", rng=rng)
+    other = scipy.stats.permutation_test(
+        sides,
+        distance,
+        permutation_type="independent",
+        n_resamples=1500,
+        vectorized=False,
+        alternative="greater",
+        rng=rng,
+    )
     assert 0.005 < other.pvalue < 0.5
     assert found["p_value"] == pytest.approx(other.pvalue, abs=4 * math.sqrt(2 * other.pvalue / 1500))
 
@@ -87,13 +107,22 @@ def pictures(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     rng = philox("test", f"pictures {shape}")
     smooth = np.stack([gaussian_filter(rng.random(shape), 3) for _ in range(3)])
     smooth = (smooth - smooth.min()) / np.ptp(smooth)
-    noisy = np.clip(smooth + rng.normal(0, [[[0.02]], [[0.1]], [[0.3]]] if len(shape) == 2 else [[[[0.02]]], [[[0.1]]], [[[0.3]]]], smooth.shape), 0, 1)
+    noisy = np.clip(
+        smooth
+        + rng.normal(
+            0, [[[0.02]], [[0.1]], [[0.3]]] if len(shape) == 2 else [[[[0.02]]], [[[0.1]]], [[[0.3]]]], smooth.shape
+        ),
+        0,
+        1,
+    )
     return smooth[:, None].astype(np.float32), noisy[:, None].astype(np.float32)
 
 
 @pytest.mark.parametrize(("shape", "kernel", "scales"), [((180, 200), 11, 5), ((32, 40, 32), 7, 3)])
 def test_ms_ssim_is_its_definition(shape: tuple[int, ...], kernel: int, scales: int) -> None:
-    """Wang, Simoncelli and Bovik 2003, equation 7: contrast and structure at every scale, luminance at the coarsest alone."""
+    """Wang, Simoncelli and Bovik 2003, equation 7: contrast and structure at every scale, luminance at the coarsest
+    alone.
+    """
     smooth, noisy = pictures(shape)
     settings = SsimSettings.for_shape(shape)
     assert (settings.kernel_size, len(settings.weights)) == (kernel, scales)
@@ -113,7 +142,9 @@ def test_ms_ssim_is_its_definition(shape: tuple[int, ...], kernel: int, scales: 
         product = 1.0
         for scale, weight in enumerate(settings.weights):
             ma, mb = local(a), local(b)
-            contrast = (2 * (local(a * b) - ma * mb) + 0.03**2) / (local(a * a) - ma**2 + local(b * b) - mb**2 + 0.03**2)
+            contrast = (2 * (local(a * b) - ma * mb) + 0.03**2) / (
+                local(a * a) - ma**2 + local(b * b) - mb**2 + 0.03**2
+            )
             luminance = (2 * ma * mb + 0.01**2) / (ma**2 + mb**2 + 0.01**2)
             last = scale == scales - 1
             product *= max(0.0, float((contrast * luminance if last else contrast).mean())) ** weight
@@ -122,9 +153,13 @@ def test_ms_ssim_is_its_definition(shape: tuple[int, ...], kernel: int, scales: 
 
 
 def test_ms_ssim_is_nearly_that_of_torchmetrics() -> None:
-    """Nearly: torchmetrics reflects images at their edges and counts the contrast there, too, which the definition does not."""
+    """Nearly: torchmetrics reflects images at their edges and counts the contrast there, too, which the definition does
+    not.
+    """
     smooth, noisy = pictures((180, 200))
-    settings = SsimSettings.for_shape((180, 200))  # the window of 11 pixels that torchmetrics always takes with sigma 1.5
+    settings = SsimSettings.for_shape(
+        (180, 200)
+    )  # the window of 11 pixels that torchmetrics always takes with sigma 1.5
     expected = multiscale_structural_similarity_index_measure(
         torch.from_numpy(noisy), torch.from_numpy(smooth), data_range=1.0, betas=settings.weights, reduction="none"
     )
@@ -134,7 +169,11 @@ def test_ms_ssim_is_nearly_that_of_torchmetrics() -> None:
 
 def test_ssim_is_that_of_scikit_image_in_3d() -> None:
     smooth, noisy = pictures((20, 24, 22))
-    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}  # scikit-image's window is 11 voxels, then
+    options = {
+        "gaussian_weights": True,
+        "sigma": 1.5,
+        "use_sample_covariance": False,
+    }  # scikit-image's window is 11 voxels, then
     expected = [skimage_ssim(a[0], b[0], data_range=1.0, **options) for a, b in zip(smooth, noisy, strict=True)]
     np.testing.assert_allclose(structural_similarity(smooth, noisy, SsimSettings(11, (1.0,))), expected, atol=1e-4)
 
@@ -154,7 +193,9 @@ def test_calibration_error_and_brier_score_are_those_of_torchmetrics_and_scikit_
 
 
 def test_holms_adjustment_is_its_definition() -> None:
-    """Holm 1979: the largest of (m - rank + 1) p over the p values that are not larger; the example is his idea with numbers."""
+    """Holm 1979: the largest of (m - rank + 1) p over the p values that are not larger; the example is his idea with
+    numbers.
+    """
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     p = philox("test", "holm").random(12) ** 3
     ranked = np.sort(p)
@@ -176,9 +217,18 @@ def test_intervals_are_those_of_scipys_bootstrap(name: str) -> None:
     }
     data, statistic = theirs[name]
     draws = 4000 if name != "auc" else 1500
-    other = scipy.stats.bootstrap(data, statistic, paired=True, vectorized=False, method="percentile", n_resamples=draws, rng=np.random.default_rng(1))
+    other = scipy.stats.bootstrap(
+        data,
+        statistic,
+        paired=True,
+        vectorized=False,
+        method="percentile",
+        n_resamples=draws,
+        rng=np.random.default_rng(1),
+    )
     found = Bootstrap(range(80), 4000, "").figure(ours)
-    # Ends of an interval from some thousand resamples scatter by about 2.7 standard errors over the root of their number.
+    # Ends of an interval from some thousand resamples scatter by about 2.7 standard errors over the root of their
+    # number.
     slack = 4 * 2.7 * other.standard_error * math.sqrt(1 / 4000 + 1 / draws)
     interval = other.confidence_interval
     assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high), abs=slack)
@@ -193,21 +243,33 @@ def test_intervals_over_subjects_with_several_scans_are_those_of_scipys_bootstra
     values = np.repeat(rng.normal(size=50), scans) + rng.normal(size=len(units))
     sums = np.bincount(units, values)
     other = scipy.stats.bootstrap(
-        (sums, scans), lambda s, n: s.sum() / n.sum(), paired=True, vectorized=False, method="percentile", n_resamples=4000, rng=np.random.default_rng(2)
+        (sums, scans),
+        lambda s, n: s.sum() / n.sum(),
+        paired=True,
+        vectorized=False,
+        method="percentile",
+        n_resamples=4000,
+        rng=np.random.default_rng(2),
     )
     found = Bootstrap(units, 4000, "").figure(mean_of(values))
     interval = other.confidence_interval
-    assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high), abs=0.25 * other.standard_error)
+    assert (found["low"], found["high"]) == pytest.approx(
+        (interval.low, interval.high), abs=0.25 * other.standard_error
+    )
 
 
 def test_worst_group_and_gap_are_those_of_the_groups_one_by_one() -> None:
-    """fairlearn's MetricFrame (`group_min`, `difference`) applies a metric to each group; so does this, with scikit-learn's AUC."""
+    """fairlearn's MetricFrame (`group_min`, `difference`) applies a metric to each group; so does this, with
+    scikit-learn's AUC.
+    """
     rng = philox("test", "groups")
     groups, levels = np.array(["F", "M", "X"])[rng.integers(0, 3, 150)], rng.integers(0, 2, 150)
     scores = 1 / (1 + np.exp(-rng.normal(size=150) - 0.8 * levels))
     probability = np.stack([1 - scores, scores], axis=1)[None, None].repeat(2, axis=1)  # one generator, two classifiers
     settings = Augment.model_validate({"target": "t", "bootstrap": 200})
-    entry = measure(Scored(np.arange(150).astype(str), levels, groups, {"real": probability}), settings, "", "")[0]["real"]
+    entry = measure(Scored(np.arange(150).astype(str), levels, groups, {"real": probability}), settings, "", "")[0][
+        "real"
+    ]
     each = [float(roc_auc_score(levels[groups == g], scores[groups == g])) for g in ("F", "M", "X")]
     assert [entry["groups"][g]["value"] for g in ("F", "M", "X")] == pytest.approx(each, abs=1e-5)
     assert entry["worst_group_auc"]["value"] == pytest.approx(min(each), abs=1e-5)

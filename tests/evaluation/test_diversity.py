@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from meddiff_steps.core.random_streams import philox
 from meddiff_steps.evaluation import diversity as d
 from meddiff_steps.evaluation.image_quality import SsimSettings, structural_similarity
 from meddiff_steps.evaluation.realism import Sample
-from meddiff_steps.evaluation.statistics import Bootstrap, philox
+from meddiff_steps.statistics.bootstrap import Bootstrap
 
 
 def points(label: str, n: int, dims: int = 4) -> np.ndarray:
@@ -26,12 +27,16 @@ def test_manifold_shares_agree_with_brute_force() -> None:
     assert shares["precision"].tolist() == [float(any(inside(x, real))) for x in made]
     assert shares["density"] == pytest.approx([sum(inside(x, real)) / k for x in made])
     assert shares["recall"].tolist() == [float(any(inside(x, made))) for x in real]
-    assert shares["coverage"].tolist() == [float(min(np.linalg.norm(real[i] - x) for x in made) < radius(real, i)) for i in range(len(real))]
+    assert shares["coverage"].tolist() == [
+        float(min(np.linalg.norm(real[i] - x) for x in made) < radius(real, i)) for i in range(len(real))
+    ]
     assert 0 < shares["coverage"].mean() < 1
 
 
 def test_equal_distributions_have_density_one_and_the_published_coverage() -> None:
-    assert d.expected_coverage(10_000, 10_000, 5) == pytest.approx(0.969, abs=0.001)  # Naeem et al. 2020: about 0.97 at k = 5
+    assert d.expected_coverage(10_000, 10_000, 5) == pytest.approx(
+        0.969, abs=0.001
+    )  # Naeem et al. 2020: about 0.97 at k = 5
     found = [d.manifold_shares(points(f"r{i}", 60), points(f"s{i}", 90), 5) for i in range(40)]
     assert np.mean([f["coverage"].mean() for f in found]) == pytest.approx(d.expected_coverage(60, 90, 5), abs=0.005)
     assert np.mean([f["density"].mean() for f in found]) == pytest.approx(1.0, abs=0.04)
@@ -100,18 +105,24 @@ def test_pair_statistic_is_the_mean_over_repeated_images() -> None:
 
 def test_pair_similarity_is_the_mean_over_pairs() -> None:
     images = philox("test", "pair images").random((8, 1, 16, 16), dtype=np.float32)
-    found = d.pair_similarity(lambda rows: images[rows], [str(i) for i in range(8)], (16, 16), pairs=1000, resamples=100, seed="", label="x")
+    found = d.pair_similarity(
+        lambda rows: images[rows], [str(i) for i in range(8)], (16, 16), pairs=1000, resamples=100, seed="", label="x"
+    )
     first, second = np.triu_indices(8, 1)
     expected = structural_similarity(images[first], images[second], SsimSettings.for_shape((16, 16))).mean()
     assert found["pairs"] == 28
     assert found["value"] == pytest.approx(expected, abs=1e-5)
     assert found["low"] < found["value"] < found["high"]
-    alone = d.pair_similarity(lambda rows: images[rows], ["one"] * 8, (16, 16), pairs=10, resamples=100, seed="", label="x")
+    alone = d.pair_similarity(
+        lambda rows: images[rows], ["one"] * 8, (16, 16), pairs=10, resamples=100, seed="", label="x"
+    )
     assert (alone["value"], alone["pairs"]) == (None, 0)
 
 
 def test_intervals_cover_what_many_images_give() -> None:
-    """The interval of the mean similarity of pairs is over images: pairs share them, so it must not shrink with the number of pairs."""
+    """The interval of the mean similarity of pairs is over images: pairs share them, so it must not shrink with the
+    number of pairs.
+    """
     rng = philox("test", "coverage of intervals")
     hits = 0
     for i in range(60):
@@ -125,11 +136,23 @@ def test_intervals_cover_what_many_images_give() -> None:
 
 def test_the_same_images_as_training_reach_the_ceiling() -> None:
     base = {"training": points("training", 60), "held_out": points("held", 50), "synthetic": points("training", 60)}
-    found = d.diversity({k: Sample(v, np.array([f"{k}{i}" for i in range(len(v))])) for k, v in base.items()}, neighbours=5, resamples=100, seed="")
+    found = d.diversity(
+        {k: Sample(v, np.array([f"{k}{i}" for i in range(len(v))])) for k, v in base.items()},
+        neighbours=5,
+        resamples=100,
+        seed="",
+    )
     for entry in found.values():
         assert entry["value"] == entry["ceiling"]["value"]
-    base["synthetic"] = base["synthetic"] + 100.0  # like nothing real: no image in common, which 60 images say to within 3 / 60
-    found = d.diversity({k: Sample(v, np.array([f"{k}{i}" for i in range(len(v))])) for k, v in base.items()}, neighbours=5, resamples=100, seed="")
+    base["synthetic"] = (
+        base["synthetic"] + 100.0
+    )  # like nothing real: no image in common, which 60 images say to within 3 / 60
+    found = d.diversity(
+        {k: Sample(v, np.array([f"{k}{i}" for i in range(len(v))])) for k, v in base.items()},
+        neighbours=5,
+        resamples=100,
+        seed="",
+    )
     assert (found["precision"]["value"], found["precision"]["low"], found["precision"]["high"]) == (0.0, 0.0, 0.05)
     assert (found["coverage"]["value"], found["coverage"]["high"]) == (0.0, 0.06)
     assert (found["precision"]["n"], found["recall"]["n"]) == (60, 50)

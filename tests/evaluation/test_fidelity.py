@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate, Covariates
+from meddiff_steps.core.random_streams import philox
 from meddiff_steps.evaluation.fidelity import (
     PREDICTION_COLUMNS,
     correlation_structure,
@@ -14,7 +15,6 @@ from meddiff_steps.evaluation.fidelity import (
     subgroup_fidelity,
     training_range,
 )
-from meddiff_steps.evaluation.statistics import philox
 
 COVARIATES: Covariates = {
     "a": ContinuousCovariate(unit="mL", range=(0, 1000)),
@@ -27,10 +27,22 @@ COVARIATES: Covariates = {
 def cohort(kind: str, n: int, noise: float = 1.0) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     rng = philox("test", f"fidelity {kind}")
     a = rng.normal(50, 10, n)
-    wanted = pd.DataFrame({"a": a, "b": 0.5 * a + rng.normal(0, 5, n), "sex": np.where(rng.random(n) < 0.5, "F", "M"), "site": rng.choice(["x", "y", "z"], n)})
+    wanted = pd.DataFrame(
+        {
+            "a": a,
+            "b": 0.5 * a + rng.normal(0, 5, n),
+            "sex": np.where(rng.random(n) < 0.5, "F", "M"),
+            "site": rng.choice(["x", "y", "z"], n),
+        }
+    )
     chance = np.clip(np.where(wanted["sex"] == "M", 0.7, 0.3) + rng.normal(0, 0.1, n), 0, 1)
     site = np.eye(3)[wanted["site"].map(["x", "y", "z"].index)] * 0.8 + 0.1
-    measured = {"a": a + rng.normal(0, noise, n), "b": wanted["b"].to_numpy() * 0.5 + 3, "sex": np.stack([1 - chance, chance], 1), "site": site}
+    measured = {
+        "a": a + rng.normal(0, noise, n),
+        "b": wanted["b"].to_numpy() * 0.5 + 3,
+        "sex": np.stack([1 - chance, chance], 1),
+        "site": site,
+    }
     return wanted, measured
 
 
@@ -53,11 +65,15 @@ def test_figures_of_known_predictions() -> None:
     assert (a["unit"], a["r"]["n"], a["r"]["ceiling"]["n"]) == ("mL", 200, 80)
     assert a["share_of_ceiling"]["value"] == pytest.approx(a["r"]["value"] / a["r"]["ceiling"]["value"], abs=1e-5)
     assert a["share_of_ceiling"]["low"] < 1.0 < a["share_of_ceiling"]["high"]
-    assert b["r"]["value"] == pytest.approx(1.0)  # a measurement that is squeezed but in order: r does not see it, slope does
+    assert b["r"]["value"] == pytest.approx(
+        1.0
+    )  # a measurement that is squeezed but in order: r does not see it, slope does
     assert b["slope"]["value"] == pytest.approx(0.5)
     assert out["sex"]["auc"]["value"] > 0.98
     assert out["site"]["auc"]["value"] == 1.0
-    assert out["sex"]["ece"]["value"] == pytest.approx(0.3, abs=0.04)  # 0.7 where all are M, 0.3 where none is; less where both share a bin
+    assert out["sex"]["ece"]["value"] == pytest.approx(
+        0.3, abs=0.04
+    )  # 0.7 where all are M, 0.3 where none is; less where both share a bin
     assert out["site"]["ece"]["value"] == pytest.approx(0.1)  # 0.9 instead of 1, 0.1 instead of 0
     assert out["sex"]["ece"]["low"] < out["sex"]["ece"]["value"] < out["sex"]["ece"]["high"]
     assert out["sex"]["ece"]["ceiling"]["n"] == 80
@@ -116,7 +132,9 @@ def test_correlations_as_requested_and_as_measured() -> None:
 
 def test_shared_noise_counts_once() -> None:
     wanted, measured = cohort("synthetic", 60)
-    rows = predictions_table([str(i) for i in range(60)], [str(i % 20) for i in range(60)], "synthetic", wanted, measured, COVARIATES)
+    rows = predictions_table(
+        [str(i) for i in range(60)], [str(i % 20) for i in range(60)], "synthetic", wanted, measured, COVARIATES
+    )
     assert covariate_fidelity(rows, COVARIATES, resamples=100)["a"]["r"]["n"] == 20
 
 
@@ -128,17 +146,29 @@ def test_requests_beyond_training_are_reported_apart() -> None:
         wanted = pd.DataFrame({"a": a})
         rows.append(
             predictions_table(
-                [f"{kind}{i}" for i in range(n)], [f"{kind}{i}" for i in range(n)], kind, wanted, {"a": a - wrong}, {"a": COVARIATES["a"]}, {"a": (0.0, 50.0)}
+                [f"{kind}{i}" for i in range(n)],
+                [f"{kind}{i}" for i in range(n)],
+                kind,
+                wanted,
+                {"a": a - wrong},
+                {"a": COVARIATES["a"]},
+                {"a": (0.0, 50.0)},
             )
         )
     found = covariate_fidelity(pd.concat(rows), {"a": COVARIATES["a"]}, resamples=100)["a"]
     assert (found["mae"]["value"], found["mae"]["n"], found["mae"]["ceiling"]["n"]) == (0.0, 51, 51)
-    assert (found["extrapolation"]["bias"]["value"], found["extrapolation"]["mae"]["value"], found["extrapolation"]["mae"]["n"]) == (-20.0, 20.0, 9)
+    assert (
+        found["extrapolation"]["bias"]["value"],
+        found["extrapolation"]["mae"]["value"],
+        found["extrapolation"]["mae"]["n"],
+    ) == (-20.0, 20.0, 9)
     assert "extrapolation" not in covariate_fidelity(table(), COVARIATES, resamples=100)["a"]
 
 
 def test_training_range_ignores_missing_values_and_labels() -> None:
-    training = pd.DataFrame({"a": [3.0, None, 1.0], "b": [None, None, None], "sex": ["F", "M", None], "site": ["x", "y", "z"]})
+    training = pd.DataFrame(
+        {"a": [3.0, None, 1.0], "b": [None, None, None], "sex": ["F", "M", None], "site": ["x", "y", "z"]}
+    )
     assert training_range(training, COVARIATES) == {"a": (1.0, 3.0)}
 
 
@@ -147,8 +177,13 @@ def test_distance_of_shifted_distributions_is_the_shift() -> None:
     moved = rows.copy()
     moved.loc[(moved["kind"] == "synthetic") & (moved["covariate"] == "a"), "measured"] += 30.0
     near, far = (distribution_distances(t, COVARIATES, resamples=100)["a"] for t in (rows, moved))
-    gap = [rows.loc[(rows["kind"] == kind) & (rows["covariate"] == "a"), "measured"].mean() for kind in ("synthetic", "real")]
-    assert far["wasserstein"]["value"] == pytest.approx(30.0 + gap[0] - gap[1], abs=0.3)  # equal shapes: the distance is that of the means
+    gap = [
+        rows.loc[(rows["kind"] == kind) & (rows["covariate"] == "a"), "measured"].mean()
+        for kind in ("synthetic", "real")
+    ]
+    assert far["wasserstein"]["value"] == pytest.approx(
+        30.0 + gap[0] - gap[1], abs=0.3
+    )  # equal shapes: the distance is that of the means
     spread = rows.loc[(rows["kind"] == "real") & (rows["covariate"] == "a"), "measured"].std(ddof=0)
     assert far["relative"]["value"] == pytest.approx(far["wasserstein"]["value"] / spread, rel=1e-4)
     assert far["wasserstein"]["low"] > far["wasserstein"]["floor"]["high"]
@@ -174,5 +209,7 @@ def test_a_subgroup_that_is_served_worse_is_found() -> None:
     assert set(male) == {"a", "b", "site"}
     assert male["a"]["bias"]["low"] > 10 > female["a"]["bias"]["high"]
     assert sum(found["sex"][level]["images"]["synthetic"] for level in ("F", "M")) == 200
-    few = subgroup_fidelity(pd.concat(rows), pd.concat(groups)[:205], COVARIATES, resamples=100)  # five real ones are left
+    few = subgroup_fidelity(
+        pd.concat(rows), pd.concat(groups)[:205], COVARIATES, resamples=100
+    )  # five real ones are left
     assert few["sex"]["F"]["covariates"] == {}

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from meddiff_steps.errors import UserError
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.random_streams import philox
 from meddiff_steps.evaluation.image_quality import MAX_PSNR, MS_SSIM_WEIGHTS, SsimSettings, reconstruction_quality
-from meddiff_steps.evaluation.statistics import philox
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,9 @@ def test_psnr_and_l1_of_known_errors(images: np.ndarray) -> None:
 
 def test_psnr_is_averaged_over_images_not_errors(images: np.ndarray) -> None:
     errors = np.array([0.1, 0.01, 0.1, 0.01, 0.1, 0.01], dtype=np.float32).reshape(-1, 1, 1, 1, 1)
-    assert reconstruction_quality(images, images + errors, resamples=200)["psnr"]["value"] == pytest.approx(30.0, abs=0.01)
+    assert reconstruction_quality(images, images + errors, resamples=200)["psnr"]["value"] == pytest.approx(
+        30.0, abs=0.01
+    )
 
 
 def test_identical_images(images: np.ndarray) -> None:
@@ -42,7 +44,9 @@ def test_identical_images(images: np.ndarray) -> None:
 def test_ms_ssim_falls_with_noise(images: np.ndarray) -> None:
     rng = philox("test", "more noise")
     noise = rng.normal(0, 1, images.shape).astype(np.float32)
-    values = [reconstruction_quality(images, images + s * noise, resamples=200)["ms_ssim"]["value"] for s in (0.02, 0.1, 0.3)]
+    values = [
+        reconstruction_quality(images, images + s * noise, resamples=200)["ms_ssim"]["value"] for s in (0.02, 0.1, 0.3)
+    ]
     assert values[0] > values[1] > values[2]
 
 

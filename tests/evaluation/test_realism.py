@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 
+from meddiff_steps.core.random_streams import philox
 from meddiff_steps.evaluation import realism as r
-from meddiff_steps.evaluation.statistics import philox
 
 
 def draw(label: str, n: int, d: int = 6, shift: float = 0.0) -> np.ndarray:
@@ -57,7 +57,10 @@ def test_kernel_distance_agrees_with_a_double_loop() -> None:
     def k(x: np.ndarray, y: np.ndarray) -> float:
         return (float(x @ y) / 3 + 1) ** 3
 
-    within = [sum(k(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j) / (len(x) * (len(x) - 1)) for x in (a, b)]
+    within = [
+        sum(k(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j) / (len(x) * (len(x) - 1))
+        for x in (a, b)
+    ]
     between = sum(k(x, y) for x in a for y in b) / (len(a) * len(b))
     assert r.kernel_distance(a, b) == pytest.approx(sum(within) - 2 * between, rel=1e-10)
 
@@ -65,7 +68,9 @@ def test_kernel_distance_agrees_with_a_double_loop() -> None:
 def test_kid_is_unbiased_and_its_test_keeps_its_level() -> None:
     values, p_values = [], []
     for i in range(60):
-        found = r.kernel_figure(sample(f"x{i}", 20, 3), sample(f"y{i}", 30, 3), resamples=100, permutations=100, seed=str(i), label="")
+        found = r.kernel_figure(
+            sample(f"x{i}", 20, 3), sample(f"y{i}", 30, 3), resamples=100, permutations=100, seed=str(i), label=""
+        )
         values.append(found["value"])
         p_values.append(found["p_value"])
     assert abs(np.mean(values)) < 2 * np.std(values) / np.sqrt(60)
@@ -85,7 +90,9 @@ def test_kid_is_unbiased_where_a_person_has_several_scans() -> None:
 
 
 def test_kid_sees_a_difference() -> None:
-    found = r.kernel_figure(sample("p", 40, shift=3.0), sample("q", 40), resamples=200, permutations=199, seed="", label="")
+    found = r.kernel_figure(
+        sample("p", 40, shift=3.0), sample("q", 40), resamples=200, permutations=199, seed="", label=""
+    )
     assert found["p_value"] == pytest.approx(1 / 200)
     assert found["low"] > 0
     assert found["low"] < found["value"] < found["high"]
@@ -110,14 +117,20 @@ def test_classifier_is_at_chance_on_equals_and_perfect_on_others() -> None:
 
 
 def test_classifier_does_not_learn_subjects_by_heart() -> None:
-    """Six near copies of each of 20 subjects on either side: judged on subjects it knows, the classifier would be perfect."""
+    """Six near copies of each of 20 subjects on either side: judged on subjects it knows, the classifier would be
+    perfect.
+    """
     rng = philox("test", "repeats")
     sides = []
     for side in "ab":
         people = rng.normal(size=(20, 150)).repeat(6, axis=0)
-        sides.append(r.Sample(people + 0.01 * rng.normal(size=people.shape), np.array([f"{side}{i // 6}" for i in range(120)])))
+        sides.append(
+            r.Sample(people + 0.01 * rng.normal(size=people.shape), np.array([f"{side}{i // 6}" for i in range(120)]))
+        )
     assert r.classifier_figure(*sides, resamples=100, seed="", label="")["value"] < 0.75
-    careless = [r.Sample(s.features, np.array([f"{side}{i}" for i in range(120)])) for side, s in zip("ab", sides, strict=True)]
+    careless = [
+        r.Sample(s.features, np.array([f"{side}{i}" for i in range(120)])) for side, s in zip("ab", sides, strict=True)
+    ]
     assert r.classifier_figure(*careless, resamples=100, seed="", label="")["value"] > 0.95
 
 

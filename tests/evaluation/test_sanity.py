@@ -1,4 +1,5 @@
-"""Generators that fail in a known way: every figure moves as docs/evaluation.md says, and every failure is seen by at least one.
+"""Generators that fail in a known way: every figure moves as docs/evaluation.md says, and every failure is seen by at
+least one.
 
 The images are textured discs of random size with an inner bright spot; a third of them, a subgroup, has a second spot.
 """
@@ -11,11 +12,11 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
+from meddiff_steps.core.random_streams import philox
 from meddiff_steps.evaluation.diversity import diversity, pair_similarity
-from meddiff_steps.evaluation.features import radiomic_space, random_space
 from meddiff_steps.evaluation.realism import Sample, Scale, realism
 from meddiff_steps.evaluation.spectrum import band_power_ratio, radial_power
-from meddiff_steps.evaluation.statistics import philox
+from meddiff_steps.instruments.features import radiomic_space, random_space
 from meddiff_steps.privacy.attacks import authenticity, nearer_to_training
 from meddiff_steps.privacy.search import nearest, unit_rows
 
@@ -55,15 +56,30 @@ class Reality:
         out: Results = {}
         for space in SPACES:
             scale = Scale.of(self.features["training"][space.name], N)
-            samples = {kind: Sample(scale.standard(f[space.name]), np.array([f"{kind}{i}" for i in range(len(f[space.name]))])) for kind, f in made.items()}
+            samples = {
+                kind: Sample(scale.standard(f[space.name]), np.array([f"{kind}{i}" for i in range(len(f[space.name]))]))
+                for kind, f in made.items()
+            }
             common: dict[str, Any] = {"resamples": 200, "seed": "sanity"}
-            out[space.name] = realism(samples, scale, slow_resamples=100, permutations=199, **common) | diversity(samples, neighbours=5, **common)
+            out[space.name] = realism(samples, scale, slow_resamples=100, permutations=199, **common) | diversity(
+                samples, neighbours=5, **common
+            )
         pairs = [
-            pair_similarity(lambda rows, x=x: x[rows], [str(i) for i in range(N)], SHAPE, pairs=150, resamples=200, seed="sanity", label=str(k))
+            pair_similarity(
+                lambda rows, x=x: x[rows],
+                [str(i) for i in range(N)],
+                SHAPE,
+                pairs=150,
+                resamples=200,
+                seed="sanity",
+                label=str(k),
+            )
             for k, x in enumerate((synthetic, self.training))
         ]
         out["ssim"] = pairs[0] | {"floor": pairs[1]}
-        out["power"] = band_power_ratio(radial_power(synthetic), radial_power(self.held_out), paired=False, resamples=200, seed="sanity")["above_half"]
+        out["power"] = band_power_ratio(
+            radial_power(synthetic), radial_power(self.held_out), paired=False, resamples=200, seed="sanity"
+        )["above_half"]
         return out
 
 
@@ -142,7 +158,9 @@ FAILURES: list[tuple[Callable[[], np.ndarray], set[str], set[str]]] = [
 
 
 @pytest.mark.parametrize(("make", "seen", "not_said"), FAILURES, ids=lambda x: getattr(x, "__name__", ""))
-def test_failures_are_caught(reality: Reality, make: Callable[[], np.ndarray], seen: set[str], not_said: set[str]) -> None:
+def test_failures_are_caught(
+    reality: Reality, make: Callable[[], np.ndarray], seen: set[str], not_said: set[str]
+) -> None:
     found = caught(reality.judge(make()))
     assert seen <= found, found
     assert not (found & not_said), found
@@ -153,7 +171,10 @@ def test_figures_grow_with_the_failure(reality: Reality, good: Results) -> None:
     noise = philox("test", "graded noise").normal(size=base.shape)
     steps = [good, *(reality.judge(np.clip(base + s * noise, 0, 1).astype(np.float32)) for s in (0.04, 0.16))]
     for space in SPACES:
-        values = {name: [step[space.name][name]["value"] for step in steps] for name in ("frechet", "kid", "precision", "coverage")}
+        values = {
+            name: [step[space.name][name]["value"] for step in steps]
+            for name in ("frechet", "kid", "precision", "coverage")
+        }
         assert values["frechet"] == sorted(values["frechet"])
         assert values["kid"] == sorted(values["kid"])
         assert values["precision"] == sorted(values["precision"], reverse=True)
@@ -161,13 +182,19 @@ def test_figures_grow_with_the_failure(reality: Reality, good: Results) -> None:
 
 
 def test_copies_of_the_training_set_are_seen_by_the_privacy_figures_alone(reality: Reality, good: Results) -> None:
-    """Copies are as real and as various as can be: realism and diversity praise them, which is why they are no evidence of privacy."""
+    """Copies are as real and as various as can be: realism and diversity praise them, which is why they are no evidence
+    of privacy.
+    """
     results = reality.judge(reality.training)
     assert caught(results) == set()
     for space in SPACES:
         for name in ("frechet", "kid", "classifier_auc"):
-            assert results[space.name][name]["value"] == pytest.approx(results[space.name][name]["floor"]["value"], abs=0.05)
-    training, held_out, made = (unit_rows(x.reshape(len(x), -1)) for x in (reality.training, reality.held_out, reality.training))
+            assert results[space.name][name]["value"] == pytest.approx(
+                results[space.name][name]["floor"]["value"], abs=0.05
+            )
+    training, held_out, made = (
+        unit_rows(x.reshape(len(x), -1)) for x in (reality.training, reality.held_out, reality.training)
+    )
     fresh = unit_rows(population("a perfect generator").reshape(N, -1))
     among = nearest(training, training, 2)[0][:, 1]
     found = {}

@@ -4,8 +4,15 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from meddiff_steps.evaluation.spectrum import BANDS, band_power_ratio, radial_power, ring_count, ring_frequencies, ring_sizes
-from meddiff_steps.evaluation.statistics import philox
+from meddiff_steps.core.random_streams import philox
+from meddiff_steps.evaluation.spectrum import (
+    BANDS,
+    band_power_ratio,
+    radial_power,
+    ring_count,
+    ring_frequencies,
+    ring_sizes,
+)
 
 
 def noise(n: int, shape: tuple[int, ...], label: str = "") -> np.ndarray:
@@ -47,7 +54,9 @@ def test_blur_and_added_noise_go_opposite_ways() -> None:
     softer = band_power_ratio(radial_power(blurred), reference, paired=True, resamples=200)
     values = [softer[band]["value"] for band in BANDS]
     assert values[0] > values[1] > values[2]
-    harsher = band_power_ratio(radial_power(images + 0.2 * noise(20, (64, 64), "added")), reference, paired=True, resamples=200)
+    harsher = band_power_ratio(
+        radial_power(images + 0.2 * noise(20, (64, 64), "added")), reference, paired=True, resamples=200
+    )
     assert harsher["above_half"]["value"] > 1.5
 
 
@@ -58,7 +67,12 @@ def test_identical_sets_give_exactly_one() -> None:
 
 
 def test_unpaired_ratio_of_the_same_population_is_one_within_its_interval_and_has_a_ceiling() -> None:
-    a, b = (radial_power(noise(40, (32, 32), label) * philox("t", label).uniform(0.5, 1.5, (40, 1, 1, 1)).astype(np.float32)) for label in "ab")
+    a, b = (
+        radial_power(
+            noise(40, (32, 32), label) * philox("t", label).uniform(0.5, 1.5, (40, 1, 1, 1)).astype(np.float32)
+        )
+        for label in "ab"
+    )
     for figure in band_power_ratio(a, b, paired=False, resamples=300).values():
         assert figure["low"] < 1.0 < figure["high"]
         assert figure["ceiling"]["low"] < 1.0 < figure["ceiling"]["high"]

@@ -15,11 +15,11 @@ from PIL import Image as PilImage
 
 from meddiff_steps.cohort.splits import shard_of
 from meddiff_steps.config import Preprocess, freeze, parse_study
-from meddiff_steps.errors import UserError
-from meddiff_steps.files import sha256_file
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import sha256_file
 from meddiff_steps.imaging import preprocess as module
-from meddiff_steps.imaging.io import ScanError
 from meddiff_steps.imaging.preprocess import QC_COLUMNS, cut_off, preprocess_image, preprocess_shard
+from meddiff_steps.imaging.reading import ScanError
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.steps import preprocess as preprocess_step
 from meddiff_steps.steps import quality as quality_step
@@ -42,7 +42,9 @@ def rotation(*degrees: float) -> np.ndarray:
     return matrix
 
 
-def affine_of(codes: str, spacing: tuple[float, float, float], shape: tuple[int, int, int], turn: np.ndarray | None = None) -> np.ndarray:
+def affine_of(
+    codes: str, spacing: tuple[float, float, float], shape: tuple[int, int, int], turn: np.ndarray | None = None
+) -> np.ndarray:
     """Affine of a scan whose middle is at (10, -20, 30) mm."""
     axes = nib.orientations.axcodes2ornt(codes)
     linear = np.zeros((3, 3))
@@ -108,14 +110,18 @@ def scan(shape: tuple[int, int, int]) -> np.ndarray:
 @pytest.mark.parametrize("codes", ["RAS", "LAS", "PSR"])
 @pytest.mark.parametrize("shape", [(30, 41, 37), (20, 33, 28), (11, 12, 13)])
 def test_same_spacing_is_a_pure_crop(tmp_path: Path, codes: str, shape: tuple[int, int, int]) -> None:
-    """Odd and even sizes, larger and smaller than the grid: no voxel value is touched, and the affine says where each went."""
+    """Odd and even sizes, larger and smaller than the grid: no voxel value is touched, and the affine says where each
+    went.
+    """
     values = scan(shape)
     path = save(tmp_path / "scan.nii.gz", values, affine_of(codes, (4, 4, 4), shape))
     image, facts = preprocess_image(path, config())
     low, high = np.float32(facts["percentile_low"]), np.float32(facts["percentile_high"])
     source = nib.as_closest_canonical(nib.Nifti1Image.from_filename(path))
     target = np.array(json.loads(facts["target_affine"])).reshape(4, 4)
-    index = nib.affines.apply_affine(np.linalg.inv(source.affine) @ target, np.moveaxis(np.indices(config().shape), 0, -1))
+    index = nib.affines.apply_affine(
+        np.linalg.inv(source.affine) @ target, np.moveaxis(np.indices(config().shape), 0, -1)
+    )
     assert np.allclose(index, np.rint(index), atol=1e-4)
     position = np.rint(index).astype(int)
     inside = ((position >= 0) & (position < source.shape)).all(axis=-1)
@@ -127,7 +133,9 @@ def test_same_spacing_is_a_pure_crop(tmp_path: Path, codes: str, shape: tuple[in
 
 
 def test_snapping_does_not_depend_on_header_rounding(tmp_path: Path) -> None:
-    """30 voxels onto 24 leave 3 on either side, 31 leave 3.5: a half goes the same way whatever the last bits of the affine."""
+    """30 voxels onto 24 leave 3 on either side, 31 leave 3.5: a half goes the same way whatever the last bits of the
+    affine.
+    """
     shape, values = (31, 33, 31), scan((31, 33, 31))
     images = []
     for noise in (-1e-5, 0, 1e-5):
@@ -144,11 +152,15 @@ def test_one_axis_snaps_on_its_own(tmp_path: Path) -> None:
     image, facts = preprocess_image(path, config())
     expected = np.clip((values[3:27, 4:36, 0].astype(np.float32) - np.float32(facts["percentile_low"])), 0, None)
     expected /= np.float32(facts["percentile_high"] - facts["percentile_low"])
-    assert np.allclose(image[0, :, :, 14], expected, atol=1e-6), "in-plane values are untouched, slices are interpolated"
+    assert np.allclose(image[0, :, :, 14], expected, atol=1e-6), (
+        "in-plane values are untouched, slices are interpolated"
+    )
 
 
 @pytest.mark.parametrize("spacing", [(1.5, 1.5, 1.5), (1, 1, 3), (5, 5, 5), (4, 2, 7)])
-def test_fast_and_general_resampling_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spacing: tuple[float, float, float]) -> None:
+def test_fast_and_general_resampling_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spacing: tuple[float, float, float]
+) -> None:
     shape = (40, 38, 42)
     path = save(tmp_path / "scan.nii.gz", scan(shape), affine_of("LAS", spacing, shape))
     grid = config(shape=(16, 20, 18), spacing_mm=4.1)  # no axis snaps
@@ -156,7 +168,10 @@ def test_fast_and_general_resampling_agree(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(module, "SNAP_TOLERANCE", -1.0)
     general, other = preprocess_image(path, grid)
     assert np.abs(fast - general).max() < 1e-4
-    assert facts["cut_off_share"] == pytest.approx(other["cut_off_share"]) and facts["target_affine"] == other["target_affine"]
+    assert (
+        facts["cut_off_share"] == pytest.approx(other["cut_off_share"])
+        and facts["target_affine"] == other["target_affine"]
+    )
 
 
 @pytest.mark.parametrize("slices", [1.0, 4.0])
@@ -168,8 +183,13 @@ def test_downsampling_is_anti_aliased(tmp_path: Path, turn: np.ndarray | None, s
     ramp = np.linspace(100, 200, shape[1])[np.newaxis, :, np.newaxis] * np.ones(shape)
     stripes = 50 * np.sign(np.sin(2 * np.pi * np.arange(shape[0]) / 3 + 0.5))[:, np.newaxis, np.newaxis]
     inner = (slice(3, -3),) * 3
-    with_stripes, _ = preprocess_image(save(tmp_path / "a.nii", (ramp + stripes).astype(np.float32), affine), config(shape=(20, 24, 20), foreground="all"))
-    without, _ = preprocess_image(save(tmp_path / "b.nii", ramp.astype(np.float32), affine), config(shape=(20, 24, 20), foreground="all"))
+    with_stripes, _ = preprocess_image(
+        save(tmp_path / "a.nii", (ramp + stripes).astype(np.float32), affine),
+        config(shape=(20, 24, 20), foreground="all"),
+    )
+    without, _ = preprocess_image(
+        save(tmp_path / "b.nii", ramp.astype(np.float32), affine), config(shape=(20, 24, 20), foreground="all")
+    )
     left = with_stripes[0][inner] - without[0][inner]
     assert left.std() < 0.03, "of a range of 1; stripes that alias leave more than 0.1"
 
@@ -177,7 +197,9 @@ def test_downsampling_is_anti_aliased(tmp_path: Path, turn: np.ndarray | None, s
 def test_edges_are_not_lost(tmp_path: Path) -> None:
     """Finer grid, same field of view: the outer half voxel belongs to the image; beyond it there is padding."""
     path = save(tmp_path / "scan.nii", 1000 + scan((10, 10, 10)), affine_of("RAS", (4, 4, 4), (10, 10, 10)))
-    image, _ = preprocess_image(path, config(shape=(44, 44, 44), spacing_mm=1.0, foreground="all", percentiles=(0, 100)))
+    image, _ = preprocess_image(
+        path, config(shape=(44, 44, 44), spacing_mm=1.0, foreground="all", percentiles=(0, 100))
+    )
     covered = image[0] > 0
     assert covered[2:-2, 2:-2, 2:-2].mean() > 0.99
     assert not covered[:2].any() and not covered[-2:].any()
@@ -191,7 +213,9 @@ def test_centre_on_the_foreground(tmp_path: Path) -> None:
     image, facts = preprocess_image(path, config(center="foreground", **grid))
     assert facts["cut_off_share"] == 0
     occupied = np.argwhere(image[0] > 0.05)
-    assert np.abs(occupied.min(axis=0) + occupied.max(axis=0) - (np.array(image[0].shape) - 1)).max() <= 1, "the same margin on either side"
+    assert np.abs(occupied.min(axis=0) + occupied.max(axis=0) - (np.array(image[0].shape) - 1)).max() <= 1, (
+        "the same margin on either side"
+    )
     with pytest.raises(ScanError, match="center: foreground") as caught:
         preprocess_image(path, config(center="image", **grid))
     assert caught.value.reason == "no foreground"
@@ -233,7 +257,9 @@ def test_smoothing_does_not_move_the_foreground(tmp_path: Path) -> None:
     values = np.zeros((60, 70, 64), np.float32)
     values[20:40, 25:45, 22:42] = 500
     values[30:32, 35:37, 32:34] = 600
-    _, facts = preprocess_image(save(tmp_path / "scan.nii.gz", values, affine_of("RAS", (2, 2, 2), values.shape)), config(percentiles=(50, 100)))
+    _, facts = preprocess_image(
+        save(tmp_path / "scan.nii.gz", values, affine_of("RAS", (2, 2, 2), values.shape)), config(percentiles=(50, 100))
+    )
     assert facts["percentile_low"] > 490
 
 
@@ -241,7 +267,9 @@ def test_background_of_an_image_around_zero_is_black(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     values = np.zeros((48, 64, 56), np.float32)
     values[10:38, 12:52, 10:46] = rng.normal(0, 1, (28, 40, 36))
-    image, facts = preprocess_image(save(tmp_path / "scan.nii.gz", values, affine_of("RAS", (2, 2, 2), values.shape)), config(percentiles=(1, 99)))
+    image, facts = preprocess_image(
+        save(tmp_path / "scan.nii.gz", values, affine_of("RAS", (2, 2, 2), values.shape)), config(percentiles=(1, 99))
+    )
     assert facts["percentile_low"] < 0
     assert image[0, 0].max() == 0 and image[0, :, 0].max() == 0
     assert 0.3 < np.median(image[0, 10:14, 14:18, 12:16]) < 0.85, "the mean of the brain is grey"
@@ -260,7 +288,8 @@ def test_mask(tmp_path: Path) -> None:
     coarse = save(
         tmp_path / "coarse.nii.gz",
         inside[::-1][1::2, ::2, ::2],
-        nib.Nifti1Image.from_filename(mask).affine @ np.array([[-2, 0, 0, 22], [0, 2, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1]]),
+        nib.Nifti1Image.from_filename(mask).affine
+        @ np.array([[-2, 0, 0, 22], [0, 2, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1]]),
     )
     image, _ = preprocess_image(path, config(), coarse)
     agreement = (image[0] > 0) == (inside > 0)
@@ -282,7 +311,9 @@ def picture(path: Path, pixels: np.ndarray) -> Path:
 
 
 def config_2d(**changes: Any) -> Preprocess:
-    return Preprocess.model_validate({"shape": (32, 32), "spacing_mm": None, "foreground": "all", "percentiles": (0, 100), **changes})
+    return Preprocess.model_validate(
+        {"shape": (32, 32), "spacing_mm": None, "foreground": "all", "percentiles": (0, 100), **changes}
+    )
 
 
 def test_picture_of_the_right_size_is_untouched(tmp_path: Path) -> None:
@@ -330,7 +361,9 @@ def test_no_contrast(tmp_path: Path) -> None:
     values = np.full((24, 32, 28), 5, np.int16)
     values[0, 0, 0] = 9
     with pytest.raises(ScanError, match=r"preprocess\.percentiles") as caught:
-        preprocess_image(save(tmp_path / "a.nii.gz", values, affine_of("RAS", (4, 4, 4), values.shape)), config(percentiles=(0, 90)))
+        preprocess_image(
+            save(tmp_path / "a.nii.gz", values, affine_of("RAS", (4, 4, 4), values.shape)), config(percentiles=(0, 90))
+        )
     assert caught.value.reason == "no contrast"
 
 
@@ -369,7 +402,9 @@ def test_a_grid_that_cuts_heads_off_is_told_with_the_worst(tmp_path: Path) -> No
     table = preprocess_shard(cohort(tmp_path), config(), tmp_path / "shard.arrow")
     assert cut_off(table.assign(cut_off_share=0.01)) is None
     table["cut_off_share"] = [0.0, 0.02, np.nan, 0.3, 0.0, np.nan, 0.011, np.nan, 0.0]
-    assert (cut_off(table) or "").startswith("3 of 6 scans lose more than 1% of their foreground at the edge of the grid, sub-3 most (30%)")
+    assert (cut_off(table) or "").startswith(
+        "3 of 6 scans lose more than 1% of their foreground at the edge of the grid, sub-3 most (30%)"
+    )
 
 
 def test_workers_change_no_byte(tmp_path: Path) -> None:
@@ -383,7 +418,11 @@ def test_workers_change_no_byte(tmp_path: Path) -> None:
 def test_a_scan_that_changed_since_the_cohort_was_read_is_left_out(tmp_path: Path) -> None:
     rows = cohort(tmp_path, 2).sort_values("scan_id", ignore_index=True)
     rows["sha256"] = [sha256_file(Path(path)) for path in rows["path"]]
-    save(Path(rows["path"][1]), np.random.default_rng(9).integers(1, 900, (26, 30, 28)).astype(np.float32), np.diag([4.0, 4, 4, 1]))
+    save(
+        Path(rows["path"][1]),
+        np.random.default_rng(9).integers(1, 900, (26, 30, 28)).astype(np.float32),
+        np.diag([4.0, 4, 4, 1]),
+    )
     table = preprocess_shard(rows, config(), tmp_path / "shard.arrow")
     assert table["status"].tolist() == ["ok", "left out"]
     assert table["reason"][1] == "changed since the cohort was read"
@@ -396,7 +435,11 @@ def test_mask_pattern(tmp_path: Path) -> None:
     for i in range(2):
         inside = np.zeros((26, 30, 28), np.uint8)
         inside[8:18, 8:18, 8:18] = 1
-        save(tmp_path / f"sub-{i}_mask.nii.gz", inside, nib.Nifti1Image.from_filename(tmp_path / f"scan{i}.nii.gz").affine)
+        save(
+            tmp_path / f"sub-{i}_mask.nii.gz",
+            inside,
+            nib.Nifti1Image.from_filename(tmp_path / f"scan{i}.nii.gz").affine,
+        )
     masked = config(brain_mask=str(tmp_path / "{subject_id}_mask.nii.gz"))
     preprocess_shard(rows, masked, tmp_path / "shard.arrow")
     assert (Shards([tmp_path / "shard.arrow"]).tensors("image") > 0).mean() < 0.08
@@ -432,8 +475,12 @@ def test_steps_share_the_scans_out_and_merge_the_tables(tmp_path: Path) -> None:
     settings = frozen(tmp_path, "preprocess", shards=4)
     for shard in range(4):
         preprocess_step.run(settings, manifest, shard, tmp_path / f"s{shard}.arrow", tmp_path / f"s{shard}.parquet")
-    assert sorted(Shards([tmp_path / f"s{s}.arrow" for s in range(4)]).column("scan_id")) == [f"sub-{i}" for i in (0, 1, 3, 4, 6, 8)]
-    assert Shards([tmp_path / "s0.arrow"]).column("scan_id") == [f"sub-{i}" for i in (0, 1, 3, 4, 6, 8) if shard_of(f"sub-{i}", 4) == 0]
+    assert sorted(Shards([tmp_path / f"s{s}.arrow" for s in range(4)]).column("scan_id")) == [
+        f"sub-{i}" for i in (0, 1, 3, 4, 6, 8)
+    ]
+    assert Shards([tmp_path / "s0.arrow"]).column("scan_id") == [
+        f"sub-{i}" for i in (0, 1, 3, 4, 6, 8) if shard_of(f"sub-{i}", 4) == 0
+    ]
     tables = [tmp_path / f"s{s}.parquet" for s in (2, 0, 3, 1)]
     quality_step.run(frozen(tmp_path, "quality", max_failed_share=0.4), tables, tmp_path / "qc.parquet")
     merged = pd.read_parquet(tmp_path / "qc.parquet")
@@ -466,14 +513,18 @@ def test_empty_shard_is_valid(tmp_path: Path) -> None:
 def test_shard_number_must_exist(tmp_path: Path) -> None:
     manifest = manifest_of(cohort(tmp_path, 1), tmp_path / "manifest.parquet")
     with pytest.raises(UserError, match="numbered 0 to 1"):
-        preprocess_step.run(frozen(tmp_path, "preprocess", shards=2), manifest, 2, tmp_path / "s.arrow", tmp_path / "s.parquet")
+        preprocess_step.run(
+            frozen(tmp_path, "preprocess", shards=2), manifest, 2, tmp_path / "s.arrow", tmp_path / "s.parquet"
+        )
 
 
 def test_all_scans_bad(tmp_path: Path) -> None:
     rows = cohort(tmp_path).query("scan_id in ['sub-2', 'sub-5']")
     preprocess_shard(rows, config(), tmp_path / "s.arrow").to_parquet(tmp_path / "s.parquet", index=False)
     with pytest.raises(UserError, match="none of 2 scans could be used"):
-        quality_step.run(frozen(tmp_path, "quality", max_failed_share=1.0), [tmp_path / "s.parquet"], tmp_path / "qc.parquet")
+        quality_step.run(
+            frozen(tmp_path, "quality", max_failed_share=1.0), [tmp_path / "s.parquet"], tmp_path / "qc.parquet"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ real data

@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from meddiff_steps.errors import UserError
+from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging import shards as module
-from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
+from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 
 SHAPE = (1, 3, 4, 5)
-COLUMNS = {"scan_id": pa.string(), "age": pa.float64(), "image": Tensor("float16", SHAPE)}
+COLUMNS = {"scan_id": pa.string(), "age": pa.float64(), "image": TensorColumn("float16", SHAPE)}
 
 
 def images(count: int) -> np.ndarray:
@@ -53,7 +53,7 @@ def test_every_half_is_widened_exactly(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.delitem(sys.modules, "torch")
     halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
     halves = halves[~np.isnan(halves)]
-    with ShardWriter(tmp_path / "halves.arrow", {"x": Tensor("float16", halves.shape)}) as shard:
+    with ShardWriter(tmp_path / "halves.arrow", {"x": TensorColumn("float16", halves.shape)}) as shard:
         shard.append(x=halves)
     found = Shards([tmp_path / "halves.arrow"]).tensors("x")[0]
     assert found.tobytes() == halves.astype(np.float32).tobytes()
@@ -131,7 +131,10 @@ def test_nothing_is_visible_before_the_end(tmp_path: Path) -> None:
 
 
 def test_wrong_shape_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"column 'image': expected shape"), ShardWriter(tmp_path / "a.arrow", COLUMNS) as shard:
+    with (
+        pytest.raises(ValueError, match=r"column 'image': expected shape"),
+        ShardWriter(tmp_path / "a.arrow", COLUMNS) as shard,
+    ):
         shard.append(scan_id="s0", age=1.0, image=np.zeros((1, 3, 4, 6)))
     assert list(tmp_path.iterdir()) == []
 
@@ -139,16 +142,22 @@ def test_wrong_shape_is_refused(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is looked up in /proc")
 def test_reading_all_batches_keeps_no_file_in_memory_and_can_be_done_again(tmp_path):
     def resident_mb() -> float:
-        return next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+        return next(
+            int(line.split()[1]) / 1024
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith("VmRSS")
+        )
 
     shape = (1, 64, 64, 32)
     paths = [tmp_path / f"{i}.arrow" for i in range(4)]
     for number, path in enumerate(paths):
-        with ShardWriter(path, {"scan_id": pa.string(), "image": Tensor("float16", shape)}) as shard:
+        with ShardWriter(path, {"scan_id": pa.string(), "image": TensorColumn("float16", shape)}) as shard:
             for i in range(50):
                 shard.append(scan_id=f"s{number}-{i}", image=np.full(shape, 50 * number + i, np.float16))
     shards = Shards(paths)
     before = resident_mb()
     for _ in range(2):
-        assert [float(block[:, 0, 0, 0, 0].sum()) for _, block in shards.batches("image", 25)] == [sum(range(k, k + 25)) for k in range(0, 200, 25)]
+        assert [float(block[:, 0, 0, 0, 0].sum()) for _, block in shards.batches("image", 25)] == [
+            sum(range(k, k + 25)) for k in range(0, 200, 25)
+        ]
     assert resident_mb() < before + 25  # the files have 50 MB, a block has 12.5

@@ -6,15 +6,21 @@ import torch
 from torch import nn
 
 from meddiff_steps import config
+from meddiff_steps.core.errors import UserError
 from meddiff_steps.diffusion.schedules import NoiseProcess
-from meddiff_steps.errors import UserError
-from meddiff_steps.models import prior as prior_module
-from meddiff_steps.models.autoencoder import Autoencoder, kl_divergence
-from meddiff_steps.models.denoiser import CovariateTokens, Denoiser
-from meddiff_steps.models.files import load_autoencoder, save_model
-from meddiff_steps.models.latents import SUBJECTS_PER_COMPONENT, covariate_features, fit_gaussian, standardisation
-from meddiff_steps.models.prior import Prior
-from meddiff_steps.models.stem import Stem
+from meddiff_steps.models.denoiser import latent_gaussian as prior_module
+from meddiff_steps.models.denoiser.latent_gaussian import Prior
+from meddiff_steps.models.denoiser.unet import CovariateTokens, Denoiser
+from meddiff_steps.models.first_stage.kl import Autoencoder, kl_divergence
+from meddiff_steps.models.first_stage.stem import Stem
+from meddiff_steps.models.latent_statistics import (
+    SUBJECTS_PER_COMPONENT,
+    covariate_features,
+    fit_gaussian,
+    standardisation,
+)
+from meddiff_steps.models.trained import load_autoencoder
+from meddiff_steps.models.weights import save_model
 
 SMALL = config.Autoencoder(channels=[8, 16], norm_num_groups=4, latent_channels=4)
 UNET = config.Diffusion(channels=[8, 16], norm_num_groups=4, num_head_channels=8, covariate_dim=8, num_res_blocks=1)
@@ -81,7 +87,9 @@ def test_decoded_images_are_as_empty_as_scans():
 
 def test_kl_against_torch_and_at_tiny_variances():
     mean, log_variance = torch.randn(3, 4, 2, 2, 2), torch.randn(3, 4, 2, 2, 2)
-    expected = torch.distributions.kl_divergence(torch.distributions.Normal(mean, torch.exp(0.5 * log_variance)), torch.distributions.Normal(0.0, 1.0))
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean, torch.exp(0.5 * log_variance)), torch.distributions.Normal(0.0, 1.0)
+    )
     assert torch.allclose(kl_divergence(mean, log_variance), expected.flatten(1).sum(1), rtol=1e-4)
     # In half precision the square of the standard deviation underflows; the log-variance does not.
     assert torch.isfinite(kl_divergence(torch.zeros(1, 1), torch.full((1, 1), -30.0).half())).all()
@@ -108,7 +116,12 @@ def test_the_denoiser_depends_on_every_input(dims):
     base = model(x, t, c)
     assert base.shape == x.shape
     assert base.dtype == torch.float32
-    for changed in (model(x + 0.1, t, c), model(x, t + 300.5, c), model(x, t, c + torch.tensor([1.0, 0.0])), model(x, t, c + torch.tensor([0.0, 1.0]))):
+    for changed in (
+        model(x + 0.1, t, c),
+        model(x, t + 300.5, c),
+        model(x, t, c + torch.tensor([1.0, 0.0])),
+        model(x, t, c + torch.tensor([0.0, 1.0])),
+    ):
         assert (changed - base).abs().max() > 1e-4
 
 
@@ -158,7 +171,9 @@ def test_the_gaussian_fit_recovers_effects_and_components():
 
 
 def test_variances_are_those_of_subjects_that_the_components_have_not_seen():
-    """Of pure noise in many dimensions, sample components explain far more variance in their own sample than in another."""
+    """Of pure noise in many dimensions, sample components explain far more variance in their own sample than in
+    another.
+    """
     x = np.random.default_rng(0).normal(size=(200, 5, 100))
     fit = fit_gaussian(lambda row: x[row], np.zeros((200, 1)), rank=5, subjects=np.arange(200))
     assert fit.variances == pytest.approx(np.ones(5), rel=0.25)
@@ -172,7 +187,12 @@ def test_components_are_few_beside_subjects_not_beside_their_variants():
     x = np.random.default_rng(4).standard_normal((80, 2, 30)).astype(np.float32)
     for copies in (1, 4):
         variants = np.repeat(x, copies, 0)
-        fit = fit_gaussian(lambda row, of=variants: of[row], np.zeros((len(variants), 1)), rank=64, subjects=np.repeat(np.arange(80), copies))
+        fit = fit_gaussian(
+            lambda row, of=variants: of[row],
+            np.zeros((len(variants), 1)),
+            rank=64,
+            subjects=np.repeat(np.arange(80), copies),
+        )
         assert len(fit.basis) == 80 // SUBJECTS_PER_COMPONENT
 
 
@@ -191,7 +211,13 @@ def test_channels_at_one_place_keep_their_covariance():
 def random_prior(prediction_type="v_prediction", local_variances=None, width=0):
     rng = np.random.default_rng(1)
     size = 32
-    prior = Prior(NoiseProcess.of(UNET.model_copy(update={"prediction_type": prediction_type})), (4, 4, 2), [0, 2], rank=3, width=width)
+    prior = Prior(
+        NoiseProcess.of(UNET.model_copy(update={"prediction_type": prediction_type})),
+        (4, 4, 2),
+        [0, 2],
+        rank=3,
+        width=width,
+    )
     values = {
         "basis": np.linalg.qr(rng.normal(size=(size, 3)))[0].T,
         "effects": rng.normal(size=(3, size)),
@@ -237,7 +263,9 @@ def test_the_prior_is_exact_where_components_are_local_ones_too():
     clean = prior(torch.from_numpy(x).float().reshape(1, 4, 4, 2), t, torch.from_numpy(COVARIATES[:1]))[1]
     alpha, sigma = (float(a) for a in prior.process.alpha_sigma(t))
     mean = covariate_features(COVARIATES[:1], [0, 2])[0] @ values["effects"]
-    expected = mean + alpha * covariance @ np.linalg.solve(alpha**2 * covariance + sigma**2 * np.eye(32), x - alpha * mean)
+    expected = mean + alpha * covariance @ np.linalg.solve(
+        alpha**2 * covariance + sigma**2 * np.eye(32), x - alpha * mean
+    )
     assert np.allclose(clean.flatten(), expected, atol=1e-4)
 
 
@@ -254,7 +282,10 @@ def test_the_prior_stays_consistent_whatever_its_network_says():
 
 
 def test_covariate_features_are_the_same_in_torch():
-    assert np.array_equal(prior_module.covariate_features(torch.from_numpy(COVARIATES), [0, 2]).numpy(), covariate_features(COVARIATES, [0, 2]))
+    assert np.array_equal(
+        prior_module.covariate_features(torch.from_numpy(COVARIATES), [0, 2]).numpy(),
+        covariate_features(COVARIATES, [0, 2]),
+    )
 
 
 def test_weights_of_another_network_are_refused_in_words(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from meddiff_steps.models.tone import LEVELS, ToneCurve, joint_counts
+from meddiff_steps.models.first_stage.tone import LEVELS, ToneCurve, joint_counts
 
 
 def fitted(decoded: torch.Tensor, scans: torch.Tensor) -> ToneCurve:
@@ -25,7 +25,9 @@ def test_before_it_is_fitted_it_changes_nothing():
     assert torch.allclose(ToneCurve()(images), images, atol=1e-6)
 
 
-@pytest.mark.parametrize("distort", [torch.sqrt, lambda x: 0.1 + 0.8 * x, lambda x: x - 0.1 * torch.sin(2 * torch.pi * x)])
+@pytest.mark.parametrize(
+    "distort", [torch.sqrt, lambda x: 0.1 + 0.8 * x, lambda x: x - 0.1 * torch.sin(2 * torch.pi * x)]
+)
 def test_a_monotone_distortion_is_undone(distort):
     scans = scans_of(0.0, 1.0)
     tone = fitted(distort(scans), scans)

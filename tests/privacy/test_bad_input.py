@@ -11,13 +11,14 @@ from safetensors.torch import save_file
 
 from meddiff_steps import config
 from meddiff_steps.config import Privacy, freeze, parse_study
-from meddiff_steps.errors import UserError
-from meddiff_steps.files import read_json
-from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
-from meddiff_steps.models.autoencoder import Autoencoder
-from meddiff_steps.models.embedder import Embedder
-from meddiff_steps.models.files import save_model
-from meddiff_steps.privacy import attacks, audit
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import read_json
+from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
+from meddiff_steps.instruments.embedder import Embedder
+from meddiff_steps.models.first_stage.kl import Autoencoder
+from meddiff_steps.models.weights import save_model
+from meddiff_steps.privacy import assessment as audit
+from meddiff_steps.privacy import attacks
 from meddiff_steps.privacy.verdict import verdict
 from meddiff_steps.steps import calibrate, embedder
 
@@ -36,42 +37,70 @@ class Cohort:
     def __init__(self, folder, images, splits):
         self.folder, self.images = folder, folder / "shard.arrow"
         names = [f"sub-{i:03d}" for i in range(len(images))]
-        with ShardWriter(self.images, {"scan_id": pa.string(), "image": Tensor("float16", SHAPE)}) as shard:
+        with ShardWriter(self.images, {"scan_id": pa.string(), "image": TensorColumn("float16", SHAPE)}) as shard:
             for name, image in zip(names, images, strict=True):
                 shard.append(scan_id=name, image=image)
         self.manifest = folder / "manifest.parquet"
         digests = [f"{i:064x}" for i in range(len(names))]
-        columns = {"scan_id": names, "subject_id": names, "session_id": pd.Series([None] * len(names), dtype=object), "path": "x.nii.gz"}
-        pd.DataFrame(columns | {"sha256": digests, "content_sha256": digests, "split": splits, "age": 50.0}).to_parquet(self.manifest, index=False)
+        columns = {
+            "scan_id": names,
+            "subject_id": names,
+            "session_id": pd.Series([None] * len(names), dtype=object),
+            "path": "x.nii.gz",
+        }
+        pd.DataFrame(columns | {"sha256": digests, "content_sha256": digests, "split": splits, "age": 50.0}).to_parquet(
+            self.manifest, index=False
+        )
         self.study = parse_study(
             {
                 "study": "x",
                 "cohort": {"source": "simulated"},
                 "covariates": {"age": {"unit": "year", "range": [0, 100]}},
                 "plan": [{"name": "syn", "subjects": 2}],
-                "privacy": {"level": 0.2, "embedder": {"optimiser": {"steps": 2, "batch_size": 8, "learning_rate": 1e-3}}},
+                "privacy": {
+                    "level": 0.2,
+                    "embedder": {"optimiser": {"steps": 2, "batch_size": 8, "learning_rate": 1e-3}},
+                },
             },
             "test",
         )
 
     def train_embedder(self):
-        embedder.run(freeze(self.study, "embedder", self.folder), self.manifest, [self.images], self.folder / "e.safetensors", self.folder / "e.json")
+        embedder.run(
+            freeze(self.study, "embedder", self.folder),
+            self.manifest,
+            [self.images],
+            self.folder / "e.safetensors",
+            self.folder / "e.json",
+        )
 
     def calibrate(self):
         torch.manual_seed(0)
         settings = config.Autoencoder(channels=[8, 16], norm_num_groups=4, latent_channels=4)
         autoencoder = Autoencoder(settings, 3)
         autoencoder.fit_linear_path(torch.from_numpy(Shards([self.images]).tensors("image", range(4))))
-        files = {name: self.folder / name for name in ("a.safetensors", "a.json", "scale.safetensors", "e.safetensors", "e.json")}
+        files = {
+            name: self.folder / name
+            for name in ("a.safetensors", "a.json", "scale.safetensors", "e.safetensors", "e.json")
+        }
         save_model(
             autoencoder,
             files["a.safetensors"],
             files["a.json"],
             {"settings": settings.model_dump(mode="json"), "image_shape": SHAPE, "latent_shape": [4, 4, 4, 4]},
         )
-        save_file({"offset": torch.zeros(1, 4, 4, 4, 4), "scale": torch.ones(1, 4, 1, 1, 1)}, files["scale.safetensors"])
+        save_file(
+            {"offset": torch.zeros(1, 4, 4, 4, 4), "scale": torch.ones(1, 4, 1, 1, 1)}, files["scale.safetensors"]
+        )
         card = self.folder / "calibration.json"
-        calibrate.run(freeze(self.study, "calibrate", self.folder), self.manifest, [self.images], *files.values(), self.folder / "reference.safetensors", card)
+        calibrate.run(
+            freeze(self.study, "calibrate", self.folder),
+            self.manifest,
+            [self.images],
+            *files.values(),
+            self.folder / "reference.safetensors",
+            card,
+        )
         return read_json(card)
 
 
@@ -80,7 +109,9 @@ def outcome(card):
     copies = None
     if card["status"] == "CALIBRATED":
         copies = attacks.excess_risk(np.zeros(2000, bool), np.zeros(2000, bool))
-    gates = audit.gates(Privacy(level=0.2), card, copies, {"nearer_to_training": {}, "membership": {}}, {}, {"failed": 0, "planned": 2})
+    gates = audit.gates(
+        Privacy(level=0.2), card, copies, {"nearer_to_training": {}, "membership": {}}, {}, {"failed": 0, "planned": 2}
+    )
     return verdict(gates), {gate.name: gate.outcome for gate in gates}
 
 

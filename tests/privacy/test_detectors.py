@@ -6,10 +6,11 @@ from monai.metrics.regression import compute_ssim_and_cs
 from scipy.ndimage import gaussian_filter
 
 from meddiff_steps import config
-from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
-from meddiff_steps.privacy import perturbations, size
+from meddiff_steps.imaging import perturbations
+from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
+from meddiff_steps.instruments.embedder import train_embedder
+from meddiff_steps.privacy import size
 from meddiff_steps.privacy.detectors import Aligned, Embedding, TrainingImages, extent, references, ssim_map
-from meddiff_steps.privacy.embedder import train_embedder
 
 SHAPE = (1, 16, 18, 14)
 
@@ -22,7 +23,7 @@ def scans(tmp_path_factory) -> TrainingImages:
     outline = np.zeros(SHAPE[1:])
     outline[2:-2, 2:-2, 2:-2] = 0.6
     outline = gaussian_filter(outline, 1)
-    with ShardWriter(path, {"scan_id": pa.string(), "image": Tensor("float16", SHAPE)}) as shard:
+    with ShardWriter(path, {"scan_id": pa.string(), "image": TensorColumn("float16", SHAPE)}) as shard:
         for i in range(80):
             texture = gaussian_filter(rng.normal(size=SHAPE[1:]), 1.2)
             shard.append(scan_id=str(i), image=np.clip(outline * (1 + 0.35 * texture / texture.std()), 0, 1)[None])
@@ -80,7 +81,7 @@ def test_copies_of_pictures_that_fill_the_frame_are_found_when_their_borders_are
     # Like radiographs: mostly the same anatomy, with little that is a person's own.
     common = gaussian_filter(rng.normal(size=(48, 48)), 2) / 0.14
     pictures = [0.5 + 0.1 * common + 0.02 * gaussian_filter(rng.normal(size=(48, 48)), 1.5) / 0.19 for _ in range(60)]
-    with ShardWriter(tmp_path / "x.arrow", {"image": Tensor("float16", (1, 48, 48))}) as shard:
+    with ShardWriter(tmp_path / "x.arrow", {"image": TensorColumn("float16", (1, 48, 48))}) as shard:
         for picture in pictures:
             shard.append(image=np.clip(picture, 0.01, 1)[None])
     scans = TrainingImages(Shards([tmp_path / "x.arrow"]), np.arange(40))
@@ -92,7 +93,9 @@ def test_copies_of_pictures_that_fill_the_frame_are_found_when_their_borders_are
 
 
 def test_the_learned_detector_finds_rotated_copies(scans):
-    settings = config.Embedder(optimiser=config.EmbedderOptimiser(steps=120, batch_size=30, learning_rate=1e-3, warmup_steps=5))
+    settings = config.Embedder(
+        optimiser=config.EmbedderOptimiser(steps=120, batch_size=30, learning_rate=1e-3, warmup_steps=5)
+    )
     embedder, losses = train_embedder(settings, scans.shards, scans.rows, "seed")
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
     detector = Embedding("learned", embedder)

@@ -4,11 +4,11 @@ import pyarrow as pa
 import pytest
 
 from meddiff_steps.config import Privacy, freeze, parse_study
-from meddiff_steps.diffusion.noise import seed_key
-from meddiff_steps.errors import UserError
-from meddiff_steps.files import write_json
-from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
-from meddiff_steps.privacy import audit
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import write_json
+from meddiff_steps.core.random_streams import seed_key
+from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
+from meddiff_steps.privacy import assessment as audit
 from meddiff_steps.privacy.calibration import Thresholds
 from meddiff_steps.privacy.filter import fill
 from meddiff_steps.privacy.search import unit_rows
@@ -54,7 +54,10 @@ def drawn(subjects):
     """Subject 1 is too bright at its first two attempts, subject 2 always, subject 3 is no image at first."""
     for name, attempt in zip(subjects["sample_id"], subjects["attempt"], strict=True):
         bad = (name == "s1" and attempt < 2) or name == "s2"
-        yield name, np.full((1, 4, 4), np.nan, np.float32) if name == "s3" and attempt == 0 else image(0.9 if bad else 0.1)
+        yield (
+            name,
+            np.full((1, 4, 4), np.nan, np.float32) if name == "s3" and attempt == 0 else image(0.9 if bad else 0.1),
+        )
 
 
 def candidates(count=8, max_attempts=4, thresholds=THRESHOLDS):
@@ -69,7 +72,10 @@ def test_what_is_too_near_is_drawn_again_with_the_next_attempt_and_the_same_cova
     assert [(c.attempt, c.decision) for c in first] == [(0, "rejected"), (1, "rejected"), (2, "accepted")]
     assert first[2].seed_key == seed_key("root", 1, 2, "noise")
     assert [c.decision for c in found if c.sample_id == "s2"] == ["rejected"] * 4
-    assert [(c.decision, c.reason) for c in found if c.sample_id == "s3"] == [("rejected", "not an image"), ("accepted", "")]
+    assert [(c.decision, c.reason) for c in found if c.sample_id == "s3"] == [
+        ("rejected", "not an image"),
+        ("accepted", ""),
+    ]
     assert sum(c.decision == "accepted" for c in found) == 7
 
 
@@ -95,7 +101,10 @@ def test_counts_add_up():
         assert sum(group[key] for group in counts["subgroups"].values()) == counts[key]
 
 
-@pytest.mark.parametrize(("low", "high", "outcome"), [(0.0, 0.04, "PASS"), (0.02, 0.2, "CONDITIONAL"), (0.06, 0.2, "FAIL"), (None, None, "NOT_EVALUATED")])
+@pytest.mark.parametrize(
+    ("low", "high", "outcome"),
+    [(0.0, 0.04, "PASS"), (0.02, 0.2, "CONDITIONAL"), (0.06, 0.2, "FAIL"), (None, None, "NOT_EVALUATED")],
+)
 def test_a_gate_follows_the_interval_and_not_the_figure(low, high, outcome):
     assert at_most("x", {"value": 0.03, "low": low, "high": high, "n": 9}, 0.05, "").outcome == outcome
 
@@ -111,7 +120,10 @@ def test_no_gate_makes_up_for_another():
 
 def calibrated(recall=1.0, nominal=True):
     figure = {"value": recall, "low": 0.9, "high": 1.0, "n": 24}
-    controls = {"positive": {"rotated": figure, "noised": figure | {"value": 1.0}}, "negative": {"value": 0.05, "n": 90, "nominal": nominal}}
+    controls = {
+        "positive": {"rotated": figure, "noised": figure | {"value": 1.0}},
+        "negative": {"value": 0.05, "n": 90, "nominal": nominal},
+    }
     return {"status": "CALIBRATED", "subjects": 90, "needed": 59, "level": 0.05, "controls": controls}
 
 
@@ -134,10 +146,18 @@ def test_the_verdict_of_a_model_that_copies_is_fail():
 def test_a_weak_detector_or_too_few_subjects_never_pass():
     assert outcome(calibrated(recall=0.8)) == (
         "NOT_EVALUATED",
-        {"calibrated": "PASS", "planted copies are found": "NOT_EVALUATED", "strangers are not flagged": "PASS", "copies before the filter": "PASS"}
+        {
+            "calibrated": "PASS",
+            "planted copies are found": "NOT_EVALUATED",
+            "strangers are not flagged": "PASS",
+            "copies before the filter": "PASS",
+        }
         | {"planned subjects are filled": "PASS"},
     )
-    assert outcome({"status": "NOT_CALIBRATED", "subjects": 10, "needed": 59, "level": 0.05}, before=None)[0] == "NOT_EVALUATED"
+    assert (
+        outcome({"status": "NOT_CALIBRATED", "subjects": 10, "needed": 59, "level": 0.05}, before=None)[0]
+        == "NOT_EVALUATED"
+    )
     assert outcome(calibrated(nominal=False))[0] == "CONDITIONAL"
 
 
@@ -146,7 +166,9 @@ def test_near_duplicates_are_found_but_not_among_counterfactuals(tmp_path):
     images = rng.random((6, 1, 8, 8)).astype(np.float32)
     images[4] = images[0] + 1e-3
     images[5] = images[1]
-    with ShardWriter(tmp_path / "x.arrow", {"sample_id": pa.string(), "image": Tensor("float32", (1, 8, 8))}) as shard:
+    with ShardWriter(
+        tmp_path / "x.arrow", {"sample_id": pa.string(), "image": TensorColumn("float32", (1, 8, 8))}
+    ) as shard:
         for i, picture in enumerate(images):
             shard.append(sample_id=f"s{i}", image=picture)
     planned = plan(6).assign(noise_index=[0, 1, 2, 3, 4, 1])
@@ -154,13 +176,19 @@ def test_near_duplicates_are_found_but_not_among_counterfactuals(tmp_path):
 
 
 def test_of_many_that_are_the_same_the_first_of_the_plan_remains_in_whatever_shards_they_lie(tmp_path):
-    """More copies than neighbours that are looked at, and more images than are compared at once, stored in another order than planned."""
+    """More copies than neighbours that are looked at, and more images than are compared at once, stored in another
+    order than planned.
+    """
     rng = np.random.default_rng(2)
-    images = np.concatenate([np.repeat(rng.random((1, 1, 6, 6)), 60, 0) + 1e-3 * rng.random((60, 1, 6, 6)), rng.random((540, 1, 6, 6))]).astype(np.float32)
+    images = np.concatenate(
+        [np.repeat(rng.random((1, 1, 6, 6)), 60, 0) + 1e-3 * rng.random((60, 1, 6, 6)), rng.random((540, 1, 6, 6))]
+    ).astype(np.float32)
     names = [f"s{i}" for i in rng.permutation(600)]
     order = rng.permutation(600)
     for number, part in enumerate(np.array_split(order, 3)):
-        with ShardWriter(tmp_path / f"{number}.arrow", {"sample_id": pa.string(), "image": Tensor("float32", (1, 6, 6))}) as shard:
+        with ShardWriter(
+            tmp_path / f"{number}.arrow", {"sample_id": pa.string(), "image": TensorColumn("float32", (1, 6, 6))}
+        ) as shard:
             for i in part:
                 shard.append(sample_id=names[i], image=images[i])
     copies = sorted(names[:60], key=lambda name: int(name[1:]))
@@ -170,12 +198,16 @@ def test_of_many_that_are_the_same_the_first_of_the_plan_remains_in_whatever_sha
 
 @pytest.mark.parametrize("scans", [1, 4])
 def test_several_scans_of_a_person_do_not_look_like_a_leak(scans):
-    """Images that know nothing of anybody, 150 training and 40 other people; scans of a person resemble each other (r = 0.95)."""
+    """Images that know nothing of anybody, 150 training and 40 other people; scans of a person resemble each other (r =
+    0.95).
+    """
     rng = np.random.default_rng(3)
 
     def people(count, name):
         faces = rng.standard_normal((count, 1, 24)) * 0.95**0.5 + rng.standard_normal((count, scans, 24)) * 0.05**0.5
-        return audit.RealScans({"learned": unit_rows(faces.reshape(-1, 24))}, np.repeat([f"{name}{i}" for i in range(count)], scans))
+        return audit.RealScans(
+            {"learned": unit_rows(faces.reshape(-1, 24))}, np.repeat([f"{name}{i}" for i in range(count)], scans)
+        )
 
     shares = []
     for seed in range(6):
@@ -187,13 +219,21 @@ def test_several_scans_of_a_person_do_not_look_like_a_leak(scans):
 
 @pytest.mark.parametrize("shape", [(1, 40, 36), (1, 26, 20, 18)])
 def test_duplicates_found_by_block_means_are_those_of_all_voxels(tmp_path, shape):
-    """Smooth images, so that some are alike by block means alone; some with a copy that is near, some with one just too far."""
+    """Smooth images, so that some are alike by block means alone; some with a copy that is near, some with one just too
+    far.
+    """
     rng = np.random.default_rng(1)
-    images = np.stack([np.kron(rng.random([-(-n // 4) for n in shape[1:]]), np.ones([4] * (len(shape) - 1))) for _ in range(40)])
+    images = np.stack(
+        [np.kron(rng.random([-(-n // 4) for n in shape[1:]]), np.ones([4] * (len(shape) - 1))) for _ in range(40)]
+    )
     images = images[(slice(None), *(slice(n) for n in shape[1:]))][:, None]
     noise = rng.standard_normal((40, *shape)) * images.std()
-    images = np.concatenate([images, images + noise * np.linspace(0.05, 0.3, 40).reshape(-1, *[1] * len(shape))]).astype(np.float32)
-    with ShardWriter(tmp_path / "x.arrow", {"sample_id": pa.string(), "image": Tensor("float32", shape)}) as shard:
+    images = np.concatenate(
+        [images, images + noise * np.linspace(0.05, 0.3, 40).reshape(-1, *[1] * len(shape))]
+    ).astype(np.float32)
+    with ShardWriter(
+        tmp_path / "x.arrow", {"sample_id": pa.string(), "image": TensorColumn("float32", shape)}
+    ) as shard:
         for i, picture in enumerate(images):
             shard.append(sample_id=f"s{i}", image=picture)
     correlation = np.corrcoef(images.reshape(80, -1))
@@ -209,16 +249,34 @@ def test_a_fail_stops_the_release_and_says_why(tmp_path):
         "covariates": {"age": {"unit": "year", "range": [0, 100]}},
         "plan": [{"name": "syn", "subjects": 2}],
     }
-    bad = {"name": "copies before the filter", "figure": {"value": 0.9}, "limit": 0.05, "outcome": "FAIL", "meaning": "learnt by heart"}
+    bad = {
+        "name": "copies before the filter",
+        "figure": {"value": 0.9},
+        "limit": 0.05,
+        "outcome": "FAIL",
+        "meaning": "learnt by heart",
+    }
     write_json(tmp_path / "report.json", {"verdict": "FAIL", "gates": [bad]})
     subjects = plan(2)
     subjects.to_parquet(tmp_path / "plan.parquet")
     accepted = pd.DataFrame(
-        {"sample_id": ["s0", "s1", "s1"], "attempt": [0, 0, 1], "seed_key": ["a", "b", "c"], "decision": ["rejected", "rejected", "accepted"]}
+        {
+            "sample_id": ["s0", "s1", "s1"],
+            "attempt": [0, 0, 1],
+            "seed_key": ["a", "b", "c"],
+            "decision": ["rejected", "rejected", "accepted"],
+        }
     )
     accepted.to_parquet(tmp_path / "decisions.parquet")
-    files = [tmp_path / "report.json", tmp_path / "decisions.parquet", tmp_path / "plan.parquet", tmp_path / "released.parquet"]
-    with pytest.raises(UserError, match=r"verdict is FAIL(.|\n)*copies before the filter: 0.9 against 0.05; learnt by heart"):
+    files = [
+        tmp_path / "report.json",
+        tmp_path / "decisions.parquet",
+        tmp_path / "plan.parquet",
+        tmp_path / "released.parquet",
+    ]
+    with pytest.raises(
+        UserError, match=r"verdict is FAIL(.|\n)*copies before the filter: 0.9 against 0.05; learnt by heart"
+    ):
         gate.run(freeze(parse_study(minimal, "a"), "gate", tmp_path), *files)
     assert not files[3].exists()
     gate.run(freeze(parse_study(minimal | {"privacy": {"enforce": "report"}}, "a"), "gate", tmp_path), *files)

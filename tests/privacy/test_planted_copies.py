@@ -8,13 +8,13 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.stats import binom
 
 from meddiff_steps import config
-from meddiff_steps.cohort.simulator import load_template, make_lattice, simulate_subject
-from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
-from meddiff_steps.models.autoencoder import Autoencoder
+from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
+from meddiff_steps.instruments.embedder import train_embedder
+from meddiff_steps.models.first_stage.kl import Autoencoder
 from meddiff_steps.privacy.calibration import DETECTORS, calibrate
 from meddiff_steps.privacy.detectors import LatentEncoder, TrainingImages, make_detectors, references, score
-from meddiff_steps.privacy.embedder import train_embedder
 from meddiff_steps.privacy.reference import any_flag
+from meddiff_steps.simulation.brains import load_template, make_lattice, simulate_subject
 
 SHAPE, SPACING = (24, 32, 24), 7.0
 TRAIN, CALIBRATION, STRANGERS, COPIES, SYNTHETIC = 240, 120, 40, 40, 120
@@ -37,7 +37,12 @@ def posterised(image, rng):
 
 def ringing(image, rng):
     """The outer part of k-space is lost."""
-    distance = np.sqrt(sum((axis / axis.max()) ** 2 for axis in np.meshgrid(*[np.abs(np.fft.fftfreq(n)) for n in image.shape], indexing="ij")))
+    distance = np.sqrt(
+        sum(
+            (axis / axis.max()) ** 2
+            for axis in np.meshgrid(*[np.abs(np.fft.fftfreq(n)) for n in image.shape], indexing="ij")
+        )
+    )
     return np.fft.ifftn(np.fft.fftn(image) * (distance < rng.uniform(0.7, 0.9))).real
 
 
@@ -55,17 +60,29 @@ def planted(tmp_path_factory):
     source = config.SimulatedSource(source="simulated", subjects=TRAIN, shape=SHAPE, spacing_mm=SPACING)
     lattice = make_lattice(SHAPE, SPACING)
     template = load_template(lattice.blur_mm)
-    images = np.stack([simulate_subject(source, "planted", i, lattice, template).image for i in range(TRAIN + CALIBRATION + STRANGERS)]) / 255.0
-    images = np.clip(images / np.quantile(images, 0.995, axis=(1, 2, 3), keepdims=True), 0, 1).astype(np.float32)[:, None]
+    images = (
+        np.stack(
+            [
+                simulate_subject(source, "planted", i, lattice, template).image
+                for i in range(TRAIN + CALIBRATION + STRANGERS)
+            ]
+        )
+        / 255.0
+    )
+    images = np.clip(images / np.quantile(images, 0.995, axis=(1, 2, 3), keepdims=True), 0, 1).astype(np.float32)[
+        :, None
+    ]
     train, calibration, strangers = np.split(images, [TRAIN, TRAIN + CALIBRATION])
     path = tmp_path_factory.mktemp("planted") / "shard.arrow"
-    with ShardWriter(path, {"scan_id": pa.string(), "image": Tensor("float16", (1, *SHAPE))}) as shard:
+    with ShardWriter(path, {"scan_id": pa.string(), "image": TensorColumn("float16", (1, *SHAPE))}) as shard:
         for number, image in enumerate(train):
             shard.append(scan_id=str(number), image=image)
     training = TrainingImages(Shards([path]), np.arange(TRAIN))
 
     embedder, _ = train_embedder(
-        config.Embedder(optimiser=config.EmbedderOptimiser(steps=100, batch_size=48, learning_rate=1e-3, warmup_steps=10)),
+        config.Embedder(
+            optimiser=config.EmbedderOptimiser(steps=100, batch_size=48, learning_rate=1e-3, warmup_steps=10)
+        ),
         training.shards,
         training.rows,
         "planted",
@@ -77,7 +94,10 @@ def planted(tmp_path_factory):
         latents = torch.cat([autoencoder.encode(batch)[0] for batch in training.batches()])
     latent = LatentEncoder(autoencoder, latents.mean(0, keepdim=True), latents.std())
     mean = train.mean(0)
-    vectors = {detector.name: references(detector, training) for detector in make_detectors(training, embedder, latent, {}, mean)}
+    vectors = {
+        detector.name: references(detector, training)
+        for detector in make_detectors(training, embedder, latent, {}, mean)
+    }
     detectors = make_detectors(training, embedder, latent, vectors, mean)
     assert tuple(detector.name for detector in detectors) == DETECTORS
     thresholds = calibrate(score(detectors, torch.from_numpy(calibration))[0], np.zeros(CALIBRATION), LEVEL)
@@ -85,7 +105,9 @@ def planted(tmp_path_factory):
 
     rng = np.random.default_rng(7)
     originals = rng.permutation(TRAIN)[:COPIES]
-    copies = np.stack([PERTURBATIONS[i % len(PERTURBATIONS)](train[row, 0], rng) for i, row in enumerate(originals)])[:, None]
+    copies = np.stack([PERTURBATIONS[i % len(PERTURBATIONS)](train[row, 0], rng) for i, row in enumerate(originals)])[
+        :, None
+    ]
     # Synthetic images that copy nobody: draws from the Gaussian of the training images, with the noise of a scan.
     _, deviations, axes = np.linalg.svd((train - mean).reshape(TRAIN, -1), full_matrices=False)
     weights = rng.normal(size=(SYNTHETIC, TRAIN)) * deviations / np.sqrt(TRAIN)

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 
 from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate
-from meddiff_steps.privacy.audit import covariate_drift
+from meddiff_steps.privacy.assessment import covariate_drift
 from meddiff_steps.privacy.table_attacks import infer_attribute, singling_out, table_attacks
 
 COVARIATES = {
@@ -17,7 +17,9 @@ def people(count, seed):
     rng = np.random.default_rng(seed)
     sex = rng.choice(["F", "M"], count)
     age = rng.uniform(20, 80, count)
-    return pd.DataFrame({"age": age, "sex": sex, "brain_ml": 1500 - 5 * age + 150 * (sex == "M") + rng.normal(0, 80, count)})
+    return pd.DataFrame(
+        {"age": age, "sex": sex, "brain_ml": 1500 - 5 * age + 150 * (sex == "M") + rng.normal(0, 80, count)}
+    )
 
 
 def test_a_table_of_strangers_gives_nobody_away():
@@ -44,7 +46,13 @@ def test_predicates_single_out_one_subject_and_not_two():
     released = pd.DataFrame({"age": [30.0, 70.0], "sex": ["F", "M"], "brain_ml": [1300.0, 1500.0]})
     # Two training subjects answer to every predicate, so nobody is singled out; of the strangers one does.
     train = pd.concat([released, released])
-    figure = singling_out(released, train, pd.concat([released, released.assign(age=50.0, sex="x", brain_ml=1400.0)]), COVARIATES, np.random.default_rng(0))
+    figure = singling_out(
+        released,
+        train,
+        pd.concat([released, released.assign(age=50.0, sex="x", brain_ml=1400.0)]),
+        COVARIATES,
+        np.random.default_rng(0),
+    )
     assert figure["attack"] == 0
     assert figure["control"] == 1
     assert figure["value"] == 0
@@ -52,7 +60,9 @@ def test_predicates_single_out_one_subject_and_not_two():
 
 def test_where_labels_alone_are_released_nobody_can_be_singled_out():
     labels = {"sex": COVARIATES["sex"]}
-    figure = singling_out(people(200, 0)[["sex"]], people(200, 1)[["sex"]], people(200, 2)[["sex"]], labels, np.random.default_rng(0))
+    figure = singling_out(
+        people(200, 0)[["sex"]], people(200, 1)[["sex"]], people(200, 2)[["sex"]], labels, np.random.default_rng(0)
+    )
     assert (figure["value"], figure["low"], figure["high"]) == (0, 0, 0)
 
 

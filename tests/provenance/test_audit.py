@@ -13,11 +13,12 @@ import pytest
 from test_tampering import Target
 from tiny_release import AGAIN, GIVEN_UP, UNTROUBLED, Place
 
-from meddiff_steps.errors import UserError
-from meddiff_steps.provenance import lineage, story, verify
-from meddiff_steps.provenance.audit import Report, Request, audit
-from meddiff_steps.provenance.audit_report import as_html, as_text
-from meddiff_steps.provenance.reexecution import most_bad
+from meddiff_steps.audit import explain as story
+from meddiff_steps.audit.audit import Report, Request, audit
+from meddiff_steps.audit.page import as_html, as_text
+from meddiff_steps.audit.reexecution import most_bad
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.provenance import lineage, verify
 from meddiff_steps.provenance.verify import Check
 
 
@@ -98,7 +99,16 @@ def test_reports_name_every_level_and_what_did_not_run(place, copied):
     (copied / "<b>.txt").write_text("x")
     report = audit(Request(copied))
     text, page, content = as_text(report), as_html(report), report.to_json()
-    assert [level["status"] for level in content["levels"]] == ["PASS", "FINDINGS", "FINDINGS", "PASS", "PASS", "PASS", "NOT RUN", "NOT RUN"]
+    assert [level["status"] for level in content["levels"]] == [
+        "PASS",
+        "FINDINGS",
+        "FINDINGS",
+        "PASS",
+        "PASS",
+        "PASS",
+        "NOT RUN",
+        "NOT RUN",
+    ]
     assert content["passed"] is False and content["root_sha256"] == report.sha256
     assert text.splitlines()[-1] == "2 finding(s); L6, L7 did not run"
     assert "UNSIGNED as far as can be told" in text
@@ -119,7 +129,10 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_exit_codes(place, copied, tmp_path):
     done = run("audit", place.release, "--json", tmp_path / "audit.json", "--html", tmp_path / "audit.html")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads((tmp_path / "audit.json").read_text())["passed"] is True and (tmp_path / "audit.html").stat().st_size > 1000
+    assert (
+        json.loads((tmp_path / "audit.json").read_text())["passed"] is True
+        and (tmp_path / "audit.html").stat().st_size > 1000
+    )
     (copied / "LICENSE").unlink()
     assert run("audit", copied).returncode == 1
     done = run("audit", tmp_path)
@@ -135,7 +148,18 @@ def test_explain_leads_from_the_image_to_the_cohort(place):
     row = story.find(place.release, AGAIN)[2]
     assert lines[0] == f"{AGAIN}: released after 2 attempt(s)"
     assert row["image"]["sha256"] in text and row["seed_key"] in text and row["recipe"]["diffusion"] in text
-    for step in ("images", "gate", "privacy", "filter", "generate", "plan", "diffusion", "autoencoder", "preprocess", "cohort"):
+    for step in (
+        "images",
+        "gate",
+        "privacy",
+        "filter",
+        "generate",
+        "plan",
+        "diffusion",
+        "autoencoder",
+        "preprocess",
+        "cohort",
+    ):
         assert f"by `{step}`" in text
     assert text.count("by `cohort`") == 1
     assert story.explain(place.release, GIVEN_UP)[0] == f"{GIVEN_UP}: rejected after 2 attempt(s)"
@@ -152,7 +176,14 @@ def test_a_proof_leads_to_the_root_and_another_row_does_not(place, tmp_path):
     assert not verify.proven(proof | {"path": proof["path"][1:]}, root)
     assert not verify.proven({}, root)
     (tmp_path / "proof.json").write_text(json.dumps(proof))
-    command = [sys.executable, "-I", "-S", str(place.release / "provenance/verify.py"), "--proof", str(tmp_path / "proof.json")]
+    command = [
+        sys.executable,
+        "-I",
+        "-S",
+        str(place.release / "provenance/verify.py"),
+        "--proof",
+        str(tmp_path / "proof.json"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "leads from syn000001 to the ledger's root" in done.stdout
 
@@ -162,7 +193,9 @@ def test_diff_names_the_field_that_differs(place, tmp_path):
     other = Place(tmp_path, seed="other seed")
     lines = story.compare(place.release, other.release)
     assert 'config seed: "seed" and "other seed"' in lines
-    assert any(line.startswith("seed_key: ") for line in lines) and any(line.startswith("image.voxel_sha256: ") for line in lines)
+    assert any(line.startswith("seed_key: ") for line in lines) and any(
+        line.startswith("image.voxel_sha256: ") for line in lines
+    )
     assert not any(line.startswith(("recipe.", "config generate")) for line in lines)
 
 
@@ -172,7 +205,10 @@ def test_diff_names_the_field_that_differs(place, tmp_path):
 def made(step: str, inputs: dict[str, str], outputs: dict[str, str]) -> dict:
     return {
         "step": step,
-        "inputs": {"config" if path.startswith("config/") else path: [{"path": path, "sha256": digest}] for path, digest in inputs.items()},
+        "inputs": {
+            "config" if path.startswith("config/") else path: [{"path": path, "sha256": digest}]
+            for path, digest in inputs.items()
+        },
         "outputs": {"y": [{"path": path, "sha256": digest} for path, digest in outputs.items()]},
     }
 

@@ -17,12 +17,12 @@ import pytest
 from PIL import Image as PilImage
 from tiny_release import Place
 
-from meddiff_steps.errors import UserError
-from meddiff_steps.files import sha256_file, write_json
+from meddiff_steps.audit.audit import Request, audit
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import sha256_file, write_json
 from meddiff_steps.imaging.encoding import voxel_digest
-from meddiff_steps.provenance.audit import Request, audit
 from meddiff_steps.provenance.ledger import read_lines
-from meddiff_steps.provenance.regeneration import find_models
+from meddiff_steps.release.regeneration import find_models
 from meddiff_steps.steps import export, export_index, export_models
 
 
@@ -49,11 +49,21 @@ def test_tar_shards_hold_what_was_released(place, tmp_path):
     assert set(found) == {f"{name}.{kind}" for name in rows for kind in ("npy", "json")}
     for name, row in rows.items():
         stored, facts = np.load(io.BytesIO(found[f"{name}.npy"])), json.loads(found[f"{name}.json"])
-        assert facts["synthetic"] is True and facts["covariates"] == row["covariates"] and facts["sha256"] == row["image"]["sha256"]
-        assert stored.dtype == np.int16 and voxel_digest(stored, np.array(facts["affine"])) == row["image"]["voxel_sha256"]
-        assert np.array_equal(stored, np.asarray(nib.Nifti1Image.from_filename(place.release / row["image"]["path"]).dataobj))
+        assert (
+            facts["synthetic"] is True
+            and facts["covariates"] == row["covariates"]
+            and facts["sha256"] == row["image"]["sha256"]
+        )
+        assert (
+            stored.dtype == np.int16 and voxel_digest(stored, np.array(facts["affine"])) == row["image"]["voxel_sha256"]
+        )
+        assert np.array_equal(
+            stored, np.asarray(nib.Nifti1Image.from_filename(place.release / row["image"]["path"]).dataobj)
+        )
     manifest = pq.read_table(tmp_path / "a/manifest.parquet")
-    assert manifest.schema.metadata[b"release_root_sha256"].decode() == sha256_file(place.release / "provenance/root.json")
+    assert manifest.schema.metadata[b"release_root_sha256"].decode() == sha256_file(
+        place.release / "provenance/root.json"
+    )
     table = manifest.to_pandas().set_index("sample_id")
     assert set(table.index) == set(rows) and table.loc["syn000003", "age"] == rows["syn000003"]["covariates"]["age"]
     with tarfile.open(tmp_path / "a" / table.loc["syn000003", "shard"]) as archive:
@@ -68,7 +78,9 @@ def test_the_same_release_gives_the_same_export(place, tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b/shard-0099.tar").write_bytes(b"of an earlier export with more shards")
     export_all(place, place.release, tmp_path / "b")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()
+    }
 
 
 def test_webdataset_reads_the_export(place, tmp_path):
@@ -113,7 +125,13 @@ def test_an_index_wants_its_shards(place, tmp_path):
 
 def pack(place: Place, folder: Path, privacy: Path, **changed: Path) -> None:
     files = place.model_files() | changed
-    export_models.run(place.frozen("export_models"), place.release / "provenance/root.json", privacy, **files, out=folder / "README.md")
+    export_models.run(
+        place.frozen("export_models"),
+        place.release / "provenance/root.json",
+        privacy,
+        **files,
+        out=folder / "README.md",
+    )
 
 
 def test_packed_models_make_the_release_again(place, tmp_path):
@@ -122,12 +140,18 @@ def test_packed_models_make_the_release_again(place, tmp_path):
     write_json(privacy, report | {"attacks": {"denoising_loss": {"auc": {"value": 0.6, "low": 0.46, "high": 0.72}}}})
     pack(place, tmp_path / "models", privacy)
     recipe = rows_of(place)["syn000003"]["recipe"]
-    assert find_models(tmp_path / "models", recipe) == {kind: tmp_path / "models" / kind for kind in ("autoencoder", "diffusion")}
+    assert find_models(tmp_path / "models", recipe) == {
+        kind: tmp_path / "models" / kind for kind in ("autoencoder", "diffusion")
+    }
     readme = (tmp_path / "models/README.md").read_text()
     assert sha256_file(place.release / "provenance/root.json") in readme and "0.60 [0.46, 0.72]" in readme
     done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=tmp_path / "models", capture_output=True, text=True)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 6
-    checks = {check.name: check.outcome for check in audit(Request(place.release, models=tmp_path / "models", sample=4)).checks if check.level == 6}
+    checks = {
+        check.name: check.outcome
+        for check in audit(Request(place.release, models=tmp_path / "models", sample=4)).checks
+        if check.level == 6
+    }
     assert checks["models"] == checks["images"] == "pass"
 
 

@@ -12,14 +12,16 @@ import pytest
 from test_tampering import Attack, Target, _edit_tsv, seen, stand_alone
 from tiny_release import GIVEN_UP, Place
 
+from meddiff_steps.audit import explain as story
+from meddiff_steps.audit.audit import Request, audit
 from meddiff_steps.config import PlanGroup, Release
-from meddiff_steps.files import sha256_file
+from meddiff_steps.core.files import sha256_file
 from meddiff_steps.imaging.encoding import read_mark
-from meddiff_steps.imaging.layout import Layout
-from meddiff_steps.provenance import bundle, crate, croissant, story, verify
-from meddiff_steps.provenance.audit import Request, audit
-from meddiff_steps.provenance.regeneration import regenerate
-from meddiff_steps.provenance.sealed import open_release
+from meddiff_steps.provenance import verify
+from meddiff_steps.release import crate, croissant, seal
+from meddiff_steps.release.layout import Layout
+from meddiff_steps.release.regeneration import regenerate
+from meddiff_steps.release.sealed import open_release
 from meddiff_steps.steps import export
 
 FIRST, SECOND, LAST = "syn000000", "syn000003", "syn000005"
@@ -33,7 +35,9 @@ MEMBERS = {
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 # -------------------------------------------------------------------------------------------------- layout
@@ -73,19 +77,30 @@ def test_each_dataset_is_complete_by_itself(large, tmp_path):
         table = (alone / "participants.tsv").read_text().splitlines()
         assert {line.split("\t")[0] for line in table[1:]} == {f"sub-{name}" for name in members}
         description = json.loads((alone / "dataset_description.json").read_text())
-        assert description["Name"] == f"Tiny, {folder}" and description["Synthetic"] is True and description["DatasetType"] == "derivative"
-        assert f"{len(members)} synthetic subjects, of a cohort of 8" in (alone / "README").read_text() and (alone / "LICENSE").stat().st_size
+        assert (
+            description["Name"] == f"Tiny, {folder}"
+            and description["Synthetic"] is True
+            and description["DatasetType"] == "derivative"
+        )
+        assert (
+            f"{len(members)} synthetic subjects, of a cohort of 8" in (alone / "README").read_text()
+            and (alone / "LICENSE").stat().st_size
+        )
         done = subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=alone, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         assert len(done.stdout.splitlines()) == len(files(alone)) - 1, "every file but the checksums themselves"
-        root = json.loads((large.release / bundle.ROOT).read_text())
-        assert root["files"][f"{folder}/SHA256SUMS"]["sha256"] == sha256_file(alone / "SHA256SUMS"), "which the seal holds"
+        root = json.loads((large.release / seal.ROOT).read_text())
+        assert root["files"][f"{folder}/SHA256SUMS"]["sha256"] == sha256_file(alone / "SHA256SUMS"), (
+            "which the seal holds"
+        )
 
 
 def test_bids_validator_accepts_each_dataset(large, bids_report):
     for folder, members in MEMBERS.items():
         report = bids_report(large.release / folder)
-        assert [(issue["code"], issue.get("location")) for issue in report["issues"]["issues"]] == [], "neither errors nor warnings"
+        assert [(issue["code"], issue.get("location")) for issue in report["issues"]["issues"]] == [], (
+            "neither errors nor warnings"
+        )
         assert set(report["summary"]["subjects"]) == members
 
 
@@ -102,8 +117,14 @@ def test_completing_again_under_another_limit_leaves_nothing_of_the_first(large,
         again.write_images()
         again.complete()
         sealed = ("provenance/", "croissant.json", "ro-crate-metadata.json")
-        found, expected = ({name: content for name, content in files(one).items() if not name.startswith(sealed)} for one in (again.release, wanted))
-        expected.pop(".bidsignore", None), found.pop(".bidsignore", None)  # of a single dataset, written when it is sealed
+        found, expected = (
+            {name: content for name, content in files(one).items() if not name.startswith(sealed)}
+            for one in (again.release, wanted)
+        )
+        (
+            expected.pop(".bidsignore", None),
+            found.pop(".bidsignore", None),
+        )  # of a single dataset, written when it is sealed
         assert found == expected
 
 
@@ -111,12 +132,19 @@ def test_completing_again_under_another_limit_leaves_nothing_of_the_first(large,
 
 
 def test_the_clean_release_passes_every_level(large):
-    report = audit(Request(large.release, key=Path(f"{large.key}.pub"), private=large.private, models=large.results, sample=3))
+    report = audit(
+        Request(large.release, key=Path(f"{large.key}.pub"), private=large.private, models=large.results, sample=3)
+    )
     assert [(check.name, check.text, check.examples) for check in report.checks if check.outcome == "finding"] == []
     assert [report.status(level) for level in range(8)] == ["PASS"] * 7 + ["NOT RUN"]
-    assert next(check.text for check in report.checks if check.name == "datasets") == "4 datasets are complete, each with its checksums"
+    assert (
+        next(check.text for check in report.checks if check.name == "datasets")
+        == "4 datasets are complete, each with its checksums"
+    )
     done = stand_alone(large.release.parent / "release", "--key", f"{large.key}.pub")
-    assert done.returncode == 0 and "participants.tsv of 4 datasets and the ledger agree on 8 subjects" in done.stdout, done.stdout + done.stderr
+    assert (
+        done.returncode == 0 and "participants.tsv of 4 datasets and the ledger agree on 8 subjects" in done.stdout
+    ), done.stdout + done.stderr
 
 
 def test_pictures_are_cut_into_datasets_too(tmp_path):
@@ -132,7 +160,10 @@ def test_metadata_lead_to_the_datasets(large):
     assert len(list(large.release.glob(content["distribution"][1]["includes"]))) == 8
     entities = {entity["@id"]: entity for entity in json.loads((large.release / crate.NAME).read_text())["@graph"]}
     for folder in MEMBERS:
-        assert entities[f"{folder}/"]["@type"] == "Dataset" and {"@id": f"{folder}/participants.tsv"} in entities[f"{folder}/"]["hasPart"]
+        assert (
+            entities[f"{folder}/"]["@type"] == "Dataset"
+            and {"@id": f"{folder}/participants.tsv"} in entities[f"{folder}/"]["hasPart"]
+        )
         assert {"@id": f"{folder}/"} in entities["./"]["hasPart"]
 
 
@@ -141,13 +172,15 @@ def test_commands_that_read_a_release_read_this_one(large, place, tmp_path):
     proof = story.prove(large.release, SECOND)
     assert verify.proven(proof, verify.read_root(large.release)["ledger"]["root"])
     differ = [line for line in story.compare(place.release, large.release) if not line.startswith("step ")]
-    assert [line.split(":")[0] for line in differ] == ["config release.shard_size", "image.path"], "the images themselves do not"
+    assert [line.split(":")[0] for line in differ] == ["config release.shard_size", "image.path"], (
+        "the images themselves do not"
+    )
     release = open_release(large.release)
     rows = release.rows_of([SECOND, "cf000003"])
     assert [c.same_file for c in regenerate(release, rows, large.results, tmp_path / "again", 1)] == [True, True]
     assert all(content == (large.release / name).read_bytes() for name, content in files(tmp_path / "again").items())
     tar = tmp_path / "shard-0000.tar"
-    export.run(large.frozen("export"), large.release / bundle.ROOT, large.tables[0], tar)
+    export.run(large.frozen("export"), large.release / seal.ROOT, large.tables[0], tar)
     assert tar.stat().st_size > 1000
 
 
@@ -156,7 +189,10 @@ def test_commands_that_read_a_release_read_this_one(large, place, tmp_path):
 
 class Several(Target):
     def path(self, name: str) -> Path:
-        return next(self.folder.glob(f"shard-*/sub-{name}/anat/*.nii.gz"), self.folder / A / f"sub-{name}/anat/sub-{name}_T1w.nii.gz")
+        return next(
+            self.folder.glob(f"shard-*/sub-{name}/anat/*.nii.gz"),
+            self.folder / A / f"sub-{name}/anat/sub-{name}_T1w.nii.gz",
+        )
 
     def table(self, folder: str) -> SimpleNamespace:
         return SimpleNamespace(folder=self.folder / folder)
@@ -165,13 +201,19 @@ class Several(Target):
         """What somebody who changes a dataset can repair of its checksums."""
         for folder in self.folder.glob("shard-*"):
             names = [name for name in files(folder) if name != "SHA256SUMS"]
-            (folder / "SHA256SUMS").write_text("".join(f"{sha256_file(folder / name)}  {name}\n" for name in sorted(names)))
+            (folder / "SHA256SUMS").write_text(
+                "".join(f"{sha256_file(folder / name)}  {name}\n" for name in sorted(names))
+            )
 
 
 def _move(target: Several, repair: bool = False) -> None:
     """A subject's folder moved to another dataset, with its row of the table."""
     shutil.move(target.folder / A / f"sub-{FIRST}", target.folder / B / f"sub-{FIRST}")
-    line = next(line for line in (target.folder / A / "participants.tsv").read_text().splitlines() if line.startswith(f"sub-{FIRST}"))
+    line = next(
+        line
+        for line in (target.folder / A / "participants.tsv").read_text().splitlines()
+        if line.startswith(f"sub-{FIRST}")
+    )
     _edit_tsv(target.table(A), lambda lines: [other for other in lines if other != line])
     _edit_tsv(target.table(B), lambda lines: [*lines, line])
     if repair:
@@ -185,7 +227,11 @@ def _move(target: Several, repair: bool = False) -> None:
 def _double(target: Several, repair: bool = False) -> None:
     """A subject that is in two datasets."""
     shutil.copytree(target.folder / A / f"sub-{FIRST}", target.folder / B / f"sub-{FIRST}")
-    line = next(line for line in (target.folder / A / "participants.tsv").read_text().splitlines() if line.startswith(f"sub-{FIRST}"))
+    line = next(
+        line
+        for line in (target.folder / A / "participants.tsv").read_text().splitlines()
+        if line.startswith(f"sub-{FIRST}")
+    )
     _edit_tsv(target.table(B), lambda lines: [*lines, line])
     if repair:
         target.checksums()
@@ -249,11 +295,17 @@ ATTACKS = {
     "a subject in two datasets": Attack(_double, 2, "no-orphans"),
     "a dataset removed": Attack(_remove, 2, "no-missing"),
     "a dataset renamed": Attack(lambda t: (t.folder / A).rename(t.folder / "shard-syn-0007"), 2, "no-missing"),
-    "a dataset that is a link": Attack(lambda t: ((t.folder / A).rename(t.keep / "moved"), (t.folder / A).symlink_to(t.keep / "moved")), 2, "no-links"),
-    "a dataset of another release": Attack(lambda t: shutil.copytree(t.folder / A, t.folder / "shard-syn-0009"), 2, "no-orphans"),
+    "a dataset that is a link": Attack(
+        lambda t: ((t.folder / A).rename(t.keep / "moved"), (t.folder / A).symlink_to(t.keep / "moved")), 2, "no-links"
+    ),
+    "a dataset of another release": Attack(
+        lambda t: shutil.copytree(t.folder / A, t.folder / "shard-syn-0009"), 2, "no-orphans"
+    ),
     "tables of two datasets swapped": Attack(_swap_tables, 2, "participants"),
     "images of two datasets swapped": Attack(_swap_images, 1, "images"),
-    "a licence of one dataset": Attack(lambda t: (t.folder / B / "LICENSE").write_text("All rights reserved."), 1, "files"),
+    "a licence of one dataset": Attack(
+        lambda t: (t.folder / B / "LICENSE").write_text("All rights reserved."), 1, "files"
+    ),
     "checksums of one dataset": Attack(lambda t: (t.folder / B / "SHA256SUMS").write_text(""), 2, "datasets"),
 }
 SEALED_AGAIN = {
@@ -285,7 +337,9 @@ def test_a_changed_release_is_seen(target, name):
     attack.apply(target)
     assert (attack.level, attack.check) in seen(target.audit())
     done = stand_alone(target.folder, "--json", "--key", str(target.key))
-    assert (attack.level, attack.check) in {(check["level"], check["name"]) for check in json.loads(done.stdout) if check["outcome"] == "finding"}
+    assert (attack.level, attack.check) in {
+        (check["level"], check["name"]) for check in json.loads(done.stdout) if check["outcome"] == "finding"
+    }
 
 
 @pytest.mark.parametrize("name", SEALED_AGAIN)

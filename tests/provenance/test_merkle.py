@@ -9,7 +9,10 @@ import pytest
 from meddiff_steps.provenance.merkle import includes, inclusion_path, leaf_hash, node_hash, root
 
 # google/certificate-transparency and transparency-dev/merkle, "testonly" reference data.
-INPUTS = [bytes.fromhex(x) for x in ("", "00", "10", "2021", "3031", "40414243", "5051525354555657", "606162636465666768696a6b6c6d6e6f")]
+INPUTS = [
+    bytes.fromhex(x)
+    for x in ("", "00", "10", "2021", "3031", "40414243", "5051525354555657", "606162636465666768696a6b6c6d6e6f")
+]
 LEAVES = [leaf_hash(x) for x in INPUTS]
 ROOTS = [
     "6e340b9cffb37a989ca544e6bb780a2c78901d3fb33738768511a30617afa01d",

@@ -1,4 +1,6 @@
-"""The descriptions of a release for other programs: RO-Crate and Croissant, read by the programs of those who define them."""
+"""The descriptions of a release for other programs: RO-Crate and Croissant, read by the programs of those who define
+them.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,13 @@ from typing import Any
 import pytest
 from tiny_release import Place
 
-from meddiff_steps.provenance import bundle, crate, croissant
-from meddiff_steps.provenance.published import Published
+from meddiff_steps.release import crate, croissant, seal
+from meddiff_steps.release.published import Published
 
 BIN = Path(sys.executable).parent
 LOCK = Path(__file__).parents[2] / "envs/requirements-crate.lock"
-#: Puts the context of RO-Crate 1.1, as the wheel of rocrate brings it, where the validator looks before it asks the network.
+#: Puts the context of RO-Crate 1.1, as the wheel of rocrate brings it, where the validator looks before it asks the
+#: network.
 SEED_CACHE = """
     import importlib.util, io, sys
     from pathlib import Path
@@ -42,7 +45,11 @@ SEED_CACHE = """
 
 def run(*command: str | Path, offline: bool = True) -> subprocess.CompletedProcess[str]:
     """A command, without a network where the system lets us take it away."""
-    unshare = ["unshare", "-rn"] if offline and subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode == 0 else []
+    unshare = (
+        ["unshare", "-rn"]
+        if offline and subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode == 0
+        else []
+    )
     return subprocess.run([*unshare, *map(str, command)], capture_output=True, text=True, timeout=800)
 
 
@@ -52,13 +59,23 @@ def validator(tmp_path_factory: pytest.TempPathFactory) -> list[str | Path]:
     folder = tmp_path_factory.mktemp("crate")
     done = run(sys.executable, "-m", "venv", folder / "venv", offline=False)
     if done.returncode == 0:
-        done = run(folder / "venv/bin/python", "-m", "pip", "install", "--quiet", "--no-deps", "-r", LOCK, offline=False)
+        done = run(
+            folder / "venv/bin/python", "-m", "pip", "install", "--quiet", "--no-deps", "-r", LOCK, offline=False
+        )
     if done.returncode:
         pytest.skip(f"no environment for the RO-Crate validator: {done.stderr.strip()[-200:]}")
     (folder / "seed.py").write_text(textwrap.dedent(SEED_CACHE))
     done = run(folder / "venv/bin/python", folder / "seed.py", folder / "cache")
     assert done.returncode == 0, done.stderr
-    return [folder / "venv/bin/rocrate-validator", "-y", "validate", "--offline", "--cache-path", folder / "cache", "--no-paging"]
+    return [
+        folder / "venv/bin/rocrate-validator",
+        "-y",
+        "validate",
+        "--offline",
+        "--cache-path",
+        folder / "cache",
+        "--no-paging",
+    ]
 
 
 def test_the_crate_validator_accepts_the_release(validator, place, copied, tmp_path):
@@ -92,8 +109,8 @@ def test_validators_accept_a_release_of_several_datasets(validator, large, tmp_p
 
 def describe(release: Path) -> dict[str, Any]:
     """Make the metadata of a changed release again."""
-    root = json.loads((release / bundle.ROOT).read_text())
-    for name, content in bundle.metadata(release, root["ledger"], root["inputs"], root["files"], "2026-01-31"):
+    root = json.loads((release / seal.ROOT).read_text())
+    for name, content in seal.metadata(release, root["ledger"], root["inputs"], root["files"], "2026-01-31"):
         (release / name).write_text(json.dumps(content))
     return root
 
@@ -102,16 +119,21 @@ def describe(release: Path) -> dict[str, Any]:
 def test_mlcroissant_accepts_and_loads_the_release(place, copied):
     done = run(BIN / "mlcroissant", "validate", "--jsonld", place.release / croissant.NAME)
     assert done.returncode == 0 and "error" not in done.stderr.lower(), done.stderr
-    script = "import json, sys, mlcroissant; print(json.dumps(list(mlcroissant.Dataset(sys.argv[1]).records('subjects')), default=bytes.decode))"
+    script = (
+        "import json, sys, mlcroissant; print(json.dumps(list(mlcroissant.Dataset(sys.argv[1]).records('subjects')),"
+        " default=bytes.decode))"
+    )
     done = run(sys.executable, "-c", script, place.release / croissant.NAME)
     assert done.returncode == 0, done.stderr
     records = json.loads(done.stdout.splitlines()[-1])
-    rows = [json.loads(line) for line in (place.release / bundle.LINES).read_text().splitlines()]
+    rows = [json.loads(line) for line in (place.release / seal.LINES).read_text().splitlines()]
     assert [record["subjects/sample_id"] for record in records] == [row["sample_id"] for row in rows]
     assert [record["subjects/covariate_age"] for record in records] == [row["covariates"]["age"] for row in rows]
     assert [record["subjects/covariate_sex"] for record in records] == [row["covariates"]["sex"] for row in rows]
-    assert [record["subjects/image_sha256"] for record in records] == [(row["image"] or {}).get("sha256") for row in rows]
-    with open(copied / bundle.TABLE, "ab") as stream:
+    assert [record["subjects/image_sha256"] for record in records] == [
+        (row["image"] or {}).get("sha256") for row in rows
+    ]
+    with open(copied / seal.TABLE, "ab") as stream:
         stream.write(b"x")
     assert run(sys.executable, "-c", script, copied / croissant.NAME).returncode != 0, "its digest is looked at"
 
@@ -122,29 +144,38 @@ def test_the_crate_describes_runs_and_files_but_no_single_image(place):
     assert len(entities) == len(content["@graph"]), "each is described once"
     used = set(re.findall(r'\{"@id": "([^"]+)"\}', json.dumps(content["@graph"])))
     assert used - set(entities) == {crate.SPECIFICATION}, "every reference leads to an entity"
-    root = json.loads((place.release / bundle.ROOT).read_text())
+    root = json.loads((place.release / seal.ROOT).read_text())
     files = {entity["@id"]: entity.get("sha256") for entity in entities.values() if entity["@type"] == "File"}
-    assert files == {name: entry["sha256"] for name, entry in root["files"].items() if name != crate.NAME} | {bundle.ROOT: None}
+    assert files == {name: entry["sha256"] for name, entry in root["files"].items() if name != crate.NAME} | {
+        seal.ROOT: None
+    }
     assert ".nii.gz" not in json.dumps(content)
     actions = [entity for entity in entities.values() if entity["@type"] == "CreateAction"]
-    records = list((place.release / bundle.RECORDS).rglob("*.json"))
+    records = list((place.release / seal.RECORDS).rglob("*.json"))
     assert len(actions) == len(records) + 1, "one per run, and the one that seals"
     shards = [entity["identifier"] for entity in entities.values() if entity["@type"] == "Collection"]
     assert shards == [f"rfc6962-sha256:{entry['root']}" for entry in root["ledger"]["shards"]] and len(shards) == 3
 
 
 def test_the_size_of_the_crate_depends_on_shards_not_on_subjects(place):
-    study = json.loads((place.release / bundle.CONFIG).read_text())
+    study = json.loads((place.release / seal.CONFIG).read_text())
     description = json.loads((place.release / "dataset_description.json").read_text())
-    root = json.loads((place.release / bundle.ROOT).read_text())
-    many = root["ledger"] | {"rows": 100_000, "released": 100_000, "shards": [{"shard": 0, "rows": 100_000, "ranges": [[0, 100_000]], "root": "0" * 64}]}
+    root = json.loads((place.release / seal.ROOT).read_text())
+    many = root["ledger"] | {
+        "rows": 100_000,
+        "released": 100_000,
+        "shards": [{"shard": 0, "rows": 100_000, "ranges": [[0, 100_000]], "root": "0" * 64}],
+    }
     content = crate.build(Published(description, study, "2026-01-31", many, root["inputs"], root["files"]), {})
     assert len(json.dumps(content)) < 40_000
 
 
 def test_croissant_says_that_all_is_synthetic(place):
     content = json.loads((place.release / croissant.NAME).read_text())
-    assert content["rai:hasSyntheticData"] is True and "All 8 images are synthetic" in content["rai:syntheticDataExplanation"]
+    assert (
+        content["rai:hasSyntheticData"] is True
+        and "All 8 images are synthetic" in content["rai:syntheticDataExplanation"]
+    )
     assert content["conformsTo"][0] == "http://mlcommons.org/croissant/1.1"
     table = content["distribution"][0]
     assert table["sha256"] == hashlib.sha256((place.release / table["contentUrl"]).read_bytes()).hexdigest()
@@ -154,11 +185,16 @@ def test_croissant_says_that_all_is_synthetic(place):
 
 def test_what_the_publisher_states_is_in_the_metadata(tmp_path, place):
     release = Path(shutil.copytree(place.release, tmp_path / "release"))
-    study = json.loads((release / bundle.CONFIG).read_text())
-    study["release"] |= {"url": "https://example.org/cohort", "card": study["release"]["card"] | {"intended_use": "Teaching.", "not_for": "Diagnosis."}}
-    (release / bundle.CONFIG).write_text(json.dumps(study))
+    study = json.loads((release / seal.CONFIG).read_text())
+    study["release"] |= {
+        "url": "https://example.org/cohort",
+        "card": study["release"]["card"] | {"intended_use": "Teaching.", "not_for": "Diagnosis."},
+    }
+    (release / seal.CONFIG).write_text(json.dumps(study))
     description = json.loads((release / "dataset_description.json").read_text())
-    (release / "dataset_description.json").write_text(json.dumps(description | {"SourceDatasets": [{"DOI": "doi:10.5281/zenodo.1"}]}))
+    (release / "dataset_description.json").write_text(
+        json.dumps(description | {"SourceDatasets": [{"DOI": "doi:10.5281/zenodo.1"}]})
+    )
     describe(release)
     content = json.loads((release / croissant.NAME).read_text())
     assert content["url"] == "https://example.org/cohort" and content["datePublished"] == "2026-01-31"
@@ -178,7 +214,9 @@ def test_asking_for_a_copy_does_not_change_what_is_sealed(place: Place, tmp_path
     from meddiff_steps import config
 
     asked = config.parse_study(
-        place.study.model_dump(mode="json") | {"release": place.study.release.model_dump() | {"exports": ["webdataset"], "models": True}}, "x"
+        place.study.model_dump(mode="json")
+        | {"release": place.study.release.model_dump() | {"exports": ["webdataset"], "models": True}},
+        "x",
     )
     for stage in ("images", "release", "ledger"):
         assert config.freeze(asked, stage, tmp_path).name == place.frozen(stage).name

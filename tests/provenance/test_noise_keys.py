@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from meddiff_steps.diffusion.noise import noise, seed_key
+from meddiff_steps.core.random_streams import noise, seed_key
 
 MILLION = 1_000_000
 
@@ -62,7 +62,10 @@ def test_torch_keeps_32_bits_of_a_seed():
 
 def test_the_old_way_collides_a_hash_into_torch():
     """The birthday bound for 32 bits: 1.2 % at 10,000, 69 % at 100,000, about 116 pairs at a million."""
-    seeds = np.array([int.from_bytes(hashlib.sha256(f"cohort|{i}".encode()).digest()[:8], "little") >> 1 for i in range(MILLION)], dtype=np.uint64)
+    seeds = np.array(
+        [int.from_bytes(hashlib.sha256(f"cohort|{i}".encode()).digest()[:8], "little") >> 1 for i in range(MILLION)],
+        dtype=np.uint64,
+    )
     assert len(np.unique(seeds)) == MILLION, "63 bits would be enough"
     expected = MILLION**2 / 2 / 2**32
     assert abs(first_word_collisions(seeds) - expected) < 5 * expected**0.5

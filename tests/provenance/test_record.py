@@ -20,12 +20,12 @@ from typer.testing import CliRunner
 
 from meddiff_steps import __version__
 from meddiff_steps.config import freeze, parse_study, without_paths
-from meddiff_steps.errors import UserError
-from meddiff_steps.files import sha256_file, write_atomic
+from meddiff_steps.core.canonical import canonical_bytes
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import sha256_file, write_atomic
+from meddiff_steps.core.weights_digest import safetensors_digest
+from meddiff_steps.models.weights import weights_digest
 from meddiff_steps.provenance import record
-from meddiff_steps.provenance.canonical import canonical_bytes
-from meddiff_steps.provenance.digest import safetensors_digest
-from meddiff_steps.training.checkpoint import weights_digest
 
 STUDY = {
     "study": "tiny",
@@ -61,7 +61,16 @@ def run(results: Path, *arguments: str) -> int:
     app = typer.Typer()
     app.command()(record.recorded("plan", step))
     frozen = freeze(parse_study(STUDY, "test"), "plan", results / "config")
-    files = ["--config", frozen, "--source", results / "cohort/a", "--source", results / "cohort/b", "--out", results / "deep/joined"]
+    files = [
+        "--config",
+        frozen,
+        "--source",
+        results / "cohort/a",
+        "--source",
+        results / "cohort/b",
+        "--out",
+        results / "deep/joined",
+    ]
     return CliRunner().invoke(app, [*map(str, files), *arguments]).exit_code
 
 
@@ -74,10 +83,15 @@ def test_a_run_leaves_what_it_read_and_wrote(results):
     found = read(results)
     assert found["schema"] == record.SCHEMA and found["step"] == "plan"
     assert found["inputs"]["source"] == [
-        {"path": f"cohort/{name}", "bytes": 10, "sha256": hashlib.sha256(name.encode() * 10).hexdigest()} for name in ("a", "b")
+        {"path": f"cohort/{name}", "bytes": 10, "sha256": hashlib.sha256(name.encode() * 10).hexdigest()}
+        for name in ("a", "b")
     ]
-    assert found["outputs"] == {"out": [{"path": "deep/joined", "bytes": 20, "sha256": sha256_file(results / "deep/joined")}]}
-    assert set(found["inputs"]) == {"config", "source"} and found["inputs"]["config"][0]["path"].startswith("config/plan-")
+    assert found["outputs"] == {
+        "out": [{"path": "deep/joined", "bytes": 20, "sha256": sha256_file(results / "deep/joined")}]
+    }
+    assert set(found["inputs"]) == {"config", "source"} and found["inputs"]["config"][0]["path"].startswith(
+        "config/plan-"
+    )
     assert found["parameters"] == {"shard": 3}
     assert found["code"]["version"] == __version__ and len(found["code"]["digest"]) == 16
     assert found["environment"]["packages"]["numpy"] == np.__version__
@@ -154,12 +168,32 @@ def test_a_run_whose_record_cannot_be_written_fails(results):
     app = typer.Typer()
     app.command()(record.recorded("plan", step))
     frozen = freeze(parse_study(STUDY, "test"), "plan", results / "config")
-    with pytest.raises(UserError, match="records: the work of plan is done, but its record cannot be written .* Check permissions"):
-        app(["--config", str(frozen), "--source", str(results / "cohort/a"), "--shard", "1", "--out", str(results / "joined")], standalone_mode=False)
+    with pytest.raises(
+        UserError, match="records: the work of plan is done, but its record cannot be written .* Check permissions"
+    ):
+        app(
+            [
+                "--config",
+                str(frozen),
+                "--source",
+                str(results / "cohort/a"),
+                "--shard",
+                "1",
+                "--out",
+                str(results / "joined"),
+            ],
+            standalone_mode=False,
+        )
 
 
 def test_weights_have_the_same_digest_with_and_without_torch(tmp_path):
-    tensors = {"b": torch.randn(3, 4), "a": torch.arange(5), "h": torch.randn(2).half(), "bf": torch.randn(2).bfloat16(), "s": torch.tensor(1.5)}
+    tensors = {
+        "b": torch.randn(3, 4),
+        "a": torch.arange(5),
+        "h": torch.randn(2).half(),
+        "bf": torch.randn(2).bfloat16(),
+        "s": torch.tensor(1.5),
+    }
     tensors["empty"] = torch.zeros(0, 3)
     save_file(tensors, tmp_path / "m.safetensors", {"note": "x"})
     assert safetensors_digest(tmp_path / "m.safetensors") == weights_digest(tensors)
@@ -182,11 +216,27 @@ def test_the_command_line_records_a_real_step(tmp_path):
     from meddiff_steps.cohort.manifest import write_manifest
 
     frame = pd.DataFrame(
-        {"scan_id": ["a", "b"], "subject_id": ["a", "b"], "session_id": None, "path": "x", "sha256": "0", "content_sha256": "0", "split": "train"}
+        {
+            "scan_id": ["a", "b"],
+            "subject_id": ["a", "b"],
+            "session_id": None,
+            "path": "x",
+            "sha256": "0",
+            "content_sha256": "0",
+            "split": "train",
+        }
     )
     (results / "cohort").mkdir()
     write_manifest(frame.assign(sex=["F", "M"]), results / "cohort/manifest.parquet")
-    command = ["plan", "--config", frozen, "--manifest", results / "cohort/manifest.parquet", "--out", results / "plan.parquet"]
+    command = [
+        "plan",
+        "--config",
+        frozen,
+        "--manifest",
+        results / "cohort/manifest.parquet",
+        "--out",
+        results / "plan.parquet",
+    ]
     done = subprocess.run([sys.executable, "-m", "meddiff_steps", *map(str, command)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((results / "records/plan.parquet.json").read_text())

@@ -16,11 +16,11 @@ from tiny_release import AGAIN, GIVEN_UP
 
 from meddiff_steps import config
 from meddiff_steps.cohort.manifest import read_manifest, write_manifest
-from meddiff_steps.errors import UserError
+from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.encoding import Grid, encode
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.provenance.regeneration import regenerate, regenerate_more
-from meddiff_steps.provenance.sealed import open_release
+from meddiff_steps.release.regeneration import regenerate, regenerate_more
+from meddiff_steps.release.sealed import open_release
 from meddiff_steps.steps import generate
 from meddiff_steps.steps import plan as plan_step
 from meddiff_steps.steps.regenerate import run as step
@@ -29,7 +29,9 @@ SNAKEMAKE = [sys.executable, "-m", "snakemake", "-s", str(Path(__file__).parents
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -49,7 +51,16 @@ def test_one_subject_alone_is_the_released_file(place, tmp_path):
 def test_a_shard_and_the_whole_cohort(place, tmp_path):
     shard = run("regenerate", place.release, "--models", place.results, "--shard", 1, "--out", tmp_path / "shard")
     assert shard.returncode == 0, shard.stdout + shard.stderr
-    whole = run("regenerate", place.release, "--models", place.results, "--out", tmp_path / "all", "--json", tmp_path / "all.json")
+    whole = run(
+        "regenerate",
+        place.release,
+        "--models",
+        place.results,
+        "--out",
+        tmp_path / "all",
+        "--json",
+        tmp_path / "all.json",
+    )
     assert whole.returncode == 0, whole.stdout + whole.stderr
     released = {row["image"]["path"] for row in open_release(place.release).released()}
     assert files(tmp_path / "all") == {path: (place.release / path).read_bytes() for path in released}
@@ -93,7 +104,18 @@ def test_what_cannot_be_made_again_is_refused(place, copied, tmp_path):
 def test_more_subjects_than_before_and_the_old_ones_as_they_were(place, tmp_path):
     """The six subjects of a group and six more, which are those that a study of twelve has."""
     done = run(
-        "regenerate", place.release, "--models", place.results, "--count", 12, "--group", "syn", "--out", tmp_path / "out", "--json", tmp_path / "x.json"
+        "regenerate",
+        place.release,
+        "--models",
+        place.results,
+        "--count",
+        12,
+        "--group",
+        "syn",
+        "--out",
+        tmp_path / "out",
+        "--json",
+        tmp_path / "x.json",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     released = {row["image"]["path"] for row in open_release(place.release).released() if row["group"] == "syn"}
@@ -113,20 +135,34 @@ def test_more_subjects_than_before_and_the_old_ones_as_they_were(place, tmp_path
     assert table[0].split("\t") == ["participant_id", "age", "sex", "path", "sha256", "voxel_sha256", "seed_key"]
     for one, line in zip(found["added"], table[1:], strict=True):
         subject = planned.loc[one["sample_id"]]
-        assert one["covariates"] == {"age": subject["age"], "sex": subject["sex"]} and one["seed_key"] == subject["seed_key"]
+        assert (
+            one["covariates"] == {"age": subject["age"], "sex": subject["sex"]}
+            and one["seed_key"] == subject["seed_key"]
+        )
         assert hashlib.sha256(made[one["path"]]).hexdigest() == one["sha256"] == line.split("\t")[4]
-    generate.run(config=config.freeze(larger, "generate", tmp_path), plan=root, shard=2, out=tmp_path / "shard.arrow", **place.model_files())
+    generate.run(
+        config=config.freeze(larger, "generate", tmp_path),
+        plan=root,
+        shard=2,
+        out=tmp_path / "shard.arrow",
+        **place.model_files(),
+    )
     drawn = Shards([tmp_path / "shard.arrow"])
     grid = Grid(tuple(place.study.preprocess.shape), place.study.preprocess.spacing_mm)
     for row, name in enumerate(drawn.column("sample_id")):
-        assert encode(drawn.tensor("image", row)[0].astype(np.float32), grid, name, "tiny")[0] == made[f"sub-{name}/anat/sub-{name}_T1w.nii.gz"]
+        assert (
+            encode(drawn.tensor("image", row)[0].astype(np.float32), grid, name, "tiny")[0]
+            == made[f"sub-{name}/anat/sub-{name}_T1w.nii.gz"]
+        )
 
 
 def test_a_shard_of_more_subjects_is_a_part_of_them(place, tmp_path):
     release = open_release(place.release)
     parts = [regenerate_more(release, place.results, tmp_path / "parts", 1, 10, "syn", shard) for shard in range(3)]
     compared, added = regenerate_more(release, place.results, tmp_path / "whole", 1, 10, "syn")
-    assert [one for part in parts for one in part[0]] == compared and [one for part in parts for one in part[1]] == added
+    assert [one for part in parts for one in part[0]] == compared and [
+        one for part in parts for one in part[1]
+    ] == added
     assert len(added) == 4 and files(tmp_path / "parts") == files(tmp_path / "whole")
     with pytest.raises(UserError, match=r"no shard 3: 10 subjects of group syn are 3 shards"):
         regenerate_more(release, place.results, tmp_path, 1, 10, "syn", 3)
@@ -153,7 +189,10 @@ def test_more_subjects_want_to_know_what_covariates_are_drawn_from(place, copied
         regenerate_more(release, tmp_path, tmp_path, 1, 12, "syn")
     # Another cohort gives others: the training rows are not those of the release.
     other = tmp_path / "other"
-    shutil.copytree(place.results / "diffusion", other / "diffusion"), shutil.copytree(place.results / "autoencoder", other / "autoencoder")
+    (
+        shutil.copytree(place.results / "diffusion", other / "diffusion"),
+        shutil.copytree(place.results / "autoencoder", other / "autoencoder"),
+    )
     (other / "cohort").mkdir()
     manifest = read_manifest(place.results / "cohort/manifest.parquet", place.study.covariates)
     write_manifest(manifest.assign(age=manifest["age"] * 0.9 + 5), other / "cohort/manifest.parquet")
@@ -170,7 +209,9 @@ def test_more_subjects_want_to_know_what_covariates_are_drawn_from(place, copied
 @pytest.mark.slow
 def test_snakemake_makes_more_subjects(place, tmp_path):
     given = ["--config", f"release={place.release}", f"models={place.results}", "count=12", "group=syn"]
-    done = subprocess.run([*SNAKEMAKE, str(tmp_path), "--cores", "1", "regenerate", *given], capture_output=True, text=True)
+    done = subprocess.run(
+        [*SNAKEMAKE, str(tmp_path), "--cores", "1", "regenerate", *given], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (comparison,) = tmp_path.glob("regenerated/*/comparison.json")
     assert len((comparison.parent / "added.tsv").read_text().splitlines()) == 7
@@ -180,7 +221,16 @@ def test_snakemake_makes_more_subjects(place, tmp_path):
 @pytest.mark.slow
 def test_snakemake_makes_a_release_again_shard_by_shard(place, tmp_path):
     done = subprocess.run(
-        [*SNAKEMAKE, str(tmp_path), "--cores", "1", "regenerate", "--config", f"release={place.release}", f"models={place.results}"],
+        [
+            *SNAKEMAKE,
+            str(tmp_path),
+            "--cores",
+            "1",
+            "regenerate",
+            "--config",
+            f"release={place.release}",
+            f"models={place.results}",
+        ],
         capture_output=True,
         text=True,
     )
@@ -193,6 +243,10 @@ def test_snakemake_makes_a_release_again_shard_by_shard(place, tmp_path):
 
 def test_snakemake_says_what_it_needs(place, tmp_path):
     few = ["--config", f"release={place.release}", f"models={place.results}", "count=2", "group=syn"]
-    for given, message in (([], "Which release"), (["--config", "release=nowhere"], "nowhere/provenance/config.json"), (few, "has 6 subjects already")):
+    for given, message in (
+        ([], "Which release"),
+        (["--config", "release=nowhere"], "nowhere/provenance/config.json"),
+        (few, "has 6 subjects already"),
+    ):
         done = subprocess.run([*SNAKEMAKE, str(tmp_path), "-n", "regenerate", *given], capture_output=True, text=True)
         assert done.returncode != 0 and message in done.stdout + done.stderr

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1
 from cryptography.hazmat.primitives.asymmetric.ec import generate_private_key as generate_ec
 
-from meddiff_steps.errors import UserError
+from meddiff_steps.core.errors import UserError
 from meddiff_steps.provenance import signature, verify
 
 
@@ -23,7 +23,9 @@ def key(tmp_path_factory):
     return path
 
 
-STATEMENT = signature.statement({"provenance/root.json": "ab" * 32}, {"seed": "x", "count": 2**53, "scale": 1.5}, {"plan.parquet": "cd" * 32})
+STATEMENT = signature.statement(
+    {"provenance/root.json": "ab" * 32}, {"seed": "x", "count": 2**53, "scale": 1.5}, {"plan.parquet": "cd" * 32}
+)
 
 
 def test_securesystemslib_accepts_the_envelope_and_refuses_a_changed_one(key):
@@ -35,18 +37,26 @@ def test_securesystemslib_accepts_the_envelope_and_refuses_a_changed_one(key):
     envelope = dsse.Envelope.from_dict(json.loads(json.dumps(content)))
     assert list(envelope.verify([public], 1)) == [public.keyid]
     assert json.loads(envelope.payload) == STATEMENT
-    broken = content | {"payload": base64.b64encode(base64.b64decode(content["payload"]).replace(b"ab", b"ac", 1)).decode()}
+    broken = content | {
+        "payload": base64.b64encode(base64.b64decode(content["payload"]).replace(b"ab", b"ac", 1)).decode()
+    }
     with pytest.raises(Exception, match="threshold|signatures"):
         dsse.Envelope.from_dict(broken).verify([public], 1)
 
 
 def test_the_pre_authentication_encoding_of_the_dsse_protocol():
     # https://github.com/secure-systems-lab/dsse/blob/master/protocol.md, test vectors.
-    assert signature.pre_authentication("http://example.com/HelloWorld", b"hello world") == b"DSSEv1 29 http://example.com/HelloWorld 11 hello world"
+    assert (
+        signature.pre_authentication("http://example.com/HelloWorld", b"hello world")
+        == b"DSSEv1 29 http://example.com/HelloWorld 11 hello world"
+    )
 
 
 def test_the_statement_has_the_form_of_in_toto_and_slsa():
-    assert STATEMENT["_type"] == "https://in-toto.io/Statement/v1" and STATEMENT["predicateType"] == "https://slsa.dev/provenance/v1"
+    assert (
+        STATEMENT["_type"] == "https://in-toto.io/Statement/v1"
+        and STATEMENT["predicateType"] == "https://slsa.dev/provenance/v1"
+    )
     assert STATEMENT["subject"] == [{"name": "provenance/root.json", "digest": {"sha256": "ab" * 32}}]
     predicate = STATEMENT["predicate"]
     assert set(predicate) == {"buildDefinition", "runDetails"} and predicate["runDetails"]["builder"]["id"]
@@ -56,10 +66,15 @@ def test_the_statement_has_the_form_of_in_toto_and_slsa():
 def test_signing_is_deterministic_and_verifies(key):
     private = signature.load_private(key)
     assert signature.sign(STATEMENT, private) == signature.sign(STATEMENT, private)
-    assert signature.verify(signature.sign(STATEMENT, private), signature.load_public(key.with_name("key.pem.pub"))) == STATEMENT
+    assert (
+        signature.verify(signature.sign(STATEMENT, private), signature.load_public(key.with_name("key.pem.pub")))
+        == STATEMENT
+    )
 
 
-@pytest.mark.parametrize("change", [{"payloadType": "text/plain"}, {"signatures": []}, {"payload": "***"}, {"payload": "e30="}])
+@pytest.mark.parametrize(
+    "change", [{"payloadType": "text/plain"}, {"signatures": []}, {"payload": "***"}, {"payload": "e30="}]
+)
 def test_a_changed_envelope_is_refused(key, change):
     private = signature.load_private(key)
     with pytest.raises(UserError):
@@ -82,11 +97,15 @@ def test_what_is_no_key_is_refused(tmp_path, key):
     with pytest.raises(UserError, match="not a public key"):
         signature.load_public(key)
     other = generate_ec(SECP256R1())
-    pem = other.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    pem = other.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
     (tmp_path / "ec.pem").write_bytes(pem)
     with pytest.raises(UserError, match="expected an ed25519 key"):
         signature.load_private(tmp_path / "ec.pem")
-    (tmp_path / "ec.pub").write_bytes(other.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo))
+    (tmp_path / "ec.pub").write_bytes(
+        other.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    )
     with pytest.raises(UserError, match="expected an ed25519 key"):
         signature.load_public(tmp_path / "ec.pub")
     with pytest.raises(verify.Unreadable, match="not an ed25519 public key"):
@@ -128,4 +147,7 @@ def test_the_verifier_knows_ed25519_without_a_library(public, message, signed):
 def test_both_implementations_name_a_key_alike(key):
     public = key.with_name("key.pem.pub")
     raw = verify.read_public_key(public)
-    assert signature.key_id(signature.load_public(public)) == hashlib.sha256(bytes.fromhex("302a300506032b6570032100") + raw).hexdigest()
+    assert (
+        signature.key_id(signature.load_public(public))
+        == hashlib.sha256(bytes.fromhex("302a300506032b6570032100") + raw).hexdigest()
+    )

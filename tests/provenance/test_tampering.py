@@ -1,7 +1,8 @@
 """Attacks on a release, and the check that must see each.
 
-The first kind changes files and leaves the seal as it was: L0 to L2 see it.  The second kind is by somebody who knows how
-releases are sealed and seals the changed one again: without the publisher's key only L3 to L5 can see it, with the key L1 does.
+The first kind changes files and leaves the seal as it was: L0 to L2 see it.  The second kind is by somebody who knows
+how releases are sealed and seals the changed one again: without the publisher's key only L3 to L5 can see it, with the
+key L1 does.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_release import AGAIN, GIVEN_UP, Place
 
-from meddiff_steps.diffusion.noise import seed_key
-from meddiff_steps.files import sha256_file, write_json
+from meddiff_steps.audit.audit import Report, Request, audit
+from meddiff_steps.core.files import sha256_file, write_json
+from meddiff_steps.core.random_streams import seed_key
 from meddiff_steps.imaging.encoding import Grid, encode_volume, voxel_digest
-from meddiff_steps.provenance import bundle, crate, croissant, ledger, signature
-from meddiff_steps.provenance.audit import Report, Request, audit
+from meddiff_steps.provenance import ledger, signature
+from meddiff_steps.release import crate, croissant
+from meddiff_steps.release import seal as bundle
 
 FIRST, SECOND, LAST = "syn000000", "syn000003", "syn000005"
 
@@ -79,7 +82,9 @@ class Target:
                 path = self.folder / row["image"]["path"]
                 row["image"] |= {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         schema = ledger.public_schema(self.place.study.covariates)
-        written = ledger.write_ledger(ledger.as_tables(rows, schema), schema, self.folder / bundle.TABLE, self.folder / bundle.LINES)
+        written = ledger.write_ledger(
+            ledger.as_tables(rows, schema), schema, self.folder / bundle.TABLE, self.folder / bundle.LINES
+        )
         root = self.json(bundle.ROOT)
         paths = {row["image"]["path"] for row in rows if row["image"]}
         shards = ledger.shard_roots(written, {row["sample_id"]: 0 for row in rows})
@@ -87,7 +92,9 @@ class Target:
         files = bundle._files(self.folder, paths)
         if describe:
             with contextlib.suppress(KeyError):  # of what is malformed nothing can be said
-                for name, content in bundle.metadata(self.folder, root["ledger"], root["inputs"], files, self.json(croissant.NAME)["datePublished"]):
+                for name, content in bundle.metadata(
+                    self.folder, root["ledger"], root["inputs"], files, self.json(croissant.NAME)["datePublished"]
+                ):
                     write_json(self.folder / name, content)
                     files[name] = bundle._entry(self.folder / name)
         root |= {"signer": None, "files": files}
@@ -101,7 +108,9 @@ class Target:
         self.path(name).write_bytes(content)
         rows = self.rows()
         if honest:
-            next(row for row in rows if row["sample_id"] == name)["image"]["voxel_sha256"] = voxel_digest(kept, grid.affine)
+            next(row for row in rows if row["sample_id"] == name)["image"]["voxel_sha256"] = voxel_digest(
+                kept, grid.affine
+            )
         self.seal(rows)
 
     def rewrite(self, name: str, change: Callable[[bytearray], None]) -> None:
@@ -164,7 +173,9 @@ def _drop_field(target: Target) -> None:
 
 
 def _climb(target: Target) -> None:
-    _edit_line(target, lambda lines: [line.replace(b'"path":"sub-syn000000/', b'"path":"../sub-syn000000/') for line in lines])
+    _edit_line(
+        target, lambda lines: [line.replace(b'"path":"sub-syn000000/', b'"path":"../sub-syn000000/') for line in lines]
+    )
 
 
 def _parquet(target: Target) -> None:
@@ -189,7 +200,10 @@ def _raise_age(lines: list[str]) -> list[str]:
 def _sign_by_another(target: Target) -> None:
     signature.generate(target.keep / "other.pem")
     key = signature.load_private(target.keep / "other.pem")
-    target.edit(bundle.SIGNATURE, lambda envelope: envelope.update(signature.sign(json.loads(base64.b64decode(envelope["payload"])), key)))
+    target.edit(
+        bundle.SIGNATURE,
+        lambda envelope: envelope.update(signature.sign(json.loads(base64.b64decode(envelope["payload"])), key)),
+    )
 
 
 def _name_the_right_key(target: Target) -> None:
@@ -222,16 +236,26 @@ def _private(target: Target, change: Callable[[list[dict[str, Any]]], list[dict[
 
 
 def _record(target: Target, step: str) -> Path:
-    return next(path for path in sorted((target.folder / bundle.RECORDS).rglob("*.json")) if json.loads(path.read_text())["step"] == step)
+    return next(
+        path
+        for path in sorted((target.folder / bundle.RECORDS).rglob("*.json"))
+        if json.loads(path.read_text())["step"] == step
+    )
 
 
 NAIVE = {
     "one bit of a voxel": Attack(_flip_voxel, 1, "images"),
     "one bit of a compressed image": Attack(lambda t: _flip(t.path(FIRST), 60), 1, "images"),
-    "the origin in a header": Attack(lambda t: t.rewrite(FIRST, lambda c: c.__setitem__(slice(268, 272), struct.pack("<f", 3.0))), 1, "images"),
-    "an image compressed again": Attack(lambda t: t.path(FIRST).write_bytes(gzip.compress(gzip.decompress(t.path(FIRST).read_bytes()), 1)), 1, "images"),
+    "the origin in a header": Attack(
+        lambda t: t.rewrite(FIRST, lambda c: c.__setitem__(slice(268, 272), struct.pack("<f", 3.0))), 1, "images"
+    ),
+    "an image compressed again": Attack(
+        lambda t: t.path(FIRST).write_bytes(gzip.compress(gzip.decompress(t.path(FIRST).read_bytes()), 1)), 1, "images"
+    ),
     "an image cut short": Attack(lambda t: t.path(FIRST).write_bytes(t.path(FIRST).read_bytes()[:-1]), 1, "images"),
-    "a byte behind an image": Attack(lambda t: t.path(FIRST).write_bytes(t.path(FIRST).read_bytes() + b"x"), 1, "images"),
+    "a byte behind an image": Attack(
+        lambda t: t.path(FIRST).write_bytes(t.path(FIRST).read_bytes() + b"x"), 1, "images"
+    ),
     "two images swapped": Attack(_swap, 1, "images"),
     "an image renamed": Attack(_rename, 2, "no-orphans"),
     "an image removed": Attack(lambda t: t.path(FIRST).unlink(), 2, "no-missing"),
@@ -242,46 +266,76 @@ NAIVE = {
     "a dangling link": Attack(lambda t: (t.folder / "derivatives").symlink_to(t.keep / "none"), 2, "no-links"),
     "an empty folder": Attack(lambda t: (t.folder / "sub-syn000099/anat").mkdir(parents=True), 2, "no-stray-folders"),
     "a name in other case": Attack(lambda t: shutil.copy(t.folder / "README", t.folder / "ReadMe"), 2, "no-case-clash"),
-    "one bit of the ledger": Attack(lambda t: _flip(t.folder / bundle.LINES, t.lines()[0].index(b'"seed_key":"') + 14), 1, "ledger-root"),
+    "one bit of the ledger": Attack(
+        lambda t: _flip(t.folder / bundle.LINES, t.lines()[0].index(b'"seed_key":"') + 14), 1, "ledger-root"
+    ),
     "a row dropped": Attack(lambda t: _edit_line(t, lambda x: x[:3] + x[4:]), 1, "ledger-root"),
     "a row doubled": Attack(lambda t: _edit_line(t, lambda x: [*x[:3], x[2], *x[3:]]), 0, "rows-order"),
     "rows in another order": Attack(lambda t: _edit_line(t, lambda x: [x[1], x[0], *x[2:]]), 0, "rows-order"),
     "a row without recipe": Attack(_drop_field, 0, "rows-form"),
     "a row that is no JSON": Attack(lambda t: _edit_line(t, lambda x: [x[0][:-1], *x[1:]]), 0, "rows-form"),
-    "a key twice in a row": Attack(lambda t: _edit_line(t, lambda x: [x[0].replace(b'{"attempt":0', b'{"attempt":1,"attempt":0'), *x[1:]]), 0, "rows-form"),
-    "a row that is not canonical": Attack(lambda t: _edit_line(t, lambda x: [x[0].replace(b'":', b'": ', 1), *x[1:]]), 0, "twins"),
+    "a key twice in a row": Attack(
+        lambda t: _edit_line(t, lambda x: [x[0].replace(b'{"attempt":0', b'{"attempt":1,"attempt":0'), *x[1:]]),
+        0,
+        "rows-form",
+    ),
+    "a row that is not canonical": Attack(
+        lambda t: _edit_line(t, lambda x: [x[0].replace(b'":', b'": ', 1), *x[1:]]), 0, "twins"
+    ),
     "a path out of the release": Attack(_climb, 0, "rows-form"),
     "the table beside the ledger": Attack(_parquet, 0, "twins"),
     "a table that is none": Attack(lambda t: (t.folder / bundle.TABLE).write_bytes(b"PAR1"), 0, "twins"),
-    "the root in root.json": Attack(lambda t: t.edit(bundle.ROOT, lambda r: r["ledger"].update(root="0" * 64)), 1, "ledger-root"),
-    "a shard's root": Attack(lambda t: t.edit(bundle.ROOT, lambda r: r["ledger"]["shards"][1].update(root="0" * 64)), 1, "shard-roots"),
+    "the root in root.json": Attack(
+        lambda t: t.edit(bundle.ROOT, lambda r: r["ledger"].update(root="0" * 64)), 1, "ledger-root"
+    ),
+    "a shard's root": Attack(
+        lambda t: t.edit(bundle.ROOT, lambda r: r["ledger"]["shards"][1].update(root="0" * 64)), 1, "shard-roots"
+    ),
     "a shard's rows": Attack(lambda t: t.edit(bundle.ROOT, lambda r: r["ledger"]["shards"].pop()), 1, "shard-roots"),
-    "the verdict in root.json": Attack(lambda t: t.edit(bundle.ROOT, lambda r: r["privacy"].update(verdict="BEST")), 1, "signature"),
-    "an unknown version": Attack(lambda t: t.edit(bundle.ROOT, lambda r: r.update(schema="meddiff/release/v9")), 0, "root-form"),
+    "the verdict in root.json": Attack(
+        lambda t: t.edit(bundle.ROOT, lambda r: r["privacy"].update(verdict="BEST")), 1, "signature"
+    ),
+    "an unknown version": Attack(
+        lambda t: t.edit(bundle.ROOT, lambda r: r.update(schema="meddiff/release/v9")), 0, "root-form"
+    ),
     "root.json removed": Attack(lambda t: (t.folder / bundle.ROOT).unlink(), 0, "root-form"),
     "one bit of the config": Attack(lambda t: _flip(t.folder / bundle.CONFIG, 100), 1, "files"),
-    "a run record": Attack(lambda t: _record(t, "generate").write_text(_record(t, "generate").read_text().replace("numpy", "numpi")), 1, "files"),
+    "a run record": Attack(
+        lambda t: _record(t, "generate").write_text(_record(t, "generate").read_text().replace("numpy", "numpi")),
+        1,
+        "files",
+    ),
     "a run record removed": Attack(lambda t: _record(t, "generate").unlink(), 2, "no-missing"),
     "the verifier": Attack(lambda t: (t.folder / bundle.VERIFIER).write_text("print('all is well')"), 1, "files"),
     "a covariate in participants.tsv": Attack(lambda t: _edit_tsv(t, _raise_age), 2, "participants"),
     "a row of participants.tsv": Attack(lambda t: _edit_tsv(t, lambda x: x[:-1]), 2, "participants"),
     "a participant twice": Attack(lambda t: _edit_tsv(t, lambda x: [*x, x[-1]]), 2, "participants"),
-    "the metadata of the crate": Attack(lambda t: t.edit(crate.NAME, lambda c: c["@graph"][1].update(license={"@id": "#mine"})), 1, "files"),
+    "the metadata of the crate": Attack(
+        lambda t: t.edit(crate.NAME, lambda c: c["@graph"][1].update(license={"@id": "#mine"})), 1, "files"
+    ),
     "a run dropped from the crate": Attack(lambda t: t.edit(crate.NAME, lambda c: c["@graph"].pop()), 4, "metadata"),
     "no crate": Attack(lambda t: (t.folder / crate.NAME).unlink(), 2, "no-missing"),
     "no croissant": Attack(lambda t: (t.folder / croissant.NAME).unlink(), 2, "no-missing"),
-    "real images, says croissant": Attack(lambda t: t.edit(croissant.NAME, lambda c: c.update({"rai:hasSyntheticData": False})), 1, "files"),
+    "real images, says croissant": Attack(
+        lambda t: t.edit(croissant.NAME, lambda c: c.update({"rai:hasSyntheticData": False})), 1, "files"
+    ),
     "the licence": Attack(lambda t: (t.folder / "LICENSE").write_text("All rights reserved."), 1, "files"),
     "the mark in the sidecar": Attack(lambda t: t.edit("T1w.json", lambda c: c.pop("Synthesis")), 5, "marks"),
-    "the mark of the dataset": Attack(lambda t: t.edit("dataset_description.json", lambda c: c.update(Synthetic=False)), 5, "marks"),
+    "the mark of the dataset": Attack(
+        lambda t: t.edit("dataset_description.json", lambda c: c.update(Synthetic=False)), 5, "marks"
+    ),
     "the signature stripped": Attack(lambda t: (t.folder / bundle.SIGNATURE).unlink(), 1, "signature"),
-    "the signature stripped, seen without a key": Attack(lambda t: (t.folder / bundle.SIGNATURE).unlink(), 1, "signature", key=False),
+    "the signature stripped, seen without a key": Attack(
+        lambda t: (t.folder / bundle.SIGNATURE).unlink(), 1, "signature", key=False
+    ),
     "a signature by another key": Attack(_sign_by_another, 1, "signature"),
     "another key that claims to be the right one": Attack(_name_the_right_key, 1, "signature"),
     "the signature of another release": Attack(_replay, 1, "signature"),
     "a signed statement changed": Attack(_edit_payload, 1, "signature"),
     "a signature that is none": Attack(lambda t: (t.folder / bundle.SIGNATURE).write_text("{}"), 1, "signature"),
-    "a similarity in the private ledger": Attack(lambda t: _private(t, lambda r: [r[0] | {"nearest": r[1]["nearest"]}, *r[1:]]), 4, "private-ledger"),
+    "a similarity in the private ledger": Attack(
+        lambda t: _private(t, lambda r: [r[0] | {"nearest": r[1]["nearest"]}, *r[1:]]), 4, "private-ledger"
+    ),
     "a candidate missing in the private ledger": Attack(lambda t: _private(t, lambda r: r[:-1]), 4, "private-ledger"),
 }
 
@@ -307,11 +361,20 @@ def _slip_in(target: Target) -> None:
     target.path(GIVEN_UP).write_bytes(content)
     path = target.path(GIVEN_UP).relative_to(target.folder).as_posix()
     row.update(
-        attempt=1, seed_key=key, noise_sha256=ledger.noise_digest(key), image={"path": path, "voxel_sha256": voxel_digest(stored, Grid((8, 8, 8), 20.0).affine)}
+        attempt=1,
+        seed_key=key,
+        noise_sha256=ledger.noise_digest(key),
+        image={"path": path, "voxel_sha256": voxel_digest(stored, Grid((8, 8, 8), 20.0).affine)},
     )
     row["privacy"]["decision"] = "released"
-    cells = {"age": f"{row['covariates']['age']:.6g}" if row["covariates"]["age"] else "n/a", "sex": row["covariates"]["sex"] or "n/a"}
-    _edit_tsv(target, lambda lines: [*lines, "\t".join([f"sub-{GIVEN_UP}", *(cells[name] for name in lines[0].split("\t")[1:])])])
+    cells = {
+        "age": f"{row['covariates']['age']:.6g}" if row["covariates"]["age"] else "n/a",
+        "sex": row["covariates"]["sex"] or "n/a",
+    }
+    _edit_tsv(
+        target,
+        lambda lines: [*lines, "\t".join([f"sub-{GIVEN_UP}", *(cells[name] for name in lines[0].split("\t")[1:])])],
+    )
     target.seal(rows)
 
 
@@ -321,7 +384,12 @@ def _shift_age(target: Target, age: float) -> None:
 
     def change(lines: list[str]) -> list[str]:
         column = lines[0].split("\t").index("age")
-        return ["\t".join([*(c := line.split("\t"))[:column], f"{age:g}", *c[column + 1 :]]) if line.startswith(f"sub-{FIRST}") else line for line in lines]
+        return [
+            "\t".join([*(c := line.split("\t"))[:column], f"{age:g}", *c[column + 1 :]])
+            if line.startswith(f"sub-{FIRST}")
+            else line
+            for line in lines
+        ]
 
     _edit_tsv(target, change)
     target.seal(rows)
@@ -355,18 +423,24 @@ def _stray_record(target: Target) -> None:
 
 def _from_elsewhere(path: str) -> Callable[[Target], None]:
     """The diffusion model came from a file that no run wrote."""
-    return lambda target: _edit_record(target, "generate", lambda r: r["inputs"]["diffusion"][0].update(path=path, sha256="0" * 64))
+    return lambda target: _edit_record(
+        target, "generate", lambda r: r["inputs"]["diffusion"][0].update(path=path, sha256="0" * 64)
+    )
 
 
 def _keep_inputs(step: str, *names: str) -> Callable[[Target], None]:
-    return lambda target: _edit_record(target, step, lambda r: r.update(inputs={name: r["inputs"][name] for name in names}))
+    return lambda target: _edit_record(
+        target, step, lambda r: r.update(inputs={name: r["inputs"][name] for name in names})
+    )
 
 
 def _other_training(target: Target) -> None:
     """A second training, recorded, whose weights the images were made with; the rows name those of the first."""
     content = json.loads(_record(target, "diffusion").read_text())
     for entry in (one for files in content["outputs"].values() for one in files):
-        entry.update(path=f"other/{entry['path']}", **({"weights_sha256": "2" * 64} if "weights_sha256" in entry else {}))
+        entry.update(
+            path=f"other/{entry['path']}", **({"weights_sha256": "2" * 64} if "weights_sha256" in entry else {})
+        )
     write_json(target.folder / bundle.RECORDS / "other/diffusion/card.json.json", content)
     for record in (target.folder / bundle.RECORDS / "generated").glob("*.json"):
 
@@ -503,7 +577,9 @@ def _behind(content: bytes, packed: bool) -> Callable[[Target], None]:
     def apply(target: Target) -> None:
         path = target.path(FIRST)
         path.write_bytes(
-            path.read_bytes() + gzip.compress(content, mtime=0) if packed else gzip.compress(gzip.decompress(path.read_bytes()) + content, mtime=0)
+            path.read_bytes() + gzip.compress(content, mtime=0)
+            if packed
+            else gzip.compress(gzip.decompress(path.read_bytes()) + content, mtime=0)
         )
         target.seal()
 
@@ -517,29 +593,55 @@ def _break_image(target: Target) -> None:
 
 SEALED_AGAIN = {
     "another subject's key": Attack(lambda t: t.edit_row(FIRST, lambda r: _reuse(r, t)), 4, "unique"),
-    "another subject's key does not follow from the seed": Attack(lambda t: t.edit_row(FIRST, lambda r: _reuse(r, t)), 4, "seed-keys"),
+    "another subject's key does not follow from the seed": Attack(
+        lambda t: t.edit_row(FIRST, lambda r: _reuse(r, t)), 4, "seed-keys"
+    ),
     "a key that was picked": Attack(lambda t: t.edit_row(FIRST, _pick_key), 4, "seed-keys"),
-    "another root of the seeds": Attack(lambda t: t.edit_row(FIRST, lambda r: r.update(cohort_root="seed2/syn")), 4, "seed-keys"),
+    "another root of the seeds": Attack(
+        lambda t: t.edit_row(FIRST, lambda r: r.update(cohort_root="seed2/syn")), 4, "seed-keys"
+    ),
     "noise of another key": Attack(lambda t: t.edit_row(FIRST, lambda r: r.update(noise_sha256="0" * 64)), 4, "noise"),
     "a hidden attempt": Attack(lambda t: t.edit_row(AGAIN, lambda r: r["privacy"].update(attempts=1)), 4, "attempts"),
-    "more attempts than allowed": Attack(lambda t: t.edit_row(GIVEN_UP, lambda r: r["privacy"].update(attempts=9)), 4, "attempts"),
+    "more attempts than allowed": Attack(
+        lambda t: t.edit_row(GIVEN_UP, lambda r: r["privacy"].update(attempts=9)), 4, "attempts"
+    ),
     "a rejected subject, with row and key": Attack(_slip_in, 4, "verdict"),
     "a rejected subject, against the private ledger": Attack(_slip_in, 4, "private-ledger"),
     "an age out of the range": Attack(lambda t: _shift_age(t, 130.0), 4, "covariates"),
     "an age that the plan excludes": Attack(lambda t: _shift_age(t, 22.0), 4, "covariates"),
-    "another sampler in one row": Attack(lambda t: t.edit_row(FIRST, lambda r: r.update(recipe=r["recipe"] | {"sampler": "ddpm"})), 4, "recipe"),
-    "another guidance in all rows": Attack(lambda t: _all_rows(t, lambda r: r["recipe"].update(guidance_scale=7.5)), 4, "recipe"),
+    "another sampler in one row": Attack(
+        lambda t: t.edit_row(FIRST, lambda r: r.update(recipe=r["recipe"] | {"sampler": "ddpm"})), 4, "recipe"
+    ),
+    "another guidance in all rows": Attack(
+        lambda t: _all_rows(t, lambda r: r["recipe"].update(guidance_scale=7.5)), 4, "recipe"
+    ),
     "another batch size": Attack(lambda t: _all_rows(t, lambda r: r["recipe"].update(batch_size=1)), 4, "recipe"),
-    "another checkpoint in one row": Attack(lambda t: t.edit_row(FIRST, lambda r: r.update(recipe=r["recipe"] | {"diffusion": "1" * 64})), 3, "weights"),
-    "another checkpoint in all rows": Attack(lambda t: _all_rows(t, lambda r: r["recipe"].update(autoencoder="1" * 64)), 3, "weights"),
+    "another checkpoint in one row": Attack(
+        lambda t: t.edit_row(FIRST, lambda r: r.update(recipe=r["recipe"] | {"diffusion": "1" * 64})), 3, "weights"
+    ),
+    "another checkpoint in all rows": Attack(
+        lambda t: _all_rows(t, lambda r: r["recipe"].update(autoencoder="1" * 64)), 3, "weights"
+    ),
     "a subject forgotten": Attack(lambda t: _forget(t, FIRST), 2, "indices"),
     "the last subject forgotten": Attack(lambda t: _forget(t, LAST), 4, "groups"),
-    "other settings in the config": Attack(lambda t: (t.edit(bundle.CONFIG, lambda c: c["privacy"].update(level=0.2)), t.seal()), 4, "settings"),
-    "another seed in the config": Attack(lambda t: (t.edit(bundle.CONFIG, lambda c: c.update(seed="other")), t.seal()), 4, "seed-keys"),
-    "a config that is none": Attack(lambda t: (t.edit(bundle.CONFIG, lambda c: c.pop("plan")), t.seal()), 0, "readable"),
-    "another environment lock": Attack(lambda t: ((t.folder / bundle.LOCK).write_text("numpy==1.0\n"), t.seal()), 3, "environment"),
-    "a record of another output": Attack(lambda t: _edit_record(t, "generate", lambda r: r["outputs"]["out"][0].update(sha256="0" * 64)), 3, "chain"),
-    "a record of another input": Attack(lambda t: _edit_record(t, "generate", lambda r: r["inputs"]["plan"][0].update(sha256="0" * 64)), 3, "chain"),
+    "other settings in the config": Attack(
+        lambda t: (t.edit(bundle.CONFIG, lambda c: c["privacy"].update(level=0.2)), t.seal()), 4, "settings"
+    ),
+    "another seed in the config": Attack(
+        lambda t: (t.edit(bundle.CONFIG, lambda c: c.update(seed="other")), t.seal()), 4, "seed-keys"
+    ),
+    "a config that is none": Attack(
+        lambda t: (t.edit(bundle.CONFIG, lambda c: c.pop("plan")), t.seal()), 0, "readable"
+    ),
+    "another environment lock": Attack(
+        lambda t: ((t.folder / bundle.LOCK).write_text("numpy==1.0\n"), t.seal()), 3, "environment"
+    ),
+    "a record of another output": Attack(
+        lambda t: _edit_record(t, "generate", lambda r: r["outputs"]["out"][0].update(sha256="0" * 64)), 3, "chain"
+    ),
+    "a record of another input": Attack(
+        lambda t: _edit_record(t, "generate", lambda r: r["inputs"]["plan"][0].update(sha256="0" * 64)), 3, "chain"
+    ),
     "a record that is missing": Attack(lambda t: (_record(t, "filter").unlink(), t.seal()), 3, "chain"),
     "no record of the cohort": Attack(lambda t: (_record(t, "cohort").unlink(), t.seal()), 3, "ends"),
     "runs in a circle": Attack(_circle, 3, "chain"),
@@ -548,38 +650,71 @@ SEALED_AGAIN = {
     "a model that is said to be a config": Attack(_from_elsewhere("config/model.safetensors"), 3, "chain"),
     "images made of nothing": Attack(_keep_inputs("generate", "config"), 3, "sources"),
     "images made without a model": Attack(_keep_inputs("generate", "config", "plan"), 3, "sources"),
-    "a filter without limits": Attack(_keep_inputs("filter", "config", "plan", "generated", "autoencoder", "diffusion"), 3, "sources"),
+    "a filter without limits": Attack(
+        _keep_inputs("filter", "config", "plan", "generated", "autoencoder", "diffusion"), 3, "sources"
+    ),
     "a model trained on nothing": Attack(_keep_inputs("autoencoder", "config", "manifest"), 3, "sources"),
     "images made by another training": Attack(_other_training, 3, "sources"),
     "a record that leads nowhere": Attack(_stray_record, 3, "stray-records"),
-    "no privacy report behind the ledger": Attack(lambda t: t.edit(bundle.ROOT, lambda r: r["inputs"].pop("privacy/report.json")), 3, "ends", key=False),
+    "no privacy report behind the ledger": Attack(
+        lambda t: t.edit(bundle.ROOT, lambda r: r["inputs"].pop("privacy/report.json")), 3, "ends", key=False
+    ),
     "a record that is none": Attack(lambda t: _edit_record(t, "generate", lambda r: r.pop("inputs")), 0, "readable"),
     "real images, says croissant": Attack(
-        lambda t: (t.edit(croissant.NAME, lambda c: c.update({"rai:hasSyntheticData": False})), t.seal(describe=False)), 4, "metadata"
+        lambda t: (t.edit(croissant.NAME, lambda c: c.update({"rai:hasSyntheticData": False})), t.seal(describe=False)),
+        4,
+        "metadata",
     ),
     "another author in the crate": Attack(
-        lambda t: (t.edit(crate.NAME, lambda c: next(e for e in c["@graph"] if e["@type"] == "Person").update(name="X")), t.seal(describe=False)), 4, "metadata"
+        lambda t: (
+            t.edit(crate.NAME, lambda c: next(e for e in c["@graph"] if e["@type"] == "Person").update(name="X")),
+            t.seal(describe=False),
+        ),
+        4,
+        "metadata",
     ),
-    "a FAIL that was released": Attack(lambda t: t.edit(bundle.ROOT, lambda r: r["privacy"].update(verdict="FAIL")), 4, "verdict", key=False),
-    "fewer released than the report says": Attack(lambda t: t.edit(bundle.ROOT, lambda r: r["privacy"]["counts"].update(released=9)), 4, "verdict", key=False),
-    "another picture, old voxel digest": Attack(lambda t: t.show(FIRST, _noise_image(0, 1000), honest=False), 5, "voxels"),
+    "a FAIL that was released": Attack(
+        lambda t: t.edit(bundle.ROOT, lambda r: r["privacy"].update(verdict="FAIL")), 4, "verdict", key=False
+    ),
+    "fewer released than the report says": Attack(
+        lambda t: t.edit(bundle.ROOT, lambda r: r["privacy"]["counts"].update(released=9)), 4, "verdict", key=False
+    ),
+    "another picture, old voxel digest": Attack(
+        lambda t: t.show(FIRST, _noise_image(0, 1000), honest=False), 5, "voxels"
+    ),
     "one voxel": Attack(lambda t: (_flip_voxel(t), t.seal()), 5, "voxels"),
-    "moved in space": Attack(lambda t: (t.rewrite(FIRST, lambda c: c.__setitem__(slice(292, 296), struct.pack("<f", 3.0))), t.seal()), 5, "voxels"),
+    "moved in space": Attack(
+        lambda t: (t.rewrite(FIRST, lambda c: c.__setitem__(slice(292, 296), struct.pack("<f", 3.0))), t.seal()),
+        5,
+        "voxels",
+    ),
     "another verdict": Attack(_privacy(lambda p: p.update(verdict="CONDITIONAL")), 4, "verdict"),
     "nothing was rejected": Attack(_privacy(lambda p: p["counts"].update(rejected=0)), 4, "verdict"),
     "fewer candidates": Attack(_privacy(lambda p: p["counts"].update(candidates=10)), 4, "verdict"),
     "no counts": Attack(_privacy(lambda p: p.update(counts={})), 4, "verdict"),
     "false metadata by another version": Attack(_older, 3, "code"),
-    "real scans, says the description": Attack(_say("dataset_description.json", lambda c: c.update(Name="Real scans")), 3, "chain"),
+    "real scans, says the description": Attack(
+        _say("dataset_description.json", lambda c: c.update(Name="Real scans")), 3, "chain"
+    ),
     "ages in months": Attack(_say("participants.json", lambda c: c["age"].update(Units="month")), 4, "described"),
-    "sexes exchanged": Attack(_say("participants.json", lambda c: c["sex"].update(Levels={"F": "male", "M": "female"})), 4, "described"),
-    "a patient in the sidecar": Attack(_say("T1w.json", lambda c: c.update(Description="T1w of a patient")), 4, "described"),
-    "another licence": Attack(lambda t: ((t.folder / "LICENSE").write_text("All rights reserved."), t.seal()), 4, "described"),
+    "sexes exchanged": Attack(
+        _say("participants.json", lambda c: c["sex"].update(Levels={"F": "male", "M": "female"})), 4, "described"
+    ),
+    "a patient in the sidecar": Attack(
+        _say("T1w.json", lambda c: c.update(Description="T1w of a patient")), 4, "described"
+    ),
+    "another licence": Attack(
+        lambda t: ((t.folder / "LICENSE").write_text("All rights reserved."), t.seal()), 4, "described"
+    ),
     "a cell too many in participants.tsv": Attack(_extra_cell, 2, "participants"),
     "a scan slipped in, in capitals": Attack(_slip_in_as("SUB-real01/T1W.NII.GZ"), 2, "one-image-each"),
     "a scan slipped in, of another format": Attack(_slip_in_as("real.mgz"), 2, "one-image-each"),
     "a run with no settings": Attack(
-        lambda t: _edit_record(t, "diffusion", lambda r: r.update(config={"sections": [], "sha256": hashlib.sha256(b"{}").hexdigest()})), 4, "settings"
+        lambda t: _edit_record(
+            t, "diffusion", lambda r: r.update(config={"sections": [], "sha256": hashlib.sha256(b"{}").hexdigest()})
+        ),
+        4,
+        "settings",
     ),
     "limits raised for one candidate": Attack(_raise_limits(1.0), 4, "private-ledger"),
     "no limits for one candidate": Attack(_raise_limits(None), 4, "private-ledger"),
@@ -603,8 +738,12 @@ SEALED_AGAIN = {
     "no image in the file": Attack(_break_image, 5, "decodes"),
     "the mark in the header extension": Attack(_unmark, 5, "marks"),
     "the mark in the description": Attack(lambda t: _describe(t, b"T1 of a patient"), 5, "marks"),
-    "another subject's file, with its mark": Attack(lambda t: (shutil.copy(t.path(SECOND), t.path(FIRST)), t.seal()), 5, "marks"),
-    "the sidecar's mark": Attack(lambda t: (t.edit("T1w.json", lambda c: c["Synthesis"].update(Synthetic=False)), t.seal()), 5, "marks"),
+    "another subject's file, with its mark": Attack(
+        lambda t: (shutil.copy(t.path(SECOND), t.path(FIRST)), t.seal()), 5, "marks"
+    ),
+    "the sidecar's mark": Attack(
+        lambda t: (t.edit("T1w.json", lambda c: c["Synthesis"].update(Synthetic=False)), t.seal()), 5, "marks"
+    ),
 }
 
 
@@ -633,7 +772,9 @@ def test_a_release_that_was_sealed_again_is_seen(target, name):
     found = seen(target.audit(key=False))
     assert (attack.level, attack.check) in found
     if attack.key:
-        assert {level for level, _ in found} & {1} == set(), "the seal itself is sound, so that it is this check that sees it"
+        assert {level for level, _ in found} & {1} == set(), (
+            "the seal itself is sound, so that it is this check that sees it"
+        )
         assert (1, "signature") in seen(target.audit()), "and whoever has the key sees it at once"
 
 
@@ -647,7 +788,9 @@ def test_sealing_again_alone_is_no_finding_without_the_key(target):
 
 
 def test_an_allowed_covariate_that_was_edited_is_seen_with_the_key_alone(target):
-    """What only the images themselves could contradict: L6 makes them again; without models the signature is what remains."""
+    """What only the images themselves could contradict: L6 makes them again; without models the signature is what
+    remains.
+    """
     _shift_age(target, 55.5)
     assert seen(target.audit(key=False)) == set()
     assert (1, "signature") in seen(target.audit())
@@ -702,12 +845,19 @@ def stand_alone(folder: Path, *arguments: str) -> subprocess.CompletedProcess[st
     from meddiff_steps.provenance import verify
 
     copy = Path(shutil.copy(verify.__file__, folder.parent / "verify.py"))
-    return subprocess.run([sys.executable, "-I", "-S", str(copy), str(folder), *arguments], capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
+    return subprocess.run(
+        [sys.executable, "-I", "-S", str(copy), str(folder), *arguments],
+        capture_output=True,
+        text=True,
+        env={"PATH": os.environ["PATH"]},
+    )
 
 
 def test_verify_accepts_the_clean_release(place, tmp_path):
     own = place.release / "provenance/verify.py"
-    done = subprocess.run([sys.executable, "-I", "-S", str(own), "--key", f"{place.key}.pub", "--json"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", str(own), "--key", f"{place.key}.pub", "--json"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     checks = json.loads(done.stdout)
     assert {check["outcome"] for check in checks} == {"pass"} and {check["level"] for check in checks} == {0, 1, 2}
@@ -715,13 +865,17 @@ def test_verify_accepts_the_clean_release(place, tmp_path):
     assert not (place.release / "provenance/__pycache__").exists()
 
 
-@pytest.mark.parametrize("name", [name for name, attack in NAIVE.items() if attack.level <= 2 and attack.check not in ("twins",)][::4])
+@pytest.mark.parametrize(
+    "name", [name for name, attack in NAIVE.items() if attack.level <= 2 and attack.check not in ("twins",)][::4]
+)
 def test_verify_sees_what_the_audit_sees(target, name):
     attack = NAIVE[name]
     attack.apply(target)
     done = stand_alone(target.folder, "--json", *(["--key", str(target.key)] if attack.key else []))
     assert done.returncode == 1, done.stderr
-    assert (attack.level, attack.check) in {(check["level"], check["name"]) for check in json.loads(done.stdout) if check["outcome"] == "finding"}
+    assert (attack.level, attack.check) in {
+        (check["level"], check["name"]) for check in json.loads(done.stdout) if check["outcome"] == "finding"
+    }
 
 
 def _pipe(target: Target, name: str) -> None:
@@ -738,16 +892,32 @@ NESTED = b"[" * 200_000
 
 #: What should hang, crash or fill the memory of who looks at it: what it does, and the level and check that name it.
 HOSTILE: dict[str, tuple[Callable[[Target], Any], int, str]] = {
-    "a shard of many rows": (lambda t: t.edit(bundle.ROOT, lambda r: r["ledger"]["shards"][0].update(ranges=[[0, 10**15]])), 1, "shard-roots"),
-    "a shard of the same rows often": (lambda t: t.edit(bundle.ROOT, lambda r: r["ledger"]["shards"][0].update(ranges=[[0, 4]] * 9)), 1, "shard-roots"),
+    "a shard of many rows": (
+        lambda t: t.edit(bundle.ROOT, lambda r: r["ledger"]["shards"][0].update(ranges=[[0, 10**15]])),
+        1,
+        "shard-roots",
+    ),
+    "a shard of the same rows often": (
+        lambda t: t.edit(bundle.ROOT, lambda r: r["ledger"]["shards"][0].update(ranges=[[0, 4]] * 9)),
+        1,
+        "shard-roots",
+    ),
     "a ledger without end": (lambda t: _link_to(t, bundle.LINES, "/dev/zero"), 0, "root-form"),
     "a ledger that is a pipe": (lambda t: _pipe(t, bundle.LINES), 0, "root-form"),
     "a table that is a pipe": (lambda t: _pipe(t, "participants.tsv"), 0, "root-form"),
-    "an image without end": (lambda t: _link_to(t, t.path(FIRST).relative_to(t.folder).as_posix(), "/dev/zero"), 0, "root-form"),
+    "an image without end": (
+        lambda t: _link_to(t, t.path(FIRST).relative_to(t.folder).as_posix(), "/dev/zero"),
+        0,
+        "root-form",
+    ),
     "a deep root.json": (lambda t: (t.folder / bundle.ROOT).write_bytes(NESTED), 0, "root-form"),
     "a deep line": (lambda t: _edit_line(t, lambda x: [NESTED, *x[1:]]), 0, "rows-form"),
     "a long line": (lambda t: _edit_line(t, lambda x: [b" " * (1 << 21), *x[1:]]), 0, "root-form"),
-    "a covariate that is none": (lambda t: _edit_line(t, lambda x: [x[0].replace(b'"sex":"', b'"sex":[1],"x":"'), *x[1:]]), 0, "rows-form"),
+    "a covariate that is none": (
+        lambda t: _edit_line(t, lambda x: [x[0].replace(b'"sex":"', b'"sex":[1],"x":"'), *x[1:]]),
+        0,
+        "rows-form",
+    ),
     "a deep signature": (lambda t: (t.folder / bundle.SIGNATURE).write_bytes(NESTED), 1, "signature"),
 }
 
@@ -758,7 +928,9 @@ def test_a_hostile_release_is_a_finding_and_no_crash(target, name):
     attack(target)
     done = stand_alone(target.folder, "--json", "--key", str(target.key))
     assert done.returncode == 1 and not done.stderr
-    assert (level, check) in {(one["level"], one["name"]) for one in json.loads(done.stdout) if one["outcome"] == "finding"}
+    assert (level, check) in {
+        (one["level"], one["name"]) for one in json.loads(done.stdout) if one["outcome"] == "finding"
+    }
     assert (level, check) in seen(target.audit())
 
 
@@ -770,7 +942,9 @@ def test_deep_files_beside_the_ledger_are_findings(target):
 
 def test_words_of_a_stranger_cannot_draw_on_the_terminal(target):
     target.edit(bundle.ROOT, lambda root: root["privacy"].update(verdict="\x1b[2J\nL1  PASS"))
-    _edit_line(target, lambda lines: [lines[0].replace(b'"decision":"released"', b'"decision":"\\u001b[2J"'), *lines[1:]])
+    _edit_line(
+        target, lambda lines: [lines[0].replace(b'"decision":"released"', b'"decision":"\\u001b[2J"'), *lines[1:]]
+    )
     done = stand_alone(target.folder)
     assert "\x1b" not in done.stdout and "\\x1b[2J" in done.stdout
     assert not any("\x1b" in f"{check.text}{check.examples}" for check in target.audit().checks)
@@ -778,7 +952,11 @@ def test_words_of_a_stranger_cannot_draw_on_the_terminal(target):
 
 def test_a_proof_needs_nothing_but_root_and_image(place, tmp_path):
     proof, folder = tmp_path / "proof.json", tmp_path / "part"
-    written = subprocess.run([sys.executable, "-m", "meddiff_steps", "prove", FIRST, str(place.release), "--out", str(proof)], capture_output=True, text=True)
+    written = subprocess.run(
+        [sys.executable, "-m", "meddiff_steps", "prove", FIRST, str(place.release), "--out", str(proof)],
+        capture_output=True,
+        text=True,
+    )
     assert written.returncode == 0, written.stderr
     image = f"sub-{FIRST}/anat/sub-{FIRST}_T1w.nii.gz"
     for name in (bundle.ROOT, bundle.SIGNATURE, image):

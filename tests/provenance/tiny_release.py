@@ -15,11 +15,11 @@ import torch
 from meddiff_steps import config
 from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.cohort.manifest import write_manifest
-from meddiff_steps.files import atomic_path, write_json
-from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
-from meddiff_steps.models.autoencoder import Autoencoder
-from meddiff_steps.models.denoiser import Denoiser
-from meddiff_steps.models.files import save_model
+from meddiff_steps.core.files import atomic_path, write_json
+from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
+from meddiff_steps.models.denoiser.unet import Denoiser
+from meddiff_steps.models.first_stage.kl import Autoencoder
+from meddiff_steps.models.weights import save_model
 from meddiff_steps.provenance.record import Observer, recorded
 from meddiff_steps.provenance.signature import generate as generate_key
 from meddiff_steps.steps import gate, generate, images, ledger, plan, release
@@ -45,7 +45,9 @@ class Place:
         Subjects per dataset of the release; the ten that are planned need four datasets of at most three.
     """
 
-    def __init__(self, root: Path, dims: int = 3, shard_size: int = 4, sign: bool = True, seed: str = "seed", limit: int = 1000) -> None:
+    def __init__(
+        self, root: Path, dims: int = 3, shard_size: int = 4, sign: bool = True, seed: str = "seed", limit: int = 1000
+    ) -> None:
         self.results = root / "results/tiny"
         self.release = self.results / "release"
         self.private = self.results / "privacy/ledger-private.parquet"
@@ -69,12 +71,23 @@ class Place:
                 },
                 "plan": [
                     {"name": "syn", "subjects": 6, "where": {"age": [25, 88]}},
-                    {"name": "cf", "subjects": 2, "covariates": "counterfactual", "grid": {"age": [30, 70.5]}, "base": {"sex": "F"}},
+                    {
+                        "name": "cf",
+                        "subjects": 2,
+                        "covariates": "counterfactual",
+                        "grid": {"age": [30, 70.5]},
+                        "base": {"sex": "F"},
+                    },
                 ],
                 "generate": {"sampler": "ddim", "num_inference_steps": 2, "batch_size": 4, "shard_size": shard_size},
                 "privacy": {"max_attempts": 2},
                 "compute": {"device": "cpu", "precision": "32-true"},
-                "release": {"name": "Tiny", "authors": ["A. Author", "B. Author"], "signing_key": str(self.key) if sign else None, "shard_size": limit},
+                "release": {
+                    "name": "Tiny",
+                    "authors": ["A. Author", "B. Author"],
+                    "signing_key": str(self.key) if sign else None,
+                    "shard_size": limit,
+                },
             },
             "test",
         )
@@ -120,14 +133,26 @@ class Place:
 
     def model_files(self) -> dict[str, Path]:
         kinds = ("autoencoder", "diffusion")
-        return {kind: self.results / kind / "model.safetensors" for kind in kinds} | {f"{kind}_card": self.results / kind / "card.json" for kind in kinds}
+        return {kind: self.results / kind / "model.safetensors" for kind in kinds} | {
+            f"{kind}_card": self.results / kind / "card.json" for kind in kinds
+        }
 
     def make_models(self) -> None:
         root, study = self.results, self.study
         (root / "cohort").mkdir(parents=True)
         draw = np.random.default_rng(3)
         ids = [f"sub-{i:02d}" for i in range(40)]
-        scans = pd.DataFrame({"scan_id": ids, "subject_id": ids, "session_id": None, "path": "x", "sha256": "0", "content_sha256": "0", "split": "train"})
+        scans = pd.DataFrame(
+            {
+                "scan_id": ids,
+                "subject_id": ids,
+                "session_id": None,
+                "path": "x",
+                "sha256": "0",
+                "content_sha256": "0",
+                "split": "train",
+            }
+        )
         scans = scans.assign(age=draw.uniform(21, 89, 40).round(1), sex=draw.choice(["F", "M"], 40))
         manifest, card = root / "cohort/manifest.parquet", root / "cohort/card.json"
 
@@ -150,7 +175,12 @@ class Place:
             for parameter in second.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))  # its last layer begins at zero
         files = self.model_files()
-        settings = {"settings": study.autoencoder.model_dump(mode="json"), "image_shape": shape, "latent_shape": latent, "precision": "32-true"}
+        settings = {
+            "settings": study.autoencoder.model_dump(mode="json"),
+            "image_shape": shape,
+            "latent_shape": latent,
+            "precision": "32-true",
+        }
         self.stand_in(
             "autoencoder",
             lambda: save_model(first, files["autoencoder"], files["autoencoder_card"], settings),
@@ -159,9 +189,16 @@ class Place:
             weights=files["autoencoder"],
             card=files["autoencoder_card"],
         )
-        described = {"settings": study.diffusion.model_dump(mode="json"), "latent_shape": latent, "gaussian_rank": 0, "encoding": encoding.to_json()}
+        described = {
+            "settings": study.diffusion.model_dump(mode="json"),
+            "latent_shape": latent,
+            "gaussian_rank": 0,
+            "encoding": encoding.to_json(),
+        }
         latents = root / "latents/shard-0000.arrow"
-        self.stand_in("latents", lambda: write_json(latents, {}), images=shard, autoencoder=files["autoencoder"], out=latents)
+        self.stand_in(
+            "latents", lambda: write_json(latents, {}), images=shard, autoencoder=files["autoencoder"], out=latents
+        )
         self.stand_in(
             "diffusion",
             lambda: save_model(second, files["diffusion"], files["diffusion_card"], described),
@@ -170,21 +207,41 @@ class Place:
             weights=files["diffusion"],
             card=files["diffusion_card"],
         )
-        calibration = {"status": "CALIBRATED", "level": 0.05, "subjects": 99, "needed": 59, "detectors": list(LIMITS), "thresholds": LIMITS, "groups": {}}
+        calibration = {
+            "status": "CALIBRATED",
+            "level": 0.05,
+            "subjects": 99,
+            "needed": 59,
+            "detectors": list(LIMITS),
+            "thresholds": LIMITS,
+            "groups": {},
+        }
         place = root / "privacy/calibration.json"
-        self.stand_in("calibrate", lambda: write_json(place, calibration), images=[shard], autoencoder=files["autoencoder"], out=place)
+        self.stand_in(
+            "calibrate",
+            lambda: write_json(place, calibration),
+            images=[shard],
+            autoencoder=files["autoencoder"],
+            out=place,
+        )
 
     def make_shard(self, shard: int, models: dict[str, Path]) -> None:
         root = self.results
         out, filtered = root / f"generated/shard-{shard:04d}.arrow", root / f"filtered/shard-{shard:04d}.arrow"
         self.real("generate", generate.run, plan=root / "plan.parquet", shard=shard, out=out, **models)
         redraw(self.plan, 1).to_parquet(root / "again.parquet")
-        generate.run(config=self.frozen("generate"), plan=root / "again.parquet", shard=shard, out=root / "again.arrow", **models)
+        generate.run(
+            config=self.frozen("generate"), plan=root / "again.parquet", shard=shard, out=root / "again.arrow", **models
+        )
         decisions = root / f"privacy/decisions/shard-{shard:04d}.parquet"
 
         def write() -> None:
             first, second = Shards([out]), Shards([root / "again.arrow"])
-            columns = {"sample_id": pa.string(), "attempt": pa.int64(), "image": Tensor("float16", first.shape("image"))}
+            columns = {
+                "sample_id": pa.string(),
+                "attempt": pa.int64(),
+                "image": TensorColumn("float16", first.shape("image")),
+            }
             rows = []
             with ShardWriter(filtered, columns) as writer:
                 for place, name in enumerate(first.column("sample_id")):
@@ -197,14 +254,21 @@ class Place:
             with atomic_path(decisions) as path:
                 pd.DataFrame(rows).to_parquet(path, index=False)
 
-        files = {"plan": root / "plan.parquet", "generated": out, "calibration": root / "privacy/calibration.json", **models}
+        files = {
+            "plan": root / "plan.parquet",
+            "generated": out,
+            "calibration": root / "privacy/calibration.json",
+            **models,
+        }
         self.stand_in("filter", write, **files, out=filtered, decisions=decisions, shard=shard)
         for name in ("again.parquet", "again.arrow"):
             (root / name).unlink()
 
     def candidate(self, name: str, attempt: int, bad: bool) -> dict[str, Any]:
         draw = np.random.default_rng([*name.encode(), attempt])
-        similarity = {detector: draw.uniform(0, 1) * limit for detector, limit in LIMITS.items()} | ({"learned": 0.93} if bad else {})
+        similarity = {detector: draw.uniform(0, 1) * limit for detector, limit in LIMITS.items()} | (
+            {"learned": 0.93} if bad else {}
+        )
         row = redraw(self.plan[self.plan["sample_id"] == name], attempt).iloc[0]
         front = {"sample_id": name, "attempt": attempt, "seed_key": row["seed_key"]}
         front |= {"decision": "rejected" if bad else "accepted", "reason": "learned" if bad else ""}
@@ -229,12 +293,33 @@ class Place:
                 "candidates": len(table),
                 "rejected": int((table["decision"] == "rejected").sum()),
             }
-            calibration = {"status": "CALIBRATED", "detectors": list(LIMITS), "level": 0.05, "subjects": 99, "needed": 59}
+            calibration = {
+                "status": "CALIBRATED",
+                "detectors": list(LIMITS),
+                "level": 0.05,
+                "subjects": 99,
+                "needed": 59,
+            }
             write_json(report, {"verdict": "PASS", "gates": [], "counts": counts, "calibration": calibration})
 
         filtered = [root / f"filtered/shard-{shard:04d}.arrow" for shard in self.shards]
-        self.stand_in("privacy", write, plan=root / "plan.parquet", shard_decisions=parts, filtered=filtered, decisions=decisions, out=report)
-        self.real("gate", gate.run, report=report, decisions=decisions, plan=root / "plan.parquet", out=root / "privacy/released.parquet")
+        self.stand_in(
+            "privacy",
+            write,
+            plan=root / "plan.parquet",
+            shard_decisions=parts,
+            filtered=filtered,
+            decisions=decisions,
+            out=report,
+        )
+        self.real(
+            "gate",
+            gate.run,
+            report=report,
+            decisions=decisions,
+            plan=root / "plan.parquet",
+            out=root / "privacy/released.parquet",
+        )
 
     def complete(self) -> None:
         root = self.results
@@ -242,7 +327,16 @@ class Place:
         out = self.release / "dataset_description.json"
         cards = {name: path for name, path in self.model_files().items() if name.endswith("card")}
         released = root / "privacy/released.parquet"
-        self.real("release", release.run, released=released, privacy=report, images=self.tables, cohort_card=card, **cards, out=out)
+        self.real(
+            "release",
+            release.run,
+            released=released,
+            privacy=report,
+            images=self.tables,
+            cohort_card=card,
+            **cards,
+            out=out,
+        )
 
     def seal(self) -> dict[str, Any]:
         root = self.results

@@ -35,11 +35,25 @@ class Browser:
         self._in, write = os.pipe()
         # A shell puts the pipes in place; their own numbers must not be 3 or 4.
         ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (read, write)]
-        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--no-first-run"]
-        options += ["--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe", f"--user-data-dir={folder}"]
+        options = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--hide-scrollbars",
+            "--no-first-run",
+        ]
+        options += [
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--remote-debugging-pipe",
+            f"--user-data-dir={folder}",
+        ]
         start = f'exec "$0" "$@" 3<&{ends[0]} 4>&{ends[1]}'
         self._log = open(folder.with_suffix(".log"), "wb")  # noqa: SIM115
-        self.process = subprocess.Popen(["bash", "-c", start, executable, *options], pass_fds=ends, stdout=self._log, stderr=self._log)
+        self.process = subprocess.Popen(
+            ["bash", "-c", start, executable, *options], pass_fds=ends, stdout=self._log, stderr=self._log
+        )
         for end in (read, write, *ends):
             os.close(end)
         self._buffer, self._number, self.events = b"", 0, list[dict[str, Any]]()
@@ -48,7 +62,9 @@ class Browser:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.process.terminate()
         self.process.wait(30)
         os.close(self._in)
@@ -69,7 +85,9 @@ class Browser:
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Result of a command to the page (to the browser, before there is one); events that come meanwhile are kept."""
         self._number += 1
-        message = {"id": self._number, "method": method, "params": parameters} | ({"sessionId": self.session} if self.session else {})
+        message = {"id": self._number, "method": method, "params": parameters} | (
+            {"sessionId": self.session} if self.session else {}
+        )
         os.write(self._out, json.dumps(message).encode() + b"\0")
         deadline = time.monotonic() + PATIENCE
         while True:
@@ -92,7 +110,9 @@ class Browser:
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
         self.call("Page.navigate", url=path.resolve().as_uri())
         self.wait(lambda event: event.get("method") == "Page.loadEventFired" and event.get("sessionId") == self.session)
 
@@ -100,7 +120,9 @@ class Browser:
         """Value of a JavaScript expression, which may be a promise."""
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in answer:
-            raise RuntimeError(answer["exceptionDetails"].get("exception", {}).get("description", answer["exceptionDetails"]["text"]))
+            raise RuntimeError(
+                answer["exceptionDetails"].get("exception", {}).get("description", answer["exceptionDetails"]["text"])
+            )
         return answer["result"].get("value")
 
     def errors(self) -> list[str]:
@@ -120,4 +142,6 @@ class Browser:
         """The whole page as PNG."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)["data"]))
+        path.write_bytes(
+            base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)["data"])
+        )

@@ -11,9 +11,9 @@ import torch
 
 from meddiff_steps.cohort.manifest import write_manifest
 from meddiff_steps.config import freeze, parse_study
-from meddiff_steps.imaging.shards import ShardWriter, Tensor
-from meddiff_steps.models.embedder import Embedder
-from meddiff_steps.models.files import save_model
+from meddiff_steps.imaging.shards import ShardWriter, TensorColumn
+from meddiff_steps.instruments.embedder import Embedder
+from meddiff_steps.models.weights import save_model
 from meddiff_steps.steps import evaluate, report
 
 SPLIT_OF = ["train"] * 6 + ["val", "calibration", "test", "test"]
@@ -33,11 +33,13 @@ class Fabricated:
 
     page: str
 
-    def __init__(self, root: Path, shape: tuple[int, ...], scans: int = 120, synthetic: int = 40, simulated: bool = True) -> None:
+    def __init__(
+        self, root: Path, shape: tuple[int, ...], scans: int = 120, synthetic: int = 40, simulated: bool = True
+    ) -> None:
         self.root = root
         rng = np.random.default_rng(7)
         low, high = (150, 900) if len(shape) == 3 else (30, 250)
-        columns = {"scan_id": pa.string(), "image": Tensor("float16", (1, *shape))}
+        columns = {"scan_id": pa.string(), "image": TensorColumn("float16", (1, *shape))}
         study = parse_study(
             {
                 "study": "balls",
@@ -51,20 +53,51 @@ class Fabricated:
                     {"name": "sweep", "subjects": 1, "covariates": "counterfactual", "grid": {"size": [low, high]}},
                 ],
                 "generate": {"batch_size": 8},
-                "sampler_study": {"samplers": ["dpmpp", "heun"], "num_inference_steps": [3, 2], "guidance_scales": [1, 2], "images": 20},
-                "diffusion": {"channels": [8], "attention_levels": [False], "norm_num_groups": 4, "num_head_channels": 8, "component_steps": 0},
+                "sampler_study": {
+                    "samplers": ["dpmpp", "heun"],
+                    "num_inference_steps": [3, 2],
+                    "guidance_scales": [1, 2],
+                    "images": 20,
+                },
+                "diffusion": {
+                    "channels": [8],
+                    "attention_levels": [False],
+                    "norm_num_groups": 4,
+                    "num_head_channels": 8,
+                    "component_steps": 0,
+                },
                 "compute": {"device": "cpu"},
-                "evaluate": {"bootstrap": 100, "realism_bootstrap": 100, "permutations": 100, "ssim_pairs": 20, "max_images": 45},
+                "evaluate": {
+                    "bootstrap": 100,
+                    "realism_bootstrap": 100,
+                    "permutations": 100,
+                    "ssim_pairs": 20,
+                    "max_images": 45,
+                },
             },
             "test",
         )
         self.stage = {name: freeze(study, name, root) for name in ("evaluate", "report", "sampler_study")}
         self.study = study
-        table = pd.DataFrame({"scan_id": [f"sub-{i:03d}_T1w" for i in range(scans)], "subject_id": [f"sub-{i:03d}" for i in range(scans)]})
-        table["session_id"], table["path"], table["sha256"], table["content_sha256"] = None, "x.nii.gz", "0" * 64, "0" * 64
+        table = pd.DataFrame(
+            {
+                "scan_id": [f"sub-{i:03d}_T1w" for i in range(scans)],
+                "subject_id": [f"sub-{i:03d}" for i in range(scans)],
+            }
+        )
+        table["session_id"], table["path"], table["sha256"], table["content_sha256"] = (
+            None,
+            "x.nii.gz",
+            "0" * 64,
+            "0" * 64,
+        )
         table["split"] = [SPLIT_OF[i % 10] for i in range(scans)]
         table["size"], table["sex"] = rng.uniform(low, high, scans), np.where(rng.random(scans) < 0.5, "F", "M")
-        self.pictures = [ball(r.size, r.sex, shape, rng) for r in table[["size", "sex"]].itertuples(index=False, name="Row") if not callable(r.size)]
+        self.pictures = [
+            ball(r.size, r.sex, shape, rng)
+            for r in table[["size", "sex"]].itertuples(index=False, name="Row")
+            if not callable(r.size)
+        ]
         table.loc[[3, 14], "size"], table.loc[5, "sex"] = np.nan, None
         write_manifest(table, root / "manifest.parquet")
         self.shards = [root / f"shard-{k}.arrow" for k in range(2)]
@@ -72,7 +105,12 @@ class Fabricated:
             with ShardWriter(path, columns) as shard:
                 for i in range(k, scans, 2):
                     shard.append(scan_id=table["scan_id"][i], image=self.pictures[i])
-        plan = pd.DataFrame({"sample_id": [f"cohort{i:03d}" for i in range(synthetic)] + ["sweep0", "sweep1"], "group": ["cohort"] * synthetic + ["sweep"] * 2})
+        plan = pd.DataFrame(
+            {
+                "sample_id": [f"cohort{i:03d}" for i in range(synthetic)] + ["sweep0", "sweep1"],
+                "group": ["cohort"] * synthetic + ["sweep"] * 2,
+            }
+        )
         plan["index"], plan["attempt"], plan["cohort_root"], plan["shard"] = range(len(plan)), 0, "s/cohort", 0
         plan["noise_index"] = plan["index"]
         plan["seed_key"] = [f"{i:032x}" for i in range(synthetic)] + ["f" * 32] * 2
@@ -84,11 +122,24 @@ class Fabricated:
             for name, image in zip(plan["sample_id"], made, strict=True):
                 shard.append(sample_id=name, image=image)
         held = table[table["split"].isin(["val", "test"])]
-        with ShardWriter(root / "reconstructions.arrow", {**columns, "split": pa.string(), "reconstruction": columns["image"]}) as shard:
+        with ShardWriter(
+            root / "reconstructions.arrow", {**columns, "split": pa.string(), "reconstruction": columns["image"]}
+        ) as shard:
             for i, row in held.iterrows():
                 image = self.pictures[int(i)]  # type: ignore[call-overload]
-                shard.append(scan_id=row["scan_id"], split=row["split"], image=image, reconstruction=np.clip(image + np.float16(0.1), 0, 2))
-        kinds = {"panel": pa.string(), "row": pa.int64(), "position": pa.int64(), "label": pa.string(), "image": columns["image"]}
+                shard.append(
+                    scan_id=row["scan_id"],
+                    split=row["split"],
+                    image=image,
+                    reconstruction=np.clip(image + np.float16(0.1), 0, 2),
+                )
+        kinds = {
+            "panel": pa.string(),
+            "row": pa.int64(),
+            "position": pa.int64(),
+            "label": pa.string(),
+            "image": columns["image"],
+        }
         with ShardWriter(root / "showcase.arrow", kinds) as shard:
             for panel in ("sweep:size", "sweep:sex", "interpolation"):
                 for position in range(3):
@@ -96,10 +147,16 @@ class Fabricated:
         torch.manual_seed(0)
         save_model(Embedder(shape), root / "embedder.safetensors", root / "embedder.json", {"image_shape": [1, *shape]})
         for name in ("autoencoder", "diffusion"):
-            (root / f"{name}.json").write_text(json.dumps({"digest": "ab" * 32, "psnr": {"value": 30.0, "low": 29.0, "high": 31.0, "n": 9}}))
-            pd.DataFrame({"step": [0, 10], "metric": ["train/loss", "val/loss"], "value": [1.0, 0.5]}).to_parquet(root / f"{name}.parquet", index=False)
+            (root / f"{name}.json").write_text(
+                json.dumps({"digest": "ab" * 32, "psnr": {"value": 30.0, "low": 29.0, "high": 31.0, "n": 9}})
+            )
+            pd.DataFrame({"step": [0, 10], "metric": ["train/loss", "val/loss"], "value": [1.0, 0.5]}).to_parquet(
+                root / f"{name}.parquet", index=False
+            )
         (root / "cohort.json").write_text(json.dumps({"simulated": simulated, "scans": scans}))
-        qc = pd.DataFrame({"scan_id": table["scan_id"], "status": "ok", "reason": None, "shape": "[4, 4]", "cut_off_share": 0.01})
+        qc = pd.DataFrame(
+            {"scan_id": table["scan_id"], "status": "ok", "reason": None, "shape": "[4, 4]", "cut_off_share": 0.01}
+        )
         qc.to_parquet(root / "qc.parquet", index=False)
 
     def evaluate(self, tag: str = "", **changes: Any) -> dict[str, Any]:

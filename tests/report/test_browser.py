@@ -11,7 +11,9 @@ from fabricated import Fabricated
 from meddiff_steps.report.page import Section, render
 from meddiff_steps.report.viewer import viewer
 
-pytestmark = pytest.mark.skipif(chromium() is None, reason="no chromium is installed (Debian: apt-get install chromium)")
+pytestmark = pytest.mark.skipif(
+    chromium() is None, reason="no chromium is installed (Debian: apt-get install chromium)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +37,22 @@ def test_the_page_is_whole(browser: Browser, report: Path, width: int) -> None:
         wait_for(browser, "document.querySelector('.viewer').dataset.ready")
     assert browser.errors() == []
     assert browser.evaluate("document.images.length") >= 9
-    assert browser.evaluate("[...document.images].filter(image => !image.complete || image.naturalWidth === 0).map(image => image.alt)") == []
+    assert (
+        browser.evaluate(
+            "[...document.images].filter(image => !image.complete || image.naturalWidth === 0).map(image => image.alt)"
+        )
+        == []
+    )
     assert browser.evaluate("document.documentElement.scrollWidth") == width
     browser.screenshot(report.with_name(f"screenshot-{width}.png"))  # for whoever looks
 
 
 def test_errors_and_overflow_would_be_noticed(browser: Browser, tmp_path: Path) -> None:
     page = tmp_path / "bad.html"
-    page.write_text("<img src='nothing.png'><div style='width: 2000px'>wide</div><script>console.error('told'); missing.call()</script>")
+    page.write_text(
+        "<img src='nothing.png'><div style='width: 2000px'>wide</div><script>console.error('told');"
+        " missing.call()</script>"
+    )
     browser.open(page, 390)
     assert len(browser.errors()) == 3
     assert browser.evaluate("document.documentElement.scrollWidth") >= 2000
@@ -50,12 +60,17 @@ def test_errors_and_overflow_would_be_noticed(browser: Browser, tmp_path: Path) 
 
 def wait_for(browser: Browser, condition: str) -> None:
     """Until a JavaScript expression is true; the viewer draws as soon as its volumes are decoded."""
-    script = f"new Promise((done, fail) => {{ const look = n => {condition} ? done(true) : n ? setTimeout(look, 20, n - 1) : fail(new Error()); look(500); }})"
+    script = (
+        f"new Promise((done, fail) => {{ const look = n => {condition} ? done(true) : n ? setTimeout(look, 20, n - 1) :"
+        " fail(new Error()); look(500); })"
+    )
     assert browser.evaluate(script)
 
 
 def drawn(browser: Browser, plane: str) -> np.ndarray:
-    """Grey values of what a plane of the first shown volume shows, (rows, columns), a value per voxel, without the lines."""
+    """Grey values of what a plane of the first shown volume shows, (rows, columns), a value per voxel, without the
+    lines.
+    """
     script = f"""(() => {{
         const canvas = document.querySelector('.viewer .pair:not([hidden]) canvas[data-plane={plane}]');
         const copy = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
@@ -66,7 +81,10 @@ def drawn(browser: Browser, plane: str) -> np.ndarray:
 
 
 def move(browser: Browser, axis: int, value: int) -> None:
-    browser.evaluate(f"(() => {{ const s = document.querySelectorAll('.viewer input')[{axis}]; s.value = {value}; s.dispatchEvent(new Event('input')); }})()")
+    browser.evaluate(
+        f"(() => {{ const s = document.querySelectorAll('.viewer input')[{axis}]; s.value = {value};"
+        " s.dispatchEvent(new Event('input')); })()"
+    )
     wait_for(browser, f"document.querySelector('.viewer').dataset.ready.split(',')[{axis}] == {value}")
 
 
@@ -81,8 +99,12 @@ def slices(browser: Browser, tmp_path: Path) -> Browser:
     head[0, 4:] += 0.2  # right
     head[0, :, 5:] += 0.3  # anterior
     head[0, :, :, 3:] += 0.4  # superior
-    content = Section("slices", "Slices", viewer=viewer([[("head", head)], [("nothing", np.zeros_like(head))]], "caption"))
-    (tmp_path / "page.html").write_bytes(render(title="T", study="s", lead="l", simulated=True, headline=[], sections=[content]))
+    content = Section(
+        "slices", "Slices", viewer=viewer([[("head", head)], [("nothing", np.zeros_like(head))]], "caption")
+    )
+    (tmp_path / "page.html").write_bytes(
+        render(title="T", study="s", lead="l", simulated=True, headline=[], sections=[content])
+    )
     browser.open(tmp_path / "page.html", 1280)
     wait_for(browser, "document.querySelector('.viewer').dataset.ready")
     return browser
@@ -111,10 +133,18 @@ def test_sliders_change_slices(slices: Browser) -> None:
 
 def test_a_click_in_one_plane_moves_the_others(slices: Browser) -> None:
     box = slices.evaluate(
-        "(() => { const b = document.querySelector('canvas[data-plane=axial]').getBoundingClientRect(); return [b.left, b.top, b.width, b.height]; })()"
+        "(() => { const b = document.querySelector('canvas[data-plane=axial]').getBoundingClientRect(); return [b.left,"
+        " b.top, b.width, b.height]; })()"
     )
     for kind in ("mousePressed", "mouseReleased"):  # near the upper left corner: right and anterior
-        slices.call("Input.dispatchMouseEvent", type=kind, x=box[0] + 0.05 * box[2], y=box[1] + 0.05 * box[3], button="left", clickCount=1)
+        slices.call(
+            "Input.dispatchMouseEvent",
+            type=kind,
+            x=box[0] + 0.05 * box[2],
+            y=box[1] + 0.05 * box[3],
+            button="left",
+            clickCount=1,
+        )
     assert place(slices) == [7, 9, 3]
     wait_for(slices, "document.querySelector('.viewer').dataset.ready == '7,9,3'")
     assert corners(drawn(slices, "coronal")) == [0.9, 0.7, 0.5, 0.3]

@@ -13,10 +13,10 @@ import pytest
 from fabricated import Fabricated
 
 from meddiff_steps.config import freeze
-from meddiff_steps.errors import UserError
+from meddiff_steps.core.errors import UserError
 from meddiff_steps.evaluation import metrics as metrics_module
-from meddiff_steps.evaluation import selection
-from meddiff_steps.imaging.shards import ShardWriter, Tensor
+from meddiff_steps.imaging import selection
+from meddiff_steps.imaging.shards import ShardWriter, TensorColumn
 
 
 @pytest.fixture(scope="module", params=[(16, 20, 16), (24, 32)], ids=["3D", "2D"])
@@ -94,9 +94,13 @@ def test_a_failed_generator_is_caught(study: Fabricated, tmp_path: Path) -> None
     """The same image for everybody."""
     plan = pd.read_parquet(study.root / "plan.parquet")
     rng = np.random.default_rng(3)
-    with ShardWriter(tmp_path / "same.arrow", {"sample_id": pa.string(), "image": Tensor("float16", study.pictures[0].shape)}) as shard:
+    with ShardWriter(
+        tmp_path / "same.arrow", {"sample_id": pa.string(), "image": TensorColumn("float16", study.pictures[0].shape)}
+    ) as shard:
         for name in plan["sample_id"]:
-            shard.append(sample_id=name, image=np.clip(study.pictures[0] + rng.normal(0, 0.01, study.pictures[0].shape), 0, 1))
+            shard.append(
+                sample_id=name, image=np.clip(study.pictures[0] + rng.normal(0, 0.01, study.pictures[0].shape), 0, 1)
+            )
     metrics = study.evaluate("-same", generated=[tmp_path / "same.arrow"])
     for name, entry in metrics["diversity"]["features"].items():
         assert entry["recall"]["high"] < entry["recall"]["ceiling"]["low"], name
@@ -116,7 +120,9 @@ def test_too_few_images_say_so(study: Fabricated) -> None:
     assert pd.read_parquet(study.root / "components-six.parquet").empty
 
 
-def test_evaluate_repeats_byte_for_byte_and_batches_do_not_matter(study: Fabricated, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluate_repeats_byte_for_byte_and_batches_do_not_matter(
+    study: Fabricated, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study.evaluate("-again")
     for name in ("metrics{}.json", "predictions{}.parquet", "components{}.parquet"):
         assert (study.root / name.format("-again")).read_bytes() == (study.root / name.format("")).read_bytes()
@@ -132,7 +138,11 @@ def test_large_cohorts_are_measured_on_a_stable_choice(study: Fabricated, monkey
     for name, value in (("MAX_SYNTHETIC", 20), ("MAX_HELD_OUT", 30), ("MAX_TRAINING_SCANS", 50)):
         monkeypatch.setattr(metrics_module, name, value)
     metrics = study.evaluate("-few")
-    assert (metrics["n"]["synthetic"], metrics["n"]["held_out_scans"], metrics["predictors"]["training_scans"]) == (20, 30, 50)
+    assert (metrics["n"]["synthetic"], metrics["n"]["held_out_scans"], metrics["predictors"]["training_scans"]) == (
+        20,
+        30,
+        50,
+    )
     assert metrics["n"]["training_scans"] == 72  # what the generator learnt from does not shrink
 
 
@@ -143,7 +153,9 @@ def test_report_is_self_contained_and_repeats_byte_for_byte(study: Fabricated) -
     assert (study.root / "sheet.png").read_bytes().startswith(b"\x89PNG")
     assert not re.findall(r"https?://", page)
     assert not re.findall(r"<(link|iframe|object)\b", page)
-    assert re.findall(r"<script[^>]*>", page) == ["<script>"] * (len(study.pictures[0].shape) == 4)  # the slice viewer, for volumes alone
+    assert re.findall(r"<script[^>]*>", page) == ["<script>"] * (
+        len(study.pictures[0].shape) == 4
+    )  # the slice viewer, for volumes alone
     assert re.findall(r'src="(.{10})', page)
     assert set(re.findall(r'src="(.{10})', page)) == {"data:image"}
     assert str(study.root) not in page
@@ -203,12 +215,12 @@ def test_inputs_of_different_runs_are_refused(study: Fabricated, tmp_path: Path)
 def test_a_failed_image_is_named(study: Fabricated, tmp_path: Path) -> None:
     path = tmp_path / "generated.arrow"
     shape = study.pictures[0].shape
-    with ShardWriter(path, {"sample_id": pa.string(), "image": Tensor("float16", shape)}) as shard:
+    with ShardWriter(path, {"sample_id": pa.string(), "image": TensorColumn("float16", shape)}) as shard:
         shard.append(sample_id="cohort000", image=study.pictures[0])
         shard.append(sample_id="cohort001", image=np.full(shape, np.nan))
     with pytest.raises(UserError, match=r"cohort001.*not finite"):
         study.evaluate("-bad", generated=[path])
-    with ShardWriter(path, {"sample_id": pa.string(), "image": Tensor("float16", (1, 8, 8))}) as shard:
+    with ShardWriter(path, {"sample_id": pa.string(), "image": TensorColumn("float16", (1, 8, 8))}) as shard:
         shard.append(sample_id="cohort000", image=np.zeros((1, 8, 8)))
     with pytest.raises(UserError, match="shape"):
         study.evaluate("-bad", generated=[path])
@@ -216,8 +228,10 @@ def test_a_failed_image_is_named(study: Fabricated, tmp_path: Path) -> None:
 
 def test_training_scans_among_the_reconstructions_are_refused(study: Fabricated, tmp_path: Path) -> None:
     path, shape = tmp_path / "reconstructions.arrow", study.pictures[0].shape
-    tensor = Tensor("float16", shape)
-    with ShardWriter(path, {"scan_id": pa.string(), "split": pa.string(), "image": tensor, "reconstruction": tensor}) as shard:
+    tensor = TensorColumn("float16", shape)
+    with ShardWriter(
+        path, {"scan_id": pa.string(), "split": pa.string(), "image": tensor, "reconstruction": tensor}
+    ) as shard:
         shard.append(scan_id="sub-000_T1w", split="test", image=study.pictures[0], reconstruction=study.pictures[0])
     with pytest.raises(UserError, match="training scans"):
         study.evaluate("-bad", reconstructions=path)
@@ -233,17 +247,30 @@ def figures_of(entry: Any, name: str = "") -> Iterator[tuple[str, dict[str, Any]
 
 
 def test_another_evaluation_seed_gives_overlapping_intervals(study: Fabricated, tmp_path: Path) -> None:
-    """Values are the same where nothing but the interval is drawn, and every interval overlaps what the first seed gave."""
+    """Values are the same where nothing but the interval is drawn, and every interval overlaps what the first seed
+    gave.
+    """
     other = study.study.model_copy(update={"evaluate": study.study.evaluate.model_copy(update={"seed": "another"})})
     first, second = (
         dict(figures_of(m))
-        for m in (json.loads((study.root / "metrics.json").read_text()), study.evaluate("-seed", config=freeze(other, "evaluate", tmp_path)))
+        for m in (
+            json.loads((study.root / "metrics.json").read_text()),
+            study.evaluate("-seed", config=freeze(other, "evaluate", tmp_path)),
+        )
     )
     assert first.keys() == second.keys()
     known = [name for name, figure in first.items() if figure["low"] is not None]
     assert len(known) > 60
-    apart = [name for name in known if not (first[name]["low"] <= second[name]["high"] and second[name]["low"] <= first[name]["high"])]
+    apart = [
+        name
+        for name in known
+        if not (first[name]["low"] <= second[name]["high"] and second[name]["low"] <= first[name]["high"])
+    ]
     assert not apart
     drawn = [name for name in known if any(first[name][end] != second[name][end] for end in ("low", "high"))]
     assert len(drawn) > 0.5 * len(known)  # the seed is used
-    assert all(first[name]["value"] == second[name]["value"] for name in known if name.startswith(("/covariates", "/reconstruction", "/subgroups")))
+    assert all(
+        first[name]["value"] == second[name]["value"]
+        for name in known
+        if name.startswith(("/covariates", "/reconstruction", "/subgroups"))
+    )

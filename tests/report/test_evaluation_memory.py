@@ -9,7 +9,8 @@ import pytest
 from fabricated import Fabricated
 
 SHAPE = (24, 24, 24)
-#: Prints the largest anonymous memory of the process (MB) while it evaluated; pages of memory-mapped shards are the system's to keep or drop.
+#: Prints the largest anonymous memory of the process (MB) while it evaluated; pages of memory-mapped shards are the
+#: system's to keep or drop.
 MEASURED = """
 import sys, threading
 from pathlib import Path
@@ -48,7 +49,9 @@ def peak_mb(root: Path, synthetic: int) -> float:
     return float(done.stdout.split()[-1])
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="anonymous memory is read from /proc, which only Linux has")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").is_file(), reason="anonymous memory is read from /proc, which only Linux has"
+)
 def test_memory_does_not_grow_with_the_number_of_synthetic_images(tmp_path: Path) -> None:
     few, many = 1000, 6000  # below a thousand, buffers of a fixed size are still filling
     grown = peak_mb(tmp_path / "many", many) - peak_mb(tmp_path / "few", few)

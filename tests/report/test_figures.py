@@ -52,31 +52,63 @@ def test_mosaic_centres_pictures_on_a_common_height() -> None:
 def predictions() -> tuple[pd.DataFrame, dict]:
     rng = np.random.default_rng(0)
     rows = [(k, "size", None, v, v + rng.normal()) for k in ("real", "synthetic") for v in rng.uniform(0, 50, 30)]
-    rows += [(k, "site", level, float(i % 2), rng.random()) for k in ("real", "synthetic") for level in ("a$1", "b") for i in range(30)]
-    figure = {"value": 0.9, "low": 0.8, "high": 0.95, "n": 30, "ceiling": {"value": None, "low": None, "high": None, "n": 30}}
-    metrics = {"size": {"kind": "continuous", "unit": "$mL$", "r": figure}, "site": {"kind": "categorical", "auc": figure}}
+    rows += [
+        (k, "site", level, float(i % 2), rng.random())
+        for k in ("real", "synthetic")
+        for level in ("a$1", "b")
+        for i in range(30)
+    ]
+    figure = {
+        "value": 0.9,
+        "low": 0.8,
+        "high": 0.95,
+        "n": 30,
+        "ceiling": {"value": None, "low": None, "high": None, "n": 30},
+    }
+    metrics = {
+        "size": {"kind": "continuous", "unit": "$mL$", "r": figure},
+        "site": {"kind": "categorical", "auc": figure},
+    }
     return pd.DataFrame(rows, columns=["kind", "covariate", "level", "requested_or_true", "measured"]), metrics
 
 
 def everything(head: np.ndarray) -> dict[str, Callable[[], bytes]]:
     tiles = [Tile(head, "age 40 $\nsex F"), Tile(head), Tile(head, "one line")]
-    history = pd.DataFrame({"step": [0, 10, 0, 10, 0], "metric": ["train/l1", "train/l1", "val_l1", "val_l1", "psnr"], "value": [1.0, 0.01, 1.1, np.nan, 20.0]})
+    history = pd.DataFrame(
+        {
+            "step": [0, 10, 0, 10, 0],
+            "metric": ["train/l1", "train/l1", "val_l1", "val_l1", "psnr"],
+            "value": [1.0, 0.01, 1.1, np.nan, 20.0],
+        }
+    )
     curve = [10.0, 1.0, 0.1, 0.01]
-    spectrum = {"frequency_of_nyquist": [0.1, 0.4, 0.6, 0.9], "radial_average": {"real": curve, "synthetic": curve, "image": curve, "reconstruction": curve}}
-    places = pd.DataFrame([(k, s, i, i % 3) for k in ("held_out", "synthetic") for s in ("a$", "b") for i in range(9)], columns=["kind", "space", "pc1", "pc2"])
+    spectrum = {
+        "frequency_of_nyquist": [0.1, 0.4, 0.6, 0.9],
+        "radial_average": {"real": curve, "synthetic": curve, "image": curve, "reconstruction": curve},
+    }
+    places = pd.DataFrame(
+        [(k, s, i, i % 3) for k in ("held_out", "synthetic") for s in ("a$", "b") for i in range(9)],
+        columns=["kind", "space", "pc1", "pc2"],
+    )
     return {
-        "grid": lambda: figures.image_grid([Block("Real", tiles, 2), Block("", tiles, 3, row_labels=["row"])], title="Title"),
+        "grid": lambda: figures.image_grid(
+            [Block("Real", tiles, 2), Block("", tiles, 3, row_labels=["row"])], title="Title"
+        ),
         "strip": lambda: figures.strip([tiles, tiles], difference=True),
         "short strip": lambda: figures.strip([tiles[:1]], difference=True),
         "reconstruction": lambda: figures.reconstruction_grid([("typical", head, head * 0.9)]),
         "scatter": lambda: figures.scatter(*predictions()),
         "spectra": lambda: figures.spectra(spectrum),
         "losses": lambda: figures.loss_curves(history),
-        "features": lambda: figures.feature_spaces(places, {"a$": {"explained": [0.5, 0.25]}, "skipped": {}, "b": {"explained": [0.1, 0.01]}}),
+        "features": lambda: figures.feature_spaces(
+            places, {"a$": {"explained": [0.5, 0.25]}, "skipped": {}, "b": {"explained": [0.1, 0.01]}}
+        ),
     }
 
 
-@pytest.mark.parametrize("name", ["grid", "strip", "short strip", "reconstruction", "scatter", "spectra", "losses", "features"])
+@pytest.mark.parametrize(
+    "name", ["grid", "strip", "short strip", "reconstruction", "scatter", "spectra", "losses", "features"]
+)
 def test_pictures_are_png_without_metadata_and_the_same_twice(head: np.ndarray, name: str) -> None:
     draw = everything(head)[name]
     first = draw()
@@ -100,7 +132,9 @@ def grey(picture: bytes) -> np.ndarray:
 
 
 def test_grid_pixels_are_square() -> None:
-    dark = np.argwhere(grey(figures.image_grid([Block("", [Tile(np.zeros((1, 10, 20), np.float32))], 1)], width=3.0)) < 20)
+    dark = np.argwhere(
+        grey(figures.image_grid([Block("", [Tile(np.zeros((1, 10, 20), np.float32))], 1)], width=3.0)) < 20
+    )
     height, width = np.ptp(dark, axis=0) + 1
     assert width == pytest.approx(2 * height, abs=3)
 

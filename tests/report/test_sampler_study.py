@@ -14,14 +14,14 @@ from fabricated import Fabricated, ball
 from meddiff_steps import config
 from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.cohort.manifest import read_manifest
-from meddiff_steps.errors import UserError
-from meddiff_steps.evaluation.features import random_space
+from meddiff_steps.core.errors import UserError
 from meddiff_steps.evaluation.sampler_study import Point, choice, compare, points
-from meddiff_steps.evaluation.selection import Images
+from meddiff_steps.imaging.selection import Images
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.models.autoencoder import Autoencoder
-from meddiff_steps.models.denoiser import Denoiser
-from meddiff_steps.models.files import save_model
+from meddiff_steps.instruments.features import random_space
+from meddiff_steps.models.denoiser.unet import Denoiser
+from meddiff_steps.models.first_stage.kl import Autoencoder
+from meddiff_steps.models.weights import save_model
 from meddiff_steps.steps import sampler_study
 
 SHAPE = (16, 20, 16)
@@ -94,16 +94,32 @@ def models(study: Fabricated) -> dict[str, Path]:
     encoding = CovariateEncoding.fit(scans, settings.covariates)
     files = {name: study.root / f"{name}.safetensors" for name in ("autoencoder", "diffusion")}
     files |= {f"{name}_card": study.root / f"{name}-model.json" for name in ("autoencoder", "diffusion")}
-    card = {"settings": settings.autoencoder.model_dump(mode="json"), "image_shape": [1, *SHAPE], "latent_shape": latent}
+    card = {
+        "settings": settings.autoencoder.model_dump(mode="json"),
+        "image_shape": [1, *SHAPE],
+        "latent_shape": latent,
+    }
     save_model(Autoencoder(settings.autoencoder, 3), files["autoencoder"], files["autoencoder_card"], card)
-    card = {"settings": settings.diffusion.model_dump(mode="json"), "latent_shape": latent, "gaussian_rank": 0, "encoding": encoding.to_json()}
-    save_model(Denoiser(settings.diffusion, latent, encoding.level_counts), files["diffusion"], files["diffusion_card"], card)
+    card = {
+        "settings": settings.diffusion.model_dump(mode="json"),
+        "latent_shape": latent,
+        "gaussian_rank": 0,
+        "encoding": encoding.to_json(),
+    }
+    save_model(
+        Denoiser(settings.diffusion, latent, encoding.level_counts), files["diffusion"], files["diffusion_card"], card
+    )
     return files
 
 
 def run(study: Fabricated, models: dict[str, Path], tag: str, **changes: Path) -> dict:
     root = study.root
-    files = {"manifest": root / "manifest.parquet", "plan": root / "plan.parquet", "out": root / f"samplers{tag}.json", "figure": root / f"samplers{tag}.png"}
+    files = {
+        "manifest": root / "manifest.parquet",
+        "plan": root / "plan.parquet",
+        "out": root / f"samplers{tag}.json",
+        "figure": root / f"samplers{tag}.png",
+    }
     sampler_study.run(**{"config": study.stage["sampler_study"], "images": study.shards, **files, **models, **changes})
     return json.loads(files["out"].read_text())
 

@@ -34,7 +34,9 @@ def test_large_volumes_are_averaged_in_blocks(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_published_size_keeps_the_page_below_eight_megabytes() -> None:
     head = np.random.default_rng(0).random((160, 224, 160), dtype=np.float32)  # noise compresses less than brains do
-    head[sum(np.square(axis) for axis in np.meshgrid(*[np.linspace(-1, 1, n) for n in head.shape], indexing="ij")) > 1] = 0
+    head[
+        sum(np.square(axis) for axis in np.meshgrid(*[np.linspace(-1, 1, n) for n in head.shape], indexing="ij")) > 1
+    ] = 0
     assert 6 * len(encoded(reduced(head[None]))) * 4 / 3 < 3e6  # three pairs; the pictures take about 5 MB
 
 

@@ -1,11 +1,12 @@
 """A whole Slurm on this machine, for tests: munge, controller, one node with fake GPUs; all state in one folder.
 
-Nothing outside the folder is touched: its own key, sockets, ports and configuration; no systemd, no accounting database.
-By hand, in a shell where `slurmctld` is installed (Debian: slurmctld slurmd slurm-client munge), as root:
+Nothing outside the folder is touched: its own key, sockets, ports and configuration; no systemd, no accounting
+database. By hand, in a shell where `slurmctld` is installed (Debian: slurmctld slurmd slurm-client munge), as root:
 
     python tests/slurm/cluster.py FOLDER        # prints what to export, runs until Ctrl-C
 
-The node says that it has more processors and memory than the machine, if need be: what is tested is scheduling, not speed.
+The node says that it has more processors and memory than the machine, if need be: what is tested is scheduling, not
+speed.
 """
 
 from __future__ import annotations
@@ -123,14 +124,25 @@ class Cluster:
         # Device files: with plain ones Slurm counts GPUs but does not say to a job which it got. These are /dev/null.
         for number in range(self.gpus):
             os.mknod(self.folder / f"gpus/gpu{number}", 0o666 | 0o020000, os.makedev(1, 3))
-        (self.folder / "gres.conf").write_text(f"NodeName={self.host} Name=gpu Type=fake File={self.folder}/gpus/gpu[0-{self.gpus - 1}]\n")
+        (self.folder / "gres.conf").write_text(
+            f"NodeName={self.host} Name=gpu Type=fake File={self.folder}/gpus/gpu[0-{self.gpus - 1}]\n"
+        )
         controller, node = free_ports(2)
-        text = CONFIGURATION.format(folder=self.folder, host=self.host, controller_port=controller, node_port=node, cpus=self.cpus, gpus=self.gpus)
+        text = CONFIGURATION.format(
+            folder=self.folder,
+            host=self.host,
+            controller_port=controller,
+            node_port=node,
+            cpus=self.cpus,
+            gpus=self.gpus,
+        )
         (self.folder / "slurm.conf").write_text(text)
         # Snakemake's executor takes SLURM_CONF out of the environment before its inner `srun`; these put it back.
         for name in COMMANDS:
             shim = self.folder / "bin" / name
-            shim.write_text(f'#!/bin/sh\nSLURM_CONF={self.folder}/slurm.conf exec {shutil.which(name, path=SLURM_BIN)} "$@"\n')
+            shim.write_text(
+                f'#!/bin/sh\nSLURM_CONF={self.folder}/slurm.conf exec {shutil.which(name, path=SLURM_BIN)} "$@"\n'
+            )
             shim.chmod(0o755)
 
     def start(self, name: str) -> None:
@@ -146,7 +158,9 @@ class Cluster:
         if program is None:
             raise FileNotFoundError(f"{name}: not installed. {why_not()}")
         with open(folder / f"{name}.out", "ab") as out:
-            self.processes[name] = subprocess.Popen([program, *arguments.split()], stdout=out, stderr=out, start_new_session=True, env=self.environment())
+            self.processes[name] = subprocess.Popen(
+                [program, *arguments.split()], stdout=out, stderr=out, start_new_session=True, env=self.environment()
+            )
 
     def stop(self, name: str, how: signal.Signals = signal.SIGTERM) -> None:
         """Stop a daemon and wait for its end; jobs go on, because their own keepers (slurmstepd) do."""
@@ -166,7 +180,9 @@ class Cluster:
 
     def command(self, name: str, *arguments: str) -> str:
         """Output of one of Slurm's commands; empty where it failed."""
-        done = subprocess.run([self.folder / "bin" / name, *arguments], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            [self.folder / "bin" / name, *arguments], capture_output=True, text=True, timeout=60, check=False
+        )
         return done.stdout if done.returncode == 0 else ""
 
     def running(self) -> list[str]:
@@ -178,7 +194,10 @@ class Cluster:
         while not ready():
             ended = [name for name, process in self.processes.items() if process.poll() is not None]
             if ended or time.monotonic() > deadline:
-                logs = "\n".join(f"== {path.name}\n{path.read_text(errors='replace')[-1500:]}" for path in sorted(self.folder.glob("*.out")))
+                logs = "\n".join(
+                    f"== {path.name}\n{path.read_text(errors='replace')[-1500:]}"
+                    for path in sorted(self.folder.glob("*.out"))
+                )
                 raise RuntimeError(f"no {what} after {seconds} s; ended: {', '.join(ended) or 'none'}\n{logs}")
             time.sleep(0.2)
 

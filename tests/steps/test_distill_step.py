@@ -3,17 +3,29 @@ import pytest
 
 from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.config import freeze, parse_study
-from meddiff_steps.errors import UserError
+from meddiff_steps.core.errors import UserError
 from meddiff_steps.steps.distill import run
 
-STUDY = {"study": "x", "cohort": {"source": "simulated"}, "covariates": {"age": {"unit": "year", "range": [0, 100]}}, "plan": [{"name": "syn", "subjects": 2}]}
+STUDY = {
+    "study": "x",
+    "cohort": {"source": "simulated"},
+    "covariates": {"age": {"unit": "year", "range": [0, 100]}},
+    "plan": [{"name": "syn", "subjects": 2}],
+}
 
 
 def files(folder, decisions):
     names = [f"teacher-{i}" for i in range(len(decisions))]
     pd.DataFrame({"sample_id": names, "age": 50.0}).to_parquet(folder / "plan.parquet")
-    pd.DataFrame({"sample_id": names, "decision": decisions, "seed_key": [f"{i:032x}" for i in range(len(names))]}).to_parquet(folder / "decisions.parquet")
-    return freeze(parse_study(STUDY, "test"), "distill", folder), folder / "plan.parquet", folder / "decisions.parquet", folder / "manifest.parquet"
+    pd.DataFrame(
+        {"sample_id": names, "decision": decisions, "seed_key": [f"{i:032x}" for i in range(len(names))]}
+    ).to_parquet(folder / "decisions.parquet")
+    return (
+        freeze(parse_study(STUDY, "test"), "distill", folder),
+        folder / "plan.parquet",
+        folder / "decisions.parquet",
+        folder / "manifest.parquet",
+    )
 
 
 def test_only_accepted_images_are_learnt_from(tmp_path):

@@ -59,7 +59,10 @@ def config(tmp_path: Path, *groups: dict[str, Any]) -> Path:
 
 
 def test_a_plan_is_written_from_the_training_rows(tmp_path, manifest):
-    groups = ({"name": "syn", "subjects": 50}, {"name": "cf", "subjects": 3, "covariates": "counterfactual", "grid": {"age": [50, 60, 70]}})
+    groups = (
+        {"name": "syn", "subjects": 50},
+        {"name": "cf", "subjects": 3, "covariates": "counterfactual", "grid": {"age": [50, 60, 70]}},
+    )
     frozen = config(tmp_path, *groups)
     run(frozen, manifest, tmp_path / "plan.parquet")
     plan = pd.read_parquet(tmp_path / "plan.parquet")
@@ -77,7 +80,11 @@ def parse_groups(groups):
 
 def test_a_table_of_requests_is_read_with_gaps_as_nulls_of_the_right_type(tmp_path, manifest):
     (tmp_path / "mine.csv").write_text("sex,age,note\n,61.5,a\n,n/a,b\n", encoding="utf-8")
-    run(config(tmp_path, {"name": "mine", "subjects": 2, "covariates": "table", "table": str(tmp_path / "mine.csv")}), manifest, tmp_path / "plan.parquet")
+    run(
+        config(tmp_path, {"name": "mine", "subjects": 2, "covariates": "table", "table": str(tmp_path / "mine.csv")}),
+        manifest,
+        tmp_path / "plan.parquet",
+    )
     plan = pd.read_parquet(tmp_path / "plan.parquet")
     assert plan["age"].iloc[0] == 61.5 and plan["age"].isna().iloc[1] and plan["sex"].isna().all()
     assert str(pq.read_schema(tmp_path / "plan.parquet").field("sex").type) == "string"
@@ -98,7 +105,20 @@ def test_a_bad_table_ends_with_one_message_and_no_traceback(tmp_path, manifest, 
     if text is not None:
         table.write_text(text, encoding="utf-8")
     frozen = config(tmp_path, {"name": "mine", "subjects": 1, "covariates": "table", "table": str(table)})
-    command = [sys.executable, "-m", "meddiff_steps", "plan", "--config", frozen, "--manifest", manifest, "--out", tmp_path / "plan.parquet"]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    command = [
+        sys.executable,
+        "-m",
+        "meddiff_steps",
+        "plan",
+        "--config",
+        frozen,
+        "--manifest",
+        manifest,
+        "--out",
+        tmp_path / "plan.parquet",
+    ]
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert "plan.mine.table" in done.stderr and not (tmp_path / "plan.parquet").exists()

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 from scipy.special import ndtr
 
 from meddiff_steps.config import Covariates
-from meddiff_steps.errors import UserError
+from meddiff_steps.core.errors import UserError
 from meddiff_steps.synthesis.copula import GaussianCopula
 
 SCHEMA: Covariates = TypeAdapter(Covariates).validate_python(
@@ -50,12 +50,20 @@ def test_samples_have_the_margins_and_relations_of_the_training_rows():
     training = population(3000)
     drawn = draw(GaussianCopula.fit(training, SCHEMA), 20_000)
     for name in ("age", "ventricles"):
-        np.testing.assert_allclose(drawn[name].quantile([0.02, 0.25, 0.5, 0.75, 0.98]), training[name].quantile([0.02, 0.25, 0.5, 0.75, 0.98]), rtol=0.04)
+        np.testing.assert_allclose(
+            drawn[name].quantile([0.02, 0.25, 0.5, 0.75, 0.98]),
+            training[name].quantile([0.02, 0.25, 0.5, 0.75, 0.98]),
+            rtol=0.04,
+        )
     for name in ("sex", "stage"):
         shares = training[name].value_counts(normalize=True)
         np.testing.assert_allclose(drawn[name].value_counts(normalize=True)[shares.index], shares, atol=0.012)
-    assert drawn["age"].corr(drawn["ventricles"], method="spearman") == pytest.approx(training["age"].corr(training["ventricles"], method="spearman"), abs=0.03)
-    assert drawn.groupby("stage")["age"].mean().to_dict() == pytest.approx(training.groupby("stage")["age"].mean().to_dict(), abs=1.0)
+    assert drawn["age"].corr(drawn["ventricles"], method="spearman") == pytest.approx(
+        training["age"].corr(training["ventricles"], method="spearman"), abs=0.03
+    )
+    assert drawn.groupby("stage")["age"].mean().to_dict() == pytest.approx(
+        training.groupby("stage")["age"].mean().to_dict(), abs=1.0
+    )
 
 
 def test_missing_values_neither_bias_the_fit_nor_come_out():
@@ -105,13 +113,19 @@ def test_a_row_depends_on_its_own_normals_only_to_the_last_bit():
     normals = np.random.default_rng(5).standard_normal((257, 4))
     whole = copula.sample(normals, {"age": 60.0})
     for rows in (slice(0, 1), slice(3, 10), slice(200, 257)):
-        pd.testing.assert_frame_equal(copula.sample(normals[rows], {"age": 60.0}), whole[rows].reset_index(drop=True), check_exact=True)
+        pd.testing.assert_frame_equal(
+            copula.sample(normals[rows], {"age": 60.0}), whole[rows].reset_index(drop=True), check_exact=True
+        )
 
 
 def test_the_order_of_the_schema_does_not_matter():
     training = population(300)
     backwards = dict(reversed(SCHEMA.items()))
-    pd.testing.assert_frame_equal(draw(GaussianCopula.fit(training, SCHEMA), 50), draw(GaussianCopula.fit(training, backwards), 50), check_exact=True)
+    pd.testing.assert_frame_equal(
+        draw(GaussianCopula.fit(training, SCHEMA), 50),
+        draw(GaussianCopula.fit(training, backwards), 50),
+        check_exact=True,
+    )
 
 
 def test_correlations_that_do_not_fit_together_are_repaired():
@@ -146,7 +160,10 @@ def test_pairs_that_are_never_seen_together_are_planned_as_unrelated(caplog):
     [
         (lambda t: t[:9], "covariates.age: 9 of 9 training rows have a value; a copula needs at least 10."),
         (lambda t: t.assign(ventricles=np.nan), "covariates.ventricles: 0 of 50 training rows have a value"),
-        (lambda t: t.assign(age=61.0), "covariates.age: all 50 training values are 61.0, so there is no distribution to learn. Remove `age`"),
+        (
+            lambda t: t.assign(age=61.0),
+            "covariates.age: all 50 training values are 61.0, so there is no distribution to learn. Remove `age`",
+        ),
         (lambda t: t.assign(sex="F"), "covariates.sex: all 50 training values are F,"),
     ],
 )

@@ -1,4 +1,6 @@
-"""What a GPU needs of generation, on the processor: decoding in parts and in slabs, working ahead, compiled networks, writing in a thread."""
+"""What a GPU needs of generation, on the processor: decoding in parts and in slabs, working ahead, compiled networks,
+writing in a thread.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,11 @@ from monai.networks.nets.autoencoderkl import AEKLResBlock
 from test_generate import drawn, generator, subjects  # noqa: F401 - fixtures
 
 from meddiff_steps import config
-from meddiff_steps.errors import UserError
-from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor, in_background
-from meddiff_steps.models.autoencoder import Autoencoder
-from meddiff_steps.synthesis.generate import Generator
-from meddiff_steps.training import backend
+from meddiff_steps.compute import compilation
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn, in_background
+from meddiff_steps.models.first_stage.kl import Autoencoder
+from meddiff_steps.synthesis.generate import CohortGenerator
 
 
 @pytest.fixture
@@ -66,7 +68,9 @@ def test_working_ahead_begins_exactly_one_batch_more(generator, subjects, settin
 def test_decoding_in_parts_is_decoding_whole(generator, subjects, settings):  # noqa: F811
     whole = images_of(generator, subjects)
     sizes = []
-    hook = generator.autoencoder.net.decoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    hook = generator.autoencoder.net.decoder.register_forward_pre_hook(
+        lambda module, inputs: sizes.append(len(inputs[0]))
+    )
     settings(decode_batch_size=2)
     parts = images_of(generator, subjects)
     hook.remove()
@@ -95,7 +99,9 @@ def decoder(request):
 
 @pytest.mark.parametrize("planes", [1, 3, 8, 100])
 def test_slabs_give_what_the_whole_gives_at_seams_as_elsewhere(decoder, planes):
-    z = 3 + torch.randn(2, 4, *(6, 4, 5)[: decoder.net.decoder.spatial_dims], generator=torch.Generator().manual_seed(1))
+    z = 3 + torch.randn(
+        2, 4, *(6, 4, 5)[: decoder.net.decoder.spatial_dims], generator=torch.Generator().manual_seed(1)
+    )
     z = z * torch.linspace(0.2, 2, 6).reshape(6, *[1] * (z.ndim - 3))  # parts differ, so that statistics of parts would
     whole = decoder.decode(z)
     assert whole.std() > 0.05
@@ -132,14 +138,22 @@ def test_slabs_change_what_is_generated_by_rounding_only(generator, subjects, se
 
 def test_a_compiled_generator_draws_the_same_images(generator, subjects, monkeypatch):  # noqa: F811
     def compile_traced(self, **options):
-        self._compiled_call_impl = torch.compile(self._call_impl, backend="aot_eager", fullgraph=True, dynamic=options["dynamic"])
+        self._compiled_call_impl = torch.compile(
+            self._call_impl, backend="aot_eager", fullgraph=True, dynamic=options["dynamic"]
+        )
 
     few = subjects[:5]
     plain = images_of(generator, few)
     monkeypatch.setattr(torch.nn.Module, "compile", compile_traced)
-    monkeypatch.setattr(backend, "lacking_for_compiler", lambda device: None)
+    monkeypatch.setattr(compilation, "lacking_for_compiler", lambda device: None)
     networks = [*generator.denoiser.costly, generator.autoencoder.net.decoder]
-    fast = Generator(generator.model, generator.autoencoder, generator.settings, generator.fabric, config.Compute(device="cpu", compile=True))
+    fast = CohortGenerator(
+        generator.model,
+        generator.autoencoder,
+        generator.settings,
+        generator.fabric,
+        config.Compute(device="cpu", compile=True),
+    )
     try:
         assert fast.compiled
         found = images_of(fast, few)
@@ -150,17 +164,21 @@ def test_a_compiled_generator_draws_the_same_images(generator, subjects, monkeyp
 
 
 def test_a_generator_that_cannot_compile_says_so(generator, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(backend, "lacking_for_compiler", lambda device: "the Python package triton")
+    monkeypatch.setattr(compilation, "lacking_for_compiler", lambda device: "the Python package triton")
     with pytest.raises(UserError, match="set compute.compile to false"):
-        Generator(generator.model, generator.autoencoder, generator.settings, generator.fabric, config.Compute(compile=True))
-    assert not Generator(generator.model, generator.autoencoder, generator.settings, generator.fabric, config.Compute()).compiled
+        CohortGenerator(
+            generator.model, generator.autoencoder, generator.settings, generator.fabric, config.Compute(compile=True)
+        )
+    assert not CohortGenerator(
+        generator.model, generator.autoencoder, generator.settings, generator.fabric, config.Compute()
+    ).compiled
 
 
 # ------------------------------------------------------------------------------------------------- writing in a thread
 
 
 def write(path, rows, wrap):
-    with ShardWriter(path, {"sample_id": pa.string(), "image": Tensor("float16", (1, 4, 4))}) as writer:
+    with ShardWriter(path, {"sample_id": pa.string(), "image": TensorColumn("float16", (1, 4, 4))}) as writer:
         if wrap:
             with in_background(writer.append, waiting=3) as append:
                 for name, image in rows:

@@ -12,13 +12,17 @@ import pytest
 from pydantic import TypeAdapter
 
 from meddiff_steps.config import Covariates, PlanGroup
-from meddiff_steps.diffusion.noise import seed_key
-from meddiff_steps.errors import UserError
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.random_streams import seed_key
 from meddiff_steps.synthesis.plan import COLUMNS, build_plan
 from meddiff_steps.synthesis.size import plan_shards, planned_subjects
 
 SCHEMA: Covariates = TypeAdapter(Covariates).validate_python(
-    {"age": {"unit": "year", "range": [18, 100]}, "volume": {"unit": "mL", "range": [0, 200]}, "diagnosis": {"levels": ["control", "case", "other"]}}
+    {
+        "age": {"unit": "year", "range": [18, 100]},
+        "volume": {"unit": "mL", "range": [0, 200]},
+        "diagnosis": {"levels": ["control", "case", "other"]},
+    }
 )
 
 
@@ -44,12 +48,18 @@ def plan(training: pd.DataFrame, *groups: PlanGroup, shard_size: int = 16, **mor
 def test_a_plan_has_the_agreed_columns_and_keys(training):
     rows = plan(training, group(subjects=35), group(name="extra", subjects=5))
     assert tuple(rows.columns) == (*COLUMNS, "age", "volume", "diagnosis")
-    assert rows["sample_id"].is_unique and rows["sample_id"].iloc[[0, 34, 35]].tolist() == ["syn000000", "syn000034", "extra000000"]
+    assert rows["sample_id"].is_unique and rows["sample_id"].iloc[[0, 34, 35]].tolist() == [
+        "syn000000",
+        "syn000034",
+        "extra000000",
+    ]
     assert rows["index"].tolist() == [*range(35), *range(5)] and (rows["index"] == rows["noise_index"]).all()
     assert rows["shard"].tolist() == [i // 16 for i in range(40)]
     assert (rows["attempt"] == 0).all() and set(rows["cohort_root"]) == {"study seed/syn", "study seed/extra"}
     assert rows["seed_key"].iloc[3] == seed_key("study seed/syn", 3, 0, "noise") and rows["seed_key"].is_unique
-    assert [str(rows[c].dtype) for c in ("index", "noise_index", "attempt", "shard", "age")] == ["int64"] * 4 + ["float64"]
+    assert [str(rows[c].dtype) for c in ("index", "noise_index", "attempt", "shard", "age")] == ["int64"] * 4 + [
+        "float64"
+    ]
     assert not rows.isna().any().any()
 
 
@@ -65,7 +75,9 @@ def test_a_plan_has_the_agreed_columns_and_keys(training):
 )
 def test_a_larger_plan_begins_with_the_smaller_one(training, settings):
     small, large = (plan(training, group(subjects=n, **settings), shard_size=s) for n, s in ((200, 3), (400, 1000)))
-    pd.testing.assert_frame_equal(large[: len(small)].drop(columns="shard"), small.drop(columns="shard"), check_exact=True)
+    pd.testing.assert_frame_equal(
+        large[: len(small)].drop(columns="shard"), small.drop(columns="shard"), check_exact=True
+    )
 
 
 def test_groups_do_not_disturb_each_other(training):
@@ -76,7 +88,9 @@ def test_groups_do_not_disturb_each_other(training):
 
 
 def test_neither_the_order_of_covariates_nor_of_training_rows_matters(training):
-    usual = plan(training, group(covariates="grid", grid={"diagnosis": ["case", "control"], "age": [50, 60]}, subjects=3))
+    usual = plan(
+        training, group(covariates="grid", grid={"diagnosis": ["case", "control"], "age": [50, 60]}, subjects=3)
+    )
     other = build_plan(
         [group(covariates="grid", grid={"age": [50, 60], "diagnosis": ["case", "control"]}, subjects=3)],
         dict(reversed(SCHEMA.items())),
@@ -120,9 +134,18 @@ def test_where_on_a_rare_level_finds_it(training):
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ({"diagnosis": "other"}, r"diagnosis should be \['other'\], but the training rows only have \['control', 'case'\]"),
+        (
+            {"diagnosis": "other"},
+            r"diagnosis should be \['other'\], but the training rows only have \['control', 'case'\]",
+        ),
         ({"age": [20, 30]}, r"age should be in \[20, 30\], but the training rows are in \[44"),
-        ({"age": [44, 44.5], "volume": [52, 53]}, r"none of 65,536 candidates fulfils age in \[44, 44.5\], volume in \[52, 53\] \(0 of 400 training rows do\)"),
+        (
+            {"age": [44, 44.5], "volume": [52, 53]},
+            (
+                r"none of 65,536 candidates fulfils age in \[44, 44.5\], volume in \[52, 53\] \(0 of 400 training rows"
+                r" do\)"
+            ),
+        ),
         ({"age": [60, 50]}, r"plan.syn.where.age: found \[60, 50\], expected a number or a range"),
         ({"age": [50, 60, 70]}, r"expected a number or a range \[low, high\]"),
     ],
@@ -133,7 +156,9 @@ def test_conditions_that_cannot_be_fulfilled_are_refused(training, where, messag
 
 
 def test_grid_has_all_combinations_each_with_its_own_noise(training):
-    rows = plan(training, group(subjects=5, covariates="grid", grid={"age": [50, 70], "diagnosis": ["control", "case"]}))
+    rows = plan(
+        training, group(subjects=5, covariates="grid", grid={"age": [50, 70], "diagnosis": ["control", "case"]})
+    )
     assert len(rows) == 20 and rows["seed_key"].is_unique
     assert (rows.groupby(["age", "diagnosis"]).size() == 5).all() and len(rows.groupby(["age", "diagnosis"])) == 4
     assert rows["volume"].nunique() == 20
@@ -141,7 +166,10 @@ def test_grid_has_all_combinations_each_with_its_own_noise(training):
 
 
 def test_counterfactual_moves_one_covariate_of_the_same_subject(training):
-    rows = plan(training, group(subjects=6, covariates="counterfactual", grid={"volume": [15, 30, 45]}, base={"diagnosis": "control"}))
+    rows = plan(
+        training,
+        group(subjects=6, covariates="counterfactual", grid={"volume": [15, 30, 45]}, base={"diagnosis": "control"}),
+    )
     assert rows["index"].tolist() == list(range(18)) and rows["noise_index"].tolist() == [i // 3 for i in range(18)]
     assert rows["seed_key"].nunique() == 6 and rows["sample_id"].is_unique
     assert rows["volume"].tolist() == [15.0, 30.0, 45.0] * 6 and (rows["diagnosis"] == "control").all()
@@ -151,13 +179,22 @@ def test_counterfactual_moves_one_covariate_of_the_same_subject(training):
 
 def test_counterfactual_of_a_level_keeps_the_declared_text(training):
     rows = plan(training, group(subjects=2, covariates="counterfactual", grid={"diagnosis": ["control", "case"]}))
-    assert rows["diagnosis"].tolist() == ["control", "case"] * 2 and (rows.groupby("noise_index")["volume"].nunique() == 1).all()
+    assert (
+        rows["diagnosis"].tolist() == ["control", "case"] * 2
+        and (rows.groupby("noise_index")["volume"].nunique() == 1).all()
+    )
 
 
 def test_table_rows_come_in_order_with_their_gaps(training):
-    table = pd.DataFrame({"age": [50.0, np.nan, 70.0], "volume": [20.0, 30.0, 40.0], "diagnosis": ["case", None, "control"], "note": "x"})
+    table = pd.DataFrame(
+        {"age": [50.0, np.nan, 70.0], "volume": [20.0, 30.0, 40.0], "diagnosis": ["case", None, "control"], "note": "x"}
+    )
     rows = plan(training, group(subjects=2, covariates="table", table="mine.csv"), tables={"syn": table})
-    assert rows["volume"].tolist() == [20.0, 30.0] and np.isnan(rows["age"][1]) and rows["diagnosis"].tolist() == ["case", None]
+    assert (
+        rows["volume"].tolist() == [20.0, 30.0]
+        and np.isnan(rows["age"][1])
+        and rows["diagnosis"].tolist() == ["case", None]
+    )
     assert "note" not in rows
 
 
@@ -199,5 +236,10 @@ def test_sizes_are_known_from_the_config_alone(training, shard_size):
 
 
 def test_sizes_import_nothing_heavy():
-    code = "import sys, meddiff_steps.synthesis.size; print([m for m in ('torch', 'pandas', 'numpy', 'scipy', 'pydantic') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (
+        "import sys, meddiff_steps.synthesis.size; print([m for m in ('torch', 'pandas', 'numpy', 'scipy', 'pydantic')"
+        " if m in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

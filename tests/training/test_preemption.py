@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_step import OUTPUTS, prepare
 
-from meddiff_steps.errors import EXIT_PREEMPTED
+from meddiff_steps.core.errors import EXIT_PREEMPTED
 from meddiff_steps.training import loop
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,9 @@ PREFIX = "set -euo pipefail; trap '' TERM; "
 def start(folder: Path, command: list[str]) -> subprocess.Popen:
     line = f"{PREFIX} {' '.join(command)} 2>&1 | tee log"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(["bash", "-c", line], cwd=folder, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+    return subprocess.Popen(
+        ["bash", "-c", line], cwd=folder, env=environment, start_new_session=True, stdout=subprocess.DEVNULL
+    )
 
 
 def test_the_prefix_is_that_of_the_rules():
@@ -68,7 +70,10 @@ with mock.patch("meddiff_steps.steps.schema.run", lambda: signal.raise_signal(si
     __main__.main()
 ' | cat"""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    assert subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True).returncode == 128 + signal.SIGTERM
+    assert (
+        subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True).returncode
+        == 128 + signal.SIGTERM
+    )
 
 
 def test_the_previous_handler_comes_back():

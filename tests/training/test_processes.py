@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from tiny_step import OUTPUTS, prepare
 
 from meddiff_steps import config
-from meddiff_steps.errors import EXIT_PREEMPTED, UserError
-from meddiff_steps.training.backend import make_fabric
+from meddiff_steps.compute.device import make_fabric
+from meddiff_steps.core.errors import EXIT_PREEMPTED, UserError
 from meddiff_steps.training.loop import rank_share
 
 ROOT = Path(__file__).parents[2]
-#: The processes take the same step but for the order of sums. Largest relative difference of a point of the training curve,
-#: 2e-7 when measured, and of a weight relative to the largest of its tensor, 3e-5 when measured (Adam enlarges small gradients).
+#: The processes take the same step but for the order of sums. Largest relative difference of a point of the training
+#: curve, 2e-7 when measured, and of a weight relative to the largest of its tensor, 3e-5 when measured (Adam enlarges
+#: small gradients).
 CURVE_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-3
 
 
@@ -29,7 +30,12 @@ def start(command: list[str], folder: Path) -> subprocess.Popen[bytes]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
     with open(folder / "log", "ab") as log:
         return subprocess.Popen(
-            command, cwd=folder, env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, start_new_session=True
+            command,
+            cwd=folder,
+            env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
 
 
@@ -57,7 +63,9 @@ def assert_alike(one: Path, two: Path) -> None:
     np.testing.assert_allclose(curve["value"], expected["value"], rtol=CURVE_TOLERANCE)
     weights = load_file(two / "weights.safetensors")
     for name, value in load_file(one / "weights.safetensors").items():
-        assert float((weights[name] - value).abs().max()) <= WEIGHT_TOLERANCE * max(float(value.abs().max()), 1e-3), name
+        assert float((weights[name] - value).abs().max()) <= WEIGHT_TOLERANCE * max(float(value.abs().max()), 1e-3), (
+            name
+        )
 
 
 @pytest.mark.slow
@@ -120,7 +128,13 @@ def test_shares_make_the_batch_and_unequal_ones_are_refused():
 
 def test_a_job_of_slurm_with_one_task_starts_its_processes_itself(monkeypatch):
     """Snakemake's inner `srun -n1` makes the variables of one task, whatever compute.devices is."""
-    for name, value in {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}.items():
+    for name, value in {
+        "SLURM_NTASKS": "1",
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_ID": "0",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+    }.items():
         monkeypatch.setenv(name, value)
     fabric = make_fabric(config.Compute(device="cpu", precision="32-true", devices=4), threads=1)
     assert fabric.world_size == 1

@@ -5,22 +5,25 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from meddiff_steps import config
-from meddiff_steps.errors import UserError
-from meddiff_steps.imaging.augment import Variant, draw_variant
-from meddiff_steps.imaging.shards import Shards, ShardWriter, Tensor
-from meddiff_steps.models.denoiser import COMPONENT_WIDTH
+from meddiff_steps.compute.device import make_fabric
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
+from meddiff_steps.imaging.variants import Variant, draw_variant
+from meddiff_steps.models.denoiser.unet import COMPONENT_WIDTH
 from meddiff_steps.models.torchscript import load_torchscript
+from meddiff_steps.models.weights import weights_digest
 from meddiff_steps.training import loop
-from meddiff_steps.training.autoencoder import AutoencoderTask, perceptual_loss, spectral_loss
-from meddiff_steps.training.backend import make_fabric
-from meddiff_steps.training.checkpoint import CheckpointFolder, weights_digest
-from meddiff_steps.training.components import train_components
-from meddiff_steps.training.diffusion import DiffusionTask
+from meddiff_steps.training.checkpoints import CheckpointFolder
 from meddiff_steps.training.latent_data import LatentData, drop
+from meddiff_steps.training.tasks.autoencoder import AutoencoderTask, perceptual_loss, spectral_loss
+from meddiff_steps.training.tasks.components import train_components
+from meddiff_steps.training.tasks.diffusion import DiffusionTask
 
 #: Sums of parts are rounded otherwise. Largest relative difference of a point of the curve, 2e-7 when measured.
 CURVE_TOLERANCE = 1e-5
-OPTIMISER = config.Optimiser(steps=7, batch_size=4, learning_rate=1e-3, warmup_steps=2, log_every=2, checkpoint_every=3, validate_every=4)
+OPTIMISER = config.Optimiser(
+    steps=7, batch_size=4, learning_rate=1e-3, warmup_steps=2, log_every=2, checkpoint_every=3, validate_every=4
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,34 +35,60 @@ def fabric():
 def images(tmp_path_factory):
     path = tmp_path_factory.mktemp("images") / "shard.arrow"
     rng = np.random.default_rng(0)
-    with ShardWriter(path, {"scan_id": pa.string(), "image": Tensor("float16", (1, 8, 8, 8))}) as shard:
+    with ShardWriter(path, {"scan_id": pa.string(), "image": TensorColumn("float16", (1, 8, 8, 8))}) as shard:
         for i in range(10):
             shard.append(scan_id=str(i), image=rng.random((1, 8, 8, 8)))
     return Shards([path])
 
 
 def autoencoder_task(images, fabric, features=None, **changes):
-    settings = config.Autoencoder(channels=[8, 16], norm_num_groups=4, latent_channels=4, optimiser=OPTIMISER.model_dump(), **changes)
-    return AutoencoderTask(settings, config.Augmentation(variants=2, flip=True, max_shift_voxels=1), images, range(8), range(8, 10), "seed", fabric, features)
+    settings = config.Autoencoder(
+        channels=[8, 16], norm_num_groups=4, latent_channels=4, optimiser=OPTIMISER.model_dump(), **changes
+    )
+    return AutoencoderTask(
+        settings,
+        config.Augmentation(variants=2, flip=True, max_shift_voxels=1),
+        images,
+        range(8),
+        range(8, 10),
+        "seed",
+        fabric,
+        features,
+    )
 
 
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory):
     path = tmp_path_factory.mktemp("latents") / "shard.arrow"
     rng = np.random.default_rng(0)
-    shape = Tensor("float16", (4, 4, 4, 4))
+    shape = TensorColumn("float16", (4, 4, 4, 4))
     with ShardWriter(path, {"mean": shape, "log_variance": shape}) as shard:
         for _ in range(10):
             shard.append(mean=rng.normal(size=shape.shape), log_variance=np.full(shape.shape, -4.0))
-    prior = {"offset": torch.zeros(1, *shape.shape), "scale": torch.ones(1, 4, 1, 1, 1), "prior.effects": torch.zeros(2, 256)}
+    prior = {
+        "offset": torch.zeros(1, *shape.shape),
+        "scale": torch.ones(1, 4, 1, 1, 1),
+        "prior.effects": torch.zeros(2, 256),
+    }
     prior |= {"prior.basis": torch.eye(256)[:3], "prior.variances": torch.ones(3)}
     prior |= {"prior.local_basis": torch.eye(4).expand(64, 4, 4).clone(), "prior.local_variances": torch.ones(64, 4)}
-    prior["prior.network.last.weight"] = torch.ones(3, COMPONENT_WIDTH)  # a trained network, with dropout, has something to say
-    return LatentData(Shards([path]), prior, rng.normal(size=(10, 2)).astype(np.float32), np.arange(8), np.arange(8, 10))
+    prior["prior.network.last.weight"] = torch.ones(
+        3, COMPONENT_WIDTH
+    )  # a trained network, with dropout, has something to say
+    return LatentData(
+        Shards([path]), prior, rng.normal(size=(10, 2)).astype(np.float32), np.arange(8), np.arange(8, 10)
+    )
 
 
 def diffusion_task(latents, fabric):
-    settings = config.Diffusion(channels=[8, 16], norm_num_groups=4, num_head_channels=8, covariate_dim=8, num_res_blocks=1, optimiser=OPTIMISER.model_dump())
+    settings = config.Diffusion(
+        channels=[8, 16],
+        norm_num_groups=4,
+        num_head_channels=8,
+        covariate_dim=8,
+        num_res_blocks=1,
+        optimiser=OPTIMISER.model_dump(),
+    )
     return DiffusionTask(settings, latents, [0, 0], "seed", fabric)
 
 
@@ -73,11 +102,17 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("kind", ["autoencoder", "adversarial", "diffusion"])
 @pytest.mark.parametrize("kill_at", [1, 4, 6])
-def test_a_killed_and_resumed_training_gives_the_same_weights_and_curve(tmp_path, images, latents, fabric, kind, kill_at):
+def test_a_killed_and_resumed_training_gives_the_same_weights_and_curve(
+    tmp_path, images, latents, fabric, kind, kill_at
+):
     def make():
         if kind == "diffusion":
             return diffusion_task(latents, fabric)
-        adversarial = config.Adversarial(weight=0.1, start_step=2, channels=8, layers=1) if kind == "adversarial" else config.Adversarial()
+        adversarial = (
+            config.Adversarial(weight=0.1, start_step=2, channels=8, layers=1)
+            if kind == "adversarial"
+            else config.Adversarial()
+        )
         return autoencoder_task(images, fabric, adversarial=adversarial)
 
     straight = make()
@@ -112,7 +147,9 @@ def test_the_perceptual_term_compares_directions_of_features(features):
     network = load_torchscript(features, "here")
     image, other = torch.rand(2, 2, 1, 8, 8, 8)
     assert perceptual_loss(network, image, image) == 0
-    assert perceptual_loss(network, 2 * image, image) < 1e-6 < perceptual_loss(network, other, image), "the length of features does not count"
+    assert perceptual_loss(network, 2 * image, image) < 1e-6 < perceptual_loss(network, other, image), (
+        "the length of features does not count"
+    )
     assert perceptual_loss(network, other, -image) > 2 > perceptual_loss(network, other, image)
     empty = torch.zeros(1, 1, 8, 8, 8, requires_grad=True)
     perceptual_loss(network, empty, image[:1]).backward()
@@ -190,11 +227,17 @@ def out_of_memory_above(images_at_a_time, module):
 
 @pytest.mark.parametrize("kind", ["autoencoder", "adversarial", "diffusion"])
 @pytest.mark.parametrize("room", [1, 3])
-def test_out_of_memory_halves_what_is_computed_at_a_time_and_not_the_batch(tmp_path, images, latents, fabric, kind, room):
+def test_out_of_memory_halves_what_is_computed_at_a_time_and_not_the_batch(
+    tmp_path, images, latents, fabric, kind, room
+):
     def make():
         if kind == "diffusion":
             return diffusion_task(latents, fabric)
-        adversarial = config.Adversarial(weight=0.1, start_step=2, channels=8, layers=1) if kind == "adversarial" else config.Adversarial()
+        adversarial = (
+            config.Adversarial(weight=0.1, start_step=2, channels=8, layers=1)
+            if kind == "adversarial"
+            else config.Adversarial()
+        )
         return autoencoder_task(images, fabric, adversarial=adversarial)
 
     whole = make()
@@ -214,7 +257,9 @@ def test_out_of_memory_halves_what_is_computed_at_a_time_and_not_the_batch(tmp_p
 def test_one_image_that_does_not_fit_is_an_error_that_says_what_helps(tmp_path, latents, fabric):
     task = diffusion_task(latents, fabric)
     out_of_memory_above(0, task.modules["model"])
-    with pytest.raises(UserError, match=r"no room for one image in training \(CUDA out of memory.*gradient_checkpointing"):
+    with pytest.raises(
+        UserError, match=r"no room for one image in training \(CUDA out of memory.*gradient_checkpointing"
+    ):
         loop.fit(task, OPTIMISER, fabric, tmp_path, "test")
 
 
@@ -243,13 +288,21 @@ def test_a_training_that_did_not_lower_the_held_out_loss_is_told(tmp_path, laten
 
 def test_training_does_not_spoil_the_linear_code_that_it_starts_from(tmp_path, fabric):
     rng, shape = np.random.default_rng(0), (16, 16, 16)
-    with ShardWriter(tmp_path / "shard.arrow", {"scan_id": pa.string(), "image": Tensor("float16", (1, *shape))}) as shard:
+    with ShardWriter(
+        tmp_path / "shard.arrow", {"scan_id": pa.string(), "image": TensorColumn("float16", (1, *shape))}
+    ) as shard:
         for i in range(240):
             field = gaussian_filter(rng.normal(size=shape), 2.0)
             shard.append(scan_id=str(i), image=(field > 0.3 * field.std())[None] * np.float32(rng.uniform(0.5, 1)))
-    optimiser = config.Optimiser(steps=150, batch_size=4, learning_rate=1e-3, warmup_steps=10, validate_every=150, ema_decay=0.9)
-    settings = config.Autoencoder(channels=[16, 32], norm_num_groups=4, latent_channels=8, optimiser=optimiser.model_dump())
-    task = AutoencoderTask(settings, config.Augmentation(), Shards([tmp_path / "shard.arrow"]), range(208), range(208, 240), "seed", fabric)
+    optimiser = config.Optimiser(
+        steps=150, batch_size=4, learning_rate=1e-3, warmup_steps=10, validate_every=150, ema_decay=0.9
+    )
+    settings = config.Autoencoder(
+        channels=[16, 32], norm_num_groups=4, latent_channels=8, optimiser=optimiser.model_dump()
+    )
+    task = AutoencoderTask(
+        settings, config.Augmentation(), Shards([tmp_path / "shard.arrow"]), range(208), range(208, 240), "seed", fabric
+    )
     before = task.modules["model"].synthesis.weight.clone()
     curve = loop.fit(task, optimiser, fabric, tmp_path, "test")
     start, end = curve[curve["metric"] == "val/psnr"]["value"]
@@ -265,7 +318,9 @@ def test_a_loss_that_is_not_finite_stops_the_training(tmp_path, latents, fabric)
 
 
 def test_without_held_out_scans_there_is_no_validation_and_no_failure(tmp_path, images, fabric):
-    settings = config.Autoencoder(channels=[8, 16], norm_num_groups=4, latent_channels=4, optimiser=OPTIMISER.model_dump())
+    settings = config.Autoencoder(
+        channels=[8, 16], norm_num_groups=4, latent_channels=4, optimiser=OPTIMISER.model_dump()
+    )
     task = AutoencoderTask(settings, config.Augmentation(), images, range(10), [], "seed", fabric)
     curve = loop.fit(task, OPTIMISER, fabric, tmp_path, "test")
     assert len(curve) and not curve["metric"].str.startswith("val/").any()
@@ -301,7 +356,10 @@ def test_variants_shift_without_wrapping_and_flip_left_right():
     assert np.array_equal(Variant(True, (0, 0, 0))(image), image[:, ::-1])
     flat = image[:, 0]
     assert np.array_equal(Variant(True, (0, 0))(flat), flat[:, :, ::-1])
-    drawn = {draw_variant(config.Augmentation(flip=True, max_shift_voxels=1), 3, np.random.default_rng(i)) for i in range(200)}
+    drawn = {
+        draw_variant(config.Augmentation(flip=True, max_shift_voxels=1), 3, np.random.default_rng(i))
+        for i in range(200)
+    }
     assert len(drawn) > 40
 
 
@@ -317,20 +375,28 @@ def curved_latents(path, bend):
     rng = np.random.default_rng(0)
     first = rng.normal(size=300)
     second = bend * (first**2 - 1) / np.sqrt(2) + np.sqrt(1 - bend**2) * rng.normal(size=300)
-    shape = Tensor("float32", (2, 4))
+    shape = TensorColumn("float32", (2, 4))
     basis = np.linalg.qr(rng.normal(size=(8, 2)))[0].T
     with ShardWriter(path, {"mean": shape, "log_variance": shape}) as shard:
         for row in np.stack([first, second], 1) @ basis + 0.05 * rng.normal(size=(300, 8)):
             shard.append(mean=row.reshape(2, 4), log_variance=np.full((2, 4), -9.0))
     prior = {"offset": torch.zeros(1, 2, 4), "scale": torch.ones(1, 2, 1), "prior.effects": torch.zeros(1, 8)}
     prior |= {"prior.basis": torch.from_numpy(basis).float(), "prior.variances": torch.ones(2)}
-    prior |= {"prior.local_basis": torch.eye(2).expand(4, 2, 2).clone(), "prior.local_variances": torch.full((4, 2), 0.0025)}
-    return LatentData(Shards([path]), prior, rng.normal(size=(300, 1)).astype(np.float32), np.arange(200), np.arange(200, 300))
+    prior |= {
+        "prior.local_basis": torch.eye(2).expand(4, 2, 2).clone(),
+        "prior.local_variances": torch.full((4, 2), 0.0025),
+    }
+    return LatentData(
+        Shards([path]), prior, rng.normal(size=(300, 1)).astype(np.float32), np.arange(200), np.arange(200, 300)
+    )
 
 
 def test_components_learn_a_curved_dependence_and_only_where_there_is_one(tmp_path):
     settings = config.Diffusion(component_steps=200)
-    curved, straight = (train_components(curved_latents(tmp_path / f"{bend}.arrow", bend), settings, [0], "seed")[1] for bend in (0.95, 0.0))
+    curved, straight = (
+        train_components(curved_latents(tmp_path / f"{bend}.arrow", bend), settings, [0], "seed")[1]
+        for bend in (0.95, 0.0)
+    )
     assert curved < 0.96
     assert straight > curved + 0.02
 

@@ -1,4 +1,6 @@
-"""A folder in which the real step `autoencoder` runs in seconds, as a command, so that it can be killed or run in several processes."""
+"""A folder in which the real step `autoencoder` runs in seconds, as a command, so that it can be killed or run in
+several processes.
+"""
 
 import sys
 from pathlib import Path
@@ -8,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 
 from meddiff_steps import config
-from meddiff_steps.imaging.shards import ShardWriter, Tensor
+from meddiff_steps.imaging.shards import ShardWriter, TensorColumn
 
 OUTPUTS = ["weights.safetensors", "card.json", "history.parquet", "reconstructions.arrow"]
 
@@ -16,13 +18,29 @@ OUTPUTS = ["weights.safetensors", "card.json", "history.parquet", "reconstructio
 def prepare(folder: Path, **compute) -> list[str]:
     """Write manifest, images and frozen config into `folder`; returns the arguments of the step, to be run there."""
     rng = np.random.default_rng(0)
-    with ShardWriter(folder / "images.arrow", {"scan_id": pa.string(), "image": Tensor("float16", (1, 8, 8, 8))}) as shard:
+    with ShardWriter(
+        folder / "images.arrow", {"scan_id": pa.string(), "image": TensorColumn("float16", (1, 8, 8, 8))}
+    ) as shard:
         for i in range(12):
             shard.append(scan_id=f"scan{i}", image=rng.random((1, 8, 8, 8)))
     names = [f"scan{i}" for i in range(12)]
-    table = {"scan_id": names, "subject_id": names, "session_id": [None] * 12, "path": names, "sha256": ["0" * 64] * 12, "content_sha256": ["0" * 64] * 12}
+    table = {
+        "scan_id": names,
+        "subject_id": names,
+        "session_id": [None] * 12,
+        "path": names,
+        "sha256": ["0" * 64] * 12,
+        "content_sha256": ["0" * 64] * 12,
+    }
     pd.DataFrame(table | {"split": ["train"] * 8 + ["val"] * 2 + ["test"] * 2}).to_parquet(folder / "manifest.parquet")
-    optimiser = {"steps": 60, "batch_size": 4, "learning_rate": 1e-3, "log_every": 7, "checkpoint_every": 11, "validate_every": 20}
+    optimiser = {
+        "steps": 60,
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+        "log_every": 7,
+        "checkpoint_every": 11,
+        "validate_every": 20,
+    }
     study = config.parse_study(
         {
             "study": "tiny",

@@ -1,0 +1,1 @@
+"""Our way beside the peers', side by side: `python -m benchmarks --help`."""

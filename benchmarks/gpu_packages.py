@@ -1,0 +1,95 @@
+"""Prints, as pip wants them, the packages that `gpu.py` needs and this Python has not, at the versions of the lock:
+`make bench-gpu` installs them.
+
+Needs nothing but Python.  torch is never among them: the machine brings the one that fits its driver.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+LOCK = Path(__file__).parents[1] / "envs/requirements.lock"
+#: What is imported, directly or by what is imported, and the package that brings it.
+NEEDED = {
+    "absl": "absl-py",
+    "annotated_types": "annotated-types",
+    "certifi": "certifi",
+    "charset_normalizer": "charset-normalizer",
+    "dateutil": "python-dateutil",
+    "diffusers": "diffusers",
+    "einops": "einops",
+    "filelock": "filelock",
+    "fsspec": "fsspec",
+    "google.protobuf": "protobuf",
+    "grpc": "grpcio",
+    "huggingface_hub": "huggingface_hub",
+    "idna": "idna",
+    "importlib_metadata": "importlib_metadata",
+    "joblib": "joblib",
+    "lightning_fabric": "lightning-fabric",
+    "lightning_utilities": "lightning-utilities",
+    "markdown": "Markdown",
+    "monai": "monai",
+    "nibabel": "nibabel",
+    "numpy": "numpy",
+    "packaging": "packaging",
+    "pandas": "pandas",
+    "PIL": "pillow",
+    "psutil": "psutil",
+    "pyarrow": "pyarrow",
+    "pydantic": "pydantic",
+    "pydantic_core": "pydantic_core",
+    "pytz": "pytz",
+    "regex": "regex",
+    "requests": "requests",
+    "safetensors": "safetensors",
+    "scipy": "scipy",
+    "sklearn": "scikit-learn",
+    "tensorboard": "tensorboard",
+    "threadpoolctl": "threadpoolctl",
+    "tqdm": "tqdm",
+    "typing_extensions": "typing_extensions",
+    "typing_inspection": "typing-inspection",
+    "tzdata": "tzdata",
+    "urllib3": "urllib3",
+    "werkzeug": "Werkzeug",
+    "yaml": "PyYAML",
+    "zipp": "zipp",
+}
+#: What the locked huggingface_hub imports, which diffusers imports; another version, where one is there, has brought
+#: its own.
+WITH_HUB = {
+    "anyio": "anyio",
+    "click": "click",
+    "h11": "h11",
+    "hf_xet": "hf-xet",
+    "httpcore2": "httpcore2",
+    "httpx2": "httpx2",
+    "truststore": "truststore",
+}
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it
+        return False
+
+
+def missing() -> list[str]:
+    """Requirements, `name==version`, of what cannot be imported."""
+    pins = {
+        canonical(line.partition("==")[0]): line for line in LOCK.read_text(encoding="utf-8").split() if "==" in line
+    }
+    needed = NEEDED if importable("huggingface_hub") else NEEDED | WITH_HUB
+    return [pins[canonical(package)] for module, package in needed.items() if not importable(module)]
+
+
+if __name__ == "__main__":
+    print("\n".join(missing()))

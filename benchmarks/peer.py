@@ -1,0 +1,362 @@
+"""The peers' way, against MONAI's public API as its tutorials use it: what our side is measured beside.
+
+Followed are Project-MONAI/tutorials `generation/3d_ldm` (`train_autoencoder.py`, `train_diffusion.py`), the
+classifier-free-guidance tutorial, and, for sampling and diversity, Warvito/generative_brain: an autoencoder that sees
+full resolution, fp32, contiguous memory, every image encoded again at every diffusion step, data read from `.nii.gz` by
+`CacheDataset` or `PersistentDataset`, `DDIMScheduler` with two passes per step, volumes decoded one by one, MS-SSIM
+over all ordered pairs.
+
+A fair copy: networks are sized by the study's own settings (`autoencoder_widths`), batch, steps, learning rate, loss
+terms, noise schedule and data are those of our side.  Where the tutorials do something slow that has no bearing on the
+method, it is left out, in their favour: anomaly detection during training, TensorBoard at every step, perceptual loss
+and discriminator (our side has neither by default).  `clip_sample` is off, since its default clips latents to +-1.
+
+Every function takes the device and the sizes; nothing here reads or sets a global.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.data import CacheDataset, DataLoader, Dataset, PersistentDataset
+from monai.inferers import DiffusionInferer, LatentDiffusionInferer
+from monai.metrics import MultiScaleSSIMMetric, SSIMMetric
+from monai.networks.nets import AutoencoderKL, DiffusionModelUNet
+from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
+from monai.transforms import (
+    CenterSpatialCropd,
+    Compose,
+    EnsureChannelFirstd,
+    EnsureTyped,
+    LoadImage,
+    LoadImaged,
+    Orientationd,
+    ScaleIntensityRangePercentilesd,
+    Spacingd,
+    SpatialPadd,
+)
+from torch import Tensor, nn
+from torch.nn import functional
+
+from meddiff_steps import config
+
+Device = torch.device | str
+
+#: What MONAI's inferers put in place of a condition for the unconditional pass (`cfg_fill_value`).
+NULL_CONDITION = -1.0
+
+
+# ------------------------------------------------------------------------------------------------ first stage
+
+
+def autoencoder_widths(settings: config.Autoencoder) -> tuple[int, ...]:
+    """Channels per level of the peer that reaches our latent grid.
+
+    Without a stem it needs a level at full resolution.  That gets half the first width, as widths double from level to
+    level in the tutorial's configurations: the narrowest choice, and the one whose number of weights is nearest to
+    ours.
+    """
+    return tuple(settings.channels) if settings.stem == "none" else (settings.channels[0] // 2, *settings.channels)
+
+
+def peer_autoencoder(settings: config.Autoencoder, device: Device, spatial_dims: int = 3) -> AutoencoderKL:
+    """MONAI's AutoencoderKL for images (b, 1, *spatial), sized like the study's first stage, without attention (as in
+    the tutorials).
+    """
+    channels = autoencoder_widths(settings)
+    return AutoencoderKL(
+        spatial_dims=spatial_dims,
+        in_channels=1,
+        out_channels=1,
+        channels=channels,
+        latent_channels=settings.latent_channels,
+        num_res_blocks=(settings.num_res_blocks,) * len(channels),
+        norm_num_groups=min(settings.norm_num_groups, channels[0]),
+        attention_levels=(False,) * len(channels),
+        with_encoder_nonlocal_attn=False,
+        with_decoder_nonlocal_attn=False,
+    ).to(device)
+
+
+def peer_optimiser(network: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    """Adam at a constant rate, as in the tutorials (their schedules change it after 100 epochs)."""
+    return torch.optim.Adam(network.parameters(), lr=learning_rate)
+
+
+def kl_loss(mean: Tensor, deviation: Tensor) -> Tensor:
+    """KL divergence in nats, summed over the latent, mean over images; from the standard deviation, as the tutorials
+    have it.
+    """
+    axes = list(range(1, mean.ndim))
+    return (0.5 * torch.sum(mean.pow(2) + deviation.pow(2) - torch.log(deviation.pow(2)) - 1, dim=axes)).mean()
+
+
+def peer_autoencoder_step(
+    network: AutoencoderKL, optimiser: torch.optim.Optimizer, images: Tensor, kl_weight: float
+) -> float:
+    """One update on images (b, 1, *spatial) in [0, 1]: L1 + KL; returns the reconstruction loss (a synchronisation, as
+    their logging is).
+    """
+    network.train()
+    optimiser.zero_grad(set_to_none=True)
+    reconstruction, mean, deviation = network(images)
+    reconstruction_loss = functional.l1_loss(reconstruction.float(), images.float())
+    loss = reconstruction_loss + kl_weight * kl_loss(mean, deviation)
+    loss.backward()
+    optimiser.step()
+    return reconstruction_loss.item()
+
+
+@torch.no_grad()
+def peer_psnr(network: AutoencoderKL, images: Tensor) -> float:
+    """Mean PSNR (dB, range 1) of reconstructions of images (n, 1, *spatial), one by one, the posterior mean decoded and
+    clipped as ours.
+    """
+    network.eval()
+    errors = [(network.reconstruct(image[None]).clamp(0, 1) - image[None]).square().mean() for image in images]
+    return float(np.mean([-10.0 * float(error.clamp_min(1e-12).log10()) for error in errors]))
+
+
+# ----------------------------------------------------------------------------------------------- second stage
+
+
+def peer_unet(
+    settings: config.Diffusion, latent_channels: int, covariates: int, device: Device, spatial_dims: int = 3
+) -> DiffusionModelUNet:
+    """MONAI's DiffusionModelUNet, sized like the study's second stage; covariates enter as one cross-attention token
+    (b, 1, covariates).
+    """
+    depth = len(settings.channels)
+    # Heads of levels without attention are 0 in the tutorials; the middle block takes the last level's.
+    heads = tuple(
+        settings.num_head_channels if attends or level == depth - 1 else 0
+        for level, attends in enumerate(settings.attention_levels)
+    )
+    return DiffusionModelUNet(
+        spatial_dims=spatial_dims,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        num_res_blocks=(settings.num_res_blocks,) * depth,
+        channels=tuple(settings.channels),
+        attention_levels=tuple(settings.attention_levels),
+        norm_num_groups=settings.norm_num_groups,
+        num_head_channels=heads,
+        with_conditioning=True,
+        cross_attention_dim=covariates,
+    ).to(device)
+
+
+def peer_scheduler(settings: config.Diffusion) -> DDPMScheduler:
+    """The forward process of training; epsilon is predicted, as in the tutorials and the published brain model's
+    bundle.
+    """
+    return DDPMScheduler(
+        num_train_timesteps=settings.num_train_timesteps,
+        schedule="scaled_linear_beta",
+        beta_start=settings.beta_start,
+        beta_end=settings.beta_end,
+        clip_sample=False,
+    )
+
+
+@torch.no_grad()
+def peer_scale_factor(autoencoder: AutoencoderKL, images: Tensor) -> float:
+    """1 / standard deviation of the latents of the first batch (b, 1, *spatial): the tutorials' scale factor."""
+    return float(1.0 / autoencoder.encode_stage_2_inputs(images).std())
+
+
+def peer_context(covariates: np.ndarray, device: Device) -> Tensor:
+    """Encoded covariates (b, k), NaN where missing, as one token (b, 1, k); a missing one is 0, its mean (there is no
+    null token).
+    """
+    return torch.from_numpy(np.nan_to_num(covariates, nan=0.0).astype(np.float32))[:, None].to(device)
+
+
+def peer_diffusion_step(
+    network: DiffusionModelUNet,
+    autoencoder: AutoencoderKL,
+    inferer: LatentDiffusionInferer,
+    optimiser: torch.optim.Optimizer,
+    images: Tensor,
+    context: Tensor,
+    latent_shape: Sequence[int],
+    condition_dropout: float = 0.0,
+    autocast: torch.dtype | None = None,
+) -> float:
+    """One update on images (b, 1, *spatial), which the inferer encodes first; returns the loss (a synchronisation).
+
+    Parameters
+    ----------
+    inferer
+        Holds `peer_scheduler` and the scale factor.
+    context
+        From `peer_context`.
+    latent_shape
+        (c, *spatial).
+    condition_dropout
+        Share of rows whose context becomes `NULL_CONDITION` (the guidance tutorial uses 0.15).
+    autocast
+        None for fp32; a half-precision type runs the step under autocast (without loss scaling, which bfloat16 does not
+        need).
+    """
+    network.train()
+    autoencoder.eval()
+    optimiser.zero_grad(set_to_none=True)
+    noise = torch.randn((len(images), *latent_shape), dtype=images.dtype).to(images.device)
+    timesteps = torch.randint(0, inferer.scheduler.num_train_timesteps, (len(images),), device=images.device).long()
+    if condition_dropout:
+        dropped = torch.rand((len(context), 1, 1), device=context.device) < condition_dropout
+        context = torch.where(dropped, torch.full_like(context, NULL_CONDITION), context)
+    with torch.autocast(images.device.type, dtype=autocast) if autocast else contextlib.nullcontext():
+        predicted = inferer(
+            inputs=images,
+            autoencoder_model=autoencoder,
+            diffusion_model=network,
+            noise=noise,
+            timesteps=timesteps,
+            condition=context,
+        )
+        loss = functional.mse_loss(predicted.float(), noise.float())
+    loss.backward()
+    optimiser.step()
+    return loss.item()
+
+
+def peer_ddim(
+    settings: config.Diffusion, num_inference_steps: int, device: Device, prediction_type: str = "epsilon"
+) -> DDIMScheduler:
+    """MONAI's DDIMScheduler, set to a number of steps, unclipped."""
+    scheduler = DDIMScheduler(
+        num_train_timesteps=settings.num_train_timesteps,
+        schedule="scaled_linear_beta",
+        beta_start=settings.beta_start,
+        beta_end=settings.beta_end,
+        clip_sample=False,
+        prediction_type=prediction_type,
+    )
+    scheduler.set_timesteps(num_inference_steps=num_inference_steps)
+    scheduler.timesteps = scheduler.timesteps.to(device)
+    return scheduler
+
+
+@torch.no_grad()
+def peer_sample(
+    network: nn.Module,
+    decode: Callable[[Tensor], Tensor],
+    scheduler: DDIMScheduler,
+    noise: Tensor,
+    context: Tensor,
+    guidance_scale: float | None,
+    null: float = NULL_CONDITION,
+) -> Tensor:
+    """Images (b, 1, *spatial): DDIM with both passes of guidance at every step, whatever its scale, then decoding one
+    by one.
+
+    Parameters
+    ----------
+    network
+        Called as network(x, timesteps=, context=).
+    decode
+        Latents (1, c, *spatial) to an image; of a peer `lambda z: autoencoder.decode_stage_2_outputs(z /
+        scale_factor)`.
+    scheduler
+        From `peer_ddim`.
+    noise, context
+        (b, c, *spatial) and (b, 1, k).
+    guidance_scale
+        None leaves out the unconditional pass (the tutorials never do where there is guidance).
+    null
+        What stands for no condition.
+    """
+    latents = DiffusionInferer(scheduler).sample(
+        input_noise=noise,
+        diffusion_model=network,
+        scheduler=scheduler,
+        conditioning=context,
+        cfg=guidance_scale,
+        cfg_fill_value=null,
+        verbose=False,
+    )
+    return torch.cat([decode(latent[None]) for latent in latents])
+
+
+# ------------------------------------------------------------------------------------------------------- data
+
+
+def peer_transform(settings: config.Preprocess) -> Compose:
+    """`.nii.gz` to (1, *shape) in [0, 1], with the tutorials' transforms and the study's grid and percentiles."""
+    shape = tuple(settings.shape)
+    return Compose(
+        [
+            LoadImaged(keys=["image"]),
+            EnsureChannelFirstd(keys=["image"]),
+            EnsureTyped(keys=["image"]),
+            Orientationd(keys=["image"], axcodes="RAS", labels=None),
+            Spacingd(keys=["image"], pixdim=(settings.spacing_mm,) * 3, mode="bilinear"),
+            CenterSpatialCropd(keys=["image"], roi_size=shape),
+            SpatialPadd(keys=["image"], spatial_size=shape),
+            ScaleIntensityRangePercentilesd(
+                keys=["image"],
+                lower=settings.percentiles[0],
+                upper=settings.percentiles[1],
+                b_min=0,
+                b_max=1,
+                clip=True,
+            ),
+        ]
+    )
+
+
+def peer_loader(
+    files: Sequence[Path],
+    settings: config.Preprocess,
+    batch_size: int,
+    *,
+    cache: str,
+    folder: Path | None = None,
+    shuffle: bool = True,
+) -> DataLoader:
+    """The tutorials' loader: batches {"image": (b, 1, *shape)}, last short batch kept, no worker processes.
+
+    Parameters
+    ----------
+    cache
+        `none` (Dataset), `memory` (CacheDataset, filled here) or `disk` (PersistentDataset under `folder`, filled in the first epoch).
+    """
+    data = [{"image": str(path)} for path in files]
+    transform = peer_transform(settings)
+    if cache == "memory":
+        dataset: Dataset = CacheDataset(data=data, transform=transform, cache_rate=1.0, num_workers=0, progress=False)
+    elif cache == "disk":
+        dataset = PersistentDataset(data=data, transform=transform, cache_dir=str(folder))
+    else:
+        dataset = Dataset(data=data, transform=transform)
+    return DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, num_workers=0)
+
+
+def peer_diversity(
+    files: Sequence[Path], metric: MultiScaleSSIMMetric | SSIMMetric, limit: int | None = None
+) -> np.ndarray:
+    """MS-SSIM of all ordered pairs of files, (pairs,), both images read again for every pair, as the public scripts do
+    it.
+
+    `limit` stops after so many pairs; their cost does not depend on which they are.
+    """
+    read = LoadImage(image_only=True, ensure_channel_first=True)
+    values = []
+    for number, (first, second) in enumerate(permutations(files, 2)):
+        if number == limit:
+            break
+        values.append(float(metric(read(first)[None], read(second)[None])))
+    return np.array(values)
+
+
+def cached_bytes(folder: Path) -> int:
+    """Bytes of the files that a PersistentDataset wrote."""
+    return sum(os.path.getsize(path) for path in Path(folder).rglob("*") if path.is_file())

@@ -1,0 +1,434 @@
+"""The page docs/benchmarks.md and its figure, made from the JSON files alone: no figure on it is typed by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+
+from meddiff_steps.core.files import atomic_path, read_json, write_atomic
+
+Result = dict[str, Any]
+Row = dict[str, Any]
+
+#: Colours that differ in brightness, too.
+COLOURS = {"ours": "#0b6e99", "peer": "#d9822b"}
+OTHERS = ("#0b6e99", "#d9822b", "#5a8f3c", "#7d4f9e", "#444444", "#b03a5b")
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What was to be reached.
+
+    Attributes
+    ----------
+    what, beside
+        As announced.
+    least
+        Ratio to reach.
+    row
+        Whether a row is about it; rows of the GPU name it themselves as `aim`.
+    """
+
+    what: str
+    beside: str
+    least: float
+    row: Callable[[Row], bool]
+
+
+def _named(start: str, *sizes: str) -> Callable[[Row], bool]:
+    return lambda row: (
+        row["what"].startswith(start) and (not sizes or row["size"] in sizes) and row.get("device", "cpu") == "cpu"
+    )
+
+
+#: Aims of the processor; those of the GPU have rows of their own with `aim`, `aim_text` and `aim_reached`.
+AIMS = (
+    Aim("diffusion training throughput, CPU, 64x64x64", "tutorial way", 3.0, _named("diffusion training", "64x64x64")),
+    Aim("autoencoder seconds to equal PSNR, CPU", "tutorial way", 4.0, _named("autoencoder: seconds")),
+    Aim(
+        "sampling seconds per volume at equal quality",
+        "DDIM-200 with two passes",
+        10.0,
+        _named("sampling beside DDIM-200"),
+    ),
+    Aim(
+        "sampling seconds per volume at equal quality",
+        "DDIM-50 with two passes",
+        3.0,
+        _named("sampling beside DDIM-50"),
+    ),
+    Aim(
+        "loader after the first epoch, images",
+        "PersistentDataset",
+        100.0,
+        _named("loader, later epochs, images, beside PersistentDataset"),
+    ),
+    Aim(
+        "loader after the first epoch, what diffusion trains on",
+        "PersistentDataset",
+        100.0,
+        _named("loader, later epochs, what diffusion trains on"),
+    ),
+)
+
+
+def number(value: float | None) -> str:
+    """Three significant digits without exponents: 0.0123, 4.56, 1,230."""
+    if value is None:
+        return "-"
+    if value == 0:
+        return "0"
+    digits = max(0, 2 - int(np.floor(np.log10(abs(value)))))
+    return f"{round(value, 2 - int(np.floor(np.log10(abs(value))))):,.{digits}f}"
+
+
+def ratio_text(ratio: dict[str, Any]) -> str:
+    """`3.4x [3.1, 3.8]`; without brackets where there was one turn only."""
+    interval = "" if ratio.get("low") is None else f" [{number(ratio['low'])}, {number(ratio['high'])}]"
+    return f"{number(ratio['value'])}x{interval}"
+
+
+def lines(result: Result) -> list[str]:
+    """A result for the terminal."""
+    out = [f"{result['name']}: {result['seconds']:.0f} s (budget {result['budget_seconds']:.0f} s)"]
+    for row in result.get("rows", []):
+        out.append(
+            f"  {row['what']}, {row['size']}: {number(row['ours']['value'])} beside {number(row['peer']['value'])}"
+            f" {row['unit']}, {ratio_text(row['ratio'])}"
+        )
+    for curve in result.get("curves", []):
+        out += [
+            f"  {curve['name']}, {s['label']}: exponent {s['exponent']:.2f}" for s in curve["series"] if "exponent" in s
+        ]
+    return out
+
+
+def page(results: Path, docs: Path) -> Path:
+    """Write the page and its figure; returns the page's path.
+
+    Raises
+    ------
+    FileNotFoundError
+        There are no results.
+    """
+    found = [read_json(path) for path in sorted(results.glob("*.json"))]
+    found = [result for result in found if "rows" in result or "curves" in result]
+    if not found:
+        raise FileNotFoundError(f"{results}: holds no results. Run `python -m benchmarks run` first.")
+    picture = docs / "images" / "benchmarks.png"
+    with atomic_path(picture) as path:
+        _draw(found, path)
+    write_atomic(docs / "benchmarks.md", (_text(found).rstrip() + "\n").encode())
+    return docs / "benchmarks.md"
+
+
+# -------------------------------------------------------------------------------------------------------- text
+
+
+def _text(found: Sequence[Result]) -> str:
+    rows = [row for result in found for row in result.get("rows", []) if "ratio" in row]
+    quick = any(result.get("quick") for result in found)
+    parts = [
+        "# Benchmarks",
+        "**Made with `--quick`: the figures mean nothing.**" if quick else "",
+        _INTRODUCTION,
+        "## Side by side",
+        _table(rows),
+        "![Ratios with intervals, held-out figures against seconds, growth of cost](images/benchmarks.png)",
+        _FIGURE,
+        "## Aims",
+        _aims(found, rows),
+        "## Distance to the floor",
+        _floors(rows),
+        "## How cost grows",
+        _growth(found),
+        "## What was compared",
+        _COMPARED,
+        "## Machine and versions",
+        _machines(found),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+_INTRODUCTION = """<!-- Made by `make bench` from benchmarks/results/*.json. Do not edit: change benchmarks/render.py. -->
+
+What a user of MONAI's own latent-diffusion tutorials would run, beside what this workflow does: on the same subjects, the same
+machine, and with networks of the same size. Both sides take turns in one process. A ratio above 1 means that ours is faster; it is
+the median over turns, in brackets its 95 % bootstrap interval over turns. A single turn has no interval. Absolute times are of a
+shared machine and mean little.
+
+`make bench` repeats everything in about half an hour on two cores; `python -m benchmarks run NAME` repeats one comparison."""
+
+_FIGURE = """Left: every ratio of the table. Right: held-out figures against seconds of training, realism against sampler steps, and growth of
+cost with its exponents."""
+
+_COMPARED = """- **The peers' way** is in `benchmarks/peer.py`, written against MONAI's public API as its tutorials use it: `AutoencoderKL` at full
+  resolution, fp32, every image encoded again at every diffusion step, `CacheDataset` and `PersistentDataset` over `.nii.gz`,
+  `DDIMScheduler` with two passes per step, decoding one by one, MS-SSIM over all ordered pairs. A test checks that both sides have as
+  many weights (within a quarter), the same latent grid, batch size, learning rate, noise schedule and steps.
+- **Precision**: ours is what `compute.precision: auto` means on the machine, bf16 where the processor multiplies that fast; the peers' is fp32,
+  as in their scripts on a processor.
+- **In the peers' favour**: no anomaly detection, perceptual loss, discriminator or TensorBoard, which their scripts have; the narrowest
+  full-resolution level; our learning rate, higher than theirs; images held in memory while diffusion trains; sampling in batches, not one by one.
+- **On our clock**: fitting the linear path, encoding the cohort once, fitting the Gaussian prior and training its network. Both sides of the
+  diffusion race learn the latents of the peer's autoencoder at one noise scale, so that one loss judges both.
+- **Where our diffusion curves rise**: trained for seconds, the peer's autoencoder has latents that hardly vary, and the Gaussian alone predicts
+  them better than the first few hundred steps of any network do. `meddiff_steps diffusion` warns where that happens. On the latents of the demo
+  400 steps lower the held-out loss from 0.510 to 0.501.
+- **Sampling** has one trained model on both sides, ours; what differs is the sampler, the second pass and the decoding. Ours counts with the
+  fewest steps whose Frechet distance to held-out scans is not above the peer's. At guidance scale 1 the second pass cancels, so the
+  peer's realism is measured without it and its time with it. KID is of all features, standardised by training scans; 0 is one distribution.
+- **Data** are simulated heads (`meddiff_steps.simulation.brains`); nothing here says how good images of real people are."""
+
+
+def _table(rows: Iterable[Row]) -> str:
+    out = ["| what | size | ours | peers | ratio | by processor time | notes |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        values = [f"{number(row[side]['value'])} {row['unit']}" for side in ("ours", "peer")]
+        cpu = ratio_text(row["ratio_cpu"]) if "ratio_cpu" in row else ""
+        out.append(
+            f"| {row['what']} | {row['size']} | {values[0]} | {values[1]} | **{ratio_text(row['ratio'])}** | {cpu} |"
+            f" {_notes(row)} |"
+        )
+    return "\n".join(out)
+
+
+def _notes(row: Row) -> str:
+    notes = []
+    if "level" in row:
+        notes.append(
+            f"level {number(row['level'])}; best reached: ours {number(row['reached']['ours'])}, peer"
+            f" {number(row['reached']['peer'])}"
+        )
+    if "steps" in row:
+        notes.append(f"steps: ours {row['steps']['ours']}, DDIM {row['steps']['peer']}")
+    if "realism" in row:
+        known = {side: judged for side, judged in row["realism"].items() if judged}
+        notes.append(
+            "Frechet: "
+            + ", ".join(
+                f"{side} {number(judged['frechet'])} (KID {number(judged['kid'])})" for side, judged in known.items()
+            )
+        )
+    for key, title in (
+        ("kibibytes_per_scan", "KiB per scan"),
+        ("kibibytes_per_volume", "KiB per volume"),
+        ("private_mebibytes", "MiB of memory taken"),
+    ):
+        if key in row:
+            notes.append(f"{title}: ours {number(row[key]['ours'])}, peer {number(row[key]['peer'])}")
+    if "figure" in row:
+        notes.append(
+            f"ours {_figure(row['figure'])}"
+            + (f", all pairs {number(row['all_pairs']['value'])}" if row.get("all_pairs") else "")
+        )
+    if "ratio_for_1000_volumes" in row:
+        notes.append(f"for 1,000 volumes {number(row['ratio_for_1000_volumes'])}x")
+    if row.get("note"):
+        notes.append(row["note"])
+    return "; ".join(notes)
+
+
+def _figure(entry: dict[str, Any]) -> str:
+    return f"{number(entry['value'])} [{number(entry['low'])}, {number(entry['high'])}]"
+
+
+def _aims(found: Sequence[Result], rows: Sequence[Row]) -> str:
+    out = ["| what | beside | aim | measured | reached? |", "|---|---|---|---|---|"]
+    for aim in AIMS:
+        matching = [row for row in rows if aim.row(row)]
+        if not matching:
+            out.append(f"| {aim.what} | {aim.beside} | >= {aim.least:g}x | not measured | |")
+        for row in matching:
+            reached = row["ratio"]["value"] >= aim.least
+            surely = row["ratio"].get("low") is None or row["ratio"]["low"] >= aim.least
+            verdict = ("yes" if surely else "yes, by the median") if reached else f"no: {_why(row)}"
+            out.append(
+                f"| {aim.what} ({row['size']}) | {aim.beside} | >= {aim.least:g}x | {ratio_text(row['ratio'])} |"
+                f" {verdict} |"
+            )
+    for row in (row for result in found for row in result.get("rows", []) if "aim" in row):
+        out.append(
+            f"| {row['aim']} | {row.get('beside', '')} | {row['aim_text']} | {row['measured']} | {row['aim_reached']} |"
+        )
+    return "\n".join(out)
+
+
+def _why(row: Row) -> str:
+    """What keeps a ratio down, from its own figures."""
+    bound = row.get("floor", {})
+    if {"ours", "peer"} <= set(bound):
+        saved = bound["peer"]["gflop"] / bound["ours"]["gflop"]
+        rates = ", ".join(f"{side} {100 * bound[side]['reached']:.0f} %" for side in ("ours", "peer"))
+        return (
+            f"the networks' operations alone differ {number(saved)}x, and of the machine's matrix-product rate the"
+            f" sides reach: {rates}"
+        )
+    if "ours" in bound:
+        return (
+            f"ours takes {number(1e6 / row['ours']['value'])} us, the peer {number(1e6 / row['peer']['value'])} us; "
+            f"no program takes less than {number(1e6 * bound['ours']['seconds'])} us ({bound['ours']['kind']})"
+        )
+    if "steps" in row:
+        return f"ours needs {row['steps']['ours']} steps for the peer's realism at {row['steps']['peer']}"
+    return row.get("note") or "see the table"
+
+
+def _floors(rows: Iterable[Row]) -> str:
+    out = [
+        "| what | size | side | least seconds | of | share of the time that is irreducible |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        for side, entry in row.get("floor", {}).items():
+            detail = f"{number(entry['gflop'])} GFLOP of matrix products" if "gflop" in entry else entry["kind"]
+            out.append(
+                f"| {row['what']} | {row['size']} | {side} | {number(entry['seconds'])} | {detail} |"
+                f" {100 * entry['reached']:.0f} % |"
+            )
+    return (
+        "Operations over the machine's measured rate of matrix products, or the part that a library does and nobody can"
+        " leave out, per subject, volume or step.\n\n" + "\n".join(out)
+    )
+
+
+def _growth(found: Sequence[Result]) -> str:
+    grown = [
+        curve for result in found for curve in result.get("curves", []) if any("exponent" in s for s in curve["series"])
+    ]
+    out = ["| against | what | from | to | exponent | between neighbours |", "|---|---|---|---|---|---|"]
+    for curve in grown:
+        for s in (s for s in curve["series"] if "exponent" in s):
+            local = ", ".join("-" if value is None else f"{value:.2f}" for value in s["local_exponents"])
+            out.append(
+                f"| {curve['name']} | {s['label']} | {s['x'][0]:,.0f} | {s['x'][-1]:,.0f} | {s['exponent']:.2f} |"
+                f" {local} |"
+            )
+    knees = [_knee(curve, s) for curve in grown for s in curve["series"] if "exponent" in s]
+    said = [knee for knee in knees if knee]
+    return (
+        "Cost goes with the size to the power of the exponent (least squares on logarithms).\n\n"
+        + "\n".join(out)
+        + ("\n\n" + "\n".join(said) if said else "")
+    )
+
+
+def _knee(curve: dict[str, Any], series: dict[str, Any]) -> str:
+    """A sentence where growth changes by more than a third of an exponent."""
+    local = [value for value in series["local_exponents"] if value is not None]
+    if "per_step" in curve:
+        return (
+            f"- {curve['name']}: {number(curve['per_step'])} s per step and {number(max(0.0, curve['at_zero']))} s that"
+            f" do not depend on steps (noise, decoding): below {number(max(0.0, curve['at_zero']) / curve['per_step'])}"
+            " steps these weigh more than the steps."
+        )
+    if len(local) < 2 or max(local) - min(local) < 1 / 3:
+        return ""
+    jumps = np.diff(local)
+    at = int(np.abs(jumps).argmax()) + 1
+    return (
+        f"- {curve['name']}, {series['label']}: the exponent turns from {local[at - 1]:.2f} to {local[at]:.2f} at"
+        f" {series['x'][at]:,.0f}."
+    )
+
+
+def _machines(found: Sequence[Result]) -> str:
+    out = [
+        (
+            "| result | date | processor or GPU | threads | load before | ours in | matrix products, peers; ours | copy"
+            " | took |"
+        ),
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for result in found:
+        m = result.get("machine", {})
+        products = "; ".join(number(m[key]) for key in ("matmul_gflops", "matmul_gflops_ours") if m.get(key))
+        rates = [
+            m.get("precision", ""),
+            f"{products} GFLOP/s" if products else "",
+            f"{number(m['copy_gbytes'])} GB/s" if m.get("copy_gbytes") else "",
+        ]
+        device = m.get("gpu") or f"{m.get('processor', '')}, {m.get('cores', '')} cores"
+        load = m.get("load_before", [""])[0]
+        cells = [
+            result["name"],
+            result.get("date", ""),
+            device,
+            m.get("threads", ""),
+            load,
+            *rates,
+            f"{result.get('seconds', 0):.0f} s",
+        ]
+        out.append("| " + " | ".join(map(str, cells)) + " |")
+    versions = {(name, value) for result in found for name, value in result.get("versions", {}).items()}
+    return "\n".join(out) + "\n\n" + ", ".join(f"{name} {value}" for name, value in sorted(versions)) + "."
+
+
+# ------------------------------------------------------------------------------------------------------ figure
+
+
+def _draw(found: Sequence[Result], path: Path) -> None:
+    rows = [row for result in found for row in result.get("rows", []) if "ratio" in row and row["ratio"]["value"]]
+    curves = [curve for result in found for curve in result.get("curves", [])]
+    height = max(0.34 * len(rows) + 1.2, 2.6 * -(-len(curves) // 2), 3.0)
+    with mpl.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
+        canvas = Canvas(figsize=(14, height), layout="constrained")
+        left, right = canvas.subfigures(1, 2, width_ratios=(1.0, 1.1)) if curves else (canvas.subfigures(1, 1), None)
+        _forest(left.subplots(), rows)
+        if right is not None:
+            axes = np.atleast_1d(right.subplots(-(-len(curves) // 2), 2)).ravel()
+            for axis, curve in zip(axes, curves, strict=False):
+                _curve(axis, curve)
+            for axis in axes[len(curves) :]:
+                axis.set_visible(False)
+        canvas.savefig(path, dpi=110, format="png", metadata={"Software": None})
+
+
+def _forest(axis: Axes, rows: Sequence[Row]) -> None:
+    """One line per ratio with its interval and range, on a logarithmic scale."""
+    for place, row in enumerate(reversed(rows)):
+        ratio = row["ratio"]
+        if ratio.get("range"):
+            axis.plot(ratio["range"], [place, place], color="#bbbbbb", linewidth=1)
+        if ratio.get("low"):
+            axis.plot([ratio["low"], ratio["high"]], [place, place], color=COLOURS["ours"], linewidth=3)
+        axis.plot(ratio["value"], place, "o", color=COLOURS["ours"], markersize=5)
+        axis.annotate(
+            f"{number(ratio['value'])}x",
+            (ratio["value"], place),
+            xytext=(0, 5),
+            textcoords="offset points",
+            ha="center",
+            fontsize=7,
+        )
+    axis.set_yticks(range(len(rows)), [f"{_short(row['what'])}, {row['size']}" for row in reversed(rows)])
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set_xlabel("times faster than the peers (bar: 95 % interval; thin line: range)")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 52 else text[:50] + "..."
+
+
+def _curve(axis: Axes, curve: dict[str, Any]) -> None:
+    for place, series in enumerate(curve["series"]):
+        colour = COLOURS[series["side"]] if "side" in series else OTHERS[place % len(OTHERS)]
+        label = series["label"] + (f" ({series['exponent']:.2f})" if "exponent" in series else "")
+        axis.plot(series["x"], series["y"], "o-", markersize=3, linewidth=1.2, color=colour, label=label or None)
+    if curve.get("log"):
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+    elif curve["name"].startswith("sampling"):
+        axis.set_xscale("log")
+    elif curve["name"].startswith("diffusion"):
+        axis.set_yscale("log")
+    axis.set(title=curve["name"], xlabel=curve["x_label"], ylabel=curve["y_label"])
+    axis.legend(frameon=False, fontsize=7)

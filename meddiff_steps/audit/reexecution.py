@@ -1,0 +1,83 @@
+"""L6 of an audit: released images are made again from their rows and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from scipy.stats import hypergeom
+
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.random_streams import philox
+from meddiff_steps.provenance.ledger import Row
+from meddiff_steps.provenance.verify import Check
+from meddiff_steps.release.regeneration import TOLERANCE, compare, environment_difference, remake, summary
+from meddiff_steps.release.sealed import Sealed
+
+
+def choose(rows: list[Row], count: int, seed: str, label: str) -> list[Row]:
+    """`count` rows, each as likely as any other, in order."""
+    if len(rows) <= count:
+        return rows
+    return [rows[i] for i in sorted(philox(seed, f"audit/{label}").choice(len(rows), count, replace=False))]
+
+
+def most_bad(population: int, sample: int, confidence: float = 0.95) -> float:
+    """Largest share of bad items that a clean sample without replacement is still likely (above 1 - confidence) to
+    miss.
+
+    Exact, by the hypergeometric distribution; 59 clean of many leave at most 5 %.
+
+    >>> round(most_bad(1_000_000, 59), 3), most_bad(20, 20)
+    (0.049, 0.0)
+    """
+    low, high = 0, population
+    while low < high:
+        middle = (low + high + 1) // 2
+        if hypergeom.pmf(0, population, middle, sample) > 1 - confidence:
+            low = middle
+        else:
+            high = middle - 1
+    return low / population if population else 0.0
+
+
+def check_reexecution(release: Sealed, models: Path, sample: int, seed: str, threads: int) -> Iterator[Check]:
+    """Make `sample` released images, drawn by `seed`, again."""
+    study = release.study
+    assert study is not None
+    everyone = list(release.released())
+    if not everyone:
+        yield Check(6, "images", "not run", "nothing was released")
+        return
+    rows = choose(everyone, sample, seed, "re-execution")
+    try:
+        results = [compare(row, again, release.folder, study)[0] for row, again in remake(rows, study, models, threads)]
+    except UserError as error:
+        yield Check(6, "models", "finding", str(error))
+        return
+    yield Check(6, "models", "pass", f"the models in {models} have the weights that the ledger names")
+    counts = summary(results)["verdicts"]
+    text = f"of {len(results)} images made again (seed {seed!r}) {counts['bitwise']} are the same bit by bit"
+    if counts["within tolerance"]:
+        text += f", {counts['within tolerance']} within {TOLERANCE[study.spatial_dims]} stored units"
+    bad = [
+        f"{result.sample_id}: {result.verdict}, by up to {result.largest} stored"
+        f" units{' (its header or the ledger says otherwise)' * (result.largest == 0)}"
+        for result in results
+        if result.verdict in ("differs", "missing")
+    ]
+    if bad:
+        yield Check(6, "images", "finding", f"{text}, {len(bad)} are not", bad[:5])
+    else:
+        bound = most_bad(len(everyone), len(rows))
+        yield Check(
+            6,
+            "images",
+            "pass",
+            f"{text}; so with 95 % confidence at most {100 * bound:.1f} % of the {len(everyone)} differ",
+        )
+    if counts["bitwise"] < len(results):
+        differences = environment_difference(release) or ["none is recorded; the number of threads remains"]
+        yield Check(
+            6, "environment", "note", "differences between the machine of the release and this one", differences
+        )

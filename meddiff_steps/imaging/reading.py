@@ -1,0 +1,312 @@
+"""Reading one image: NIfTI volumes, PNG and JPEG pictures, 2D DICOM.
+
+Whatever is wrong with a file is said as a `ScanError`, so that a cohort can go on without that scan and still
+know why it was left out.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.util
+import io
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from PIL import Image as PilImage
+from PIL import ImageOps
+
+from meddiff_steps.core.errors import UserError
+
+#: Voxel edges outside these limits (mm) are a wrong unit, not an image of a person.
+VOXEL_LIMITS_MM = (0.01, 100.0)
+
+_NIFTI_CLASSES: dict[int, type[nib.Nifti1Image]] = {348: nib.Nifti1Image, 540: nib.Nifti2Image}
+_PICTURE_FORMATS = ("PNG", "JPEG")
+
+
+class ScanError(UserError):
+    """One scan cannot be used.
+
+    Parameters
+    ----------
+    path
+        The file.
+    reason
+        A few words without file names or numbers, the same for the same kind of trouble, so that reasons can be
+        counted.
+    detail
+        What was found, what was expected, and the remedy.
+    """
+
+    def __init__(self, path: Path | str, reason: str, detail: str) -> None:
+        super().__init__(
+            path, reason, detail
+        )  # all arguments: exceptions are pickled on their way out of a worker process
+        self.path, self.reason, self.detail = Path(path), reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image in its own orientation and units.
+
+    Attributes
+    ----------
+    array
+        float32, (x, y, z) voxels along the file's axes, or (rows, columns) for a picture; finite.
+    affine
+        (4, 4) voxel index to mm in RAS+ world space; None for pictures.
+    """
+
+    array: np.ndarray
+    affine: np.ndarray | None
+
+
+def read_image(path: Path, *, allow_constant: bool = False, sha256: str | None = None) -> Image:
+    """Read one image.
+
+    Parameters
+    ----------
+    path
+        `.nii`, `.nii.gz`, `.png`, `.jpg`, `.jpeg` or `.dcm` (or any name that holds DICOM); the content decides, not the name.
+    allow_constant
+        Accept an image with a single value (masks).
+    sha256
+        What the file's bytes must have, if it was looked at before.
+
+    Returns
+    -------
+    Image
+        Volumes with the header's intensity scaling applied and trailing axes of length 1 dropped; pictures as grey
+        levels.
+
+    Raises
+    ------
+    ScanError
+        The file is missing, not the one that `sha256` was taken of, a directory, unreadable, empty, truncated, of an
+        unknown format, of the wrong dimension, has voxels without size, does not say where left and right are, or holds
+        values that are not finite or all the same.
+    UserError
+        The file is DICOM and pydicom is not installed.
+    """
+    path = Path(path)
+    content = _read_bytes(path)
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        detail = (
+            "not the file that the manifest was made of. Restore it, or read the cohort again (remove"
+            " cohort/manifest.parquet)."
+        )
+        raise ScanError(path, "changed since the cohort was read", detail)
+    if content[:2] == b"\x1f\x8b":
+        image = _decode_nifti(path, _gunzip(path, content))
+    elif (
+        int.from_bytes(content[:4], "little") in _NIFTI_CLASSES or int.from_bytes(content[:4], "big") in _NIFTI_CLASSES
+    ):
+        image = _decode_nifti(path, content)
+    elif content[128:132] == b"DICM":
+        image = _decode_dicom(path)
+    elif content[:8] == b"\x89PNG\r\n\x1a\n" or content[:3] == b"\xff\xd8\xff":
+        image = _decode_picture(path, content)
+    else:
+        raise ScanError(
+            path,
+            "unknown format",
+            f"starts with the bytes {content[:8].hex(' ')}; expected NIfTI, PNG, JPEG or DICOM. Convert it, for example"
+            " with dcm2niix.",
+        )
+    _check_values(path, image.array, allow_constant)
+    return image
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise ScanError(
+            path, "missing file", "no such file. Check cohort.root, the table's path column, or preprocess.brain_mask."
+        ) from None
+    except IsADirectoryError:
+        raise ScanError(
+            path,
+            "directory",
+            "is a directory, expected one image file. DICOM series: convert them to NIfTI, for example with dcm2niix.",
+        ) from None
+    except OSError as error:
+        raise ScanError(
+            path, "unreadable file", f"cannot be read ({error.strerror or error}). Check its permissions and the disk."
+        ) from None
+    if not content:
+        raise ScanError(path, "empty file", "the file has 0 bytes. Copy or convert it again.")
+    return content
+
+
+def _gunzip(path: Path, content: bytes) -> bytes:
+    try:
+        return gzip.decompress(
+            content
+        )  # in one piece, unlike a stream read to the last voxel: this checks length and CRC
+    except EOFError:
+        raise ScanError(
+            path, "truncated file", f"the gzip stream ends early ({len(content):,} bytes). Copy the file again."
+        ) from None
+    except (OSError, zlib.error) as error:
+        raise ScanError(path, "damaged file", f"the gzip stream is damaged ({error}). Copy the file again.") from None
+
+
+def _decode_nifti(path: Path, content: bytes) -> Image:
+    kind = _NIFTI_CLASSES.get(int.from_bytes(content[:4], "little")) or _NIFTI_CLASSES.get(
+        int.from_bytes(content[:4], "big")
+    )
+    if kind is None:
+        raise ScanError(
+            path,
+            "unknown format",
+            "the decompressed content is no NIfTI-1 or NIfTI-2 file. Convert it, for example with dcm2niix.",
+        )
+    try:
+        volume = kind.from_bytes(content)
+        # As stored: nibabel replaces sizes of 0 by 1 mm when it reads.
+        voxel_size = kind.header_class(content[: kind.header_class.sizeof_hdr], check=False)["pixdim"][1:4]
+        shape, dtype = volume.shape, volume.get_data_dtype()
+        oriented = volume.header["sform_code"] > 0 or volume.header["qform_code"] > 0
+    except Exception as error:  # noqa: BLE001 a damaged header can make nibabel raise nearly anything
+        raise ScanError(
+            path, "damaged header", f"the NIfTI header cannot be used ({error}). Convert the image again."
+        ) from None
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != 3:
+        found = "x".join(map(str, shape))
+        raise ScanError(
+            path,
+            "wrong dimension",
+            f"{len(shape)}D data ({found}), expected one 3D volume. Extract or average the volumes of a series first.",
+        )
+    if min(shape) < 2:
+        raise ScanError(
+            path,
+            "wrong dimension",
+            f"a volume of {'x'.join(map(str, shape))} voxels, expected at least 2 along every axis. Give a 3D volume,"
+            " not a slice.",
+        )
+    if dtype.kind not in "iufb":
+        raise ScanError(
+            path,
+            "wrong data type",
+            f"voxels of type {dtype}, expected real numbers. Convert colour or complex data to one channel.",
+        )
+    affine = _check_affine(path, np.asarray(volume.affine, dtype=np.float64), np.abs(voxel_size))
+    if not oriented:  # nibabel would guess, and half of the guesses are mirror images
+        found = (
+            "qform_code and sform_code are 0 (as after a conversion from Analyze), expected one above 0: nothing says"
+            " where left and right are"
+        )
+        remedy = (
+            "Convert the original images again, or, if you know it, set the sform (fslorient -setsform and"
+            " -setsformcode 1, or nibabel's set_sform)"
+        )
+        raise ScanError(path, "no orientation", f"{found}. {remedy}.")
+    try:
+        array = np.asarray(volume.get_fdata(dtype=np.float32, caching="unchanged")).reshape(shape)
+    except Exception as error:  # noqa: BLE001 short reads and impossible offsets come as OSError or ValueError, depending on the header
+        raise ScanError(
+            path, "truncated file", f"the voxels cannot be read ({error}). Copy or convert the file again."
+        ) from None
+    return Image(array, affine)
+
+
+def _check_affine(path: Path, affine: np.ndarray, voxel_size: np.ndarray) -> np.ndarray:
+    spacing = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    found = " x ".join(f"{s:g}" for s in spacing)
+    low, high = VOXEL_LIMITS_MM
+    if not np.isfinite(affine).all() or not voxel_size.min() > 0 or spacing.min() == 0:
+        sizes = " x ".join(f"{z:g}" for z in voxel_size)
+        raise ScanError(
+            path,
+            "voxels without size",
+            f"voxels of {sizes} mm in the header, {found} mm by the affine, expected all above 0. Repair pixdim, qform"
+            " and sform.",
+        )
+    if abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
+        raise ScanError(
+            path,
+            "singular affine",
+            "two axes of the affine point the same way, so the volume is flat. Repair qform and sform.",
+        )
+    if spacing.min() < low or spacing.max() > high:
+        raise ScanError(
+            path,
+            "implausible voxel size",
+            f"voxels of {found} mm, expected {low:g} to {high:g} mm. Write the affine in millimetres.",
+        )
+    return affine
+
+
+def _decode_picture(path: Path, content: bytes) -> Image:
+    try:
+        with PilImage.open(io.BytesIO(content), formats=_PICTURE_FORMATS) as opened:
+            picture = ImageOps.exif_transpose(opened)
+            grey = (
+                picture if picture.mode in ("L", "F", "I") or picture.mode.startswith("I;16") else picture.convert("L")
+            )
+            array = np.asarray(grey, dtype=np.float32)
+    except Exception as error:  # noqa: BLE001 Pillow raises OSError, SyntaxError, ValueError, struct.error or DecompressionBombError
+        raise ScanError(
+            path, "damaged picture", f"the picture cannot be decoded ({error}). Copy or export it again."
+        ) from None
+    return Image(array, None)
+
+
+def _decode_dicom(path: Path) -> Image:
+    if importlib.util.find_spec("pydicom") is None:
+        raise UserError(
+            f"{path}: is DICOM, and the package pydicom is not installed. Install it (pip install pydicom), or convert"
+            " the images to PNG or NIfTI."
+        )
+    from monai.data import PydicomReader  # imports torch: only when there is DICOM
+
+    try:
+        reader = PydicomReader(swap_ij=False)
+        dataset = reader.read(str(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # every radiograph without a position in the patient would be warned about
+            array = np.asarray(reader.get_data(dataset)[0], dtype=np.float32)
+        inverted = dataset.get("PhotometricInterpretation") == "MONOCHROME1"
+    except Exception as error:  # noqa: BLE001 pydicom and its decoders raise many kinds
+        raise ScanError(
+            path,
+            "damaged DICOM",
+            f"cannot be decoded ({error}). Convert it to PNG, or install the decoder that the message names.",
+        ) from None
+    if array.ndim != 2:
+        raise ScanError(
+            path,
+            "wrong dimension",
+            f"DICOM data of shape {array.shape}, expected one grey 2D image. Convert volumes to NIfTI, for example with"
+            " dcm2niix.",
+        )
+    # MONOCHROME1 shows small values bright; PNG and NIfTI never do.
+    return Image(array.max() + array.min() - array if inverted else array, None)
+
+
+def _check_values(path: Path, array: np.ndarray, allow_constant: bool) -> None:
+    bad = array.size - int(np.count_nonzero(np.isfinite(array)))
+    if bad:
+        raise ScanError(
+            path,
+            "values not finite",
+            f"{bad:,} of {array.size:,} values are NaN or infinite. Set them to 0, or convert the image again.",
+        )
+    if not allow_constant and array.min() == array.max():
+        raise ScanError(
+            path,
+            "constant image",
+            f"all values are {array.flat[0]:g}: there is nothing to see. Convert the image again.",
+        )

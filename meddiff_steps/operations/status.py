@@ -1,0 +1,192 @@
+"""How far a study is, seen from its results folder alone: no scheduler is asked, so it works for every way of running."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from meddiff_steps.config import Study, parse_study
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.synthesis.size import plan_shards
+
+#: Stages that run once per shard of the cohort and of the plan, by the names of their folders under logs/.
+COHORT_STAGES = ("preprocess", "latents")
+PLAN_STAGES = ("generate", "filter", "images", "export", "regenerate", "teacher/generate", "teacher/filter")
+#: Stages whose jobs have a GPU each (`compute.devices` of them for the trainings of both models), where the study does
+#: not say `compute.device: cpu`.
+GPU_STAGES = frozenset(
+    "autoencoder latents diffusion generate filter sampler_study showcase audit segmenter augment/train regenerate"
+    " teacher/generate teacher/filter distilled/latents distilled/diffusion augment/generate augment/filter"
+    " augment/diffusion".split()
+)
+TRAININGS = ("autoencoder", "diffusion", "distilled/diffusion", "augment/diffusion")
+#: How a log ends whose step has given up; a step that was killed from outside says nothing.
+LAST_WORDS = re.compile(r"^(error: |Traceback |[\w.]+Error\b)|asked to stop \(SIGTERM\)", re.M)
+#: Bytes at the end of a log in which they are looked for.
+TAIL = 4096
+
+
+@dataclass
+class Stage:
+    """Jobs of one stage by state, each as (time of its last sign of life, log); hours of those that are done, and the
+    GPUs that each has.
+    """
+
+    name: str
+    expected: int | None = None
+    done: int = 0
+    hours: float = 0.0
+    gpus: int = 0
+    running: list[tuple[float, Path]] = field(default_factory=list)
+    failed: list[tuple[float, Path]] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        return max(self.expected or 0, self.done + len(self.running) + len(self.failed))
+
+    @property
+    def gpu_hours(self) -> float:
+        """Used by the jobs that are done."""
+        return self.hours * self.gpus
+
+    def expected_gpu_hours(self, estimated: float | None = None) -> float | None:
+        """Of all its jobs: at the mean of those that are done, else as estimated (hours of all jobs); None where
+        neither says anything.
+        """
+        if self.done:
+            return self.gpu_hours / self.done * self.total
+        return None if estimated is None else estimated * self.gpus
+
+
+def read_stages(results: Path, active: bool) -> list[Stage]:
+    """Stages of a study in the order in which they were begun.
+
+    Snakemake writes a job's benchmark when it has succeeded, after the last line of its log; a log without a younger
+    benchmark is that of a job that runs or has failed.
+
+    Parameters
+    ----------
+    results
+        `results/<study>`.
+    active
+        Whether a run works there; where none does, nothing is running.
+
+    Raises
+    ------
+    UserError
+        There is no study in the folder.
+    """
+    study = newest_study(results)
+    expected = dict.fromkeys(COHORT_STAGES, study.preprocess.shards) | dict.fromkeys(
+        PLAN_STAGES, plan_shards(study.plan, study.generate.shard_size)
+    )
+    stages: dict[str, Stage] = {}
+    for log in sorted((results / "logs").rglob("*.log"), key=lambda path: path.stat().st_mtime):
+        name = stage_of(log.relative_to(results / "logs"))
+        stage = stages.setdefault(name, Stage(name, expected.get(name), gpus=gpus_of(name, study)))
+        benchmark = results / "benchmarks" / log.relative_to(results / "logs").with_suffix(".tsv")
+        changed = log.stat().st_mtime
+        if benchmark.exists():
+            stage.hours += seconds(benchmark) / 3600
+        if benchmark.exists() and benchmark.stat().st_mtime >= changed:
+            stage.done += 1
+        elif active and not LAST_WORDS.search(tail(log)):
+            stage.running.append((changed, log))
+        else:
+            stage.failed.append((changed, log))
+    return list(stages.values())
+
+
+def gpus_of(stage: str, study: Study) -> int:
+    """GPUs of one job of a stage."""
+    if study.compute.device == "cpu" or stage not in GPU_STAGES:
+        return 0
+    return study.compute.devices if stage in TRAININGS else 1
+
+
+def ran_without_gpu(results: Path) -> bool:
+    """Whether the training of the autoencoder, by its run record, ran on a processor; False while it has none."""
+    try:
+        record = json.loads((results / "records/autoencoder/model.safetensors.json").read_text(encoding="utf-8"))
+    except OSError:
+        return False
+    return "gpu" not in record["environment"]["torch"]
+
+
+def newest_study(results: Path) -> Study:
+    """The study as the last run froze it."""
+    frozen = sorted((results / "config").glob("study-*.json"), key=lambda path: path.stat().st_mtime)
+    if not frozen:
+        raise UserError(
+            f"{results}: no study here (no config/study-*.json). Give the folder results/STUDY of a study that was"
+            " started."
+        )
+    return parse_study(json.loads(frozen[-1].read_text(encoding="utf-8")), str(frozen[-1]))
+
+
+def stage_of(log: Path) -> str:
+    """Name of the stage of a log: `generate/0003.log` and `augment/train/a-0.log` are one job of many,
+    `augment/data.log` is a stage.
+    """
+    many = log.parent.as_posix() in (
+        *COHORT_STAGES,
+        *PLAN_STAGES,
+        "distilled/latents",
+        *(f"augment/{name}" for name in ("train", "plan", "generate", "filter", "diffusion")),
+    )
+    return (log.parent if many else log.with_suffix("")).as_posix()
+
+
+def seconds(benchmark: Path) -> float:
+    """Wall time of a job, from the column `s` of Snakemake's benchmark; 0 where it cannot be read."""
+    try:
+        return sum(float(line.split("\t")[0]) for line in benchmark.read_text(encoding="utf-8").splitlines()[1:])
+    except (OSError, ValueError):
+        return 0.0
+
+
+def tail(log: Path) -> str:
+    with open(log, "rb") as stream:
+        stream.seek(max(0, log.stat().st_size - TAIL))
+        return stream.read().decode(errors="replace")
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says something; of a progress bar, its last state."""
+    lines = [line for line in tail(log).replace("\r", "\n").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "(empty)"
+
+
+def table(stages: list[Stage], now: float, estimated: Mapping[str, float] | None = None) -> Iterator[str]:
+    """A line per stage, and one per job that runs or has failed.
+
+    Parameters
+    ----------
+    stages, now
+        Of `read_stages`, and the time.
+    estimated
+        Hours of all jobs of a stage, by name, for stages of which nothing is done yet.
+    """
+    estimated = estimated or {}
+    width = max([len(stage.name) for stage in stages], default=5) + 2
+    yield f"{'stage':<{width}}{'done':>6}{'of':>6}{'running':>9}{'failed':>8}{'hours':>9}{'GPU-hours':>11}{'expected':>10}"
+    expected = {stage.name: stage.expected_gpu_hours(estimated.get(stage.name)) for stage in stages}
+    for stage in stages:
+        counts = f"{stage.name:<{width}}{stage.done:>6}{stage.total:>6}{len(stage.running):>9}{len(stage.failed):>8}{stage.hours:>9.2f}"
+        yield (
+            counts
+            + f"{stage.gpu_hours:>11.2f}{'?' if expected[stage.name] is None else format(expected[stage.name], '.2f'):>10}"
+        )
+    whole = sum(hours or 0.0 for hours in expected.values())
+    counts = f"{'together':<{width}}{sum(s.done for s in stages):>6}{'':>23}{sum(s.hours for s in stages):>9.2f}"
+    yield (
+        counts
+        + f"{sum(s.gpu_hours for s in stages):>11.2f}{('>' if None in expected.values() else '') + format(whole, '.2f'):>10}"
+    )
+    for state in ("running", "failed"):
+        for stage in stages:
+            for changed, log in getattr(stage, state):
+                yield f"{state}: {log}, last line {max(0, now - changed) / 60:.0f} min ago: {last_line(log)[-160:]}"

@@ -1,0 +1,393 @@
+"""Attacks on a synthetic cohort, before and after the filter, and the verdict."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.nn import functional
+from tqdm import tqdm
+
+from meddiff_steps.config import CategoricalCovariate, Covariates, Privacy
+from meddiff_steps.core.random_streams import batch_noise
+from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.models.denoiser.unet import Denoiser
+from meddiff_steps.privacy import attacks
+from meddiff_steps.privacy.detectors import Detector
+from meddiff_steps.privacy.search import QUERIES, nearest, nearest_earlier, nearest_of_each, unit_rows
+from meddiff_steps.privacy.size import batch_size
+from meddiff_steps.privacy.verdict import Gate, at_most, holds, verdict
+from meddiff_steps.statistics.bootstrap import Figure
+
+#: Images per set that the attacks look at, chosen by the hash of their id: intervals hardly narrow beyond.
+MAX_IMAGES = 5000
+#: People of either side that `nearer_to_training` takes, at random.
+MAX_PEOPLE = 1000
+
+#: Longest side at which all synthetic images are compared with each other, and the nearest others of each that are
+#: looked at in full.
+COARSE_SIDE = {2: 32, 3: 12}
+NEIGHBOURS = 8
+#: Values of images read at once.
+BATCH_VALUES = 2**26
+
+#: Members and others whose denoising loss is computed, and the shares of the timesteps it is computed at.
+LOSS_SCANS = 96
+LOSS_TIMES = (0.1, 0.25, 0.4)
+
+
+def sample(ids: Sequence[str], most: int = MAX_IMAGES) -> np.ndarray:
+    """Rows of at most `most` ids, those with the smallest SHA-256, in order."""
+    if len(ids) <= most:
+        return np.arange(len(ids))
+    digests = [hashlib.sha256(name.encode()).digest() for name in ids]
+    return np.sort(sorted(range(len(ids)), key=digests.__getitem__)[:most])
+
+
+def directions(detectors: list[Detector], shards: Shards, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Per detector: directions of the images of `rows`, (n, d)."""
+    parts: dict[str, list[np.ndarray]] = {detector.name: [] for detector in detectors}
+    size = batch_size(shards.shape("image"))
+    for start in range(0, len(rows), size):
+        images = torch.from_numpy(shards.tensors("image", rows[start : start + size]))
+        for detector in detectors:
+            parts[detector.name].append(detector.vectors(images))
+    return {name: np.concatenate(values) for name, values in parts.items()}
+
+
+@dataclass(frozen=True)
+class RealScans:
+    """Directions of the real scans of one split, and whose they are."""
+
+    directions: Mapping[str, np.ndarray]
+    subjects: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.subjects)
+
+
+def attack(
+    synthetic: Mapping[str, np.ndarray],
+    train: RealScans,
+    calibration: RealScans,
+    test: RealScans,
+    resamples: int,
+    seed: str,
+) -> dict[str, Any]:
+    """All attacks that need the synthetic images alone.
+
+    Members are the training scans; others are the test scans, which nothing was fitted or calibrated on.  The
+    calibration scans are the reference of the density ratio.
+    """
+    result: dict[str, Any] = {"nearer_to_training": {}, "authenticity": {}, "membership": {}}
+    strangers = np.concatenate([calibration.subjects, test.subjects])
+    generator = np.random.default_rng(int(hashlib.sha256(f"{seed}/privacy/attack".encode()).hexdigest()[:8], 16))
+    members = np.sort(generator.permutation(len(train))[: max(len(test), min(len(train), 4 * len(test)))])
+    who = np.concatenate([train.subjects[members], test.subjects])
+    is_member = np.arange(len(who)) < len(members)
+    for name, images in synthetic.items():
+        unseen = np.concatenate([calibration.directions[name], test.directions[name]])
+        sides = []
+        for vectors, owners in ((train.directions[name], train.subjects), (unseen, strangers)):
+            some = np.isin(owners, generator.permutation(np.unique(owners))[:MAX_PEOPLE])
+            sides.append(nearest_of_each(images, vectors[some], owners[some]))
+        result["nearer_to_training"][name] = attacks.nearer_to_training(sides[0], sides[1], resamples, generator)
+        among = nearest(train.directions[name], train.directions[name], 2)[0][:, -1]
+        for label, x in (("synthetic", images), ("held_out", test.directions[name])):
+            similarity, index = nearest(x, train.directions[name])
+            result["authenticity"].setdefault(name, {})[label] = attacks.authenticity(
+                similarity[:, 0], index[:, 0], among
+            )
+        tested = np.concatenate([train.directions[name][members], test.directions[name]])
+        scores = nearest(tested, images)[0][:, 0]
+        result["membership"][f"distance, {name}"] = attacks.membership(
+            is_member, scores, list(who), resamples, seed, f"distance|{name}"
+        )
+    tested = np.concatenate([train.directions["learned"][members], test.directions["learned"]])
+    ratio = attacks.density_ratio(tested, synthetic["learned"], calibration.directions["learned"])
+    result["membership"]["density ratio, learned"] = attacks.membership(
+        is_member, ratio, list(who), resamples, seed, "density"
+    )
+    return result
+
+
+@torch.no_grad()
+def denoising_losses(model: Denoiser, latents: np.ndarray, covariates: np.ndarray) -> np.ndarray:
+    """How badly the model denoises each scan at its own covariates, (n,); a model knows its training scans better.
+
+    The same times and noise for every scan (loss threshold attack; Matsumoto et al. 2023, section 4).
+
+    Parameters
+    ----------
+    latents
+        Standardised posterior means, (n, c, *spatial).
+    covariates
+        Encoded, (n, k).
+    """
+    process, losses = model.process, np.zeros(len(latents))
+    for number, share in enumerate(LOSS_TIMES):
+        noise = torch.from_numpy(
+            batch_noise([hashlib.sha256(f"denoising/{number}".encode()).hexdigest()[:32]], latents.shape[1:])
+        )
+        timestep = float(process.training_timesteps(torch.tensor([share]))[0])
+        size = batch_size(latents.shape[1:])
+        for start in range(0, len(latents), size):
+            x0 = torch.from_numpy(latents[start : start + size])
+            timesteps, eps = torch.full((len(x0),), timestep), noise.expand_as(x0)
+            predicted = model(
+                process.add_noise(x0, eps, timesteps), timesteps, torch.from_numpy(covariates[start : start + size])
+            )
+            losses[start : start + size] += (
+                (predicted - process.target(x0, eps, timesteps)).square().flatten(1).mean(1).numpy()
+            )
+    return losses / len(LOSS_TIMES)
+
+
+def near_duplicates(shards: Shards, planned: pd.DataFrame, limit: float) -> list[str]:
+    """Synthetic images that are the same as one earlier in the plan, of other noise: a Pearson correlation of all
+    voxels of at least `limit`.
+
+    Block means find who may be: they are a projection, which never moves two images apart, so a pair that is further
+    apart by them than the limit allows is none.  Memory is some kilobytes per image, whatever its size.  The 8 nearest
+    earlier ones of every image are looked at, so that of many that are the same the first alone remains, in whatever
+    shards they lie.
+
+    Subjects of a counterfactual group share their noise on purpose and are not compared with each other.
+
+    Returns
+    -------
+    list
+        Their sample ids, sorted.
+    """
+    ids = shards.column("sample_id")
+    if len(ids) < 2:
+        return []
+    rows = pd.Index(planned["sample_id"]).get_indexer(ids).argsort()  # of the shards, in the order of the plan
+    origin = (
+        planned.set_index("sample_id")
+        .loc[np.array(ids)[rows], ["cohort_root", "noise_index"]]
+        .astype(str)
+        .agg("/".join, axis=1)
+        .to_numpy()
+    )
+    shape = shards.shape("image")
+    batches = shards.batches("image", max(1, min(256, BATCH_VALUES // int(np.prod(shape)))))
+    coarse = np.concatenate([_block_means(unit_rows(images).reshape(images.shape)) for _, images in batches])
+    norms = np.linalg.norm(coarse, axis=1)
+    coarse /= np.maximum(norms, 1e-12)[:, None]
+    coarse, norms = coarse[rows], norms[rows]
+    dropped = []
+    with tqdm(total=len(ids), desc="looking for duplicates", unit="image", mininterval=5, file=sys.stderr) as progress:
+        for start in range(0, len(ids), QUERIES):
+            similarity, index = nearest_earlier(coarse, start, min(start + QUERIES, len(ids)), NEIGHBOURS)
+            for place, (near, found) in enumerate(zip(similarity, index, strict=True), start):
+                apart = norms[place] ** 2 + norms[found] ** 2 - 2 * norms[place] * norms[found] * near
+                # 1e-4: what single precision may have added.
+                for other in found[(apart <= 2 * (1 - limit) + 1e-4) & (origin[found] != origin[place])]:
+                    one, two = unit_rows(shards.tensors("image", rows[[place, other]]))
+                    if one @ two >= limit:
+                        dropped.append(ids[rows[place]])
+                        break
+            progress.update(len(index))
+    return sorted(dropped)
+
+
+def _block_means(images: np.ndarray) -> np.ndarray:
+    """Means over cubes, scaled so that distances shrink at most: float32 (n, d) for (n, 1, *spatial)."""
+    dims = images.ndim - 2
+    factor = -(-max(images.shape[2:]) // COARSE_SIDE[dims])
+    if factor > min(images.shape[2:]):
+        return images.reshape(len(images), -1)
+    pool = functional.avg_pool3d if dims == 3 else functional.avg_pool2d
+    return (pool(torch.from_numpy(images), factor).flatten(1) * factor ** (dims / 2)).numpy()
+
+
+def count(decisions: pd.DataFrame, planned: pd.DataFrame, duplicates: Sequence[str]) -> dict[str, Any]:
+    """What became of every planned subject and of every candidate; planned = released + duplicates + failed.
+
+    Parameters
+    ----------
+    decisions
+        One row per candidate: sample_id, decision, reason.
+    planned
+        The plan, with a column `subgroup`.
+    duplicates
+        Accepted subjects that are left out because another synthetic image is nearly the same.
+    """
+    accepted = set(decisions.loc[decisions["decision"] == "accepted", "sample_id"]) - set(duplicates)
+    failed = [name for name in planned["sample_id"] if name not in accepted and name not in set(duplicates)]
+    rejected = decisions[decisions["decision"] == "rejected"]
+    by_group = {}
+    for group, rows in planned.groupby("subgroup"):
+        mine = set(rows["sample_id"])
+        drawn = decisions[decisions["sample_id"].isin(mine)]
+        by_group[str(group)] = {
+            "planned": len(mine),
+            "released": len(mine & accepted),
+            "failed": len(mine & set(failed)),
+            "rejected": int((drawn["decision"] == "rejected").sum()),
+            "candidates": len(drawn),
+        }
+    return {
+        "planned": len(planned),
+        "released": len(accepted),
+        "duplicates": len(duplicates),
+        "failed": len(failed),
+        "candidates": len(decisions),
+        "rejected": len(rejected),
+        "rejected_by_reason": {
+            str(reason): int(n) for reason, n in rejected["reason"].value_counts().sort_index().items()
+        },
+        "subgroups": by_group,
+    }
+
+
+def covariate_drift(planned: pd.DataFrame, released: pd.DataFrame, covariates: Covariates) -> dict[str, float]:
+    """How far the released covariates moved from the planned ones, because the filter rejects some subjects oftener
+    than others.
+
+    Returns
+    -------
+    dict
+        Per covariate: the difference of means in standard deviations of the plan, or the largest change of a level's
+        share.
+    """
+    drift = {}
+    for name, covariate in covariates.items():
+        before, after = planned[name].dropna(), released[name].dropna()
+        if len(before) == 0 or len(after) == 0:
+            continue
+        if isinstance(covariate, CategoricalCovariate):
+            shares = [
+                column.value_counts(normalize=True).reindex(covariate.levels, fill_value=0.0)
+                for column in (before, after)
+            ]
+            drift[name] = round(float((shares[1] - shares[0]).abs().max()), 5)
+        else:
+            drift[name] = round(float((after.mean() - before.mean()) / (before.std(ddof=0) or 1.0)), 5)
+    return drift
+
+
+def gates(
+    settings: Privacy,
+    calibration: Mapping[str, Any],
+    before: Figure | None,
+    after: Mapping[str, Any],
+    table: Mapping[str, Any],
+    counts: Mapping[str, Any],
+) -> list[Gate]:
+    """All conditions of the verdict.
+
+    Parameters
+    ----------
+    calibration
+        The calibration card.
+    before
+        Excess copies before the filter; None where nothing is calibrated.
+    after
+        Attacks on the cohort that would be released.
+    table
+        Attacks on its covariates, from `table_attacks`.
+    counts
+        From `count`.
+    """
+    calibrated = calibration["status"] == "CALIBRATED"
+    enough = {"value": calibration["subjects"], "n": calibration["subjects"]}
+    found = [
+        holds(
+            "calibrated",
+            True if calibrated else None,
+            enough,
+            calibration["needed"],
+            "too few calibration subjects to say what is too near",
+        )
+    ]
+    if calibrated and before is not None:
+        positive, negative = calibration["controls"]["positive"], calibration["controls"]["negative"]
+        weakest = min(positive, key=lambda kind: positive[kind]["value"])
+        recall = positive[weakest] | {"kind": weakest}
+        weak = "DETECTOR_WEAK: copies of this kind would pass unseen, so that few flags mean little"
+        found.append(
+            holds(
+                "planted copies are found",
+                recall["value"] >= settings.min_recall,
+                recall,
+                settings.min_recall,
+                weak,
+                "NOT_EVALUATED",
+            )
+        )
+        stranger = (
+            "unseen real subjects are flagged more often than the level says: calibration and test subjects differ"
+        )
+        found.append(
+            holds(
+                "strangers are not flagged",
+                negative["nominal"],
+                negative,
+                calibration["level"],
+                stranger,
+                "CONDITIONAL",
+            )
+        )
+        found.append(
+            at_most(
+                "copies before the filter",
+                before,
+                settings.max_excess_copies,
+                "the model has learnt training subjects by heart",
+            )
+        )
+    for name, figure in after["nearer_to_training"].items():
+        meaning = "released images lie nearer to training subjects than to strangers"
+        found.append(at_most(f"nearer to training, {name}", figure, settings.max_nearer_to_training, meaning))
+    for name, figures in after["membership"].items():
+        meaning = "from the released images it can be told who was in the training set"
+        found.append(at_most(f"membership, {name}", figures["auc"], settings.max_membership_auc, meaning))
+    if table:
+        meaning = "the released covariates point at single training subjects"
+        found.append(at_most("singling out by covariates", table["singling_out"], settings.max_table_risk, meaning))
+        for name, figure in table["inference"].items():
+            meaning = "the released covariates give away one covariate of a training subject whose others are known"
+            found.append(at_most(f"inference of {name}", figure, settings.max_table_risk, meaning))
+    share = counts["failed"] / max(1, counts["planned"])
+    failed = {"value": share, "n": counts["planned"]}
+    found.append(
+        holds(
+            "planned subjects are filled",
+            share <= settings.max_failed_share,
+            failed,
+            settings.max_failed_share,
+            "the filter rejects whole regions of the plan",
+        )
+    )
+    return found
+
+
+def report(
+    settings: Privacy,
+    calibration: Mapping[str, Any],
+    found: list[Gate],
+    attacks_found: Mapping[str, Any],
+    counts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The public report: decisions, thresholds and figures, no distance and no neighbour of any single image."""
+    return {
+        "verdict": verdict(found),
+        "enforce": settings.enforce,
+        "gates": [gate.to_json() for gate in found],
+        "calibration": {
+            key: calibration[key]
+            for key in ("status", "level", "subjects", "needed", "detectors", "thresholds", "groups")
+            if key in calibration
+        },
+        "controls": calibration.get("controls", {}),
+        "attacks": dict(attacks_found),
+        "counts": dict(counts),
+    }

@@ -1,0 +1,87 @@
+"""The models of a release, packed so that somebody else can make its images again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import CHECKSUMS, atomic_path, read_json, sha256_file, write_atomic, write_checksums
+from meddiff_steps.core.weights_digest import safetensors_digest
+from meddiff_steps.provenance import ledger
+from meddiff_steps.release import seal
+
+CONFIG, README = "config.json", "README.md"
+
+
+def pack(
+    models: Mapping[str, tuple[Path, Path]], release: Path, folder: Path, title: str, privacy: Mapping[str, Any]
+) -> None:
+    """Copy weights, cards and config, and write a README that names the release and warns.
+
+    `regeneration.find_models` finds the models there.
+
+    Parameters
+    ----------
+    models
+        Weights and card of `autoencoder` and `diffusion`.
+    release
+        Root of the sealed release that they made.
+    folder
+        Where to write.
+    title
+        The release's.
+    privacy
+        privacy/report.json; what could be told from the weights is read.
+
+    Raises
+    ------
+    UserError
+        The ledger is empty, or names other weights.
+    """
+    first = next(ledger.read_lines(release / seal.LINES), None)
+    if first is None:
+        raise UserError(f"{release / seal.LINES}: no rows, so no weights to pack.")
+    names = []
+    for kind, (weights, card) in models.items():
+        digest, wanted = safetensors_digest(weights), first[1]["recipe"][kind]
+        if digest != wanted or read_json(card)["weights_sha256"] != wanted:
+            raise UserError(
+                f"{weights}: its weights are {digest[:16]}, the release was made by {wanted[:16]}. Run the workflow"
+                " again, or give the right model."
+            )
+        for source, name in ((weights, f"{kind}/model.safetensors"), (card, f"{kind}/card.json")):
+            with atomic_path(folder / name) as path:
+                shutil.copyfile(source, path)
+            names.append(name)
+    with atomic_path(folder / CONFIG) as path:
+        shutil.copyfile(release / seal.CONFIG, path)
+    write_atomic(folder / README, _readme(title, sha256_file(release / seal.ROOT), privacy).encode())
+    write_checksums(folder, [*names, CONFIG, README])
+
+
+def _readme(title: str, root_sha256: str, privacy: Mapping[str, Any]) -> str:
+    auc = privacy.get("attacks", {}).get("denoising_loss", {}).get("auc", {})
+    told = "What the weights give away was not measured."
+    if auc.get("value") is not None:
+        figure = f"{auc['value']:.2f} [{auc['low']:.2f}, {auc['high']:.2f}]"
+        told = (
+            f"Whoever has the weights could tell training scans by their denoising loss with AUC {figure} (0.5: not at"
+            " all)."
+        )
+    return f"""# Models of {title}
+
+The weights that made the release whose provenance/root.json has SHA-256 {root_sha256}.
+
+**Weights can give away more of the scans that they learnt from than the released images do.** The privacy verdict of the release (`{privacy["verdict"]}`) is
+about its images, not about these files. {told}
+With the seed of the release they also make the images that its privacy filter rejected. Share them only under terms that cover the training scans.
+
+- autoencoder/, diffusion/: model.safetensors and card.json
+- {CONFIG}: the study
+- {CHECKSUMS}: `sha256sum -c {CHECKSUMS}` checks the files
+
+Make images of the release again, and compare: `python -m meddiff_steps audit RELEASE --models THIS_FOLDER`
+"""

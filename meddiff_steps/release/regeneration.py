@@ -1,0 +1,348 @@
+"""Released images made again from their rows of the ledger, and what is the same about them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from meddiff_steps import config
+from meddiff_steps.cohort.manifest import read_manifest
+from meddiff_steps.compute.device import make_fabric
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import sha256_file, write_atomic
+from meddiff_steps.core.weights_digest import safetensors_digest
+from meddiff_steps.imaging import encoding
+from meddiff_steps.models.trained import LatentDiffusion, load_autoencoder
+from meddiff_steps.provenance import verify
+from meddiff_steps.provenance.ledger import Row, cell
+from meddiff_steps.provenance.record import environment
+from meddiff_steps.release.layout import Layout
+from meddiff_steps.release.sealed import Sealed
+from meddiff_steps.synthesis import size
+from meddiff_steps.synthesis.generate import CohortGenerator
+from meddiff_steps.synthesis.plan import build_plan, draws
+
+#: Largest difference of a stored value (1000 or 255 is full scale) at which an image counts as the same on another
+#: machine. Rounding in another order moved images of the demo by at most 1.
+TOLERANCE = {3: 5, 2: 2}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An image made again beside the released one.
+
+    Attributes
+    ----------
+    verdict
+        `bitwise`: it shows the same to the last bit as the released file, or, where there is none, as the ledger says; `within tolerance`
+        (`TOLERANCE`); `differs`, be it in its header alone; `missing`: the released file cannot be read, or there is none and what was made
+        again is not what the ledger says.
+    same_file
+        Whether even the files are equal, byte by byte.
+    largest
+        Largest difference of a stored value; -1 if the two cannot be compared.
+    """
+
+    sample_id: str
+    verdict: str
+    same_file: bool
+    largest: int
+
+
+def find_models(folder: Path, recipe: Mapping[str, str]) -> dict[str, Path]:
+    """Folders of the two models whose weights a recipe names.
+
+    Raises
+    ------
+    UserError
+        One of them is not there, or has other weights.
+    """
+    places = {
+        "autoencoder": [folder / "autoencoder"],
+        "diffusion": [folder / "distilled/diffusion", folder / "diffusion"],
+    }
+    found: dict[str, Path] = {}
+    for kind, candidates in places.items():
+        seen = []
+        for place in candidates:
+            weights = place / "model.safetensors"
+            if weights.is_file() and (place / "card.json").is_file():
+                try:
+                    digest = safetensors_digest(weights)
+                except ValueError as error:
+                    raise UserError(str(error)) from None
+                if digest == recipe[kind]:
+                    found[kind] = place
+                seen.append(f"{weights} has {digest[:16]}")
+        if kind not in found:
+            raise UserError(
+                f"{folder}: no {kind} with weights {recipe[kind][:16]}"
+                f" ({'; '.join(seen) or 'no model.safetensors with card.json there'})"
+            )
+    return found
+
+
+def remake(rows: Sequence[Row], study: config.Study, models: Path, threads: int) -> Iterator[tuple[Row, np.ndarray]]:
+    """The images of `rows`, float32 (*spatial) in [0, 1], made again; batch by batch, so in another order.
+
+    Raises
+    ------
+    UserError
+        The rows do not share one recipe, or the models are not those of the recipe.
+    """
+    recipe = rows[0]["recipe"]
+    if any(row["recipe"] != recipe for row in rows):
+        raise UserError(
+            "the rows do not share one recipe, so one model cannot have made them all. Run `audit` on the release."
+        )
+    places = find_models(models, recipe)
+    wanted = {name: recipe[name] for name in ("sampler", "num_inference_steps", "guidance_scale", "batch_size")}
+    fabric = make_fabric(study.compute, threads)
+    first_stage, _ = load_autoencoder(places["autoencoder"] / "model.safetensors", places["autoencoder"] / "card.json")
+    model = LatentDiffusion.load(places["diffusion"] / "model.safetensors", places["diffusion"] / "card.json")
+    generator = CohortGenerator(model, first_stage, study.generate.model_copy(update=wanted), fabric, study.compute)
+    columns = ("sample_id", "index", "cohort_root", "noise_index", "attempt", "seed_key")
+    subjects = pd.DataFrame([{name: row[name] for name in columns} | row["covariates"] for row in rows])
+    for name, covariate in study.covariates.items():
+        subjects[name] = subjects[name].astype(object if isinstance(covariate, config.CategoricalCovariate) else float)
+    by_id = {row["sample_id"]: row for row in rows}
+    for sample_id, image in generator.images(subjects, "again"):
+        # Shards keep half precision, so the released values went through it.
+        yield by_id[sample_id], image[0].astype(np.float16).astype(np.float32)
+
+
+def compare(row: Row, again: np.ndarray, release: Path, study: config.Study) -> tuple[Comparison, bytes]:
+    """An image that was made again beside the released file, and the file that it gives."""
+    grid = encoding.Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
+    content, values = encoding.encode(again, grid, row["sample_id"], study.study)
+    name, path = row["sample_id"], release / row["image"]["path"]
+    promised = encoding.voxel_digest(values, grid.affine) == row["image"]["voxel_sha256"]
+    if not os.path.lexists(path):  # the folder `provenance` alone is enough
+        same_file = hashlib.sha256(content).hexdigest() == row["image"]["sha256"]
+        return Comparison(name, "bitwise" if promised else "missing", same_file, 0 if promised else -1), content
+    try:
+        released = encoding.decode(path, grid)
+    except encoding.Undecodable:
+        return Comparison(name, "missing", False, -1), content
+    largest = int(np.abs(released.stored.astype(int) - values.astype(int)).max())
+    if encoding.departures(released, grid, name, study.study):
+        verdict = "differs"
+    elif largest == 0:
+        verdict = "bitwise" if promised else "differs"
+    else:
+        verdict = "within tolerance" if largest <= TOLERANCE[study.spatial_dims] else "differs"
+    return Comparison(name, verdict, sha256_file(path) == hashlib.sha256(content).hexdigest(), largest), content
+
+
+def regenerate(release: Sealed, rows: Sequence[Row], models: Path, out: Path, threads: int) -> list[Comparison]:
+    """Write the images of `rows` below `out`, at the paths that they have in the release, and compare them with it.
+
+    Raises
+    ------
+    UserError
+        A row has no image, since its subject was not released; or see `remake`.
+    """
+    for row in rows:
+        if row["image"] is None:
+            decision = row["privacy"]["decision"]
+            raise UserError(
+                f"{row['sample_id']}: was not released ({decision}), so the ledger holds no recipe of it. Take a"
+                " subject of participants.tsv."
+            )
+    study = release.study
+    assert study is not None
+    found = []
+    for row, image in remake(rows, study, models, threads) if rows else ():
+        comparison, content = compare(row, image, release.folder, study)
+        write_atomic(out / row["image"]["path"], content)
+        found.append(comparison)
+    return sorted(found, key=lambda comparison: comparison.sample_id)
+
+
+@dataclass(frozen=True)
+class Added:
+    """An image of a subject that the release did not have.  No privacy filter has looked at it."""
+
+    sample_id: str
+    path: str
+    bytes: int
+    sha256: str
+    voxel_sha256: str
+    seed_key: str
+    covariates: dict[str, Any]
+
+
+def plan_more(release: Sealed, models: Path, count: int, group: str | None) -> tuple[pd.DataFrame, config.PlanGroup]:
+    """The plan of one group of a release with `count` subjects, and that group; it begins with the subjects of the
+    ledger.
+
+    Covariates are drawn as the study drew them.  What they are drawn from is not in a release: it comes from the
+    training rows of `models`/cohort/manifest.parquet, as the folder of the study has it.
+
+    Raises
+    ------
+    UserError
+        There is no such group, what its covariates are drawn from is not there, or it gives other covariates than the
+        release has.
+    """
+    study = release.study
+    assert study is not None
+    wanted = size.enlarged(study.plan, count, group)
+    if wanted.covariates == "table":
+        raise UserError(
+            f"group {wanted.name}: its covariates come from a table of the publisher's, which is not in the release."
+            " Enlarge another group."
+        )
+    manifest = models / "cohort/manifest.parquet"
+    training = pd.DataFrame(columns=list(study.covariates))
+    if draws(wanted, study.covariates):
+        if not manifest.is_file():
+            raise UserError(
+                f"{manifest}: not there. The covariates of new subjects are drawn from a distribution that was fitted"
+                " to the training scans; it is private, so neither a release nor packed models hold it. Give --models"
+                " the study's own folder, or ask the publisher for more subjects."
+            )
+        scans = read_manifest(manifest, study.covariates)
+        training = scans[scans["split"] == "train"]
+    plan = build_plan([wanted], study.covariates, training, study.seed, study.generate.shard_size)
+    planned = {row["sample_id"]: row for row in plan.to_dict("records")}
+    for row in release.rows():
+        if row["group"] == wanted.name:
+            found = _covariates(planned[row["sample_id"]], study.covariates) if row["sample_id"] in planned else None
+            if found != row["covariates"]:
+                raise UserError(
+                    f"{manifest}: gives {row['sample_id']} covariates {found}, the release has {row['covariates']}. "
+                    "Give --models the folder of the study that made this release, with the cohort as it was then."
+                )
+    return plan, wanted
+
+
+def _covariates(subject: Mapping[Any, Any], covariates: config.Covariates) -> dict[str, Any]:
+    return {
+        name: cell(subject[name], isinstance(covariate, config.CategoricalCovariate))
+        for name, covariate in covariates.items()
+    }
+
+
+def regenerate_more(
+    release: Sealed, models: Path, out: Path, threads: int, count: int, group: str | None, shard: int | None = None
+) -> tuple[list[Comparison], list[Added]]:
+    """Make one group of a release again with `count` subjects, or one shard of it: those of the release are compared
+    with it, the others are new.
+
+    Images lie below `out` where a release of that many would have them.
+
+    Raises
+    ------
+    UserError
+        Nothing was released, there is no such shard; or see `plan_more` and `remake`.
+    """
+    study = release.study
+    assert study is not None
+    plan, wanted = plan_more(release, models, count, group)
+    shards = int(plan["shard"].max()) + 1
+    if shard is not None and not 0 <= shard < shards:
+        raise UserError(f"no shard {shard}: {len(plan)} subjects of group {wanted.name} are {shards} shards, from 0.")
+    chosen = (plan if shard is None else plan[plan["shard"] == shard]).to_dict("records")
+    ids = {subject["sample_id"] for subject in chosen}
+    known: dict[str, Row] = {}
+    recipe: dict[str, Any] | None = None
+    for row in release.rows():
+        if row["sample_id"] in ids:
+            known[row["sample_id"]] = row
+        if row["image"] is not None:
+            recipe = row["recipe"]
+    if recipe is None:
+        raise UserError(f"{release.folder}: nothing was released, so that nothing says how. Give another release.")
+    rows: list[Row] = []
+    for subject in chosen:
+        old = known.get(subject["sample_id"])
+        if old is None:
+            front = {
+                name: subject[name]
+                for name in ("sample_id", "group", "index", "noise_index", "attempt", "cohort_root", "seed_key")
+            }
+            rows.append(front | {"covariates": _covariates(subject, study.covariates), "recipe": recipe, "image": None})
+        elif old["image"] is not None:  # who was rejected stays rejected
+            rows.append(old)
+    layout = Layout.of(
+        study.spatial_dims, [wanted if other.name == wanted.name else other for other in study.plan], study.release
+    )
+    grid = encoding.Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
+    comparisons, added = [], []
+    for row, image in remake(rows, study, models, threads) if rows else ():
+        path = layout.path(row["sample_id"], row["group"], row["index"])
+        if row["image"] is not None:
+            comparison, content = compare(row, image, release.folder, study)
+            comparisons.append(comparison)
+        else:
+            content, stored = encoding.encode(image, grid, row["sample_id"], study.study)
+            digests = hashlib.sha256(content).hexdigest(), encoding.voxel_digest(stored, grid.affine)
+            added.append(Added(row["sample_id"], path, len(content), *digests, row["seed_key"], row["covariates"]))
+        write_atomic(out / path, content)
+    return sorted(comparisons, key=lambda one: one.sample_id), sorted(added, key=lambda one: one.sample_id)
+
+
+def write_added(path: Path, added: Sequence[Added]) -> None:
+    """A table of subjects that a release did not have, like participants.tsv, with the digests of their images."""
+    names = sorted({name for one in added for name in one.covariates})
+    lines = [["participant_id", *names, "path", "sha256", "voxel_sha256", "seed_key"]]
+    for one in added:
+        cells = [verify.cell(one.covariates[name]) for name in names]
+        lines.append([f"sub-{one.sample_id}", *cells, one.path, one.sha256, one.voxel_sha256, one.seed_key])
+    write_atomic(path, "".join("\t".join(line) + "\n" for line in lines).encode())
+
+
+def summary(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """Counts by verdict, and how many files are equal byte by byte."""
+    counts = Counter(comparison.verdict for comparison in comparisons)
+    return {
+        "images": len(comparisons),
+        "verdicts": {name: counts[name] for name in ("bitwise", "within tolerance", "differs", "missing")},
+        "same_file": sum(comparison.same_file for comparison in comparisons),
+        "largest_difference": max((comparison.largest for comparison in comparisons), default=0),
+    }
+
+
+def as_text(comparisons: Sequence[Comparison], environment: Sequence[str], added: Sequence[Added] = ()) -> list[str]:
+    """A summary for people, as lines: counts, the first images that are not the same, what is new, and how the machines
+    differ.
+    """
+    found = summary(comparisons)
+    lines = [
+        f"{len(comparisons)} images: "
+        + (", ".join(f"{count} {name}" for name, count in found["verdicts"].items() if count) or "none"),
+        f"{found['same_file']} files are equal byte by byte",
+    ]
+    unlike = [comparison for comparison in comparisons if comparison.verdict in ("differs", "missing")]
+    lines += [f"  {c.sample_id}: {c.verdict}, by up to {c.largest} stored units" for c in unlike[:10]]
+    if added:
+        lines.append(
+            f"{len(added)} more images, {added[0].sample_id} to {added[-1].sample_id}: no privacy filter compared them"
+            " with real scans"
+        )
+    if environment:
+        lines += [
+            "differences between the machine of the release and this one:",
+            *(f"  {line}" for line in environment),
+        ]
+    return lines
+
+
+def environment_difference(release: Sealed) -> list[str]:
+    """How the machine of the release, by the records of the steps that draw images, differs from this one, a line each."""
+    there = [record["environment"] for record in release.records.values() if record["step"] in ("generate", "filter")]
+    here, found = environment(), []
+    for name in sorted({key for one in there for key in one} | set(here)):
+        others = {repr(one.get(name)) for one in there}
+        if others != {repr(here.get(name))}:
+            found.append(f"{name}: {' or '.join(sorted(others))}, here {here.get(name)!r}")
+    return found

@@ -1,0 +1,123 @@
+"""A release with its ledger, as read back: what audits and regeneration work on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from meddiff_steps import config
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import read_json, sha256_file
+from meddiff_steps.provenance import ledger, lineage, verify
+from meddiff_steps.release import seal
+
+
+class Sealed:
+    """A release as its root.json describes it.
+
+    Attributes
+    ----------
+    study
+        The published study; None where it is not one.
+    sha256
+        Of root.json, which stands for the release.
+    records
+        Record by the path of each output.
+    problems
+        What could not be read of config and records.
+    """
+
+    def __init__(self, folder: Path, root: dict[str, Any]) -> None:
+        self.folder, self.root = folder, root
+        self.sha256 = sha256_file(folder / seal.ROOT)
+        self.problems: list[str] = []
+        self.study: config.Study | None = None
+        self.config: dict[str, Any] = {}
+        self.records: dict[str, lineage.Record] = {}
+        self.weights: dict[tuple[str, str], tuple[str, int]] = {}
+        try:
+            self.config = read_json(folder / seal.CONFIG)
+            self.study = config.parse_study(self.config, seal.CONFIG)
+        except UserError as error:
+            self.problems.append(str(error))
+        try:
+            self.records = lineage.read_records(folder / seal.RECORDS)
+        except UserError as error:
+            self.problems.append(str(error))
+
+    def count_weights(self, table: pa.Table) -> None:
+        """Note which weights the rows of a table name: (kind, digest) -> first subject and number of rows."""
+        names, recipes = table["sample_id"].to_pylist(), table["recipe"].combine_chunks()
+        for kind in ("autoencoder", "diffusion"):
+            for entry in pc.value_counts(digests := pc.struct_field(recipes, kind)).to_pylist():
+                first, count = self.weights.get(
+                    (kind, digest := str(entry["values"])), (names[pc.index(digests, entry["values"]).as_py()], 0)
+                )
+                self.weights[kind, digest] = (first, count + entry["counts"])
+
+    def rows(self) -> Iterator[ledger.Row]:
+        """Rows of the ledger, one at a time."""
+        for _, row in ledger.read_lines(self.folder / seal.LINES):
+            yield row
+
+    def released(self) -> Iterator[ledger.Row]:
+        return (row for row in self.rows() if row["image"] is not None)
+
+    def rows_of(self, subjects: Collection[str] | None = None, shard: int | None = None) -> list[ledger.Row]:
+        """Rows of the subjects that are named (with or without "sub-"), or the released ones of one shard, or all
+        released ones.
+
+        Raises
+        ------
+        UserError
+            There is no such subject or shard.
+        """
+        if subjects is not None:
+            wanted = {name.removeprefix("sub-") for name in subjects}
+            rows = [row for row in self.rows() if row["sample_id"] in wanted]
+            absent = sorted(wanted - {row["sample_id"] for row in rows})
+            if absent:
+                raise UserError(
+                    f"{self.folder}: no subject {absent[0]!r} in the ledger. Participants are listed in"
+                    " participants.tsv."
+                )
+            return rows
+        if shard is None:
+            return list(self.released())
+        shards = {entry["shard"]: entry["ranges"] for entry in self.root["ledger"]["shards"]}
+        if shard not in shards:
+            raise UserError(
+                f"{self.folder}: no shard {shard}; there are {len(shards)}, from {min(shards)} to {max(shards)}."
+            )
+        ranges = shards[shard]
+        return [
+            row
+            for place, row in enumerate(self.rows())
+            if row["image"] is not None and any(first <= place < end for first, end in ranges)
+        ]
+
+
+def open_release(folder: Path) -> Sealed:
+    """A release that is well formed, as far as its rows say; whether they are true is for `audit` to find.
+
+    Raises
+    ------
+    UserError
+        It has no ledger, or the ledger, the config or root.json is malformed.
+    """
+    if not (folder / seal.ROOT).is_file():
+        raise UserError(f"{folder / seal.ROOT}: not there. Give the root of a release that has a ledger.")
+    try:
+        checks, root, _ = verify.check_form(folder)
+    except verify.Unreadable as error:
+        raise UserError(f"{error}. Run `audit` on the release.") from None
+    problems = [f"{check.name}: {check.text}" for check in checks if check.outcome == "finding"]
+    release = Sealed(folder, root)
+    problems += release.problems
+    if problems:
+        raise UserError(f"{folder}: not a well-formed release ({problems[0]}). Run `audit` on it.")
+    return release

@@ -1,0 +1,729 @@
+"""A simulated brain cohort, made of the MNI152 templates that ship with nilearn: no data are needed, and no person is
+shown.
+
+How a subject is made (all random numbers of subject i come from one generator keyed by the seed and i):
+
+1. Covariates: age, sex and diagnosis are drawn; head size, atrophy and ventricular size follow from them with noise of
+   their own.
+2. Anatomy: a point of the image is carried to the template by an affine map (head size, proportions, pose), a smooth
+   random warp at three scales (individual shape and folds) and a flow out of the ventricles (their enlargement).
+3. Tissue: the template's probabilities of sulcal CSF, ventricular CSF, grey and white matter are sampled there,
+   weighted by smooth random fields (individual sulci; atrophy turns cortex into sulcal CSF), and made to add up to the
+   brain mask again.
+4. Image: tissue intensities, the template's regional tone, bias field, noise.
+
+Volumes in the table are integrals of the subject's own tissue maps, over the points that the voxels are averaged from:
+they are measured, not requested. Anatomy does not depend on the image grid: subject i at 2.5 mm is subject i at 5 mm,
+and volumes differ by the blur alone.
+
+Templates: MNI ICBM152 2009a, Fonov et al., NeuroImage 54 (2011) 313, through `nilearn.datasets`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from scipy import ndimage
+from scipy.special import ndtr, ndtri
+from tqdm import tqdm
+
+from meddiff_steps.config import SimulatedSource
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import atomic_path, write_atomic
+
+log = logging.getLogger(__name__)
+
+#: The image must cover this box (mm), or large heads would be cut.
+FIELD_OF_VIEW_MM = (160.0, 200.0, 160.0)
+#: Ages (years) are normally distributed, cut to a range.
+AGE_MEAN, AGE_SD, AGE_RANGE = 63.0, 11.0, (44.0, 82.0)
+#: Middle of the template's brain mask (MNI mm); heads are centred there, and all template coordinates below are
+#: relative to it.
+CENTRE_MNI = np.array([0.0, -17.0, 5.0])
+#: Half extent and node spacing (mm) of the grid that carries a subject's smooth fields.
+FIELD_HALF_MM, FIELD_STEP_MM = (100.0, 120.0, 100.0), 5.0
+#: Random warp, coarse to fine: distance of control points (mm), standard deviation of the displacement along one axis
+#: (mm), and correlation between the hemispheres. More displacement at the finer scales makes lumpy skulls.
+WARP_SCALES = ((60.0, 2.5, 0.85), (28.0, 1.5, 0.6), (14.0, 1.0, 0.0))
+#: Fields that vary sulci and the grey-white boundary: control spacing (mm), standard deviations (log weight).
+TEXTURE_MM, SULCI_SD, BOUNDARY_SD = 10.0, 0.4, 0.15
+#: Bias field: control spacing (mm), standard deviation (log intensity).
+BIAS_MM, BIAS_SD = 70.0, 0.035
+#: Exponent that sharpens the averaged template's tissue probabilities towards those of one person.
+SHARPEN = 1.5
+#: Boundary shifts (mm) for which the flow out of the ventricles is tabulated; its reach in tissue and its grid (mm).
+FLOW_MM = np.arange(-2.0, 8.1, 1.0)
+FLOW_REACH_MM, FLOW_STEP_MM = 32.0, 2
+#: Mean T1w intensity of CSF, grey and white matter on the template's scale of 0 to 1, and how much it varies between
+#: subjects.
+INTENSITIES, INTENSITY_SD = np.array([0.27, 0.63, 0.88]), np.array([0.015, 0.01, 0.007])
+#: Standard deviation of the noise, on the same scale: lowest and highest.
+NOISE_SD = (0.006, 0.014)
+#: Blur before voxels are averaged, as full width at half maximum in voxels: an acquired voxel is no sharp-edged box.
+BLUR = 0.8
+#: uint8 value of intensity 1; bias and gain stay below 255 / 190.
+FULL_SCALE = 190.0
+
+SIMULATED = "SIMULATED brain (MNI152 template, randomly deformed); no person"
+DATASET_NAME = "SIMULATED brain cohort (meddiff_steps)"
+
+README = """\
+SIMULATED brain cohort
+======================
+
+Every image here is SIMULATED. No image shows a person, and nothing about people, ageing or disease can be learnt from it.
+It exists to try and test software.
+
+Each image is the MNI ICBM152 2009a template (T1-weighted, grey and white matter maps, as they ship with nilearn), deformed at random,
+with ventricles and sulci that follow a made-up age, sex and diagnosis, and with a contrast, bias field and noise of its own. Images are
+brain-extracted: 0 outside the brain.
+
+participants.tsv holds the made-up covariates, and the volumes that were measured in each subject's own tissue maps.
+
+The template carries this notice:
+
+Copyright (C) 1993-2009 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute, McGill University. Permission to
+use, copy, modify, and distribute this software and its documentation for any purpose and without fee is hereby granted, provided that
+the above copyright notice appear in all copies. The authors and McGill University make no representations about the suitability of this
+software for any purpose. It is provided "as is" without express or implied warranty. The authors are not responsible for any data loss,
+equipment damage, property loss, or injury to subjects or patients resulting from the use or misuse of this package.
+"""
+
+
+# ----------------------------------------------------------------------------------------------------------- covariates
+
+
+def subject_generator(seed: str, index: int) -> np.random.Generator:
+    """Return the generator of all random numbers of subject `index` (from 0), whatever the number of subjects."""
+    digest = hashlib.sha256(f"meddiff/simulate/v1|{seed}|{index}".encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "big")))
+
+
+def participant_id(index: int) -> str:
+    """Return `sub-0001` for index 0; longer only beyond 9,999, so that no id depends on the number of subjects."""
+    return f"sub-{index + 1:04d}"
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What is drawn for a subject before its anatomy.
+
+    Attributes
+    ----------
+    age, age_missing, sex, diagnosis
+        Age in years (always known here, left out of the table if missing), F or M, control or case.
+    head_ml
+        Volume inside the brain mask.
+    atrophy
+        Log weight that turns cortex into sulcal CSF.
+    ventricles_ml
+        Ventricular volume aimed at; the table holds the one that resulted.
+    """
+
+    age: float
+    age_missing: bool
+    sex: str
+    diagnosis: str
+    head_ml: float
+    atrophy: float
+    ventricles_ml: float
+
+
+def draw_traits(source: SimulatedSource, rng: np.random.Generator) -> Traits:
+    """Draw what the anatomy follows from.
+
+    Spreads follow healthy T1w cohorts: head size by sex, CSF by age. The diagnosis grows more frequent with age (its
+    overall share stays `case_share`) and acts on sulci and ventricles like some ten more years, so that it overlaps
+    with ageing.
+    """
+    uniform = rng.random(4)
+    noise = np.clip(rng.standard_normal(4), -2.5, 2.5)
+    low, high = (float(ndtr((bound - AGE_MEAN) / AGE_SD)) for bound in AGE_RANGE)
+    age = round(float(AGE_MEAN + AGE_SD * ndtri(low + uniform[0] * (high - low))), 1)
+    years = (age - AGE_MEAN) / AGE_SD
+    male = bool(uniform[1] < 0.5)
+    # Symmetric about the mean age, and within [0, 1] for every share.
+    share = source.case_share * (1 + (1 - source.case_share) * 0.5 * (age - AGE_MEAN) / (AGE_RANGE[1] - AGE_MEAN))
+    case = bool(uniform[2] < share)
+    head_ml = (1535.0 if male else 1375.0) * math.exp(0.066 * noise[0])
+    # noise[1] is shared: whoever has wide sulci for their age tends to have wide ventricles.
+    atrophy = -0.1 + 0.36 * years + 0.40 * case + 0.06 * male + 0.26 * noise[1]
+    ventricles = (
+        math.log(23.5) + math.log(head_ml / 1455.0) + 0.29 * years + 0.32 * case + 0.08 * noise[1] + 0.26 * noise[2]
+    )
+    return Traits(
+        age=age,
+        age_missing=bool(uniform[3] < source.missing_share),
+        sex="M" if male else "F",
+        diagnosis="case" if case else "control",
+        head_ml=head_ml,
+        atrophy=float(atrophy),
+        ventricles_ml=float(np.clip(math.exp(ventricles), 10.0, 66.0)),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- template
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Values on a regular grid: tensor (channels, z, y, x) (the order `grid_sample` wants), its first and last node in
+    mm (x, y, z).
+    """
+
+    values: torch.Tensor
+    first: torch.Tensor
+    last: torch.Tensor
+
+    def nodes(self) -> torch.Tensor:
+        """Coordinates (n, 3) of all nodes in the order of `values[0].ravel()`."""
+        axes = [
+            torch.linspace(float(a), float(b), n)
+            for a, b, n in zip(self.first, self.last, self.values.shape[:0:-1], strict=True)
+        ]
+        z, y, x = torch.meshgrid(axes[2], axes[1], axes[0], indexing="ij")
+        return torch.stack([x.reshape(-1), y.reshape(-1), z.reshape(-1)], 1)
+
+    def __call__(self, points: torch.Tensor) -> torch.Tensor:
+        """Trilinear values (channels, n) at points (n, 3) in mm, x y z; the nearest border value outside."""
+        at = (points - self.first) / (self.last - self.first) * 2 - 1
+        return torch.nn.functional.grid_sample(
+            self.values[None], at[None, None, None], padding_mode="border", align_corners=True
+        )[0, :, 0, 0]
+
+
+def _grid(values: np.ndarray, first: np.ndarray, step: float) -> Grid:
+    """Make a Grid of an array (channels, x, y, z)."""
+    last = first + step * (np.array(values.shape[1:]) - 1)
+    stored = torch.from_numpy(np.ascontiguousarray(values.transpose(0, 3, 2, 1), np.float32))
+    return Grid(stored, torch.tensor(first, dtype=torch.float32), torch.tensor(last, dtype=torch.float32))
+
+
+@dataclass(frozen=True)
+class Template:
+    """The template, ready for sampling; coordinates are mm around CENTRE_MNI.
+
+    Attributes
+    ----------
+    maps
+        Sulcal CSF, ventricular CSF, grey matter, white matter (0 to 1, adding up to the brain mask), regional tone
+        (intensity).
+    distance
+        Signed distance to the brain's surface (mm), negative inside.
+    flow
+        Displacement (mm) that leads from an image with moved ventricular walls back to the template, for each of
+        FLOW_MM.
+    ventricle_share
+        Ventricular share of the brain mask for each of FLOW_MM.
+    """
+
+    maps: Grid
+    distance: Grid
+    flow: tuple[Grid, ...]
+    ventricle_share: np.ndarray
+
+
+def _ventricle_region(first: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Boxes (MNI mm) in which CSF is lateral or third ventricle, not cistern or sulcus; read off the template by eye."""
+    x, y, z = np.ogrid[tuple(slice(int(o), int(o) + n) for o, n in zip(first, shape, strict=True))]
+    x = abs(x)
+    frontal = (x <= 28) & (y >= -24) & (y <= 36) & (z >= np.where(y <= 4, -2, 0)) & (z <= 31)
+    frontal &= (x >= np.where(y >= 26, 3, 0)) & (x >= np.where(z >= 22, 4, 0))
+    third = (x <= 5) & (y >= -24) & (y <= 4) & (z >= -12) & (z <= 10)
+    atrium = (x <= 33) & (y >= -56) & (y < -24) & (z >= -8) & (z <= 31)
+    atrium &= x >= np.select([z >= 17, z >= 12, z >= 4], [np.where(y < -40, 10, 4), 9, 14], 20)
+    temporal = (x >= 28) & (x <= 37) & (y >= -40) & (y <= -6) & (z >= -24) & (z < -8)
+    return frontal | third | atrium | temporal
+
+
+@lru_cache(maxsize=2)
+def load_template(blur_mm: float) -> Template:
+    """Prepare the template for sampling at points some `blur_mm` apart.
+
+    Maps are smoothed by that full width at half maximum, so that points see partial volume and nothing aliases.
+    """
+    from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
+
+    images = [load_mni152_template(), load_mni152_gm_template(), load_mni152_wm_template()]
+    t1, grey, white = (image.get_fdata(dtype=np.float32) for image in images)
+    margin = 8
+    found = [np.flatnonzero((t1 > 0).any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    box = [(max(f[0] - margin, 0), f[-1] + margin + 1) for f in found]
+    below = [(max(margin - f[0], 0), 0) for f in found]  # the mask touches the lowest slice
+    t1, grey, white = (np.pad(image[tuple(slice(*b) for b in box)], below) for image in (t1, grey, white))
+    first_mni = images[0].affine[:3, 3] + [f[0] - margin for f in found]
+    first = first_mni - CENTRE_MNI
+    mask = t1 > 0
+    averaged = np.stack([np.clip(1 - grey - white, 0, 1), grey, white]) * mask
+    tone = ndimage.gaussian_filter((t1 - np.tensordot(INTENSITIES.astype(np.float32), averaged, 1)) * mask, 3.0)
+
+    tissue = averaged**SHARPEN
+    tissue *= mask / np.maximum(tissue.sum(0), 1e-6)
+    fluid, grey, white = tissue
+    ventricles = fluid * _ventricle_region(first_mni, mask.shape)
+    maps = [fluid - ventricles, ventricles, grey, white, tone]
+    if blur_mm > 1:
+        maps = [ndimage.gaussian_filter(m, blur_mm / 2.355) for m in maps]
+    stride = 2 if blur_mm >= 2 else 1
+    sampled = _grid(np.stack([m[::stride, ::stride, ::stride] for m in maps]), first, stride)
+    distance = _grid(_signed_distance(np.pad(mask[::2, ::2, ::2], 8), 2)[None], first - 16, 2)
+
+    flow = _ventricle_flow(ventricles, first)
+    only_ventricles = Grid(sampled.values[1:2], sampled.first, sampled.last)
+    points = flow[0].nodes()
+    share = [
+        float(only_ventricles(points + part(points).T).sum(dtype=torch.float64)) * FLOW_STEP_MM**3 / float(mask.sum())
+        for part in flow
+    ]
+    return Template(sampled, distance, flow, np.array(share))
+
+
+def _signed_distance(mask: np.ndarray, step: float) -> np.ndarray:
+    outside, inside = ndimage.distance_transform_edt(~mask), ndimage.distance_transform_edt(mask)
+    return ((outside - inside) * step).astype(np.float32)
+
+
+def _ventricle_flow(ventricles: np.ndarray, first: np.ndarray) -> tuple[Grid, ...]:
+    """Move the ventricular walls outwards by following a velocity field, which cannot fold (unlike a scaled
+    displacement).
+
+    The velocity is 1 mm per unit of time at the wall along the smoothed normal, vanishes on the medial axis and at
+    FLOW_REACH_MM.
+    """
+    step = FLOW_STEP_MM
+    core = ndimage.gaussian_filter(ventricles, 1.0)[::step, ::step, ::step] > 0.35
+    margin = math.ceil(FLOW_REACH_MM / step) + 1
+    found = [np.flatnonzero(core.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    core = np.pad(core[tuple(slice(f[0], f[-1] + 1) for f in found)], margin)
+    distance = ndimage.gaussian_filter(_signed_distance(core, step), 0.75)
+    reach = np.clip(1 - (np.maximum(distance, 0) / FLOW_REACH_MM) ** 2, 0, 1) ** 2
+    velocity = _grid(
+        np.stack(np.gradient(distance, step)) * reach, first + step * np.array([f[0] - margin for f in found]), step
+    )
+
+    start = velocity.nodes()
+    levels: dict[float, Grid] = {}
+    for sign in (1.0, -1.0):
+        points = start
+        for level in range(int(max(sign * FLOW_MM)) + 1):
+            if level:  # one midpoint step per mm
+                points = points - sign * velocity(points - sign * 0.5 * velocity(points).T).T
+            levels[sign * level] = Grid(
+                (points - start).T.reshape(velocity.values.shape).contiguous(), velocity.first, velocity.last
+            )
+    return tuple(levels[float(level)] for level in FLOW_MM)
+
+
+# -------------------------------------------------------------------------------------------------------------- subject
+
+
+@lru_cache(maxsize=8)
+def _spline(spacing: float) -> tuple[torch.Tensor, ...]:
+    """Cubic B-spline weights (nodes, control points) of the field grid for z, y, x; rows of unit norm keep the variance
+    of white noise.
+    """
+    weights = []
+    for half in FIELD_HALF_MM[::-1]:
+        nodes = np.arange(-half, half + 1e-6, FIELD_STEP_MM)
+        reach = math.ceil(half / spacing) + 1
+        t = np.abs(nodes[:, None] / spacing - np.arange(-reach, reach + 1)[None])
+        w = np.where(t < 1, 2 / 3 - t**2 + t**3 / 2, np.where(t < 2, (2 - t) ** 3 / 6, 0))
+        weights.append(torch.tensor(w / np.linalg.norm(w, axis=1, keepdims=True), dtype=torch.float32))
+    return tuple(weights)
+
+
+def _smooth_noise(rng: np.random.Generator, channels: int, spacing: float) -> torch.Tensor:
+    """Random fields (channels, z, y, x) on the field grid with unit variance, smooth over `spacing` mm."""
+    z, y, x = _spline(spacing)
+    noise = torch.from_numpy(rng.standard_normal((channels, z.shape[1], y.shape[1], x.shape[1]), dtype=np.float32))
+    noise = torch.matmul(y, noise @ x.T)
+    return torch.matmul(z, noise.flatten(2)).reshape(channels, len(z), len(y), len(x))
+
+
+def _smooth_warp(rng: np.random.Generator, spacing: float, symmetry: float) -> torch.Tensor:
+    """Random displacements (3, z, y, x) with unit variance on average and correlation `symmetry` between the
+    hemispheres.
+    """
+    noise = _smooth_noise(rng, 3, spacing)
+    mirrored = noise.flip(3) * torch.tensor([-1.0, 1.0, 1.0])[:, None, None, None]
+    angle = math.asin(symmetry) / 2
+    return math.cos(angle) * noise + math.sin(angle) * mirrored
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """One subject's geometry and appearance, independent of the image grid."""
+
+    to_head: torch.Tensor  # (3, 3): image mm to head mm
+    middle: torch.Tensor  # (3,): middle of the brain, head mm
+    shift: torch.Tensor  # (3,): where the middle is in the image, mm
+    warp: Grid  # displacement towards the template, mm
+    surface: Grid  # signed distance to the brain's surface, mm
+    weights: Grid  # of sulcal CSF and of white matter; bias field
+    flow: Grid  # displacement towards the template around the ventricles, mm
+    intensities: np.ndarray  # CSF, grey, white
+    noise_sd: float
+    gain: float
+
+    def head(self, points: torch.Tensor) -> torch.Tensor:
+        """Carry points (n, 3) from image mm to head mm."""
+        return (points - self.shift) @ self.to_head.T + self.middle
+
+
+def draw_anatomy(traits: Traits, template: Template, rng: np.random.Generator) -> Anatomy:
+    """Draw a subject's anatomy and the settings of its scan."""
+    pose, proportions = rng.standard_normal((2, 3))
+    shift = np.clip(rng.standard_normal(3), -2, 2) * 0.7
+    contrast = rng.standard_normal(3)
+    gain, noise_sd = math.exp(0.06 * np.clip(rng.standard_normal(), -2, 2)), rng.uniform(*NOISE_SD)
+
+    half = torch.tensor(FIELD_HALF_MM)
+    warp = Grid(
+        torch.stack([sd * _smooth_warp(rng, spacing, symmetry) for spacing, sd, symmetry in WARP_SCALES]).sum(0),
+        -half,
+        half,
+    )
+    texture = _smooth_noise(rng, 2, TEXTURE_MM)
+    sulci = torch.exp(SULCI_SD * texture[:1] + traits.atrophy)
+    boundary = torch.exp(BOUNDARY_SD * texture[1:])
+    bias = torch.exp(BIAS_SD * _smooth_noise(rng, 1, BIAS_MM))
+
+    # Every second node is enough for a distance.
+    coarse = Grid(warp.values[:, ::2, ::2, ::2], -half, half)
+    nodes = coarse.nodes()
+    surface = template.distance(nodes + coarse.values.reshape(3, -1).T).reshape(1, *coarse.values.shape[1:])
+    # Share of each cell inside the brain, were its surface flat; the warp alone changes volume and position.
+    cell = 2 * FIELD_STEP_MM
+    warped_ml = float((0.5 - surface / cell).clamp(0, 1).sum(dtype=torch.float64)) * cell**3 / 1000
+    # A node inside has a ball of its own depth around it inside: the farthest ball ends where the brain does.
+    deep = surface.reshape(-1) < 0
+    depth = -surface.reshape(-1)[deep, None]
+    middle = ((nodes[deep] + depth).amax(0) + (nodes[deep] - depth).amin(0)) / 2
+    pitch, roll, yaw = np.radians(np.clip(pose, -2, 2) * (1.5, 1.5, 1.5))
+    rotation = _rotation(0, pitch) @ _rotation(1, roll) @ _rotation(2, yaw)
+    # The MNI152 brain is taller than brains are.
+    proportions = np.clip(proportions, -2, 2) * (0.02, 0.02, 0.02) + (0.01, 0.025, -0.035)
+    scale = (traits.head_ml / warped_ml) ** (1 / 3) * np.exp(proportions - proportions.mean())
+
+    # The flow between two tabulated shifts is their average, weighted so that the ventricles get the share aimed at.
+    position = float(
+        np.interp(traits.ventricles_ml / traits.head_ml, template.ventricle_share, np.arange(len(FLOW_MM)))
+    )
+    below = min(int(position), len(FLOW_MM) - 2)
+    low, high = template.flow[below], template.flow[below + 1]
+    flow = Grid(torch.lerp(low.values, high.values, position - below), low.first, low.last)
+    return Anatomy(
+        to_head=torch.tensor(np.diag(1 / scale) @ rotation.T, dtype=torch.float32),
+        middle=middle,
+        shift=torch.tensor(shift, dtype=torch.float32),
+        warp=warp,
+        surface=Grid(surface, -half, half),
+        weights=Grid(torch.cat([sulci, boundary, bias]), -half, half),
+        flow=flow,
+        intensities=INTENSITIES + INTENSITY_SD * np.clip(contrast, -2, 2),
+        noise_sd=float(noise_sd),
+        gain=gain,
+    )
+
+
+def _rotation(axis: int, angle: float) -> np.ndarray:
+    a, b = [i for i in range(3) if i != axis]
+    matrix = np.eye(3)
+    matrix[a, a] = matrix[b, b] = math.cos(angle)
+    matrix[a, b], matrix[b, a] = -math.sin(angle), math.sin(angle)
+    return matrix
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """The image grid.
+
+    Attributes
+    ----------
+    centres
+        (n, 3) voxel centres in mm around the middle of the grid, in C order.
+    offsets
+        (m, 3) points in mm, relative to its centre, that a voxel is averaged from.
+    blur_mm
+        Full width at half maximum of the blur that goes with these points.
+    """
+
+    shape: tuple[int, int, int]
+    spacing_mm: float
+    centres: torch.Tensor
+    offsets: torch.Tensor
+    blur_mm: float
+
+    @property
+    def affine(self) -> np.ndarray:
+        """RAS+ affine with the middle of the grid at 0, 0, 0 mm."""
+        affine = np.diag([self.spacing_mm] * 3 + [1.0])
+        affine[:3, 3] = -self.spacing_mm * (np.array(self.shape) - 1) / 2
+        return affine
+
+
+def make_lattice(shape: tuple[int, int, int], spacing_mm: float) -> Lattice:
+    """Lay out voxels and their points: a grid of at most 2.5 mm, of which every second point (face-centred cubic)
+    suffices.
+
+    Raises
+    ------
+    UserError
+        The grid is too small for a head.
+    """
+    extent = tuple(n * spacing_mm for n in shape)
+    if any(e < need - 1e-6 for e, need in zip(extent, FIELD_OF_VIEW_MM, strict=True)):
+        enough = [math.ceil(need / spacing_mm - 1e-9) for need in FIELD_OF_VIEW_MM]
+        raise UserError(
+            f"cohort.shape {list(shape)} at cohort.spacing_mm {spacing_mm:g} covers"
+            f" {' x '.join(f'{e:g}' for e in extent)} mm; heads need {' x '.join(f'{e:g}' for e in FIELD_OF_VIEW_MM)}"
+            f" mm. Use a shape of at least {enough}, or a larger spacing."
+        )
+    per_axis = math.ceil(spacing_mm / 2.5 - 1e-9)
+    step_mm = spacing_mm / per_axis
+    axes = [(torch.arange(n, dtype=torch.float32) - (n - 1) / 2) * spacing_mm for n in shape]
+    index = torch.cartesian_prod(*[torch.arange(per_axis)] * 3)
+    offsets = (index[index.sum(1) % 2 == 0] - (per_axis - 1) / 2) * step_mm
+    return Lattice(shape, spacing_mm, torch.cartesian_prod(*axes), offsets, BLUR * spacing_mm)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A finished subject.
+
+    Attributes
+    ----------
+    image
+        uint8, the lattice's shape, 0 outside the brain.
+    head_ml, brain_ml, ventricles_ml
+        Volumes measured in the subject's tissue maps: inside the mask, grey and white matter, lateral and third
+        ventricles.
+    at_edge
+        Whether the brain touches the edge of the image, where some of it may be cut off.
+    """
+
+    image: np.ndarray
+    traits: Traits
+    head_ml: float
+    brain_ml: float
+    ventricles_ml: float
+    at_edge: bool
+
+
+def simulate_subject(source: SimulatedSource, seed: str, index: int, lattice: Lattice, template: Template) -> Subject:
+    """Make subject `index` (from 0); the result depends on nothing but the arguments."""
+    rng = subject_generator(seed, index)
+    traits = draw_traits(source, rng)
+    anatomy = draw_anatomy(traits, template, rng)
+
+    near = anatomy.surface(anatomy.head(lattice.centres))[0]
+    # Voxels farther out have traces of the blurred mask: 0.1 % of the head (measured), not worth a third more points.
+    chosen = torch.nonzero(near < (0.75 + 0.4 * BLUR) * lattice.spacing_mm)[:, 0]
+    points = (lattice.centres[chosen, None] + lattice.offsets).reshape(-1, 3)
+    head = anatomy.head(points)
+    at = head + anatomy.warp(head).T
+    sulci, ventricles, grey, white, tone = template.maps(at + anatomy.flow(at).T).numpy()
+    weight_sulci, weight_white, bias = anatomy.weights(head).numpy()
+
+    mask = sulci + ventricles + grey + white
+    sulci = sulci * weight_sulci
+    white = white * weight_white
+    scale = mask / np.maximum(sulci + ventricles + grey + white, 1e-6)
+    sulci, ventricles, grey, white = sulci * scale, ventricles * scale, grey * scale, white * scale
+    fluid_i, grey_i, white_i = anatomy.intensities.astype(np.float32)
+    signal = ((sulci + ventricles) * fluid_i + grey * grey_i + white * white_i + tone) * bias
+
+    per_voxel = len(lattice.offsets)
+    inside = mask.reshape(-1, per_voxel).mean(1)
+    values = np.zeros(len(lattice.centres), np.float32)
+    noise = rng.standard_normal(len(lattice.centres), dtype=np.float32)[chosen.numpy()]
+    values[chosen.numpy()] = np.where(
+        inside > 0.02, signal.reshape(-1, per_voxel).mean(1) + anatomy.noise_sd * noise * inside, 0
+    )
+    image = np.clip(np.rint(values * (FULL_SCALE * anatomy.gain)), 0, 255).astype(np.uint8).reshape(lattice.shape)
+    ml = lattice.spacing_mm**3 / per_voxel / 1000  # of one point
+    head_ml, brain_ml, ventricles_ml = (
+        float(part.sum(dtype=np.float64)) * ml for part in (mask, grey + white, ventricles)
+    )
+    brain = np.zeros(len(lattice.centres), bool)
+    brain[chosen.numpy()] = inside > 0.5
+    at_edge = any(bool(brain.reshape(lattice.shape).take((0, -1), axis).any()) for axis in range(3))
+    return Subject(image, traits, head_ml, brain_ml, ventricles_ml, at_edge)
+
+
+# -------------------------------------------------------------------------------------------------------------- dataset
+
+
+def simulate_cohort(source: SimulatedSource, seed: str, root: Path, threads: int = 1) -> Path:
+    """Write a simulated cohort as a BIDS dataset; `participants.tsv` comes last, so the dataset is complete when it is
+    there.
+
+    Parameters
+    ----------
+    source
+        Number of subjects, grid, share of cases and of missing ages.
+    seed
+        Any text. A subject depends on it and on its own number alone, not on how many subjects are made.
+    root
+        Directory of the dataset. A simulated dataset that is already there is replaced.
+    threads
+        Subjects made at the same time; the files are the same for any number.
+
+    Returns
+    -------
+    Path
+        `root/participants.tsv`: participant_id, age (year), sex (F, M), diagnosis (control, case), brain_ml and ventricles_ml (mL,
+        measured); `n/a` where missing. Images are `sub-*/anat/sub-*_T1w.nii.gz`, uint8, RAS, 0 outside the brain.
+
+    Raises
+    ------
+    UserError
+        The grid is too small for a head, or `root` holds subjects that are not simulated.
+    """
+    lattice = make_lattice(source.shape, source.spacing_mm)
+    root = Path(root)
+    _clear(root)
+    for name, content in _descriptions().items():
+        write_atomic(root / name, content.encode())
+    rows = ["participant_id\tage\tsex\tdiagnosis\tbrain_ml\tventricles_ml"]
+    edge = 0
+    with one_torch_thread():
+        template = load_template(lattice.blur_mm)
+        for name, subject in tqdm(
+            _subjects(source, seed, root, lattice, template, threads),
+            "simulate",
+            source.subjects,
+            mininterval=5,
+            file=sys.stderr,
+        ):
+            traits = subject.traits
+            age = "n/a" if traits.age_missing else f"{traits.age:.1f}"
+            rows.append(
+                "\t".join(
+                    [name, age, traits.sex, traits.diagnosis, f"{subject.brain_ml:.2f}", f"{subject.ventricles_ml:.2f}"]
+                )
+            )
+            edge += subject.at_edge
+    log.info("%d simulated subjects in %s; the brain reaches the edge of the image in %d", source.subjects, root, edge)
+    table = root / "participants.tsv"
+    write_atomic(table, ("\n".join(rows) + "\n").encode())
+    return table
+
+
+def _subjects(
+    source: SimulatedSource, seed: str, root: Path, lattice: Lattice, template: Template, threads: int
+) -> Iterator[tuple[str, Subject]]:
+    """Make and write all subjects, a few at a time, and yield them in order."""
+
+    def make(index: int) -> tuple[str, Subject]:
+        name = participant_id(index)
+        subject = simulate_subject(source, seed, index, lattice, template)
+        _write_image(subject.image, lattice.affine, root / name / "anat" / f"{name}_T1w.nii.gz")
+        return name, subject
+
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        pending: deque[Future[tuple[str, Subject]]] = deque()
+        try:
+            for index in range(source.subjects):
+                pending.append(pool.submit(make, index))
+                if len(pending) > 2 * threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _write_image(image: np.ndarray, affine: np.ndarray, path: Path) -> None:
+    nifti = nib.Nifti1Image(image, affine)
+    nifti.header.set_xyzt_units("mm")
+    nifti.header["descrip"] = SIMULATED
+    nifti.set_qform(affine, "scanner")
+    nifti.set_sform(affine, "scanner")
+    with atomic_path(path) as temporary:
+        nib.save(nifti, temporary)
+
+
+def _clear(root: Path) -> None:
+    """Remove an earlier simulated dataset: subjects it has beyond the new number would otherwise stay."""
+    subjects = sorted(root.glob("sub-*"))
+    if subjects:
+        try:
+            ours = (
+                json.loads((root / "dataset_description.json").read_text(encoding="utf-8")).get("Name") == DATASET_NAME
+            )
+        except (OSError, ValueError, AttributeError):
+            ours = False
+        if not ours:
+            raise UserError(
+                f"{root}: holds {subjects[0].name} but its dataset_description.json does not say {DATASET_NAME!r}, so"
+                " these may be real data. Choose another output directory, or remove the subjects yourself."
+            )
+    (root / "participants.tsv").unlink(missing_ok=True)
+    for subject in subjects:
+        shutil.rmtree(subject)
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Work in torch on one thread, as where subjects run side by side."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _descriptions() -> dict[str, str]:
+    """Return the dataset's documents by file name."""
+    description = {
+        "Name": DATASET_NAME,
+        "BIDSVersion": "1.10.0",
+        "DatasetType": "raw",
+        "License": "MNI ICBM152 template licence, see README",
+        "Authors": ["meddiff_steps simulator"],
+        "GeneratedBy": [{"Name": "meddiff_steps simulate", "Description": SIMULATED}],
+        "ReferencesAndLinks": [
+            "Fonov V, et al. Unbiased average age-appropriate atlases for pediatric studies. NeuroImage"
+            " 2011;54:313-327."
+        ],
+    }
+    participants = {
+        "participant_id": {"Description": "SIMULATED subject; no such person exists"},
+        "age": {"Description": "Simulated age", "Units": "year"},
+        "sex": {"Description": "Simulated sex", "Levels": {"F": "female", "M": "male"}},
+        "diagnosis": {
+            "Description": "Simulated diagnosis, a disease that acts like faster ageing",
+            "Levels": {
+                "control": "no disease",
+                "case": "wider sulci and ventricles than age and sex explain, on average",
+            },
+        },
+        "brain_ml": {"Description": "Grey and white matter, integrated over the subject's tissue maps", "Units": "mL"},
+        "ventricles_ml": {
+            "Description": "Lateral and third ventricles, integrated over the subject's tissue maps",
+            "Units": "mL",
+        },
+    }
+    sidecar = {"Description": SIMULATED, "Modality": "MR", "Simulated": True, "SkullStripped": True}
+    documents = {"dataset_description.json": description, "participants.json": participants, "T1w.json": sidecar}
+    return {name: json.dumps(content, indent=1, sort_keys=True) + "\n" for name, content in documents.items()} | {
+        "README": README
+    }

@@ -1,0 +1,225 @@
+"""Training of the first stage."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from monai.losses import PatchAdversarialLoss
+from monai.networks.nets import PatchDiscriminator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from meddiff_steps import config
+from meddiff_steps.compute.device import adamw, channels_last, to_channels_last, to_device
+from meddiff_steps.compute.micro_batch import Losses, MicroBatch
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.random_streams import step_generator
+from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.imaging.variants import draw_variant
+from meddiff_steps.models.first_stage.kl import Autoencoder, kl_divergence
+from meddiff_steps.models.torchscript import load_torchscript
+from meddiff_steps.training.loop import batch_rows, clip_gradients, rank_share
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+    from lightning_fabric.wrappers import _FabricModule
+
+#: Held-out scans that a validation looks at; enough for a stable mean, few enough to be quick.
+VALIDATION_SCANS = 32
+
+#: Training scans from which the linear path is computed.
+LINEAR_PATH_SCANS = 64
+#: Training scans from which the tone curve is computed.
+TONE_SCANS = 64
+
+
+def spectral_loss(reconstruction: Tensor, image: Tensor) -> Tensor:
+    """Mean absolute difference of Fourier magnitudes (orthonormal transform), which penalises lost fine detail."""
+    axes = tuple(range(2, image.ndim))
+    return (
+        (
+            torch.fft.rfftn(reconstruction, dim=axes, norm="ortho").abs()
+            - torch.fft.rfftn(image, dim=axes, norm="ortho").abs()
+        )
+        .abs()
+        .mean()
+    )
+
+
+def perceptual_loss(features: nn.Module, reconstruction: Tensor, image: Tensor) -> Tensor:
+    """Squared distance between feature maps (b, c, ...) of unit length at every place, averaged over places (Zhang et
+    al. 2018, equation 1, unweighted).
+
+    monai.losses.PerceptualLoss fetches code and weights from the internet, whatever path it is given in 3D.
+    """
+    made, real = (nn.functional.normalize(features(x), dim=1, eps=1e-6) for x in (reconstruction, image))
+    return (made - real).square().sum(1).mean()
+
+
+class AutoencoderTask:
+    """L1 + KL, and where configured perceptual, spectral and adversarial terms (Pinaya et al. 2022, appendix).
+
+    Parameters
+    ----------
+    settings, augmentation
+        The study's `autoencoder` and `augmentation` sections.
+    shards
+        Preprocessed images in [0, 1].
+    train_rows, val_rows
+        Rows of `shards`.
+    root
+        The study's seed.
+    features
+        Network of the perceptual term, a TorchScript file.
+
+    Raises
+    ------
+    UserError
+        There is no such network, and the term has a weight.
+    """
+
+    def __init__(
+        self,
+        settings: config.Autoencoder,
+        augmentation: config.Augmentation,
+        shards: Shards,
+        train_rows: Sequence[int],
+        val_rows: Sequence[int],
+        root: str,
+        fabric: Fabric,
+        features: Path | None = None,
+    ) -> None:
+        self.settings, self.augmentation, self.shards, self.fabric = settings, augmentation, shards, fabric
+        self.micro = MicroBatch(fabric)
+        self.root = f"{root}/autoencoder"
+        self.train_rows, self.val_rows = np.asarray(train_rows), np.asarray(val_rows)[:VALIDATION_SCANS]
+        self.shape = shards.shape("image")
+        self.spatial_dims = len(self.shape) - 1
+        torch.manual_seed(int(step_generator(self.root, "weights", 0).integers(2**31)))
+        model = Autoencoder(settings, self.spatial_dims)
+        model.fit_linear_path(torch.from_numpy(shards.tensors("image", self._sample_rows(LINEAR_PATH_SCANS))))
+        to_channels_last(model, self.spatial_dims)
+        self.average = copy.deepcopy(model).requires_grad_(False).eval()
+        fabric.to_device(self.average)
+        optimiser = adamw([p for p in model.parameters() if p.requires_grad], settings.optimiser.learning_rate, fabric)
+        self.net, wrapped = fabric.setup(model, optimiser)
+        self.modules: dict[str, nn.Module] = {"model": model, "average": self.average}
+        self.optimisers: dict[str, torch.optim.Optimizer] = {"model": wrapped}
+        #: What `compilation.speed_up` may compile.
+        self.costly = list(model.costly)
+        if settings.perceptual.weight > 0:
+            if features is None:
+                raise UserError(
+                    "autoencoder.perceptual.weight is above 0, but no network was given: add --features, as the"
+                    " workflow does."
+                )
+            self.features = fabric.to_device(load_torchscript(features, "autoencoder.perceptual.weights"))
+        if settings.adversarial.weight > 0:
+            adversarial = settings.adversarial
+            discriminator = PatchDiscriminator(
+                self.spatial_dims, adversarial.channels, in_channels=1, num_layers_d=adversarial.layers, norm="INSTANCE"
+            )
+            to_channels_last(discriminator, self.spatial_dims)
+            critic = adamw(discriminator.parameters(), adversarial.learning_rate, fabric)
+            self.discriminator, wrapped = fabric.setup(discriminator, critic)
+            self.modules["discriminator"], self.optimisers["discriminator"] = discriminator, wrapped
+            self.costly.append(discriminator)
+            self.adversarial_loss = PatchAdversarialLoss(criterion="least_squares")
+
+    def _sample_rows(self, count: int) -> np.ndarray:
+        """Some training rows, the same ones every time."""
+        return self.train_rows[
+            np.sort(step_generator(self.root, "sample", 0).permutation(len(self.train_rows))[:count])
+        ]
+
+    def _images(self, rows: np.ndarray) -> Tensor:
+        return to_device(self.shards.tensors("image", rows), self.fabric).contiguous(
+            memory_format=channels_last(self.spatial_dims)
+        )
+
+    def train_step(self, step: int) -> dict[str, Tensor]:
+        settings, fabric = self.settings, self.fabric
+        batch = batch_rows(self.root, step, settings.optimiser.batch_size, len(self.train_rows))
+        mine = rank_share(np.arange(len(batch)), fabric)
+        generator = step_generator(self.root, "batch/0", step)
+        images = self.shards.tensors("image", self.train_rows[batch[mine]])
+        if self.augmentation.variants > 1:
+            variants = [draw_variant(self.augmentation, self.spatial_dims, generator) for _ in batch]
+            images = np.stack([variants[place](image) for place, image in zip(mine, images, strict=True)])
+        x = to_device(images, fabric).contiguous(memory_format=channels_last(self.spatial_dims))
+        latent_shape = (len(batch), settings.latent_channels, *(n // settings.downsampling for n in self.shape[1:]))
+        noise = to_device(generator.standard_normal(latent_shape, dtype=np.float32)[mine], fabric)
+
+        adversarial = settings.adversarial.weight > 0 and step >= settings.adversarial.start_step
+        made = torch.empty_like(x)
+
+        def losses(part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+            reconstruction, mean, log_variance = self.net(x[part], noise[part])
+            named = {
+                "train/l1": (reconstruction - x[part]).abs().mean(),
+                "train/kl": kl_divergence(mean, log_variance).mean(),
+            }
+            loss = named["train/l1"] + settings.kl_weight * named["train/kl"]
+            if settings.spectral_weight > 0:
+                named["train/spectral"] = spectral_loss(reconstruction, x[part])
+                loss = loss + settings.spectral_weight * named["train/spectral"]
+            if settings.perceptual.weight > 0:
+                named["train/perceptual"] = perceptual_loss(self.features, reconstruction, x[part])
+                loss = loss + settings.perceptual.weight * named["train/perceptual"]
+            if adversarial:
+                made[part] = reconstruction.detach()
+                judged = self.discriminator(reconstruction.contiguous())[-1]
+                named["train/fooling"] = self.adversarial_loss(judged, target_is_real=True, for_discriminator=False)
+                loss = loss + settings.adversarial.weight * named["train/fooling"]
+            return loss, named
+
+        def judgement(part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+            fake = self.adversarial_loss(
+                self.discriminator(made[part].contiguous())[-1], target_is_real=False, for_discriminator=True
+            )
+            real = self.adversarial_loss(
+                self.discriminator(x[part].contiguous())[-1], target_is_real=True, for_discriminator=True
+            )
+            loss = 0.5 * (fake + real)
+            return loss, {"train/discriminator": loss}
+
+        if adversarial:
+            self.discriminator.requires_grad_(False)
+        found = self._update("model", self.net, losses, len(x), step)
+        if adversarial:
+            self.discriminator.requires_grad_(True)
+            found |= self._update("discriminator", self.discriminator, judgement, len(x), step)
+        return found
+
+    def _update(self, name: str, module: _FabricModule, losses: Losses, count: int, step: int) -> dict[str, Tensor]:
+        optimiser = self.optimisers[name]
+        found = self.micro.gradients(module, optimiser, count, losses)
+        clip_gradients(module, optimiser, self.settings.optimiser, step, self.fabric)
+        optimiser.step()
+        return found
+
+    def fit_tone(self) -> None:
+        """Fit the tone curve of the averaged weights, after the last step; see `Autoencoder.fit_tone`."""
+        rows = tqdm(self._sample_rows(TONE_SCANS), desc="fitting the tone curve", mininterval=5, file=sys.stderr)
+        with self.fabric.autocast():
+            self.average.fit_tone(self._images(np.array([row])) for row in rows)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Mean absolute error and PSNR (dB) of the averaged weights on held-out scans, posterior mean decoded; nothing
+        if there are none.
+        """
+        l1, psnr = [], []
+        for row in self.val_rows:
+            x = self._images(np.array([row]))
+            with self.fabric.autocast():
+                reconstruction = self.average.reconstruct(x)
+            l1.append(float((reconstruction - x).abs().mean()))
+            psnr.append(-10.0 * float((reconstruction - x).square().mean().clamp_min(1e-12).log10()))
+        return {"val/l1": float(np.mean(l1)), "val/psnr": float(np.mean(psnr))} if l1 else {}

@@ -1,1 +1,0 @@
-"""Our way beside the peers', side by side: `python -m tests.benchmarks --help`."""

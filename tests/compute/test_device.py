@@ -1,0 +1,275 @@
+"""The fast path beside the plain one, on the processor: compiled networks, bfloat16, memory layout, the optimiser."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from meddiff_steps import config
+from meddiff_steps.compute import compilation
+from meddiff_steps.compute import device as backend
+from meddiff_steps.compute.precision import Bf16Inside
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.models.denoiser.unet import Denoiser
+from meddiff_steps.models.first_stage.kl import Autoencoder
+from meddiff_steps.training import loop
+
+UNET = config.Diffusion(channels=[8, 16], norm_num_groups=4, num_head_channels=8, covariate_dim=8, num_res_blocks=1)
+AUTOENCODER = config.Autoencoder(channels=[8, 16], norm_num_groups=4, latent_channels=4)
+CALL = (torch.tensor([10.0, 999.0]), torch.tensor([[0.503, 0.0], [float("nan"), 1.0]]))
+
+
+def moved(make: Callable[[], nn.Module]) -> nn.Module:
+    """A network with weights as after some training: layers that begin at zero would hide what comes before them."""
+    torch.manual_seed(0)
+    model = make()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module")
+def denoiser() -> Denoiser:
+    model = moved(lambda: Denoiser(UNET, (4, 4, 4, 4), [0, 2], rank=3))
+    assert isinstance(model, Denoiser)
+    return model
+
+
+@pytest.fixture(scope="module")
+def autoencoder() -> Autoencoder:
+    model = moved(lambda: Autoencoder(AUTOENCODER, 3))
+    assert isinstance(model, Autoencoder)
+    return model
+
+
+def cpu(precision: str = "32-true") -> Fabric:
+    return backend.make_fabric(config.Compute(device="cpu", precision=precision), threads=1)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """||found - expected|| / ||expected||."""
+    return float(((found - expected).norm() / expected.norm()).detach())
+
+
+def output_and_gradients(model: nn.Module, *inputs: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    output = model(*inputs)
+    output = output if isinstance(output, Tensor) else output[0]
+    output.square().mean().backward()
+    return [output.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+# ------------------------------------------------------------------------------------------------------ compiling
+
+
+@pytest.fixture
+def eager_backend(monkeypatch):
+    """Traced, differentiated and guarded as by torch.compile, without the minutes that generated code takes: graph
+    breaks still fail.
+    """
+    compiled = []
+
+    def compile_traced(self: nn.Module, **options) -> None:
+        compiled.append((self, options))
+        self._compiled_call_impl = torch.compile(
+            self._call_impl, backend="aot_eager", fullgraph=True, dynamic=options["dynamic"]
+        )
+
+    monkeypatch.setattr(nn.Module, "compile", compile_traced)
+    monkeypatch.setattr(compilation, "lacking_for_compiler", lambda device: None)
+    torch._dynamo.reset()
+    return compiled
+
+
+def test_a_compiled_denoiser_is_one_graph_and_the_same_function(denoiser, eager_backend):
+    x = torch.randn(2, 4, 4, 4, 4)
+    plain = output_and_gradients(denoiser, x, *CALL)
+    fast = copy.deepcopy(denoiser)
+    assert compilation.speed_up(fast.costly, config.Compute(compile=True), cpu(), training=True)
+    assert list(fast.state_dict()) == list(denoiser.state_dict())
+    assert [module for module, _ in eager_backend] == [fast.unet]
+    found = output_and_gradients(fast, x, *CALL)
+    assert len(found) == len(plain) > 50
+    assert max(relative(a, b) for a, b in zip(found, plain, strict=True) if b.norm()) < 1e-5
+
+
+def test_a_compiled_autoencoder_is_the_same_function(autoencoder, eager_backend):
+    inputs = torch.rand(1, 1, 8, 8, 8), torch.randn(1, 4, 2, 2, 2)
+    plain = output_and_gradients(autoencoder, *inputs)
+    fast = copy.deepcopy(autoencoder)
+    assert compilation.speed_up(fast.costly, config.Compute(compile=True), cpu(), training=True)
+    assert len(eager_backend) == 2
+    found = output_and_gradients(fast, *inputs)
+    assert max(relative(a, b) for a, b in zip(found, plain, strict=True) if b.norm()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "setting, device, training, expected",
+    [
+        ("auto", "cuda", True, True),
+        ("auto", "cuda", False, False),
+        ("auto", "cpu", True, False),
+        (True, "cpu", False, True),
+        (False, "cuda", True, False),
+    ],
+)
+def test_what_is_compiled(monkeypatch, setting, device, training, expected):
+    monkeypatch.setattr(compilation, "lacking_for_compiler", lambda device: None)
+    assert compilation.compiles(config.Compute(compile=setting), device, training) is expected
+
+
+def test_a_machine_without_compiler_is_told_apart_from_a_wish(monkeypatch, caplog):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert "C++ compiler" in str(compilation.lacking_for_compiler("cpu"))
+    with pytest.raises(
+        UserError,
+        match=(
+            r"compute.compile is true, but .* needs a C\+\+ compiler .*\. Install it, or set compute.compile to false"
+        ),
+    ):
+        compilation.compiles(config.Compute(compile=True), "cpu", training=True)
+    monkeypatch.setattr(compilation, "lacking_for_compiler", lambda device: "the Python package triton")
+    with caplog.at_level(logging.WARNING):
+        assert compilation.compiles(config.Compute(), "cuda", training=True) is False
+    assert "triton" in caplog.text
+
+
+def test_graphs_need_a_compiler():
+    with pytest.raises(ValueError, match="cuda_graphs needs compile: true"):
+        config.Compute(cuda_graphs=True)
+
+
+def test_settings_of_older_releases_are_still_read():
+    assert (
+        config.Compute.model_validate({"device": "auto", "devices": 1, "precision": "auto", "compile": False}).compile
+        is False
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- bfloat16
+
+
+def test_bf16_leaves_the_inputs_of_a_network_alone():
+    seen = []
+
+    class Probe(nn.Linear):
+        def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+            seen.append((x.dtype, timesteps.clone()))
+            return super().forward(x)
+
+    fabric = cpu("bf16-mixed")
+    net = fabric.setup(Probe(4, 4))
+    output = net(torch.rand(2, 4), CALL[0])
+    assert seen[0][0] == torch.float32
+    assert torch.equal(seen[0][1], CALL[0])  # 999 is no bfloat16
+    assert output.dtype == torch.float32  # computed in bfloat16, given back as Lightning does
+    assert isinstance(fabric._precision, Bf16Inside)
+    with fabric.autocast():
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_bf16_networks_stay_within_one_percent(denoiser, autoencoder):
+    """A bfloat16 has 8 significant bits, so one rounding is up to 0.4 %; a network of random weights averages over
+    many.
+    """
+    fabric = cpu("bf16-mixed")
+    x, image = torch.randn(2, 4, 4, 4, 4), torch.rand(1, 1, 8, 8, 8)
+    plain = [*output_and_gradients(denoiser, x, *CALL)[:1], *autoencoder(image)]
+    net, first = fabric.setup(copy.deepcopy(denoiser)), fabric.setup(copy.deepcopy(autoencoder))
+    found = [net(x, *CALL).detach(), *first(image)]
+    assert [value.dtype for value in found] == [torch.float32] * 4
+    errors = [relative(a, b) for a, b in zip(found, plain, strict=True)]
+    assert max(errors) < 0.01
+    assert errors[0] > 0  # it really was another arithmetic
+
+
+def test_the_gaussian_is_exact_in_bf16(denoiser):
+    """At timestep 999, sigma / alpha is 120: what is rounded there comes back 120 times as large."""
+    with torch.autocast("cpu", torch.bfloat16):
+        noise, clean = denoiser.prior(torch.ones(2, 4, 4, 4, 4), *CALL)
+    expected = denoiser.prior(torch.ones(2, 4, 4, 4, 4), *CALL)
+    assert torch.equal(noise, expected[0])
+    assert torch.equal(clean, expected[1])
+
+
+def test_weights_cast_once_give_the_same_bits(denoiser):
+    x = torch.randn(2, 4, 4, 4, 4)
+    cast = copy.deepcopy(denoiser)
+    compilation.cast_products(cast.costly, torch.bfloat16)
+    assert cast.unet.conv_in.conv.weight.dtype == torch.bfloat16
+    assert cast.prior.basis.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(cast(x, *CALL), denoiser(x, *CALL))
+    untouched = copy.deepcopy(denoiser)
+    compilation.cast_weights(untouched.costly, cpu("bf16-mixed"))
+    assert untouched.unet.conv_in.conv.weight.dtype == torch.float32
+
+
+# ----------------------------------------------------------------------------------------- layout, optimiser, clipping
+
+
+def test_channels_last_whatever_else_a_module_holds():
+    module = nn.Sequential(nn.Conv3d(4, 8, 3), nn.GroupNorm(2, 8))
+    module.register_buffer(
+        "plane", torch.rand(2, 3, 4, 5)
+    )  # Module.to(memory_format=torch.channels_last_3d) raises here
+    before = copy.deepcopy(module)
+    backend.to_channels_last(module, 3)
+    assert module[0].weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert torch.equal(module[0].weight, before[0].weight)
+    x = torch.rand(1, 4, 6, 6, 6)
+    assert relative(module(x.contiguous(memory_format=torch.channels_last_3d)), before(x)) < 1e-6
+
+
+def test_recomputed_blocks_of_the_autoencoder_change_nothing_and_a_copy_is_its_own():
+    image = torch.rand(1, 1, 8, 8, 8)
+    plain = output_and_gradients(moved(lambda: Autoencoder(AUTOENCODER, 3)), image)
+    kept = moved(lambda: Autoencoder(AUTOENCODER.model_copy(update={"gradient_checkpointing": True}), 3))
+    found = output_and_gradients(kept, image)
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+    copied = copy.deepcopy(kept)
+    with torch.no_grad():
+        for parameter in kept.parameters():
+            parameter.zero_()
+    assert torch.equal(copied(image)[0], plain[0])
+
+
+def test_the_optimiser_is_the_plain_one_on_a_processor():
+    weight = nn.Parameter(torch.ones(3))
+    optimiser = backend.adamw([weight], 0.1, cpu())
+    assert optimiser.defaults["fused"] is None
+    assert optimiser.defaults["weight_decay"] == 0.0
+
+
+def test_fused_updates_are_those_of_the_plain_optimiser():
+    weights = [nn.Parameter(torch.linspace(-1, 1, 64)) for _ in range(2)]
+    for weight, fused in zip(weights, (False, True), strict=True):
+        optimiser = torch.optim.AdamW([weight], lr=0.01, weight_decay=0.0, fused=fused)
+        for step in range(20):
+            weight.grad = torch.sin(weight.detach() * (step + 1))
+            optimiser.step()
+    assert relative(weights[1], weights[0]) < 1e-6
+
+
+def test_gradients_that_are_not_finite_are_looked_for_at_every_step_of_a_processor():
+    settings = config.Optimiser(steps=10, batch_size=1, learning_rate=1.0)
+    fabric = cpu()
+    net, optimiser = fabric.setup(module := nn.Linear(2, 2), torch.optim.SGD(module.parameters(), lr=1.0))
+    module.weight.grad = torch.full((2, 2), torch.nan)
+    with pytest.raises(RuntimeError, match="non-finite"):
+        loop.clip_gradients(net, optimiser, settings, 3, fabric)
+
+
+def test_to_device_copies_what_it_is_given():
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    assert torch.equal(backend.to_device(array, cpu()), torch.from_numpy(array))

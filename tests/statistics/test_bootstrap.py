@@ -1,0 +1,79 @@
+"""Bootstrap figures: known values, coverage, units, undefined cases."""
+
+import math
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from meddiff_steps.core.random_streams import philox
+from meddiff_steps.statistics.bootstrap import Bootstrap, figure, rounded
+from meddiff_steps.statistics.measures import auc, macro, mean_of, pearson, slope
+
+
+def test_statistics_agree_with_their_definitions_for_any_weights() -> None:
+    rng = philox("test", "definitions")
+    x, y = rng.normal(100, 2, 40), rng.normal(-50, 3, 40)
+    y += x
+    counts = rng.integers(0, 4, 40)
+    weights = np.stack([np.ones(40), counts]).astype(float)
+    rx, ry = np.repeat(x, counts), np.repeat(y, counts)
+    np.testing.assert_allclose(mean_of(x)(weights), [x.mean(), rx.mean()])
+    np.testing.assert_allclose(pearson(x, y)(weights), [np.corrcoef(x, y)[0, 1], np.corrcoef(rx, ry)[0, 1]])
+    np.testing.assert_allclose(slope(x, y)(weights), [np.polyfit(x, y, 1)[0], np.polyfit(rx, ry, 1)[0]])
+
+
+def test_auc_counts_ties_half() -> None:
+    rng = philox("test", "auc")
+    labels, scores = rng.integers(0, 2, 60).astype(bool), rng.integers(0, 6, 60) / 6
+    counts = rng.integers(0, 3, 60)
+    expected = [roc_auc_score(labels, scores), roc_auc_score(np.repeat(labels, counts), np.repeat(scores, counts))]
+    np.testing.assert_allclose(auc(labels, scores)(np.stack([np.ones(60), counts])), expected)
+
+
+def test_undefined_statistics_are_null() -> None:
+    constant, rising = np.ones(8), np.arange(8.0)
+    boot = Bootstrap(range(8), 200, "seed")
+    assert boot.figure(pearson(constant, rising)) == {"value": None, "low": None, "high": None, "n": 8}
+    assert boot.figure(auc(np.ones(8, bool), rising))["value"] is None
+    assert Bootstrap([], 200, "seed").figure(mean_of(np.empty(0))) == {"value": None, "low": None, "high": None, "n": 0}
+    assert rounded(math.inf) is None
+    only = Bootstrap(["a"], 200, "seed").figure(mean_of(np.array([3.0])))
+    assert only == {"value": 3.0, "low": None, "high": None, "n": 1}  # one subject tells nothing about the spread
+
+
+def test_macro_averages_what_is_defined() -> None:
+    weights = np.ones((1, 4))
+    assert macro([mean_of(np.full(4, 1.0)), mean_of(np.full(4, np.nan)), mean_of(np.full(4, 3.0))])(
+        weights
+    ) == pytest.approx(2.0)
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
+    rng = philox("test", "coverage")
+    hits = 0
+    for trial in range(200):
+        values = rng.normal(5.0, 2.0, 60)
+        measured = Bootstrap(range(60), 400, f"trial {trial}").figure(mean_of(values))
+        hits += measured["low"] <= 5.0 <= measured["high"]
+    assert 0.89 <= hits / 200 <= 0.985
+
+
+def test_rows_of_one_subject_stay_together() -> None:
+    values = np.repeat(philox("test", "units").normal(size=20), 10)  # ten equal scans of each of 20 subjects
+    by_row = Bootstrap(range(200), 500, "s").figure(mean_of(values))
+    by_subject = Bootstrap(np.repeat(np.arange(20), 10), 500, "s").figure(mean_of(values))
+    assert by_subject["n"] == 20
+    assert by_subject["high"] - by_subject["low"] > 2.5 * (by_row["high"] - by_row["low"])
+
+
+def test_draws_depend_on_seed_and_label_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.arange(50.0)
+    whole = Bootstrap(range(50), 300, "a").draws(mean_of(values))[1]
+    monkeypatch.setattr("meddiff_steps.statistics.bootstrap.CHUNK", 50 * 7)
+    np.testing.assert_allclose(Bootstrap(range(50), 300, "a").draws(mean_of(values))[1], whole)
+    assert not np.allclose(Bootstrap(range(50), 300, "b").draws(mean_of(values))[1], whole)
+
+
+def test_figures_are_rounded() -> None:
+    assert figure(1 / 3, np.full(10, 2 / 3), 5) == {"value": 0.333333, "low": 0.666667, "high": 0.666667, "n": 5}
