@@ -23,9 +23,10 @@ include: "rules/privacy.smk"
 include: "rules/release.smk"
 include: "rules/exports.smk"
 include: "rules/evaluate.smk"
-include: "rules/distill.smk"
-include: "rules/augment.smk"
+include: "rules/second_model.smk"
+include: "rules/downstream.smk"
 include: "rules/report.smk"
+include: "rules/counterfactual.smk"
 include: "rules/audit.smk"
 include: "rules/regenerate.smk"
 
@@ -42,34 +43,18 @@ rule all:
         # Weights, too: Snakemake makes a missing file again only if something that is not there yet needs it.
         AUTOENCODER,
         DIFFUSION,
-        DIFFUSION_FILES["diffusion"],
+        RELEASED_MODEL,
     localrule: True
     message:
         f"Done. Look at {REPORT} first; the synthetic cohort is in {RELEASE_ROOT}"
 
 
-rule evaluate:
-    input:
-        METRICS,
-    localrule: True
-    message:
-        f"Measured figures are in {METRICS}"
-
-
 rule augment:
     input:
-        list(AUGMENT_REPORTS.values()),
+        DOWNSTREAM_RESULTS,
     localrule: True
     message:
-        f"The augmentation study is in {AUGMENT_REPORTS.get('augmentation', 'no file: augment.target is not set')}"
-
-
-rule sampler_study:
-    input:
-        SAMPLER_STUDY,
-    localrule: True
-    message:
-        f"Samplers are compared in {SAMPLER_STUDY}"
+        f"The downstream study is in {(DOWNSTREAM_RESULTS or ['no file: downstream.target is not set'])[0]}"
 
 
 rule release:

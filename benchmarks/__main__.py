@@ -1,7 +1,8 @@
 """Our way beside the peers': `python -m benchmarks run [NAME...]`, then `python -m benchmarks render`.
 
-`run` measures the named comparisons (all without a name) and writes one JSON file each; `render` makes the page and its figure
-from whatever JSON files are there, those of the GPU included.  `--quick` checks in a minute that everything runs.
+`run` measures the named comparisons (all without a name) and writes one JSON file each; `render` makes the page and its
+figure from whatever JSON files are there, those of the GPU included.  `--quick` checks in a minute that everything
+runs.
 """
 
 from __future__ import annotations

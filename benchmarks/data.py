@@ -287,7 +287,7 @@ def release(setting: Setting) -> dict[str, Any]:
 
 
 def diversity(setting: Setting) -> dict[str, Any]:
-    """MS-SSIM diversity: random pairs with an interval, beside all ordered pairs with both files read again for each."""
+    """MS-SSIM diversity: random pairs with an interval, beside all ordered pairs, both files read again for each."""
     rows = []
     for place in (setting.place(size) for size in setting.sizes):
         chosen = place.rows("test")[:COMPARED]

@@ -43,11 +43,11 @@ from meddiff_steps.compute.compilation import speed_up
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.core.files import write_json
 from meddiff_steps.core.random_streams import seed_key
-from meddiff_steps.diffusion.samplers import evaluations
+from meddiff_steps.core.registries import default_steps, evaluations
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn, in_background
-from meddiff_steps.models.denoiser.unet import Denoiser
-from meddiff_steps.models.first_stage.kl import Autoencoder
-from meddiff_steps.models.trained import LatentDiffusion
+from meddiff_steps.models.first_stage.base import build as build_first_stage
+from meddiff_steps.models.first_stage.base import latent_shape
+from meddiff_steps.models.trained import DenoiserCard, TrainedModel
 from meddiff_steps.synthesis.generate import CohortGenerator
 from meddiff_steps.training.latent_data import LatentData
 from meddiff_steps.training.loop import update_average
@@ -248,7 +248,7 @@ class Case:
         )
         self.shape = tuple(study.preprocess.shape)
         self.name = "x".join(map(str, self.shape))
-        self.latent_shape = (self.first.latent_channels, *(n // self.first.downsampling for n in self.shape))
+        self.latent_shape = latent_shape(self.first, (1, *self.shape))
         self.device = torch.device(device)
         rng = np.random.default_rng(0)
         count = max(images, 4)
@@ -283,14 +283,13 @@ class Case:
         return rng.uniform(*covariate.range, count)
 
     def _operations(self) -> dict[str, float]:
-        """Floating-point operations per image, without those of recomputed blocks; counted on tensors without values."""
+        """Floating-point operations per image, recomputed blocks counted once; counted on tensors without values."""
         plain = {"gradient_checkpointing": False}
         # The prior's products are a few megaflops beside teraflops: counting leaves them out.
         with torch.device("meta"):
-            unet = Denoiser(
-                self.study.diffusion.model_copy(update=plain), self.latent_shape, self.encoding.level_counts, rank=1
-            ).unet
-            first = Autoencoder(self.first.model_copy(update=plain), 3)
+            settings = self.study.diffusion.model_copy(update=plain)
+            unet = DenoiserCard(settings, self.latent_shape, self.encoding, rank=1).build().network.unet
+            first = build_first_stage(self.first.model_copy(update=plain), 3)
         width, tokens = self.study.diffusion, len(self.encoding.level_counts)
         x = torch.zeros(1, unet.in_channels, *self.latent_shape[1:], device="meta")
         context, time_embedding = (
@@ -358,9 +357,7 @@ def our_autoencoder(case: Case, compiled: bool) -> Callable[[int], Work]:
         settings = case.first.model_copy(
             update={"optimiser": case.first.optimiser.model_copy(update={"batch_size": batch})}
         )
-        task = AutoencoderTask(
-            settings, config.Augmentation(), case.images, range(case.count), range(2), "bench", fabric
-        )
+        task = AutoencoderTask(settings, config.Variants(), case.images, range(case.count), range(2), "bench", fabric)
         speed_up(task.costly, case.compute(compiled), fabric, training=True)
         return stepping(task, settings.optimiser, batch)
 
@@ -379,7 +376,7 @@ def our_diffusion(case: Case, compiled: bool) -> Callable[[int], Work]:
         task = DiffusionTask(
             settings,
             LatentData(shards, case.prior(), covariates, rows, rows[:2]),
-            case.encoding.level_counts,
+            case.encoding,
             "bench",
             fabric,
         )
@@ -476,11 +473,10 @@ def our_sampling(
     def make(batch: int) -> Work:
         fabric = case.fabric(precision)
         torch.manual_seed(0)
-        denoiser = Denoiser(
-            case.study.diffusion, case.latent_shape, case.encoding.level_counts, case.study.latents.gaussian_rank
-        )
+        card = DenoiserCard(case.study.diffusion, case.latent_shape, case.encoding, case.study.latents.gaussian_rank)
+        denoiser = card.build()
         denoiser.load_state_dict(case.prior(), strict=False)
-        first = Autoencoder(case.first, 3)
+        first = build_first_stage(case.first, 3)
         for network in (denoiser, first):
             network.requires_grad_(False).eval()
             for weight in network.parameters():
@@ -488,13 +484,7 @@ def our_sampling(
                     torch.nn.init.normal_(weight, std=0.05)
         parts = min(case.study.generate.decode_batch_size or batch, batch)
         settings = case.study.generate.model_copy(update={"batch_size": batch, "decode_batch_size": parts})
-        generator = CohortGenerator(
-            LatentDiffusion(denoiser, case.study.diffusion, case.latent_shape, case.encoding),
-            first,
-            settings,
-            fabric,
-            compute,
-        )
+        generator = CohortGenerator(TrainedModel(first, denoiser, card, fabric, compute), settings)
         index = np.arange(2 * batch)
         subjects = case.table.iloc[index % len(case.table)].reset_index(drop=True)
         subjects = subjects.assign(
@@ -715,14 +705,15 @@ def agreement(record: Record, case: Case, part: str, images: dict[str, dict[str,
 # -------------------------------------------------------------------------------------------------------- the run
 
 
+def our_steps(case: Case) -> int:
+    """Sampler steps of the study."""
+    generate, diffusion = case.study.generate, case.study.diffusion
+    return generate.num_inference_steps or default_steps(generate.sampler, diffusion.num_train_timesteps)
+
+
 def sampling(record: Record, case: Case, limit: float, turns: int, seconds: float) -> None:
     generate, operations = case.study.generate, case.operations
-    passes = evaluations(
-        generate.sampler,
-        generate.num_inference_steps
-        or config.default_steps(generate.sampler, case.study.diffusion.num_train_timesteps),
-    )
-    passes *= 1 if generate.guidance_scale in (0.0, 1.0) else 2
+    passes = evaluations(generate.sampler, our_steps(case)) * (1 if generate.guidance_scale in (0.0, 1.0) else 2)
     images: dict[str, dict[str, np.ndarray]] = {"eager": {}, "compiled": {}}
     steps = 2 if case.study.study == "quick" else 50
     peers = [Side(f"peer DDIM-{steps}", peer_sampling(case, steps), 1)]
@@ -770,8 +761,8 @@ def latency(record: Record, case: Case, limit: float, turns: int, seconds: float
         "ours graphs": case.compute(True, cuda_graphs=True),
     }
     sides = [Side(name, our_sampling(case, compute), 1) for name, compute in ways.items()]
-    steps = case.study.generate.num_inference_steps or config.DEFAULT_STEPS[case.study.generate.sampler]
-    compare(record, case, "latency", sides, steps * operations["denoise"] + operations["decode"], limit, turns, seconds)
+    needed = our_steps(case) * operations["denoise"] + operations["decode"]
+    compare(record, case, "latency", sides, needed, limit, turns, seconds)
 
 
 def trainings(make: Callable[[Case, bool], Callable[[int], Work]], case: Case, batch: int) -> dict[str, Side]:

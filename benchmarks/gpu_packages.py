@@ -15,23 +15,19 @@ LOCK = Path(__file__).parents[1] / "envs/requirements.lock"
 NEEDED = {
     "absl": "absl-py",
     "annotated_types": "annotated-types",
-    "certifi": "certifi",
-    "charset_normalizer": "charset-normalizer",
+    "cloudpickle": "cloudpickle",
     "dateutil": "python-dateutil",
-    "diffusers": "diffusers",
     "einops": "einops",
     "filelock": "filelock",
     "fsspec": "fsspec",
     "google.protobuf": "protobuf",
     "grpc": "grpcio",
-    "huggingface_hub": "huggingface_hub",
-    "idna": "idna",
-    "importlib_metadata": "importlib_metadata",
     "joblib": "joblib",
     "lightning_fabric": "lightning-fabric",
     "lightning_utilities": "lightning-utilities",
     "markdown": "Markdown",
     "monai": "monai",
+    "narwhals": "narwhals",
     "nibabel": "nibabel",
     "numpy": "numpy",
     "packaging": "packaging",
@@ -42,8 +38,6 @@ NEEDED = {
     "pydantic": "pydantic",
     "pydantic_core": "pydantic_core",
     "pytz": "pytz",
-    "regex": "regex",
-    "requests": "requests",
     "safetensors": "safetensors",
     "scipy": "scipy",
     "sklearn": "scikit-learn",
@@ -53,21 +47,8 @@ NEEDED = {
     "typing_extensions": "typing_extensions",
     "typing_inspection": "typing-inspection",
     "tzdata": "tzdata",
-    "urllib3": "urllib3",
     "werkzeug": "Werkzeug",
     "yaml": "PyYAML",
-    "zipp": "zipp",
-}
-#: What the locked huggingface_hub imports, which diffusers imports; another version, where one is there, has brought
-#: its own.
-WITH_HUB = {
-    "anyio": "anyio",
-    "click": "click",
-    "h11": "h11",
-    "hf_xet": "hf-xet",
-    "httpcore2": "httpcore2",
-    "httpx2": "httpx2",
-    "truststore": "truststore",
 }
 
 
@@ -87,8 +68,7 @@ def missing() -> list[str]:
     pins = {
         canonical(line.partition("==")[0]): line for line in LOCK.read_text(encoding="utf-8").split() if "==" in line
     }
-    needed = NEEDED if importable("huggingface_hub") else NEEDED | WITH_HUB
-    return [pins[canonical(package)] for module, package in needed.items() if not importable(module)]
+    return [pins[canonical(package)] for module, package in NEEDED.items() if not importable(module)]
 
 
 if __name__ == "__main__":

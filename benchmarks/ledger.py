@@ -27,7 +27,8 @@ import numpy as np
 import pandas as pd
 
 from meddiff_steps import config
-from meddiff_steps.audit.audit import Request, audit
+from meddiff_steps.audit.request import Request
+from meddiff_steps.audit.run import audit
 from meddiff_steps.core.files import read_json, write_json
 from meddiff_steps.core.random_streams import seed_key
 from meddiff_steps.privacy.calibration import Thresholds

@@ -153,7 +153,7 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 
 def flops(run: Callable[[], Any]) -> float:
-    """Floating-point operations of convolutions, matrix products and attention in one call, backward passes included."""
+    """Floating-point operations of convolutions, matrix products and attention in a call, backward passes included."""
     with FlopCounterMode(display=False) as counter:
         run()
     return float(counter.get_total_flops())
@@ -180,7 +180,7 @@ def copying(size: float, rate: float, seconds: float) -> dict[str, Any]:
 
 
 def private_mebibytes() -> float:
-    """Memory of this process that nobody can take back: without the pages of mapped files, which the system may drop."""
+    """Memory of this process that nobody can take back: without pages of mapped files, which the system may drop."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) / 1024
@@ -216,7 +216,7 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of everything that decides how fast the two sides are."""
-    names = ("torch", "monai", "diffusers", "numpy", "scipy", "nibabel", "pyarrow")
+    names = ("torch", "monai", "numpy", "scipy", "nibabel", "pyarrow")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
 
 

@@ -327,7 +327,8 @@ def peer_loader(
     Parameters
     ----------
     cache
-        `none` (Dataset), `memory` (CacheDataset, filled here) or `disk` (PersistentDataset under `folder`, filled in the first epoch).
+        `none` (Dataset), `memory` (CacheDataset, filled here) or `disk` (PersistentDataset under `folder`, filled in
+        the first epoch).
     """
     data = [{"image": str(path)} for path in files]
     transform = peer_transform(settings)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from meddiff_steps.core.random_streams import philox
 from meddiff_steps.imaging.preprocess import preprocess_shard
 from meddiff_steps.imaging.shards import Shards, ShardWriter
 from meddiff_steps.imaging.shards import TensorColumn as Column
-from meddiff_steps.models.latent_statistics import covariate_features, fit_gaussian, standardisation
+from meddiff_steps.models.latent_statistics import Standardisation, gaussian_tensors, measure_standardisation
 from meddiff_steps.simulation.brains import simulate_cohort
 from meddiff_steps.training.latent_data import LatentData
 from meddiff_steps.training.loop import Task, learning_rate_scale, update_average
@@ -246,31 +246,26 @@ def write_latents(path: Path, means: Sequence[np.ndarray], log_variances: Sequen
 def latent_data(place: Place, shards: Shards, scale: float | None = None) -> LatentData:
     """Standardisation, Gaussian and component network as the steps `scale` and `diffusion` fit them.
 
-    `scale` replaces the deviation per channel by one number for all: that of a peer, so that both sides see the same noise.
+    `scale` replaces the deviation per channel by one number for all: that of a peer, so that both sides see the same
+    noise.
     """
     study, rows = place.study, place.rows("train")
-    offset, deviation = standardisation(shards.tensor("mean", int(row)) for row in rows)
+    standardise = measure_standardisation(shards.tensor("mean", int(row)) for row in rows)
     if scale is not None:
-        deviation = np.full_like(deviation, scale)
+        standardise = Standardisation(standardise.offset, np.full_like(standardise.scale, scale))
     levels = place.encoding.level_counts
-    gaussian = fit_gaussian(
-        lambda i: ((shards.tensors("mean", [int(rows[i])]) - offset) / deviation)[0],
-        covariate_features(place.covariates[rows], levels),
+    gaussian = gaussian_tensors(
+        lambda i: standardise(shards.tensors("mean", [int(rows[i])]))[0],
+        place.covariates[rows],
+        levels,
         study.latents.gaussian_rank,
         place.table["subject_id"].to_numpy()[rows],
     )
-    prior = {"offset": offset, "scale": deviation} | {
-        f"prior.{name}": value for name, value in asdict(gaussian).items()
-    }
-    data = LatentData(
-        shards,
-        {name: torch.from_numpy(value) for name, value in prior.items()},
-        place.covariates,
-        rows,
-        place.rows("val"),
-    )
-    data.prior.update(train_components(data, study.diffusion, levels, SEED)[0])
-    return data
+    tensors = {"offset": standardise.offset, "scale": standardise.scale} | gaussian
+    prior = {name: torch.from_numpy(value) for name, value in tensors.items()}
+    data = LatentData(shards, prior, place.covariates, rows, place.rows("val"))
+    components, _ = train_components(data, study.diffusion, levels, SEED)
+    return replace(data, prior=prior | components)
 
 
 def save_weights(network: torch.nn.Module, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from meddiff_steps.core.files import atomic_path, read_json, write_atomic
 
 Result = dict[str, Any]
 Row = dict[str, Any]
+
+#: Characters of a line of text on the page.
+WIDTH = 120
 
 #: Colours that differ in brightness, too.
 COLOURS = {"ours": "#0b6e99", "peer": "#d9822b"}
@@ -157,35 +161,47 @@ def _text(found: Sequence[Result]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-_INTRODUCTION = """<!-- Made by `make bench` from benchmarks/results/*.json. Do not edit: change benchmarks/render.py. -->
+_INTRODUCTION = """\
+<!-- Made by `make bench` from benchmarks/results/*.json. Do not edit: change benchmarks/render.py. -->
 
-What a user of MONAI's own latent-diffusion tutorials would run, beside what this workflow does: on the same subjects, the same
-machine, and with networks of the same size. Both sides take turns in one process. A ratio above 1 means that ours is faster; it is
-the median over turns, in brackets its 95 % bootstrap interval over turns. A single turn has no interval. Absolute times are of a
-shared machine and mean little.
+What a user of MONAI's own latent-diffusion tutorials would run, beside what this workflow does: on the same subjects,
+the same machine, and with networks of the same size. Both sides take turns in one process. A ratio above 1 means that
+ours is faster; it is the median over turns, in brackets its 95 % bootstrap interval over turns. A single turn has no
+interval. Absolute times are of a shared machine and mean little.
 
-`make bench` repeats everything in about half an hour on two cores; `python -m benchmarks run NAME` repeats one comparison."""
+`make bench` repeats everything in about half an hour on two cores; `python -m benchmarks run NAME` repeats one
+comparison.\
+"""
 
-_FIGURE = """Left: every ratio of the table. Right: held-out figures against seconds of training, realism against sampler steps, and growth of
-cost with its exponents."""
+_FIGURE = """\
+Left: every ratio of the table. Right: held-out figures against seconds of training, realism against sampler steps, and
+growth of cost with its exponents.\
+"""
 
-_COMPARED = """- **The peers' way** is in `benchmarks/peer.py`, written against MONAI's public API as its tutorials use it: `AutoencoderKL` at full
-  resolution, fp32, every image encoded again at every diffusion step, `CacheDataset` and `PersistentDataset` over `.nii.gz`,
-  `DDIMScheduler` with two passes per step, decoding one by one, MS-SSIM over all ordered pairs. A test checks that both sides have as
-  many weights (within a quarter), the same latent grid, batch size, learning rate, noise schedule and steps.
-- **Precision**: ours is what `compute.precision: auto` means on the machine, bf16 where the processor multiplies that fast; the peers' is fp32,
-  as in their scripts on a processor.
-- **In the peers' favour**: no anomaly detection, perceptual loss, discriminator or TensorBoard, which their scripts have; the narrowest
-  full-resolution level; our learning rate, higher than theirs; images held in memory while diffusion trains; sampling in batches, not one by one.
-- **On our clock**: fitting the linear path, encoding the cohort once, fitting the Gaussian prior and training its network. Both sides of the
-  diffusion race learn the latents of the peer's autoencoder at one noise scale, so that one loss judges both.
-- **Where our diffusion curves rise**: trained for seconds, the peer's autoencoder has latents that hardly vary, and the Gaussian alone predicts
-  them better than the first few hundred steps of any network do. `meddiff_steps diffusion` warns where that happens. On the latents of the demo
-  400 steps lower the held-out loss from 0.510 to 0.501.
-- **Sampling** has one trained model on both sides, ours; what differs is the sampler, the second pass and the decoding. Ours counts with the
-  fewest steps whose Frechet distance to held-out scans is not above the peer's. At guidance scale 1 the second pass cancels, so the
-  peer's realism is measured without it and its time with it. KID is of all features, standardised by training scans; 0 is one distribution.
-- **Data** are simulated heads (`meddiff_steps.simulation.brains`); nothing here says how good images of real people are."""
+_COMPARED = """\
+- **The peers' way** is in `benchmarks/peer.py`, written against MONAI's public API as its tutorials use it:
+  `AutoencoderKL` at full resolution, fp32, every image encoded again at every diffusion step, `CacheDataset` and
+  `PersistentDataset` over `.nii.gz`, `DDIMScheduler` with two passes per step, decoding one by one, MS-SSIM over all
+  ordered pairs. A test checks that both sides have as many weights (within a quarter), the same latent grid, batch
+  size, learning rate, noise schedule and steps.
+- **Precision**: ours is what `compute.precision: auto` means on the machine, bf16 where the processor multiplies that
+  fast; the peers' is fp32, as in their scripts on a processor.
+- **In the peers' favour**: no anomaly detection, perceptual loss, discriminator or TensorBoard, which their scripts
+  have; the narrowest full-resolution level; our learning rate, higher than theirs; images held in memory while
+  diffusion trains; sampling in batches, not one by one.
+- **On our clock**: fitting the linear path, encoding the cohort once, fitting the Gaussian prior and training its
+  network. Both sides of the diffusion race learn the latents of the peer's autoencoder at one noise scale, so that one
+  loss judges both.
+- **Where our diffusion curves rise**: trained for seconds, the peer's autoencoder has latents that hardly vary, and the
+  Gaussian alone predicts them better than the first few hundred steps of any network do. `meddiff_steps diffusion`
+  warns where that happens. On the latents of the demo 400 steps lower the held-out loss from 0.510 to 0.501.
+- **Sampling** has one trained model on both sides, ours; what differs is the sampler, the second pass and the decoding.
+  Ours counts with the fewest steps whose Frechet distance to held-out scans is not above the peer's. At guidance scale
+  1 the second pass cancels, so the peer's realism is measured without it and its time with it. KID is of all features,
+  standardised by training scans; 0 is one distribution.
+- **Data** are simulated heads (`meddiff_steps.simulation.brains`); nothing here says how good images of real people
+  are.\
+"""
 
 
 def _table(rows: Iterable[Row]) -> str:
@@ -294,8 +310,8 @@ def _floors(rows: Iterable[Row]) -> str:
                 f" {100 * entry['reached']:.0f} % |"
             )
     return (
-        "Operations over the machine's measured rate of matrix products, or the part that a library does and nobody can"
-        " leave out, per subject, volume or step.\n\n" + "\n".join(out)
+        "Operations over the machine's measured rate of matrix products, or the part that a library does and nobody\n"
+        "can leave out, per subject, volume or step.\n\n" + "\n".join(out)
     )
 
 
@@ -324,11 +340,12 @@ def _knee(curve: dict[str, Any], series: dict[str, Any]) -> str:
     """A sentence where growth changes by more than a third of an exponent."""
     local = [value for value in series["local_exponents"] if value is not None]
     if "per_step" in curve:
-        return (
+        said = (
             f"- {curve['name']}: {number(curve['per_step'])} s per step and {number(max(0.0, curve['at_zero']))} s that"
             f" do not depend on steps (noise, decoding): below {number(max(0.0, curve['at_zero']) / curve['per_step'])}"
             " steps these weigh more than the steps."
         )
+        return textwrap.fill(said, WIDTH, subsequent_indent="  ")
     if len(local) < 2 or max(local) - min(local) < 1 / 3:
         return ""
     jumps = np.diff(local)
@@ -368,7 +385,8 @@ def _machines(found: Sequence[Result]) -> str:
         ]
         out.append("| " + " | ".join(map(str, cells)) + " |")
     versions = {(name, value) for result in found for name, value in result.get("versions", {}).items()}
-    return "\n".join(out) + "\n\n" + ", ".join(f"{name} {value}" for name, value in sorted(versions)) + "."
+    named = ", ".join(f"{name} {value}" for name, value in sorted(versions)) + "."
+    return "\n".join(out) + "\n\n" + textwrap.fill(named, WIDTH, break_on_hyphens=False)
 
 
 # ------------------------------------------------------------------------------------------------------ figure

@@ -18,12 +18,16 @@ from torch import Tensor, nn
 
 from benchmarks import measure, peer
 from benchmarks.places import Place, Setting
-from benchmarks.training import our_models
+from benchmarks.training import our_model
 from meddiff_steps import config
 from meddiff_steps.core.random_streams import batch_noise, seed_key
-from meddiff_steps.evaluation.realism import Scale, frechet_distance, kernel_distance
-from meddiff_steps.instruments.features import random_space
-from meddiff_steps.models.trained import LatentDiffusion
+from meddiff_steps.diffusion.conditioning import Condition
+from meddiff_steps.evaluation.realism.base import Scale
+from meddiff_steps.evaluation.realism.frechet import frechet_distance
+from meddiff_steps.evaluation.realism.kid import kernel_distance
+from meddiff_steps.instruments.feature_spaces.base import Context
+from meddiff_steps.instruments.feature_spaces.random import build as random_space
+from meddiff_steps.models.trained import TrainedModel
 from meddiff_steps.statistics.bootstrap import rounded
 from meddiff_steps.synthesis.generate import CohortGenerator
 
@@ -47,16 +51,15 @@ class Adapter(nn.Module):
         self.denoiser = denoiser
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        return self.denoiser(x, timesteps.expand(len(x)), context[:, 0])
+        return self.denoiser(x, timesteps.expand(len(x)), Condition(context[:, 0]))
 
 
 class Samplers:
     """Both ways of sampling one trained model."""
 
-    def __init__(self, place: Place, autoencoder: Any, denoiser: Any) -> None:
-        self.place, self.settings = place, place.study.diffusion
-        self.model = LatentDiffusion(denoiser, self.settings, place.latent_shape, place.encoding)
-        self.autoencoder, self.adapter = autoencoder, Adapter(denoiser)
+    def __init__(self, place: Place, model: TrainedModel) -> None:
+        self.place, self.settings, self.model = place, place.study.diffusion, model
+        self.adapter = Adapter(model.denoiser)
         self.covariates = place.covariates[place.rows("test")]
 
     def noise(self, rows: Sequence[int]) -> np.ndarray:
@@ -65,12 +68,10 @@ class Samplers:
     def ours(self, rows: Sequence[int], steps: int, guidance_scale: float = PLAIN) -> np.ndarray:
         """Images (len(rows), 1, *shape) by `synthesis.generate`."""
         settings = config.Generate(num_inference_steps=steps, guidance_scale=guidance_scale, batch_size=len(rows))
-        generator = CohortGenerator(self.model, self.autoencoder, settings, self.place.fabric)
-        return generator.decode(
-            generator.latents(
-                self.noise(rows), self.covariates[rows], [("benchmarks/syn", int(row), 0) for row in rows]
-            )
-        )
+        generator = CohortGenerator(self.model, settings)
+        subjects = [("benchmarks/syn", int(row), 0) for row in rows]
+        condition = Condition(torch.from_numpy(self.covariates[rows]))
+        return generator.decode(generator.latents(self.noise(rows), condition, subjects), subjects)
 
     def theirs(self, rows: Sequence[int], steps: int, guidance_scale: float = PLAIN, passes: int = 2) -> np.ndarray:
         """Images by MONAI's inferer; with `passes=1` without the unconditional pass, which at a scale of 1 cancels (for
@@ -83,7 +84,7 @@ class Samplers:
         return peer.peer_sample(self.adapter, self._decode, scheduler, noise, context, scale, null=float("nan")).numpy()
 
     def _decode(self, latent: Tensor) -> Tensor:
-        return self.autoencoder.images(self.model.denoiser.latents(latent))
+        return self.model.first_stage.decode(self.model.denoiser.latents(latent))
 
 
 def sampling(setting: Setting) -> dict[str, Any]:
@@ -92,8 +93,7 @@ def sampling(setting: Setting) -> dict[str, Any]:
     for size in setting.sizes:
         plan = QUICK_PLAN if setting.quick else PLANS[size.name]
         place = setting.place(size)
-        autoencoder, task = our_models(place, plan["training"])
-        samplers = Samplers(place, autoencoder, task.modules["average"])
+        samplers = Samplers(place, our_model(place, plan["training"]))
         judged = _judge(samplers, plan)
         curves.append(
             {
@@ -116,7 +116,7 @@ def sampling(setting: Setting) -> dict[str, Any]:
 def _judge(samplers: Samplers, plan: dict[str, Any]) -> dict[str, dict[int, dict[str, float | None]]]:
     """Frechet and kernel distance to held-out scans by side and steps."""
     place = samplers.place
-    extract = random_space(3).extract
+    extract = random_space(Context(3)).extract
     train, real = (_features(extract, place.tensors(split).numpy()) for split in ("train", "test"))
     scale = Scale.of(train, min(plan["images"], len(real)))
     reference = scale.standard(real)

@@ -70,7 +70,7 @@ STUDY: dict[str, Any] = {
 
 @dataclass
 class Stage:
-    """Jobs of one stage: how many, seconds of the processor and of the wall together, and the most memory of one in MB."""
+    """Jobs of one stage: how many, seconds of the processor and of the wall together, and most memory of one in MB."""
 
     jobs: int = 0
     cpu: float = 0.0

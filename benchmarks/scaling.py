@@ -15,13 +15,14 @@ import torch
 from benchmarks import measure, peer
 from benchmarks.places import Setting
 from benchmarks.sampling import Samplers
-from benchmarks.training import our_models
+from benchmarks.training import our_model
 from meddiff_steps import config
 from meddiff_steps.compute.device import channels_last, to_channels_last
 from meddiff_steps.core.random_streams import philox
+from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.imaging.shards import Shards, ShardWriter
 from meddiff_steps.imaging.shards import TensorColumn as Column
-from meddiff_steps.models.denoiser.unet import Denoiser
+from meddiff_steps.models.denoiser.base import Denoiser
 from meddiff_steps.models.first_stage.kl import Autoencoder
 from meddiff_steps.privacy.search import nearest, unit_rows
 from meddiff_steps.statistics.bootstrap import rounded
@@ -116,7 +117,7 @@ def _voxels(setting: Setting) -> dict[str, Any]:
         z = torch.randn(1, settings.latent_channels, *(side // settings.downsampling,) * 3).contiguous(
             memory_format=channels_last(3)
         )
-        return _best(lambda: ours.images(z), turns)
+        return _best(lambda: ours.decode(z), turns)
 
     def denoiser_step(side: int) -> float:
         network, inputs = _denoiser(diffusion, (settings.latent_channels, *(side // settings.downsampling,) * 3))
@@ -132,12 +133,12 @@ def _voxels(setting: Setting) -> dict[str, Any]:
     return _curve("voxels", "voxels per image", lambda side: side**3, lines)
 
 
-def _denoiser(settings: config.Diffusion, shape: tuple[int, ...]) -> tuple[Denoiser, tuple[torch.Tensor, ...]]:
+def _denoiser(settings: config.Diffusion, shape: tuple[int, ...]) -> tuple[Denoiser, tuple[Any, ...]]:
     torch.manual_seed(0)
     network = Denoiser(settings, shape, [0, 2, 2, 0, 0], rank=16)
     to_channels_last(network, 3)
     x = torch.randn(1, *shape).contiguous(memory_format=channels_last(3))
-    return network, (x, torch.full((1,), 500.0), torch.zeros(1, 5))
+    return network, (x, torch.full((1,), 500.0), Condition(torch.zeros(1, 5)))
 
 
 # --------------------------------------------------------------------------------------------------- subjects
@@ -207,8 +208,7 @@ def _read(path: Path, count: int) -> float:
 def _steps(setting: Setting) -> dict[str, Any]:
     """Sampler steps: seconds per volume, with decoding, at the smallest size."""
     place = setting.place(setting.sizes[0])
-    autoencoder, task = our_models(place, setting.either(45.0, 0.2))
-    samplers = Samplers(place, autoencoder, task.modules["average"])
+    samplers = Samplers(place, our_model(place, setting.either(45.0, 0.2)))
     rows = np.arange(setting.either(8, 2))
     steps = setting.either(STEPS, (2, 3))
     samplers.ours(rows, steps[0])

@@ -9,7 +9,6 @@ schedule in the time it has.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,10 +21,14 @@ from torch import Tensor
 from benchmarks import measure, peer
 from benchmarks.places import SEED, OurTraining, Place, Setting, latent_data, load_weights, save_weights, write_latents
 from meddiff_steps.core.random_streams import philox
+from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.diffusion.schedules import NoiseProcess
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.models.denoiser.unet import Denoiser
+from meddiff_steps.models.denoiser.base import Denoiser
+from meddiff_steps.models.latent_statistics import Standardisation
+from meddiff_steps.models.trained import TrainedModel
 from meddiff_steps.statistics.bootstrap import rounded
+from meddiff_steps.training.latent_data import LatentData
 from meddiff_steps.training.loop import batch_rows
 from meddiff_steps.training.tasks.autoencoder import AutoencoderTask
 from meddiff_steps.training.tasks.diffusion import DiffusionTask
@@ -226,7 +229,7 @@ def _autoencoder_race(place: Place, seed: int, seconds: tuple[float, float]) -> 
     clock = measure.Clock()
     with clock.running():  # fitting the linear path is part of our training
         task = AutoencoderTask(
-            settings, study.augmentation, place.images, place.rows("train"), looked_at, f"{SEED}/{seed}", place.fabric
+            settings, study.variants, place.images, place.rows("train"), looked_at, f"{SEED}/{seed}", place.fabric
         )
     training = OurTraining(task, settings.optimiser, seconds[0])
 
@@ -327,18 +330,19 @@ def _diffusion_race(
     place: Place, seed: int, seconds: tuple[float, float], autoencoder: Any, shards: Shards, clock: measure.Clock
 ) -> tuple[Side, Side, dict[str, Any]]:
     settings = place.study.diffusion
-    levels, images = place.encoding.level_counts, place.tensors("train")
+    images = place.tensors("train")
     batch = settings.optimiser.batch_size
     factor = peer.peer_scale_factor(autoencoder, images[: max(2, batch)])
 
     with clock.running():
         data = latent_data(place, shards, scale=1.0 / factor)
-        task = DiffusionTask(settings, data, levels, f"{SEED}/{seed}", place.fabric)
-    before = clock.wall
+        task = DiffusionTask(settings, data, place.encoding, f"{SEED}/{seed}", place.fabric)
+    before, model, average = clock.wall, task.modules["model"], task.modules["average"]
+    assert isinstance(model, Denoiser) and isinstance(average, Denoiser)
     training = OurTraining(task, settings.optimiser, seconds[0])
 
     torch.manual_seed(seed)
-    network = peer.peer_unet(settings, place.latent_shape[0], len(levels), "cpu")
+    network = peer.peer_unet(settings, place.latent_shape[0], len(place.study.covariates), "cpu")
     optimiser = peer.peer_optimiser(network, settings.optimiser.learning_rate)
     inferer = LatentDiffusionInferer(peer.peer_scheduler(settings), scale_factor=factor)
     context, train = peer.peer_context(place.covariates, "cpu"), place.rows("train")
@@ -358,14 +362,14 @@ def _diffusion_race(
         )
 
     judged = HeldOut(place, data, factor)
-    ours = Side(training.step, lambda: judged.ours(task.modules["average"]), clock)
+    ours = Side(training.step, lambda: judged.ours(average), clock)
     theirs = Side(their_step, lambda: judged.theirs(network))
     ours.look()  # what the prior alone gives
     race(ours, theirs, (before + seconds[0], seconds[1]))
     facts = {
         "before": before,
         "parameters": {
-            "ours": sum(p.numel() for p in task.modules["model"].unet.parameters()),
+            "ours": _weights(model.network.unet),
             "peer": _weights(network),
         },
         "flops": {"ours": measure.flops(lambda: task.train_step(10**6)), "peer": measure.flops(their_step)},
@@ -387,7 +391,7 @@ def _posteriors(autoencoder: Any, place: Place) -> tuple[list[np.ndarray], list[
 class HeldOut:
     """Held-out latents with fixed timesteps and noise, on which both sides are judged alike."""
 
-    def __init__(self, place: Place, data: Any, factor: float) -> None:
+    def __init__(self, place: Place, data: LatentData, factor: float) -> None:
         rows = place.rows("val")[:JUDGED_SCANS]
         z = torch.from_numpy(data.shards.tensors("mean", rows)).repeat_interleave(JUDGED_TIMESTEPS, 0)
         self.process = NoiseProcess.of(place.study.diffusion)
@@ -395,16 +399,18 @@ class HeldOut:
         self.timesteps = torch.from_numpy(np.tile(steps, len(rows))).float()
         self.noise = torch.from_numpy(philox(SEED, "held-out noise").standard_normal(z.shape, dtype=np.float32))
         covariates = np.repeat(place.covariates[rows], JUDGED_TIMESTEPS, 0)
-        self.covariates, self.context = torch.from_numpy(covariates), peer.peer_context(covariates, "cpu")
+        self.condition = Condition(torch.from_numpy(covariates))
+        self.context = peer.peer_context(covariates, "cpu")
         # The same noise on the same latents; only the offset, which changes no error, differs.
-        self.mine = self.process.add_noise((z - data.prior["offset"]) / data.prior["scale"], self.noise, self.timesteps)
+        standardise = Standardisation(data.prior["offset"], data.prior["scale"])
+        self.mine = self.process.add_noise(standardise(z), self.noise, self.timesteps)
         self.other = self.process.add_noise(z * factor, self.noise, self.timesteps)
 
     @torch.no_grad()
     def ours(self, denoiser: Denoiser) -> float:
         return self._error(
             lambda i: self.process.to_noise(
-                denoiser(self.mine[i], self.timesteps[i], self.covariates[i]), self.mine[i], self.timesteps[i]
+                denoiser(self.mine[i], self.timesteps[i], self.condition[i]), self.mine[i], self.timesteps[i]
             )
         )
 
@@ -418,19 +424,14 @@ class HeldOut:
         return float(np.mean([float((noise(part) - self.noise[part]).square().mean()) for part in parts]))
 
 
-def our_models(place: Place, seconds: float) -> tuple[Any, Any]:
-    """Our two stages, trained: the autoencoder of `autoencoder` (a few steps where that was not run) and a denoiser of
-    some seconds.
-
-    Returns
-    -------
-    autoencoder, task
-        The averaged first stage, and the diffusion task whose `modules["average"]` is the denoiser.
+def our_model(place: Place, seconds: float) -> TrainedModel:
+    """Our two stages, trained, each with its averaged weights: the autoencoder of `autoencoder` (a few steps where that
+    was not run) and a denoiser of some seconds.
     """
     study = place.study
     first = AutoencoderTask(
         study.autoencoder,
-        study.augmentation,
+        study.variants,
         place.images,
         place.rows("train"),
         place.rows("val"),
@@ -442,20 +443,21 @@ def our_models(place: Place, seconds: float) -> tuple[Any, Any]:
         for _ in range(2 if place.setting.quick else 40):
             training.step()
         save_weights(first.average, place.folder / "ours-autoencoder.safetensors")
-    first.fit_tone()
+    first.fit_grey_levels()
     means, log_variances = [], []
     with torch.no_grad():
         for row in range(len(place.images)):
-            mean, log_variance = first.average.encode(torch.from_numpy(place.images.tensors("image", [row])))
-            means.append(mean[0].numpy())
-            log_variances.append(log_variance[0].numpy())
+            posterior = first.average.encode(torch.from_numpy(place.images.tensors("image", [row])))
+            means.append(posterior.mean[0].numpy())
+            log_variances.append(posterior.log_variance[0].numpy())
     data = latent_data(place, write_latents(place.folder / "ours-latents.arrow", means, log_variances))
-    task = DiffusionTask(study.diffusion, data, place.encoding.level_counts, f"{SEED}/0", place.fabric)
-    path = place.folder / "ours-diffusion.safetensors"
-    if not load_weights(task.modules["average"], path):
+    task = DiffusionTask(study.diffusion, data, place.encoding, f"{SEED}/0", place.fabric)
+    denoiser, path = task.modules["average"], place.folder / "ours-diffusion.safetensors"
+    assert isinstance(denoiser, Denoiser)
+    if not load_weights(denoiser, path):
         training, clock = OurTraining(task, study.diffusion.optimiser), measure.Clock()
         while clock.wall < seconds and training.done < study.diffusion.optimiser.steps:
             with clock.running():
                 training.step()
-        save_weights(task.modules["average"], path)
-    return copy.deepcopy(first.average).eval(), task
+        save_weights(denoiser, path)
+    return TrainedModel(first.average, denoiser, task.card, place.fabric)

@@ -1,3 +1,3 @@
 """Population-scale synthesis of medical images: the steps behind the Snakemake workflow."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -2,7 +2,7 @@ rule audit:
     input:
         root=LEDGER,
         private=PRIVATE_LEDGER,
-        models=[AUTOENCODER, DIFFUSION_FILES["diffusion"], REFERENCE],
+        models=[*AUTOENCODER, *RELEASED_MODEL, REFERENCE],
     output:
         touch(f"{RESULTS}/audit/passed"),
     log:
@@ -26,5 +26,5 @@ rule audit:
     message:
         f"Auditing the release; the report is {RESULTS}/audit/audit.html"
     shell:
-        "python -m meddiff_steps audit {params.release} --private {input.private} --models {params.results} --results {params.results} "
-        "--json {log.json} --html {log.html} --threads {threads} 2>&1 | tee {log.text}"
+        "python -m meddiff_steps audit {params.release} --private {input.private} --models {params.results} "
+        "--results {params.results} --json {log.json} --html {log.html} --threads {threads} 2>&1 | tee {log.text}"

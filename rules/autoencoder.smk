@@ -1,14 +1,11 @@
 rule autoencoder:
     input:
         manifest=MANIFEST,
-        qc=QC,
         images=COHORT_IMAGES,
         features=[STUDY.autoencoder.perceptual.weights] if STUDY.autoencoder.perceptual.weight else [],
+        after_quality=QC,
     output:
-        weights=lasting(AUTOENCODER),
-        card=AUTOENCODER_CARD,
-        history=AUTOENCODER_HISTORY,
-        reconstructions=RECONSTRUCTIONS,
+        out=[*map(lasting, AUTOENCODER[:1]), *AUTOENCODER[1:], AUTOENCODER_CURVE, RECONSTRUCTIONS],
     log:
         f"{RESULTS}/logs/autoencoder.log",
     benchmark:
@@ -22,14 +19,8 @@ rule autoencoder:
         gpu=GPUS,
         nodes=1,  # a process per GPU, all started by one command
     params:
-        config=settings("autoencoder"),
-        code=code_digest("autoencoder"),
-        images=lambda wildcards, input: repeat("--images", input.images),
-        features=lambda wildcards, input: repeat("--features", input.features),
-        state=f"{STATE}/autoencoder",
+        **run_step("autoencoder", state=f"{STATE}/autoencoder"),
     message:
         "Training the autoencoder"
     shell:
-        "python -m meddiff_steps autoencoder --config {params.config} --manifest {input.manifest} {params.images} "
-        "--weights {output.weights} --card {output.card} --history {output.history} "
-        "--reconstructions {output.reconstructions} {params.features} --state {params.state} --threads {threads} 2>&1 | tee {log}"
+        STEP_WITH_THREADS

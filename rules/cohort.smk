@@ -1,6 +1,6 @@
 rule simulate:
     output:
-        SIMULATED,
+        out=SIMULATED,
     log:
         f"{RESULTS}/logs/simulate.log",
     benchmark:
@@ -12,21 +12,20 @@ rule simulate:
         mem_mb=memory(3000),
         runtime=minutes(60),
     params:
-        config=settings("simulate"),
-        code=code_digest("simulate"),
+        **run_step("simulate"),
     message:
         "Simulating a brain cohort"
     shell:
-        "python -m meddiff_steps simulate --config {params.config} --out {output} --threads {threads} 2>&1 | tee {log}"
+        STEP_WITH_THREADS
 
 
 rule cohort:
     input:
         simulated=SIMULATED if STUDY.cohort.source == "simulated" else [],
-        fetched=FETCHED if STUDY.storage.cohort else [],
-        tables=cohort_tables(),
+        after_fetching=FETCHED if STUDY.storage.cohort else [],
+        after_tables=cohort_tables(),
     output:
-        manifest=MANIFEST,
+        out=MANIFEST,
         card=COHORT_CARD,
     log:
         f"{RESULTS}/logs/cohort.log",
@@ -39,11 +38,8 @@ rule cohort:
         mem_mb=memory(2000),
         runtime=minutes(120),
     params:
-        config=settings("cohort"),
-        code=code_digest("cohort"),
-        simulated=lambda wildcards, input: f"--simulated {Path(input.simulated).parent}" if input.simulated else "",
+        **run_step("cohort"),
     message:
         "Reading the cohort, making its manifest and splits"
     shell:
-        "python -m meddiff_steps cohort --config {params.config} {params.simulated} --out {output.manifest} "
-        "--card {output.card} --threads {threads} 2>&1 | tee {log}"
+        STEP_WITH_THREADS

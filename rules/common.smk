@@ -3,28 +3,34 @@ import json
 import math
 import os
 import sys
+from functools import partial
 from os import environ
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
 from meddiff_steps import config as study_config
+from meddiff_steps.core.code_digest import code_digest
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import hold
+from meddiff_steps.core.folders import NETWORK, folders_of
 from meddiff_steps.privacy.size import BYTES_PER_VALUE, batch_size
-from meddiff_steps.core.code_digest import code_digest
 from meddiff_steps.synthesis.size import enlarged, plan_shards
 
 # Jobs run `python`; make that the interpreter that runs Snakemake, also when its environment was not activated.
 environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environ.get("PATH", "")])
 
-# A cluster that takes a node back sends SIGTERM to every process of a job. The shell and `tee` must outlive the step, which
-# saves its state then; were the shell to end first, Snakemake would take the job for finished and kill what is left of it.
+# A cluster that takes a node back sends SIGTERM to every process of a job. The shell and `tee` must outlive the step,
+# which saves its state then; were the shell to end first, Snakemake would take the job for finished and kill what is
+# left of it.
 shell.prefix("set -euo pipefail; trap '' TERM; ")
 
 
-# `--config release=FOLDER models=FOLDER`: a release to make again, with the folder of its models (by default its study's).
-SEALED = config["release"] if isinstance(config.get("release"), str) else None
+# `--config sealed=FOLDER models=FOLDER`: a release to make again, with the folder of its models (by default its
+# study's).
+SEALED = config.get("sealed")
+if isinstance(config.get("release"), str):
+    raise WorkflowError("--config release=FOLDER is now sealed=FOLDER (renamed in 0.2.0).")
 SEALED_MODELS = config.get("models", str(Path(SEALED).parent)) if SEALED else None
 # `count=400 group=syn`: more subjects of a group than the release has; the group may be left out if there is one alone.
 MORE_SUBJECTS = config.get("count") if SEALED else None
@@ -43,7 +49,9 @@ def read_study():
         # The study that the release was made by; where its scans lie is not in it, and no job here reads them.
         published = Path(SEALED, "provenance", "config.json")
         if not published.is_file():
-            raise UserError(f"{published}: not there. Give --config release=FOLDER, the root of a release that has a ledger.")
+            raise UserError(
+                f"{published}: not there. Give --config sealed=FOLDER, the root of a release that has a ledger."
+            )
         return study_config.parse_study(json.loads(published.read_text()) | {"results": "regenerated"}, str(published))
     if "study" in config:
         return study_config.parse_study(dict(config), ", ".join(map(str, workflow.configfiles)) or "--config")
@@ -76,10 +84,29 @@ def lock_results():
         raise WorkflowError(str(error)) from None
 
 
+def refuse_protected():
+    """Refuse jobs whose outputs are there and write-protected (storage.protect).
+
+    Snakemake does so by asking whether the file can be written, and root, which containers run as, can write any.
+    """
+    for job in workflow.dag.needrun_jobs():
+        kept = [
+            str(file)
+            for file in job.output
+            if Path(file).is_file() and not Path(file).is_symlink() and not Path(file).stat().st_mode & 0o222
+        ]
+        if kept:
+            raise WorkflowError(
+                f"{job.rule.name} would replace {', '.join(kept)}, which storage.protect keeps: the study or the code"
+                " that makes it was changed. Give the study another name, or allow it with: chmod u+w FILES"
+            )
+
+
 onstart:
     if workflow.is_main_process:
         if cohort_problem():
             raise WorkflowError(cohort_problem())
+        refuse_protected()
         lock_results()
 
 
@@ -89,6 +116,13 @@ def settings(stage, study=STUDY):
 
 
 # ------------------------------------------------------------------------------------------------ paths
+# What more than one rule names.  The files of a network lie in one folder (`core.folders`), which one option names.
+
+
+def network(folder):
+    """The files of a trained network."""
+    return [f"{folder}/{name}" for name in NETWORK]
+
 
 SIMULATED = f"{RESULTS}/cohort/simulated/participants.tsv"
 FETCHED = f"{RESULTS}/cohort/fetched"
@@ -97,20 +131,19 @@ COHORT_CARD = f"{RESULTS}/cohort/card.json"
 PREPROCESSED = f"{RESULTS}/preprocessed/shard-{{shard}}.arrow"
 QC_SHARD = f"{RESULTS}/preprocessed/qc/shard-{{shard}}.parquet"
 QC = f"{RESULTS}/preprocessed/qc.parquet"
-AUTOENCODER = f"{RESULTS}/autoencoder/model.safetensors"
-AUTOENCODER_CARD = f"{RESULTS}/autoencoder/card.json"
-AUTOENCODER_HISTORY = f"{RESULTS}/autoencoder/history.parquet"
+AUTOENCODER = network(f"{RESULTS}/autoencoder")
+AUTOENCODER_CURVE = f"{RESULTS}/autoencoder/history.parquet"
 RECONSTRUCTIONS = f"{RESULTS}/autoencoder/reconstructions.arrow"
 LATENTS = f"{RESULTS}/latents/shard-{{shard}}.arrow"
 LATENT_SCALE = f"{RESULTS}/latents/scale.safetensors"
-LATENT_MANIFEST = f"{RESULTS}/latents/manifest.json"
-DIFFUSION = f"{RESULTS}/diffusion/model.safetensors"
-DIFFUSION_CARD = f"{RESULTS}/diffusion/card.json"
-DIFFUSION_HISTORY = f"{RESULTS}/diffusion/history.parquet"
+DIFFUSION = network(f"{RESULTS}/diffusion")
+# The model that makes what is released: the one trained on real scans, or a second one that never saw them.
+RELEASED_FOLDER = f"{RESULTS}/second_model/diffusion" if STUDY.second_model.subjects else f"{RESULTS}/diffusion"
+RELEASED_MODEL = network(RELEASED_FOLDER)
 PLAN = f"{RESULTS}/plan.parquet"
 GENERATED = f"{RESULTS}/generated/shard-{{shard}}.arrow"
-EMBEDDER = f"{RESULTS}/privacy/embedder.safetensors"
-EMBEDDER_CARD = f"{RESULTS}/privacy/embedder.json"
+EMBEDDER = network(f"{RESULTS}/instruments/embedder")
+SEGMENTER = network(f"{RESULTS}/instruments/segmenter") if STUDY.segmentation else []
 REFERENCE = f"{RESULTS}/privacy/reference.safetensors"
 CALIBRATION = f"{RESULTS}/privacy/calibration.json"
 FILTERED = f"{RESULTS}/filtered/shard-{{shard}}.arrow"
@@ -124,88 +157,40 @@ RELEASE_ROOT = f"{RESULTS}/release"
 RELEASE = f"{RELEASE_ROOT}/dataset_description.json"
 LEDGER = f"{RELEASE_ROOT}/provenance/root.json"
 PRIVATE_LEDGER = f"{RESULTS}/privacy/ledger-private.parquet"
-# Made of a sealed release on request, beside it.
-WEBDATASET_SHARD = f"{RESULTS}/exports/webdataset/shard-{{shard}}.tar"
-WEBDATASET_FILES = {
-    name: f"{RESULTS}/exports/webdataset/{file}" for name, file in (("manifest", "manifest.parquet"), ("readme", "README.md"), ("sums", "SHA256SUMS"))
-}
-MODEL_RELEASE_FILES = {
-    "readme": f"{RESULTS}/model-release/README.md",
-    "sums": f"{RESULTS}/model-release/SHA256SUMS",
-    "config": f"{RESULTS}/model-release/config.json",
-    "autoencoder": f"{RESULTS}/model-release/autoencoder/model.safetensors",
-    "autoencoder_card": f"{RESULTS}/model-release/autoencoder/card.json",
-    "diffusion": f"{RESULTS}/model-release/diffusion/model.safetensors",
-    "diffusion_card": f"{RESULTS}/model-release/diffusion/card.json",
-}
-REQUESTED = [
-    file
-    for wanted, files in (("webdataset" in STUDY.release.exports, WEBDATASET_FILES), (STUDY.release.models, MODEL_RELEASE_FILES))
-    if wanted
-    for file in files.values()
-]
 METRICS = f"{RESULTS}/evaluation/metrics.json"
-PREDICTIONS = f"{RESULTS}/evaluation/predictions.parquet"
-COMPONENTS = f"{RESULTS}/evaluation/components.parquet"
-SEGMENTER_FILES = (
-    {"segmenter": f"{RESULTS}/evaluation/segmenter.safetensors", "segmenter_card": f"{RESULTS}/evaluation/segmenter.json"} if STUDY.segmentation else {}
-)
-SAMPLER_STUDY = f"{RESULTS}/sampler_study/results.json"
-SAMPLER_FIGURE = f"{RESULTS}/sampler_study/figure.png"
+EVALUATION = [METRICS, f"{RESULTS}/evaluation/predictions.parquet", f"{RESULTS}/evaluation/components.parquet"]
 SHOWCASE = f"{RESULTS}/evaluation/showcase.arrow"
 REPORT = f"{RESULTS}/report.html"
-REGENERATED_SHARD = f"{RESULTS}/comparison/shard-{{shard}}.json"
-REGENERATED = f"{RESULTS}/comparison.json"
-CONTACT_SHEET = f"{RESULTS}/contact-sheet.png"
-# Inputs of a rule that are also options of its step, by the same names.
-AUTOENCODER_FILES = {"autoencoder": AUTOENCODER, "autoencoder_card": AUTOENCODER_CARD}
-EMBEDDER_FILES = {"embedder": EMBEDDER, "embedder_card": EMBEDDER_CARD}
-DETECTOR_FILES = AUTOENCODER_FILES | {"scale": LATENT_SCALE} | EMBEDDER_FILES
-# The model that makes what is released: the one trained on real scans, or, with distill.subjects, one that never saw them.
-RELEASED_MODEL = f"{RESULTS}/distilled/diffusion" if STUDY.distill.subjects else f"{RESULTS}/diffusion"
-DIFFUSION_FILES = {"diffusion": f"{RELEASED_MODEL}/model.safetensors", "diffusion_card": f"{RELEASED_MODEL}/card.json"}
-RELEASED_HISTORY = f"{RELEASED_MODEL}/history.parquet"
-# The first model's cohort, with distill.subjects, and what it was found to be, shown beside the second one's.
-TEACHER = f"{RESULTS}/teacher"
-TEACHER_PLAN = f"{TEACHER}/plan.parquet"
-TEACHER_GENERATED = f"{TEACHER}/generated/shard-{{shard}}.arrow"
-TEACHER_FILTERED = f"{TEACHER}/filtered/shard-{{shard}}.arrow"
-TEACHER_DECISIONS_SHARD = f"{TEACHER}/privacy/decisions/shard-{{shard}}.parquet"
-TEACHER_DECISIONS = f"{TEACHER}/privacy/decisions.parquet"
-TEACHER_PREDICTIONS = f"{TEACHER}/evaluation/predictions.parquet"
-TEACHER_COMPONENTS = f"{TEACHER}/evaluation/components.parquet"
-TEACHER_REPORTS = (
-    {"teacher_privacy": f"{TEACHER}/privacy/report.json", "teacher_metrics": f"{TEACHER}/evaluation/metrics.json"} if STUDY.distill.subjects else {}
-)
-DISTILLED_MANIFEST = f"{RESULTS}/distilled/manifest.parquet"
-DISTILLED_LATENTS = f"{RESULTS}/distilled/latents/shard-{{shard}}.arrow"
-DISTILLED_SCALE = f"{RESULTS}/distilled/latents/scale.safetensors"
-DISTILLED_LATENT_MANIFEST = f"{RESULTS}/distilled/latents/manifest.json"
-# Training state, and what must survive reruns, lives outside the outputs of rules: Snakemake deletes those when a job fails.
-STATE = f"{RESULTS}/state"
-# The augmentation study. Its results, and the record of the one time that it read the test split, are in the report.
-DESIGN = f"{RESULTS}/augmentation/design.json"
-SAMPLES = f"{RESULTS}/augmentation/samples.parquet"
-REDUCED = f"{RESULTS}/augmentation/images.arrow"
-CLASSIFIERS = f"{RESULTS}/augmentation/classifiers/{{job}}.safetensors"
-VALIDATION = f"{RESULTS}/augmentation/classifiers/{{job}}.parquet"
-AUGMENT_PREDICTIONS = f"{RESULTS}/augmentation/predictions.parquet"
-AUGMENT_REPORTS = {"augmentation": f"{RESULTS}/augmentation/results.json", "opened": f"{RESULTS}/augmentation/test-opened.json"} if STUDY.augment.target else {}
-OPENINGS = f"{STATE}/augmentation/openings.jsonl"
-# What generator seeds beyond the released cohort draw, for the augmentation study alone.
-GENERATOR = f"{RESULTS}/augmentation/generator-{{generator}}"
-GENERATOR_FILES = {
-    name: f"{GENERATOR}/{file}"
-    for name, file in (
-        ("plan", "plan.parquet"),
-        ("generated", "generated/shard-{shard}.arrow"),
-        ("filtered", "filtered/shard-{shard}.arrow"),
-        ("decisions", "decisions/shard-{shard}.parquet"),
-        ("diffusion", "diffusion/model.safetensors"),
-        ("diffusion_card", "diffusion/card.json"),
-        ("history", "diffusion/history.parquet"),
+# Made of a sealed release on request, beside it.
+WEBDATASET_SHARD = f"{RESULTS}/exports/webdataset/shard-{{shard}}.tar"
+WEBDATASET = [f"{RESULTS}/exports/webdataset/{name}" for name in ("manifest.parquet", "README.md", "SHA256SUMS")]
+MODEL_RELEASE = [
+    f"{RESULTS}/model-release/{name}"
+    for name in (
+        "README.md",
+        "SHA256SUMS",
+        "config.json",
+        *(f"{kind}/{file}" for kind in ("autoencoder", "diffusion") for file in NETWORK),
     )
-}
+]
+REQUESTED = [
+    *(WEBDATASET if "webdataset" in STUDY.release.exports else []),
+    *(MODEL_RELEASE if STUDY.release.models else []),
+]
+REGENERATED_SHARD = f"{RESULTS}/comparison/shard-{{shard}}.json"
+# The first model's cohort, where there is a second, and what it was found to be, shown beside the second one's.
+TEACHER = f"{RESULTS}/teacher"
+TEACHER_REPORTS = (
+    [f"{TEACHER}/privacy/report.json", f"{TEACHER}/evaluation/metrics.json"] if STUDY.second_model.subjects else []
+)
+# Training state, and what must survive reruns, lies outside the outputs of rules: Snakemake deletes those when a job
+# fails.
+STATE = f"{RESULTS}/state"
+# The downstream study. Its results, and the record of the one time that it read the test split, are in the report.
+DOWNSTREAM = f"{RESULTS}/augmentation"
+DOWNSTREAM_RESULTS = (
+    [f"{DOWNSTREAM}/{name}" for name in ("results.json", "test-opened.json")] if STUDY.downstream.target else []
+)
 
 
 def shard_names(count):
@@ -227,15 +212,20 @@ wildcard_constraints:
 VOXELS = math.prod(STUDY.preprocess.shape)
 # Attempts up to which requests grow; a training that is preempted twenty times must not ask for 3000 times the memory.
 MOST_GROWTH = 4
-# Bytes per voxel that the copy detectors need for as many images as they look at together, and a shard that is drawn as well.
+# Bytes per voxel that the copy detectors need for as many images as they look at together, and a shard that is drawn as
+# well.
 DETECTING = BYTES_PER_VALUE * batch_size(STUDY.preprocess.shape)
 DRAWING_AND_DETECTING = max(DETECTING, 600 * STUDY.generate.batch_size)
 GPUS = 0 if STUDY.compute.device == "cpu" else STUDY.compute.devices
 
 
 def memory(base_mb, bytes_per_voxel=0, images=1):
-    """mem_mb of a job: a base for Python and its libraries plus bytes per voxel of the images it holds; half as much again at attempts 2 to 4."""
-    return lambda wildcards, attempt: int((base_mb + bytes_per_voxel * images * VOXELS / 2**20) * 1.5 ** (min(attempt, MOST_GROWTH) - 1))
+    """mem_mb of a job: a base for Python and its libraries plus bytes per voxel of the images it holds; half as much
+    again at attempts 2 to 4.
+    """
+    return lambda wildcards, attempt: int(
+        (base_mb + bytes_per_voxel * images * VOXELS / 2**20) * 1.5 ** (min(attempt, MOST_GROWTH) - 1)
+    )
 
 
 def minutes(value):
@@ -244,23 +234,62 @@ def minutes(value):
 
 
 def passing(kind, path):
-    """The output of a stage whose shards are deleted when nobody needs them any more, where the study says so (storage.temporary)."""
+    """The output of a stage whose shards are deleted when nobody needs them any more, where the study says so
+    (storage.temporary).
+    """
     return temp(path) if kind in STUDY.storage.temporary else path
 
 
 def lasting(path):
-    """An output that a later run must not replace by itself (storage.protect): Snakemake deletes outputs before it makes them again."""
+    """An output that a later run must not replace by itself (storage.protect): Snakemake deletes outputs before it
+    makes them again.
+    """
     return protected(path) if STUDY.storage.protect else path
 
 
-def repeat(option, files):
-    """The same command-line option once per file."""
-    return " ".join(f"{option} {file}" for file in files)
+def arguments(step, extra, wildcards, input, output):
+    """`--name value` for every named input and output of a job of `step`, and for what `extra` adds.
+
+    A name is that of the step's option; a list is given one by one, but for the files of a folder (`core.folders`),
+    which are given as the folder.  Inputs whose names begin with `after` are only waited for, and outputs `also` lie
+    beside another.
+    """
+    words = []
+
+    def add(name, value):
+        several = [value] if isinstance(value, (str, Path, int)) else list(value)
+        files = folders_of(step).get(name)
+        if several and files:
+            several = [several[0].removesuffix(files[0]).rstrip("/")]
+        words.extend(f"--{name.replace('_', '-')} {one}" for one in several)
+
+    for name, value in [*input.items(), *output.items()]:
+        if not name.startswith(("after", "also")):
+            add(name, value)
+    for name, value in extra.items():
+        add(name, value(wildcards) if callable(value) else value)
+    return " ".join(words)
 
 
-def options(files, names):
-    """--name FILE for each of `names` among a rule's input."""
-    return " ".join(f"--{name.replace('_', '-')} {files[name]}" for name in names)
+def run_step(step, study=STUDY, **extra):
+    """What a job of a step is given: its frozen config, the digest of the code that it reaches, and its options."""
+    frozen = settings(step, study)
+    return {
+        "step": step,
+        "config": frozen,
+        "code": code_digest(step, json.loads(Path(frozen).read_text())),
+        "options": partial(arguments, step, extra),
+    }
+
+
+def BY_SHARD(wildcards):
+    """Of a job, the shard that its step is asked for."""
+    return wildcards.shard
+
+
+# What every step is run by.
+STEP = "python -m meddiff_steps {params.step} --config {params.config} {params.options} 2>&1 | tee {log}"
+STEP_WITH_THREADS = STEP.replace(" 2>&1", " --threads {threads} 2>&1")
 
 
 def enlarged_group():
@@ -271,10 +300,18 @@ def enlarged_group():
         raise WorkflowError(f"--config count={MORE_SUBJECTS}: {error}") from None
 
 
+def more_subjects():
+    """What `count` adds to the command that makes a shard of a release again."""
+    return f"--count {enlarged_group().subjects} --group {enlarged_group().name}" if MORE_SUBJECTS is not None else ""
+
+
 def made_again(wildcards):
     """Comparisons of all shards of the release."""
     if not SEALED:
-        raise WorkflowError("Which release? Give --config release=FOLDER, its root, and models=FOLDER, where autoencoder/ and diffusion/ lie.")
+        raise WorkflowError(
+            "Which release? Give --config sealed=FOLDER, its root, and models=FOLDER, where autoencoder/ and diffusion/"
+            " lie."
+        )
     if MORE_SUBJECTS is not None:
         return expand(REGENERATED_SHARD, shard=shard_names(plan_shards([enlarged_group()], STUDY.generate.shard_size)))
     ledger = json.loads(Path(SEALED, "provenance", "root.json").read_text())["ledger"]
@@ -282,27 +319,41 @@ def made_again(wildcards):
 
 
 def cohort_problem():
-    """What is wrong with where the scans should be, in words; None if nothing is, or if they are fetched or were read already."""
+    """What is wrong with where the scans should be, in words; None if nothing is, or if they are fetched or were read
+    already.
+    """
     source = STUDY.cohort
     named = {"bids": "root", "table": "table"}.get(source.source)
-    if SEALED or named is None or STUDY.storage.cohort or Path(MANIFEST).exists() or Path(getattr(source, named)).exists():
+    if (
+        SEALED
+        or named is None
+        or STUDY.storage.cohort
+        or Path(MANIFEST).exists()
+        or Path(getattr(source, named)).exists()
+    ):
         return None
-    return f"cohort.{named}: {getattr(source, named)} is not there. Relative paths start at the working directory, {Path.cwd()}."
+    where = getattr(source, named)
+    return f"cohort.{named}: {where} is not there. Relative paths start at the working directory, {Path.cwd()}."
 
 
 def tables(files, made):
     """Tables of the user's that a rule reads, where they are there.
 
-    Once the rule's output `made` is, they always count: without them Snakemake takes it as it is, where a shorter list would make it again.
+    Once the rule's output `made` is, they always count: without them Snakemake takes it as it is, where a shorter list
+    would make it again.
     """
     return [file for file in files if Path(file).exists() or Path(made).exists()]
 
 
 def cohort_tables():
-    """What says who the subjects are. A fetched cohort is watched where it comes from; sub-*_sessions.tsv are too many."""
+    """What says who the subjects are. A fetched cohort is watched where it comes from; sub-*_sessions.tsv are too
+    many.
+    """
     if STUDY.storage.cohort or STUDY.cohort.source == "simulated":
         return []
-    return tables([STUDY.cohort.table if STUDY.cohort.source == "table" else f"{STUDY.cohort.root}/participants.tsv"], MANIFEST)
+    return tables(
+        [STUDY.cohort.table if STUDY.cohort.source == "table" else f"{STUDY.cohort.root}/participants.tsv"], MANIFEST
+    )
 
 
 # A plan can be made without the scans, a run cannot.

@@ -4,9 +4,7 @@ rule diffusion:
         latents=expand(LATENTS, shard=COHORT_SHARDS),
         scale=LATENT_SCALE,
     output:
-        weights=lasting(DIFFUSION),
-        card=DIFFUSION_CARD,
-        history=DIFFUSION_HISTORY,
+        out=[*map(lasting, DIFFUSION[:1]), *DIFFUSION[1:], f"{RESULTS}/diffusion/history.parquet"],
     log:
         f"{RESULTS}/logs/diffusion.log",
     benchmark:
@@ -20,12 +18,8 @@ rule diffusion:
         gpu=GPUS,
         nodes=1,  # a process per GPU, all started by one command
     params:
-        config=settings("diffusion"),
-        code=code_digest("diffusion"),
-        latents=lambda wildcards, input: repeat("--latents", input.latents),
-        state=f"{STATE}/diffusion",
+        **run_step("diffusion", state=f"{STATE}/diffusion"),
     message:
         "Training the latent diffusion model"
     shell:
-        "python -m meddiff_steps diffusion --config {params.config} --manifest {input.manifest} {params.latents} --scale {input.scale} "
-        "--weights {output.weights} --card {output.card} --history {output.history} --state {params.state} --threads {threads} 2>&1 | tee {log}"
+        STEP_WITH_THREADS

@@ -6,8 +6,7 @@ if STUDY.segmentation:
             qc=QC,
             images=COHORT_IMAGES,
         output:
-            weights=SEGMENTER_FILES["segmenter"],
-            card=SEGMENTER_FILES["segmenter_card"],
+            out=SEGMENTER,
         log:
             f"{RESULTS}/logs/segmenter.log",
         benchmark:
@@ -20,30 +19,25 @@ if STUDY.segmentation:
             runtime=minutes(480),
             gpu=min(GPUS, 1),
         params:
-            config=settings("segmenter"),
-            code=code_digest("segmenter"),
-            images=lambda wildcards, input: repeat("--images", input.images),
+            **run_step("segmenter"),
         message:
             "Training the segmenter that measures volumes"
         shell:
-            "python -m meddiff_steps segmenter --config {params.config} --manifest {input.manifest} --qc {input.qc} {params.images} "
-            "--weights {output.weights} --card {output.card} --threads {threads} 2>&1 | tee {log}"
+            STEP_WITH_THREADS
 
 
-rule measure:
+rule evaluate:
     input:
-        **EMBEDDER_FILES,
-        **SEGMENTER_FILES,
         manifest=MANIFEST,
         images=COHORT_IMAGES,
         generated=expand(FILTERED, shard=PLAN_SHARDS),
         plan=PLAN,
         reconstructions=RECONSTRUCTIONS,
-        networks=[network.weights for network in STUDY.evaluate.features],
+        embedder=EMBEDDER,
+        segmenter=SEGMENTER,
+        after_networks=[network.weights for network in STUDY.evaluate.features],
     output:
-        metrics=report(METRICS, caption="../workflow/report/metrics.rst", category="Figures"),
-        predictions=PREDICTIONS,
-        components=COMPONENTS,
+        out=[report(METRICS, caption="../workflow/report/metrics.rst", category="Figures"), *EVALUATION[1:]],
     log:
         f"{RESULTS}/logs/evaluate.log",
     benchmark:
@@ -55,29 +49,27 @@ rule measure:
         mem_mb=memory(6000),
         runtime=minutes(120),
     params:
-        config=settings("evaluate"),
-        code=code_digest("evaluate"),
-        images=lambda wildcards, input: repeat("--images", input.images),
-        generated=lambda wildcards, input: repeat("--generated", input.generated),
-        instruments=lambda wildcards, input: options(input, EMBEDDER_FILES | SEGMENTER_FILES),
+        **run_step("evaluate"),
     message:
         "Measuring covariate fidelity, realism, diversity and sharpness"
     shell:
-        "python -m meddiff_steps evaluate --config {params.config} --manifest {input.manifest} {params.images} {params.generated} "
-        "--plan {input.plan} --reconstructions {input.reconstructions} {params.instruments} --out {output.metrics} --predictions {output.predictions} "
-        "--components {output.components} 2>&1 | tee {log}"
+        STEP
 
 
-rule compare_samplers:
+rule sampler_study:
     input:
-        **AUTOENCODER_FILES,
-        **DIFFUSION_FILES,
         manifest=MANIFEST,
         images=COHORT_IMAGES,
         plan=PLAN,
+        autoencoder=AUTOENCODER,
+        diffusion=RELEASED_MODEL,
     output:
-        results=report(SAMPLER_STUDY, caption="../workflow/report/sampler_study.rst", category="Figures"),
-        figure=report(SAMPLER_FIGURE, caption="../workflow/report/sampler_study.rst", category="Figures"),
+        out=report(
+            f"{RESULTS}/sampler_study/results.json", caption="../workflow/report/sampler_study.rst", category="Figures"
+        ),
+        figure=report(
+            f"{RESULTS}/sampler_study/figure.png", caption="../workflow/report/sampler_study.rst", category="Figures"
+        ),
     log:
         f"{RESULTS}/logs/sampler_study.log",
     benchmark:
@@ -90,12 +82,8 @@ rule compare_samplers:
         runtime=minutes(480),
         gpu=min(GPUS, 1),
     params:
-        config=settings("sampler_study"),
-        code=code_digest("sampler_study"),
-        images=lambda wildcards, input: repeat("--images", input.images),
-        models=lambda wildcards, input: options(input, AUTOENCODER_FILES | DIFFUSION_FILES),
+        **run_step("sampler_study"),
     message:
         "Comparing samplers: quality against steps and seconds"
     shell:
-        "python -m meddiff_steps sampler_study --config {params.config} --manifest {input.manifest} {params.images} --plan {input.plan} "
-        "{params.models} --out {output.results} --figure {output.figure} --threads {threads} 2>&1 | tee {log}"
+        STEP_WITH_THREADS

@@ -1,4 +1,5 @@
-# What is made of a sealed release on request: copies for machine learning (release.exports) and its models (release.models).
+# What is made of a sealed release on request: copies for machine learning (release.exports) and its models
+# (release.models).
 
 
 rule export:
@@ -6,7 +7,7 @@ rule export:
         root=LEDGER,
         images=IMAGES,
     output:
-        WEBDATASET_SHARD,
+        out=WEBDATASET_SHARD,
     log:
         f"{RESULTS}/logs/export/{{shard}}.log",
     benchmark:
@@ -18,12 +19,11 @@ rule export:
         mem_mb=memory(1500, 16),
         runtime=minutes(60),
     params:
-        config=settings("export"),
-        code=code_digest("export"),
+        **run_step("export"),
     message:
         "Exporting the images of shard {wildcards.shard}"
     shell:
-        "python -m meddiff_steps export --config {params.config} --root {input.root} --images {input.images} --out {output} 2>&1 | tee {log}"
+        STEP
 
 
 rule export_index:
@@ -32,7 +32,8 @@ rule export_index:
         images=expand(IMAGES, shard=PLAN_SHARDS),
         tars=expand(WEBDATASET_SHARD, shard=PLAN_SHARDS),
     output:
-        **WEBDATASET_FILES,
+        out=WEBDATASET[0],
+        also=WEBDATASET[1:],
     log:
         f"{RESULTS}/logs/export_index.log",
     benchmark:
@@ -45,25 +46,22 @@ rule export_index:
         mem_mb=memory(2000),
         runtime=minutes(60),
     params:
-        config=settings("export_index"),
-        code=code_digest("export_index"),
-        images=lambda wildcards, input: repeat("--images", input.images),
-        tars=lambda wildcards, input: repeat("--tars", input.tars),
+        **run_step("export_index"),
     message:
         "Listing the export for machine learning"
     shell:
-        "python -m meddiff_steps export_index --config {params.config} --root {input.root} {params.images} {params.tars} "
-        "--out {output.manifest} 2>&1 | tee {log}"
+        STEP
 
 
 rule export_models:
     input:
-        **AUTOENCODER_FILES,
-        **DIFFUSION_FILES,
+        autoencoder=AUTOENCODER,
+        diffusion=RELEASED_MODEL,
         root=LEDGER,
         privacy=PRIVACY_REPORT,
     output:
-        **MODEL_RELEASE_FILES,
+        out=MODEL_RELEASE[0],
+        also=MODEL_RELEASE[1:],
     log:
         f"{RESULTS}/logs/export_models.log",
     benchmark:
@@ -76,10 +74,8 @@ rule export_models:
         mem_mb=memory(1500),
         runtime=minutes(30),
     params:
-        config=settings("export_models"),
-        code=code_digest("export_models"),
-        files=lambda wildcards, input: options(input, [*AUTOENCODER_FILES, *DIFFUSION_FILES, "root", "privacy"]),
+        **run_step("export_models"),
     message:
         "Packing the models of the release"
     shell:
-        "python -m meddiff_steps export_models --config {params.config} {params.files} --out {output.readme} 2>&1 | tee {log}"
+        STEP

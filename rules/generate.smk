@@ -1,9 +1,9 @@
 rule plan:
     input:
         manifest=MANIFEST,
-        tables=tables([group.table for group in STUDY.plan if group.table], PLAN),
+        after_tables=tables([group.table for group in STUDY.plan if group.table], PLAN),
     output:
-        PLAN,
+        out=PLAN,
     log:
         f"{RESULTS}/logs/plan.log",
     benchmark:
@@ -16,21 +16,20 @@ rule plan:
         mem_mb=memory(1500),
         runtime=minutes(30),
     params:
-        config=settings("plan"),
-        code=code_digest("plan"),
+        **run_step("plan"),
     message:
         "Planning the synthetic subjects"
     shell:
-        "python -m meddiff_steps plan --config {params.config} --manifest {input.manifest} --out {output} 2>&1 | tee {log}"
+        STEP
 
 
 rule generate:
     input:
-        **AUTOENCODER_FILES,
-        **DIFFUSION_FILES,
         plan=PLAN,
+        autoencoder=AUTOENCODER,
+        diffusion=RELEASED_MODEL,
     output:
-        passing("generated", GENERATED),
+        out=passing("generated", GENERATED),
     log:
         f"{RESULTS}/logs/generate/{{shard}}.log",
     benchmark:
@@ -43,11 +42,8 @@ rule generate:
         runtime=minutes(480),
         gpu=min(GPUS, 1),
     params:
-        config=settings("generate"),
-        code=code_digest("generate"),
-        models=lambda wildcards, input: options(input, AUTOENCODER_FILES | DIFFUSION_FILES),
+        **run_step("generate", shard=BY_SHARD),
     message:
         "Generating shard {wildcards.shard}"
     shell:
-        "python -m meddiff_steps generate --config {params.config} --plan {input.plan} --shard {wildcards.shard} "
-        "{params.models} --out {output} --threads {threads} 2>&1 | tee {log}"
+        STEP_WITH_THREADS

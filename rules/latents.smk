@@ -2,9 +2,8 @@ rule latents:
     input:
         images=PREPROCESSED,
         autoencoder=AUTOENCODER,
-        card=AUTOENCODER_CARD,
     output:
-        passing("latents", LATENTS),
+        out=passing("latents", LATENTS),
     log:
         f"{RESULTS}/logs/latents/{{shard}}.log",
     benchmark:
@@ -17,13 +16,11 @@ rule latents:
         runtime=minutes(240),
         gpu=min(GPUS, 1),
     params:
-        config=settings("latents"),
-        code=code_digest("latents"),
+        **run_step("latents"),
     message:
         "Encoding shard {wildcards.shard}"
     shell:
-        "python -m meddiff_steps latents --config {params.config} --images {input.images} --autoencoder {input.autoencoder} "
-        "--autoencoder-card {input.card} --out {output} --threads {threads} 2>&1 | tee {log}"
+        STEP_WITH_THREADS
 
 
 rule scale:
@@ -32,7 +29,7 @@ rule scale:
         latents=expand(LATENTS, shard=COHORT_SHARDS),
     output:
         scale=LATENT_SCALE,
-        manifest=LATENT_MANIFEST,
+        out=f"{RESULTS}/latents/manifest.json",
     log:
         f"{RESULTS}/logs/scale.log",
     benchmark:
@@ -45,10 +42,8 @@ rule scale:
         mem_mb=memory(1000),
         runtime=minutes(60),
     params:
-        config=settings("scale"),
-        code=code_digest("scale"),
-        latents=lambda wildcards, input: repeat("--latents", input.latents),
+        **run_step("scale"),
     message:
         "Measuring the scale of the latents"
     shell:
-        "python -m meddiff_steps scale --config {params.config} --manifest {input.manifest} {params.latents} --scale {output.scale} --out {output.manifest} 2>&1 | tee {log}"
+        STEP

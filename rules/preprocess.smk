@@ -1,8 +1,8 @@
 rule preprocess:
     input:
-        MANIFEST,
+        manifest=MANIFEST,
     output:
-        shard=PREPROCESSED,
+        out=PREPROCESSED,
         qc=QC_SHARD,
     log:
         f"{RESULTS}/logs/preprocess/{{shard}}.log",
@@ -15,20 +15,18 @@ rule preprocess:
         mem_mb=memory(2000, 64, 4),
         runtime=minutes(120),
     params:
-        config=settings("preprocess"),
-        code=code_digest("preprocess"),
+        **run_step("preprocess", shard=BY_SHARD),
     message:
         "Preprocessing shard {wildcards.shard}"
     shell:
-        "python -m meddiff_steps preprocess --config {params.config} --manifest {input} --shard {wildcards.shard} "
-        "--out {output.shard} --qc {output.qc} --threads {threads} 2>&1 | tee {log}"
+        STEP_WITH_THREADS
 
 
 rule quality:
     input:
-        expand(QC_SHARD, shard=COHORT_SHARDS),
+        qc=expand(QC_SHARD, shard=COHORT_SHARDS),
     output:
-        QC,
+        out=QC,
     log:
         f"{RESULTS}/logs/quality.log",
     benchmark:
@@ -41,10 +39,8 @@ rule quality:
         mem_mb=memory(1000),
         runtime=minutes(10),
     params:
-        config=settings("quality"),
-        code=code_digest("quality"),
-        qc=lambda wildcards, input: repeat("--qc", input),
+        **run_step("quality"),
     message:
         "Checking that enough scans could be preprocessed"
     shell:
-        "python -m meddiff_steps quality --config {params.config} {params.qc} --out {output} 2>&1 | tee {log}"
+        STEP

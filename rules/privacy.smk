@@ -3,8 +3,7 @@ rule embedder:
         manifest=MANIFEST,
         images=COHORT_IMAGES,
     output:
-        weights=EMBEDDER,
-        card=EMBEDDER_CARD,
+        out=EMBEDDER,
     log:
         f"{RESULTS}/logs/embedder.log",
     benchmark:
@@ -16,24 +15,23 @@ rule embedder:
         mem_mb=memory(2000, 40, STUDY.privacy.embedder.optimiser.batch_size),
         runtime=minutes(720),
     params:
-        config=settings("embedder"),
-        code=code_digest("embedder"),
-        images=lambda wildcards, input: repeat("--images", input.images),
+        **run_step("embedder"),
     message:
         "Training the copy detector"
     shell:
-        "python -m meddiff_steps embedder --config {params.config} --manifest {input.manifest} {params.images} "
-        "--weights {output.weights} --card {output.card} --threads {threads} 2>&1 | tee {log}"
+        STEP_WITH_THREADS
 
 
 rule calibrate:
     input:
-        **DETECTOR_FILES,
         manifest=MANIFEST,
         images=COHORT_IMAGES,
+        autoencoder=AUTOENCODER,
+        scale=LATENT_SCALE,
+        embedder=EMBEDDER,
     output:
         reference=REFERENCE,
-        card=CALIBRATION,
+        out=CALIBRATION,
     log:
         f"{RESULTS}/logs/calibrate.log",
     benchmark:
@@ -45,27 +43,25 @@ rule calibrate:
         mem_mb=memory(4000, DETECTING + 1200),  # and 20 scans, copied in 7 ways
         runtime=minutes(720),
     params:
-        config=settings("calibrate"),
-        code=code_digest("calibrate"),
-        images=lambda wildcards, input: repeat("--images", input.images),
-        detectors=lambda wildcards, input: options(input, DETECTOR_FILES),
+        **run_step("calibrate"),
     message:
         "Calibrating the copy detectors"
     shell:
-        "python -m meddiff_steps calibrate --config {params.config} --manifest {input.manifest} {params.images} {params.detectors} "
-        "--reference {output.reference} --out {output.card} --threads {threads} 2>&1 | tee {log}"
+        STEP_WITH_THREADS
 
 
 rule filter:
     input:
-        **DETECTOR_FILES,
-        **DIFFUSION_FILES,
         plan=PLAN,
         generated=GENERATED,
+        autoencoder=AUTOENCODER,
+        scale=LATENT_SCALE,
+        embedder=EMBEDDER,
+        diffusion=RELEASED_MODEL,
         reference=REFERENCE,
         calibration=CALIBRATION,
     output:
-        images=passing("filtered", FILTERED),
+        out=passing("filtered", FILTERED),
         decisions=DECISIONS_SHARD,
     log:
         f"{RESULTS}/logs/filter/{{shard}}.log",
@@ -79,33 +75,31 @@ rule filter:
         runtime=minutes(720),
         gpu=min(GPUS, 1),
     params:
-        config=settings("filter"),
-        code=code_digest("filter"),
-        # Not an input: every change of a scan makes `reference` anew. As inputs, 400 jobs x 128 shards were half of the time to plan.
-        images=repeat("--images", COHORT_IMAGES),
-        models=lambda wildcards, input: options(input, DETECTOR_FILES | DIFFUSION_FILES),
+        # Not an input: every change of a scan makes `reference` anew. As inputs, 400 jobs x 128 shards were half of the
+        # time to plan.
+        **run_step("filter", shard=BY_SHARD, images=COHORT_IMAGES),
     message:
         "Filtering shard {wildcards.shard}"
     shell:
-        "python -m meddiff_steps filter --config {params.config} --plan {input.plan} --shard {wildcards.shard} --generated {input.generated} "
-        "{params.images} {params.models} --reference {input.reference} --calibration {input.calibration} "
-        "--out {output.images} --decisions {output.decisions} --threads {threads} 2>&1 | tee {log}"
+        STEP_WITH_THREADS
 
 
 rule privacy:
     input:
-        **DETECTOR_FILES,
-        **DIFFUSION_FILES,
         manifest=MANIFEST,
         images=COHORT_IMAGES,
         plan=PLAN,
         generated=expand(GENERATED, shard=PLAN_SHARDS),
         filtered=expand(FILTERED, shard=PLAN_SHARDS),
         shard_decisions=expand(DECISIONS_SHARD, shard=PLAN_SHARDS),
+        autoencoder=AUTOENCODER,
+        scale=LATENT_SCALE,
+        embedder=EMBEDDER,
+        diffusion=RELEASED_MODEL,
         reference=REFERENCE,
         calibration=CALIBRATION,
     output:
-        report=PRIVACY_REPORT,
+        out=PRIVACY_REPORT,
         decisions=DECISIONS,
     log:
         f"{RESULTS}/logs/privacy.log",
@@ -118,18 +112,11 @@ rule privacy:
         mem_mb=memory(8000, DETECTING),
         runtime=minutes(720),
     params:
-        config=settings("privacy"),
-        code=code_digest("privacy"),
-        shards=lambda wildcards, input: " ".join(
-            repeat(f"--{name.replace('_', '-')}", input[name]) for name in ("images", "generated", "filtered", "shard_decisions")
-        ),
-        models=lambda wildcards, input: options(input, DETECTOR_FILES | DIFFUSION_FILES),
+        **run_step("privacy"),
     message:
         "Attacking the synthetic cohort"
     shell:
-        "python -m meddiff_steps privacy --config {params.config} --manifest {input.manifest} --plan {input.plan} {params.shards} {params.models} "
-        "--reference {input.reference} --calibration {input.calibration} --decisions {output.decisions} --out {output.report} "
-        "--threads {threads} 2>&1 | tee {log}"
+        STEP_WITH_THREADS
 
 
 rule gate:
@@ -138,7 +125,7 @@ rule gate:
         decisions=DECISIONS,
         plan=PLAN,
     output:
-        RELEASED,
+        out=RELEASED,
     log:
         f"{RESULTS}/logs/gate.log",
     benchmark:
@@ -151,13 +138,11 @@ rule gate:
         mem_mb=memory(1500),
         runtime=minutes(30),
     params:
-        config=settings("gate"),
-        code=code_digest("gate"),
+        **run_step("gate"),
     message:
         "Checking the privacy verdict"
     shell:
-        "python -m meddiff_steps gate --config {params.config} --report {input.report} --decisions {input.decisions} --plan {input.plan} "
-        "--out {output} 2>&1 | tee {log}"
+        STEP
 
 
 rule neighbours:
@@ -170,7 +155,7 @@ rule neighbours:
         reference=REFERENCE,
         calibration=CALIBRATION,
     output:
-        NEIGHBOURS,
+        out=NEIGHBOURS,
     log:
         f"{RESULTS}/logs/neighbours.log",
     benchmark:
@@ -183,11 +168,8 @@ rule neighbours:
         mem_mb=memory(3000),
         runtime=minutes(30),
     params:
-        config=settings("neighbours"),
-        code=code_digest("neighbours"),
-        shards=lambda wildcards, input: " ".join(repeat(f"--{name}", input[name]) for name in ("images", "filtered")),
+        **run_step("neighbours"),
     message:
         "Showing the released images nearest to training scans, for the owner of the cohort"
     shell:
-        "python -m meddiff_steps neighbours --config {params.config} --manifest {input.manifest} {params.shards} --plan {input.plan} "
-        "--decisions {input.decisions} --reference {input.reference} --calibration {input.calibration} --out {output} 2>&1 | tee {log}"
+        STEP

@@ -1,5 +1,5 @@
-# snakemake regenerate --config release=FOLDER models=FOLDER [count=NUMBER [group=NAME]]: a released cohort made again, shard by shard, and
-# compared; or one group of it with more subjects.
+# snakemake regenerate --config sealed=FOLDER models=FOLDER [count=NUMBER [group=NAME]]: a released cohort made again,
+# shard by shard, and compared; or one group of it with more subjects.
 if SEALED:
 
     rule regenerate_shard:
@@ -23,14 +23,14 @@ if SEALED:
             release=SEALED,
             models=SEALED_MODELS,
             out=f"{RESULTS}/release",
-            more="" if MORE_SUBJECTS is None else f"--count {enlarged_group().subjects} --group {enlarged_group().name}",
-            code=code_digest("regenerate"),
+            more=more_subjects(),
+            code=code_digest("regenerate", STUDY.model_dump(mode="json")),
         message:
             "Making shard {wildcards.shard} of a release again"
         # Images that differ (exit code 1) are counted when all shards are there.
         shell:
-            "(python -m meddiff_steps regenerate {params.release} --models {params.models} --shard {wildcards.shard} {params.more} "
-            "--out {params.out} --json {output} --threads {threads} || [ $? -eq 1 ]) 2>&1 | tee {log}"
+            "(python -m meddiff_steps regenerate {params.release} --models {params.models} --shard {wildcards.shard} "
+            "{params.more} --out {params.out} --json {output} --threads {threads} || [ $? -eq 1 ]) 2>&1 | tee {log}"
 
 
 rule regenerate:
@@ -40,7 +40,7 @@ rule regenerate:
         touch(f"{RESULTS}/same"),
     log:
         text=f"{RESULTS}/logs/regenerated.log",
-        json=REGENERATED,  # a log stays when the job fails, as this one does when an image differs
+        json=f"{RESULTS}/comparison.json",  # a log stays when the job fails, as this one does when an image differs
     benchmark:
         f"{RESULTS}/benchmarks/regenerated.tsv"
     localrule: True
@@ -51,7 +51,7 @@ rule regenerate:
         mem_mb=memory(1500),
         runtime=minutes(10),
     params:
-        shards=lambda wildcards, input: repeat("--shard", input.shards),
+        shards=lambda wildcards, input: " ".join(f"--shard {path}" for path in input.shards),
         code=code_digest("regenerated"),
     message:
         f"Comparing what was made again with the release; the images are in {RESULTS}/release"

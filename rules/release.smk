@@ -1,9 +1,9 @@
 rule images:
     input:
-        filtered=FILTERED,
+        generated=FILTERED,
         released=RELEASED,
     output:
-        IMAGES,
+        out=IMAGES,
     log:
         f"{RESULTS}/logs/images/{{shard}}.log",
     benchmark:
@@ -15,30 +15,28 @@ rule images:
         mem_mb=memory(1500, 64, 4),
         runtime=minutes(120),
     params:
-        config=settings("images"),
-        code=code_digest("images"),
-        release=RELEASE_ROOT,
+        **run_step("images", release=RELEASE_ROOT),
     message:
         "Writing the images of shard {wildcards.shard}"
     shell:
-        "python -m meddiff_steps images --config {params.config} --generated {input.filtered} --released {input.released} --release {params.release} --out {output} 2>&1 | tee {log}"
+        STEP
 
 
 rule describe:
     input:
         released=RELEASED,
-        report=PRIVACY_REPORT,
+        privacy=PRIVACY_REPORT,
         images=expand(IMAGES, shard=PLAN_SHARDS),
-        cohort_card=COHORT_CARD,
-        autoencoder_card=AUTOENCODER_CARD,
-        diffusion_card=DIFFUSION_FILES["diffusion_card"],
+        cohort=[COHORT_CARD],
+        autoencoder=AUTOENCODER[1:],
+        diffusion=RELEASED_MODEL[1:],
         metrics=METRICS,
     output:
-        RELEASE,
+        out=RELEASE,
     log:
-        f"{RESULTS}/logs/release.log",
+        f"{RESULTS}/logs/describe.log",
     benchmark:
-        f"{RESULTS}/benchmarks/release.tsv"
+        f"{RESULTS}/benchmarks/describe.tsv"
     localrule: True
     conda:
         "../envs/meddiff.yaml"
@@ -47,15 +45,11 @@ rule describe:
         mem_mb=memory(1500),
         runtime=minutes(30),
     params:
-        config=settings("release"),
-        code=code_digest("release"),
-        images=lambda wildcards, input: repeat("--images", input.images),
-        cards=lambda wildcards, input: options(input, ["cohort_card", "autoencoder_card", "diffusion_card"]),
+        **run_step("describe"),
     message:
         "Completing the released dataset"
     shell:
-        "python -m meddiff_steps release --config {params.config} --released {input.released} --privacy {input.report} {params.images} "
-        "{params.cards} --metrics {input.metrics} --out {output} 2>&1 | tee {log}"
+        STEP
 
 
 rule ledger:
@@ -65,11 +59,11 @@ rule ledger:
         privacy=PRIVACY_REPORT,
         calibration=CALIBRATION,
         images=expand(IMAGES, shard=PLAN_SHARDS),
-        autoencoder_card=AUTOENCODER_CARD,
-        diffusion_card=DIFFUSION_FILES["diffusion_card"],
+        autoencoder=AUTOENCODER[1:],
+        diffusion=RELEASED_MODEL[1:],
         description=RELEASE,
     output:
-        root=lasting(LEDGER),
+        out=lasting(LEDGER),
         private=PRIVATE_LEDGER,
     log:
         f"{RESULTS}/logs/ledger.log",
@@ -83,12 +77,8 @@ rule ledger:
         mem_mb=memory(2000),
         runtime=minutes(60),
     params:
-        config=settings("ledger"),
-        code=code_digest("ledger"),
-        images=lambda wildcards, input: repeat("--images", input.images),
-        files=lambda wildcards, input: options(input, ["plan", "decisions", "privacy", "calibration", "autoencoder_card", "diffusion_card", "description"]),
+        **run_step("ledger"),
     message:
         "Writing the ledger and sealing the release"
     shell:
-        "python -m meddiff_steps ledger --config {params.config} {params.files} {params.images} "
-        "--private {output.private} --out {output.root} 2>&1 | tee {log}"
+        STEP

@@ -51,7 +51,7 @@ INTERMEDIATE = (
     "generated/",
     "filtered/",
     "privacy/decisions",
-    "privacy/embedder",
+    "instruments/",
     "privacy/reference",
     "images/",
 )

@@ -6,7 +6,7 @@ import pytest
 from meddiff_steps import __version__
 from meddiff_steps.__main__ import STEPS
 from meddiff_steps.config import STAGES
-from meddiff_steps.core.code_digest import code_digest, imports_of
+from meddiff_steps.core.code_digest import code_digest, reached
 
 
 def meddiff(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -45,6 +45,29 @@ def test_every_stage_is_a_step(stage):
     assert stage in STEPS
 
 
-def test_the_code_digest_covers_what_a_step_imports():
-    assert "meddiff_steps.diffusion.samplers" in imports_of("meddiff_steps.synthesis.generate")
+def test_the_code_digest_covers_what_a_step_runs():
+    assert "meddiff_steps.diffusion.sampling:sample" in reached("generate")
     assert len({code_digest(step) for step in STAGES}) == len(STAGES)
+
+
+@pytest.mark.parametrize(
+    ("step", "key", "variant", "other"),
+    [
+        ("generate", "generate.sampler", "diffusion.samplers.dpmpp", "diffusion.samplers.heun"),
+        ("privacy", "privacy.detectors", "privacy.detectors.aligned", "privacy.detectors.latent"),
+        ("evaluate", "evaluate.metrics", "evaluation.realism.classifier_auc", "evaluation.realism.kid"),
+        ("evaluate", "evaluate.spaces", "instruments.feature_spaces.radiomics", "instruments.feature_spaces.random"),
+    ],
+)
+def test_the_code_digest_covers_the_variants_that_a_study_chooses(step, key, variant, other):
+    (section, name), chosen = key.split("."), variant.rpartition(".")[2]
+
+    def modules(step, choice):
+        return {item.partition(":")[0] for item in reached(step, {section: {name: choice}})}
+
+    many = name != "sampler"
+    found = modules(step, [chosen] if many else chosen)
+    assert f"meddiff_steps.{variant}" in found and f"meddiff_steps.{other}" not in found
+    if many:  # all of them, where a study leaves it open
+        assert {f"meddiff_steps.{variant}", f"meddiff_steps.{other}"} <= modules(step, None)
+    assert f"meddiff_steps.{variant}" not in modules("scale", [chosen] if many else chosen)

@@ -1,12 +1,16 @@
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from meddiff_steps import config
+from meddiff_steps.config.base import fields_of
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.registries import SAMPLERS
 
 ROOT = Path(__file__).parents[1]
 
@@ -87,7 +91,11 @@ def test_what_an_optimiser_leaves_out_keeps_the_default_of_its_network():
         ("diffusion.beta_start", 0.5, "beta_start"),
         ("diffusion", {"prediction_type": "epsilon", "zero_terminal_snr": True}, "zero_terminal_snr"),
         ("generate.sampler", "euler", "generate.sampler"),
-        ("generate.sampler", "flow", "prediction_type: flow"),
+        (
+            "generate.sampler",
+            "flow",
+            "generate.sampler: flow cannot sample a model with diffusion.prediction_type: v_pred",
+        ),
         ("generate.guidance_scale", -1, "guidance_scale"),
         ("plan", [], "plan"),
         ("plan.0.where", {"height": 3}, "no such covariate"),
@@ -100,8 +108,29 @@ def test_what_an_optimiser_leaves_out_keeps_the_default_of_its_network():
         ("cohort", {"source": "dicomweb"}, "cohort"),
         ("cohort", {"source": "bids"}, "cohort.root"),
         ("compute.devices", 0, "compute.devices"),
-        ("evaluate", {"features": [{"name": "random", "weights": "x.pt"}]}, "none of random, embedder, radiomics"),
+        ("evaluate", {"features": [{"name": "random", "weights": "x.pt"}]}, "none of random, radiomics, embedder"),
         ("evaluate", {"features": [{"name": "mine"}]}, "evaluate.features.0.weights"),
+        ("evaluate.metrics", ["fid"], "evaluate.metrics.0"),
+        ("privacy.detectors", [], "privacy.detectors"),
+        ("autoencoder.network", "vae", "autoencoder.network"),
+        ("stem", "haar", "stem: unknown key. Did you mean `autoencoder.stem`?"),
+        ("variants.variants", 4, "variants.variants: unknown key"),
+        ("preprocess.channels", {"image": {"path": "x"}}, "columns that shards already have"),
+        ("preprocess.channels", {"t2": {"path": "{subject}_T2w.nii.gz"}}, "found 'subject'"),
+        ("preprocess.channels", {"t2": {"path": "{subject_id_T2w.nii.gz"}}, "no path pattern"),
+        ("downstream.target", "age", "downstream.target: age is a number"),
+        ("downstream.groups", ["none"], "downstream.groups: the plan has no group none; it has ['syn']"),
+        ("storage.cohort", "s3://bucket/x", "storage.cohort: only a BIDS cohort is fetched"),
+        ("counterfactual.covariate", "height", "counterfactual.covariate: no such covariate"),
+        ("counterfactual", {"covariate": "age", "values": [150]}, "counterfactual.values: 150 is outside"),
+        ("counterfactual", {"covariate": "sex", "values": ["X"]}, "counterfactual.values: 'X' is not one of"),
+        ("counterfactual.values", [1], "set `covariate`"),
+        ("counterfactual", {"covariate": "age", "depth": 0}, "counterfactual.depth"),
+        ("augment", {"target": "sex"}, "augment.target: this key is now downstream.target (renamed in 0.2.0)"),
+        ("augmentation.variants", 4, "augmentation.variants: this key is now variants.count (renamed in 0.2.0)"),
+        ("distill", {"subjects": 9}, "distill.subjects: this key is now second_model.subjects (renamed in 0.2.0)"),
+        ("augment", None, "augment: this section is now downstream (renamed in 0.2.0)"),
+        ("release", "results/demo/release", "`--config sealed=FOLDER`"),
     ],
 )
 def test_a_bad_study_is_refused_with_the_key_and_the_reason(path, value, expected):
@@ -134,32 +163,237 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
         config.load_study(tmp_path)
 
 
-def test_freezing_is_content_addressed_and_narrow(tmp_path):
+def test_all_problems_of_a_study_are_told_at_once():
+    wrong = with_change("covariates.split", {"levels": ["a", "b"]}) | {
+        "augment": {"target": "sex", "seeds": 1},
+        "privacy": {"subgroup": "age"},
+    }
+    with pytest.raises(UserError) as caught:
+        config.parse_study(wrong, "study.yaml")
+    assert [line.strip().split(":")[0] for line in str(caught.value).splitlines()] == [
+        "study.yaml",
+        "augment.target",
+        "augment.seeds",
+        "downstream.seeds",
+    ]
+    wrong["augment"] = {"target": "sex"}
+    with pytest.raises(UserError, match=r"3 problem(?s:.*)split(?s:.*)privacy.subgroup: age is a number"):
+        config.parse_study(wrong, "study.yaml")
+
+
+# ------------------------------------------------------------------------------------------------- all keys
+
+
+def test_every_key_is_explained():
+    assert [".".join(keys) for keys, field in fields_of(config.Study) if not (field.description or "").strip()] == []
+
+
+def test_paths_and_texts_are_marked_where_they_are_declared():
+    assert {".".join(keys) for keys in config.PATH_KEYS} == {
+        "results",
+        "cohort.root",
+        "cohort.table",
+        "preprocess.brain_mask",
+        "preprocess.channels.*.path",
+        "autoencoder.perceptual.weights",
+        "plan.table",
+        "release.signing_key",
+        "evaluate.features.weights",
+        "segmentation.labels",
+    }
+    assert {"covariates.*.unit", "covariates.*.description", "release.card.ethics"} <= {
+        ".".join(keys) for keys in config.TEXT_KEYS
+    }
+
+
+def test_no_path_is_published():
+    channels = {"t2": {"path": "/data/{scan_id}_T2w.nii.gz"}}
+    study = config.parse_study(with_change("preprocess.channels", channels) | {"results": "/scratch"}, "a").model_dump(
+        mode="json"
+    )
+    shown = config.without_paths(study)
+    assert "/data" not in json.dumps(shown) and "/scratch" not in json.dumps(shown)
+    assert shown["preprocess"]["channels"]["t2"] == {"path": "(path)", "kind": "contrast", "required": True}
+    assert shown["preprocess"]["brain_mask"] is None
+    assert config.without_paths(shown) == shown
+
+
+def test_parsing_a_workflow_imports_nothing_heavy():
+    command = "import sys, meddiff_steps.config; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert not {"torch", "numpy", "pandas", "pyarrow", "monai"} & set(done.stdout.split())
+
+
+# --------------------------------------------------------------------------------------------------- stages
+
+
+def test_freezing_is_content_addressed(tmp_path):
     before = config.parse_study(MINIMAL, "a")
-    after = config.parse_study(with_change("generate.guidance_scale", 2.0), "b")
-    changed = {
+    assert config.freeze(before, None, tmp_path) == config.freeze(before, None, tmp_path)
+
+
+GENERATED = {"generate", "filter", "describe", "sampler_study", "showcase", "ledger"}
+DOWNSTREAM = {f"downstream_{name}" for name in ("design", "plan", "data", "train", "test")}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("title", "Another", {"neighbours", "describe", "report", "ledger"}),
+        ("covariates.age.description", "Age at scan", {"describe", "ledger"}),
+        (
+            "covariates.age.unit",
+            "years",
+            {"neighbours", "describe", "evaluate", "sampler_study", "showcase", "counterfactual", "report", "ledger"},
+        ),
+        ("generate.guidance_scale", 2.0, GENERATED),
+        ("generate.num_inference_steps", 20, set()),  # what the default sampler takes anyway
+        ("generate.num_inference_steps", 21, GENERATED),
+        ("variants.count", 2, {"autoencoder", "latents", "ledger"}),
+        ("preprocess.max_failed_share", 0.5, {"quality", "report", "ledger"}),
+        ("preprocess.channels", {"t2": {"path": "x"}}, {"preprocess", "report", "ledger"}),
+        ("privacy.detectors", ["aligned"], {"calibrate", "filter", "privacy", "ledger"}),
+        ("downstream.jobs", 3, {"downstream_train", "ledger"}),
+        ("downstream.seeds", 6, DOWNSTREAM | {"ledger"}),
+        ("counterfactual.depth", 0.5, {"counterfactual"}),
+        ("release.card", {"ethics": "Approved."}, {"describe", "ledger"}),
+        ("release.exports", ["webdataset"], set()),
+        ("storage.protect", False, set()),
+        ("results", "elsewhere", {"ledger"}),
+    ],
+)
+def test_what_runs_again_after_an_edit(tmp_path, path, value, expected):
+    before, after = config.parse_study(MINIMAL, "a"), config.parse_study(with_change(path, value), "b")
+    assert {
         stage
         for stage in config.STAGES
         if config.freeze(before, stage, tmp_path) != config.freeze(after, stage, tmp_path)
+    } == expected
+
+
+def test_every_key_reaches_a_stage_or_is_about_what_happens_beside_them(tmp_path):
+    """What no stage is given does nothing; only storage and requests for copies are the workflow's own."""
+    given = {entry for entries in config.STAGES.values() for entry in entries}
+    unread = {
+        f"{section}.{key}" if hasattr(field.annotation, "model_fields") else section
+        for section, field in config.Study.model_fields.items()
+        for key in getattr(field.annotation, "model_fields", [""])
+        if not {section, f"{section}.{key}"} & given
     }
-    assert changed == {stage for stage, sections in config.STAGES.items() if "generate" in sections}
-    assert "diffusion" not in changed
-    assert config.freeze(before, None, tmp_path) == config.freeze(before, None, tmp_path)
+    assert unread == {"release.exports", "release.models", *(f"storage.{key}" for key in config.Storage.model_fields)}
 
 
 @pytest.mark.parametrize("stage", config.STAGES)
 def test_a_stage_reads_its_sections_and_no_other(tmp_path, stage):
     study = config.parse_study(MINIMAL, "a")
     view = config.load_stage(config.freeze(study, stage, tmp_path), stage)
+    declared = [tuple(entry.split(".")) for entry in config.STAGES[stage]]
+    filled = config.parse_study(config.resolved(study.model_dump(mode="json")), "resolved")
     for name in config.Study.model_fields:
-        keys = [declared.partition(".")[2] for declared in config.STAGES[stage] if declared.partition(".")[0] == name]
-        if keys == [""]:
-            assert getattr(view, name) == getattr(study, name)
+        keys = [entry[1] for entry in declared if entry[0] == name and len(entry) == 2]
+        if name == "covariates" and (name,) in declared:
+            for covariate in view.covariates.values():
+                texts = {entry[2] for entry in declared if entry[:2] == (name, "*")}
+                assert texts & set(type(covariate).model_fields) == {"unit", "description"} & set(vars(covariate))
+        elif (name,) in declared:
+            assert getattr(view, name) == getattr(filled, name)
         elif keys:
-            assert vars(getattr(view, name)) == {key: getattr(getattr(study, name), key) for key in keys}
+            assert vars(getattr(view, name)) == {key: getattr(getattr(filled, name), key) for key in keys}
         else:
             with pytest.raises(AttributeError):
                 getattr(view, name)
+
+
+def test_texts_are_read_only_by_stages_that_name_them(tmp_path):
+    study = config.parse_study(with_change("covariates.age.description", "Age at scan"), "a")
+    given = config.load_stage(config.freeze(study, "describe", tmp_path), "describe").covariates["age"]
+    assert (given.unit, given.description) == ("year", "Age at scan")
+    withheld = config.load_stage(config.freeze(study, "diffusion", tmp_path), "diffusion").covariates["age"]
+    assert withheld.range == (0, 100) and not hasattr(withheld, "description") and not hasattr(withheld, "unit")
+
+
+def test_what_a_study_leaves_open_is_decided_when_it_is_frozen(tmp_path):
+    def steps(stage: str | None, **changes: object) -> dict[str, int]:
+        frozen = json.loads(config.freeze(config.parse_study(MINIMAL | changes, "a"), stage, tmp_path).read_text())
+        return {name: frozen[name]["num_inference_steps"] for name in ("generate", "counterfactual") if name in frozen}
+
+    assert steps("generate") == {"generate": 20}
+    assert steps(None) == {"generate": 20, "counterfactual": 75}
+    assert steps("ledger", generate={"sampler": "ddpm"}, diffusion={"num_train_timesteps": 500}) == {"generate": 500}
+    flow = {"diffusion": {"prediction_type": "flow"}, "generate": {"num_inference_steps": 7}}
+    assert steps("counterfactual", **flow) == {"counterfactual": 50}
+    assert steps(None, **flow) == {"generate": 7, "counterfactual": 50}
+
+
+def test_a_new_default_reruns_the_studies_that_left_it_open(tmp_path, monkeypatch):
+    left_open, given = (
+        config.parse_study(MINIMAL, "a"),
+        config.parse_study(with_change("generate.num_inference_steps", 20), "b"),
+    )
+
+    def frozen() -> list[list[Path]]:
+        return [
+            [config.freeze(study, stage, tmp_path) for stage in ("generate", "diffusion")]
+            for study in (left_open, given)
+        ]
+
+    before = frozen()
+    monkeypatch.setitem(SAMPLERS._entries, "dpmpp", SAMPLERS.entry("dpmpp") | {"default_steps": 25})
+    after = frozen()
+    assert after[1] == before[1]
+    assert after[0][0] != before[0][0] and after[0][1] == before[0][1]
+
+
+def test_the_published_study_says_what_each_stage_was_given(tmp_path):
+    """As the audit does it: from what is published, which is what `ledger` may read, every other part follows."""
+    raw = with_change("covariates.age.description", "Age at scan") | {
+        "title": "T",
+        "release": {"card": {"ethics": "Approved."}},
+    }
+    study = config.parse_study(raw, "a")
+    published = json.loads(config.freeze(study, "ledger", tmp_path).read_text())
+    for stage in config.STAGES.keys() - {"counterfactual"}:
+        given = json.loads(config.freeze(study, stage, tmp_path).read_text())
+        assert config.part_of(published, config.STAGES[stage]) == given
+
+
+# ------------------------------------------------------------------------------------------- earlier versions
+
+OLD = MINIMAL | {
+    "title": "Old",
+    "augmentation": {"variants": 4, "flip": True, "max_shift_voxels": 1},
+    "augment": {"target": "sex", "seeds": 3},
+    "distill": {"subjects": 50, "validation_share": 0.2},
+    "release": {"name": "Old"},
+}
+
+
+@pytest.mark.parametrize("version", ["0.1.0", "0.1.12"])
+def test_a_study_that_an_earlier_version_published_is_read_with_the_names_of_today(version):
+    content = copy.deepcopy(OLD)
+    study = config.parse_published(content, "config.json", version)
+    assert (study.variants.count, study.variants.flip, study.variants.max_shift_voxels) == (4, True, 1)
+    assert (study.downstream.target, study.downstream.seeds) == ("sex", 3)
+    assert (study.second_model.subjects, study.second_model.validation_share) == (50, 0.2)
+    assert content == OLD, "digests are of what was published"
+    assert config.parse_published(study.model_dump(mode="json"), "config.json", "0.2.0") == study
+
+
+def test_old_names_are_read_in_releases_of_old_versions_alone():
+    with pytest.raises(UserError, match=r"distill\.subjects: this key is now second_model\.subjects"):
+        config.parse_published(OLD, "config.json", "0.2.0")
+    with pytest.raises(UserError, match=r"augment\.target: this key is now"):
+        config.parse_published(OLD | {"downstream": {}}, "config.json", "0.1.0")
+
+
+def test_what_steps_of_earlier_versions_read_is_known():
+    old = config.stages_of("0.1.0")
+    assert old["autoencoder"] == ("seed", "augmentation", "autoencoder", "compute")
+    assert old["distill"] == ("seed", "covariates", "distill") and "second_model" not in old
+    content = {"seed": "s", "covariates": {"age": {"unit": "year", "description": "Age"}}, "distill": OLD["distill"]}
+    assert config.part_of(content, old["distill"], "0.1.0") == content, "with all texts"
+    assert config.part_of(content, ("covariates",)) == {"covariates": {"age": {"unit": "", "description": ""}}}
+    assert config.stages_of("0.2.0").items() >= config.STAGES.items()
 
 
 def test_numeric_levels_are_read_as_text():

@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from tiny_study import CONTRACT, ENVIRONMENT, LEAN, STUDY, digests, made_later, run, snakemake, whole_run
+from tiny_study import CONTRACT, ENVIRONMENT, LEAN, ROOT, STUDY, digests, made_later, run, snakemake, whole_run
 
 from meddiff_steps.config import load_study
 from meddiff_steps.imaging.shards import Shards
@@ -169,11 +170,13 @@ def test_a_study_is_estimated_to_cost_what_it_did(study):
             "release",
             {"licence": "CC-BY-4.0"},
             "describe",
-            {"cohort", "autoencoder", "diffusion", "generate", "measure", "images"},
+            {"cohort", "autoencoder", "diffusion", "generate", "evaluate", "images"},
         ),
     ],
 )
 def test_a_changed_setting_reruns_its_stage_and_nothing_before(study, section, change, first, untouched):
+    rules = "".join(path.read_text() for path in (ROOT / "rules").glob("*.smk"))
+    assert {first, *untouched} <= set(re.findall(r"^ *rule (\w+):", rules, re.M)), "names of today"
     original = (study / "study.yaml").read_text()
     try:
         (study / "study.yaml").write_text(yaml.safe_dump(STUDY | {section: STUDY[section] | change}))
@@ -185,18 +188,44 @@ def test_a_changed_setting_reruns_its_stage_and_nothing_before(study, section, c
     assert jobs & untouched == set()
 
 
+def test_counterfactuals_lie_on_the_scans_own_grids_and_touch_nothing_else(study, tmp_path, bids_report):
+    folder = Path(shutil.copytree(study, tmp_path / "copy"))
+    wanted = {"covariate": "brain_ml", "values": [900, 1400], "num_inference_steps": 8, "classifier_guidance": 0.5}
+    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY | {"counterfactual": wanted | {"interpolation_steps": 3}}))
+    manifest = pd.read_parquet(folder / "results/tiny/cohort/manifest.parquet")
+    scans = manifest[manifest["split"] == "test"].set_index("scan_id")["path"][:2]
+    said = run(folder, "counterfactual", "--config", f"counterfactual={{scans: [{', '.join(scans.index)}]}}")
+    assert "1 of 1 steps" in said
+    made = folder / "results/tiny/counterfactuals"
+    issues = bids_report(made)["issues"]["issues"]
+    assert [issue for issue in issues if issue["severity"] == "error"] == []
+    assert json.loads((made / "figures.json").read_text())["scans"] == list(scans.index)
+    kinds = ["brainml1400", "brainml1400Difference", "brainml900", "brainml900Difference", "returned"]
+    for name, path in scans.items():
+        real, images = nib.load(folder / path), list((made / name / "anat").glob("*.nii.gz"))
+        assert {image.name for image in images} == {f"{name}_desc-{kind}_T1w.nii.gz" for kind in kinds}
+        for image in map(nib.load, images):
+            assert image.shape == real.shape
+            np.testing.assert_allclose(image.affine, real.affine, atol=1e-5)
+        sources = json.loads((made / name / f"anat/{name}_desc-returned_T1w.json").read_text())["Sources"]
+        assert sources == [f"bids:raw:{name}/anat/{name}_T1w.nii.gz"]
+    before = digests(study)
+    assert {file: digest for file, digest in digests(folder).items() if file in before} == before
+    assert "Nothing to be done" in run(folder, "--dry-run")
+
+
 @pytest.mark.slow
-def test_a_distilled_model_learns_from_accepted_synthetic_images_alone(study, tmp_path):
+def test_a_second_model_learns_from_accepted_synthetic_images_alone(study, tmp_path):
     folder = Path(shutil.copytree(study, tmp_path / "copy"))
     (folder / "study.yaml").write_text(
-        yaml.safe_dump(STUDY | {"distill": {"subjects": 14}, "generate": STUDY["generate"] | {"shard_size": 22}})
+        yaml.safe_dump(STUDY | {"second_model": {"subjects": 14}, "generate": STUDY["generate"] | {"shard_size": 22}})
     )
     run(folder, "results/tiny/report.html")
     results = folder / "results/tiny"
-    manifest = pd.read_parquet(results / "distilled/manifest.parquet")
+    manifest = pd.read_parquet(results / "second_model/manifest.parquet")
     decisions = pd.read_parquet(results / "teacher/privacy/decisions.parquet")
     assert set(manifest["scan_id"]) == set(decisions.loc[decisions["decision"] != "rejected", "sample_id"])
-    card = json.loads((results / "distilled/diffusion/card.json").read_text())
+    card = json.loads((results / "second_model/diffusion/card.json").read_text())
     assert card["scans"]["train"] == (manifest["split"] == "train").sum()
     # The first model is as it was; what is released comes from the second.
     assert digests(folder)["diffusion/model.safetensors"] == digests(study)["diffusion/model.safetensors"]

@@ -54,3 +54,17 @@ def test_a_run_that_would_replace_what_is_protected_is_refused_before_it_starts(
         f"Write-protected output files for rule {'ledger' if 'root' in name else path.parent.name}"
         in done.stdout + done.stderr
     )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="of anybody but root Snakemake asks whether the file can be written")
+def test_root_is_refused_as_well(tmp_path):
+    """Root, which containers run as, can write what is read-only."""
+    path = tmp_path / "results/tiny/autoencoder/model.safetensors"
+    path.parent.mkdir(parents=True)
+    path.write_text("a week of work")
+    path.chmod(0o444)
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY | {"storage": {"protect": True}}))
+    done = subprocess.run(snakemake(tmp_path), env=ENVIRONMENT, capture_output=True, text=True, timeout=1200)
+    said = done.stdout + done.stderr
+    assert done.returncode != 0 and "autoencoder would replace" in said and "chmod u+w" in said
+    assert path.read_text() == "a week of work" and not (tmp_path / "results/tiny/cohort/manifest.parquet").exists()

@@ -23,7 +23,7 @@ STUDY: dict[str, Any] = {
     },
     "splits": {"train": 0.5, "val": 0.15, "calibration": 0.15, "test": 0.2},
     "preprocess": {"shape": [16, 24, 16], "spacing_mm": 10, "shards": 2},
-    "augmentation": {"variants": 2, "flip": True},
+    "variants": {"count": 2, "flip": True},
     "autoencoder": {
         "channels": [8, 16],
         "norm_num_groups": 4,

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from meddiff_steps import config
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json
 from meddiff_steps.provenance import ledger, lineage, merkle, verify
-from meddiff_steps.release import seal
+from meddiff_steps.release import seal, versions
 
 
 def find(release: Path, subject: str) -> tuple[int, bytes, ledger.Row, list[bytes]]:
@@ -225,7 +226,23 @@ def _leaves(a: Any, b: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
 
 def _config_differences(first: Path, second: Path) -> list[str]:
     configs = [read_json(release / seal.CONFIG) for release in (first, second)]
+    made = [_version(release) for release in (first, second)]
+    if made[0] != made[1]:  # keys had other names
+        configs = [_as_today(content, version) for content, version in zip(configs, made, strict=True)]
     return [f"config {key}: {json.dumps(x)} and {json.dumps(y)}" for key, x, y in _leaves(configs[0], configs[1], "")]
+
+
+def _version(release: Path) -> str:
+    software = read_json(release / seal.ROOT).get("software")
+    return versions.stated(software.get("version") if isinstance(software, dict) else None)
+
+
+def _as_today(content: dict[str, Any], version: str) -> dict[str, Any]:
+    """A published config with the names and defaults of this version, where it can be read."""
+    try:
+        return config.parse_published(content, seal.CONFIG, version).model_dump(mode="json")
+    except UserError:
+        return content
 
 
 def _code_differences(first: Path, second: Path) -> list[str]:
@@ -233,7 +250,7 @@ def _code_differences(first: Path, second: Path) -> list[str]:
     found: dict[str, list[dict[str, Any]]] = {}
     for side, release in enumerate((first, second)):
         for record in lineage.read_records(release / seal.RECORDS).values():
-            found.setdefault(record["step"], [{}, {}])[side] = {
+            found.setdefault(lineage.step_of(record), [{}, {}])[side] = {
                 "code": record["code"],
                 "environment": record["environment"],
             }

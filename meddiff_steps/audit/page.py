@@ -7,7 +7,7 @@ from importlib.resources import files
 
 from jinja2 import Environment
 
-from meddiff_steps.audit.audit import LEVELS, Report
+from meddiff_steps.audit.request import LEVELS, Report
 
 WHAT = (
     "The files of provenance/ can be read and have their form.",

@@ -11,16 +11,19 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
+from meddiff_steps import __version__
 from meddiff_steps.audit.reexecution import choose
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json, sha256_file
 from meddiff_steps.imaging import encoding
-from meddiff_steps.privacy.calibration import thresholds_of
-from meddiff_steps.privacy.detectors import score
+from meddiff_steps.privacy.calibration import Thresholds, thresholds_of
+from meddiff_steps.privacy.detectors.base import Detector, score
 from meddiff_steps.privacy.reference import ReferenceFiles, load_detectors
 from meddiff_steps.privacy.size import batch_size
 from meddiff_steps.provenance import verify
+from meddiff_steps.provenance.ledger import Row
 from meddiff_steps.provenance.verify import Check
+from meddiff_steps.release import versions
 from meddiff_steps.release.sealed import Sealed
 
 #: Similarity by which a released image, rounded to whole numbers, may exceed the limit that its unrounded self was held
@@ -32,58 +35,84 @@ def check_privacy(release: Sealed, results: Path, sample: int, seed: str) -> Ite
     """Score `sample` released images, drawn by `seed`, against all training scans of a study's folder, and hold them to
     its limits.
     """
-    study = release.study
-    assert study is not None
     rows = choose(list(release.released()), sample, seed, "privacy")
     if not rows:
         yield Check(7, "images", "not run", "nothing was released")
         return
-    stale = [
-        path
-        for path, digest in release.root["inputs"].items()
-        if verify.safe(path) and (results / path).is_file() and sha256_file(results / path) != digest
-    ]
+    stale = _stale(release, results)
     if stale:
-        yield Check(
-            7,
-            "inputs",
-            "finding",
-            f"{len(stale)} file(s) of {results} are not those that the ledger was made from",
-            sorted(stale)[:5],
-        )
+        text = f"{len(stale)} file(s) of {results} are not those that the ledger was made from"
+        yield Check(7, "inputs", "finding", text, stale[:5])
     else:
         yield from _check_report(release, results)
     try:
+        with versions.explained(release.version, "to compare with scans again"):
+            yield _check_images(release, rows, results)
+    except versions.OtherVersion as error:
+        yield Check(7, "images", "not run", str(error))
+
+
+def _stale(release: Sealed, results: Path) -> list[str]:
+    """Inputs of the ledger that are other files in the study's folder."""
+    return sorted(
+        path
+        for path, digest in release.root["inputs"].items()
+        if verify.safe(path) and (results / path).is_file() and sha256_file(results / path) != digest
+    )
+
+
+def _check_images(release: Sealed, rows: list[Row], results: Path) -> Check:
+    try:
         calibration = read_json(results / "privacy/calibration.json")
         thresholds = thresholds_of(calibration)
-        detectors = load_detectors(_files(results), load_file(results / "privacy/reference.safetensors"))
-    except (UserError, OSError, KeyError) as error:
-        yield Check(7, "images", "not run", f"{results} lacks what the filter used ({error})")
-        return
-    if thresholds is None:
-        yield Check(
-            7,
-            "images",
-            "not run",
-            f"too few unseen subjects for limits ({calibration['subjects']} of {calibration.get('needed')})",
+        detectors = load_detectors(
+            _files(results), load_file(results / "privacy/reference.safetensors"), calibration["detectors"]
         )
-        return
+    except (UserError, OSError, KeyError) as error:
+        advice = "" if not release.is_other else f"; {versions.advice(release.version, 'to compare with scans again')}"
+        return Check(7, "images", "not run", f"{results} lacks what the filter used ({error}){advice}")
+    if thresholds is None:
+        needed = f"{calibration['subjects']} of {calibration.get('needed')}"
+        return Check(7, "images", "not run", f"too few unseen subjects for limits ({needed})")
+    try:
+        images = _images(release, rows)
+    except encoding.Undecodable as error:
+        return Check(7, "images", "finding", f"an image cannot be decoded ({error})")
+    near = _too_near(release, rows, _similarities(detectors, images), thresholds)
+    if not near:
+        allowed = "1 detector allows" if len(detectors) == 1 else f"{len(detectors)} detectors allow"
+        text = f"none of {len(rows)} released images is nearer to a training scan than {allowed}"
+        return Check(7, "images", "pass", text)
+    text = f"{len(near)} of {len(rows)} released images are nearer to a training scan than allowed"
+    if release.is_other:  # limits are of one version's detectors
+        advice = versions.advice(release.version, "to compare with the detectors that its limits are of")
+        return Check(7, "images", "note", f"{text}, by the detectors of version {__version__}; {advice}", near[:5])
+    return Check(7, "images", "finding", text, near[:5])
+
+
+def _images(release: Sealed, rows: list[Row]) -> torch.Tensor:
+    """Released images, float32 (n, 1, *spatial) in [0, 1]."""
+    study = release.study
+    assert study is not None
     scale = encoding.VOLUME_SCALE if study.spatial_dims == 3 else encoding.PICTURE_SCALE
     grid = encoding.Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
-    try:
-        stored = [encoding.decode(release.folder / row["image"]["path"], grid).stored for row in rows]
-    except encoding.Undecodable as error:
-        yield Check(7, "images", "finding", f"an image cannot be decoded ({error})")
-        return
-    stack = np.stack(stored).astype(np.float32)[:, None] / scale
-    size = batch_size(stack.shape[1:])
-    parts = [score(detectors, torch.from_numpy(stack[start : start + size]))[0] for start in range(0, len(stack), size)]
-    similarity = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    subgroup = study.privacy.subgroup
-    groups = [str(row["covariates"][subgroup]) if subgroup else "all" for row in rows]
+    stored = [encoding.decode(release.folder / row["image"]["path"], grid).stored for row in rows]
+    return torch.from_numpy(np.stack(stored).astype(np.float32)[:, None] / scale)
+
+
+def _similarities(detectors: list[Detector], images: torch.Tensor) -> dict[str, np.ndarray]:
+    """By detector, the similarity of each image to its nearest training scan."""
+    parts = [score(detectors, part)[0] for part in images.split(batch_size(images.shape[1:]))]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _too_near(release: Sealed, rows: list[Row], similarity: dict[str, np.ndarray], thresholds: Thresholds) -> list[str]:
+    study = release.study
+    assert study is not None
     near = []
     for i, row in enumerate(rows):
-        limits = thresholds.groups.get(groups[i], thresholds.overall)
+        group = str(row["covariates"][study.privacy.subgroup]) if study.privacy.subgroup else "all"
+        limits = thresholds.groups.get(group, thresholds.overall)
         over = [
             f"{name} {similarity[name][i]:.4f} > {limits[name]:.4f}"
             for name in similarity
@@ -91,21 +120,7 @@ def check_privacy(release: Sealed, results: Path, sample: int, seed: str) -> Ite
         ]
         if over:
             near.append(f"{row['sample_id']}: {', '.join(over)}")
-    if near:
-        yield Check(
-            7,
-            "images",
-            "finding",
-            f"{len(near)} of {len(rows)} released images are nearer to a training scan than allowed",
-            near[:5],
-        )
-    else:
-        yield Check(
-            7,
-            "images",
-            "pass",
-            f"none of {len(rows)} released images is nearer to a training scan than {len(similarity)} detectors allow",
-        )
+    return near
 
 
 def _check_report(release: Sealed, results: Path) -> Iterator[Check]:
@@ -129,12 +144,9 @@ def _check_report(release: Sealed, results: Path) -> Iterator[Check]:
 
 
 def _files(results: Path) -> ReferenceFiles:
-    privacy = results / "privacy"
     return ReferenceFiles(
         sorted((results / "preprocessed").glob("shard-*.arrow")),
-        results / "autoencoder/model.safetensors",
-        results / "autoencoder/card.json",
+        results / "autoencoder",
         results / "latents/scale.safetensors",
-        privacy / "embedder.safetensors",
-        privacy / "embedder.json",
+        results / "instruments/embedder",
     )

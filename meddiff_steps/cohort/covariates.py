@@ -181,7 +181,10 @@ class _Number:
 
     def __init__(self, covariate: ContinuousCovariate) -> None:
         self.low, self.high = covariate.range
-        self.expected = f"expected a number within [{self.low:g}, {self.high:g}] {covariate.unit}".rstrip()
+        # Units are texts, which stages that only check and use values are not given.
+        self.expected = (
+            f"expected a number within [{self.low:g}, {self.high:g}] {getattr(covariate, 'unit', '')}".rstrip()
+        )
 
     def __call__(self, text: str) -> float:
         if is_null(text):
@@ -407,6 +410,7 @@ class CovariateEncoding:
                 name, kind = fields.pop("name"), fields.pop("kind")
                 if kind == "continuous":
                     means[name], stds[name] = float(fields.pop("mean")), float(fields.pop("std"))
+                    fields.setdefault("unit", "")  # a text, which the step that trains is not given
                 declared[name] = KINDS[kind].model_validate(fields)
         except (KeyError, TypeError, ValueError, ValidationError) as error:
             raise UserError(

@@ -65,8 +65,9 @@ def resolve(compute: Compute) -> tuple[str, Literal["32-true", "bf16-mixed"]]:
 def launched_by() -> tuple[ClusterEnvironment, int, int]:
     """Who starts the processes of a training, how many there are (0: not started yet), and on how many nodes.
 
-    `torchrun` or `srun --ntasks-per-node N`, if one of them did; otherwise this process starts the others. Lightning alone would take
-    the single task that Snakemake runs in a job of Slurm for one of a set that never comes, and train on one GPU of several.
+    `torchrun` or `srun --ntasks-per-node N`, if one of them did; otherwise this process starts the others. Lightning
+    alone would take the single task that Snakemake runs in a job of Slurm for one of a set that never comes, and train
+    on one GPU of several.
     """
     from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
@@ -146,7 +147,9 @@ def channels_last(spatial_dims: int) -> torch.memory_format:
 
 
 def to_device(array: np.ndarray, fabric: Fabric) -> Tensor:
-    """`array` on the device; to a GPU by way of pinned memory, so that nobody waits for what the GPU still has to do."""
+    """`array` on the device; to a GPU by way of pinned memory, so that nobody waits for what the GPU still has
+    to do.
+    """
     tensor = torch.from_numpy(array)
     return (
         tensor.pin_memory().to(fabric.device, non_blocking=True)

@@ -1,4 +1,6 @@
-"""Canonical JSON (RFC 8785): equal values give equal bytes, in this program and in any other that follows the standard."""
+"""Canonical JSON (RFC 8785): equal values give equal bytes, in this program and in any other that follows the
+standard.
+"""
 
 from __future__ import annotations
 

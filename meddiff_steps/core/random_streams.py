@@ -7,8 +7,12 @@ many subjects are asked for.  Streams in use:
     the initial noise of a sample;
 `steps/0`, `steps/1`, ...
     the noise that a stochastic sampler adds after its first, second, ... network evaluation;
+`decoder`
+    the noise of a first stage that draws what latents leave open;
 `covariates/0`, `covariates/1`, ...
     blocks of candidates for the covariates of a planned subject.
+
+Trainings draw from `step_generator`, whose streams are named by purpose and step; evaluations from `philox`, by label.
 
 Keys go into NumPy's Philox, never into `torch.manual_seed`: the CPU generator of torch keeps 32 bits of its seed,
 so that among 100,000 subjects two would probably share their noise, and the CUDA generator depends on the GPU model.

@@ -1,4 +1,4 @@
-"""Identity of weights, read from their file without torch."""
+"""What weights are: a digest that no order of tensors and no metadata changes."""
 
 from __future__ import annotations
 
@@ -17,15 +17,13 @@ _TORCH_NAMES = {
     "I32": "int32",
     "I16": "int16",
     "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
 
 
-_TORCH_NAMES |= {"U8": "uint8", "BOOL": "bool"}
-
-
 def safetensors_digest(path: Path) -> str:
-    """Identity of the weights in a file, read without torch; equal to `models.weights.weights_digest` of its
-    tensors.
+    """What the weights in a file are, read without torch; equal to `training.checkpoint.weights_digest` of its tensors.
 
     Independent of the order of tensors and of the file's metadata, which safetensors does not keep stable.
 

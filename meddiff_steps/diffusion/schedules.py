@@ -1,45 +1,68 @@
 """The forward process: how much of a clean latent is left at each timestep, and what the network predicts there.
 
-One object is shared by training, sampling and inversion.  Its tables are float64, read-only, and the same as those of
-the diffusers schedulers, into which the samplers put them.  Notation: `x = alpha * x0 + sigma * noise`.
+One object is shared by training, sampling and inversion. Its tables are float64, read-only, and the same as those of
+diffusers but for its rounding. Notation: `x = alpha * x0 + sigma * noise`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import Literal, Protocol, Self, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from meddiff_steps.config import Diffusion
-
 PredictionType = Literal["epsilon", "v_prediction", "flow"]
+Schedule = Literal["scaled_linear", "linear", "cosine"]
 
-#: Signal power at the last step of a zero-terminal-SNR schedule, as a share of that before it: log-SNR must stay finite.
+#: Signal power at the last step of a zero-terminal-SNR schedule, as a share of that before it: log-SNR must be finite.
 #: (diffusers puts 2**-24 there, which is *more* than the step before it has: with 1,000 scaled-linear steps, 1.1e-8.)
 ZERO_SNR_SHARE = 2.0**-10
 
 
-def alphas_cumprod(diffusion: Diffusion) -> np.ndarray:
+class ProcessSettings(Protocol):
+    """What a forward process is made from: a study's `diffusion` section, or anything else with these attributes."""
+
+    @property
+    def prediction_type(self) -> PredictionType: ...
+    @property
+    def num_train_timesteps(self) -> int: ...
+    @property
+    def schedule(self) -> Schedule: ...
+    @property
+    def beta_start(self) -> float: ...
+    @property
+    def beta_end(self) -> float: ...
+    @property
+    def zero_terminal_snr(self) -> bool: ...
+
+
+def alphas_cumprod(settings: ProcessSettings) -> np.ndarray:
     """Signal power at each timestep, float64 (num_train_timesteps,), decreasing, in (0, 1).
 
     `linear` and `scaled_linear` (linear in the root of beta; Rombach et al. 2022) run from `beta_start` to `beta_end`;
     `cosine` is that of Nichol and Dhariwal 2021 with betas capped at 0.999; with `zero_terminal_snr` the roots are
     shifted and scaled so that the last is zero (Lin et al. 2023, algorithm 1).
+
+    Raises
+    ------
+    ValueError
+        There is no such schedule.
     """
-    steps = diffusion.num_train_timesteps
-    if diffusion.schedule == "scaled_linear":
-        betas = np.linspace(diffusion.beta_start**0.5, diffusion.beta_end**0.5, steps) ** 2
-    elif diffusion.schedule == "linear":
-        betas = np.linspace(diffusion.beta_start, diffusion.beta_end, steps)
+    steps = settings.num_train_timesteps
+    if settings.schedule == "scaled_linear":
+        betas = np.linspace(settings.beta_start**0.5, settings.beta_end**0.5, steps) ** 2
+    elif settings.schedule == "linear":
+        betas = np.linspace(settings.beta_start, settings.beta_end, steps)
+    elif settings.schedule != "cosine":
+        raise ValueError(f"schedule: expected one of {', '.join(get_args(Schedule))}, found {settings.schedule!r}")
     else:
         time = np.linspace(0.0, 1.0, steps + 1)
         power = np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
         betas = np.minimum(1.0 - power[1:] / power[:-1], 0.999)
     table = np.cumprod(1.0 - betas)
-    if diffusion.zero_terminal_snr:
+    if settings.zero_terminal_snr:
         root = np.sqrt(table)
         table = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
         table[-1] = table[-2] * ZERO_SNR_SHARE
@@ -50,8 +73,8 @@ def alphas_cumprod(diffusion: Diffusion) -> np.ndarray:
 class NoiseProcess:
     """Forward process and prediction target of one study; make it with `NoiseProcess.of(study.diffusion)`.
 
-    Timesteps are numbers, not only integers.  For `epsilon` and `v_prediction` they run from 0 (nearly clean) to
-    num_train_timesteps - 1 (nearly noise), and the log-SNR is interpolated between integers.  For `flow` they run from
+    Timesteps are numbers, not only integers. For `epsilon` and `v_prediction` they run from 0 (nearly clean) to
+    num_train_timesteps - 1 (nearly noise), and the log-SNR is interpolated between integers. For `flow` they run from
     0 (clean) to num_train_timesteps (noise) on the straight path of rectified flow (Liu et al. 2023).
     """
 
@@ -63,15 +86,26 @@ class NoiseProcess:
     _on_device: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, diffusion: Diffusion) -> Self:
-        """The process of a study's `diffusion` section."""
-        if diffusion.prediction_type == "flow":
-            return cls("flow", diffusion.num_train_timesteps, None, np.empty(0))
-        table = alphas_cumprod(diffusion)
+    def of(cls, settings: ProcessSettings) -> Self:
+        """The process that a study's `diffusion` section, or anything with its attributes, describes.
+
+        For `flow` only `prediction_type` and `num_train_timesteps` are read.
+
+        Raises
+        ------
+        ValueError
+            There is no such prediction type or schedule.
+        """
+        if settings.prediction_type not in get_args(PredictionType):
+            names = ", ".join(get_args(PredictionType))
+            raise ValueError(f"prediction_type: expected one of {names}, found {settings.prediction_type!r}")
+        if settings.prediction_type == "flow":
+            return cls("flow", settings.num_train_timesteps, None, np.empty(0))
+        table = alphas_cumprod(settings)
         ratio = 0.5 * (np.log1p(-table) - np.log(table))
         table.setflags(write=False)
         ratio.setflags(write=False)
-        return cls(diffusion.prediction_type, diffusion.num_train_timesteps, table, ratio)
+        return cls(settings.prediction_type, settings.num_train_timesteps, table, ratio)
 
     @property
     def is_flow(self) -> bool:
@@ -83,7 +117,7 @@ class NoiseProcess:
         return float(self.num_train_timesteps if self.is_flow else self.num_train_timesteps - 1)
 
     def training_timesteps(self, uniform: Tensor) -> Tensor:
-        """Timesteps to train on, float32 (b,), from uniform numbers (b,) in [0, 1): integers, or any number for `flow`."""
+        """Timesteps to train on, float32 (b,), from uniform numbers (b,) in [0, 1): integers, or for `flow` any."""
         timesteps = uniform.double() * self.num_train_timesteps
         return (timesteps if self.is_flow else timesteps.floor().clamp(max=self.last_timestep)).float()
 
@@ -98,11 +132,8 @@ class NoiseProcess:
             A timestep is outside the process (checked on the CPU only; elsewhere it would cost a synchronisation).
         """
         timesteps = timesteps.double()
-        if (
-            timesteps.device.type == "cpu"
-            and timesteps.numel()
-            and not (timesteps.min() >= 0 and timesteps.max() <= self.last_timestep)
-        ):
+        checked = timesteps.device.type == "cpu" and timesteps.numel() > 0
+        if checked and not (timesteps.min() >= 0 and timesteps.max() <= self.last_timestep):
             raise ValueError(
                 f"timesteps must be in [0, {self.last_timestep:g}], found [{timesteps.min():g}, {timesteps.max():g}]"
             )
@@ -130,7 +161,7 @@ class NoiseProcess:
     def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the network should predict, (b, c, *spatial).
 
-        `epsilon`: noise (Ho et al. 2020).  `v_prediction`: alpha * noise - sigma * x0 (Salimans and Ho 2022).
+        `epsilon`: noise (Ho et al. 2020). `v_prediction`: alpha * noise - sigma * x0 (Salimans and Ho 2022).
         `flow`: noise - x0 (Liu et al. 2023; time runs from data to noise).
         """
         if self.prediction_type == "epsilon":
@@ -159,7 +190,7 @@ class NoiseProcess:
         return alpha * model_output + sigma * x
 
     def to_velocity(self, model_output: Tensor, x: Tensor, timesteps: Tensor) -> Tensor:
-        """The direction of motion that a prediction implies, (b, c, *spatial): the target of `v_prediction` or `flow`."""
+        """The direction of motion that a prediction implies, (b, c, *spatial): the target of `v_prediction` or flow."""
         if self.prediction_type != "epsilon":
             return model_output
         alpha, sigma = self._like(x, timesteps)

@@ -1,4 +1,4 @@
-"""The classifier of the augmentation study: a small ResNet, trained the same way in every arm.
+"""The classifier of the downstream study: a small ResNet, trained the same way in every arm.
 
 Every random number is a function of the study's seed, the classifier's number and the step; classifiers with the same
 number start at the same weights in every arm, so that arms are compared pairwise.

@@ -159,8 +159,8 @@ class Resampling:
 def verdict(difference: Figure, margin: float) -> tuple[Verdict, bool | None]:
     """What the interval of the primary difference (arm minus reference) says, and whether the arm is non-inferior.
 
-    `helps` where the whole interval is above 0, `harms` where it is below, else `no evidence`.  Non-inferior: a loss larger
-    than `margin` is excluded.
+    `helps` where the whole interval is above 0, `harms` where it is below, else `no evidence`.  Non-inferior: a loss
+    larger than `margin` is excluded.
     """
     low, high = difference["low"], difference["high"]
     if low is None or high is None:

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from meddiff_steps.cohort.splits import stable_fraction
-from meddiff_steps.config import Arm, Augment, CategoricalCovariate, Covariates, PlanGroup, canonical_json
+from meddiff_steps.config import Arm, CategoricalCovariate, Covariates, Downstream, PlanGroup
+from meddiff_steps.core.canonical import canonical_json
 from meddiff_steps.core.errors import UserError
 
 #: Further generator seeds draw so many subjects more than arms need, in case the filter gives some up.
@@ -23,7 +24,7 @@ RESERVE = 0.1
 OPEN_SPLITS = ("train", "val")
 
 
-def levels_of(augment: Augment, covariates: Covariates) -> list[str]:
+def levels_of(downstream: Downstream, covariates: Covariates) -> list[str]:
     """Levels of the target; their order is that of the classifier's outputs, the last is the positive one of two.
 
     Raises
@@ -31,13 +32,13 @@ def levels_of(augment: Augment, covariates: Covariates) -> list[str]:
     UserError
         No target is set, or it is no categorical covariate.
     """
-    if augment.target is None:
-        raise UserError("augment.target is not set, so there is no augmentation study. Name a categorical covariate.")
-    covariate = covariates.get(augment.target)
+    if downstream.target is None:
+        raise UserError("downstream.target is not set, so there is no downstream study. Name a categorical covariate.")
+    covariate = covariates.get(downstream.target)
     if not isinstance(covariate, CategoricalCovariate):
         found = "a continuous covariate" if covariate is not None else "not declared"
         raise UserError(
-            f"augment.target: {augment.target} is {found}; a categorical one is needed. Declared are"
+            f"downstream.target: {downstream.target} is {found}; a categorical one is needed. Declared are"
             f" {sorted(covariates)}."
         )
     return covariate.levels
@@ -53,28 +54,28 @@ def recipe(arm: Arm, generator: int = 0) -> str:
     return f"{name}-{generator}" if generator and arm.drawn else name
 
 
-def generators_of(arm: Arm, augment: Augment) -> range:
+def generators_of(arm: Arm, downstream: Downstream) -> range:
     """Generator seeds that make a difference to an arm; one where it has no images of a generator."""
-    return range(augment.generator_seeds if arm.drawn else 1)
+    return range(downstream.generator_seeds if arm.drawn else 1)
 
 
-def recipes(augment: Augment) -> dict[str, tuple[Arm, int]]:
+def recipes(downstream: Downstream) -> dict[str, tuple[Arm, int]]:
     """One arm and generator seed per recipe, in the order of the arms."""
     found: dict[str, tuple[Arm, int]] = {}
-    for arm in augment.arms:
-        for generator in generators_of(arm, augment):
+    for arm in downstream.arms:
+        for generator in generators_of(arm, downstream):
             found.setdefault(recipe(arm, generator), (arm, generator))
     return found
 
 
-def held_group(table: pd.DataFrame, augment: Augment) -> pd.Series:
-    """Rows of the group that is kept out of training; none without `augment.shift`."""
-    if augment.shift is None:
+def held_group(table: pd.DataFrame, downstream: Downstream) -> pd.Series:
+    """Rows of the group that is kept out of training; none without `downstream.shift`."""
+    if downstream.shift is None:
         return pd.Series(False, index=table.index)
-    return table[augment.shift.covariate].isin(augment.shift.levels)
+    return table[downstream.shift.covariate].isin(downstream.shift.levels)
 
 
-def real_samples(manifest: pd.DataFrame, augment: Augment, levels: list[str], seed: str) -> pd.DataFrame:
+def real_samples(manifest: pd.DataFrame, downstream: Downstream, levels: list[str], seed: str) -> pd.DataFrame:
     """Real scans that may be learnt from or validated on: their target is known, and they are not of the held-out
     group.
 
@@ -85,24 +86,40 @@ def real_samples(manifest: pd.DataFrame, augment: Augment, levels: list[str], se
         fraction in [0, 1).
     """
     rows = manifest[
-        manifest["split"].isin(OPEN_SPLITS) & manifest[augment.target].isin(levels) & ~held_group(manifest, augment)
+        manifest["split"].isin(OPEN_SPLITS)
+        & manifest[downstream.target].isin(levels)
+        & ~held_group(manifest, downstream)
     ]
     return _samples(
-        rows, "scan_id", "subject_id", "real", rows["split"], rows[augment.target], levels, f"real/v1|{seed}"
+        rows, "scan_id", "subject_id", "real", rows["split"], rows[downstream.target], levels, f"real/v1|{seed}"
     )
 
 
 def synthetic_samples(
-    plan: pd.DataFrame, augment: Augment, groups: list[str], levels: list[str], seed: str, kind: str, generator: int = 0
+    plan: pd.DataFrame,
+    downstream: Downstream,
+    groups: list[str],
+    levels: list[str],
+    seed: str,
+    kind: str,
+    generator: int = 0,
 ) -> pd.DataFrame:
     """Synthetic subjects that may be learnt from, labelled with what was requested of them; columns as `real_samples`.
 
     A subject has the same id, request and fraction with every generator seed: arms of two seeds differ by the images
     alone.
     """
-    rows = plan[plan["group"].isin(groups) & plan[augment.target].isin(levels) & ~held_group(plan, augment)]
+    rows = plan[plan["group"].isin(groups) & plan[downstream.target].isin(levels) & ~held_group(plan, downstream)]
     return _samples(
-        rows, "sample_id", "sample_id", kind, "train", rows[augment.target], levels, f"synthetic/v1|{seed}", generator
+        rows,
+        "sample_id",
+        "sample_id",
+        kind,
+        "train",
+        rows[downstream.target],
+        levels,
+        f"synthetic/v1|{seed}",
+        generator,
     )
 
 
@@ -125,9 +142,11 @@ def _samples(
     return table.reset_index(drop=True)
 
 
-def usable_groups(augment: Augment, plan: list[PlanGroup]) -> list[str]:
-    """Groups of the plan that arms draw from; grids and counterfactuals are spread on purpose and left out by default."""
-    return list(augment.groups) or [group.name for group in plan if group.covariates in ("copula", "table")]
+def usable_groups(downstream: Downstream, plan: list[PlanGroup]) -> list[str]:
+    """Groups of the plan that arms draw from; grids and counterfactuals are spread on purpose and left out by
+    default.
+    """
+    return list(downstream.groups) or [group.name for group in plan if group.covariates in ("copula", "table")]
 
 
 def added_counts(arm: Arm, real: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -189,21 +208,21 @@ def compose(arm: Arm, samples: pd.DataFrame, classes: int, generator: int = 0) -
         chosen = order[(pool & (level == number))[order]][: wanted[number]]
         if len(chosen) < wanted[number]:
             raise UserError(
-                f"augment.arms.{arm.name}: {wanted[number]} {arm.source} images of one class are needed, {len(chosen)}"
-                " are there. Plan more synthetic subjects, or lower `synthetic`."
+                f"downstream.arms.{arm.name}: {wanted[number]} {arm.source} images of one class are needed,"
+                f" {len(chosen)} are there. Plan more synthetic subjects, or lower `synthetic`."
             )
         added.append(chosen)
     made = Composition(real, np.concatenate(added))
     empty = np.flatnonzero(np.bincount(level[made.rows], minlength=classes) == 0)
     if len(empty):
         raise UserError(
-            f"augment.arms.{arm.name}: no training image of class number {empty[0] + 1} of {classes}. Raise `real` or"
-            " `synthetic`."
+            f"downstream.arms.{arm.name}: no training image of class number {empty[0] + 1} of {classes}. Raise `real`"
+            " or `synthetic`."
         )
     return made
 
 
-def check(augment: Augment, levels: list[str], samples: pd.DataFrame, planned: int) -> list[dict[str, Any]]:
+def check(downstream: Downstream, levels: list[str], samples: pd.DataFrame, planned: int) -> list[dict[str, Any]]:
     """Whether every arm can be made, before anything is trained.
 
     Parameters
@@ -230,22 +249,22 @@ def check(augment: Augment, levels: list[str], samples: pd.DataFrame, planned: i
     if (subjects < 2).any():
         found = ", ".join(f"{level} {subjects[i]}" for i, level in enumerate(levels))
         raise UserError(
-            f"augment.target {augment.target}: a classifier needs at least 2 training subjects of every level, found"
-            f" {found}. Choose another target, take the level off the covariate, or add subjects."
+            f"downstream.target {downstream.target}: a classifier needs at least 2 training subjects of every level,"
+            f" found {found}. Choose another target, take the level off the covariate, or add subjects."
         )
-    if len(augment.primary.arms) > 1 and not (samples["split"] == "val").any():
+    if len(downstream.primary.arms) > 1 and not (samples["split"] == "val").any():
         raise UserError(
-            "augment.primary.arms names several arms, and one is chosen on the val split, which is empty. Raise"
+            "downstream.primary.arms names several arms, and one is chosen on the val split, which is empty. Raise"
             " splits.val, or name one arm."
         )
-    for generator in range(augment.generator_seeds):
+    for generator in range(downstream.generator_seeds):
         _check_supply(
-            augment, levels, samples[(samples["kind"] == "real") | (samples["generator"] == generator)], planned
+            downstream, levels, samples[(samples["kind"] == "real") | (samples["generator"] == generator)], planned
         )
     listed = []
-    for arm in augment.arms:
+    for arm in downstream.arms:
         made = compose(arm, samples, classes)
-        for generator in generators_of(arm, augment)[1:]:
+        for generator in generators_of(arm, downstream)[1:]:
             compose(arm, samples, classes, generator)
         counts = {
             name: dict(
@@ -264,12 +283,12 @@ def check(augment: Augment, levels: list[str], samples: pd.DataFrame, planned: i
     return listed
 
 
-def _check_supply(augment: Augment, levels: list[str], samples: pd.DataFrame, planned: int) -> None:
+def _check_supply(downstream: Downstream, levels: list[str], samples: pd.DataFrame, planned: int) -> None:
     """Refuse arms that need more synthetic images than there are, and say how many would do for all of them."""
     real = samples[(samples["kind"] == "real") & (samples["split"] == "train")]
     whole = np.bincount(real["level"], minlength=len(levels))
     short, factor = [], 1.0
-    for arm in augment.arms:
+    for arm in downstream.arms:
         if not arm.drawn:
             continue
         share = np.bincount(real.loc[real["fraction"] < arm.real, "level"], minlength=len(levels))
@@ -277,24 +296,24 @@ def _check_supply(augment: Augment, levels: list[str], samples: pd.DataFrame, pl
         for number in np.flatnonzero(added_counts(arm, share, whole) > have):
             need = int(added_counts(arm, share, whole)[number])
             short.append(
-                f"arm {arm.name} needs {need} {arm.source} images with {augment.target} = {levels[number]}, there are"
-                f" {have[number]}"
+                f"arm {arm.name} needs {need} {arm.source} images with {downstream.target} = {levels[number]}, there"
+                f" are {have[number]}"
             )
             factor = max(factor, need / have[number]) if have[number] else math.inf
     if short:
         remedy = (
             f"Plan about {math.ceil(1.05 * factor * planned)} subjects instead of {planned}"
             if math.isfinite(factor)
-            else f"Plan subjects of every level of {augment.target}"
+            else f"Plan subjects of every level of {downstream.target}"
         )
         shown = "\n  ".join(short[:6]) + (f"\n  and {len(short) - 6} more" if len(short) > 6 else "")
         raise UserError(
-            f"too few synthetic subjects for the augmentation study:\n  {shown}\n{remedy} (`plan`), add a group of the"
-            f" missing level (`where: {{{augment.target}: LEVEL}}`), or lower `synthetic` in these arms."
+            f"too few synthetic subjects for the downstream study:\n  {shown}\n{remedy} (`plan`), add a group of the"
+            f" missing level (`where: {{{downstream.target}: LEVEL}}`), or lower `synthetic` in these arms."
         )
 
 
-def needed(augment: Augment, levels: list[str], samples: pd.DataFrame) -> list[str]:
+def needed(downstream: Downstream, levels: list[str], samples: pd.DataFrame) -> list[str]:
     """Ids of the synthetic subjects that a further generator seed has to draw: what the arms take, and `RESERVE` of
     each class.
 
@@ -306,7 +325,7 @@ def needed(augment: Augment, levels: list[str], samples: pd.DataFrame) -> list[s
     classes = len(levels)
     taken = [
         np.bincount(samples["level"].to_numpy()[compose(arm, samples, classes).added], minlength=classes)
-        for arm in augment.arms
+        for arm in downstream.arms
         if arm.drawn
     ]
     planned = samples[samples["kind"] == "filtered"].sort_values(["fraction", "image_id"], kind="stable")
@@ -318,8 +337,8 @@ def needed(augment: Augment, levels: list[str], samples: pd.DataFrame) -> list[s
     ]
 
 
-def design_digest(augment: Augment) -> str:
+def design_digest(downstream: Downstream) -> str:
     """SHA-256 of everything that was decided beforehand."""
     # With one generator seed the digest is that of designs from before there could be several.
-    left_out = {"jobs"} | ({"generator_seeds", "retrain"} if augment.generator_seeds == 1 else set())
-    return hashlib.sha256(canonical_json(augment.model_dump(mode="json", exclude=left_out)).encode()).hexdigest()
+    left_out = {"jobs"} | ({"generator_seeds", "retrain"} if downstream.generator_seeds == 1 else set())
+    return hashlib.sha256(canonical_json(downstream.model_dump(mode="json", exclude=left_out)).encode()).hexdigest()

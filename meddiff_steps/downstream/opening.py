@@ -1,4 +1,6 @@
-"""The test split is opened once: who opened it with which frozen design and weights is kept where no rerun erases it."""
+"""The test split is opened once: who opened it with which frozen design and weights is kept where no rerun
+erases it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from meddiff_steps.config import canonical_json
+from meddiff_steps.core.canonical import canonical_json
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import write_atomic
 
@@ -34,8 +36,9 @@ def record_opening(ledger: Path, frozen: Mapping[str, Any], opened: Mapping[str,
     Returns
     -------
     dict
-        `frozen`, `opened`, `frozen_sha256`, `time` (UTC, of the first opening with this design), `designs`: how many different frozen
-        designs have opened the test split so far.  More than one means that somebody changed the study after having seen its result.
+        `frozen`, `opened`, `frozen_sha256`, `time` (UTC, of the first opening with this design), `designs`: how many
+        different frozen designs have opened the test split so far.  More than one means that somebody changed the study
+        after having seen its result.
     """
     entries = _read(ledger)
     digest = frozen_digest(frozen)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from meddiff_steps.config import Arm, Augment
+from meddiff_steps.config import Arm, Downstream
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.downstream.comparison import FIGURES, Draws, Resampling, verdict, verdict_text
 from meddiff_steps.statistics.bootstrap import Statistic, figure, rounded
@@ -46,7 +46,9 @@ def scored(predictions: pd.DataFrame, tested_on: str, levels: Sequence[str]) -> 
     for arm, part in table.groupby("arm", sort=False):
         cells = part["generator"].nunique(), part["seed"].nunique(), len(images)
         if len(part) != np.prod(cells):
-            raise UserError(f"predictions of arm {arm} on {tested_on} images are incomplete. Run `augment_test` again.")
+            raise UserError(
+                f"predictions of arm {arm} on {tested_on} images are incomplete. Run `downstream_test` again."
+            )
         probability[str(arm)] = part[columns].to_numpy(dtype=float).reshape(*cells, len(levels))
     numbers = images["level"].map({level: i for i, level in enumerate(levels)}).to_numpy(dtype=int)
     return Scored(
@@ -54,7 +56,7 @@ def scored(predictions: pd.DataFrame, tested_on: str, levels: Sequence[str]) -> 
     )
 
 
-def choose(augment: Augment, validation: pd.DataFrame) -> str:
+def choose(downstream: Downstream, validation: pd.DataFrame) -> str:
     """The arm of the primary contrast: the one with the highest mean AUC on the validation subjects; of one there is no
     choice.
 
@@ -68,31 +70,31 @@ def choose(augment: Augment, validation: pd.DataFrame) -> str:
     UserError
         There are several candidates and the validation subjects are all of one class.
     """
-    candidates = augment.primary.arms
+    candidates = downstream.primary.arms
     if len(candidates) == 1:
         return candidates[0]
     means = validation.groupby("arm")["auc"].mean()
     if means.reindex(candidates).isna().any():
         raise UserError(
-            "augment.primary.arms names several arms, and the val split does not hold both classes to choose by. Raise"
-            " splits.val, or name one."
+            "downstream.primary.arms names several arms, and the val split does not hold both classes to choose by."
+            " Raise splits.val, or name one."
         )
     return max(candidates, key=lambda name: (means[name], -candidates.index(name)))
 
 
-def contrasts_of(augment: Augment, primary: str) -> list[tuple[str, str]]:
+def contrasts_of(downstream: Downstream, primary: str) -> list[tuple[str, str]]:
     """Pairs (arm, reference) that are compared, the primary one first.
 
     An arm is compared with the plain real arm of its share (synthetic alone: of equal size); a plain arm, and one
     without such a partner, with the reference of the primary contrast.  Unfiltered images and reconstructions are also
     compared with the same arm on filtered synthetic images.
     """
-    plain = {arm.real: arm.name for arm in augment.arms if arm.plain}
-    pairs = [(primary, augment.primary.reference)]
-    tested = [arm for arm in augment.arms if arm.test == "real"]
+    plain = {arm.real: arm.name for arm in downstream.arms if arm.plain}
+    pairs = [(primary, downstream.primary.reference)]
+    tested = [arm for arm in downstream.arms if arm.test == "real"]
     for arm in tested:
         share = arm.real or arm.synthetic
-        reference = augment.primary.reference if arm.plain else plain.get(share, augment.primary.reference)
+        reference = downstream.primary.reference if arm.plain else plain.get(share, downstream.primary.reference)
         pairs.append((arm.name, reference))
     for arm in tested:
         if arm.synthetic and arm.source != "filtered":
@@ -120,7 +122,7 @@ def _statistics(data: Scored, names: Sequence[str]) -> dict[str, list[Statistic]
 
 
 def measure(
-    data: Scored, augment: Augment, root: str, label: str
+    data: Scored, downstream: Downstream, root: str, label: str
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Draws]]:
     """Figures of every arm on one set of images.
 
@@ -138,7 +140,7 @@ def measure(
     generators, seeds = (
         max(cells) for cells in zip(*(probability.shape[:2] for probability in data.probability.values()), strict=True)
     )
-    draws = Resampling(data.units, seeds, augment.bootstrap, root, label, generators).draws(_statistics(data, names))
+    draws = Resampling(data.units, seeds, downstream.bootstrap, root, label, generators).draws(_statistics(data, names))
     entries: dict[str, dict[str, Any]] = {}
     everyone = np.ones((1, len(data.units)))
     for arm in names:
@@ -227,7 +229,7 @@ def compare(data: Scored, draws: Mapping[str, Draws], pairs: Sequence[tuple[str,
     return rows
 
 
-def ratio_curves(augment: Augment, entries: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def ratio_curves(downstream: Downstream, entries: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """AUC by images added per real one, for each real share and kind of added image; ratio 0 is the plain real arm."""
 
     def pure(arm: Arm) -> bool:
@@ -239,7 +241,7 @@ def ratio_curves(augment: Augment, entries: Mapping[str, Mapping[str, Any]]) -> 
         )
 
     curves = []
-    arms = [arm for arm in augment.arms if pure(arm)]
+    arms = [arm for arm in downstream.arms if pure(arm)]
     for share, source in sorted({(arm.real, arm.source) for arm in arms if arm.synthetic}, reverse=True):
         points = [arm for arm in arms if arm.real == share and (arm.plain or arm.source == source)]
         ordered = sorted(points, key=lambda arm: arm.synthetic)
@@ -254,7 +256,7 @@ def ratio_curves(augment: Augment, entries: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def summarise(
-    augment: Augment,
+    downstream: Downstream,
     levels: Sequence[str],
     predictions: pd.DataFrame,
     validation: pd.DataFrame,
@@ -276,17 +278,17 @@ def summarise(
         The arm that `choose` gave before the test split was opened.
     """
     test = scored(predictions, "test", levels)
-    entries, draws = measure(test, augment, root, "test")
-    rows = compare(test, draws, contrasts_of(augment, primary))
-    word, non_inferior = verdict(rows[0]["difference"], augment.margin)
+    entries, draws = measure(test, downstream, root, "test")
+    rows = compare(test, draws, contrasts_of(downstream, primary))
+    word, non_inferior = verdict(rows[0]["difference"], downstream.margin)
     sets: dict[str, dict[str, dict[str, Any]]] = {"test": entries}
     shifted: list[dict[str, Any]] = []
     for name in ("shifted", "synthetic"):
         if (predictions["set"] == name).any():
             data = scored(predictions, name, levels)
-            sets[name], other = measure(data, augment, root, name)
+            sets[name], other = measure(data, downstream, root, name)
             if name == "shifted":
-                shifted = compare(data, other, contrasts_of(augment, primary))
+                shifted = compare(data, other, contrasts_of(downstream, primary))
     listed = []
     for arm in arms:
         of_arm = validation[validation["arm"] == arm["name"]]
@@ -304,33 +306,33 @@ def summarise(
     counts = np.bincount(test.levels, minlength=len(levels))
     return {
         "verdict": word,
-        "verdict_text": verdict_text(word, non_inferior, primary, augment.primary.reference, augment.margin),
-        "target": augment.target,
+        "verdict_text": verdict_text(word, non_inferior, primary, downstream.primary.reference, downstream.margin),
+        "target": downstream.target,
         "levels": list(levels),
         "primary": {
-            "contrast": f"{primary} minus {augment.primary.reference}",
-            "chosen_on": "val" if len(augment.primary.arms) > 1 else "declared beforehand",
-            "candidates": list(augment.primary.arms),
-            "margin": augment.margin,
+            "contrast": f"{primary} minus {downstream.primary.reference}",
+            "chosen_on": "val" if len(downstream.primary.arms) > 1 else "declared beforehand",
+            "candidates": list(downstream.primary.arms),
+            "margin": downstream.margin,
             "non_inferior": non_inferior,
             **{key: rows[0][key] for key in ("arm", "reference", "difference", "p", "delong")},
         },
         "contrasts": rows,
         "shifted_contrasts": shifted,
         "arms": listed,
-        "ratio_curves": ratio_curves(augment, entries),
-        "subgroup": augment.subgroup,
+        "ratio_curves": ratio_curves(downstream, entries),
+        "subgroup": downstream.subgroup,
         "n": {
             "test_subjects": len(set(test.units)),
             "test_images": len(test.units),
             "test_images_by_level": dict(zip(levels, counts.tolist(), strict=True)),
             "prevalence": rounded(float(counts[-1] / counts.sum())) if counts.sum() and len(levels) == 2 else None,
-            "seeds": augment.seeds,
-            "generators": augment.generator_seeds,
-            "generators_retrained": augment.retrain,
+            "seeds": downstream.seeds,
+            "generators": downstream.generator_seeds,
+            "generators_retrained": downstream.retrain,
             "validation_subjects": (
                 int(validation["subjects"].iloc[0]) if "subjects" in validation and len(validation) else 0
             ),
         },
-        "classifier": augment.classifier.model_dump(mode="json"),
+        "classifier": downstream.classifier.model_dump(mode="json"),
     }

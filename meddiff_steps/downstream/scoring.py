@@ -42,7 +42,8 @@ def load_classifiers(
                 found[which] = model.requires_grad_(False).eval()
         except (OSError, SafetensorError, RuntimeError, ValueError) as error:
             raise UserError(
-                f"{path}: no weights of the configured classifier ({str(error).splitlines()[0]}). Run `augment` again."
+                f"{path}: no weights of the configured classifier ({str(error).splitlines()[0]}). Run `downstream`"
+                " again."
             ) from None
     return found
 
@@ -50,7 +51,7 @@ def load_classifiers(
 def score(
     classifiers: dict[tuple[str, int], ResNet],
     arms: Sequence[config.Arm],
-    augment: config.Augment,
+    downstream: config.Downstream,
     facts: pd.DataFrame,
     rows: np.ndarray,
     read: Reader,
@@ -60,7 +61,7 @@ def score(
 
     Parameters
     ----------
-    augment
+    downstream
         Says how many seeds of classifiers and of generators there are.
     facts
         What the table says of each image (image_id, subject_id, level, subgroup, set), in the order of `rows`.
@@ -76,8 +77,8 @@ def score(
     cells = [
         (arm, generator, number)
         for arm in arms
-        for generator in generators_of(arm, augment)
-        for number in range(augment.seeds)
+        for generator in generators_of(arm, downstream)
+        for number in range(downstream.seeds)
     ]
     wanted = list(dict.fromkeys((recipe(arm, generator), number) for arm, generator, number in cells))
     probability = np.empty((len(wanted), len(rows), len(levels)))

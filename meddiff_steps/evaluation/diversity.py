@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from meddiff_steps.core.random_streams import philox
 from meddiff_steps.evaluation.image_quality import SsimSettings, structural_similarity
-from meddiff_steps.evaluation.realism import Sample
+from meddiff_steps.evaluation.realism.base import Sample
 from meddiff_steps.statistics.bootstrap import Bootstrap, Figure, Statistic, figure, rounded
 from meddiff_steps.statistics.measures import mean_of
 

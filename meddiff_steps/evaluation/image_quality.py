@@ -137,7 +137,8 @@ def reconstruction_quality(
     Returns
     -------
     dict
-        `psnr`, `l1` and `ms_ssim` (`ssim` where two scales do not fit), each a figure, and `settings` of the similarity.
+        `psnr`, `l1` and `ms_ssim` (`ssim` where two scales do not fit), each a figure, and `settings` of the
+        similarity.
 
     Raises
     ------

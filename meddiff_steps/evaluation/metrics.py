@@ -23,9 +23,10 @@ from meddiff_steps.evaluation.fidelity import (
     training_range,
 )
 from meddiff_steps.evaluation.image_quality import SsimSettings, reconstruction_quality
-from meddiff_steps.evaluation.realism import MIN_IMAGES, Sample, Scale, realism
+from meddiff_steps.evaluation.realism.base import MIN_IMAGES, Sample, Scale
+from meddiff_steps.evaluation.realism.measure import measure as measure_realism
 from meddiff_steps.imaging.selection import Images, drawn, held_out, reconstructed
-from meddiff_steps.instruments.features import FeatureSpace, extract
+from meddiff_steps.instruments.feature_spaces.base import FeatureSpace, extract
 from meddiff_steps.instruments.predictors import MAX_TRAINING_SCANS, Predictors, fit_predictors
 from meddiff_steps.instruments.segmenter import Segmenter, segmented_volumes
 
@@ -223,8 +224,8 @@ def realism_and_diversity(
     spaces
         In each of which all is measured.
     images
-        `synthetic`, `training` and `held_out`.  As many training scans as synthetic images are taken, so that a floor has the bias of
-        its figure.
+        `synthetic`, `training` and `held_out`.  As many training scans as synthetic images are taken, so that a floor
+        has the bias of its figure.
     settings
         The study's.
     seed
@@ -261,9 +262,15 @@ def realism_and_diversity(
             "explained": [float(f"{x:.4g}") for x in scale.explained[:2]],
         }
         common: dict[str, Any] = {"resamples": settings.bootstrap, "seed": seed}
-        like[space.name] = card | realism(
-            samples, scale, slow_resamples=settings.realism_bootstrap, permutations=settings.permutations, **common
+        found_here = measure_realism(
+            samples,
+            scale,
+            settings.metrics,
+            slow_resamples=settings.realism_bootstrap,
+            permutations=settings.permutations,
+            **common,
         )
+        like[space.name] = card | found_here
         by_space[space.name] = (
             card | {"neighbours": settings.neighbours} | diversity(samples, neighbours=settings.neighbours, **common)
         )
@@ -274,13 +281,8 @@ def realism_and_diversity(
                     {"id": chosen[kind].ids, "kind": kind, "space": space.name, "pc1": first[:, 0], "pc2": first[:, 1]}
                 )
             )
-        told = like[space.name]["classifier_auc"]
-        logger.info(
-            "%s: AUC of telling synthetic from real %s, real from real %s",
-            space.name,
-            told["value"],
-            told["floor"]["value"],
-        )
+        for name, figure in found_here.items():
+            logger.info("%s: %s %s, real against real %s", space.name, name, figure["value"], figure["floor"]["value"])
 
     shape = chosen["synthetic"].shards.shape("image")[1:]
     ssim = SsimSettings.for_shape(shape)

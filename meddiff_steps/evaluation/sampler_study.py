@@ -17,14 +17,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from meddiff_steps.config import DEFAULT_STEPS, Sampler, Study
+from meddiff_steps.config import Sampler, Study
 from meddiff_steps.config import SamplerStudy as Settings
-from meddiff_steps.diffusion.samplers import FLOW_SAMPLERS, evaluations
+from meddiff_steps.core.registries import SAMPLERS, evaluations, samplers_of
 from meddiff_steps.evaluation.fidelity import covariate_fidelity, predictions_table
 from meddiff_steps.evaluation.metrics import MAX_HELD_OUT, measure
-from meddiff_steps.evaluation.realism import Sample, Scale, frechet_figure, kernel_figure
+from meddiff_steps.evaluation.realism import frechet, kid
+from meddiff_steps.evaluation.realism.base import Draws, Sample, Scale
 from meddiff_steps.imaging.selection import Images, held_out
-from meddiff_steps.instruments.features import FeatureSpace, extract
+from meddiff_steps.instruments.feature_spaces.base import FeatureSpace, extract
 from meddiff_steps.instruments.predictors import MAX_TRAINING_SCANS, Predictors, fit_predictors
 
 logger = logging.getLogger(__name__)
@@ -46,9 +47,7 @@ class Point:
 
 def points(settings: Settings, prediction_type: str) -> list[Point]:
     """All combinations that the study asks for, samplers first."""
-    able: Sequence[Any] = (
-        FLOW_SAMPLERS if prediction_type == "flow" else [s for s in DEFAULT_STEPS if s not in ("ddpm", "flow")]
-    )
+    able = [name for name in samplers_of(prediction_type) if not SAMPLERS.entry(name)["stochastic"]]
     return [
         Point(sampler, steps, scale)
         for sampler in settings.samplers or able
@@ -124,8 +123,9 @@ def compare(
     Returns
     -------
     dict
-        `images`, `space`, and `points`: `sampler, num_inference_steps, guidance_scale, passes, seconds_per_image`, the figures
-        `frechet` and `kid` with a `floor`, and `covariates`, the figure `r` or `auc` of each, with its `ceiling`; `choice`.
+        `images`, `space`, and `points`: `sampler, num_inference_steps, guidance_scale, passes, seconds_per_image`, the
+        figures `frechet` and `kid` with a `floor`, and `covariates`, the figure `r` or `auc` of each, with its
+        `ceiling`; `choice`.
     """
     train, real = cohort.of_splits(["train"]).at_most(MAX_TRAINING_SCANS), held_out(cohort)[0].at_most(MAX_HELD_OUT)
     predictors = fit_predictors(
@@ -141,11 +141,11 @@ def compare(
     held = Sample(scale.standard(found["held-out"]), real.units)
 
     def distances(sample: Sample, label: str) -> dict[str, Any]:
-        slow: dict[str, Any] = {"resamples": study.evaluate.realism_bootstrap, "seed": study.seed, "label": label}
-        reduced = [Sample(scale.components(s.features), s.units) for s in (sample, held)]
+        settings = study.evaluate
+        draws = Draws(settings.bootstrap, settings.realism_bootstrap, settings.permutations, study.seed, label)
         return {
-            "frechet": frechet_figure(*reduced, **slow),
-            "kid": kernel_figure(sample, held, permutations=study.evaluate.permutations, **slow),
+            "frechet": frechet.figure(sample, held, scale, draws),
+            "kid": kid.figure(sample, held, scale, draws),
         }
 
     floors = distances(Sample(scale.standard(found["training"]), some.units), "training")

@@ -286,7 +286,9 @@ def _volume_departures(content: bytes, expected: bytes) -> list[str]:
 
 
 def _chunks(content: bytes) -> tuple[list[bytes], bytes]:
-    """The chunks of a PNG but for its pixels, and these, packed: another version of zlib packs the same ones otherwise."""
+    """The chunks of a PNG but for its pixels, and these, packed: another version of zlib packs the same ones
+    otherwise.
+    """
     others, pixels, place = [content[:8]], b"", 8
     while place < len(content):
         end = place + 12 + int.from_bytes(content[place : place + 4], "big")

@@ -69,17 +69,21 @@ class Image:
     affine: np.ndarray | None
 
 
-def read_image(path: Path, *, allow_constant: bool = False, sha256: str | None = None) -> Image:
+def read_image(path: Path, *, allow_constant: bool = False, sha256: str | None = None, labels: bool = False) -> Image:
     """Read one image.
 
     Parameters
     ----------
     path
-        `.nii`, `.nii.gz`, `.png`, `.jpg`, `.jpeg` or `.dcm` (or any name that holds DICOM); the content decides, not the name.
+        `.nii`, `.nii.gz`, `.png`, `.jpg`, `.jpeg` or `.dcm` (or any name that holds DICOM); the content decides, not
+        the name.
     allow_constant
         Accept an image with a single value (masks).
     sha256
         What the file's bytes must have, if it was looked at before.
+    labels
+        The values are numbers of structures, not grey levels: a picture with a palette gives its indices, and one that
+        is coloured or lossy is refused.
 
     Returns
     -------
@@ -92,7 +96,7 @@ def read_image(path: Path, *, allow_constant: bool = False, sha256: str | None =
     ScanError
         The file is missing, not the one that `sha256` was taken of, a directory, unreadable, empty, truncated, of an
         unknown format, of the wrong dimension, has voxels without size, does not say where left and right are, or holds
-        values that are not finite or all the same.
+        values that are not finite or all the same, or labels are wanted and the picture can hold none.
     UserError
         The file is DICOM and pydicom is not installed.
     """
@@ -113,7 +117,7 @@ def read_image(path: Path, *, allow_constant: bool = False, sha256: str | None =
     elif content[128:132] == b"DICM":
         image = _decode_dicom(path)
     elif content[:8] == b"\x89PNG\r\n\x1a\n" or content[:3] == b"\xff\xd8\xff":
-        image = _decode_picture(path, content)
+        image = _decode_picture(path, content, labels)
     else:
         raise ScanError(
             path,
@@ -249,19 +253,44 @@ def _check_affine(path: Path, affine: np.ndarray, voxel_size: np.ndarray) -> np.
     return affine
 
 
-def _decode_picture(path: Path, content: bytes) -> Image:
+def _decode_picture(path: Path, content: bytes, labels: bool) -> Image:
     try:
         with PilImage.open(io.BytesIO(content), formats=_PICTURE_FORMATS) as opened:
             picture = ImageOps.exif_transpose(opened)
+            if labels:
+                return Image(_indices(path, picture, opened.format), None)
             grey = (
                 picture if picture.mode in ("L", "F", "I") or picture.mode.startswith("I;16") else picture.convert("L")
             )
             array = np.asarray(grey, dtype=np.float32)
+    except ScanError:
+        raise
     except Exception as error:  # noqa: BLE001 Pillow raises OSError, SyntaxError, ValueError, struct.error or DecompressionBombError
         raise ScanError(
             path, "damaged picture", f"the picture cannot be decoded ({error}). Copy or export it again."
         ) from None
     return Image(array, None)
+
+
+def _indices(path: Path, picture: PilImage.Image, form: str | None) -> np.ndarray:
+    """A picture's values as they are stored, float32 (rows, columns)."""
+    if form == "JPEG":
+        raise ScanError(
+            path,
+            "lossy labels",
+            "a JPEG, which changes values near edges, expected labels or a mask. Export them again, as PNG.",
+        )
+    values = np.asarray(picture, dtype=np.float32)
+    if values.ndim == 3 and picture.mode.startswith("RGB") and (values[..., :3] == values[..., :1]).all():
+        values = values[..., 0]
+    if values.ndim != 2:
+        raise ScanError(
+            path,
+            "coloured labels",
+            f"a picture of mode {picture.mode}, expected one number per pixel. Export labels as grey levels or palette"
+            " indices.",
+        )
+    return values
 
 
 def _decode_dicom(path: Path) -> Image:

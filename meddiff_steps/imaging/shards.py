@@ -28,10 +28,15 @@ BATCH_BYTES = 32 * 2**20
 
 @dataclass(frozen=True)
 class TensorColumn:
-    """Column type of a fixed-shape tensor, for example TensorColumn("float16", (1, 32, 40, 32))."""
+    """Column type of a fixed-shape tensor, for example TensorColumn("float16", (1, 32, 40, 32)).
+
+    `kind` is what a channel of a scan is ("contrast", "mask", "labels"; see `imaging.channels`), kept in the column's
+    metadata; empty for what is no channel.
+    """
 
     dtype: str
     shape: tuple[int, ...]
+    kind: str = ""
 
     @property
     def arrow(self) -> pa.DataType:
@@ -40,6 +45,12 @@ class TensorColumn:
     @property
     def nbytes(self) -> int:
         return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+
+
+def _field(name: str, column: pa.DataType | TensorColumn) -> pa.Field:
+    if not isinstance(column, TensorColumn):
+        return pa.field(name, column)
+    return pa.field(name, column.arrow, metadata={"kind": column.kind} if column.kind else None)
 
 
 class ShardWriter:
@@ -55,7 +66,7 @@ class ShardWriter:
         self.columns = dict(columns)
         row_bytes = sum(c.nbytes for c in self.columns.values() if isinstance(c, TensorColumn)) + 1
         self._rows_per_batch = max(1, BATCH_BYTES // row_bytes)
-        self._schema = pa.schema([(n, c.arrow if isinstance(c, TensorColumn) else c) for n, c in self.columns.items()])
+        self._schema = pa.schema([_field(name, column) for name, column in self.columns.items()])
         self._rows: list[dict[str, Any]] = []
         self._atomic = atomic_path(path)
 
@@ -175,6 +186,10 @@ class Shards:
         """Shape of one tensor of `column`."""
         return tuple(self.schema.field(column).type.shape)
 
+    def dtype(self, column: str) -> np.dtype:
+        """Type of the stored values of `column`."""
+        return np.dtype(self.schema.field(column).type.value_type.to_pandas_dtype())
+
     def column(self, name: str) -> list[Any]:
         """A plain column (ids, numbers) as a list."""
         return [value for batch in self._batches for value in batch.column(name).to_pylist()]
@@ -190,11 +205,11 @@ class Shards:
         return self._views[key][row - self._starts[index]]
 
     def tensors(
-        self, column: str, rows: Sequence[int] | np.ndarray | None = None, dtype: str = "float32"
+        self, column: str, rows: Sequence[int] | np.ndarray | None = None, dtype: str | None = "float32"
     ) -> np.ndarray:
-        """Selected tensors (all rows for None) as one new array (rows, *shape)."""
+        """Selected tensors (all rows for None) as one new array (rows, *shape) of `dtype`, as stored for None."""
         chosen = range(len(self)) if rows is None else rows
-        out = np.empty((len(chosen), *self.shape(column)), dtype)
+        out = np.empty((len(chosen), *self.shape(column)), self.dtype(column) if dtype is None else dtype)
         for i, row in enumerate(chosen):
             _convert(self.tensor(column, int(row)), out[i, ...])
         return out
@@ -207,7 +222,7 @@ class Shards:
             self._forget(rows)
 
     def _forget(self, rows: range) -> None:
-        """Give back the memory of the files that these rows lie in; they are read again when they are looked at again."""
+        """Give back the memory of the files that these rows lie in; they are read again when looked at again."""
         if hasattr(mmap, "MADV_DONTNEED"):
             first, last = np.searchsorted(self._starts, [rows.start, rows.stop - 1], side="right") - 1
             for mapped in {id(m): m for m in self._maps[first : last + 1]}.values():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meddiff_steps.config import Augmentation
+from meddiff_steps.config import Variants
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,10 @@ class Variant:
         return np.ascontiguousarray(image)
 
 
-def draw_variant(augmentation: Augmentation, spatial_dims: int, generator: np.random.Generator) -> Variant:
-    """Draw a variant: mirrored left-right (first spatial axis in 3D, last in 2D) in half of the cases, shifted evenly."""
-    flip = bool(generator.integers(2)) and augmentation.flip
-    limit = augmentation.max_shift_voxels
+def draw_variant(settings: Variants, spatial_dims: int, generator: np.random.Generator) -> Variant:
+    """Draw a variant: mirrored left-right (first spatial axis in 3D, last in 2D) in half of the cases, shifted
+    evenly.
+    """
+    flip = bool(generator.integers(2)) and settings.flip
+    limit = settings.max_shift_voxels
     return Variant(flip, tuple(int(s) for s in generator.integers(-limit, limit + 1, spatial_dims)))

@@ -23,7 +23,7 @@ from meddiff_steps.core.files import read_json
 from meddiff_steps.core.random_streams import step_generator
 from meddiff_steps.imaging.perturbations import augment
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.models.weights import load_weights
+from meddiff_steps.models.weights import CARD, load_weights
 from meddiff_steps.training.loop import batch_rows, learning_rate_scale
 
 #: Copies are found by their coarse shape; images are reduced until their longest side is at most this many voxels.
@@ -106,9 +106,9 @@ def train_embedder(
     return model.requires_grad_(False).eval(), losses
 
 
-def load_embedder(weights: Path, card_path: Path) -> Embedder:
+def load_embedder(folder: Path) -> Embedder:
     """The trained copy detector, in evaluation mode on the CPU."""
-    card = read_json(card_path)
+    card = read_json(folder / CARD)
     model = Embedder(card["image_shape"][1:])
-    load_weights(model, weights, card)
+    load_weights(model, folder, card)
     return model

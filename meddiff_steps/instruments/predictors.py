@@ -280,7 +280,9 @@ class Predictor:
 
 @dataclass(frozen=True)
 class Predictors:
-    """Predictors of a study's covariates for images of one shape; `skipped` says which covariates have none, and why."""
+    """Predictors of a study's covariates for images of one shape; `skipped` says which covariates have none,
+    and why.
+    """
 
     histograms: LocalHistograms
     by_name: dict[str, Predictor]

@@ -34,7 +34,7 @@ from meddiff_steps.core.random_streams import step_generator
 from meddiff_steps.imaging.reading import ScanError, read_image
 from meddiff_steps.imaging.selection import Images
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
-from meddiff_steps.models.weights import load_weights
+from meddiff_steps.models.weights import CARD, load_weights
 from meddiff_steps.statistics.bootstrap import rounded
 from meddiff_steps.training.loop import batch_rows, learning_rate_scale, update_average
 
@@ -327,9 +327,9 @@ def agreement(model: Segmenter, scans: Images, labels: Shards, voxel_ml: float) 
     return card
 
 
-def load_segmenter(weights: Path, card_path: Path) -> tuple[Segmenter, dict[str, Any]]:
+def load_segmenter(folder: Path) -> tuple[Segmenter, dict[str, Any]]:
     """The trained segmenter, in evaluation mode on the CPU, and its card."""
-    card = read_json(card_path)
+    card = read_json(folder / CARD)
     model = Segmenter(card["structures"], card["image_shape"][1:], card["channels"])
-    load_weights(model, weights, card)
+    load_weights(model, folder, card)
     return model, card

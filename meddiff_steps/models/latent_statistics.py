@@ -3,31 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 from sklearn.covariance import ledoit_wolf
+from torch import Tensor
 
 from meddiff_steps.core.errors import UserError
 
+T = TypeVar("T", np.ndarray, Tensor)
 
-def standardisation(latents: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Offset and scale of the training latents; one pass.
+
+@dataclass(frozen=True)
+class Standardisation(Generic[T]):
+    """Between the first stage's latents and what the diffusion model works on: mean 0 at every place, unit spread.
 
     The offset is the mean at every position, since most of the variance of a centred cohort is what all subjects share:
     brain against background.  A diffusion model would spend its noise levels on that.  The scale is one number per
     channel, the deviation about the offset (Rombach et al. 2022 use one for all), so that errors keep their visible
     size: small where subjects hardly differ.
 
+    Attributes
+    ----------
+    offset, scale
+        float32 (1, c, *spatial) and (1, c, 1, ...), scale > 0.
+    """
+
+    offset: T
+    scale: T
+
+    def __call__(self, latents: T) -> T:
+        """Standardised latents, (b, c, *spatial)."""
+        return (latents - self.offset) / self.scale
+
+    def inverse(self, standardised: T) -> T:
+        """The first stage's latents, (b, c, *spatial)."""
+        return standardised * self.scale + self.offset
+
+
+def measure_standardisation(latents: Iterable[np.ndarray]) -> Standardisation[np.ndarray]:
+    """The standardisation of training latents, in one pass.
+
     Parameters
     ----------
     latents
         Posterior means, each (c, *spatial).
-
-    Returns
-    -------
-    offset, scale
-        float32 (1, c, *spatial) and (1, c, 1, ...), scale > 0.
 
     Raises
     ------
@@ -45,7 +66,8 @@ def standardisation(latents: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarr
         )
     mean = total / count
     variance = np.maximum(square / count - mean**2, 0.0).mean(tuple(range(1, mean.ndim)), keepdims=True)
-    return mean[None].astype(np.float32), np.sqrt(np.maximum(variance, 1e-12))[None].astype(np.float32)
+    scale = np.sqrt(np.maximum(variance, 1e-12))
+    return Standardisation(mean[None].astype(np.float32), scale[None].astype(np.float32))
 
 
 #: Training latents that the principal components are computed from; more change them little and cost memory.
@@ -70,7 +92,7 @@ FOLDS = 5
 
 
 @dataclass(frozen=True)
-class LatentGaussian:
+class GaussianFit:
     """x | covariates ~ N(features @ effects, basis^T diag(variances) basis + local), a factor analysis.
 
     x are standardised latents (c, *spatial), flattened to D numbers.  `local` connects the channels at one position and
@@ -98,7 +120,7 @@ class LatentGaussian:
 
 def fit_gaussian(
     draw: Callable[[int], np.ndarray], features: np.ndarray, rank: int, subjects: np.ndarray
-) -> LatentGaussian:
+) -> GaussianFit:
     """Fit the Gaussian by ridge regression on the features and principal components of the residuals.
 
     Parameters
@@ -128,7 +150,7 @@ def fit_gaussian(
     basis *= np.sign(basis[np.arange(rank), np.abs(basis).argmax(1)])[:, None]
     variances, rest = _held_out(gram, residuals, rank, subjects % FOLDS)
     local_basis, local_variances = _local(rest.reshape(len(rest), draw(0).shape[0], -1))
-    return LatentGaussian(*(a.astype(np.float32) for a in (effects, basis, variances, local_basis, local_variances)))
+    return GaussianFit(*(a.astype(np.float32) for a in (effects, basis, variances, local_basis, local_variances)))
 
 
 def _components(gram: np.ndarray, residuals: np.ndarray, rank: int) -> np.ndarray:
@@ -196,3 +218,19 @@ def covariate_features(encoded: np.ndarray, levels: list[int]) -> np.ndarray:
         else:
             columns += [np.where(known, (value == level) - 1.0 / count, 0.0) for level in range(count)]
     return np.stack(columns, 1).astype(np.float32)
+
+
+def gaussian_tensors(
+    draw: Callable[[int], np.ndarray], encoded: np.ndarray, levels: list[int], rank: int, subjects: np.ndarray
+) -> dict[str, np.ndarray]:
+    """`fit_gaussian` under the names that its tensors have in a denoiser.
+
+    Parameters
+    ----------
+    draw, rank, subjects
+        As of `fit_gaussian`.
+    encoded, levels
+        As of `covariate_features`.
+    """
+    fitted = fit_gaussian(draw, covariate_features(encoded, levels), rank, subjects)
+    return {f"prior.{name}": value for name, value in asdict(fitted).items()}

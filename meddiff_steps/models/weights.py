@@ -12,8 +12,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from meddiff_steps import __version__
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path, write_json
+from meddiff_steps.core.folders import NETWORK
+
+#: Files of a trained network within its folder.
+WEIGHTS, CARD = NETWORK
 
 
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -26,16 +31,27 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save_model(module: nn.Module, weights: Path, card: Path, content: dict[str, Any]) -> None:
-    """Write the weights and, last, the card with their digest: a card on disk means that its weights are whole."""
+def save_model(module: nn.Module, folder: Path, content: dict[str, Any]) -> None:
+    """Write weights and, last, a card of `content` with their digest: a card on disk means that its weights are
+    whole.
+    """
     tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
-    with atomic_path(weights) as path:
+    with atomic_path(folder / WEIGHTS) as path:
         save_file(tensors, path)
     parameters = sum(value.numel() for value in tensors.values())
-    write_json(card, content | {"weights_sha256": weights_digest(tensors), "parameters": parameters})
+    digest = {"weights_sha256": weights_digest(tensors), "parameters": parameters}
+    write_json(folder / CARD, {"version": __version__} | content | digest)
 
 
-def load_weights(module: nn.Module, weights: Path, card: dict[str, Any]) -> None:
+def load_weights(module: nn.Module, folder: Path, card: Mapping[str, Any]) -> None:
+    """Load the weights of a folder into a network, which is then frozen and in evaluation mode.
+
+    Raises
+    ------
+    UserError
+        The file is not readable, holds other weights than the card says, or those of another network.
+    """
+    weights = folder / WEIGHTS
     try:
         tensors = load_file(weights)
     except (OSError, SafetensorError) as error:
@@ -51,9 +67,10 @@ def load_weights(module: nn.Module, weights: Path, card: dict[str, Any]) -> None
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        others = sorted(module.state_dict().keys() ^ tensors.keys())
+        reason = f"{len(others)} tensors, such as {others[0]}" if others else str(error).splitlines()[-1].strip()
         raise UserError(
-            f"{weights}: not the weights of this version's network ({reason}). Use the version that trained them, or"
-            " train again."
+            f"{weights}: not the weights of this version's network ({reason}). Install meddiff-steps"
+            f" {card.get('version', '0.1.0')}, which trained them, or train again."
         ) from None
     module.requires_grad_(False).eval()

@@ -18,11 +18,12 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from meddiff_steps.config import CategoricalCovariate, Study, default_steps
+from meddiff_steps.config import CategoricalCovariate, Study
 from meddiff_steps.core.errors import UserError
-from meddiff_steps.diffusion.samplers import evaluations
-from meddiff_steps.models.denoiser.unet import Denoiser
-from meddiff_steps.models.first_stage.kl import Autoencoder
+from meddiff_steps.core.registries import default_steps, evaluations
+from meddiff_steps.diffusion.conditioning import Condition
+from meddiff_steps.models.denoiser.base import Denoiser
+from meddiff_steps.models.first_stage.base import build
 from meddiff_steps.operations.status import newest_study, seconds, stage_of
 from meddiff_steps.synthesis.size import plan_shards, planned_subjects
 
@@ -76,15 +77,15 @@ def forward_flops(study: Study) -> tuple[float, float, float]:
     dims, shape = study.spatial_dims, study.preprocess.shape
     levels = [len(c.levels) if isinstance(c, CategoricalCovariate) else 0 for c in study.covariates.values()]
     with torch.device("meta"):
-        autoencoder = Autoencoder(study.autoencoder, dims)
+        autoencoder = build(study.autoencoder, dims)
         image = torch.empty(1, 1, *shape)
         with FlopCounterMode(display=False) as encoding:
-            latent = autoencoder.encode(image)[0]
+            latent = autoencoder.encode(image).mode()
         with FlopCounterMode(display=False) as decoding:
             autoencoder.decode(latent)
         denoiser = Denoiser(study.diffusion, latent.shape[1:], levels)
         with FlopCounterMode(display=False) as denoising:
-            denoiser(latent, torch.empty(1), torch.empty(1, len(levels)))
+            denoiser(latent, torch.empty(1), Condition(torch.empty(1, len(levels))))
     return encoding.get_total_flops(), decoding.get_total_flops(), denoising.get_total_flops()
 
 
@@ -106,7 +107,7 @@ def work(study: Study, scans: int) -> dict[str, Work]:
     settings = study.generate
     steps = settings.num_inference_steps or default_steps(settings.sampler, study.diffusion.num_train_timesteps)
     passes = evaluations(settings.sampler, steps) * (1 if settings.guidance_scale in (0, 1) else 2)
-    encoded = scans + train * (study.augmentation.variants - 1)
+    encoded = scans + train * (study.variants.count - 1)
     embedding = 2 * study.privacy.embedder.optimiser.steps * study.privacy.embedder.optimiser.batch_size
     stages = {
         "preprocess": Work(

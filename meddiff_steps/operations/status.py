@@ -1,4 +1,6 @@
-"""How far a study is, seen from its results folder alone: no scheduler is asked, so it works for every way of running."""
+"""How far a study is, seen from its results folder alone: no scheduler is asked, so it works for every way of
+running.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,11 @@ PLAN_STAGES = ("generate", "filter", "images", "export", "regenerate", "teacher/
 #: Stages whose jobs have a GPU each (`compute.devices` of them for the trainings of both models), where the study does
 #: not say `compute.device: cpu`.
 GPU_STAGES = frozenset(
-    "autoencoder latents diffusion generate filter sampler_study showcase audit segmenter augment/train regenerate"
-    " teacher/generate teacher/filter distilled/latents distilled/diffusion augment/generate augment/filter"
-    " augment/diffusion".split()
+    "autoencoder latents diffusion generate filter sampler_study showcase audit segmenter counterfactual"
+    " downstream/train regenerate teacher/generate teacher/filter second_model/latents second_model/diffusion"
+    " downstream/generate downstream/filter downstream/diffusion".split()
 )
-TRAININGS = ("autoencoder", "diffusion", "distilled/diffusion", "augment/diffusion")
+TRAININGS = ("autoencoder", "diffusion", "second_model/diffusion", "downstream/diffusion")
 #: How a log ends whose step has given up; a step that was killed from outside says nothing.
 LAST_WORDS = re.compile(r"^(error: |Traceback |[\w.]+Error\b)|asked to stop \(SIGTERM\)", re.M)
 #: Bytes at the end of a log in which they are looked for.
@@ -128,14 +130,14 @@ def newest_study(results: Path) -> Study:
 
 
 def stage_of(log: Path) -> str:
-    """Name of the stage of a log: `generate/0003.log` and `augment/train/a-0.log` are one job of many,
-    `augment/data.log` is a stage.
+    """Name of the stage of a log: `generate/0003.log` and `downstream/train/0.log` are one job of many,
+    `downstream/data.log` is a stage.
     """
     many = log.parent.as_posix() in (
         *COHORT_STAGES,
         *PLAN_STAGES,
-        "distilled/latents",
-        *(f"augment/{name}" for name in ("train", "plan", "generate", "filter", "diffusion")),
+        "second_model/latents",
+        *(f"downstream/{name}" for name in ("train", "plan", "generate", "filter", "diffusion")),
     )
     return (log.parent if many else log.with_suffix("")).as_posix()
 
@@ -172,20 +174,23 @@ def table(stages: list[Stage], now: float, estimated: Mapping[str, float] | None
     """
     estimated = estimated or {}
     width = max([len(stage.name) for stage in stages], default=5) + 2
-    yield f"{'stage':<{width}}{'done':>6}{'of':>6}{'running':>9}{'failed':>8}{'hours':>9}{'GPU-hours':>11}{'expected':>10}"
+
+    def line(name: str, *cells: object) -> str:
+        return f"{name:<{width}}" + "".join(
+            f"{cell:>{n}}" for cell, n in zip(cells, (6, 6, 9, 8, 9, 11, 10), strict=True)
+        )
+
+    yield line("stage", "done", "of", "running", "failed", "hours", "GPU-hours", "expected")
     expected = {stage.name: stage.expected_gpu_hours(estimated.get(stage.name)) for stage in stages}
     for stage in stages:
-        counts = f"{stage.name:<{width}}{stage.done:>6}{stage.total:>6}{len(stage.running):>9}{len(stage.failed):>8}{stage.hours:>9.2f}"
-        yield (
-            counts
-            + f"{stage.gpu_hours:>11.2f}{'?' if expected[stage.name] is None else format(expected[stage.name], '.2f'):>10}"
-        )
+        ahead = expected[stage.name]
+        counts = (stage.done, stage.total, len(stage.running), len(stage.failed))
+        hours = (f"{stage.hours:.2f}", f"{stage.gpu_hours:.2f}", "?" if ahead is None else f"{ahead:.2f}")
+        yield line(stage.name, *counts, *hours)
     whole = sum(hours or 0.0 for hours in expected.values())
-    counts = f"{'together':<{width}}{sum(s.done for s in stages):>6}{'':>23}{sum(s.hours for s in stages):>9.2f}"
-    yield (
-        counts
-        + f"{sum(s.gpu_hours for s in stages):>11.2f}{('>' if None in expected.values() else '') + format(whole, '.2f'):>10}"
-    )
+    sums = tuple(f"{sum(getattr(stage, name) for stage in stages):.2f}" for name in ("hours", "gpu_hours"))
+    at_least = ">" if None in expected.values() else ""
+    yield line("together", sum(stage.done for stage in stages), "", "", "", *sums, f"{at_least}{whole:.2f}")
     for state in ("running", "failed"):
         for stage in stages:
             for changed, log in getattr(stage, state):

@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
 from meddiff_steps.config import CategoricalCovariate, Covariates, Privacy
 from meddiff_steps.core.random_streams import batch_noise
+from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.models.denoiser.unet import Denoiser
+from meddiff_steps.models.trained import TrainedModel
 from meddiff_steps.privacy import attacks
-from meddiff_steps.privacy.detectors import Detector
+from meddiff_steps.privacy.detectors.base import Detector
 from meddiff_steps.privacy.search import QUERIES, nearest, nearest_earlier, nearest_of_each, unit_rows
 from meddiff_steps.privacy.size import batch_size
 from meddiff_steps.privacy.verdict import Gate, at_most, holds, verdict
@@ -39,6 +41,8 @@ BATCH_VALUES = 2**26
 
 #: Members and others whose denoising loss is computed, and the shares of the timesteps it is computed at.
 LOSS_SCANS = 96
+#: Detectors whose directions the density ratio may be taken in, the first that is chosen: those of few numbers.
+DENSITY_DETECTORS = ("learned", "aligned")
 LOSS_TIMES = (0.1, 0.25, 0.4)
 
 
@@ -83,7 +87,8 @@ def attack(
     """All attacks that need the synthetic images alone.
 
     Members are the training scans; others are the test scans, which nothing was fitted or calibrated on.  The
-    calibration scans are the reference of the density ratio.
+    calibration scans are the reference of the density ratio, which is left out where none of `DENSITY_DETECTORS` is
+    among the detectors.
     """
     result: dict[str, Any] = {"nearer_to_training": {}, "authenticity": {}, "membership": {}}
     strangers = np.concatenate([calibration.subjects, test.subjects])
@@ -109,16 +114,17 @@ def attack(
         result["membership"][f"distance, {name}"] = attacks.membership(
             is_member, scores, list(who), resamples, seed, f"distance|{name}"
         )
-    tested = np.concatenate([train.directions["learned"][members], test.directions["learned"]])
-    ratio = attacks.density_ratio(tested, synthetic["learned"], calibration.directions["learned"])
-    result["membership"]["density ratio, learned"] = attacks.membership(
-        is_member, ratio, list(who), resamples, seed, "density"
-    )
+    for name in [name for name in DENSITY_DETECTORS if name in synthetic][:1]:
+        tested = np.concatenate([train.directions[name][members], test.directions[name]])
+        ratio = attacks.density_ratio(tested, synthetic[name], calibration.directions[name])
+        result["membership"][f"density ratio, {name}"] = attacks.membership(
+            is_member, ratio, list(who), resamples, seed, "density"
+        )
     return result
 
 
 @torch.no_grad()
-def denoising_losses(model: Denoiser, latents: np.ndarray, covariates: np.ndarray) -> np.ndarray:
+def denoising_losses(model: TrainedModel, latents: Tensor, condition: Condition) -> np.ndarray:
     """How badly the model denoises each scan at its own covariates, (n,); a model knows its training scans better.
 
     The same times and noise for every scan (loss threshold attack; Matsumoto et al. 2023, section 4).
@@ -126,26 +132,23 @@ def denoising_losses(model: Denoiser, latents: np.ndarray, covariates: np.ndarra
     Parameters
     ----------
     latents
-        Standardised posterior means, (n, c, *spatial).
-    covariates
-        Encoded, (n, k).
+        Of the scans, standardised, (n, c, *spatial); see `TrainedModel.encode`.
+    condition
+        Of the scans, n rows.
     """
     process, losses = model.process, np.zeros(len(latents))
+    size = batch_size(latents.shape[1:])
     for number, share in enumerate(LOSS_TIMES):
-        noise = torch.from_numpy(
-            batch_noise([hashlib.sha256(f"denoising/{number}".encode()).hexdigest()[:32]], latents.shape[1:])
-        )
+        key = hashlib.sha256(f"denoising/{number}".encode()).hexdigest()[:32]
+        noise = torch.from_numpy(batch_noise([key], latents.shape[1:])).to(latents.device)
         timestep = float(process.training_timesteps(torch.tensor([share]))[0])
-        size = batch_size(latents.shape[1:])
         for start in range(0, len(latents), size):
-            x0 = torch.from_numpy(latents[start : start + size])
-            timesteps, eps = torch.full((len(x0),), timestep), noise.expand_as(x0)
-            predicted = model(
-                process.add_noise(x0, eps, timesteps), timesteps, torch.from_numpy(covariates[start : start + size])
-            )
-            losses[start : start + size] += (
-                (predicted - process.target(x0, eps, timesteps)).square().flatten(1).mean(1).numpy()
-            )
+            part = slice(start, start + size)
+            x0 = latents[part]
+            timesteps, eps = torch.full((len(x0),), timestep, device=x0.device), noise.expand_as(x0)
+            predicted = model.denoise(process.add_noise(x0, eps, timesteps), timesteps, condition[part])
+            error = predicted - process.target(x0, eps, timesteps)
+            losses[part] += error.square().flatten(1).mean(1).cpu().numpy()
     return losses / len(LOSS_TIMES)
 
 

@@ -9,9 +9,6 @@ from typing import Any
 
 import numpy as np
 
-#: Names of the detectors (`detectors.make_detectors`), over which the level is shared.
-DETECTORS = ("aligned", "learned", "latent")
-
 
 def conformal_threshold(scores: np.ndarray, level: float) -> float | None:
     """Smallest threshold that an unseen subject exceeds with probability at most `level`.

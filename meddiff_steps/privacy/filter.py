@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from meddiff_steps.privacy.calibration import Thresholds
-from meddiff_steps.privacy.detectors import Detector, score
+from meddiff_steps.privacy.detectors.base import Detector, score
 from meddiff_steps.privacy.size import batch_size
 from meddiff_steps.synthesis.plan import redraw
 
@@ -25,7 +25,8 @@ class Candidate:
     Attributes
     ----------
     decision
-        `accepted`, or `rejected` for the reason given: the detectors that fired, or `not an image` (constant or not finite).
+        `accepted`, or `rejected` for the reason given: the detectors that fired, or `not an image` (constant or not
+        finite).
     similarity, nearest
         Per detector: to the nearest training scan, and its number.  Private.
     """

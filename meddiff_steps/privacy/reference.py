@@ -16,14 +16,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from meddiff_steps.cohort.splits import subjects_needed
+from meddiff_steps.core.choice import chosen
+from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.random_streams import step_generator
+from meddiff_steps.core.registries import DETECTORS
 from meddiff_steps.imaging.perturbations import perturbed_copies
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.instruments.embedder import load_embedder
-from meddiff_steps.models.trained import load_autoencoder
+from meddiff_steps.models.first_stage.base import reconstruct
+from meddiff_steps.models.latent_statistics import Standardisation
+from meddiff_steps.models.trained import load_first_stage
 from meddiff_steps.privacy.attacks import flag_rate_is_nominal, share
 from meddiff_steps.privacy.calibration import calibrate
-from meddiff_steps.privacy.detectors import Detector, LatentEncoder, TrainingImages, make_detectors, references, score
+from meddiff_steps.privacy.detectors.base import Context, Detector, TrainingImages, references, score
 from meddiff_steps.privacy.size import batch_size
 
 #: Training scans that are copied for the positive controls, each in six ways.
@@ -36,36 +41,86 @@ class ReferenceFiles:
 
     images: Sequence[Path]
     autoencoder: Path
-    autoencoder_card: Path
     scale: Path
     embedder: Path
-    embedder_card: Path
 
 
-def build_reference(files: ReferenceFiles, training_rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Mean training image, rows of the training scans, and their directions under each detector."""
+def make_detectors(context: Context, names: Sequence[str] | None = None) -> list[Detector]:
+    """Build detectors, in the order of their registry whatever the order of `names`.
+
+    Parameters
+    ----------
+    context
+        What they are built from; a detector that is not chosen loads nothing.
+    names
+        Of the registry `DETECTORS`.  None: all.
+
+    Raises
+    ------
+    UserError
+        A name is not in the registry, or there is none.
+    """
+    return [DETECTORS.load(name).build(context) for name in chosen(DETECTORS, names, "privacy.detectors")]
+
+
+def build_reference(
+    files: ReferenceFiles, training_rows: np.ndarray, names: Sequence[str] | None = None
+) -> dict[str, np.ndarray]:
+    """Mean training image, rows of the training scans, and their directions under each detector of `names` (None: all).
+
+    Raises
+    ------
+    UserError
+        As `make_detectors`.
+    """
     training = TrainingImages(Shards(files.images), training_rows)
     total = np.zeros(training.shards.shape("image"))
     for batch in training.batches():
         total += batch.sum(0, dtype=torch.float64).numpy()
     mean = (total / len(training)).astype(np.float32)
-    detectors = _detectors(files, training, {}, mean)
+    detectors = make_detectors(_context(files, training, {}, mean), names)
     tensors: dict[str, np.ndarray] = {"mean": mean, "rows": training_rows.astype(np.int64)}
     return tensors | {detector.name: references(detector, training) for detector in detectors}
 
 
-def load_detectors(files: ReferenceFiles, reference: Mapping[str, np.ndarray]) -> list[Detector]:
-    """The three detectors with the reference that `build_reference` made."""
-    return _detectors(files, TrainingImages(Shards(files.images), reference["rows"]), reference, reference["mean"])
+def load_detectors(files: ReferenceFiles, reference: Mapping[str, np.ndarray], names: Sequence[str]) -> list[Detector]:
+    """Detectors with the reference that `build_reference` made of them.
+
+    Parameters
+    ----------
+    names
+        Those that the calibration card lists: what is not calibrated has no threshold.
+
+    Raises
+    ------
+    UserError
+        A detector does not exist, or the reference lacks its directions.
+    """
+    missing = [name for name in names if name not in reference]
+    if missing:
+        raise UserError(
+            f"the reference has no directions under the detector {missing[0]}, which the calibration lists: they are of"
+            " different runs. Run the step `calibrate` again."
+        )
+    training = TrainingImages(Shards(files.images), reference["rows"])
+    return make_detectors(_context(files, training, reference, reference["mean"]), names)
 
 
-def _detectors(
+def _context(
     files: ReferenceFiles, training: TrainingImages, vectors: Mapping[str, np.ndarray], mean: np.ndarray
-) -> list[Detector]:
-    autoencoder, _ = load_autoencoder(files.autoencoder, files.autoencoder_card)
-    scale = load_file(files.scale)
-    latent = LatentEncoder(autoencoder, scale["offset"], scale["scale"])
-    return make_detectors(training, load_embedder(files.embedder, files.embedder_card), latent, vectors, mean)
+) -> Context:
+    def standardisation() -> Standardisation[Tensor]:
+        tensors = load_file(files.scale)
+        return Standardisation(tensors["offset"], tensors["scale"])
+
+    return Context(
+        mean,
+        training,
+        embedder=lambda: load_embedder(files.embedder),
+        first_stage=lambda: load_first_stage(files.autoencoder)[0],
+        standardisation=standardisation,
+        directions=vectors,
+    )
 
 
 def score_scans(
@@ -108,6 +163,7 @@ def calibration_card(
     groups: pd.Series,
     level: float,
     seed: str,
+    names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Thresholds from the calibration split, and both controls.
 
@@ -119,16 +175,19 @@ def calibration_card(
         Subgroup per subject id.
     level, seed
         Of the study.
+    names
+        Detectors that share the level, as for `build_reference`; None: all.
 
     Returns
     -------
     dict
-        status (`CALIBRATED` or `NOT_CALIBRATED`), level, subjects, needed, thresholds, groups, and under `controls`:
+        status (`CALIBRATED` or `NOT_CALIBRATED`), level, detectors, subjects, needed, thresholds, groups, and under
+        `controls`:
         positive (recall per kind of copy), negative (share of unseen real subjects flagged, and whether that is
         nominal).
     """
-    shards, detectors = Shards(files.images), load_detectors(files, reference)
-    names = [detector.name for detector in detectors]
+    shards, names = Shards(files.images), chosen(DETECTORS, names, "privacy.detectors")
+    detectors = load_detectors(files, reference, names)
 
     def of(split: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
         scans = table[table["split"] == split]
@@ -152,9 +211,9 @@ def calibration_card(
         "nominal": flag_rate_is_nominal(flags, level),
     }
     positive = {}
-    chosen = step_generator(seed, "privacy/controls", 0).permutation(reference["rows"])[:CONTROL_SCANS]
-    owner = groups.reindex(table.set_index("row").loc[chosen, "subject_id"]).to_numpy()
-    for kind, copies in _copies(files, torch.from_numpy(shards.tensors("image", chosen)), seed).items():
+    originals = step_generator(seed, "privacy/controls", 0).permutation(reference["rows"])[:CONTROL_SCANS]
+    owner = groups.reindex(table.set_index("row").loc[originals, "subject_id"]).to_numpy()
+    for kind, copies in _copies(files, torch.from_numpy(shards.tensors("image", originals)), seed).items():
         found = thresholds.flags(score(detectors, copies)[0], owner)
         positive[kind] = share(any_flag(found)) | {
             "by_detector": {name: float(np.mean(values)) for name, values in found.items()}
@@ -165,10 +224,10 @@ def calibration_card(
 @torch.no_grad()
 def _copies(files: ReferenceFiles, images: Tensor, seed: str) -> dict[str, Tensor]:
     """Each image reconstructed by the autoencoder, and changed in the ways of `perturbed_copies`."""
-    autoencoder, _ = load_autoencoder(files.autoencoder, files.autoencoder_card)
+    autoencoder, _ = load_first_stage(files.autoencoder)
     copies = {
         "reconstructed": torch.cat(
-            [autoencoder.reconstruct(part) for part in images.split(batch_size(images.shape[1:]))]
+            [reconstruct(autoencoder, part) for part in images.split(batch_size(images.shape[1:]))]
         )
     }
     return copies | perturbed_copies(images, step_generator(seed, "privacy/copies", 0))

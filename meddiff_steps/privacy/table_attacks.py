@@ -37,7 +37,8 @@ def table_attacks(
     Returns
     -------
     dict
-        `singling_out` and, by covariate, `inference`; see `singling_out` and `infer_attribute`.  Empty without subjects.
+        `singling_out` and, by covariate, `inference`; see `singling_out` and `infer_attribute`.  Empty without
+        subjects.
     """
     generator = philox(seed, "privacy/table")
     count = min(len(train), len(others))

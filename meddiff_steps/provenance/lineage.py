@@ -59,18 +59,41 @@ def check_record(record: Any, name: str) -> None:
                     )
 
 
+#: What steps of earlier versions are called today; the records of old releases name them as they were.
+RENAMED = {
+    "distill": "second_model",
+    "evaluate": "measure",
+    "release": "describe",
+    "augment": "downstream_train",
+    "augment_design": "downstream_design",
+    "augment_plan": "downstream_plan",
+    "augment_data": "downstream_data",
+    "augment_test": "downstream_test",
+}
+
+
+def step_of(record: Record) -> str:
+    """The step whose run a record is of, by its name of today.
+
+    >>> step_of({"step": "distill"}), step_of({"step": "generate"})
+    ('second_model', 'generate')
+    """
+    step: str = record["step"]
+    return RENAMED.get(step, step)
+
+
 #: Steps whose settings may name files from outside the study: tables, masks, weights, labels.  What all others read, a
 #: run wrote.
-FROM_OUTSIDE = frozenset({"cohort", "preprocess", "autoencoder", "plan", "segmenter", "evaluate"})
-#: What a run of a step must have read, by the steps that write it, any one of each set.
+FROM_OUTSIDE = frozenset({"cohort", "preprocess", "autoencoder", "plan", "segmenter", "measure"})
+#: What a run of a step must have read, by the steps that write it, any one of each set; by their names of today.
 SOURCES: dict[str, tuple[frozenset[str], ...]] = {
     step: tuple(frozenset(one.split("|")) for one in needed.split())
     for step, needed in {
         "preprocess": "cohort",
         "autoencoder": "cohort preprocess",
         "latents": "autoencoder preprocess|filter",
-        "diffusion": "cohort|distill latents",
-        "distill": "plan filter|privacy",
+        "diffusion": "cohort|second_model latents",
+        "second_model": "plan filter|privacy",
         "calibrate": "autoencoder preprocess",
         "plan": "cohort",
         "generate": "plan autoencoder diffusion",
@@ -89,8 +112,10 @@ def is_declared(record: Record, name: str, path: str) -> bool:
     a file from outside the study.
     """
     if name == "config":
-        return re.fullmatch(rf"config/{re.escape(record['step'])}-[0-9a-f]{{16}}\.json", path) is not None
-    return record["step"] in FROM_OUTSIDE and (path.startswith("external/") or PurePosixPath(path).is_absolute())
+        today = step_of(record)  # a frozen config is named for a step or its stage, which was not always the same
+        names = "|".join(map(re.escape, {today, *(old for old, new in RENAMED.items() if new == today)}))
+        return re.fullmatch(rf"config/({names})-[0-9a-f]{{16}}\.json", path) is not None
+    return step_of(record) in FROM_OUTSIDE and (path.startswith("external/") or PurePosixPath(path).is_absolute())
 
 
 @dataclass

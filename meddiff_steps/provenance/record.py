@@ -31,18 +31,16 @@ from meddiff_steps.core.canonical import canonical_bytes
 from meddiff_steps.core.code_digest import code_digest
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import sha256_file, write_json
+from meddiff_steps.core.folders import files_of
 from meddiff_steps.core.weights_digest import safetensors_digest
 
 SCHEMA = "meddiff/record/v1"
 RECORDS = "records"
-#: Folders that a step reads, and the file in them that stands for them.
-INPUT_FOLDERS = {"simulated": "participants.tsv"}
 #: Smaller files are hashed again rather than looked up.
 CACHED_FROM = 1 << 20
 PACKAGE_ROOT = Path(__file__).parents[2]
 #: Packages whose version can change a result.
 PACKAGES = (
-    "diffusers",
     "lightning-fabric",
     "monai",
     "nibabel",
@@ -158,7 +156,7 @@ class Observer:
         for name, value in self.arguments.items():
             for path in value if isinstance(value, (list, tuple)) else [value]:
                 if isinstance(path, Path):
-                    self.files.append((name, path / INPUT_FOLDERS[name] if name in INPUT_FOLDERS else path))
+                    self.files += [(name, file) for file in files_of(step, name, path)]
         self.before = {path: _stat(path) for _, path in self.files}
 
     def finish(self) -> Path | None:
@@ -185,7 +183,11 @@ class Observer:
             "inputs": inputs,
             "outputs": outputs,
             "config": _config(self.step, self.arguments["config"]),
-            "code": {"version": __version__, "digest": code_digest(self.step), **_git()},
+            "code": {
+                "version": __version__,
+                "digest": code_digest(self.step, _frozen(self.arguments["config"])),
+                **_git(),
+            },
             "environment": environment(),
             "volatile": {
                 "started": datetime.fromtimestamp(self.started, UTC).isoformat(timespec="seconds"),
@@ -218,9 +220,13 @@ class Observer:
             return str(path.resolve())
 
 
+def _frozen(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def _config(step: str, frozen: Path) -> dict[str, Any]:
     """Which sections the step could read, and their digest as published (without paths of this machine)."""
-    content = json.loads(frozen.read_text(encoding="utf-8"))
+    content = _frozen(frozen)
     return {
         "sections": list(config.STAGES[step]),
         "sha256": hashlib.sha256(canonical_bytes(config.without_paths(content))).hexdigest(),
@@ -246,7 +252,7 @@ def public(record: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def _git() -> dict[str, Any]:
-    """Commit of the package's own checkout, and the digest of what differs from it; nothing where it is not a checkout."""
+    """Commit of the package's own checkout, and the digest of what differs from it; nothing where it is none."""
 
     def git(*arguments: str) -> str | None:
         try:

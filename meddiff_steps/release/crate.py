@@ -14,7 +14,6 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
-from meddiff_steps import __version__
 from meddiff_steps.provenance import lineage
 from meddiff_steps.release.dataset import VERSION, licence
 from meddiff_steps.release.published import Published
@@ -60,7 +59,7 @@ def build(release: Published, records: Mapping[str, lineage.Record]) -> dict[str
     """
     description = release.description
     listed = {name: entry for name, entry in release.files.items() if name != NAME}
-    actions, others = _actions(records, release.heads, listed)
+    actions, others = _actions(records, release, listed)
     shards = list(_shards(release.ledger))
     datasets = [_dataset(folder, description["Name"], sorted(listed)) for folder in description.get("Datasets", [])]
     people = [
@@ -153,7 +152,7 @@ def _shards(ledger: Mapping[str, Any]) -> Iterator[Entity]:
 
 
 def _actions(
-    records: Mapping[str, lineage.Record], heads: Mapping[str, str], files: Mapping[str, Any]
+    records: Mapping[str, lineage.Record], release: Published, files: Mapping[str, Any]
 ) -> tuple[list[Entity], list[Entity]]:
     """Runs, and what they refer to that is no part of the release: steps and files between them."""
     actions: list[Entity] = []
@@ -199,8 +198,10 @@ def _actions(
                 "The run of `python -m meddiff_steps ledger` that sealed this release; it has no record, because it"
                 " wrote the last file."
             ),
-            "instrument": step("ledger", __version__, ""),
-            "object": _one_or_all([refer({"path": path, "sha256": digest}) for path, digest in sorted(heads.items())]),
+            "instrument": step("ledger", release.version, ""),
+            "object": _one_or_all(
+                [refer({"path": path, "sha256": digest}) for path, digest in sorted(release.heads.items())]
+            ),
             "result": [
                 {"@id": quote(path)}
                 for path in sorted(files)

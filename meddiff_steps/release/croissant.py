@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from meddiff_steps import __version__
 from meddiff_steps.imaging.encoding import SYNTHETIC
 from meddiff_steps.release.dataset import VERSION, licence
 from meddiff_steps.release.published import TABLE, Published
@@ -81,7 +80,7 @@ def build(release: Published) -> dict[str, Any]:
             "No row and no image describes a real person; README says what was tested for traces of real ones."
         ),
         "prov:wasDerivedFrom": _sources(description),
-        "prov:wasGeneratedBy": _activity(study, release.heads),
+        "prov:wasGeneratedBy": _activity(study, release.heads, release.version),
         "distribution": [_table(release.files[TABLE]), _images(study, "Datasets" in description)],
         "recordSet": [_subjects(study)],
     }
@@ -123,8 +122,8 @@ def _sources(description: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _activity(study: Mapping[str, Any], heads: Mapping[str, str]) -> dict[str, Any]:
-    agent = {"@type": "prov:SoftwareAgent", "prov:label": f"meddiff_steps {__version__}"}
+def _activity(study: Mapping[str, Any], heads: Mapping[str, str], version: str) -> dict[str, Any]:
+    agent = {"@type": "prov:SoftwareAgent", "prov:label": f"meddiff_steps {version}"}
     return {
         "@type": "prov:Activity",
         "prov:label": (

@@ -181,7 +181,7 @@ class Story:
     models
         Cards of the models by name.
     distilled
-        distill.subjects.
+        second_model.subjects.
     metrics
         The evaluation's metrics. None: not measured.
     """
@@ -275,7 +275,7 @@ def _write_dataset(root: Path, plan: pd.DataFrame, images: pd.DataFrame, story: 
     if volumes:
         for suffix in SUFFIXES:
             (root / f"{suffix}.json").unlink(missing_ok=True)  # the sidecar of an earlier suffix
-        _write_json(root / f"{story.config.suffix}.json", _sidecar(story.study, story.config))
+        _write_json(root / f"{story.config.suffix}.json", _sidecar(story.study, story.config, __version__))
     _write_texts(root, len(plan), story, part, [])
     _write_json(root / "dataset_description.json", _description(story, part, []))
     if part is not None:
@@ -403,19 +403,20 @@ def _participants_dictionary(covariates: Covariates, volumes: bool) -> dict[str,
     return fields
 
 
-def config_texts(study: Study) -> dict[str, bytes]:
+def config_texts(study: Study, version: str = __version__) -> dict[str, bytes]:
     """Dictionaries and licence of every dataset of a study, by name, as `complete_dataset` writes them: they follow
-    from the study alone.
+    from the study and the version of this package alone.
     """
     volumes = study.spatial_dims == 3
     found = {
         "participants.json": _json(_participants_dictionary(study.covariates, volumes)),
         "LICENSE": _licence(study.release).encode(),
     }
-    return found | ({f"{study.release.suffix}.json": _json(_sidecar(study.study, study.release))} if volumes else {})
+    sidecar = _sidecar(study.study, study.release, version)
+    return found | ({f"{study.release.suffix}.json": _json(sidecar)} if volumes else {})
 
 
-def _sidecar(study: str, config: Release) -> dict[str, Any]:
+def _sidecar(study: str, config: Release, version: str) -> dict[str, Any]:
     # Under one key of its own: BIDS-Prov (BEP028) will give GeneratedBy in sidecars another meaning.
     return {
         "Description": SYNTHETIC,
@@ -425,7 +426,7 @@ def _sidecar(study: str, config: Release) -> dict[str, Any]:
             "Study": study,
             "DigitalSourceType": "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia",
             "Software": "meddiff_steps",
-            "SoftwareVersion": __version__,
+            "SoftwareVersion": version,
             "IntensityUnits": f"arbitrary; 0 to {VOLUME_SCALE}",
         },
     }
@@ -474,7 +475,7 @@ def _privacy(story: Story) -> str:
     text = f"Verdict: {story.privacy['verdict']}."
     if calibration["status"] == "CALIBRATED":
         text += (
-            f" Every image was compared with every training scan by {len(calibration['detectors'])} detectors, and"
+            f" Every image was compared with every training scan by {_counted(calibration['detectors'])}, and"
             f" drawn again if one of them found it nearer than {100 * (1 - calibration['level']):g} % of"
             f" {calibration['subjects']} unseen real subjects come."
         )
@@ -489,6 +490,10 @@ def _privacy(story: Story) -> str:
             " not be treated as anonymous."
         )
     return text + " A verdict is the outcome of stated tests, not a proof of anonymity."
+
+
+def _counted(detectors: Sequence[str]) -> str:
+    return f"the detector {detectors[0]}" if len(detectors) == 1 else f"{len(detectors)} detectors"
 
 
 def _readme(subjects: int, story: Story, part: Part | None, datasets: Sequence[str]) -> str:

@@ -9,16 +9,16 @@ from typing import Any
 
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import CHECKSUMS, atomic_path, read_json, sha256_file, write_atomic, write_checksums
+from meddiff_steps.core.folders import NETWORK
 from meddiff_steps.core.weights_digest import safetensors_digest
 from meddiff_steps.provenance import ledger
 from meddiff_steps.release import seal
 
+WEIGHTS, CARD = NETWORK
 CONFIG, README = "config.json", "README.md"
 
 
-def pack(
-    models: Mapping[str, tuple[Path, Path]], release: Path, folder: Path, title: str, privacy: Mapping[str, Any]
-) -> None:
+def pack(models: Mapping[str, Path], release: Path, folder: Path, title: str, privacy: Mapping[str, Any]) -> None:
     """Copy weights, cards and config, and write a README that names the release and warns.
 
     `regeneration.find_models` finds the models there.
@@ -26,7 +26,7 @@ def pack(
     Parameters
     ----------
     models
-        Weights and card of `autoencoder` and `diffusion`.
+        Folders of `autoencoder` and `diffusion`.
     release
         Root of the sealed release that they made.
     folder
@@ -45,14 +45,15 @@ def pack(
     if first is None:
         raise UserError(f"{release / seal.LINES}: no rows, so no weights to pack.")
     names = []
-    for kind, (weights, card) in models.items():
+    for kind, place in models.items():
+        weights, card = place / WEIGHTS, place / CARD
         digest, wanted = safetensors_digest(weights), first[1]["recipe"][kind]
         if digest != wanted or read_json(card)["weights_sha256"] != wanted:
             raise UserError(
                 f"{weights}: its weights are {digest[:16]}, the release was made by {wanted[:16]}. Run the workflow"
                 " again, or give the right model."
             )
-        for source, name in ((weights, f"{kind}/model.safetensors"), (card, f"{kind}/card.json")):
+        for source, name in ((weights, f"{kind}/{WEIGHTS}"), (card, f"{kind}/{CARD}")):
             with atomic_path(folder / name) as path:
                 shutil.copyfile(source, path)
             names.append(name)
@@ -75,9 +76,10 @@ def _readme(title: str, root_sha256: str, privacy: Mapping[str, Any]) -> str:
 
 The weights that made the release whose provenance/root.json has SHA-256 {root_sha256}.
 
-**Weights can give away more of the scans that they learnt from than the released images do.** The privacy verdict of the release (`{privacy["verdict"]}`) is
-about its images, not about these files. {told}
-With the seed of the release they also make the images that its privacy filter rejected. Share them only under terms that cover the training scans.
+**Weights can give away more of the scans that they learnt from than the released images do.** The privacy verdict of
+the release (`{privacy["verdict"]}`) is about its images, not about these files. {told}
+With the seed of the release they also make the images that its privacy filter rejected. Share them only under terms
+that cover the training scans.
 
 - autoencoder/, diffusion/: model.safetensors and card.json
 - {CONFIG}: the study

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from meddiff_steps import __version__
+
 #: The ledger as a table.
 TABLE = "provenance/ledger.parquet"
 
@@ -25,6 +27,8 @@ class Published:
     ledger, heads, files
         The parts `ledger`, `inputs` and `files` of root.json.  The seal itself, which covers all files and comes later,
         has an empty entry in `files`.
+    version
+        The version of this package that seals it.
     """
 
     description: Mapping[str, Any]
@@ -33,3 +37,4 @@ class Published:
     ledger: Mapping[str, Any]
     heads: Mapping[str, str]
     files: Mapping[str, Mapping[str, Any]]
+    version: str = __version__

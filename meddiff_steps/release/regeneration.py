@@ -13,17 +13,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from meddiff_steps import config
+from meddiff_steps import __version__, config
 from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import sha256_file, write_atomic
 from meddiff_steps.core.weights_digest import safetensors_digest
 from meddiff_steps.imaging import encoding
-from meddiff_steps.models.trained import LatentDiffusion, load_autoencoder
+from meddiff_steps.models.trained import TrainedModel
 from meddiff_steps.provenance import verify
 from meddiff_steps.provenance.ledger import Row, cell
+from meddiff_steps.provenance.lineage import step_of
 from meddiff_steps.provenance.record import environment
+from meddiff_steps.release import versions
 from meddiff_steps.release.layout import Layout
 from meddiff_steps.release.sealed import Sealed
 from meddiff_steps.synthesis import size
@@ -42,9 +44,9 @@ class Comparison:
     Attributes
     ----------
     verdict
-        `bitwise`: it shows the same to the last bit as the released file, or, where there is none, as the ledger says; `within tolerance`
-        (`TOLERANCE`); `differs`, be it in its header alone; `missing`: the released file cannot be read, or there is none and what was made
-        again is not what the ledger says.
+        `bitwise`: it shows the same to the last bit as the released file, or, where there is none, as the ledger says;
+        `within tolerance` (`TOLERANCE`); `differs`, be it in its header alone; `missing`: the released file cannot be
+        read, or there is none and what was made again is not what the ledger says.
     same_file
         Whether even the files are equal, byte by byte.
     largest
@@ -67,7 +69,7 @@ def find_models(folder: Path, recipe: Mapping[str, str]) -> dict[str, Path]:
     """
     places = {
         "autoencoder": [folder / "autoencoder"],
-        "diffusion": [folder / "distilled/diffusion", folder / "diffusion"],
+        "diffusion": [folder / "second_model/diffusion", folder / "distilled/diffusion", folder / "diffusion"],
     }
     found: dict[str, Path] = {}
     for kind, candidates in places.items():
@@ -90,13 +92,20 @@ def find_models(folder: Path, recipe: Mapping[str, str]) -> dict[str, Path]:
     return found
 
 
-def remake(rows: Sequence[Row], study: config.Study, models: Path, threads: int) -> Iterator[tuple[Row, np.ndarray]]:
+#: What another version may be needed for.
+PURPOSE = "to make images again"
+
+
+def remake(
+    rows: Sequence[Row], study: config.Study, models: Path, threads: int, version: str = __version__
+) -> Iterator[tuple[Row, np.ndarray]]:
     """The images of `rows`, float32 (*spatial) in [0, 1], made again; batch by batch, so in another order.
 
     Raises
     ------
     UserError
-        The rows do not share one recipe, or the models are not those of the recipe.
+        The rows do not share one recipe, or the models are not those of the recipe; `OtherVersion` where `version`,
+        which made them, may still know what to do with these models.
     """
     recipe = rows[0]["recipe"]
     if any(row["recipe"] != recipe for row in rows):
@@ -104,11 +113,18 @@ def remake(rows: Sequence[Row], study: config.Study, models: Path, threads: int)
             "the rows do not share one recipe, so one model cannot have made them all. Run `audit` on the release."
         )
     places = find_models(models, recipe)
+    with versions.explained(version, PURPOSE):
+        yield from _drawn(rows, study, places, threads)
+
+
+def _drawn(
+    rows: Sequence[Row], study: config.Study, places: Mapping[str, Path], threads: int
+) -> Iterator[tuple[Row, np.ndarray]]:
+    recipe = rows[0]["recipe"]
     wanted = {name: recipe[name] for name in ("sampler", "num_inference_steps", "guidance_scale", "batch_size")}
     fabric = make_fabric(study.compute, threads)
-    first_stage, _ = load_autoencoder(places["autoencoder"] / "model.safetensors", places["autoencoder"] / "card.json")
-    model = LatentDiffusion.load(places["diffusion"] / "model.safetensors", places["diffusion"] / "card.json")
-    generator = CohortGenerator(model, first_stage, study.generate.model_copy(update=wanted), fabric, study.compute)
+    model = TrainedModel.load(places["autoencoder"], places["diffusion"], fabric, study.compute)
+    generator = CohortGenerator(model, study.generate.model_copy(update=wanted))
     columns = ("sample_id", "index", "cohort_root", "noise_index", "attempt", "seed_key")
     subjects = pd.DataFrame([{name: row[name] for name in columns} | row["covariates"] for row in rows])
     for name, covariate in study.covariates.items():
@@ -160,7 +176,7 @@ def regenerate(release: Sealed, rows: Sequence[Row], models: Path, out: Path, th
     study = release.study
     assert study is not None
     found = []
-    for row, image in remake(rows, study, models, threads) if rows else ():
+    for row, image in remake(rows, study, models, threads, release.version) if rows else ():
         comparison, content = compare(row, image, release.folder, study)
         write_atomic(out / row["image"]["path"], content)
         found.append(comparison)
@@ -247,7 +263,8 @@ def regenerate_more(
     """
     study = release.study
     assert study is not None
-    plan, wanted = plan_more(release, models, count, group)
+    with versions.explained(release.version, PURPOSE):
+        plan, wanted = plan_more(release, models, count, group)
     shards = int(plan["shard"].max()) + 1
     if shard is not None and not 0 <= shard < shards:
         raise UserError(f"no shard {shard}: {len(plan)} subjects of group {wanted.name} are {shards} shards, from 0.")
@@ -278,7 +295,7 @@ def regenerate_more(
     )
     grid = encoding.Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
     comparisons, added = [], []
-    for row, image in remake(rows, study, models, threads) if rows else ():
+    for row, image in remake(rows, study, models, threads, release.version) if rows else ():
         path = layout.path(row["sample_id"], row["group"], row["index"])
         if row["image"] is not None:
             comparison, content = compare(row, image, release.folder, study)
@@ -338,9 +355,13 @@ def as_text(comparisons: Sequence[Comparison], environment: Sequence[str], added
 
 
 def environment_difference(release: Sealed) -> list[str]:
-    """How the machine of the release, by the records of the steps that draw images, differs from this one, a line each."""
-    there = [record["environment"] for record in release.records.values() if record["step"] in ("generate", "filter")]
+    """How the machine of the release, by the records of the steps that draw images, and the version of this package
+    differ from those here, a line each.
+    """
+    there = [record["environment"] for record in release.records.values() if step_of(record) in ("generate", "filter")]
     here, found = environment(), []
+    if release.is_other:
+        found.append(f"meddiff_steps: {versions.advice(release.version, PURPOSE)}; here {__version__}")
     for name in sorted({key for one in there for key in one} | set(here)):
         others = {repr(one.get(name)) for one in there}
         if others != {repr(here.get(name))}:

@@ -72,7 +72,7 @@ class Facts:
 
 
 def prepare(release: Path) -> None:
-    """Remove what an earlier run left in `provenance/` and of metadata; without root.json the release claims nothing."""
+    """Remove what an earlier run left in `provenance/` and of metadata: without root.json a release claims nothing."""
     for name in (ROOT, crate.NAME, croissant.NAME):
         (release / name).unlink(missing_ok=True)
     shutil.rmtree(release / FOLDER, ignore_errors=True)
@@ -172,7 +172,12 @@ def complete(
 
 
 def metadata(
-    release: Path, sealed: Mapping[str, Any], heads: Mapping[str, str], files: Mapping[str, dict[str, Any]], date: str
+    release: Path,
+    sealed: Mapping[str, Any],
+    heads: Mapping[str, str],
+    files: Mapping[str, dict[str, Any]],
+    date: str,
+    version: str = __version__,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and content of croissant.json and ro-crate-metadata.json, which lists the first; nothing else is read than
     the release.
@@ -189,6 +194,8 @@ def metadata(
         The part `files` of root.json; the crate takes it as it is when its turn comes.
     date
         Day of publication.
+    version
+        Version of this package that seals it.
 
     Raises
     ------
@@ -196,9 +203,10 @@ def metadata(
         Description, config or a record cannot be read.
     """
     description, study = read_json(release / "dataset_description.json"), read_json(release / CONFIG)
-    yield croissant.NAME, croissant.build(Published(description, study, date, sealed, heads, files))
+    yield croissant.NAME, croissant.build(Published(description, study, date, sealed, heads, files, version))
     records = {name: read_json(release / name) for name in files if name.startswith(f"{RECORDS}/")}
-    yield crate.NAME, crate.build(Published(description, study, date, sealed, heads, {**files, ROOT: {}}), records)
+    whole = Published(description, study, date, sealed, heads, {**files, ROOT: {}}, version)
+    yield crate.NAME, crate.build(whole, records)
 
 
 def _last_day(traced: lineage.Lineage) -> str:

@@ -9,11 +9,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from meddiff_steps import config
+from meddiff_steps import __version__, config
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json, sha256_file
 from meddiff_steps.provenance import ledger, lineage, verify
-from meddiff_steps.release import seal
+from meddiff_steps.release import seal, versions
+
+#: Sections that rows and images are held against; a study of any version has them.
+HELD = (
+    *("study", "seed", "cohort", "covariates", "preprocess", "autoencoder", "diffusion", "plan", "generate"),
+    *("privacy", "compute", "release"),
+)
 
 
 class Sealed:
@@ -21,33 +27,63 @@ class Sealed:
 
     Attributes
     ----------
+    version
+        The version of this package that sealed it, as it says.
     study
-        The published study; None where it is not one.
+        The published study, with the names of today; None where it is not one, or where this version cannot read it.
+    config
+        The same as it was published, with the names of then; digests are of it.
     sha256
         Of root.json, which stands for the release.
     records
         Record by the path of each output.
     problems
         What could not be read of config and records.
+    unread
+        What this version does not understand in the config of another; `study` then has no more than the sections
+        `HELD`.
     """
 
     def __init__(self, folder: Path, root: dict[str, Any]) -> None:
         self.folder, self.root = folder, root
         self.sha256 = sha256_file(folder / seal.ROOT)
+        self.version = versions.stated(root["software"].get("version"))
         self.problems: list[str] = []
+        self.unread: str | None = None
         self.study: config.Study | None = None
         self.config: dict[str, Any] = {}
         self.records: dict[str, lineage.Record] = {}
         self.weights: dict[tuple[str, str], tuple[str, int]] = {}
         try:
             self.config = read_json(folder / seal.CONFIG)
-            self.study = config.parse_study(self.config, seal.CONFIG)
+            self.study = self._read_study()
         except UserError as error:
             self.problems.append(str(error))
         try:
             self.records = lineage.read_records(folder / seal.RECORDS)
         except UserError as error:
             self.problems.append(str(error))
+
+    @property
+    def is_other(self) -> bool:
+        """Whether another version of this package sealed it."""
+        return self.version != __version__
+
+    def _read_study(self) -> config.Study | None:
+        """The study; of another version's, if need be, the sections `HELD` alone, so that a section that has changed
+        since then (or was made to look so) keeps no row and no image from being checked.
+        """
+        try:
+            return config.parse_published(self.config, seal.CONFIG, self.version)
+        except UserError as error:
+            if not self.is_other or not set(HELD) <= set(self.config):
+                raise
+            self.unread = str(error)
+        try:
+            return config.parse_published({name: self.config[name] for name in HELD}, seal.CONFIG, self.version)
+        except UserError as error:
+            self.unread = str(error)
+            return None
 
     def count_weights(self, table: pa.Table) -> None:
         """Note which weights the rows of a table name: (kind, digest) -> first subject and number of rows."""
@@ -107,7 +143,8 @@ def open_release(folder: Path) -> Sealed:
     Raises
     ------
     UserError
-        It has no ledger, or the ledger, the config or root.json is malformed.
+        It has no ledger, or the ledger, the config or root.json is malformed; `OtherVersion` where the config may be
+        sound to the version that made it.
     """
     if not (folder / seal.ROOT).is_file():
         raise UserError(f"{folder / seal.ROOT}: not there. Give the root of a release that has a ledger.")
@@ -118,6 +155,11 @@ def open_release(folder: Path) -> Sealed:
     problems = [f"{check.name}: {check.text}" for check in checks if check.outcome == "finding"]
     release = Sealed(folder, root)
     problems += release.problems
+    if not problems and release.study is None:
+        advice = versions.advice(release.version, "to work with it")
+        raise versions.OtherVersion(
+            f"{folder}: version {__version__} cannot read its config; {advice}\n{release.unread}"
+        )
     if problems:
         raise UserError(f"{folder}: not a well-formed release ({problems[0]}). Run `audit` on it.")
     return release

@@ -147,11 +147,13 @@ def _readme(count: int, root_sha256: str, title: str, licence: str) -> str:
 
 {SYNTHETIC}
 
-{count} images as tar shards. Per sample: ID.npy (int16, 0 to {VOLUME_SCALE}, axes left-right, posterior-anterior, inferior-superior) or ID.png
-(0 to {PICTURE_SCALE}), and ID.json: covariates that the model was asked for, affine in mm, digests. {MANIFEST} lists all samples.
+{count} images as tar shards. Per sample: ID.npy (int16, 0 to {VOLUME_SCALE}, axes left-right, posterior-anterior,
+inferior-superior) or ID.png (0 to {PICTURE_SCALE}), and ID.json: covariates that the model was asked for, affine in mm,
+digests. {MANIFEST} lists all samples.
 `sha256sum -c {CHECKSUMS}` checks the files.
 
-Made from the release whose provenance/root.json has SHA-256 {root_sha256}; its README says what was measured and tested.
+Made from the release whose provenance/root.json has SHA-256 {root_sha256}; its README says what was measured and
+tested.
 `voxel_sha256` ties each sample to its row in that release's ledger.
 
 Licence: {licence}.

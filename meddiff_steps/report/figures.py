@@ -275,7 +275,9 @@ def _grid(panels: int, columns: int, width: float, height: float) -> tuple[Figur
 
 
 def scatter(predictions: pd.DataFrame, metrics: Mapping[str, Any]) -> bytes:
-    """Requested against measured, synthetic over held-out real scans; labels as the spread of measured probabilities."""
+    """Requested against measured, synthetic over held-out real scans; labels as the spread of measured
+    probabilities.
+    """
     with styled():
         names = [name for name in metrics if (predictions["covariate"] == name).any()]
         drawing, axes = _grid(len(names), 2, 4.6, 4.2)
@@ -667,7 +669,9 @@ def sampler_study(results: Mapping[str, Any]) -> bytes:
 
 
 def ratio_curves(curves: Sequence[Mapping[str, Any]]) -> bytes:
-    """AUC over images added per real one, a line per real share and kind of added image; the places are a little apart."""
+    """AUC over images added per real one, a line per real share and kind of added image; the places are a
+    little apart.
+    """
     with styled():
         drawing = figure(6.4, 3.8)
         axes = drawing.subplots()

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from meddiff_steps.config import Study
+from meddiff_steps.core.registries import DETECTORS
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.report import figures, tables
 from meddiff_steps.report import pictures as drawn
@@ -90,6 +91,11 @@ def privacy_section(report: Mapping[str, Any]) -> Section:
             f" of each other, {number(counts['failed'])} subjects failed, {number(counts['released'])} released."
         ),
     ]
+    left_out = [name for name in DETECTORS.names() if name not in calibration.get("detectors", DETECTORS.names())]
+    if left_out:
+        text.append(
+            f"By choice of the study, copies were not looked for by every detector: not by {', '.join(left_out)}."
+        )
     if calibration["status"] != "CALIBRATED":
         text.append(
             f"NOT CALIBRATED: there are {calibration['subjects']} calibration subjects and {calibration['needed']} are"
@@ -128,7 +134,7 @@ def privacy_section(report: Mapping[str, Any]) -> Section:
     return Section("privacy", "Does it give training subjects away?", text=text, tables=tables)
 
 
-def distillation_section(privacy: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]]) -> Section:
+def second_model_section(privacy: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]]) -> Section:
     """Privacy and quality of the first model's cohort beside those of the second, which made the release.
 
     Parameters
@@ -156,14 +162,14 @@ def distillation_section(privacy: Sequence[Mapping[str, Any]], metrics: Sequence
         " the first model that the filter had accepted. Only the autoencoder, which both share, learnt from real scans."
     ]
     return Section(
-        "distillation",
+        "second-model",
         "The second model beside the first",
         text=text,
         tables=[Table(["figure", "first model", "second model"], rows)],
     )
 
 
-def augmentation_section(results: Mapping[str, Any], opened: Mapping[str, Any]) -> Section:
+def downstream_section(results: Mapping[str, Any], opened: Mapping[str, Any]) -> Section:
     """The verdict of `augmentation/results.json`, its arms and its contrasts.
 
     Parameters
@@ -286,6 +292,9 @@ def _second_instrument(segmentation: Mapping[str, Any]) -> str:
 
 def _spaces(measured: Mapping[str, Any]) -> list[str]:
     spaces = measured["realism"]
+    told = "P"
+    if any("classifier_auc" in entry for entry in spaces.values()):
+        told = "An AUC near 1 means that a simple classifier tells synthetic from real, by whatever little differs; p"
     named = "; ".join(f"{name} ({entry['description']}, digest {entry['digest']})" for name, entry in spaces.items())
     text = [
         (
@@ -294,8 +303,7 @@ def _spaces(measured: Mapping[str, Any]) -> list[str]:
             " training scans in place of the synthetic images (real against real)."
         ),
         (
-            "An AUC near 1 means that a simple classifier tells synthetic from real, by whatever little differs;"
-            " precision falls when images look like no real one, recall and coverage when kinds of real images are"
+            f"{told}recision falls when images look like no real one, recall and coverage when kinds of real images are"
             " missing. Copies of training scans would score perfectly: see the section on privacy."
         ),
     ]

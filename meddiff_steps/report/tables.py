@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from meddiff_steps.config import CategoricalCovariate, Covariates
+from meddiff_steps.core.registries import METRICS
 from meddiff_steps.report.page import Table
 from meddiff_steps.report.wording import interval, number, percent
 
@@ -58,7 +59,7 @@ def realism_table(metrics: Mapping[str, Any]) -> Table:
     rows = []
     for space, entry in metrics["realism"].items():
         both = entry | metrics["diversity"]["features"].get(space, {})
-        for key, (label, reference, good) in names.items():
+        for key, (label, reference, good) in (names | _others(entry, names)).items():
             if key in both:
                 figure = both[key]
                 shown = (
@@ -75,6 +76,17 @@ def realism_table(metrics: Mapping[str, Any]) -> Table:
         ["images", label, interval(figure), interval(figure["floor"]), "near that of real pairs", number(figure["n"])]
     )
     return Table(["features", "figure", "synthetic against held-out real", "real against real", "good is", "n"], rows)
+
+
+def _others(entry: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:
+    """Figures of realism that this page has no words of its own for, as `known` has them."""
+    found = [
+        key for key, figure in entry.items() if key not in known and isinstance(figure, dict) and "floor" in figure
+    ]
+    return {
+        key: (METRICS.entry(key)["summary"] if key in METRICS.names() else key, "floor", "near its floor")
+        for key in found
+    }
 
 
 def distribution_table(metrics: Mapping[str, Any]) -> Table:

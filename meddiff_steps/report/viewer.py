@@ -58,7 +58,9 @@ def reduced(image: np.ndarray) -> np.ndarray:
 
 
 def encoded(volume: np.ndarray) -> bytes:
-    """A volume (x, y, z) in [0, 1] as a grey PNG: slabs of equal z one below the other, each with rows y and columns x."""
+    """A volume (x, y, z) in [0, 1] as a grey PNG: slabs of equal z one below the other, each with rows y and
+    columns x.
+    """
     grey = np.round(np.clip(np.nan_to_num(volume), 0.0, 1.0) * 255).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(grey.transpose(2, 1, 0).reshape(-1, grey.shape[0])).save(buffer, format="png", optimize=True)

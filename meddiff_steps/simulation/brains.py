@@ -86,22 +86,23 @@ README = """\
 SIMULATED brain cohort
 ======================
 
-Every image here is SIMULATED. No image shows a person, and nothing about people, ageing or disease can be learnt from it.
-It exists to try and test software.
+Every image here is SIMULATED. No image shows a person, and nothing about people, ageing or disease can be learnt from
+it. It exists to try and test software.
 
-Each image is the MNI ICBM152 2009a template (T1-weighted, grey and white matter maps, as they ship with nilearn), deformed at random,
-with ventricles and sulci that follow a made-up age, sex and diagnosis, and with a contrast, bias field and noise of its own. Images are
-brain-extracted: 0 outside the brain.
+Each image is the MNI ICBM152 2009a template (T1-weighted, grey and white matter maps, as they ship with nilearn),
+deformed at random, with ventricles and sulci that follow a made-up age, sex and diagnosis, and with a contrast, bias
+field and noise of its own. Images are brain-extracted: 0 outside the brain.
 
 participants.tsv holds the made-up covariates, and the volumes that were measured in each subject's own tissue maps.
 
 The template carries this notice:
 
-Copyright (C) 1993-2009 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute, McGill University. Permission to
-use, copy, modify, and distribute this software and its documentation for any purpose and without fee is hereby granted, provided that
-the above copyright notice appear in all copies. The authors and McGill University make no representations about the suitability of this
-software for any purpose. It is provided "as is" without express or implied warranty. The authors are not responsible for any data loss,
-equipment damage, property loss, or injury to subjects or patients resulting from the use or misuse of this package.
+Copyright (C) 1993-2009 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute, McGill
+University. Permission to use, copy, modify, and distribute this software and its documentation for any purpose and
+without fee is hereby granted, provided that the above copyright notice appear in all copies. The authors and McGill
+University make no representations about the suitability of this software for any purpose. It is provided "as is"
+without express or implied warranty. The authors are not responsible for any data loss, equipment damage, property loss,
+or injury to subjects or patients resulting from the use or misuse of this package.
 """
 
 
@@ -239,7 +240,9 @@ class Template:
 
 
 def _ventricle_region(first: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Boxes (MNI mm) in which CSF is lateral or third ventricle, not cistern or sulcus; read off the template by eye."""
+    """Boxes (MNI mm) in which CSF is lateral or third ventricle, not cistern or sulcus; read off the template
+    by eye.
+    """
     x, y, z = np.ogrid[tuple(slice(int(o), int(o) + n) for o, n in zip(first, shape, strict=True))]
     x = abs(x)
     frontal = (x <= 28) & (y >= -24) & (y <= 36) & (z >= np.where(y <= 4, -2, 0)) & (z <= 31)
@@ -587,8 +590,9 @@ def simulate_cohort(source: SimulatedSource, seed: str, root: Path, threads: int
     Returns
     -------
     Path
-        `root/participants.tsv`: participant_id, age (year), sex (F, M), diagnosis (control, case), brain_ml and ventricles_ml (mL,
-        measured); `n/a` where missing. Images are `sub-*/anat/sub-*_T1w.nii.gz`, uint8, RAS, 0 outside the brain.
+        `root/participants.tsv`: participant_id, age (year), sex (F, M), diagnosis (control, case), brain_ml and
+        ventricles_ml (mL, measured); `n/a` where missing. Images are `sub-*/anat/sub-*_T1w.nii.gz`, uint8, RAS, 0
+        outside the brain.
 
     Raises
     ------

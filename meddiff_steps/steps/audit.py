@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
-from meddiff_steps.audit.audit import Request, audit
 from meddiff_steps.audit.page import as_html, as_text
+from meddiff_steps.audit.request import Request
+from meddiff_steps.audit.run import audit
 from meddiff_steps.core.files import write_atomic, write_json
+from meddiff_steps.steps import options
 
 
 def run(
@@ -35,14 +37,15 @@ def run(
     images: Annotated[
         bool, typer.Option(help="read the images; without, L1 looks at sizes only and L5 does not run")
     ] = True,
-    threads: Annotated[int, typer.Option(help="CPU threads of L6 and L7")] = 1,
+    threads: options.Threads = 1,
     json: Annotated[Path | None, typer.Option(help="report to write (JSON)")] = None,
     html: Annotated[Path | None, typer.Option(help="report to write (HTML)")] = None,
 ) -> None:
     """Check a release: form, integrity and signature, completeness, lineage, recipes, content, and with --models and
     --results also by making images again and comparing with the real scans again.
 
-    Exit code 0: nothing found; 1: findings; 2: could not run.  A level that could not run says so and why.
+    Exit code 0: nothing found; 1: findings; 2: could not run, which includes a release of
+    another version of this package whose config this one cannot read.  A level that could not run says so and why.
     """
     report = audit(Request(release, key, private, models, results, sample, seed, images, threads))
     if json is not None:
@@ -50,4 +53,4 @@ def run(
     if html is not None:
         write_atomic(html, as_html(report).encode())
     print(as_text(report))
-    raise typer.Exit(0 if report.passed else 1)
+    raise typer.Exit(1 if report.found else 0 if report.passed else 2)

@@ -20,22 +20,21 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path, write_json
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.privacy.reference import ReferenceFiles, build_reference, calibration_card
+from meddiff_steps.steps import options
 
 log = logging.getLogger(__name__)
 
 
 def run(
-    config: Annotated[Path, typer.Option(help="frozen config of stage `calibrate`")],
-    manifest: Annotated[Path, typer.Option(help="cohort/manifest.parquet")],
-    images: Annotated[list[Path], typer.Option(help="preprocessed shard; repeat for all of them")],
-    autoencoder: Annotated[Path, typer.Option(help="autoencoder/model.safetensors")],
-    autoencoder_card: Annotated[Path, typer.Option(help="autoencoder/card.json")],
-    scale: Annotated[Path, typer.Option(help="latents/scale.safetensors")],
-    embedder: Annotated[Path, typer.Option(help="privacy/embedder.safetensors")],
-    embedder_card: Annotated[Path, typer.Option(help="privacy/embedder.json")],
+    config: options.Config,
+    manifest: options.Manifest,
+    images: options.Images,
+    autoencoder: options.Autoencoder,
+    scale: options.Scale,
+    embedder: options.Embedder,
     reference: Annotated[Path, typer.Option(help="directions of the training scans to write (safetensors)")],
     out: Annotated[Path, typer.Option(help="thresholds and controls to write (JSON)")],
-    threads: Annotated[int, typer.Option(help="CPU threads; changes the last bits of CPU results")] = 1,
+    threads: options.Threads = 1,
 ) -> None:
     """Measure how near unseen real subjects come to the training set, and whether planted copies would be found."""
     study = load_stage(config, "calibrate")
@@ -43,14 +42,14 @@ def run(
     shards = Shards(images)
     scans = read_manifest(manifest).set_index("scan_id").loc[shards.column("scan_id")].reset_index()
     table = pd.DataFrame({"row": np.arange(len(scans)), "subject_id": scans["subject_id"], "split": scans["split"]})
-    files = ReferenceFiles(images, autoencoder, autoencoder_card, scale, embedder, embedder_card)
+    files = ReferenceFiles(images, autoencoder, scale, embedder)
     training = table.loc[table["split"] == "train", "row"].to_numpy()
     if len(training) == 0:
         raise UserError(
             f"{manifest}: no preprocessed scan is in the train split, so there is nothing to compare with. Check splits"
             " and preprocessed/qc.parquet."
         )
-    tensors = build_reference(files, training)
+    tensors = build_reference(files, training, study.privacy.detectors)
     with atomic_path(reference) as path:
         save_file(tensors, path)
     subgroup = study.privacy.subgroup
@@ -59,7 +58,7 @@ def run(
         if subgroup
         else pd.Series("all", index=scans["subject_id"].unique())
     )
-    card = calibration_card(files, tensors, table, groups, study.privacy.level, study.seed)
+    card = calibration_card(files, tensors, table, groups, study.privacy.level, study.seed, study.privacy.detectors)
     write_json(out, card)
     if card["status"] != "CALIBRATED":
         log.warning(

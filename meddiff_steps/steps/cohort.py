@@ -17,20 +17,21 @@ from meddiff_steps.cohort.table import read_table
 from meddiff_steps.config import BidsSource, Privacy, SimulatedSource, TableSource, load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path, write_atomic
-from meddiff_steps.privacy.calibration import DETECTORS
+from meddiff_steps.core.registries import DETECTORS
+from meddiff_steps.steps import options
 
 log = logging.getLogger(__name__)
 
 
 def run(
-    config: Annotated[Path, typer.Option(help="Frozen config of stage `cohort`.")],
+    config: options.Config,
     out: Annotated[Path, typer.Option(help="Manifest to write (Parquet).")],
     card: Annotated[Path, typer.Option(help="Card to write: counts, balance of the splits, duplicates (JSON).")],
     simulated: Annotated[
         Path | None,
         typer.Option(help="Root of the simulated BIDS dataset; needed if, and only if, cohort.source is simulated."),
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Files hashed at once.")] = 1,
+    threads: options.Threads = 1,
 ) -> None:
     """Read a cohort and write its manifest: one row per scan with digests, split and covariates.
 
@@ -64,7 +65,10 @@ def run(
     write_atomic(
         card, (json.dumps(summary, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
     )
-    calibrating, needed = summary["splits"]["calibration"]["subjects"], subjects_needed(Privacy().level, len(DETECTORS))
+    calibrating, needed = (
+        summary["splits"]["calibration"]["subjects"],
+        subjects_needed(Privacy().level, len(DETECTORS.names())),
+    )
     if calibrating < needed:
         log.warning(
             "the calibration split has %d subjects; at the default privacy.level the privacy filter needs %d, and with"

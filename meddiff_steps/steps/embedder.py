@@ -15,15 +15,15 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.instruments.embedder import train_embedder
 from meddiff_steps.models.weights import save_model
+from meddiff_steps.steps import options
 
 
 def run(
-    config: Annotated[Path, typer.Option(help="frozen config of stage `embedder`")],
-    manifest: Annotated[Path, typer.Option(help="cohort/manifest.parquet")],
-    images: Annotated[list[Path], typer.Option(help="preprocessed shard; repeat for all of them")],
-    weights: Annotated[Path, typer.Option(help="weights to write (safetensors)")],
-    card: Annotated[Path, typer.Option(help="card to write (JSON)")],
-    threads: Annotated[int, typer.Option(help="CPU threads; changes the last bits of CPU results")] = 1,
+    config: options.Config,
+    manifest: options.Manifest,
+    images: options.Images,
+    out: Annotated[Path, typer.Option(help="folder to write: weights and card")],
+    threads: options.Threads = 1,
 ) -> None:
     """Train the embedding that finds changed copies, on the train split only."""
     study = load_stage(config, "embedder")
@@ -37,13 +37,5 @@ def run(
         )
     model, losses = train_embedder(study.privacy.embedder, shards, rows, study.seed)
     last = losses[-max(1, len(losses) // 10) :]
-    save_model(
-        model,
-        weights,
-        card,
-        {
-            "image_shape": list(shards.shape("image")),
-            "training_scans": len(rows),
-            "loss": round(float(np.mean(last)), 5),
-        },
-    )
+    facts = {"image_shape": list(shards.shape("image")), "training_scans": len(rows)}
+    save_model(model, out, facts | {"loss": round(float(np.mean(last)), 5)})

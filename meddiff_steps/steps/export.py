@@ -13,12 +13,13 @@ from meddiff_steps.config import load_stage
 from meddiff_steps.provenance.ledger import read_parquet
 from meddiff_steps.release.seal import TABLE
 from meddiff_steps.release.webdataset import write_tar
+from meddiff_steps.steps import options
 
 logger = logging.getLogger(__name__)
 
 
 def run(
-    config: Annotated[Path, typer.Option(help="frozen config of stage `export`")],
+    config: options.Config,
     root: Annotated[Path, typer.Option(help="root.json of the sealed release")],
     images: Annotated[Path, typer.Option(help="table of one shard of images")],
     out: Annotated[Path, typer.Option(help="tar file to write")],

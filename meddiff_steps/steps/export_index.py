@@ -14,12 +14,13 @@ from meddiff_steps.core.files import sha256_file
 from meddiff_steps.provenance.ledger import Row, read_parquet
 from meddiff_steps.release.seal import TABLE
 from meddiff_steps.release.webdataset import MANIFEST, write_index
+from meddiff_steps.steps import options
 
 
 def run(
-    config: Annotated[Path, typer.Option(help="frozen config of stage `export_index`")],
+    config: options.Config,
     root: Annotated[Path, typer.Option(help="root.json of the sealed release")],
-    images: Annotated[list[Path], typer.Option(help="table of one shard of images; repeat for every shard")],
+    images: options.Images,
     tars: Annotated[
         list[Path], typer.Option(help="tar file of one shard, in the order of the tables; repeat for every shard")
     ],

@@ -11,16 +11,15 @@ from meddiff_steps.config import load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json
 from meddiff_steps.release.models import README, pack
+from meddiff_steps.steps import options
 
 
 def run(
-    config: Annotated[Path, typer.Option(help="frozen config of stage `export_models`")],
+    config: options.Config,
     root: Annotated[Path, typer.Option(help="root.json of the sealed release")],
     privacy: Annotated[Path, typer.Option(help="privacy/report.json")],
-    autoencoder: Annotated[Path, typer.Option(help="autoencoder/model.safetensors")],
-    autoencoder_card: Annotated[Path, typer.Option(help="autoencoder/card.json")],
-    diffusion: Annotated[Path, typer.Option(help="diffusion/model.safetensors")],
-    diffusion_card: Annotated[Path, typer.Option(help="diffusion/card.json")],
+    autoencoder: options.Autoencoder,
+    diffusion: options.Diffusion,
     out: Annotated[Path, typer.Option(help="README.md to write, in the folder of the packed models")],
 ) -> None:
     """Pack the weights that made a sealed release, with cards, config, checksums and a warning.
@@ -30,5 +29,5 @@ def run(
     if out.name != README:
         raise UserError(f"--out {out}: expected a path that ends in {README}. Its folder holds the models.")
     study = load_stage(config, "export_models")
-    models = {"autoencoder": (autoencoder, autoencoder_card), "diffusion": (diffusion, diffusion_card)}
+    models = {"autoencoder": autoencoder, "diffusion": diffusion}
     pack(models, root.parents[1], out.parent, study.release.name, read_json(privacy))

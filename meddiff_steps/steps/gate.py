@@ -11,13 +11,14 @@ import typer
 from meddiff_steps.config import load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path, read_json
+from meddiff_steps.steps import options
 
 
 def run(
-    config: Annotated[Path, typer.Option(help="frozen config of stage `gate`")],
+    config: options.Config,
     report: Annotated[Path, typer.Option(help="privacy/report.json")],
     decisions: Annotated[Path, typer.Option(help="privacy/decisions.parquet")],
-    plan: Annotated[Path, typer.Option(help="plan.parquet")],
+    plan: options.Plan,
     out: Annotated[Path, typer.Option(help="the plan of what may be released to write (Parquet)")],
 ) -> None:
     """Let the accepted subjects pass, or stop the run with what failed."""

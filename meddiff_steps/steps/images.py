@@ -14,12 +14,13 @@ from meddiff_steps.imaging.encoding import Grid
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.release.dataset import write_images
 from meddiff_steps.release.layout import Layout
+from meddiff_steps.steps import options
 
 
 def run(
-    config: Annotated[Path, typer.Option(help="Frozen config of stage `images`.")],
+    config: options.Config,
     generated: Annotated[Path, typer.Option(help="Shard of filtered images (.arrow).")],
-    released: Annotated[Path, typer.Option(help="privacy/released.parquet; images of other subjects are left out.")],
+    released: options.Released,
     release: Annotated[Path, typer.Option(help="Root folder of the released dataset.")],
     out: Annotated[Path, typer.Option(help="Table to write (.parquet): path and digests of every image.")],
 ) -> None:

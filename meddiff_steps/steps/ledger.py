@@ -10,26 +10,28 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from meddiff_steps.config import default_steps, load_stage
+from meddiff_steps.config import load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json, sha256_file
+from meddiff_steps.models.weights import CARD
 from meddiff_steps.privacy.calibration import thresholds_of
 from meddiff_steps.provenance import ledger
 from meddiff_steps.provenance.record import lock_file
 from meddiff_steps.release import seal
+from meddiff_steps.steps import options
 
 logger = logging.getLogger(__name__)
 
 
 def run(
-    config: Annotated[Path, typer.Option(help="frozen config of stage `ledger`")],
-    plan: Annotated[Path, typer.Option(help="plan.parquet")],
-    decisions: Annotated[Path, typer.Option(help="privacy/decisions.parquet")],
-    privacy: Annotated[Path, typer.Option(help="privacy/report.json")],
-    calibration: Annotated[Path, typer.Option(help="privacy/calibration.json")],
-    images: Annotated[list[Path], typer.Option(help="table of one shard of images; repeat for every shard")],
-    autoencoder_card: Annotated[Path, typer.Option(help="autoencoder/card.json")],
-    diffusion_card: Annotated[Path, typer.Option(help="diffusion/card.json")],
+    config: options.Config,
+    plan: options.Plan,
+    decisions: options.Decisions,
+    privacy: options.Privacy,
+    calibration: options.Calibration,
+    images: options.ImageTables,
+    autoencoder: options.Autoencoder,
+    diffusion: options.Diffusion,
     description: Annotated[Path, typer.Option(help="dataset_description.json of the complete release")],
     private: Annotated[Path, typer.Option(help="private ledger to write (Parquet)")],
     out: Annotated[Path, typer.Option(help="root.json to write, in the release's folder `provenance`")],
@@ -47,15 +49,13 @@ def run(
         raise UserError(f"--out {out}: expected {release / seal.ROOT}, beside {description}.")
     study = load_stage(config, "ledger")
     settings = study.generate
-    weights = {
-        name: read_json(card)["weights_sha256"]
-        for name, card in (("autoencoder", autoencoder_card), ("diffusion", diffusion_card))
-    }
+    cards = {"autoencoder": autoencoder / CARD, "diffusion": diffusion / CARD}
+    weights = {name: read_json(card)["weights_sha256"] for name, card in cards.items()}
+    assert settings.num_inference_steps is not None  # what a study leaves open is decided when it is frozen
     recipe = ledger.Recipe(
         **weights,
         sampler=settings.sampler,
-        num_inference_steps=settings.num_inference_steps
-        or default_steps(settings.sampler, study.diffusion.num_train_timesteps),
+        num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
         batch_size=settings.batch_size,
         precision=study.compute.precision,
@@ -70,7 +70,7 @@ def run(
     candidates = ledger.private_tables(planned, judged, thresholds_of(read_json(calibration)), study.privacy.subgroup)
     hidden = ledger.write_ledger(candidates, ledger.private_schema(ledger.detectors_of(judged)), private)
     folder = results or config.parent.parent
-    read = [plan, decisions, privacy, calibration, *images, autoencoder_card, diffusion_card, description]
+    read = [plan, decisions, privacy, calibration, *images, *cards.values(), description]
     facts = seal.Facts(
         config=json.loads(config.read_text(encoding="utf-8")),
         privacy=read_json(privacy),

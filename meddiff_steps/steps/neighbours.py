@@ -16,34 +16,27 @@ from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.config import load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json, write_atomic
+from meddiff_steps.core.registries import DETECTORS
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.report import pictures
 from meddiff_steps.report.page import Section, render
+from meddiff_steps.steps import options
 
 log = logging.getLogger(__name__)
 
 #: Pairs shown per detector.
 PAIRS = 6
-#: What a detector compares, in words.
-MEANING = {
-    "aligned": "Grey values voxel by voxel: finds copies that were not moved.",
-    "learned": (
-        "What a network learnt to tell subjects apart by: finds copies that were moved, mirrored, cropped or"
-        " re-contrasted."
-    ),
-    "latent": "The codes of the generator's own autoencoder.",
-}
 
 
 def run(
-    config: Annotated[Path, typer.Option(help="frozen config of stage `neighbours`")],
-    manifest: Annotated[Path, typer.Option(help="cohort/manifest.parquet")],
-    images: Annotated[list[Path], typer.Option(help="preprocessed shard; repeat for all of them")],
-    plan: Annotated[Path, typer.Option(help="plan.parquet")],
-    filtered: Annotated[list[Path], typer.Option(help="filtered shard; repeat for all of them")],
+    config: options.Config,
+    manifest: options.Manifest,
+    images: options.Images,
+    plan: options.Plan,
+    filtered: options.Filtered,
     decisions: Annotated[Path, typer.Option(help="privacy/decisions.parquet")],
-    reference: Annotated[Path, typer.Option(help="privacy/reference.safetensors")],
-    calibration: Annotated[Path, typer.Option(help="privacy/calibration.json")],
+    reference: options.Reference,
+    calibration: options.Calibration,
     out: Annotated[Path, typer.Option(help="page to write (HTML); private: it shows training scans")],
 ) -> None:
     """Show, for every detector, the accepted images nearest to the training set, so that the owner can judge by eye
@@ -69,7 +62,7 @@ def run(
         shown = pictures.neighbours(
             pairs, (card.get("thresholds") or {}).get(name), made, real, planned, scans, study.covariates
         )
-        sections.append(Section(name, f"By the detector {name}", text=[MEANING.get(name, "")], pictures=[shown]))
+        sections.append(Section(name, f"By the detector {name}", text=[meaning(name)], pictures=[shown]))
     page = render(
         title=f"{study.title or study.study}: nearest training scans",
         study=f"Study {study.study}",
@@ -84,3 +77,8 @@ def run(
     )
     write_atomic(out, page)
     log.info("%s: %d pairs for each of %d detectors", out, min(PAIRS, len(accepted)), len(sections))
+
+
+def meaning(detector: str) -> str:
+    """What a detector compares, in words; nothing of one that this version does not have."""
+    return DETECTORS.entry(detector)["summary"] if detector in DETECTORS.names() else ""

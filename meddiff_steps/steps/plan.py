@@ -16,14 +16,15 @@ from meddiff_steps.cohort.table import load_table
 from meddiff_steps.config import Covariates, PlanGroup, load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path
+from meddiff_steps.steps import options
 from meddiff_steps.synthesis.plan import build_plan
 
 log = logging.getLogger(__name__)
 
 
 def run(
-    config: Annotated[Path, typer.Option(help="Frozen config of stage `plan`.")],
-    manifest: Annotated[Path, typer.Option(help="Manifest of the cohort (Parquet); its training rows are used.")],
+    config: options.Config,
+    manifest: options.Manifest,
     out: Annotated[Path, typer.Option(help="Plan to write (Parquet).")],
 ) -> None:
     """Decide which synthetic subjects to make: one row each, with its covariates, its seed key and its shard.

@@ -47,12 +47,14 @@ def run(
     for one in found:
         hours = one.jobs * one.hours_each
         print(
-            f"{one.stage:<14}{one.jobs:>6}{one.hours_each:>12.2f}{hours:>10.2f}{hours if one.gpu else 0:>11.2f}{one.disk / 1e9:>10.2f}"
+            f"{one.stage:<14}{one.jobs:>6}{one.hours_each:>12.2f}{hours:>10.2f}{hours if one.gpu else 0:>11.2f}"
+            f"{one.disk / 1e9:>10.2f}"
         )
     hours, gpu = (
         sum(one.jobs * one.hours_each for one in found if one.gpu or everything) for everything in (True, False)
     )
     print(
-        f"{'together':<14}{sum(one.jobs for one in found):>6}{'':>12}{hours:>10.2f}{gpu:>11.2f}{sum(one.disk for one in found) / 1e9:>10.2f}"
+        f"{'together':<14}{sum(one.jobs for one in found):>6}{'':>12}{hours:>10.2f}{gpu:>11.2f}"
+        f"{sum(one.disk for one in found) / 1e9:>10.2f}"
     )
     print(f"from start to end with {jobs} jobs at a time: {wall_hours(found, jobs):.1f} hours")

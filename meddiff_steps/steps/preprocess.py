@@ -14,15 +14,16 @@ from meddiff_steps.config import load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path
 from meddiff_steps.imaging.preprocess import preprocess_shard
+from meddiff_steps.steps import options
 
 
 def run(
-    config: Annotated[Path, typer.Option(help="Frozen config of stage `preprocess`.")],
-    manifest: Annotated[Path, typer.Option(help="cohort/manifest.parquet.")],
-    shard: Annotated[int, typer.Option(min=0, help="Number of the shard, from 0.")],
+    config: options.Config,
+    manifest: options.Manifest,
+    shard: options.Shard,
     out: Annotated[Path, typer.Option(help="Shard to write (.arrow).")],
     qc: Annotated[Path, typer.Option(help="Quality table to write (.parquet).")],
-    threads: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
+    threads: options.Threads = 1,
 ) -> None:
     """Bring one shard of scans to the study's grid and intensity scale.
 

@@ -12,13 +12,15 @@ import typer
 from meddiff_steps.config import load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path
+from meddiff_steps.imaging.channels import absent_channels
 from meddiff_steps.imaging.preprocess import cut_off
+from meddiff_steps.steps import options
 
 logger = logging.getLogger(__name__)
 
 
 def run(
-    config: Annotated[Path, typer.Option(help="Frozen config of stage `quality`.")],
+    config: options.Config,
     qc: Annotated[list[Path], typer.Option(help="Quality table of one shard; repeat for every shard.")],
     out: Annotated[Path, typer.Option(help="Table to write (preprocessed/qc.parquet).")],
 ) -> None:
@@ -45,6 +47,8 @@ def run(
         logger.warning("left out:\n%s", _reasons(left_out))
     if told := cut_off(table):
         logger.warning("%s Column cut_off_share of %s has all figures.", told, out)
+    if told := absent_channels(table):
+        logger.warning("%s. Columns channel_NAME_present of %s say for which.", told, out)
     with atomic_path(out) as temporary:
         table.to_parquet(temporary, index=False)
 

@@ -19,6 +19,7 @@ from meddiff_steps.release.regeneration import (
     write_added,
 )
 from meddiff_steps.release.sealed import open_release
+from meddiff_steps.steps import options
 
 
 def run(
@@ -41,12 +42,12 @@ def run(
         str | None, typer.Option(help="group of the plan that --count is about, if there are several")
     ] = None,
     json: Annotated[Path | None, typer.Option(help="comparison to write (JSON)")] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads; changes the last bits of CPU results")] = 1,
+    threads: options.Threads = 1,
 ) -> None:
     """Make images again: one subject, one shard, or all; write them, and say whether they are what was released.
 
-    `bitwise`: the image shows the same to the last bit.  `within tolerance`: it differs by rounding, as on another processor.
-    `differs`: by more.  Exit code 0 if none differs, 1 if one does, 2 if it could not run.
+    `bitwise`: the image shows the same to the last bit.  `within tolerance`: it differs by rounding, as on another
+    processor.  `differs`: by more.  Exit code 0 if none differs, 1 if one does, 2 if it could not run.
 
     With --count the subjects of the release come out as they were, and more are made by the same plan; OUT/added.tsv
     lists these.  That needs the study's own folder as --models, since covariates are drawn as the training scans have

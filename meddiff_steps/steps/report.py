@@ -15,53 +15,51 @@ from meddiff_steps.config import load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json, write_atomic
 from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.models.weights import CARD
 from meddiff_steps.report import pictures, sections
 from meddiff_steps.report.page import Card, Section, render
+from meddiff_steps.steps import options
 
 logger = logging.getLogger(__name__)
 
 
 def run(
-    config: Annotated[Path, typer.Option(help="Frozen config of stage `report`.")],
-    cohort_card: Annotated[Path, typer.Option(help="Card of the cohort (JSON).")],
-    qc: Annotated[Path, typer.Option(help="preprocessed/qc.parquet.")],
-    manifest: Annotated[Path, typer.Option(help="cohort/manifest.parquet.")],
-    images: Annotated[list[Path], typer.Option(help="Preprocessed shard; repeat for every shard.")],
-    generated: Annotated[list[Path], typer.Option(help="Generated shard; repeat for every shard.")],
-    plan: Annotated[Path, typer.Option(help="plan.parquet.")],
-    autoencoder_card: Annotated[Path, typer.Option(help="autoencoder/card.json.")],
-    autoencoder_history: Annotated[Path, typer.Option(help="Training history of the autoencoder (.parquet).")],
-    diffusion_card: Annotated[Path, typer.Option(help="diffusion/card.json.")],
-    diffusion_history: Annotated[Path, typer.Option(help="Training history of the diffusion model (.parquet).")],
-    reconstructions: Annotated[Path, typer.Option(help="Held-out images beside their reconstructions (.arrow).")],
-    showcase: Annotated[Path, typer.Option(help="Sweeps and interpolations (.arrow).")],
-    metrics: Annotated[Path, typer.Option(help="evaluation/metrics.json.")],
-    predictions: Annotated[Path, typer.Option(help="Requested or true beside measured covariates (.parquet).")],
-    out: Annotated[Path, typer.Option(help="Page to write (.html).")],
-    contact_sheet: Annotated[Path, typer.Option(help="Picture of real beside synthetic images to write (.png).")],
-    privacy: Annotated[
-        Path | None, typer.Option(help="privacy/report.json; left out of the page if not given.")
-    ] = None,
-    components: Annotated[
+    config: options.Config,
+    cohort: options.Cohort,
+    qc: options.Quality,
+    images: options.Images,
+    plan: options.Plan,
+    generated: options.Filtered,
+    autoencoder: Annotated[
+        Path, typer.Option(help="folder autoencoder/: card.json, history.parquet, reconstructions.arrow")
+    ],
+    diffusion: Annotated[Path, typer.Option(help="folder of the released model: card.json, history.parquet")],
+    evaluation: Annotated[
+        Path,
+        typer.Option(help="folder evaluation/: metrics.json, predictions.parquet, components.parquet, showcase.arrow"),
+    ],
+    out: Annotated[Path, typer.Option(help="page to write (HTML)")],
+    contact_sheet: Annotated[Path, typer.Option(help="picture of real beside synthetic images to write (PNG)")],
+    privacy: Annotated[Path | None, typer.Option(help="privacy/report.json; left out of the page if not given")] = None,
+    teacher: Annotated[
         Path | None,
-        typer.Option(help="evaluation/components.parquet; the picture of features is left out if not given."),
+        typer.Option(
+            help="folder of the first model, where a second made the release: privacy/report.json and"
+            " evaluation/metrics.json"
+        ),
     ] = None,
-    teacher_privacy: Annotated[
-        Path | None, typer.Option(help="The same of the first model, where a second made the release.")
+    downstream: Annotated[
+        Path | None,
+        typer.Option(help="folder of the downstream study: results.json and test-opened.json; left out if not given"),
     ] = None,
-    teacher_metrics: Annotated[Path | None, typer.Option(help="Its metrics.")] = None,
-    augmentation: Annotated[
-        Path | None, typer.Option(help="augmentation/results.json; left out of the page if not given.")
-    ] = None,
-    opened: Annotated[Path | None, typer.Option(help="augmentation/test-opened.json, which goes with it.")] = None,
 ) -> None:
     """Write report.html, one self-contained page, and its contact sheet as a PNG.
 
     The page shows real scans: handle it as the cohort itself.
     """
     study = load_stage(config, "report")
-    measured, card = read_json(metrics), read_json(cohort_card)
-    scans, planned = read_manifest(manifest, study.covariates), _parquet(plan)
+    measured, card = read_json(evaluation / "metrics.json"), read_json(cohort / CARD)
+    scans, planned = read_manifest(cohort / "manifest.parquet", study.covariates), _parquet(plan)
     real, synthetic = Shards(images), Shards(generated)
     pairs = pictures.matched_pairs(real, synthetic, scans, planned, study)
     sheet = pictures.contact_sheet(pairs, study)
@@ -69,38 +67,37 @@ def run(
     contents = [Section("images", "Real beside synthetic", pictures=[sheet])]
     if study.spatial_dims == 3:
         contents.append(Section("slices", "Slice by slice", viewer=pictures.slices(pairs)))
+    sweeps = pictures.showcase(Shards([evaluation / "showcase.arrow"]), study)
     contents += [
-        Section("sweeps", "One subject, one covariate moved", pictures=pictures.showcase(Shards([showcase]), study)),
-        sections.fidelity_section(measured, _parquet(predictions)),
-        sections.realism_section(measured, _parquet(components) if components else None),
+        Section("sweeps", "One subject, one covariate moved", pictures=sweeps),
+        sections.fidelity_section(measured, _parquet(evaluation / "predictions.parquet")),
+        sections.realism_section(measured, _parquet(evaluation / "components.parquet")),
     ]
     if privacy:
         judged = read_json(privacy)
         contents.append(sections.privacy_section(judged))
-        if teacher_privacy and teacher_metrics:
-            contents.append(
-                sections.distillation_section(
-                    [read_json(teacher_privacy), judged], [read_json(teacher_metrics), measured]
-                )
-            )
-    if augmentation and opened:
-        contents.append(sections.augmentation_section(read_json(augmentation), read_json(opened)))
-    histories = {"autoencoder": _parquet(autoencoder_history), "diffusion model": _parquet(diffusion_history)}
+        if teacher:
+            first = read_json(teacher / "privacy/report.json"), read_json(teacher / "evaluation/metrics.json")
+            contents.append(sections.second_model_section([first[0], judged], [first[1], measured]))
+    if downstream:
+        results, opened = read_json(downstream / "results.json"), read_json(downstream / "test-opened.json")
+        contents.append(sections.downstream_section(results, opened))
+    stages = {"autoencoder": autoencoder, "diffusion model": diffusion}
     cards = [
         Card("Cohort", card),
-        Card("Autoencoder", read_json(autoencoder_card)),
-        Card("Diffusion model", read_json(diffusion_card)),
+        *(Card(name.capitalize(), read_json(folder / CARD)) for name, folder in stages.items()),
         Card("Predictors that measure covariates", measured["predictors"]),
         Card("Counts", measured["n"]),
         Card("Preprocessing", study.preprocess.model_dump(mode="json")),
     ]
+    curves = {name: _parquet(folder / "history.parquet") for name, folder in stages.items()}
+    pairs_of_scans = Shards([autoencoder / "reconstructions.arrow"])
+    released = planned.loc[planned["sample_id"].isin(synthetic.column("sample_id"))]
     contents += [
         sections.sharpness_section(measured["spectrum"]),
-        sections.reconstruction_section(Shards([reconstructions]), measured["reconstruction"]),
-        Section("training", "Training", pictures=pictures.histories(histories)),
-        sections.data_section(
-            _parquet(qc), scans, planned.loc[planned["sample_id"].isin(synthetic.column("sample_id"))], study
-        ),
+        sections.reconstruction_section(pairs_of_scans, measured["reconstruction"]),
+        Section("training", "Training", pictures=pictures.histories(curves)),
+        sections.data_section(_parquet(qc), scans, released, study),
         Section("cards", "Cards", cards=cards),
     ]
     page = render(

@@ -1,4 +1,4 @@
-"""Step `sampler_study`: quality against steps and seconds, for every sampler and guidance scale that the study names."""
+"""Step `sampler_study`: quality against steps and seconds, for every sampler and guidance scale of the study."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import write_atomic, write_json
-from meddiff_steps.evaluation.realism import MIN_IMAGES
+from meddiff_steps.evaluation.realism.base import MIN_IMAGES
 from meddiff_steps.evaluation.sampler_study import Point, compare, points
 from meddiff_steps.imaging.selection import Images, drawn
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.instruments.features import random_space
-from meddiff_steps.models.trained import LatentDiffusion, load_autoencoder
+from meddiff_steps.instruments.feature_spaces.base import Context
+from meddiff_steps.instruments.feature_spaces.random import build as random_space
+from meddiff_steps.models.trained import TrainedModel
 from meddiff_steps.report.figures import sampler_study
+from meddiff_steps.steps import options
 from meddiff_steps.synthesis.generate import CohortGenerator
 
 
 def run(
-    config: Annotated[Path, typer.Option(help="frozen config of stage `sampler_study`")],
-    manifest: Annotated[Path, typer.Option(help="cohort/manifest.parquet")],
-    images: Annotated[list[Path], typer.Option(help="preprocessed shard; repeat for every shard")],
-    plan: Annotated[Path, typer.Option(help="plan.parquet; its first subjects are drawn")],
-    autoencoder: Annotated[Path, typer.Option(help="autoencoder/model.safetensors")],
-    autoencoder_card: Annotated[Path, typer.Option(help="autoencoder/card.json")],
-    diffusion: Annotated[Path, typer.Option(help="diffusion/model.safetensors")],
-    diffusion_card: Annotated[Path, typer.Option(help="diffusion/card.json")],
+    config: options.Config,
+    manifest: options.Manifest,
+    images: options.Images,
+    plan: options.Plan,
+    autoencoder: options.Autoencoder,
+    diffusion: options.Diffusion,
     out: Annotated[Path, typer.Option(help="figures of every point to write (JSON)")],
     figure: Annotated[Path, typer.Option(help="picture to write (PNG)")],
-    threads: Annotated[int, typer.Option(help="CPU threads; seconds depend on them")] = 1,
+    threads: options.Threads = 1,
 ) -> None:
     """Draw the same planned subjects with every sampler, number of steps and guidance scale, and measure quality and
     seconds.
@@ -51,9 +51,8 @@ def run(
             f"{plan}: {len(subjects)} planned subjects, and samplers cannot be compared on fewer than {MIN_IMAGES}."
             " Plan more."
         )
-    first_stage, _ = load_autoencoder(autoencoder, autoencoder_card)
-    model = LatentDiffusion.load(diffusion, diffusion_card)
-    generator = CohortGenerator(model, first_stage, study.generate, make_fabric(study.compute, threads), study.compute)
+    model = TrainedModel.load(autoencoder, diffusion, make_fabric(study.compute, threads), study.compute)
+    generator = CohortGenerator(model, study.generate)
 
     def draw(point: Point, rows: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
         generator.settings = study.generate.model_copy(update=asdict(point))
@@ -64,8 +63,8 @@ def run(
     cohort = Images.of(
         Shards(images), "scan_id", "subject_id", read_manifest(manifest, study.covariates), f"{manifest}"
     )
-    ways = points(study.sampler_study, model.settings.prediction_type)
-    results = compare(draw, ways, subjects, cohort, random_space(generator.spatial_dims), study)
-    results |= {"batch_size": study.generate.batch_size, "threads": threads, "device": str(generator.fabric.device)}
+    ways = points(study.sampler_study, model.process.prediction_type)
+    results = compare(draw, ways, subjects, cohort, random_space(Context(model.spatial_dims)), study)
+    results |= {"batch_size": study.generate.batch_size, "threads": threads, "device": str(model.fabric.device)}
     write_atomic(figure, sampler_study(results))
     write_json(out, results)

@@ -15,20 +15,20 @@ from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.compute.device import resolve
 from meddiff_steps.config import load_stage
 from meddiff_steps.core.errors import UserError
-from meddiff_steps.instruments import segmenter
 from meddiff_steps.imaging.selection import Images, held_out
 from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.instruments import segmenter
 from meddiff_steps.models.weights import save_model
+from meddiff_steps.steps import options
 
 
 def run(
-    config: Annotated[Path, typer.Option(help="frozen config of stage `segmenter`")],
-    manifest: Annotated[Path, typer.Option(help="cohort/manifest.parquet")],
-    qc: Annotated[Path, typer.Option(help="preprocessed/qc.parquet, which knows where each scan's grid lies")],
-    images: Annotated[list[Path], typer.Option(help="preprocessed shard; repeat for all of them")],
-    weights: Annotated[Path, typer.Option(help="weights to write (safetensors)")],
-    card: Annotated[Path, typer.Option(help="card to write (JSON)")],
-    threads: Annotated[int, typer.Option(help="CPU threads; changes the last bits of CPU results")] = 1,
+    config: options.Config,
+    manifest: options.Manifest,
+    qc: options.Quality,
+    images: options.Images,
+    out: Annotated[Path, typer.Option(help="folder to write: weights and card")],
+    threads: options.Threads = 1,
 ) -> None:
     """Train a segmenter on label maps of the train split, and say how well it does on held-out scans.
 
@@ -71,4 +71,4 @@ def run(
         content["held_out"] = (
             segmenter.agreement(model, found, labels, spacing**3 / 1000) if len(found) else {"scans": 0}
         )
-    save_model(model, weights, card, content)
+    save_model(model, out, content)

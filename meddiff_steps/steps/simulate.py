@@ -10,12 +10,13 @@ import typer
 from meddiff_steps.config import SimulatedSource, load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.simulation.brains import simulate_cohort
+from meddiff_steps.steps import options
 
 
 def run(
-    config: Annotated[Path, typer.Option(help="Frozen config of stage `simulate`.")],
+    config: options.Config,
     out: Annotated[Path, typer.Option(help="participants.tsv to write; its directory becomes the BIDS dataset.")],
-    threads: Annotated[int, typer.Option(min=1, help="Subjects made at the same time.")] = 1,
+    threads: options.Threads = 1,
 ) -> None:
     """Make the simulated brain cohort (a BIDS dataset), labelled SIMULATED wherever it appears."""
     study = load_stage(config, "simulate")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -13,17 +12,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from meddiff_steps.compute.compilation import cast_weights, speed_up
-from meddiff_steps.compute.device import channels_last, to_channels_last, to_device
-from meddiff_steps.config import Compute, Generate
+from meddiff_steps.compute.device import to_device
+from meddiff_steps.config import Generate
 from meddiff_steps.core.random_streams import batch_noise, seed_key
-from meddiff_steps.diffusion.samplers import sample
-from meddiff_steps.diffusion.schedules import NoiseProcess
-from meddiff_steps.models.first_stage.kl import Autoencoder
-from meddiff_steps.models.trained import LatentDiffusion
+from meddiff_steps.diffusion.conditioning import Condition
+from meddiff_steps.models.trained import TrainedModel
 
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
+#: Who a subject is to the random streams: cohort_root, index, attempt.
+Subject = tuple[str, int, int]
 
 
 def batch_slots(index: np.ndarray, size: int) -> Iterator[np.ndarray]:
@@ -47,49 +43,29 @@ def batch_slots(index: np.ndarray, size: int) -> Iterator[np.ndarray]:
 class CohortGenerator:
     """Draws subjects from a trained model.
 
-    A batch always has `settings.batch_size` rows, and a subject always the same place among them, because both change
-    the last bits of results; what stands in the other places does not, so that free ones are filled with repeats.
+    A batch always has `settings.batch_size` rows, and a subject always the same slot among them, because both change
+    the last bits of results; what stands in the other slots does not, so that free ones are filled with repeats.
 
     Parameters
     ----------
-    model, autoencoder
-        The two trained stages.
-    settings, compute
-        The study's sections `generate` and `compute`; without the second nothing is compiled.
-
-    Raises
-    ------
-    UserError
-        The study wants networks compiled, and this machine cannot.
+    model
+        Trained, on its device.
+    settings
+        The study's `generate` section.
     """
 
-    def __init__(
-        self,
-        model: LatentDiffusion,
-        autoencoder: Autoencoder,
-        settings: Generate,
-        fabric: Fabric,
-        compute: Compute | None = None,
-    ) -> None:
-        self.model, self.settings, self.fabric = model, settings, fabric
-        self.process = NoiseProcess.of(model.settings)
-        self.spatial_dims = len(model.latent_shape) - 1
-        self.denoiser, self.autoencoder = model.denoiser, autoencoder
-        for network in (self.denoiser, self.autoencoder):
-            to_channels_last(network, self.spatial_dims)
-            fabric.to_device(network)
-        networks = [*self.denoiser.costly, self.autoencoder.net.decoder]
-        cast_weights(networks, fabric)
-        on_gpu = fabric.device.type == "cuda"
-        self.compiled = compute is not None and speed_up(networks, compute, fabric, training=False)
-        self.graphs = self.compiled and on_gpu and compute is not None and compute.cuda_graphs
-        self.transfers = torch.cuda.Stream(fabric.device) if on_gpu else None
+    def __init__(self, model: TrainedModel, settings: Generate) -> None:
+        self.model, self.settings = model, settings
+        device = model.fabric.device
+        self.transfers = torch.cuda.Stream(device) if device.type == "cuda" else None
         #: Batches that are begun before the images of an earlier one are handed out: a GPU works on its own meanwhile.
-        self.ahead = 1 if on_gpu else 0
+        self.ahead = 0 if self.transfers is None else 1
 
     def images(self, subjects: pd.DataFrame, label: str) -> Iterator[tuple[str, np.ndarray]]:
-        """(sample_id, image float32 (1, *spatial) in [0, 1]) for every row of a plan, batch by batch (`batch_slots`)."""
-        covariates = self.model.encoding.encode(subjects)
+        """(sample_id, image float32 (1, *spatial) in [0, 1]) for every row of a plan, batch by batch
+        (`batch_slots`).
+        """
+        condition = self.model.condition(subjects)
         roots = zip(subjects["cohort_root"], subjects["noise_index"], subjects["attempt"], strict=True)
         subjects_of = [(str(root), int(index), int(attempt)) for root, index, attempt in roots]
         keys, ids, index = list(subjects["seed_key"]), list(subjects["sample_id"]), subjects["index"].to_numpy()
@@ -105,62 +81,41 @@ class CohortGenerator:
 
             for batch in batch_slots(index, self.settings.batch_size):
                 noise = batch_noise([keys[i] for i in batch], self.model.latent_shape)
-                latents = self.latents(noise, covariates[batch], [subjects_of[i] for i in batch])
-                begun.append((batch, self.begin_decoding(latents)))
+                who = [subjects_of[i] for i in batch]
+                latents = self.latents(noise, condition[batch], who)
+                begun.append((batch, self.begin_decoding(latents, who)))
                 if len(begun) > self.ahead:
                     yield from finished()
             while begun:
                 yield from finished()
 
     @torch.no_grad()
-    def latents(self, noise: np.ndarray, covariates: np.ndarray, subjects: Sequence[tuple[str, int, int]]) -> Tensor:
-        """Standardised latents (b, c, *spatial) from noise of that shape; `subjects` are (cohort_root, index, attempt)."""
+    def latents(self, noise: np.ndarray, condition: Condition, subjects: Sequence[Subject]) -> Tensor:
+        """Standardised latents (b, c, *spatial) from noise of that shape, drawn for `subjects`."""
 
         def step_noise(step: int) -> Tensor:
-            keys = [seed_key(*subject, f"steps/{step}") for subject in subjects]
-            return to_device(batch_noise(keys, self.model.latent_shape), self.fabric)
+            return self._noise(subjects, f"steps/{step}", self.model.latent_shape)
 
-        def denoise(x: Tensor, timesteps: Tensor, values: Tensor) -> Tensor:
-            if self.graphs:
-                torch.compiler.cudagraph_mark_step_begin()  # the last result may be overwritten: it was copied
-            with self.fabric.autocast():
-                predicted = self.denoiser(
-                    x.contiguous(memory_format=channels_last(self.spatial_dims)), timesteps, values
-                )
-            return predicted.clone() if self.graphs else predicted
+        return self.model.sample(noise, condition, self.settings, step_noise=step_noise)
 
-        return sample(
-            denoise,
-            to_device(noise, self.fabric),
-            to_device(covariates, self.fabric),
-            self.process,
-            self.settings.sampler,
-            num_inference_steps=self.settings.num_inference_steps,
-            guidance_scale=self.settings.guidance_scale,
-            step_noise=step_noise,
-        )
-
-    def decode(self, latents: Tensor) -> np.ndarray:
+    def decode(self, latents: Tensor, subjects: Sequence[Subject]) -> np.ndarray:
         """Images float32 (b, 1, *spatial), in [0, 1], from standardised latents."""
-        return self.begin_decoding(latents)()
+        return self.begin_decoding(latents, subjects)()
 
     @torch.no_grad()
-    def begin_decoding(self, latents: Tensor) -> Callable[[], np.ndarray]:
+    def begin_decoding(self, latents: Tensor, subjects: Sequence[Subject]) -> Callable[[], np.ndarray]:
         """Start what `decode` does, `decode_batch_size` images at a time; the function returned waits for the images.
 
         A GPU copies images into pinned memory of the host while it decodes the next ones, and without anybody waiting
         for it.
         """
-        z = self.denoiser.latents(latents).contiguous(memory_format=channels_last(self.spatial_dims))
-        size = self.settings.decode_batch_size or len(z)
-        shape = (len(z), 1, *(n * self.autoencoder.block for n in z.shape[2:]))
-        host = torch.empty(shape, pin_memory=self.transfers is not None)
-        for start in range(0, len(z), size):
-            if self.graphs:
-                torch.compiler.cudagraph_mark_step_begin()
-            with self.fabric.autocast():
-                images = self.autoencoder.images(z[start : start + size], self.settings.decode_slab)
-            self._copy(images, host[start : start + size])
+        size = self.settings.decode_batch_size or len(latents)
+        host = torch.empty((len(latents), *self.model.image_shape), pin_memory=self.transfers is not None)
+        for start in range(0, len(latents), size):
+            part = slice(start, start + size)
+            draws = self.model.first_stage.draws
+            noise = self._noise(subjects[part], "decoder", self.model.image_shape) if draws else None
+            self._copy(self.model.decode(latents[part], noise, self.settings.decode_slab), host[part])
         if self.transfers is None:
             return host.numpy
         copied = self.transfers.record_event()
@@ -170,6 +125,9 @@ class CohortGenerator:
             return host.numpy()
 
         return wait
+
+    def _noise(self, subjects: Sequence[Subject], stream: str, shape: Sequence[int]) -> Tensor:
+        return to_device(batch_noise([seed_key(*subject, stream) for subject in subjects], shape), self.model.fabric)
 
     def _copy(self, images: Tensor, target: Tensor) -> None:
         """Copy images to the host; from a GPU beside what it computes next, so that `target` is complete only later."""

@@ -92,7 +92,8 @@ def render(found: list[Tile], generator: CohortGenerator, seed: str) -> Iterator
     for start in range(0, len(found), size):
         batch = found[start : start + size]
         padded = batch + [batch[-1]] * (size - len(batch))
-        covariates = generator.model.encoding.encode(pd.DataFrame([tile.request for tile in padded]))
+        condition = generator.model.condition(pd.DataFrame([tile.request for tile in padded]))
         subjects = [(f"{seed}/showcase", tile.row, 0) for tile in padded]
-        images = generator.decode(generator.latents(np.stack([tile.noise for tile in padded]), covariates, subjects))
+        latents = generator.latents(np.stack([tile.noise for tile in padded]), condition, subjects)
+        images = generator.decode(latents, subjects)
         yield from zip(batch, images, strict=False)

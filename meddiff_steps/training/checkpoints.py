@@ -29,7 +29,9 @@ def state_key(step: str, config: Path, inputs: Sequence[Path]) -> str:
     """Name of the state folder of a training step: a digest of its code, its frozen config and its input files'
     contents.
     """
-    digest = hashlib.sha256(code_digest(step).encode() + config.read_bytes())
+    digest = hashlib.sha256(
+        code_digest(step, json.loads(config.read_text(encoding="utf-8"))).encode() + config.read_bytes()
+    )
     for path in inputs:
         digest.update(sha256_file(path).encode())
     return digest.hexdigest()[:16]

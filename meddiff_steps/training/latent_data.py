@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.models.latent_statistics import Standardisation
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class LatentData:
         Columns `mean` and `log_variance`, float16 (c, *spatial).
     prior
         `offset` (1, c, *spatial) and `scale` (1, c, 1, ...), float32: the network sees (z - offset) / scale; with a
-        Gaussian also `prior.*`, the state of `models.prior.Prior`.
+        Gaussian also `prior.*`, the state of `models.denoiser.latent_gaussian.LatentGaussian`.
     covariates
         Encoded covariates per row of `shards`, float32 (rows, k), NaN where missing.
     train_rows, val_rows
@@ -38,13 +39,17 @@ class LatentData:
         mean = self.shards.tensors("mean", rows)
         deviation = np.exp(0.5 * self.shards.tensors("log_variance", rows))
         z = mean + deviation * generator.standard_normal(mean.shape, dtype=np.float32)
-        return (z - self.prior["offset"].numpy()) / self.prior["scale"].numpy()
+        return self.standardise(z)
+
+    @property
+    def standardise(self) -> Standardisation[np.ndarray]:
+        return Standardisation(self.prior["offset"].numpy(), self.prior["scale"].numpy())
 
     def coefficients(self, rows: np.ndarray) -> np.ndarray:
         """Of the posterior means of `rows`, standardised, on the components of the Gaussian, float32 (len(rows), R)."""
-        offset, scale, basis = (self.prior[name].numpy() for name in ("offset", "scale", "prior.basis"))
+        basis = self.prior["prior.basis"].numpy()
         parts = [
-            ((self.shards.tensors("mean", rows[i : i + 64]) - offset) / scale).reshape(-1, basis.shape[1]) @ basis.T
+            self.standardise(self.shards.tensors("mean", rows[i : i + 64])).reshape(-1, basis.shape[1]) @ basis.T
             for i in range(0, len(rows), 64)
         ]
         return np.concatenate(parts) if parts else np.zeros((0, len(basis)), np.float32)

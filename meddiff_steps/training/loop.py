@@ -155,15 +155,18 @@ def clip_gradients(
 
 
 def warn_if_in_vain(history: list[tuple[int, str, float]], label: str) -> None:
-    """Say so if a held-out loss of `history` (step, metric, value) is no lower at the end than before the first step."""
+    """Say so if a held-out loss of `history` (step, metric, value) is no lower at the end than before the first
+    step.
+    """
     for metric in HELD_OUT_LOSSES:
         values = [value for _, name, value in history if name == metric]
         if len(values) > 1 and values[-1] >= values[0]:
             log.warning(
-                "%s: training did not lower %s: %.4g before the first step, %.4g at the end. What is fitted without training (the linear path, the prior) "
-                "is better alone: lower the learning rate, train for more steps, or on more scans",
-                label, metric, values[0], values[-1],
-            )  # fmt: skip
+                "%s: training did not lower %s: %.4g before the first step, %.4g at the end. What is fitted without"
+                " training (the linear path, the prior) is better alone: lower the learning rate, train for more steps,"
+                " or on more scans",
+                *(label, metric, values[0], values[-1]),
+            )
 
 
 def fit(task: Task, settings: Optimiser, fabric: Fabric, state: Path, label: str) -> pd.DataFrame:

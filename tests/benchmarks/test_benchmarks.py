@@ -19,9 +19,9 @@ from benchmarks.sampling import Samplers
 from meddiff_steps import config
 from meddiff_steps.core.files import read_json, write_json
 from meddiff_steps.imaging.preprocess import preprocess_image
-from meddiff_steps.models.denoiser.unet import Denoiser
-from meddiff_steps.models.first_stage.kl import Autoencoder
-from meddiff_steps.models.trained import LatentDiffusion
+from meddiff_steps.models.denoiser.base import Denoiser
+from meddiff_steps.models.first_stage.base import build as build_first_stage
+from meddiff_steps.models.trained import DenoiserCard, TrainedModel
 from meddiff_steps.training.latent_data import LatentData
 
 
@@ -38,13 +38,13 @@ def setting(tmp_path: Path) -> Setting:
 def test_a_fair_copy_has_our_sizes(size, tmp_path):
     study = Setting(tmp_path).place(size).study
     settings, second = study.autoencoder, study.diffusion
-    ours, theirs = Autoencoder(settings, 3), peer.peer_autoencoder(settings, "cpu")
+    ours, theirs = build_first_stage(settings, 3), peer.peer_autoencoder(settings, "cpu")
     assert weights(theirs) == pytest.approx(weights(ours), rel=0.25)
     x = torch.zeros(1, 1, 16, 16, 16)
     with torch.no_grad():
-        assert theirs.encode(x)[0].shape == ours.encode(x)[0].shape == (1, settings.latent_channels, 4, 4, 4)
+        assert theirs.encode(x)[0].shape == ours.encode(x).mean.shape == (1, settings.latent_channels, 4, 4, 4)
     shape = (settings.latent_channels, *(n // settings.downsampling for n in size.shape))
-    unet = Denoiser(second, shape, [0, 2, 2, 0, 0], rank=4).unet
+    unet = Denoiser(second, shape, [0, 2, 2, 0, 0], rank=4).network.unet
     copy = peer.peer_unet(second, settings.latent_channels, 5, "cpu")
     assert weights(copy) == pytest.approx(weights(unet), rel=0.25)
     mine, other = (
@@ -71,12 +71,12 @@ def test_one_pass_at_scale_one_is_what_two_passes_give(setting):
     """Why the peer's realism may be measured without its second pass."""
     place = setting.place(TINY)
     torch.manual_seed(0)
-    denoiser = (
-        Denoiser(place.study.diffusion, place.latent_shape, place.encoding.level_counts).eval().requires_grad_(False)
-    )
+    card = DenoiserCard(place.study.diffusion, place.latent_shape, place.encoding, rank=0)
+    denoiser = card.build().eval().requires_grad_(False)
     for parameter in denoiser.parameters():
         parameter.add_(0.02 * torch.randn_like(parameter))  # the last layer starts at zero, and would predict nothing
-    samplers = Samplers(place, Autoencoder(place.study.autoencoder, 3).eval().requires_grad_(False), denoiser)
+    first_stage = build_first_stage(place.study.autoencoder, 3).eval().requires_grad_(False)
+    samplers = Samplers(place, TrainedModel(first_stage, denoiser, card, place.fabric))
     rows = np.arange(2)
     one, two, guided = (
         samplers.theirs(rows, 3, passes=1),
@@ -85,7 +85,6 @@ def test_one_pass_at_scale_one_is_what_two_passes_give(setting):
     )
     np.testing.assert_allclose(one, two, atol=1e-4)
     assert np.abs(guided - two).max() > 1e-3
-    assert isinstance(samplers.model, LatentDiffusion)
 
 
 def test_both_sides_are_judged_on_the_same_noise(setting):

@@ -103,6 +103,6 @@ def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
 def test_packages_are_those_of_the_lock(monkeypatch):
     monkeypatch.setattr(gpu_packages.importlib.util, "find_spec", lambda module: None)
     needed = gpu_packages.missing()
-    assert len(needed) == len(gpu_packages.NEEDED) + len(gpu_packages.WITH_HUB)
+    assert len(needed) == len(gpu_packages.NEEDED)
     assert all("==" in line for line in needed)
     assert not any(line.startswith("torch==") for line in needed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pandas as pd
 import pytest
 
 from meddiff_steps.cohort.covariates import CovariateEncoding, describe, parse_covariates
-from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate, Covariates
+from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate, Covariates, freeze, load_stage, parse_study
 from meddiff_steps.core.errors import UserError
 
 AGE = ContinuousCovariate(unit="year", range=(18, 100), column="age_at_scan")
@@ -170,6 +171,28 @@ def test_encoding_survives_json_with_sorted_keys(manifest: pd.DataFrame) -> None
     again = CovariateEncoding.from_json(json.loads(json.dumps(encoding.to_json(), sort_keys=True)))
     assert again == encoding and again.names == ("sex", "age")
     np.testing.assert_array_equal(again.encode(manifest), encoding.encode(manifest))
+
+
+def test_encoding_of_what_a_stage_is_given_is_the_same_whatever_texts_say(
+    manifest: pd.DataFrame, tmp_path: Path
+) -> None:
+    def encoded(unit: str) -> CovariateEncoding:
+        declared = {"age": {"unit": unit, "range": [18, 100], "description": unit}, "sex": {"levels": ["F", "M"]}}
+        raw = {
+            "study": "s",
+            "cohort": {"source": "simulated"},
+            "covariates": declared,
+            "plan": [{"name": "syn", "subjects": 1}],
+        }
+        return CovariateEncoding.fit(
+            manifest, load_stage(freeze(parse_study(raw, "test"), "diffusion", tmp_path), "diffusion").covariates
+        )
+
+    content = encoded("year").to_json()
+    assert content == encoded("a").to_json() and "unit" not in json.dumps(content)
+    np.testing.assert_array_equal(
+        CovariateEncoding.from_json(content).encode(manifest), encoded("year").encode(manifest)
+    )
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,14 @@ from meddiff_steps.compute import compilation
 from meddiff_steps.compute import device as backend
 from meddiff_steps.compute.precision import Bf16Inside
 from meddiff_steps.core.errors import UserError
-from meddiff_steps.models.denoiser.unet import Denoiser
+from meddiff_steps.diffusion.conditioning import Condition
+from meddiff_steps.models.denoiser.base import Denoiser
 from meddiff_steps.models.first_stage.kl import Autoencoder
 from meddiff_steps.training import loop
 
 UNET = config.Diffusion(channels=[8, 16], norm_num_groups=4, num_head_channels=8, covariate_dim=8, num_res_blocks=1)
 AUTOENCODER = config.Autoencoder(channels=[8, 16], norm_num_groups=4, latent_channels=4)
-CALL = (torch.tensor([10.0, 999.0]), torch.tensor([[0.503, 0.0], [float("nan"), 1.0]]))
+CALL = (torch.tensor([10.0, 999.0]), Condition(torch.tensor([[0.503, 0.0], [float("nan"), 1.0]])))
 
 
 def moved(make: Callable[[], nn.Module]) -> nn.Module:
@@ -95,7 +96,7 @@ def test_a_compiled_denoiser_is_one_graph_and_the_same_function(denoiser, eager_
     fast = copy.deepcopy(denoiser)
     assert compilation.speed_up(fast.costly, config.Compute(compile=True), cpu(), training=True)
     assert list(fast.state_dict()) == list(denoiser.state_dict())
-    assert [module for module, _ in eager_backend] == [fast.unet]
+    assert [module for module, _ in eager_backend] == [fast.network.unet]
     found = output_and_gradients(fast, x, *CALL)
     assert len(found) == len(plain) > 50
     assert max(relative(a, b) for a, b in zip(found, plain, strict=True) if b.norm()) < 1e-5
@@ -105,7 +106,7 @@ def test_a_compiled_autoencoder_is_the_same_function(autoencoder, eager_backend)
     inputs = torch.rand(1, 1, 8, 8, 8), torch.randn(1, 4, 2, 2, 2)
     plain = output_and_gradients(autoencoder, *inputs)
     fast = copy.deepcopy(autoencoder)
-    assert compilation.speed_up(fast.costly, config.Compute(compile=True), cpu(), training=True)
+    assert compilation.speed_up(fast.costly.values(), config.Compute(compile=True), cpu(), training=True)
     assert len(eager_backend) == 2
     found = output_and_gradients(fast, *inputs)
     assert max(relative(a, b) for a, b in zip(found, plain, strict=True) if b.norm()) < 1e-5
@@ -196,8 +197,8 @@ def test_bf16_networks_stay_within_one_percent(denoiser, autoencoder):
 def test_the_gaussian_is_exact_in_bf16(denoiser):
     """At timestep 999, sigma / alpha is 120: what is rounded there comes back 120 times as large."""
     with torch.autocast("cpu", torch.bfloat16):
-        noise, clean = denoiser.prior(torch.ones(2, 4, 4, 4, 4), *CALL)
-    expected = denoiser.prior(torch.ones(2, 4, 4, 4, 4), *CALL)
+        noise, clean = denoiser.prior(torch.ones(2, 4, 4, 4, 4), CALL[0], CALL[1].covariates)
+    expected = denoiser.prior(torch.ones(2, 4, 4, 4, 4), CALL[0], CALL[1].covariates)
     assert torch.equal(noise, expected[0])
     assert torch.equal(clean, expected[1])
 
@@ -206,13 +207,13 @@ def test_weights_cast_once_give_the_same_bits(denoiser):
     x = torch.randn(2, 4, 4, 4, 4)
     cast = copy.deepcopy(denoiser)
     compilation.cast_products(cast.costly, torch.bfloat16)
-    assert cast.unet.conv_in.conv.weight.dtype == torch.bfloat16
+    assert cast.network.unet.conv_in.conv.weight.dtype == torch.bfloat16
     assert cast.prior.basis.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert torch.equal(cast(x, *CALL), denoiser(x, *CALL))
     untouched = copy.deepcopy(denoiser)
     compilation.cast_weights(untouched.costly, cpu("bf16-mixed"))
-    assert untouched.unet.conv_in.conv.weight.dtype == torch.float32
+    assert untouched.network.unet.conv_in.conv.weight.dtype == torch.float32
 
 
 # ----------------------------------------------------------------------------------------- layout, optimiser, clipping

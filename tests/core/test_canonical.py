@@ -52,7 +52,10 @@ def test_numbers_of_appendix_b(bits, expected):
 def test_the_example_of_section_3_2_2():
     value = json.loads(r"""{"numbers": [333333333.33333329, 1E30, 4.50, 2e-3, 0.000000000000000000000000001],
         "string": "\u20ac$\u000F\u000aA'\u0042\u0022\u005c\\\"\/", "literals": [null, true, false]}""")
-    expected = r"""{"literals":[null,true,false],"numbers":[333333333.3333333,1e+30,4.5,0.002,1e-27],"string":"€$\u000f\nA'B\"\\\\\"/"}"""
+    expected = (
+        '{"literals":[null,true,false],"numbers":[333333333.3333333,1e+30,4.5,0.002,1e-27],'
+        r""""string":"€$\u000f\nA'B\"\\\\\"/"}"""
+    )
     assert canonical_json(value) == expected
 
 
@@ -111,11 +114,16 @@ SCHEMA = pa.schema(
 
 
 def drawn_row(draw: random.Random) -> dict:
-    text = lambda: draw.choice([None, "", "plain", 'a "b" \\', "line\nand\x00\x1f\x7f", "Köln \U0001f9e0", "\u2028"])  # noqa: E731
-    number = lambda: draw.choice(
-        [None, 0.0, -0.0, 40.0, 1e21, 1e-7, 5e-324, -1.5e300, 2.0**53, draw.random(), draw.gauss(0, 1e-5)]
-    )
-    whole = lambda: draw.choice([None, 0, -EXACT, EXACT, draw.randrange(-1000, 1000)])  # noqa: E731
+    def text():
+        return draw.choice([None, "", "plain", 'a "b" \\', "line\nand\x00\x1f\x7f", "Köln \U0001f9e0", "\u2028"])
+
+    def number():
+        floats = [0.0, -0.0, 40.0, 1e21, 1e-7, 5e-324, -1.5e300, 2.0**53, draw.random(), draw.gauss(0, 1e-5)]
+        return draw.choice([None, *floats])
+
+    def whole():
+        return draw.choice([None, 0, -EXACT, EXACT, draw.randrange(-1000, 1000)])
+
     part = draw.choice([None, {"z": number(), "a": text(), "é": draw.choice([None, True, False])}])
     return {
         "text": text(),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from oracle import process_of
+
+from meddiff_steps.diffusion.schedules import NoiseProcess
 
 NAMES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
 EVERY = [(p, s) for p in ("epsilon", "v_prediction") for s in NAMES] + [("flow", "scaled_linear")]
@@ -116,3 +120,25 @@ def test_training_timesteps_cover_the_process():
 def test_a_timestep_outside_the_process_is_refused(timestep):
     with pytest.raises(ValueError, match=r"must be in \[0, 999\]"):
         process_of().alpha_sigma(torch.tensor([5.0, timestep]))
+
+
+def test_a_process_is_made_from_a_study_or_from_anything_like_it():
+    from meddiff_steps.config import Diffusion
+
+    for prediction_type in ("epsilon", "v_prediction"):
+        study = NoiseProcess.of(Diffusion(prediction_type=prediction_type))
+        np.testing.assert_array_equal(study.alphas_cumprod, process_of(prediction_type).alphas_cumprod)
+    flow = NoiseProcess.of(SimpleNamespace(prediction_type="flow", num_train_timesteps=100))
+    assert flow.is_flow and flow.last_timestep == 100
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prediction_type": "sample"}, "expected one of epsilon, v_prediction, flow, found 'sample'"),
+        ({"schedule": "sigmoid"}, "expected one of scaled_linear, linear, cosine, found 'sigmoid'"),
+    ],
+)
+def test_an_unknown_process_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        process_of(**settings)

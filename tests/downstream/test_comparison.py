@@ -245,7 +245,7 @@ def test_the_verdict_is_hardly_wrong_more_often_when_generators_differ(
     luck: float, generators: int, limit: float
 ) -> None:
     """Generators that differ, with no difference on average.  The spread of two is little known: the rest is in
-    docs/augmentation.md.
+    docs/downstream.md.
     """
     rng, wrong, ignored = philox("test", f"generators {luck} {generators}"), 0, 0
     for trial in range(150):

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from meddiff_steps.config import Arm, Augment, parse_study
+from meddiff_steps.config import Arm, Downstream, parse_study
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.downstream.classifier import Task, class_weights, draw_batch
 from meddiff_steps.downstream.design import (
@@ -46,13 +46,13 @@ def plan(subjects: int = 500) -> pd.DataFrame:
     return table
 
 
-def augment(*arms: dict[str, Any], **changes: Any) -> Augment:
+def downstream(*arms: dict[str, Any], **changes: Any) -> Downstream:
     listed = [{"name": "real"}, *arms]
     primary = {"reference": "real", "arms": [listed[1]["name"]]}
-    return Augment.model_validate({"target": "diagnosis", "arms": listed, "primary": primary} | changes)
+    return Downstream.model_validate({"target": "diagnosis", "arms": listed, "primary": primary} | changes)
 
 
-def samples(settings: Augment, planned: pd.DataFrame | None = None) -> pd.DataFrame:
+def samples(settings: Downstream, planned: pd.DataFrame | None = None) -> pd.DataFrame:
     real = real_samples(cohort(), settings, LEVELS, "seed")
     made = [
         synthetic_samples(plan() if planned is None else planned, settings, ["syn"], LEVELS, "seed", kind)
@@ -62,7 +62,7 @@ def samples(settings: Augment, planned: pd.DataFrame | None = None) -> pd.DataFr
     return pd.concat([real, *made, copies], ignore_index=True)
 
 
-SETTINGS = augment({"name": "other", "synthetic": 1})
+SETTINGS = downstream({"name": "other", "synthetic": 1})
 TABLE = samples(SETTINGS)
 
 
@@ -120,7 +120,7 @@ def test_sources_and_rare_only() -> None:
 
 
 def test_the_kept_out_group_is_nowhere() -> None:
-    settings = augment({"name": "other", "synthetic": 1}, shift={"covariate": "site", "levels": ["north"]})
+    settings = downstream({"name": "other", "synthetic": 1}, shift={"covariate": "site", "levels": ["north"]})
     table = samples(settings)
     north = set(cohort().loc[held_group(cohort(), settings), "scan_id"]) | set(
         plan().loc[held_group(plan(), settings), "sample_id"]
@@ -146,11 +146,11 @@ def test_weighting_and_oversampling_balance_the_classes() -> None:
 def test_arms_that_train_alike_are_trained_once() -> None:
     trts = Arm(name="trts", test="synthetic")
     assert recipe(trts) == recipe(Arm(name="real"))
-    assert len(recipes(augment({"name": "other", "real": 0.5}, trts.model_dump()))) == 2
+    assert len(recipes(downstream({"name": "other", "real": 0.5}, trts.model_dump()))) == 2
 
 
 def test_too_few_planned_subjects_are_refused_with_a_number_that_is_enough() -> None:
-    settings = augment({"name": "ten", "synthetic": 10}, {"name": "one", "synthetic": 1})
+    settings = downstream({"name": "ten", "synthetic": 10}, {"name": "one", "synthetic": 1})
     with pytest.raises(UserError, match=r"arm ten needs 400 filtered images with diagnosis = case") as caught:
         check(settings, LEVELS, TABLE, 500)
     advised = int(str(caught.value).split("Plan about ")[1].split()[0])
@@ -165,28 +165,28 @@ def test_what_cannot_be_learnt_is_refused() -> None:
     with pytest.raises(UserError, match="at least 2 training subjects of every level, found control 160, case 0"):
         check(SETTINGS, LEVELS, TABLE[(TABLE["level"] == 0) | (TABLE["split"] == "val")].reset_index(drop=True), 500)
     with pytest.raises(UserError, match="no training image of class"):
-        check(augment({"name": "tiny", "real": 0.001}), LEVELS, TABLE, 500)
+        check(downstream({"name": "tiny", "real": 0.001}), LEVELS, TABLE, 500)
     with pytest.raises(UserError, match="Plan subjects of every level"):
         check(SETTINGS, LEVELS, TABLE[(TABLE["kind"] == "real") | (TABLE["level"] == 0)].reset_index(drop=True), 500)
-    several = augment(
+    several = downstream(
         {"name": "a", "synthetic": 1}, {"name": "b", "synthetic": 2}, primary={"reference": "real", "arms": ["a", "b"]}
     )
     with pytest.raises(UserError, match="val split, which is empty"):
         check(several, LEVELS, TABLE[TABLE["split"] == "train"].reset_index(drop=True), 500)
     with pytest.raises(UserError, match="not set"):
-        levels_of(Augment(), {})
+        levels_of(Downstream(), {})
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"target": "height"}, "augment.target: height is no declared covariate"),
-        ({"target": "age"}, "augment.target: age is a number"),
-        ({"target": "sex", "subgroup": "age"}, "augment.subgroup: age is a number"),
+        ({"target": "height"}, "downstream.target: height is no declared covariate"),
+        ({"target": "age"}, "downstream.target: age is a number"),
+        ({"target": "sex", "subgroup": "age"}, "downstream.subgroup: age is a number"),
         ({"target": "sex", "shift": {"covariate": "sex", "levels": ["F"]}}, "leaves nothing to learn"),
         ({"target": "sex", "shift": {"covariate": "site", "levels": ["A", "B"]}}, "some, not all"),
         ({"target": "sex", "groups": ["none"]}, "no group none"),
-        ({"arms": [{"name": "real"}]}, "augment.arms"),
+        ({"arms": [{"name": "real"}]}, "downstream.arms"),
         ({"arms": [{"name": "real"}, {"name": "real"}]}, "distinct"),
         ({"arms": [{"name": "real"}, {"name": "a"}]}, "primary names the arm real_synthetic"),
         ({"primary": {"arms": ["real"]}}, "with itself"),
@@ -195,10 +195,10 @@ def test_what_cannot_be_learnt_is_refused() -> None:
         ({"arms": [{"name": "a", "rare_only": True}]}, "rare_only adds synthetic"),
         ({"arms": [{"name": "a", "synthetic": 2, "source": "reconstruction"}]}, "one reconstruction"),
         ({"arms": [{"name": "a", "synthetic": 2, "test": "synthetic"}]}, "must not learn from them"),
-        ({"seeds": 1}, "augment.seeds"),
-        ({"margin": 0}, "augment.margin"),
+        ({"seeds": 1}, "downstream.seeds"),
+        ({"margin": 0}, "downstream.margin"),
         ({"classifier": {"optimiser": {"steps": 1, "batch_size": 2, "learning_rate": 0.1}}}, "batch normalisation"),
-        ({"classifier": {"channels": [8]}}, "augment.classifier.channels"),
+        ({"classifier": {"channels": [8]}}, "downstream.classifier.channels"),
     ],
 )
 def test_a_bad_study_is_refused(change: dict[str, Any], expected: str) -> None:
@@ -214,7 +214,7 @@ def test_a_bad_study_is_refused(change: dict[str, Any], expected: str) -> None:
                 "cohort": {"source": "simulated"},
                 "covariates": covariates,
                 "plan": [{"name": "syn", "subjects": 10}],
-                "augment": change,
+                "downstream": change,
             },
             "study.yaml",
         )
@@ -222,7 +222,7 @@ def test_a_bad_study_is_refused(change: dict[str, Any], expected: str) -> None:
 
 
 def test_each_arm_is_compared_with_its_equal() -> None:
-    settings = augment(
+    settings = downstream(
         {"name": "one", "synthetic": 1},
         {"name": "raw", "synthetic": 1, "source": "generated"},
         {"name": "alone", "real": 0, "synthetic": 0.25},
@@ -255,7 +255,7 @@ def test_each_arm_is_compared_with_its_equal() -> None:
 
 
 def test_the_ratio_is_chosen_on_validation() -> None:
-    settings = augment(
+    settings = downstream(
         {"name": "a", "synthetic": 1}, {"name": "b", "synthetic": 2}, primary={"reference": "real", "arms": ["a", "b"]}
     )
     table = pd.DataFrame({"arm": ["real", "a", "a", "b", "b"], "auc": [0.99, 0.6, 0.7, 0.9, 0.5]})
@@ -273,7 +273,7 @@ def test_each_generator_seed_trains_only_arms_that_it_draws_for() -> None:
         {"name": "control", "synthetic": 1, "source": "reconstruction"},
         {"name": "trts", "test": "synthetic"},
     ]
-    once, thrice = recipes(augment(*arms)), recipes(augment(*arms, generator_seeds=3))
+    once, thrice = recipes(downstream(*arms)), recipes(downstream(*arms, generator_seeds=3))
     assert [(arm.name, generator) for arm, generator in thrice.values()] == [
         ("real", 0),
         ("other", 0),
@@ -285,7 +285,7 @@ def test_each_generator_seed_trains_only_arms_that_it_draws_for() -> None:
 
 
 def test_generator_seeds_differ_by_the_images_alone() -> None:
-    settings = augment({"name": "other", "real": 0.5, "synthetic": 0.7}, generator_seeds=2)
+    settings = downstream({"name": "other", "real": 0.5, "synthetic": 0.7}, generator_seeds=2)
     table = pd.concat(
         [TABLE, synthetic_samples(plan(), settings, ["syn"], LEVELS, "seed", "filtered", 1)], ignore_index=True
     )
@@ -302,7 +302,7 @@ def test_generator_seeds_differ_by_the_images_alone() -> None:
 
 
 def test_a_further_seed_draws_what_arms_need_and_a_reserve() -> None:
-    settings = augment(
+    settings = downstream(
         {"name": "other", "synthetic": 0.5}, {"name": "rare", "synthetic": 0.2, "rare_only": True}, generator_seeds=2
     )
     wanted = set(needed(settings, LEVELS, TABLE))
@@ -314,12 +314,12 @@ def test_a_further_seed_draws_what_arms_need_and_a_reserve() -> None:
         min(int(np.ceil(1.1 * n)), most) for n, most in zip(taken, available, strict=True)
     ]
     assert all(set(TABLE["image_id"].iloc[rows]) <= wanted for rows in added)
-    assert needed(augment({"name": "other", "real": 0.5}), LEVELS, TABLE) == []
+    assert needed(downstream({"name": "other", "real": 0.5}), LEVELS, TABLE) == []
 
 
 def test_the_digest_of_a_design_with_one_generator_is_what_it_was() -> None:
     assert (
-        design_digest(augment({"name": "other", "synthetic": 1}))
+        design_digest(downstream({"name": "other", "synthetic": 1}))
         == "bb576998af459f36a83a1f1f287f60565ace26d115d551b7c6a855d8dd171b9b"
     )
-    assert design_digest(augment({"name": "other", "synthetic": 1}, generator_seeds=2)) != design_digest(SETTINGS)
+    assert design_digest(downstream({"name": "other", "synthetic": 1}, generator_seeds=2)) != design_digest(SETTINGS)

@@ -1,4 +1,4 @@
-"""The steps of the augmentation study on a tiny cohort of discs: hygiene, equal budgets, determinism, what is written."""
+"""The steps of the downstream study on a tiny cohort of discs: hygiene, equal budgets, determinism, what is written."""
 
 import ast
 import json
@@ -22,11 +22,17 @@ from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.models.first_stage.kl import Autoencoder
 from meddiff_steps.models.weights import save_model
 from meddiff_steps.report.page import render
-from meddiff_steps.report.sections import augmentation_section
-from meddiff_steps.steps import augment, augment_data, augment_design, augment_plan, augment_test
+from meddiff_steps.report.sections import downstream_section
+from meddiff_steps.steps import (
+    downstream_data,
+    downstream_design,
+    downstream_plan,
+    downstream_test,
+    downstream_train,
+)
 
 SHAPE, STEPS = (16, 16), 16
-STAGES = ("augment_design", "augment_plan", "augment_data", "augment", "augment_test")
+STAGES = ("downstream_design", "downstream_plan", "downstream_data", "downstream_train", "downstream_test")
 ARMS = [
     {"name": "real"},
     {"name": "real_synthetic", "synthetic": 1},
@@ -44,7 +50,7 @@ def image(case: bool, rng: np.random.Generator) -> np.ndarray:
 
 
 class Tiny:
-    """Inputs and outputs of the four steps under one directory."""
+    """Inputs and outputs of the five steps under one directory."""
 
     def __init__(
         self, root: Path, arms: list[dict[str, Any]] = ARMS, subjects: int = 120, synthetic: int = 160, **changes: Any
@@ -79,7 +85,7 @@ class Tiny:
                 "preprocess": {"shape": list(SHAPE), "spacing_mm": None},
                 "plan": [{"name": "syn", "subjects": synthetic}],
                 "compute": {"device": "cpu"},
-                "augment": section | changes,
+                "downstream": section | changes,
             },
             "test",
         )
@@ -115,17 +121,9 @@ class Tiny:
                 for row in plan.itertuples():
                     shard.append(sample_id=row.sample_id, image=image(row.diagnosis == "case", rng))
         torch.manual_seed(0)
-        model = Autoencoder(self.study.autoencoder.model_copy(update={"channels": [16], "latent_channels": 4}), 2)
-        card = {
-            "settings": (
-                self.study.autoencoder.model_copy(update={"channels": [16], "latent_channels": 4}).model_dump(
-                    mode="json"
-                )
-            )
-        }
-        save_model(
-            model, root / "autoencoder.safetensors", root / "autoencoder.json", card | {"image_shape": [1, *SHAPE]}
-        )
+        first_stage = self.study.autoencoder.model_copy(update={"channels": [16], "latent_channels": 4})
+        card = {"settings": first_stage.model_dump(mode="json"), "image_shape": [1, *SHAPE]}
+        save_model(Autoencoder(first_stage, 2), root / "autoencoder", card)
 
     def write_cohort(self) -> None:
         write_manifest(self.table, self.root / "manifest.parquet")
@@ -137,39 +135,46 @@ class Tiny:
 
     def design(self) -> dict[str, Any]:
         r = self.root
-        augment_design.run(self.stage["augment_design"], r / "manifest.parquet", r / "plan.parquet", r / "design.json")
+        downstream_design.run(
+            self.stage["downstream_design"], r / "manifest.parquet", r / "plan.parquet", r / "design.json"
+        )
         return json.loads((r / "design.json").read_text())
 
     def data(self, **changes: Any) -> pd.DataFrame:
         r = self.root
         options: dict[str, Any] = {
-            "config": self.stage["augment_data"],
+            "config": self.stage["downstream_data"],
             "design": r / "design.json",
             "manifest": r / "manifest.parquet",
             "images": [r / "real.arrow"],
             "plan": r / "plan.parquet",
             "filtered": [r / "filtered.arrow"],
             "generated": [r / "generated.arrow"],
-            "autoencoder": r / "autoencoder.safetensors",
-            "autoencoder_card": r / "autoencoder.json",
+            "autoencoder": r / "autoencoder",
             "samples": r / "samples.parquet",
             "out": r / "images.arrow",
         }
-        augment_data.run(**options | changes)
+        downstream_data.run(**options | changes)
         return pd.read_parquet(r / "samples.parquet")
 
     def train(self, threads: int = 1, tag: str = "") -> None:
         r = self.root
-        for job in range(self.study.augment.jobs):
+        for job in range(self.study.downstream.jobs):
             out = r / f"{job}{tag}.safetensors", r / f"{job}{tag}.parquet"
-            augment.run(
-                self.stage["augment"], r / "design.json", r / "samples.parquet", r / "images.arrow", job, *out, threads
+            downstream_train.run(
+                self.stage["downstream_train"],
+                r / "design.json",
+                r / "samples.parquet",
+                r / "images.arrow",
+                job,
+                *out,
+                threads,
             )
 
     def test(self, tag: str = "", **changes: Any) -> dict[str, Any]:
-        r, jobs = self.root, range(self.study.augment.jobs)
+        r, jobs = self.root, range(self.study.downstream.jobs)
         options: dict[str, Any] = {
-            "config": self.stage["augment_test"],
+            "config": self.stage["downstream_test"],
             "design": r / "design.json",
             "samples": r / "samples.parquet",
             "reduced": r / "images.arrow",
@@ -182,13 +187,13 @@ class Tiny:
             "predictions": r / f"predictions{tag}.parquet",
             "out": r / f"results{tag}.json",
         }
-        augment_test.run(**options | changes)
+        downstream_test.run(**options | changes)
         return json.loads((r / f"results{tag}.json").read_text())
 
     def weights(self, tag: str = "") -> dict[str, np.ndarray]:
         return {
             k: v
-            for job in range(self.study.augment.jobs)
+            for job in range(self.study.downstream.jobs)
             for k, v in load_file(self.root / f"{job}{tag}.safetensors").items()
         }
 
@@ -201,7 +206,7 @@ class Tiny:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    made = Tiny(tmp_path_factory.mktemp("augment"))
+    made = Tiny(tmp_path_factory.mktemp("downstream"))
     made.everything()
     return made
 
@@ -267,18 +272,18 @@ def test_only_one_step_and_one_rule_are_given_the_test_split() -> None:
     """The word for the split occurs in one step's code, and training rules have no preprocessed image among their
     inputs.
     """
-    root = Path(augment.__file__).parents[2]
+    root = Path(downstream_train.__file__).parents[2]
     naming = set()
     for path in [
-        *(root / "meddiff_steps/augmentation").glob("*.py"),
-        *(root / "meddiff_steps/steps").glob("augment*.py"),
+        *(root / "meddiff_steps/downstream").glob("*.py"),
+        *(root / "meddiff_steps/steps").glob("downstream*.py"),
     ]:
         comparisons = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Compare)]
         if any("scans['split'] == 'test'" in ast.unparse(node) for node in comparisons):
             naming.add(path.stem)
-    assert naming == {"augment_test"}
-    rules = (root / "rules/augment.smk").read_text()
-    training = rules.split("rule augment_train:")[1].split("output:")[0]
+    assert naming == {"downstream_test"}
+    rules = (root / "rules/downstream.smk").read_text()
+    training = rules.split("rule downstream_train:")[1].split("output:")[0]
     assert "PREPROCESSED" not in training
     assert "MANIFEST" not in training
 
@@ -289,10 +294,14 @@ def test_samples_of_another_split_are_refused(tiny: Tiny, tmp_path: Path) -> Non
     table.assign(split="test").to_parquet(bad)
     out = tmp_path / "w.safetensors", tmp_path / "v.parquet"
     with pytest.raises(UserError, match="holds scans of the split test"):
-        augment.run(tiny.stage["augment"], tiny.root / "design.json", bad, tiny.root / "images.arrow", 0, *out)
+        downstream_train.run(
+            tiny.stage["downstream_train"], tiny.root / "design.json", bad, tiny.root / "images.arrow", 0, *out
+        )
     table.iloc[::-1].to_parquet(bad)
     with pytest.raises(UserError, match="its rows are not those of"):
-        augment.run(tiny.stage["augment"], tiny.root / "design.json", bad, tiny.root / "images.arrow", 0, *out)
+        downstream_train.run(
+            tiny.stage["downstream_train"], tiny.root / "design.json", bad, tiny.root / "images.arrow", 0, *out
+        )
     assert not out[0].exists()
 
 
@@ -313,7 +322,7 @@ def test_the_record_of_openings_counts_designs_and_not_reruns(tiny: Tiny) -> Non
 def test_a_changed_design_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     other = Tiny(tmp_path, margin=0.2)
     with pytest.raises(UserError, match="of another design"):
-        tiny.test("-bad", config=other.stage["augment_test"])
+        tiny.test("-bad", config=other.stage["downstream_test"])
     with pytest.raises(UserError, match="no weights of recipe"):
         tiny.test("-bad", validation=[tiny.root / "0.parquet"])
     with pytest.raises(UserError, match="no weights of the configured classifier"):
@@ -393,7 +402,7 @@ def test_a_kept_out_group_is_tested_on_its_own(tmp_path: Path) -> None:
     assert found["arms"][0]["figures"]["shifted"]["auc"]["n"] == int((north["split"] == "test").sum())
     samples = pd.read_parquet(tmp_path / "samples.parquet")
     assert not set(samples["image_id"]) & set(north["scan_id"])
-    page = augmentation_section(found, json.loads((tmp_path / "opened.json").read_text()))
+    page = downstream_section(found, json.loads((tmp_path / "opened.json").read_text()))
     assert any("did see" in line for line in page.text)
 
 
@@ -427,19 +436,19 @@ def test_the_plan_is_checked_before_any_image_exists(tmp_path: Path) -> None:
 
 
 def test_the_report_shows_verdict_arms_and_curve(tiny: Tiny) -> None:
-    section = augmentation_section(results(tiny), json.loads((tiny.root / "opened.json").read_text()))
+    section = downstream_section(results(tiny), json.loads((tiny.root / "opened.json").read_text()))
     page = render(title="t", study="s", lead="l", simulated=True, headline=[], sections=[section]).decode()
     assert f"Verdict: {results(tiny)['verdict']}" in page
     assert "opened once" in page
     assert page.count("<img") == 3
     for arm in ARMS:
         assert str(arm["name"]) in page
-    twice = augmentation_section(results(tiny), {"designs": 3})
+    twice = downstream_section(results(tiny), {"designs": 3})
     assert any("3 different designs" in line for line in twice.text)
 
 
 def test_generator_seeds_are_crossed_with_classifier_seeds(tmp_path: Path) -> None:
-    """Two cohorts of the same requests: twice the classifiers in arms that learn from them, and both in every figure."""
+    """Two cohorts of the same requests: arms that learn from them have twice the classifiers, and figures have both."""
     made = Tiny(tmp_path, [ARMS[0], ARMS[1], {"name": "trts", "test": "synthetic"}], generator_seeds=2)
     planned = pd.read_parquet(tmp_path / "plan.parquet")
     planned["index"] = planned["noise_index"] = np.arange(len(planned))
@@ -451,8 +460,8 @@ def test_generator_seeds_are_crossed_with_classifier_seeds(tmp_path: Path) -> No
     )
     planned.to_parquet(tmp_path / "plan.parquet", index=False)
     assert made.design()["generator_seeds"] == 2
-    augment_plan.run(
-        made.stage["augment_plan"],
+    downstream_plan.run(
+        made.stage["downstream_plan"],
         tmp_path / "design.json",
         tmp_path / "manifest.parquet",
         tmp_path / "plan.parquet",
@@ -505,7 +514,7 @@ def test_generator_seeds_are_crossed_with_classifier_seeds(tmp_path: Path) -> No
         index="image_id", columns=["generator", "seed"], values="probability_case"
     )
     assert not np.allclose(by_cell[0], by_cell[1])  # the same start and order of batches, other images
-    page = augmentation_section(found, json.loads((tmp_path / "opened.json").read_text()))
+    page = downstream_section(found, json.loads((tmp_path / "opened.json").read_text()))
     assert any("2 generator seeds" in line for line in page.text)
 
 
@@ -514,7 +523,7 @@ def test_three_levels_are_compared_one_versus_rest(tmp_path: Path) -> None:
     from meddiff_steps.downstream.results import summarise
 
     arms = [{"name": "real"}, {"name": "real_synthetic", "synthetic": 1}]
-    section = Tiny(tmp_path, arms).study.augment
+    section = Tiny(tmp_path, arms).study.downstream
     rng = np.random.default_rng(1)
     levels, truth = ["a", "b", "c"], rng.integers(0, 3, 60)
     parts = []

@@ -21,12 +21,14 @@ from torchmetrics.functional.image import multiscale_structural_similarity_index
 from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import poly_mmd
 
-from meddiff_steps.config import Augment
+from meddiff_steps.config import Downstream
 from meddiff_steps.core.random_streams import philox
 from meddiff_steps.downstream.comparison import Resampling, calibration_error
 from meddiff_steps.downstream.results import Scored, measure
-from meddiff_steps.evaluation import diversity, realism
+from meddiff_steps.evaluation import diversity
 from meddiff_steps.evaluation.image_quality import SsimSettings, structural_similarity
+from meddiff_steps.evaluation.realism import frechet, kid
+from meddiff_steps.evaluation.realism.base import Draws, Sample, Scale
 from meddiff_steps.statistics.bootstrap import Bootstrap
 from meddiff_steps.statistics.differences import holm
 from meddiff_steps.statistics.measures import auc, auc_within, brier, mean_of, pearson
@@ -42,32 +44,26 @@ def points(label: str, n: int, dims: int = 8, shift: float = 0.0) -> np.ndarray:
 def test_frechet_distance_is_that_of_torchmetrics() -> None:
     a, b = points("a", 90), 1.3 * points("b", 70, shift=0.4)
     moments = [torch.from_numpy(m) for x in (a, b) for m in (x.mean(0), np.cov(x, rowvar=False))]
-    assert realism.frechet_distance(a, b) == pytest.approx(float(_compute_fid(*moments)), rel=1e-9)
+    assert frechet.frechet_distance(a, b) == pytest.approx(float(_compute_fid(*moments)), rel=1e-9)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.7])
 def test_kid_is_that_of_torchmetrics(shift: float) -> None:
     a, b = points("a", 30), points("b", 30, shift=shift)  # torchmetrics takes samples of one size
-    assert realism.kernel_distance(a, b) == pytest.approx(
+    assert kid.kernel_distance(a, b) == pytest.approx(
         float(poly_mmd(torch.from_numpy(a), torch.from_numpy(b))), rel=1e-9
     )
 
 
 def test_the_p_value_of_kid_is_that_of_scipys_permutation_test() -> None:
     a, b = points("a", 14, 3), points("b", 18, 3, shift=0.35)
-    found = realism.kernel_figure(
-        realism.Sample(a, np.arange(14)),
-        realism.Sample(b, np.arange(18)),
-        resamples=100,
-        permutations=1500,
-        seed="",
-        label="",
-    )
+    draws = Draws(resamples=100, slow_resamples=100, permutations=1500, seed="", label="")
+    found = kid.figure(Sample(a, np.arange(14)), Sample(b, np.arange(18)), Scale.of(b, 14), draws)
 
     pooled = np.concatenate([a, b])
 
     def distance(x: np.ndarray, y: np.ndarray) -> float:
-        return realism.kernel_distance(pooled[x.astype(int)], pooled[y.astype(int)])
+        return kid.kernel_distance(pooled[x.astype(int)], pooled[y.astype(int)])
 
     sides, rng = (np.arange(14), np.arange(14, 32)), np.random.default_rng(0)
     other = scipy.stats.permutation_test(
@@ -266,7 +262,7 @@ def test_worst_group_and_gap_are_those_of_the_groups_one_by_one() -> None:
     groups, levels = np.array(["F", "M", "X"])[rng.integers(0, 3, 150)], rng.integers(0, 2, 150)
     scores = 1 / (1 + np.exp(-rng.normal(size=150) - 0.8 * levels))
     probability = np.stack([1 - scores, scores], axis=1)[None, None].repeat(2, axis=1)  # one generator, two classifiers
-    settings = Augment.model_validate({"target": "t", "bootstrap": 200})
+    settings = Downstream.model_validate({"target": "t", "bootstrap": 200})
     entry = measure(Scored(np.arange(150).astype(str), levels, groups, {"real": probability}), settings, "", "")[0][
         "real"
     ]

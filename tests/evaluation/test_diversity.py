@@ -6,7 +6,7 @@ import pytest
 from meddiff_steps.core.random_streams import philox
 from meddiff_steps.evaluation import diversity as d
 from meddiff_steps.evaluation.image_quality import SsimSettings, structural_similarity
-from meddiff_steps.evaluation.realism import Sample
+from meddiff_steps.evaluation.realism.base import Sample
 from meddiff_steps.statistics.bootstrap import Bootstrap
 
 

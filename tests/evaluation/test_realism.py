@@ -5,7 +5,10 @@ import pytest
 import scipy.linalg
 
 from meddiff_steps.core.random_streams import philox
-from meddiff_steps.evaluation import realism as r
+from meddiff_steps.evaluation.realism import classifier_auc, frechet, kid
+from meddiff_steps.evaluation.realism.base import Draws, Sample, Scale
+from meddiff_steps.evaluation.realism.measure import measure
+from meddiff_steps.statistics.bootstrap import Figure
 
 
 def draw(label: str, n: int, d: int = 6, shift: float = 0.0) -> np.ndarray:
@@ -14,8 +17,16 @@ def draw(label: str, n: int, d: int = 6, shift: float = 0.0) -> np.ndarray:
     return rng.normal(size=(n, d)) @ mixing + shift
 
 
-def sample(label: str, n: int, d: int = 6, shift: float = 0.0) -> r.Sample:
-    return r.Sample(draw(label, n, d, shift), np.array([f"{label}{i}" for i in range(n)]))
+def sample(label: str, n: int, d: int = 6, shift: float = 0.0) -> Sample:
+    return Sample(draw(label, n, d, shift), np.array([f"{label}{i}" for i in range(n)]))
+
+
+def kid_of(a: Sample, b: Sample, *, resamples: int, permutations: int, seed: str, label: str) -> Figure:
+    return kid.figure(a, b, Scale.of(b.features, len(b)), Draws(100, resamples, permutations, seed, label))
+
+
+def auc_of(a: Sample, b: Sample, *, resamples: int, seed: str, label: str) -> Figure:
+    return classifier_auc.figure(a, b, Scale.of(b.features, len(b)), Draws(resamples, 100, 100, seed, label))
 
 
 def test_frechet_distance_agrees_with_the_matrix_root() -> None:
@@ -24,7 +35,7 @@ def test_frechet_distance_agrees_with_the_matrix_root() -> None:
         covariances = [np.cov(x, rowvar=False) for x in (a, b)]
         root = np.real(scipy.linalg.sqrtm(covariances[0] @ covariances[1]))
         expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
-        assert r.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6 if n > d else 1e-4)
+        assert frechet.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6 if n > d else 1e-4)
 
 
 def test_frechet_distance_of_known_gaussians() -> None:
@@ -32,14 +43,14 @@ def test_frechet_distance_of_known_gaussians() -> None:
     signs = np.array(np.meshgrid(*[[-1.0, 1.0]] * 3)).reshape(3, -1).T  # mean 0, exactly uncorrelated
     unit = signs * np.sqrt((len(signs) - 1) / len(signs))  # sample variance exactly 1
     a, b = unit * [1.0, 2.0, 3.0] + [0.0, 1.0, 0.0], unit * [2.0, 2.0, 1.0] + [3.0, 1.0, -1.0]
-    assert r.frechet_distance(a, b) == pytest.approx(3**2 + 0 + 1 + (1 - 2) ** 2 + 0 + (3 - 1) ** 2, abs=1e-9)
-    assert r.frechet_distance(a, a) == pytest.approx(0.0, abs=1e-9)
+    assert frechet.frechet_distance(a, b) == pytest.approx(3**2 + 0 + 1 + (1 - 2) ** 2 + 0 + (3 - 1) ** 2, abs=1e-9)
+    assert frechet.frechet_distance(a, a) == pytest.approx(0.0, abs=1e-9)
 
 
 def test_weighted_moments_are_those_of_repeated_rows() -> None:
     rows = draw("weights", 12, 4)
     weights = philox("test", "counts").integers(0, 4, size=(5, 12))
-    means, covariances = r._moments(rows, weights.astype(float))
+    means, covariances = frechet._moments(rows, weights.astype(float))
     for w, mean, covariance in zip(weights, means, covariances, strict=True):
         repeated = rows.repeat(w, axis=0)
         np.testing.assert_allclose(mean, repeated.mean(0))
@@ -47,7 +58,7 @@ def test_weighted_moments_are_those_of_repeated_rows() -> None:
 
 
 def test_frechet_floor_shrinks_with_the_number_of_images() -> None:
-    values = [r.frechet_distance(draw("few", n), draw("others", n)) for n in (30, 120, 2000)]
+    values = [frechet.frechet_distance(draw("few", n), draw("others", n)) for n in (30, 120, 2000)]
     assert values[0] > 2 * values[1] > 4 * values[2]
 
 
@@ -62,13 +73,13 @@ def test_kernel_distance_agrees_with_a_double_loop() -> None:
         for x in (a, b)
     ]
     between = sum(k(x, y) for x in a for y in b) / (len(a) * len(b))
-    assert r.kernel_distance(a, b) == pytest.approx(sum(within) - 2 * between, rel=1e-10)
+    assert kid.kernel_distance(a, b) == pytest.approx(sum(within) - 2 * between, rel=1e-10)
 
 
 def test_kid_is_unbiased_and_its_test_keeps_its_level() -> None:
     values, p_values = [], []
     for i in range(60):
-        found = r.kernel_figure(
+        found = kid_of(
             sample(f"x{i}", 20, 3), sample(f"y{i}", 30, 3), resamples=100, permutations=100, seed=str(i), label=""
         )
         values.append(found["value"])
@@ -83,16 +94,14 @@ def test_kid_is_unbiased_where_a_person_has_several_scans() -> None:
     for i in range(40):
         rng = philox("test", f"scans {i}")
         faces = np.sqrt(0.9) * rng.standard_normal((30, 1, 6)) + np.sqrt(0.1) * rng.standard_normal((30, 4, 6))
-        people = r.Sample(faces.reshape(-1, 6), np.repeat([f"sub-{k}" for k in range(30)], 4))
-        images = r.Sample(rng.standard_normal((120, 6)), np.arange(120).astype(str))
-        values.append(r.kernel_figure(images, people, resamples=20, permutations=20, seed=str(i), label="")["value"])
+        people = Sample(faces.reshape(-1, 6), np.repeat([f"sub-{k}" for k in range(30)], 4))
+        images = Sample(rng.standard_normal((120, 6)), np.arange(120).astype(str))
+        values.append(kid_of(images, people, resamples=20, permutations=20, seed=str(i), label="")["value"])
     assert abs(np.mean(values)) < 2.5 * np.std(values) / np.sqrt(40)
 
 
 def test_kid_sees_a_difference() -> None:
-    found = r.kernel_figure(
-        sample("p", 40, shift=3.0), sample("q", 40), resamples=200, permutations=199, seed="", label=""
-    )
+    found = kid_of(sample("p", 40, shift=3.0), sample("q", 40), resamples=200, permutations=199, seed="", label="")
     assert found["p_value"] == pytest.approx(1 / 200)
     assert found["low"] > 0
     assert found["low"] < found["value"] < found["high"]
@@ -100,7 +109,7 @@ def test_kid_sees_a_difference() -> None:
 
 def test_permutations_keep_subjects_whole() -> None:
     units = np.array(["a", "a", "b", "c", "c", "c", "d"])
-    chosen = r._permuted(units, 2, 50, philox("test", "permutations"))
+    chosen = kid._permuted(units, 2, 50, philox("test", "permutations"))
     for unit in "abcd":
         part = chosen[:, units == unit]
         assert (part == part[:, :1]).all()
@@ -108,10 +117,10 @@ def test_permutations_keep_subjects_whole() -> None:
 
 
 def test_classifier_is_at_chance_on_equals_and_perfect_on_others() -> None:
-    same = r.classifier_figure(sample("m", 60), sample("n", 60), resamples=200, seed="", label="")
+    same = auc_of(sample("m", 60), sample("n", 60), resamples=200, seed="", label="")
     assert same["low"] < 0.55
     assert same["high"] > 0.4
-    other = r.classifier_figure(sample("m", 60), sample("n", 60, shift=8.0), resamples=200, seed="", label="")
+    other = auc_of(sample("m", 60), sample("n", 60, shift=8.0), resamples=200, seed="", label="")
     assert other["value"] > 0.99
     assert other["n"] == 120
 
@@ -125,27 +134,37 @@ def test_classifier_does_not_learn_subjects_by_heart() -> None:
     for side in "ab":
         people = rng.normal(size=(20, 150)).repeat(6, axis=0)
         sides.append(
-            r.Sample(people + 0.01 * rng.normal(size=people.shape), np.array([f"{side}{i // 6}" for i in range(120)]))
+            Sample(people + 0.01 * rng.normal(size=people.shape), np.array([f"{side}{i // 6}" for i in range(120)]))
         )
-    assert r.classifier_figure(*sides, resamples=100, seed="", label="")["value"] < 0.75
+    assert auc_of(*sides, resamples=100, seed="", label="")["value"] < 0.75
     careless = [
-        r.Sample(s.features, np.array([f"{side}{i}" for i in range(120)])) for side, s in zip("ab", sides, strict=True)
+        Sample(s.features, np.array([f"{side}{i}" for i in range(120)])) for side, s in zip("ab", sides, strict=True)
     ]
-    assert r.classifier_figure(*careless, resamples=100, seed="", label="")["value"] > 0.95
+    assert auc_of(*careless, resamples=100, seed="", label="")["value"] > 0.95
 
 
 def test_too_few_images_have_no_classifier() -> None:
-    assert r.classifier_figure(sample("m", 1), sample("n", 5), resamples=100, seed="", label="")["value"] is None
+    assert auc_of(sample("m", 1), sample("n", 5), resamples=100, seed="", label="")["value"] is None
 
 
 def test_scale_standardises_and_survives_constant_features() -> None:
     training = np.column_stack([draw("scale", 40, 3) * [1, 10, 100], np.full(40, 7.0)])
-    scale = r.Scale.of(training, 40)
+    scale = Scale.of(training, 40)
     standard = scale.standard(training)
     np.testing.assert_allclose(standard.std(0), [1, 1, 1, 0], atol=1e-12)
     assert scale.basis.shape == (4, 4)
-    assert r.Scale.of(training, 15).basis.shape == (4, 3)
+    assert Scale.of(training, 15).basis.shape == (4, 3)
     reduced = scale.components(standard)
     np.testing.assert_allclose(np.cov(reduced, rowvar=False) * (1 - np.eye(4)), 0, atol=1e-10)
     assert scale.explained.sum() == pytest.approx(1.0)
     np.testing.assert_allclose(scale.standard(np.full((1, 4), 8.0))[0, 3], 1.0)  # its own unit: nothing to divide by
+
+
+@pytest.mark.parametrize("names", [["kid"], ["classifier_auc", "frechet"], ["frechet", "kid", "classifier_auc"]])
+def test_chosen_metrics_have_the_numbers_of_all_of_them(names: list[str]) -> None:
+    samples = {kind: sample(kind, n, 4) for kind, n in (("synthetic", 20), ("training", 20), ("held_out", 30))}
+    scale = Scale.of(samples["training"].features, 20)
+    settings = {"resamples": 100, "slow_resamples": 100, "permutations": 100, "seed": "s"}
+    every = measure(samples, scale, **settings)
+    assert list(every) == ["frechet", "kid", "classifier_auc"]
+    assert measure(samples, scale, names, **settings) == {name: every[name] for name in every if name in names}

@@ -14,14 +14,16 @@ from scipy.ndimage import gaussian_filter
 
 from meddiff_steps.core.random_streams import philox
 from meddiff_steps.evaluation.diversity import diversity, pair_similarity
-from meddiff_steps.evaluation.realism import Sample, Scale, realism
+from meddiff_steps.evaluation.realism.base import Sample, Scale
+from meddiff_steps.evaluation.realism.measure import measure
 from meddiff_steps.evaluation.spectrum import band_power_ratio, radial_power
-from meddiff_steps.instruments.features import radiomic_space, random_space
+from meddiff_steps.instruments.feature_spaces.assemble import spaces
+from meddiff_steps.instruments.feature_spaces.base import Context
 from meddiff_steps.privacy.attacks import authenticity, nearer_to_training
 from meddiff_steps.privacy.search import nearest, unit_rows
 
 SHAPE, N = (32, 32), 100
-SPACES = (random_space(2), radiomic_space())
+SPACES = spaces(["random", "radiomics"], Context(2))
 Results = dict[str, Any]
 
 
@@ -61,7 +63,7 @@ class Reality:
                 for kind, f in made.items()
             }
             common: dict[str, Any] = {"resamples": 200, "seed": "sanity"}
-            out[space.name] = realism(samples, scale, slow_resamples=100, permutations=199, **common) | diversity(
+            out[space.name] = measure(samples, scale, slow_resamples=100, permutations=199, **common) | diversity(
                 samples, neighbours=5, **common
             )
         pairs = [

@@ -17,7 +17,7 @@ from meddiff_steps.cohort.splits import shard_of
 from meddiff_steps.config import Preprocess, freeze, parse_study
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import sha256_file
-from meddiff_steps.imaging import preprocess as module
+from meddiff_steps.imaging import resampling
 from meddiff_steps.imaging.preprocess import QC_COLUMNS, cut_off, preprocess_image, preprocess_shard
 from meddiff_steps.imaging.reading import ScanError
 from meddiff_steps.imaging.shards import Shards
@@ -165,7 +165,7 @@ def test_fast_and_general_resampling_agree(
     path = save(tmp_path / "scan.nii.gz", scan(shape), affine_of("LAS", spacing, shape))
     grid = config(shape=(16, 20, 18), spacing_mm=4.1)  # no axis snaps
     fast, facts = preprocess_image(path, grid)
-    monkeypatch.setattr(module, "SNAP_TOLERANCE", -1.0)
+    monkeypatch.setattr(resampling, "SNAP_TOLERANCE", -1.0)
     general, other = preprocess_image(path, grid)
     assert np.abs(fast - general).max() < 1e-4
     assert (

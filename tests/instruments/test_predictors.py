@@ -156,7 +156,7 @@ def test_bad_images_are_refused(trained: predictors.Predictors) -> None:
 
 @pytest.mark.slow
 def test_real_brains_are_measured_well() -> None:
-    """The instrument on 185 IXI brains at 4 mm; what was measured when it was built: 0.997 and 0.966 over five folds."""
+    """The instrument on 185 IXI brains at 4 mm; measured when it was built: 0.997 and 0.966 over five folds."""
     nib = pytest.importorskip("nibabel")
     root = SHARED / "ixi"
     if not root.is_dir():

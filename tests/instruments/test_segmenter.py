@@ -154,14 +154,7 @@ def root(tmp_path_factory) -> Path:
 
 def trained(root: Path, out: Path, **segmentation: object) -> dict[str, object]:
     frozen = freeze(study(root, **segmentation), "segmenter", out)
-    step.run(
-        frozen,
-        root / "manifest.parquet",
-        root / "qc.parquet",
-        [root / "images.arrow"],
-        out / "model.safetensors",
-        out / "card.json",
-    )
+    step.run(frozen, root / "manifest.parquet", root / "qc.parquet", [root / "images.arrow"], out)
     return json.loads((out / "card.json").read_text())
 
 
@@ -172,7 +165,7 @@ def test_the_step_learns_to_measure_volumes(root, tmp_path):
     assert held["scans"] == 10
     assert held["core_ml"]["dice"] > 0.8 and held["core_ml"]["r"] > 0.97
     assert held["whole_ml"]["dice"] > 0.9
-    model, _ = load_segmenter(tmp_path / "model.safetensors", tmp_path / "card.json")
+    model, _ = load_segmenter(tmp_path)
     images = torch.from_numpy(Shards([root / "images.arrow"]).tensors("image", np.arange(40)))
     volumes = model.volumes(images, SPACING**3 / 1000)
     true = pd.read_parquet(root / "manifest.parquet").sort_values("scan_id")["core_ml"].to_numpy()

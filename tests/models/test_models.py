@@ -7,19 +7,22 @@ from torch import nn
 
 from meddiff_steps import config
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.diffusion.schedules import NoiseProcess
 from meddiff_steps.models.denoiser import latent_gaussian as prior_module
-from meddiff_steps.models.denoiser.latent_gaussian import Prior
-from meddiff_steps.models.denoiser.unet import CovariateTokens, Denoiser
-from meddiff_steps.models.first_stage.kl import Autoencoder, kl_divergence
+from meddiff_steps.models.denoiser.base import Denoiser
+from meddiff_steps.models.denoiser.latent_gaussian import LatentGaussian
+from meddiff_steps.models.denoiser.tokens import CovariateTokens
+from meddiff_steps.models.first_stage.base import Posterior, reconstruct
+from meddiff_steps.models.first_stage.kl import Autoencoder
 from meddiff_steps.models.first_stage.stem import Stem
 from meddiff_steps.models.latent_statistics import (
     SUBJECTS_PER_COMPONENT,
     covariate_features,
     fit_gaussian,
-    standardisation,
+    measure_standardisation,
 )
-from meddiff_steps.models.trained import load_autoencoder
+from meddiff_steps.models.trained import load_first_stage
 from meddiff_steps.models.weights import save_model
 
 SMALL = config.Autoencoder(channels=[8, 16], norm_num_groups=4, latent_channels=4)
@@ -62,7 +65,7 @@ def test_the_linear_path_starts_at_the_best_linear_code():
     weights = torch.randn(6, 2, 2, 2, 4, generator=generator) * 0.1
     blocks = torch.einsum("nxyzk,kabc->nxaybzc", weights, patterns).reshape(6, 1, 8, 8, 8) * 0.2 + 0.5
     model = Autoencoder(SMALL, 3)
-    model.fit_linear_path(blocks)
+    model.fit_before_training(blocks)
     reconstruction, mean, _ = model(blocks)
     assert torch.allclose(reconstruction, blocks, atol=2e-3)
     assert torch.allclose(mean.square().mean((0, 2, 3, 4)), torch.ones(4), atol=0.01)
@@ -75,10 +78,10 @@ def test_decoded_images_are_as_empty_as_scans():
     axes = torch.meshgrid(*[torch.arange(16.0) - 7.5] * 3, indexing="ij")
     distance = torch.stack(axes).square().sum(0).sqrt()
     scans = torch.stack([(1.0 - distance / radius).clamp(0, 1)[None] for radius in torch.linspace(5, 8, 12)])
-    model.fit_linear_path(scans)
-    before = model.reconstruct(scans)
-    model.fit_tone(scan[None] for scan in scans)
-    after = model.reconstruct(scans)
+    model.fit_before_training(scans)
+    before = reconstruct(model, scans)
+    model.fit_grey_levels(scan[None] for scan in scans)
+    after = reconstruct(model, scans)
     empty = [float((images == 0).float().mean()) for images in (scans, before, after)]
     assert empty[1] < empty[0] - 0.05
     assert abs(empty[2] - empty[0]) < 0.02
@@ -90,9 +93,9 @@ def test_kl_against_torch_and_at_tiny_variances():
     expected = torch.distributions.kl_divergence(
         torch.distributions.Normal(mean, torch.exp(0.5 * log_variance)), torch.distributions.Normal(0.0, 1.0)
     )
-    assert torch.allclose(kl_divergence(mean, log_variance), expected.flatten(1).sum(1), rtol=1e-4)
+    assert torch.allclose(Posterior(mean, log_variance).kl_divergence(), expected.flatten(1).sum(1), rtol=1e-4)
     # In half precision the square of the standard deviation underflows; the log-variance does not.
-    assert torch.isfinite(kl_divergence(torch.zeros(1, 1), torch.full((1, 1), -30.0).half())).all()
+    assert torch.isfinite(Posterior(torch.zeros(1, 1), torch.full((1, 1), -30.0).half()).kl_divergence()).all()
 
 
 def test_missing_covariates_use_their_null_and_no_other():
@@ -113,14 +116,14 @@ def test_the_denoiser_depends_on_every_input(dims):
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     x, t, c = torch.randn(2, 4, *(4, 8, 4)[:dims]), torch.tensor([10.0, 10.0]), torch.tensor([[0.1, 0.0], [0.1, 0.0]])
-    base = model(x, t, c)
+    base = model(x, t, Condition(c))
     assert base.shape == x.shape
     assert base.dtype == torch.float32
     for changed in (
-        model(x + 0.1, t, c),
-        model(x, t + 300.5, c),
-        model(x, t, c + torch.tensor([1.0, 0.0])),
-        model(x, t, c + torch.tensor([0.0, 1.0])),
+        model(x + 0.1, t, Condition(c)),
+        model(x, t + 300.5, Condition(c)),
+        model(x, t, Condition(c + torch.tensor([1.0, 0.0]))),
+        model(x, t, Condition(c + torch.tensor([0.0, 1.0]))),
     ):
         assert (changed - base).abs().max() > 1e-4
 
@@ -134,7 +137,7 @@ def test_gradient_checkpointing_changes_nothing():
         x = torch.randn(1, 4, 8, 8)
         for parameter in model.parameters():
             parameter.data += 0.01
-        model(x, torch.tensor([3.0]), torch.zeros(1, 1)).square().mean().backward()
+        model(x, torch.tensor([3.0]), Condition(torch.zeros(1, 1))).square().mean().backward()
         results.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -143,8 +146,10 @@ def test_standardised_latents_have_mean_0_everywhere_and_deviation_1_per_channel
     rng = np.random.default_rng(0)
     place = rng.normal(size=(2, 4, 5))
     latents = [(place + rng.normal(size=(2, 4, 5)) * [[[3.0]], [[0.5]]]).astype(np.float32) for _ in range(400)]
-    offset, scale = standardisation(iter(latents))
-    z = (np.stack(latents) - offset) / scale
+    standardise = measure_standardisation(iter(latents))
+    offset, scale = standardise.offset, standardise.scale
+    z = standardise(np.stack(latents))
+    assert np.allclose(standardise.inverse(z), np.stack(latents), atol=1e-4)
     assert offset.shape == (1, 2, 4, 5)
     assert scale.shape == (1, 2, 1, 1)
     assert np.allclose(z.mean(0), 0, atol=1e-3)
@@ -152,9 +157,9 @@ def test_standardised_latents_have_mean_0_everywhere_and_deviation_1_per_channel
 
 
 def test_constant_latents_can_be_standardised():
-    offset, scale = standardisation(np.full((1, 3, 4), 5.0, np.float32) for _ in range(5))
-    assert np.all(offset == 5.0)
-    assert np.all(scale > 0)
+    standardise = measure_standardisation(np.full((1, 3, 4), 5.0, np.float32) for _ in range(5))
+    assert np.all(standardise.offset == 5.0)
+    assert np.all(standardise.scale > 0)
 
 
 def test_the_gaussian_fit_recovers_effects_and_components():
@@ -211,7 +216,7 @@ def test_channels_at_one_place_keep_their_covariance():
 def random_prior(prediction_type="v_prediction", local_variances=None, width=0):
     rng = np.random.default_rng(1)
     size = 32
-    prior = Prior(
+    prior = LatentGaussian(
         NoiseProcess.of(UNET.model_copy(update={"prediction_type": prediction_type})),
         (4, 4, 2),
         [0, 2],
@@ -290,10 +295,10 @@ def test_covariate_features_are_the_same_in_torch():
 
 def test_weights_of_another_network_are_refused_in_words(tmp_path):
     model = Autoencoder(SMALL, 2)
-    weights, card = tmp_path / "model.safetensors", tmp_path / "card.json"
-    save_model(model, weights, card, {"settings": SMALL.model_dump(mode="json"), "image_shape": [1, 8, 8]})
-    assert torch.equal(load_autoencoder(weights, card)[0].tone.values, model.tone.values)
+    card = {"settings": SMALL.model_dump(mode="json"), "image_shape": [1, 8, 8]}
+    save_model(model, tmp_path, card)
+    assert torch.equal(load_first_stage(tmp_path)[0].tone.values, model.tone.values)
     del model.tone._buffers["values"]
-    save_model(model, weights, card, {"settings": SMALL.model_dump(mode="json"), "image_shape": [1, 8, 8]})
+    save_model(model, tmp_path, card)
     with pytest.raises(UserError, match="not the weights of this version's network"):
-        load_autoencoder(weights, card)
+        load_first_stage(tmp_path)

@@ -67,39 +67,28 @@ class Cohort:
 
     def train_embedder(self):
         embedder.run(
-            freeze(self.study, "embedder", self.folder),
-            self.manifest,
-            [self.images],
-            self.folder / "e.safetensors",
-            self.folder / "e.json",
+            freeze(self.study, "embedder", self.folder), self.manifest, [self.images], self.folder / "embedder"
         )
 
     def calibrate(self):
         torch.manual_seed(0)
         settings = config.Autoencoder(channels=[8, 16], norm_num_groups=4, latent_channels=4)
         autoencoder = Autoencoder(settings, 3)
-        autoencoder.fit_linear_path(torch.from_numpy(Shards([self.images]).tensors("image", range(4))))
-        files = {
-            name: self.folder / name
-            for name in ("a.safetensors", "a.json", "scale.safetensors", "e.safetensors", "e.json")
-        }
-        save_model(
-            autoencoder,
-            files["a.safetensors"],
-            files["a.json"],
-            {"settings": settings.model_dump(mode="json"), "image_shape": SHAPE, "latent_shape": [4, 4, 4, 4]},
-        )
-        save_file(
-            {"offset": torch.zeros(1, 4, 4, 4, 4), "scale": torch.ones(1, 4, 1, 1, 1)}, files["scale.safetensors"]
-        )
-        card = self.folder / "calibration.json"
+        autoencoder.fit_before_training(torch.from_numpy(Shards([self.images]).tensors("image", range(4))))
+        folder, card = self.folder, self.folder / "calibration.json"
+        facts = {"settings": settings.model_dump(mode="json"), "image_shape": SHAPE, "latent_shape": [4, 4, 4, 4]}
+        save_model(autoencoder, folder / "autoencoder", facts)
+        scale = {"offset": torch.zeros(1, 4, 4, 4, 4), "scale": torch.ones(1, 4, 1, 1, 1)}
+        save_file(scale, folder / "scale.safetensors")
         calibrate.run(
-            freeze(self.study, "calibrate", self.folder),
+            freeze(self.study, "calibrate", folder),
             self.manifest,
             [self.images],
-            *files.values(),
-            self.folder / "reference.safetensors",
-            card,
+            autoencoder=folder / "autoencoder",
+            scale=folder / "scale.safetensors",
+            embedder=folder / "embedder",
+            reference=folder / "reference.safetensors",
+            out=card,
         )
         return read_json(card)
 
@@ -163,6 +152,6 @@ def test_an_embedder_that_gives_nan_is_refused(tmp_path):
     model = Embedder(SHAPE[1:])
     with torch.no_grad():
         model.layers[-1].bias[0] = torch.nan
-    save_model(model, tmp_path / "e.safetensors", tmp_path / "e.json", {"image_shape": SHAPE})
+    save_model(model, tmp_path / "embedder", {"image_shape": SHAPE})
     with pytest.raises(UserError, match=r"vectors are not finite.*diverged"):
         cohort.calibrate()

@@ -10,7 +10,9 @@ from meddiff_steps.imaging import perturbations
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.instruments.embedder import train_embedder
 from meddiff_steps.privacy import size
-from meddiff_steps.privacy.detectors import Aligned, Embedding, TrainingImages, extent, references, ssim_map
+from meddiff_steps.privacy.detectors.aligned import Aligned, extent, ssim_map
+from meddiff_steps.privacy.detectors.base import TrainingImages, references
+from meddiff_steps.privacy.detectors.embedding import Embedding
 
 SHAPE = (1, 16, 18, 14)
 

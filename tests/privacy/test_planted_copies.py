@@ -1,5 +1,7 @@
 """Copies hidden among candidates, changed in ways that the embedder was not trained for."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -8,12 +10,14 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.stats import binom
 
 from meddiff_steps import config
+from meddiff_steps.core.registries import DETECTORS
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.instruments.embedder import train_embedder
 from meddiff_steps.models.first_stage.kl import Autoencoder
-from meddiff_steps.privacy.calibration import DETECTORS, calibrate
-from meddiff_steps.privacy.detectors import LatentEncoder, TrainingImages, make_detectors, references, score
-from meddiff_steps.privacy.reference import any_flag
+from meddiff_steps.models.latent_statistics import Standardisation
+from meddiff_steps.privacy.calibration import calibrate
+from meddiff_steps.privacy.detectors.base import Context, TrainingImages, references, score
+from meddiff_steps.privacy.reference import any_flag, make_detectors
 from meddiff_steps.simulation.brains import load_template, make_lattice, simulate_subject
 
 SHAPE, SPACING = (24, 32, 24), 7.0
@@ -89,17 +93,21 @@ def planted(tmp_path_factory):
     )
     torch.manual_seed(0)
     autoencoder = Autoencoder(config.Autoencoder(channels=[8, 16], norm_num_groups=4, latent_channels=8), 3).eval()
-    autoencoder.fit_linear_path(torch.from_numpy(train[:64]))
+    autoencoder.fit_before_training(torch.from_numpy(train[:64]))
     with torch.no_grad():
-        latents = torch.cat([autoencoder.encode(batch)[0] for batch in training.batches()])
-    latent = LatentEncoder(autoencoder, latents.mean(0, keepdim=True), latents.std())
+        latents = torch.cat([autoencoder.encode(batch).mode() for batch in training.batches()])
     mean = train.mean(0)
-    vectors = {
-        detector.name: references(detector, training)
-        for detector in make_detectors(training, embedder, latent, {}, mean)
-    }
-    detectors = make_detectors(training, embedder, latent, vectors, mean)
-    assert tuple(detector.name for detector in detectors) == DETECTORS
+    context = Context(
+        mean,
+        training,
+        embedder=lambda: embedder,
+        first_stage=lambda: autoencoder,
+        standardisation=lambda: Standardisation(latents.mean(0, keepdim=True), latents.std()),
+        directions={},
+    )
+    vectors = {detector.name: references(detector, training) for detector in make_detectors(context)}
+    detectors = make_detectors(replace(context, directions=vectors))
+    assert [detector.name for detector in detectors] == list(DETECTORS.names())
     thresholds = calibrate(score(detectors, torch.from_numpy(calibration))[0], np.zeros(CALIBRATION), LEVEL)
     assert thresholds is not None
 

@@ -14,9 +14,10 @@ from test_tampering import Target
 from tiny_release import AGAIN, GIVEN_UP, UNTROUBLED, Place
 
 from meddiff_steps.audit import explain as story
-from meddiff_steps.audit.audit import Report, Request, audit
 from meddiff_steps.audit.page import as_html, as_text
 from meddiff_steps.audit.reexecution import most_bad
+from meddiff_steps.audit.request import Report, Request
+from meddiff_steps.audit.run import audit
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.provenance import lineage, verify
 from meddiff_steps.provenance.verify import Check

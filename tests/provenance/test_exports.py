@@ -17,7 +17,8 @@ import pytest
 from PIL import Image as PilImage
 from tiny_release import Place
 
-from meddiff_steps.audit.audit import Request, audit
+from meddiff_steps.audit.request import Request
+from meddiff_steps.audit.run import audit
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import sha256_file, write_json
 from meddiff_steps.imaging.encoding import voxel_digest
@@ -156,11 +157,11 @@ def test_packed_models_make_the_release_again(place, tmp_path):
 
 
 def test_other_weights_are_not_packed(place, tmp_path):
-    other = tmp_path / "model.safetensors"
-    shutil.copy(place.model_files()["diffusion"], other)
-    content = bytearray(other.read_bytes())
+    other = Path(shutil.copytree(place.model_files()["diffusion"], tmp_path / "diffusion"))
+    weights = other / "model.safetensors"
+    content = bytearray(weights.read_bytes())
     content[-1] ^= 1
-    other.write_bytes(content)
+    weights.write_bytes(content)
     with pytest.raises(UserError, match="the release was made by"):
         pack(place, tmp_path / "models", place.results / "privacy/report.json", diffusion=other)
 

@@ -13,7 +13,8 @@ from test_tampering import Attack, Target, _edit_tsv, seen, stand_alone
 from tiny_release import GIVEN_UP, Place
 
 from meddiff_steps.audit import explain as story
-from meddiff_steps.audit.audit import Request, audit
+from meddiff_steps.audit.request import Request
+from meddiff_steps.audit.run import audit
 from meddiff_steps.config import PlanGroup, Release
 from meddiff_steps.core.files import sha256_file
 from meddiff_steps.imaging.encoding import read_mark

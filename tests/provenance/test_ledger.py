@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 from tiny_release import AGAIN, DOUBLE, GIVEN_UP, LIMITS, Place
 
-from meddiff_steps.audit.audit import Request, audit
+from meddiff_steps.audit.request import Request
+from meddiff_steps.audit.run import audit
 from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate
 from meddiff_steps.core.canonical import canonical_bytes
 from meddiff_steps.core.errors import UserError

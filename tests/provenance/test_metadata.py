@@ -218,5 +218,5 @@ def test_asking_for_a_copy_does_not_change_what_is_sealed(place: Place, tmp_path
         | {"release": place.study.release.model_dump() | {"exports": ["webdataset"], "models": True}},
         "x",
     )
-    for stage in ("images", "release", "ledger"):
+    for stage in ("images", "describe", "ledger"):
         assert config.freeze(asked, stage, tmp_path).name == place.frozen(stage).name

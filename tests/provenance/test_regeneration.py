@@ -208,7 +208,7 @@ def test_more_subjects_want_to_know_what_covariates_are_drawn_from(place, copied
 
 @pytest.mark.slow
 def test_snakemake_makes_more_subjects(place, tmp_path):
-    given = ["--config", f"release={place.release}", f"models={place.results}", "count=12", "group=syn"]
+    given = ["--config", f"sealed={place.release}", f"models={place.results}", "count=12", "group=syn"]
     done = subprocess.run(
         [*SNAKEMAKE, str(tmp_path), "--cores", "1", "regenerate", *given], capture_output=True, text=True
     )
@@ -228,7 +228,7 @@ def test_snakemake_makes_a_release_again_shard_by_shard(place, tmp_path):
             "1",
             "regenerate",
             "--config",
-            f"release={place.release}",
+            f"sealed={place.release}",
             f"models={place.results}",
         ],
         capture_output=True,
@@ -242,10 +242,10 @@ def test_snakemake_makes_a_release_again_shard_by_shard(place, tmp_path):
 
 
 def test_snakemake_says_what_it_needs(place, tmp_path):
-    few = ["--config", f"release={place.release}", f"models={place.results}", "count=2", "group=syn"]
+    few = ["--config", f"sealed={place.release}", f"models={place.results}", "count=2", "group=syn"]
     for given, message in (
         ([], "Which release"),
-        (["--config", "release=nowhere"], "nowhere/provenance/config.json"),
+        (["--config", "sealed=nowhere"], "nowhere/provenance/config.json"),
         (few, "has 6 subjects already"),
     ):
         done = subprocess.run([*SNAKEMAKE, str(tmp_path), "-n", "regenerate", *given], capture_output=True, text=True)

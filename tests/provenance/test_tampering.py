@@ -30,7 +30,8 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_release import AGAIN, GIVEN_UP, Place
 
-from meddiff_steps.audit.audit import Report, Request, audit
+from meddiff_steps.audit.request import Report, Request
+from meddiff_steps.audit.run import audit
 from meddiff_steps.core.files import sha256_file, write_json
 from meddiff_steps.core.random_streams import seed_key
 from meddiff_steps.imaging.encoding import Grid, encode_volume, voxel_digest
@@ -92,9 +93,8 @@ class Target:
         files = bundle._files(self.folder, paths)
         if describe:
             with contextlib.suppress(KeyError):  # of what is malformed nothing can be said
-                for name, content in bundle.metadata(
-                    self.folder, root["ledger"], root["inputs"], files, self.json(croissant.NAME)["datePublished"]
-                ):
+                date, version = self.json(croissant.NAME)["datePublished"], root["software"]["version"]
+                for name, content in bundle.metadata(self.folder, root["ledger"], root["inputs"], files, date, version):
                     write_json(self.folder / name, content)
                     files[name] = bundle._entry(self.folder / name)
         root |= {"signer": None, "files": files}
@@ -445,8 +445,8 @@ def _other_training(target: Target) -> None:
     for record in (target.folder / bundle.RECORDS / "generated").glob("*.json"):
 
         def change(run: dict[str, Any]) -> None:
-            for name in ("diffusion", "diffusion_card"):
-                run["inputs"][name][0]["path"] = f"other/{run['inputs'][name][0]['path']}"
+            for entry in run["inputs"]["diffusion"]:
+                entry["path"] = f"other/{entry['path']}"
 
         target.edit(record.relative_to(target.folder).as_posix(), change)
     target.seal()

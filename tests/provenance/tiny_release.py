@@ -17,12 +17,12 @@ from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.cohort.manifest import write_manifest
 from meddiff_steps.core.files import atomic_path, write_json
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
-from meddiff_steps.models.denoiser.unet import Denoiser
+from meddiff_steps.models.denoiser.base import Denoiser
 from meddiff_steps.models.first_stage.kl import Autoencoder
 from meddiff_steps.models.weights import save_model
 from meddiff_steps.provenance.record import Observer, recorded
 from meddiff_steps.provenance.signature import generate as generate_key
-from meddiff_steps.steps import gate, generate, images, ledger, plan, release
+from meddiff_steps.steps import describe, gate, generate, images, ledger, plan
 from meddiff_steps.synthesis.plan import redraw
 
 SHAPE = {3: [8, 8, 8], 2: [8, 8]}
@@ -132,10 +132,7 @@ class Place:
             )
 
     def model_files(self) -> dict[str, Path]:
-        kinds = ("autoencoder", "diffusion")
-        return {kind: self.results / kind / "model.safetensors" for kind in kinds} | {
-            f"{kind}_card": self.results / kind / "card.json" for kind in kinds
-        }
+        return {kind: self.results / kind for kind in ("autoencoder", "diffusion")}
 
     def make_models(self) -> None:
         root, study = self.results, self.study
@@ -183,11 +180,10 @@ class Place:
         }
         self.stand_in(
             "autoencoder",
-            lambda: save_model(first, files["autoencoder"], files["autoencoder_card"], settings),
+            lambda: save_model(first, files["autoencoder"], settings),
             manifest=manifest,
             images=[shard],
-            weights=files["autoencoder"],
-            card=files["autoencoder_card"],
+            out=files["autoencoder"],
         )
         described = {
             "settings": study.diffusion.model_dump(mode="json"),
@@ -201,11 +197,10 @@ class Place:
         )
         self.stand_in(
             "diffusion",
-            lambda: save_model(second, files["diffusion"], files["diffusion_card"], described),
+            lambda: save_model(second, files["diffusion"], described),
             manifest=manifest,
             latents=[latents],
-            weights=files["diffusion"],
-            card=files["diffusion_card"],
+            out=files["diffusion"],
         )
         calibration = {
             "status": "CALIBRATED",
@@ -325,22 +320,19 @@ class Place:
         root = self.results
         card, report = root / "cohort/card.json", root / "privacy/report.json"
         out = self.release / "dataset_description.json"
-        cards = {name: path for name, path in self.model_files().items() if name.endswith("card")}
-        released = root / "privacy/released.parquet"
         self.real(
-            "release",
-            release.run,
-            released=released,
+            "describe",
+            describe.run,
+            released=root / "privacy/released.parquet",
             privacy=report,
             images=self.tables,
-            cohort_card=card,
-            **cards,
+            cohort=card.parent,
+            **self.model_files(),
             out=out,
         )
 
     def seal(self) -> dict[str, Any]:
         root = self.results
-        files = {name: path for name, path in self.model_files().items() if name.endswith("card")}
         self.real(
             "ledger",
             ledger.run,
@@ -352,6 +344,6 @@ class Place:
             description=self.release / "dataset_description.json",
             private=self.private,
             out=self.release / "provenance/root.json",
-            **files,
+            **self.model_files(),
         )
         return json.loads((self.release / "provenance/root.json").read_text())

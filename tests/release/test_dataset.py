@@ -311,7 +311,7 @@ def test_the_card_holds_figures_and_blanks(tmp_path: Path) -> None:
         and readme.count("[NOT STATED") == 4
     )
     assert "provenance/verify.py" in readme and "first model" not in readme
-    place.metrics, place.study["distill"] = {}, {"subjects": 50}
+    place.metrics, place.study["second_model"] = {}, {"subjects": 50}
     place.complete()
     readme = (place.release / "README").read_text()
     assert "Not measured." in readme and "50 were made" in readme

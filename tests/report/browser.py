@@ -83,7 +83,7 @@ class Browser:
         return json.loads(text)
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Result of a command to the page (to the browser, before there is one); events that come meanwhile are kept."""
+        """Result of a command to the page (to the browser, before there is one); keeps events that come meanwhile."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters} | (
             {"sessionId": self.session} if self.session else {}

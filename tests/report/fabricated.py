@@ -99,7 +99,9 @@ class Fabricated:
             if not callable(r.size)
         ]
         table.loc[[3, 14], "size"], table.loc[5, "sex"] = np.nan, None
-        write_manifest(table, root / "manifest.parquet")
+        for name in ("cohort", "autoencoder", "diffusion", "evaluation"):
+            (root / name).mkdir()
+        write_manifest(table, root / "cohort/manifest.parquet")
         self.shards = [root / f"shard-{k}.arrow" for k in range(2)]
         for k, path in enumerate(self.shards):
             with ShardWriter(path, columns) as shard:
@@ -123,7 +125,8 @@ class Fabricated:
                 shard.append(sample_id=name, image=image)
         held = table[table["split"].isin(["val", "test"])]
         with ShardWriter(
-            root / "reconstructions.arrow", {**columns, "split": pa.string(), "reconstruction": columns["image"]}
+            root / "autoencoder/reconstructions.arrow",
+            {**columns, "split": pa.string(), "reconstruction": columns["image"]},
         ) as shard:
             for i, row in held.iterrows():
                 image = self.pictures[int(i)]  # type: ignore[call-overload]
@@ -140,20 +143,20 @@ class Fabricated:
             "label": pa.string(),
             "image": columns["image"],
         }
-        with ShardWriter(root / "showcase.arrow", kinds) as shard:
+        with ShardWriter(root / "evaluation/showcase.arrow", kinds) as shard:
             for panel in ("sweep:size", "sweep:sex", "interpolation"):
                 for position in range(3):
                     shard.append(panel=panel, row=0, position=position, label=f"{position}", image=made[position])
         torch.manual_seed(0)
-        save_model(Embedder(shape), root / "embedder.safetensors", root / "embedder.json", {"image_shape": [1, *shape]})
+        save_model(Embedder(shape), root / "embedder", {"image_shape": [1, *shape]})
         for name in ("autoencoder", "diffusion"):
-            (root / f"{name}.json").write_text(
+            (root / name / "card.json").write_text(
                 json.dumps({"digest": "ab" * 32, "psnr": {"value": 30.0, "low": 29.0, "high": 31.0, "n": 9}})
             )
             pd.DataFrame({"step": [0, 10], "metric": ["train/loss", "val/loss"], "value": [1.0, 0.5]}).to_parquet(
-                root / f"{name}.parquet", index=False
+                root / name / "history.parquet", index=False
             )
-        (root / "cohort.json").write_text(json.dumps({"simulated": simulated, "scans": scans}))
+        (root / "cohort/card.json").write_text(json.dumps({"simulated": simulated, "scans": scans}))
         qc = pd.DataFrame(
             {"scan_id": table["scan_id"], "status": "ok", "reason": None, "shape": "[4, 4]", "cut_off_share": 0.01}
         )
@@ -163,40 +166,34 @@ class Fabricated:
         r = self.root
         options: dict[str, Any] = {
             "config": self.stage["evaluate"],
-            "manifest": r / "manifest.parquet",
+            "manifest": r / "cohort/manifest.parquet",
             "images": self.shards,
             "generated": [r / "generated.arrow"],
             "plan": r / "plan.parquet",
-            "reconstructions": r / "reconstructions.arrow",
-            "out": r / f"metrics{tag}.json",
-            "predictions": r / f"predictions{tag}.parquet",
-            "embedder": r / "embedder.safetensors",
-            "embedder_card": r / "embedder.json",
-            "components": r / f"components{tag}.parquet",
+            "reconstructions": r / "autoencoder/reconstructions.arrow",
+            "embedder": r / "embedder",
+            "out": r / f"evaluation{tag}",
         }
         evaluate.run(**options | changes)
-        return json.loads((r / f"metrics{tag}.json").read_text())
+        return self.metrics(tag)
 
-    def report(self, tag: str = "") -> str:
+    def metrics(self, tag: str = "") -> dict[str, Any]:
+        return json.loads((self.root / f"evaluation{tag}/metrics.json").read_text())
+
+    def report(self, tag: str = "", **changes: Any) -> str:
         r = self.root
-        report.run(
-            config=self.stage["report"],
-            cohort_card=r / "cohort.json",
-            qc=r / "qc.parquet",
-            manifest=r / "manifest.parquet",
-            images=self.shards,
-            generated=[r / "generated.arrow"],
-            plan=r / "plan.parquet",
-            autoencoder_card=r / "autoencoder.json",
-            autoencoder_history=r / "autoencoder.parquet",
-            diffusion_card=r / "diffusion.json",
-            diffusion_history=r / "diffusion.parquet",
-            reconstructions=r / "reconstructions.arrow",
-            showcase=r / "showcase.arrow",
-            metrics=r / "metrics.json",
-            predictions=r / "predictions.parquet",
-            components=r / "components.parquet",
-            out=r / f"report{tag}.html",
-            contact_sheet=r / f"sheet{tag}.png",
-        )
+        options: dict[str, Any] = {
+            "config": self.stage["report"],
+            "cohort": r / "cohort",
+            "qc": r / "qc.parquet",
+            "images": self.shards,
+            "generated": [r / "generated.arrow"],
+            "plan": r / "plan.parquet",
+            "autoencoder": r / "autoencoder",
+            "diffusion": r / "diffusion",
+            "evaluation": r / "evaluation",
+            "out": r / f"report{tag}.html",
+            "contact_sheet": r / f"sheet{tag}.png",
+        }
+        report.run(**options | changes)
         return (r / f"report{tag}.html").read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.evaluation import metrics as metrics_module
 from meddiff_steps.imaging import selection
 from meddiff_steps.imaging.shards import ShardWriter, TensorColumn
+from meddiff_steps.release.card import quality
+from meddiff_steps.report import sections, tables
 
 
 @pytest.fixture(scope="module", params=[(16, 20, 16), (24, 32)], ids=["3D", "2D"])
@@ -28,7 +31,7 @@ def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_metrics_of_a_perfect_generator(study: Fabricated) -> None:
-    metrics = json.loads((study.root / "metrics.json").read_text())
+    metrics = study.metrics()
     size, sex = metrics["covariates"]["size"], metrics["covariates"]["sex"]
     assert size["r"]["value"] > 0.97
     assert size["slope"]["value"] == pytest.approx(1.0, abs=0.1)
@@ -62,7 +65,7 @@ def test_metrics_of_a_perfect_generator(study: Fabricated) -> None:
 
 
 def test_realism_and_diversity_of_a_perfect_generator(study: Fabricated) -> None:
-    metrics = json.loads((study.root / "metrics.json").read_text())
+    metrics = study.metrics()
     assert set(metrics["realism"]) == set(metrics["diversity"]["features"]) == {"random", "radiomics", "embedder"}
     for name, entry in metrics["realism"].items():
         assert entry["images"] == {"synthetic": 40, "training": 40, "held_out": 45}
@@ -84,7 +87,7 @@ def test_realism_and_diversity_of_a_perfect_generator(study: Fabricated) -> None
     assert set(metrics["subgroups"]["sex"]) == {"F", "M"}
     assert metrics["subgroups"]["sex"]["F"]["covariates"]["size"]["r"]["value"] > 0.9
     assert len(metrics["training_range"]["size"]) == 2
-    places = pd.read_parquet(study.root / "components.parquet")
+    places = pd.read_parquet(study.root / "evaluation/components.parquet")
     assert places.groupby(["space", "kind"]).size().to_dict() == {
         (s, k): n for s in ("random", "radiomics", "embedder") for k, n in (("held_out", 45), ("synthetic", 40))
     }
@@ -117,20 +120,20 @@ def test_too_few_images_say_so(study: Fabricated) -> None:
     metrics = study.evaluate("-six", plan=study.root / "plan-few.parquet", embedder=None)
     assert set(metrics["realism"]) == {"random", "radiomics"}
     assert metrics["realism"]["random"]["skipped"].startswith("6 images")
-    assert pd.read_parquet(study.root / "components-six.parquet").empty
+    assert pd.read_parquet(study.root / "evaluation-six/components.parquet").empty
 
 
 def test_evaluate_repeats_byte_for_byte_and_batches_do_not_matter(
     study: Fabricated, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study.evaluate("-again")
-    for name in ("metrics{}.json", "predictions{}.parquet", "components{}.parquet"):
-        assert (study.root / name.format("-again")).read_bytes() == (study.root / name.format("")).read_bytes()
+    for name in ("metrics.json", "predictions.parquet", "components.parquet"):
+        assert (study.root / "evaluation-again" / name).read_bytes() == (study.root / "evaluation" / name).read_bytes()
     monkeypatch.setattr(selection, "BATCH_VALUES", 7 * study.pictures[0].size)
     other = study.evaluate("-batches")
     for key in ("r", "slope"):
         assert other["covariates"]["size"][key]["value"] == pytest.approx(
-            json.loads((study.root / "metrics.json").read_text())["covariates"]["size"][key]["value"], rel=1e-4
+            study.metrics()["covariates"]["size"][key]["value"], rel=1e-4
         )
 
 
@@ -187,9 +190,27 @@ def test_report_says_what_matters(study: Fabricated) -> None:
     assert {"Cohort", "Autoencoder", "Diffusion model"} <= set(folded)
 
 
+def test_report_sets_the_first_model_beside_the_second(study: Fabricated, tmp_path: Path) -> None:
+    gate = {"name": "copies before the filter", "limit": 0.01, "figure": {"value": 0.004, "low": 0, "high": 0.02}}
+    counts = dict.fromkeys(("planned", "released", "duplicates", "failed", "candidates", "rejected"), 1)
+    judged = {"counts": counts, "calibration": {"status": "CALIBRATED"}, "controls": None, "attacks": {}}
+    for folder, verdict in (("teacher/privacy", "FAIL"), ("privacy", "PASS")):
+        (tmp_path / folder).mkdir(parents=True)
+        found = judged | {"verdict": verdict, "gates": [gate | {"outcome": verdict}]}
+        (tmp_path / folder / "report.json").write_text(json.dumps(found))
+    copytree(study.root / "evaluation", tmp_path / "teacher/evaluation")
+    page = study.report("-second", privacy=tmp_path / "privacy/report.json", teacher=tmp_path / "teacher")
+    assert "Verdict: PASS" in page
+    assert "The second model beside the first" in page
+    assert re.search(r"verdict</t[hd]>\s*<td>FAIL</td>\s*<td>PASS</td>", page)
+    alone = study.report("-alone", privacy=tmp_path / "privacy/report.json")
+    assert "Verdict: PASS" in alone
+    assert "The second model beside the first" not in alone
+
+
 def damaged(study: Fabricated, name: str, change: Any) -> Path:
     table = pd.read_parquet(study.root / name)
-    path = study.root / f"damaged-{name}"
+    path = study.root / f"damaged-{Path(name).name}"
     change(table).to_parquet(path, index=False)
     return path
 
@@ -200,16 +221,16 @@ def test_inputs_of_different_runs_are_refused(study: Fabricated, tmp_path: Path)
     with pytest.raises(UserError, match="no column size"):
         study.evaluate("-bad", plan=damaged(study, "plan.parquet", lambda t: t.drop(columns="size")))
     with pytest.raises(UserError, match="no row for scan_id"):
-        study.evaluate("-bad", manifest=damaged(study, "manifest.parquet", lambda t: t[1:]))
+        study.evaluate("-bad", manifest=damaged(study, "cohort/manifest.parquet", lambda t: t[1:]))
     with pytest.raises(UserError, match="more than once"):
         study.evaluate("-bad", images=[*study.shards, study.shards[0]])
     with pytest.raises(UserError, match="not a readable plan"):
         study.evaluate("-bad", plan=study.shards[0])
     with pytest.raises(UserError, match="no preprocessed scan is in the train split"):
-        study.evaluate("-bad", manifest=damaged(study, "manifest.parquet", lambda t: t.assign(split="test")))
+        study.evaluate("-bad", manifest=damaged(study, "cohort/manifest.parquet", lambda t: t.assign(split="test")))
     with pytest.raises(UserError, match="held-out split"):
-        study.evaluate("-bad", manifest=damaged(study, "manifest.parquet", lambda t: t.assign(split="train")))
-    assert not (study.root / "metrics-bad.json").exists()
+        study.evaluate("-bad", manifest=damaged(study, "cohort/manifest.parquet", lambda t: t.assign(split="train")))
+    assert not (study.root / "evaluation-bad").exists()
 
 
 def test_a_failed_image_is_named(study: Fabricated, tmp_path: Path) -> None:
@@ -254,7 +275,7 @@ def test_another_evaluation_seed_gives_overlapping_intervals(study: Fabricated, 
     first, second = (
         dict(figures_of(m))
         for m in (
-            json.loads((study.root / "metrics.json").read_text()),
+            study.metrics(),
             study.evaluate("-seed", config=freeze(other, "evaluate", tmp_path)),
         )
     )
@@ -274,3 +295,38 @@ def test_another_evaluation_seed_gives_overlapping_intervals(study: Fabricated, 
         for name in known
         if name.startswith(("/covariates", "/reconstruction", "/subgroups"))
     )
+
+
+def test_chosen_spaces_and_metrics_have_the_numbers_of_all_of_them(study: Fabricated) -> None:
+    every = study.metrics()
+    some = study.study.evaluate.model_copy(update={"spaces": ["embedder", "random"], "metrics": ["kid"]})
+    config = freeze(study.study.model_copy(update={"evaluate": some}), "evaluate", study.root)
+    found = study.evaluate("-chosen", config=config)
+    assert set(found["realism"]) == {"random", "embedder"}
+    for name, entry in found["realism"].items():
+        assert entry == {key: value for key, value in every["realism"][name].items() if key not in LEFT_OUT}
+        assert found["diversity"]["features"][name] == every["diversity"]["features"][name]
+    del found["realism"], found["diversity"]["features"], every["realism"], every["diversity"]["features"]
+    assert found == every
+    places = pd.read_parquet(study.root / "evaluation/components.parquet").query("space != 'radiomics'")
+    chosen = pd.read_parquet(study.root / "evaluation-chosen/components.parquet")
+    pd.testing.assert_frame_equal(chosen, places.reset_index(drop=True))
+
+
+LEFT_OUT = {"frechet", "classifier_auc"}
+
+
+def test_the_page_and_the_card_of_a_release_cope_with_chosen_spaces_and_metrics(study: Fabricated) -> None:
+    some = study.study.evaluate.model_copy(update={"spaces": ["radiomics"], "metrics": ["frechet"]})
+    config = freeze(study.study.model_copy(update={"evaluate": some}), "evaluate", study.root)
+    metrics = study.evaluate("-one", config=config)
+    section = sections.realism_section(metrics, pd.read_parquet(study.root / "evaluation-one/components.parquet"))
+    assert len(section.pictures) == 1
+    assert "AUC" not in " ".join(section.text)
+    rows = section.tables[0].rows
+    assert {row[0] for row in rows} == {"radiomics", "images"}
+    assert [row[1] for row in rows][:2] == ["Frechet distance (squared)", "precision: look real"]
+    assert "radiomics" not in quality(metrics)  # which shows the classifier alone
+    metrics["realism"]["radiomics"]["precision of hands"] = metrics["realism"]["radiomics"]["frechet"]
+    shown = tables.realism_table(metrics).rows
+    assert ["radiomics", "precision of hands", "near its floor"] in [[row[0], row[1], row[4]] for row in shown]

@@ -15,7 +15,7 @@ MEASURED = """
 import sys, threading
 from pathlib import Path
 
-from meddiff_steps.evaluation import selection
+from meddiff_steps.imaging import selection
 from meddiff_steps.steps import evaluate
 
 selection.BATCH_VALUES = 2**20
@@ -30,9 +30,9 @@ thread = threading.Thread(target=watch)
 thread.start()
 try:
     evaluate.run(
-        config=next(root.glob("evaluate-*.json")), manifest=root / "manifest.parquet", images=sorted(root.glob("shard-*.arrow")),
-        generated=[root / "generated.arrow"], plan=root / "plan.parquet", reconstructions=root / "reconstructions.arrow",
-        out=root / "metrics.json", predictions=root / "predictions.parquet", components=root / "components.parquet",
+        config=next(root.glob("evaluate-*.json")), manifest=root / "cohort/manifest.parquet",
+        images=sorted(root.glob("shard-*.arrow")), generated=[root / "generated.arrow"], plan=root / "plan.parquet",
+        reconstructions=root / "autoencoder/reconstructions.arrow", out=root / "evaluation",
     )
 finally:
     done.set()

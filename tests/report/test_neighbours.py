@@ -28,7 +28,7 @@ def write(study: Fabricated, decision: str = "accepted", status: str = "CALIBRAT
     """The page, and the ids of training scans by their number in the reference."""
     r = study.root
     shards = Shards(study.shards)
-    splits = read_manifest(r / "manifest.parquet").set_index("scan_id")["split"].loc[shards.column("scan_id")]
+    splits = read_manifest(r / "cohort/manifest.parquet").set_index("scan_id")["split"].loc[shards.column("scan_id")]
     rows = np.flatnonzero((splits == "train").to_numpy())
     save_file({"rows": rows.astype(np.int64)}, r / "reference.safetensors")
     card = {
@@ -50,7 +50,7 @@ def write(study: Fabricated, decision: str = "accepted", status: str = "CALIBRAT
     table.to_parquet(r / "decisions.parquet")
     neighbours.run(
         config=freeze(study.study, "neighbours", r),
-        manifest=r / "manifest.parquet",
+        manifest=r / "cohort/manifest.parquet",
         images=study.shards,
         plan=r / "plan.parquet",
         filtered=[r / "generated.arrow"],

@@ -18,8 +18,9 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.evaluation.sampler_study import Point, choice, compare, points
 from meddiff_steps.imaging.selection import Images
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.instruments.features import random_space
-from meddiff_steps.models.denoiser.unet import Denoiser
+from meddiff_steps.instruments.feature_spaces.base import Context
+from meddiff_steps.instruments.feature_spaces.random import build as random_space
+from meddiff_steps.models.denoiser.base import Denoiser
 from meddiff_steps.models.first_stage.kl import Autoencoder
 from meddiff_steps.models.weights import save_model
 from meddiff_steps.steps import sampler_study
@@ -62,7 +63,7 @@ def test_the_cheapest_point_that_is_not_shown_to_be_worse_is_recommended() -> No
 
 def test_a_sampler_that_leaves_noise_behind_is_told_from_one_that_does_not(study: Fabricated) -> None:
     subjects = pd.read_parquet(study.root / "plan.parquet")[:30]
-    scans = read_manifest(study.root / "manifest.parquet", study.study.covariates)
+    scans = read_manifest(study.root / "cohort/manifest.parquet", study.study.covariates)
     cohort = Images.of(Shards(study.shards), "scan_id", "subject_id", scans, "manifest")
 
     def draw(point: Point, rows: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
@@ -72,7 +73,7 @@ def test_a_sampler_that_leaves_noise_behind_is_told_from_one_that_does_not(study
             yield row["sample_id"], np.clip(image + rng.normal(0, 0.8 / point.num_inference_steps, image.shape), 0, 1)
 
     ways = [Point("dpmpp", 4, 1.0), Point("dpmpp", 1000, 1.0)]
-    found = compare(draw, ways, subjects, cohort, random_space(3), study.study)
+    found = compare(draw, ways, subjects, cohort, random_space(Context(3)), study.study)
     few, many = found["points"]
     assert found["images"] == 30
     assert few["frechet"]["low"] > many["frechet"]["high"]
@@ -87,35 +88,32 @@ def test_a_sampler_that_leaves_noise_behind_is_told_from_one_that_does_not(study
 
 @pytest.fixture(scope="module")
 def models(study: Fabricated) -> dict[str, Path]:
-    """Untrained networks in files."""
+    """Untrained networks in folders."""
     torch.manual_seed(0)
-    settings, scans = study.study, read_manifest(study.root / "manifest.parquet", study.study.covariates)
+    settings, scans = study.study, read_manifest(study.root / "cohort/manifest.parquet", study.study.covariates)
     latent = [settings.autoencoder.latent_channels, *(n // settings.autoencoder.downsampling for n in SHAPE)]
     encoding = CovariateEncoding.fit(scans, settings.covariates)
-    files = {name: study.root / f"{name}.safetensors" for name in ("autoencoder", "diffusion")}
-    files |= {f"{name}_card": study.root / f"{name}-model.json" for name in ("autoencoder", "diffusion")}
+    folders = {name: study.root / "models" / name for name in ("autoencoder", "diffusion")}
     card = {
         "settings": settings.autoencoder.model_dump(mode="json"),
         "image_shape": [1, *SHAPE],
         "latent_shape": latent,
     }
-    save_model(Autoencoder(settings.autoencoder, 3), files["autoencoder"], files["autoencoder_card"], card)
+    save_model(Autoencoder(settings.autoencoder, 3), folders["autoencoder"], card)
     card = {
         "settings": settings.diffusion.model_dump(mode="json"),
         "latent_shape": latent,
         "gaussian_rank": 0,
         "encoding": encoding.to_json(),
     }
-    save_model(
-        Denoiser(settings.diffusion, latent, encoding.level_counts), files["diffusion"], files["diffusion_card"], card
-    )
-    return files
+    save_model(Denoiser(settings.diffusion, latent, encoding.level_counts), folders["diffusion"], card)
+    return folders
 
 
 def run(study: Fabricated, models: dict[str, Path], tag: str, **changes: Path) -> dict:
     root = study.root
     files = {
-        "manifest": root / "manifest.parquet",
+        "manifest": root / "cohort/manifest.parquet",
         "plan": root / "plan.parquet",
         "out": root / f"samplers{tag}.json",
         "figure": root / f"samplers{tag}.png",
@@ -154,5 +152,5 @@ def test_too_few_planned_subjects_are_refused(study: Fabricated, models: dict[st
 
 def test_a_sampler_that_does_not_fit_the_model_is_refused(study: Fabricated) -> None:
     raw = study.study.model_dump(mode="json")
-    with pytest.raises(UserError, match=r"sampler_study\.samplers: flow needs"):
+    with pytest.raises(UserError, match=r"sampler_study\.samplers: flow cannot sample .*prediction_type: v_prediction"):
         config.parse_study(raw | {"sampler_study": {"samplers": ["flow"]}}, "test")

@@ -93,7 +93,7 @@ def test_a_table_of_requests_is_read_with_gaps_as_nulls_of_the_right_type(tmp_pa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sex,age\nF,130\n", "found '130', expected a number within [18, 100] year"),
+        ("sex,age\nF,130\n", "found '130', expected a number within [18, 100]"),
         ("sex,age\nX,50\n", "found 'X', expected one of ['F', 'M']"),
         ("sex\nF\n", "no column for covariate age"),
         ("sex,age\n", "no rows"),

@@ -19,6 +19,7 @@ from meddiff_steps.compute import compilation
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn, in_background
 from meddiff_steps.models.first_stage.kl import Autoencoder
+from meddiff_steps.models.trained import TrainedModel
 from meddiff_steps.synthesis.generate import CohortGenerator
 
 
@@ -52,7 +53,7 @@ def test_working_ahead_changes_no_bit_and_no_order(generator, subjects, settings
 def test_working_ahead_begins_exactly_one_batch_more(generator, subjects, settings, monkeypatch):  # noqa: F811
     begun = []
     decode = generator.begin_decoding
-    monkeypatch.setattr(generator, "begin_decoding", lambda latents: begun.append(1) or decode(latents))
+    monkeypatch.setattr(generator, "begin_decoding", lambda *drawn: begun.append(1) or decode(*drawn))
     for ahead, expected in ((0, 1), (1, 2)):
         begun.clear()
         generator.ahead = ahead
@@ -68,7 +69,7 @@ def test_working_ahead_begins_exactly_one_batch_more(generator, subjects, settin
 def test_decoding_in_parts_is_decoding_whole(generator, subjects, settings):  # noqa: F811
     whole = images_of(generator, subjects)
     sizes = []
-    hook = generator.autoencoder.net.decoder.register_forward_pre_hook(
+    hook = generator.model.first_stage.net.decoder.register_forward_pre_hook(
         lambda module, inputs: sizes.append(len(inputs[0]))
     )
     settings(decode_batch_size=2)
@@ -103,9 +104,9 @@ def test_slabs_give_what_the_whole_gives_at_seams_as_elsewhere(decoder, planes):
         2, 4, *(6, 4, 5)[: decoder.net.decoder.spatial_dims], generator=torch.Generator().manual_seed(1)
     )
     z = z * torch.linspace(0.2, 2, 6).reshape(6, *[1] * (z.ndim - 3))  # parts differ, so that statistics of parts would
-    whole = decoder.decode(z)
+    whole = decoder.decode_untoned(z)
     assert whole.std() > 0.05
-    assert (decoder.decode(z, planes) - whole).abs().max() < 1e-5 * max(1.0, float(whole.abs().max()))
+    assert (decoder.decode_untoned(z, planes) - whole).abs().max() < 1e-5 * max(1.0, float(whole.abs().max()))
 
 
 def test_a_block_never_holds_more_than_a_slab_in_full_precision(decoder):
@@ -113,16 +114,16 @@ def test_a_block_never_holds_more_than_a_slab_in_full_precision(decoder):
     for block in decoder.net.decoder.modules():
         if isinstance(block, AEKLResBlock):
             block.conv1.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].shape[2]))
-    decoder.decode(torch.randn(1, 4, *(6, 4, 5)[: decoder.net.decoder.spatial_dims]), 2)
+    decoder.decode(torch.randn(1, 4, *(6, 4, 5)[: decoder.net.decoder.spatial_dims]), slab=2)
     assert sizes
     assert max(sizes) <= 2 + 2  # and the planes beside it
 
 
 def test_slabs_in_bf16_are_as_near_as_bf16_is(decoder):
     z = torch.randn(1, 4, *(6, 4, 5)[: decoder.net.decoder.spatial_dims], generator=torch.Generator().manual_seed(2))
-    exact = decoder.decode(z)
+    exact = decoder.decode_untoned(z)
     with torch.autocast("cpu", torch.bfloat16):
-        whole, slabs = decoder.decode(z), decoder.decode(z, 2)
+        whole, slabs = decoder.decode_untoned(z), decoder.decode_untoned(z, 2)
     assert (slabs - exact).norm() < 1.5 * (whole - exact).norm()
 
 
@@ -136,6 +137,10 @@ def test_slabs_change_what_is_generated_by_rounding_only(generator, subjects, se
 # --------------------------------------------------------------------------------------------------- compiled networks
 
 
+def again(model, compute):
+    return TrainedModel(model.first_stage, model.denoiser, model.card, model.fabric, compute)
+
+
 def test_a_compiled_generator_draws_the_same_images(generator, subjects, monkeypatch):  # noqa: F811
     def compile_traced(self, **options):
         self._compiled_call_impl = torch.compile(
@@ -146,16 +151,10 @@ def test_a_compiled_generator_draws_the_same_images(generator, subjects, monkeyp
     plain = images_of(generator, few)
     monkeypatch.setattr(torch.nn.Module, "compile", compile_traced)
     monkeypatch.setattr(compilation, "lacking_for_compiler", lambda device: None)
-    networks = [*generator.denoiser.costly, generator.autoencoder.net.decoder]
-    fast = CohortGenerator(
-        generator.model,
-        generator.autoencoder,
-        generator.settings,
-        generator.fabric,
-        config.Compute(device="cpu", compile=True),
-    )
+    networks = [*generator.model.denoiser.costly, generator.model.first_stage.net.decoder]
+    fast = CohortGenerator(again(generator.model, config.Compute(device="cpu", compile=True)), generator.settings)
     try:
-        assert fast.compiled
+        assert fast.model.compiled
         found = images_of(fast, few)
     finally:
         for network in networks:
@@ -166,12 +165,8 @@ def test_a_compiled_generator_draws_the_same_images(generator, subjects, monkeyp
 def test_a_generator_that_cannot_compile_says_so(generator, monkeypatch):  # noqa: F811
     monkeypatch.setattr(compilation, "lacking_for_compiler", lambda device: "the Python package triton")
     with pytest.raises(UserError, match="set compute.compile to false"):
-        CohortGenerator(
-            generator.model, generator.autoencoder, generator.settings, generator.fabric, config.Compute(compile=True)
-        )
-    assert not CohortGenerator(
-        generator.model, generator.autoencoder, generator.settings, generator.fabric, config.Compute()
-    ).compiled
+        again(generator.model, config.Compute(compile=True))
+    assert not again(generator.model, config.Compute()).compiled
 
 
 # ------------------------------------------------------------------------------------------------- writing in a thread

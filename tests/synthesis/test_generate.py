@@ -13,9 +13,9 @@ from meddiff_steps import config
 from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.core.random_streams import seed_key
-from meddiff_steps.models.denoiser.unet import Denoiser
+from meddiff_steps.models.denoiser.base import Denoiser
 from meddiff_steps.models.first_stage.kl import Autoencoder
-from meddiff_steps.models.trained import LatentDiffusion
+from meddiff_steps.models.trained import DenoiserCard, TrainedModel
 from meddiff_steps.synthesis import generate
 from meddiff_steps.synthesis.generate import CohortGenerator
 
@@ -38,12 +38,9 @@ def generator() -> CohortGenerator:
     for network in (denoiser, first):
         network.requires_grad_(False).eval()
     settings = config.Generate(batch_size=4, num_inference_steps=4, sampler="ddpm")
-    return CohortGenerator(
-        LatentDiffusion(denoiser, diffusion, (4, 2, 2, 2), encoding),
-        first,
-        settings,
-        make_fabric(config.Compute(device="cpu"), 1),
-    )
+    card = DenoiserCard(diffusion, (4, 2, 2, 2), encoding, rank=0)
+    model = TrainedModel(first, denoiser, card, make_fabric(config.Compute(device="cpu"), 1))
+    return CohortGenerator(model, settings)
 
 
 @pytest.fixture(scope="module")

@@ -57,12 +57,13 @@ def status(process: subprocess.Popen[bytes]) -> int:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def assert_alike(one: Path, two: Path) -> None:
+def assert_alike(one: Path, two: Path, weights_name: str) -> None:
+    """Training curve and weights, of two folders that hold a network each."""
     curve, expected = (pd.read_parquet(folder / "history.parquet") for folder in (two, one))
     assert curve[["step", "metric"]].equals(expected[["step", "metric"]])
     np.testing.assert_allclose(curve["value"], expected["value"], rtol=CURVE_TOLERANCE)
-    weights = load_file(two / "weights.safetensors")
-    for name, value in load_file(one / "weights.safetensors").items():
+    weights = load_file(two / weights_name)
+    for name, value in load_file(one / weights_name).items():
         assert float((weights[name] - value).abs().max()) <= WEIGHT_TOLERANCE * max(float(value.abs().max()), 1e-3), (
             name
         )
@@ -76,7 +77,7 @@ def test_a_diffusion_model_learns_the_same_in_two_processes(tmp_path):
         folder.mkdir()
         command = [sys.executable, str(Path(__file__).with_name("tiny_diffusion.py")), str(folder), str(number)]
         assert status(start(command, folder)) == 0, (folder / "log").read_text()[-4000:]
-    assert_alike(tmp_path / "1", tmp_path / "2")
+    assert_alike(tmp_path / "1", tmp_path / "2", "weights.safetensors")
 
 
 @pytest.mark.slow
@@ -86,11 +87,11 @@ def test_two_processes_learn_what_one_learns_and_one_of_them_writes(tmp_path):
     launched = trained(tmp_path / "launched", 2)
     torchrun = trained(tmp_path / "torchrun", 2, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
     for two in (launched, torchrun):
-        assert_alike(one, two)
+        assert_alike(one / "autoencoder", two / "autoencoder", "model.safetensors")
         assert "running on 2 x cpu" in (two / "log").read_text()
         assert (two / "log").read_text().count("PSNR") == 2  # once per split, so of one process
         assert not list(two.rglob(".partial-*"))
-    assert (launched / "weights.safetensors").read_bytes() == (torchrun / "weights.safetensors").read_bytes()
+    assert (launched / OUTPUTS[0]).read_bytes() == (torchrun / OUTPUTS[0]).read_bytes()
 
 
 @pytest.mark.slow

@@ -5,11 +5,12 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from meddiff_steps import config
+from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.imaging.variants import Variant, draw_variant
-from meddiff_steps.models.denoiser.unet import COMPONENT_WIDTH
+from meddiff_steps.models.denoiser.base import COMPONENT_WIDTH
 from meddiff_steps.models.torchscript import load_torchscript
 from meddiff_steps.models.weights import weights_digest
 from meddiff_steps.training import loop
@@ -47,7 +48,7 @@ def autoencoder_task(images, fabric, features=None, **changes):
     )
     return AutoencoderTask(
         settings,
-        config.Augmentation(variants=2, flip=True, max_shift_voxels=1),
+        config.Variants(count=2, flip=True, max_shift_voxels=1),
         images,
         range(8),
         range(8, 10),
@@ -80,6 +81,12 @@ def latents(tmp_path_factory):
     )
 
 
+#: Of the two columns of covariates in `latents`.
+TWO_NUMBERS = CovariateEncoding(
+    {name: config.ContinuousCovariate(unit="", range=(-9, 9)) for name in "ab"}, {"a": 0, "b": 0}, {"a": 1, "b": 1}
+)
+
+
 def diffusion_task(latents, fabric):
     settings = config.Diffusion(
         channels=[8, 16],
@@ -89,7 +96,7 @@ def diffusion_task(latents, fabric):
         num_res_blocks=1,
         optimiser=OPTIMISER.model_dump(),
     )
-    return DiffusionTask(settings, latents, [0, 0], "seed", fabric)
+    return DiffusionTask(settings, latents, TWO_NUMBERS, "seed", fabric)
 
 
 def digests(task):
@@ -301,7 +308,7 @@ def test_training_does_not_spoil_the_linear_code_that_it_starts_from(tmp_path, f
         channels=[16, 32], norm_num_groups=4, latent_channels=8, optimiser=optimiser.model_dump()
     )
     task = AutoencoderTask(
-        settings, config.Augmentation(), Shards([tmp_path / "shard.arrow"]), range(208), range(208, 240), "seed", fabric
+        settings, config.Variants(), Shards([tmp_path / "shard.arrow"]), range(208), range(208, 240), "seed", fabric
     )
     before = task.modules["model"].synthesis.weight.clone()
     curve = loop.fit(task, optimiser, fabric, tmp_path, "test")
@@ -321,7 +328,7 @@ def test_without_held_out_scans_there_is_no_validation_and_no_failure(tmp_path, 
     settings = config.Autoencoder(
         channels=[8, 16], norm_num_groups=4, latent_channels=4, optimiser=OPTIMISER.model_dump()
     )
-    task = AutoencoderTask(settings, config.Augmentation(), images, range(10), [], "seed", fabric)
+    task = AutoencoderTask(settings, config.Variants(), images, range(10), [], "seed", fabric)
     curve = loop.fit(task, OPTIMISER, fabric, tmp_path, "test")
     assert len(curve) and not curve["metric"].str.startswith("val/").any()
 
@@ -357,8 +364,7 @@ def test_variants_shift_without_wrapping_and_flip_left_right():
     flat = image[:, 0]
     assert np.array_equal(Variant(True, (0, 0))(flat), flat[:, :, ::-1])
     drawn = {
-        draw_variant(config.Augmentation(flip=True, max_shift_voxels=1), 3, np.random.default_rng(i))
-        for i in range(200)
+        draw_variant(config.Variants(flip=True, max_shift_voxels=1), 3, np.random.default_rng(i)) for i in range(200)
     }
     assert len(drawn) > 40
 

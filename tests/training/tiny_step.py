@@ -12,7 +12,9 @@ import pyarrow as pa
 from meddiff_steps import config
 from meddiff_steps.imaging.shards import ShardWriter, TensorColumn
 
-OUTPUTS = ["weights.safetensors", "card.json", "history.parquet", "reconstructions.arrow"]
+OUTPUTS = [
+    f"autoencoder/{name}" for name in ("model.safetensors", "card.json", "history.parquet", "reconstructions.arrow")
+]
 
 
 def prepare(folder: Path, **compute) -> list[str]:
@@ -56,5 +58,5 @@ def prepare(folder: Path, **compute) -> list[str]:
     )
     frozen = config.freeze(study, "autoencoder", folder / "frozen")
     files = [f"--config {frozen} --manifest manifest.parquet --images images.arrow --state state"]
-    files += [f"--{Path(name).stem} {name}" for name in OUTPUTS]
+    files += ["--out autoencoder"]
     return [sys.executable, "-m", "meddiff_steps", "autoencoder", *" ".join(files).split()]

@@ -24,13 +24,13 @@ BLOCKS = 3
 LEARNT_COMPONENTS = 64
 
 
-class Prior(nn.Module):
+class LatentGaussian(nn.Module):
     """Best estimates of clean latents and noise if latents were x0 | c ~ N(features(c) @ effects, S).
 
     S has principal components, `basis` (R, D) with `variances` (R,), and beside them a covariance of the c channels at
     each of the P positions: its eigenvectors `local_basis` (P, c, c), in columns, and eigenvalues `local_variances` (P,
-    c); see `models.latents.fit_gaussian`.  What all subjects share, linear effects of covariates, how distant places
-    vary together and what the channels at one place have to do with each other thus need no training.
+    c); see `models.latent_statistics.fit_gaussian`.  What all subjects share, linear effects of covariates, how distant
+    places vary together and what the channels at one place have to do with each other thus need no training.
 
     Heads of different size do not differ along straight lines, though.  How the leading components depend on each other
     and on the covariates is learnt by a `ComponentNet`, which corrects the Gaussian's estimate of their coefficients
@@ -166,7 +166,7 @@ class ComponentNet(nn.Module):
 
 
 def covariate_features(covariates: Tensor, levels: list[int]) -> Tensor:
-    """The torch twin of `models.latents.covariate_features`, (b, k) -> (b, F)."""
+    """The torch twin of `models.latent_statistics.covariate_features`, (b, k) -> (b, F)."""
     columns = []
     for value, count in zip(covariates.T, levels, strict=True):
         known = torch.isfinite(value)

@@ -1,4 +1,4 @@
-"""First stage: KL-regularised autoencoder, MONAI's network behind an invertible stem."""
+"""KL-regularised autoencoder: MONAI's network behind an invertible stem."""
 
 from __future__ import annotations
 
@@ -12,9 +12,18 @@ from torch import Tensor, nn
 
 from meddiff_steps import config
 from meddiff_steps.compute.recompute import recompute
+from meddiff_steps.models.first_stage.base import Posterior
 from meddiff_steps.models.first_stage.slabs import decode_in_slabs
 from meddiff_steps.models.first_stage.stem import Stem
 from meddiff_steps.models.first_stage.tone import ToneCurve, joint_counts
+
+ENTRY = {
+    "order": 1,
+    "summary": "KL-regularised autoencoder (MONAI's AutoencoderKL) behind an invertible stem, with a tone curve",
+    "source": "Kingma and Welling 2014; Rombach et al. 2022; Pinaya et al. 2022",
+    "draws": False,
+    "cost": "the decoder at full resolution less one level; grows with the voxels",
+}
 
 #: Bounds of the posterior log-variance; the same that MONAI clamps to.
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
@@ -33,7 +42,7 @@ class Autoencoder(nn.Module):
 
     With `linear_path` a linear map of blocks to latent channels and back runs beside the network, which then
     only learns what is not linear (residual autoencoding as in Chen et al. 2025, DC-AE, here with a fitted
-    map).  `fit_linear_path` sets it to the Karhunen-Loeve transform of the training images, the best linear
+    map).  `fit_before_training` sets it to the Karhunen-Loeve transform of the training images, the best linear
     code there is, so that training starts near 30 dB and not near 0.
 
     Parameters
@@ -44,7 +53,7 @@ class Autoencoder(nn.Module):
         2 or 3.
     """
 
-    background: Tensor
+    draws = False
 
     def __init__(self, settings: config.Autoencoder, spatial_dims: int, in_channels: int = 1) -> None:
         super().__init__()
@@ -66,13 +75,15 @@ class Autoencoder(nn.Module):
         if settings.gradient_checkpointing:
             recompute([block for block in self.net.modules() if isinstance(block, AEKLResBlock)])
         self.tone = ToneCurve()
-        self.block = settings.downsampling
+        self.downsampling = settings.downsampling
         self.analysis: nn.Conv2d | nn.Conv3d | None = None
         self.synthesis: nn.ConvTranspose2d | nn.ConvTranspose3d | None = None
         if settings.linear_path:
             conv, transposed = (nn.Conv2d, nn.ConvTranspose2d) if spatial_dims == 2 else (nn.Conv3d, nn.ConvTranspose3d)
-            self.analysis = conv(in_channels, settings.latent_channels, self.block, stride=self.block)
-            self.synthesis = transposed(settings.latent_channels, in_channels, self.block, stride=self.block)
+            self.analysis = conv(in_channels, settings.latent_channels, self.downsampling, stride=self.downsampling)
+            self.synthesis = transposed(
+                settings.latent_channels, in_channels, self.downsampling, stride=self.downsampling
+            )
             # The network starts at zero, so that the whole is the linear code at first.
             last = list(self.net.decoder.get_submodule("blocks").children())[-1]
             for convolution in (self.net.quant_conv_mu, self.net.quant_conv_log_sigma, last):
@@ -83,7 +94,7 @@ class Autoencoder(nn.Module):
                     nn.init.constant_(parameter, INITIAL_LOG_VARIANCE)
 
     @torch.no_grad()
-    def fit_linear_path(self, images: Tensor) -> None:
+    def fit_before_training(self, images: Tensor) -> None:
         """Set the linear path to the whitened Karhunen-Loeve transform of non-overlapping blocks, and keep it there.
 
         Adam moves every weight by steps of one size, which are large beside what decodes the lesser channels.  Held-out
@@ -99,8 +110,8 @@ class Autoencoder(nn.Module):
             return
         blocks = images.double() * 2.0 - 1.0
         for axis in range(2, images.ndim):
-            blocks = blocks.unfold(axis, self.block, self.block)
-        blocks = blocks.reshape(-1, self.block ** (images.ndim - 2))
+            blocks = blocks.unfold(axis, self.downsampling, self.downsampling)
+        blocks = blocks.reshape(-1, self.downsampling ** (images.ndim - 2))
         # Centred on one number, not on a mean block: a transposed convolution has one bias per channel.
         center = blocks.mean()
         blocks = blocks - center
@@ -120,46 +131,41 @@ class Autoencoder(nn.Module):
             path.requires_grad_(False)
 
     @property
-    def costly(self) -> list[nn.Module]:
+    def costly(self) -> dict[str, nn.Module]:
         """The parts that take nearly all of the time, called by tensors of one shape: what is worth compiling."""
-        return [self.net.encoder, self.net.decoder]
+        return {"encoder": self.net.encoder, "decoder": self.net.decoder}
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior mean and log-variance, float32, each (b, latent_channels, *spatial / downsampling).
+    def encode(self, images: Tensor) -> Posterior:
+        """Posterior of images (b, 1, *spatial) in [0, 1].
 
         The log-variance is read before MONAI turns it into a standard deviation: squaring that in half
         precision underflows and makes the KL infinite.
         """
-        x = x * 2.0 - 1.0
+        x = images * 2.0 - 1.0
         features = self.net.encoder(self.stem(x))
         mean = self.net.quant_conv_mu(features).float()
         if self.analysis is not None:
             mean = mean + self.analysis(x).float()
-        log_variance = self.net.quant_conv_log_sigma(features).float().clamp(*LOG_VARIANCE_RANGE)
-        return mean, log_variance
+        return Posterior(mean, self.net.quant_conv_log_sigma(features).float().clamp(*LOG_VARIANCE_RANGE))
 
-    def decode(self, z: Tensor, slab: int | None = None) -> Tensor:
-        """Images, float32 (b, 1, *spatial), nominally in [0, 1], not clipped; with `slab` in less memory
-        (`decode_in_slabs`).
+    def decode(self, latents: Tensor, noise: Tensor | None = None, slab: int | None = None) -> Tensor:
+        """The mean image of latents, through the tone curve: float32 (b, 1, *spatial) in [0, 1].
+
+        `noise` has no part in it: this stage does not draw.  With `slab` in less memory (`decode_in_slabs`).
         """
-        decoded = (
-            self.net.decode(z) if slab is None else decode_in_slabs(self.net.decoder, self.net.post_quant_conv(z), slab)
-        )
+        return self.tone(self.decode_untoned(latents, slab).clamp(0.0, 1.0))
+
+    def decode_untoned(self, latents: Tensor, slab: int | None = None) -> Tensor:
+        """Images as the network gives them, float32 (b, 1, *spatial), nominally in [0, 1], not clipped."""
+        decoder, post = self.net.decoder, self.net.post_quant_conv
+        decoded = self.net.decode(latents) if slab is None else decode_in_slabs(decoder, post(latents), slab)
         image = self.stem.inverse(decoded).float()
         if self.synthesis is not None:
-            image = image + self.synthesis(z).float()
+            image = image + self.synthesis(latents).float()
         return (image + 1.0) / 2.0
 
-    def images(self, z: Tensor, slab: int | None = None) -> Tensor:
-        """What `decode` gives, clipped to [0, 1] and through the tone curve; float32 (b, 1, *spatial)."""
-        return self.tone(self.decode(z, slab).clamp(0.0, 1.0))
-
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """`images` of the posterior mean of x, both float32 (b, 1, *spatial) in [0, 1]."""
-        return self.images(self.encode(x)[0])
-
     @torch.no_grad()
-    def fit_tone(self, scans: Iterable[Tensor]) -> None:
+    def fit_grey_levels(self, scans: Iterable[Tensor]) -> None:
         """Fit the tone curve, so that decoded images have the grey levels of preprocessed scans.
 
         Parameters
@@ -167,24 +173,19 @@ class Autoencoder(nn.Module):
         scans
             Training scans in [0, 1], (1, 1, *spatial) each; at least one.
         """
-        self.tone.fit(
-            sum(
-                (joint_counts(self.decode(self.encode(scan)[0]).clamp(0.0, 1.0), scan) for scan in scans),
-                np.zeros(1, np.int64),
-            )
-        )
 
-    def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        def counts(scan: Tensor) -> np.ndarray:
+            return joint_counts(self.decode_untoned(self.encode(scan).mode()).clamp(0.0, 1.0), scan)
+
+        self.tone.fit(sum((counts(scan) for scan in scans), np.zeros(1, np.int64)))
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruction, mean and log-variance; the latent is the mean plus `noise` standard deviations."""
-        mean, log_variance = self.encode(x)
-        z = mean if noise is None else mean + torch.exp(0.5 * log_variance) * noise
-        return self.decode(z), mean, log_variance
+        posterior = self.encode(images)
+        latents = posterior.mode() if noise is None else posterior.sample(noise)
+        return self.decode_untoned(latents), posterior.mean, posterior.log_variance
 
 
-def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL(N(mean, variance) || N(0, 1)) per image in nats, summed over the latent; float32 (b,).
-
-    Kingma and Welling 2014, appendix B.
-    """
-    mean, log_variance = mean.float(), log_variance.float()
-    return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).flatten(1).sum(1)
+def build(settings: config.Autoencoder, spatial_dims: int) -> Autoencoder:
+    """The network with fresh weights."""
+    return Autoencoder(settings, spatial_dims)

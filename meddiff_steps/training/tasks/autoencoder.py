@@ -22,7 +22,7 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.random_streams import step_generator
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.imaging.variants import draw_variant
-from meddiff_steps.models.first_stage.kl import Autoencoder, kl_divergence
+from meddiff_steps.models.first_stage.base import Posterior, build, latent_shape, reconstruct
 from meddiff_steps.models.torchscript import load_torchscript
 from meddiff_steps.training.loop import batch_rows, clip_gradients, rank_share
 
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 #: Held-out scans that a validation looks at; enough for a stable mean, few enough to be quick.
 VALIDATION_SCANS = 32
 
-#: Training scans from which the linear path is computed.
-LINEAR_PATH_SCANS = 64
-#: Training scans from which the tone curve is computed.
-TONE_SCANS = 64
+#: Training scans from which a first stage fits what it knows in closed form.
+CLOSED_FORM_SCANS = 64
+#: Training scans from which grey levels are corrected.
+GREY_LEVEL_SCANS = 64
 
 
 def spectral_loss(reconstruction: Tensor, image: Tensor) -> Tensor:
@@ -67,8 +67,8 @@ class AutoencoderTask:
 
     Parameters
     ----------
-    settings, augmentation
-        The study's `autoencoder` and `augmentation` sections.
+    settings, variants
+        The study's `autoencoder` and `variants` sections.
     shards
         Preprocessed images in [0, 1].
     train_rows, val_rows
@@ -87,7 +87,7 @@ class AutoencoderTask:
     def __init__(
         self,
         settings: config.Autoencoder,
-        augmentation: config.Augmentation,
+        variants: config.Variants,
         shards: Shards,
         train_rows: Sequence[int],
         val_rows: Sequence[int],
@@ -95,15 +95,15 @@ class AutoencoderTask:
         fabric: Fabric,
         features: Path | None = None,
     ) -> None:
-        self.settings, self.augmentation, self.shards, self.fabric = settings, augmentation, shards, fabric
+        self.settings, self.variants, self.shards, self.fabric = settings, variants, shards, fabric
         self.micro = MicroBatch(fabric)
         self.root = f"{root}/autoencoder"
         self.train_rows, self.val_rows = np.asarray(train_rows), np.asarray(val_rows)[:VALIDATION_SCANS]
         self.shape = shards.shape("image")
         self.spatial_dims = len(self.shape) - 1
         torch.manual_seed(int(step_generator(self.root, "weights", 0).integers(2**31)))
-        model = Autoencoder(settings, self.spatial_dims)
-        model.fit_linear_path(torch.from_numpy(shards.tensors("image", self._sample_rows(LINEAR_PATH_SCANS))))
+        model = build(settings, self.spatial_dims)
+        model.fit_before_training(torch.from_numpy(shards.tensors("image", self._sample_rows(CLOSED_FORM_SCANS))))
         to_channels_last(model, self.spatial_dims)
         self.average = copy.deepcopy(model).requires_grad_(False).eval()
         fabric.to_device(self.average)
@@ -112,7 +112,7 @@ class AutoencoderTask:
         self.modules: dict[str, nn.Module] = {"model": model, "average": self.average}
         self.optimisers: dict[str, torch.optim.Optimizer] = {"model": wrapped}
         #: What `compilation.speed_up` may compile.
-        self.costly = list(model.costly)
+        self.costly = list(model.costly.values())
         if settings.perceptual.weight > 0:
             if features is None:
                 raise UserError(
@@ -149,12 +149,12 @@ class AutoencoderTask:
         mine = rank_share(np.arange(len(batch)), fabric)
         generator = step_generator(self.root, "batch/0", step)
         images = self.shards.tensors("image", self.train_rows[batch[mine]])
-        if self.augmentation.variants > 1:
-            variants = [draw_variant(self.augmentation, self.spatial_dims, generator) for _ in batch]
+        if self.variants.count > 1:
+            variants = [draw_variant(self.variants, self.spatial_dims, generator) for _ in batch]
             images = np.stack([variants[place](image) for place, image in zip(mine, images, strict=True)])
         x = to_device(images, fabric).contiguous(memory_format=channels_last(self.spatial_dims))
-        latent_shape = (len(batch), settings.latent_channels, *(n // settings.downsampling for n in self.shape[1:]))
-        noise = to_device(generator.standard_normal(latent_shape, dtype=np.float32)[mine], fabric)
+        drawn = generator.standard_normal((len(batch), *latent_shape(settings, self.shape)), dtype=np.float32)
+        noise = to_device(drawn[mine], fabric)
 
         adversarial = settings.adversarial.weight > 0 and step >= settings.adversarial.start_step
         made = torch.empty_like(x)
@@ -163,7 +163,7 @@ class AutoencoderTask:
             reconstruction, mean, log_variance = self.net(x[part], noise[part])
             named = {
                 "train/l1": (reconstruction - x[part]).abs().mean(),
-                "train/kl": kl_divergence(mean, log_variance).mean(),
+                "train/kl": Posterior(mean, log_variance).kl_divergence().mean(),
             }
             loss = named["train/l1"] + settings.kl_weight * named["train/kl"]
             if settings.spectral_weight > 0:
@@ -204,11 +204,19 @@ class AutoencoderTask:
         optimiser.step()
         return found
 
-    def fit_tone(self) -> None:
-        """Fit the tone curve of the averaged weights, after the last step; see `Autoencoder.fit_tone`."""
-        rows = tqdm(self._sample_rows(TONE_SCANS), desc="fitting the tone curve", mininterval=5, file=sys.stderr)
+    def fit_grey_levels(self) -> None:
+        """Correct the grey levels of the averaged weights, after the last step; see `FirstStage.fit_grey_levels`."""
+        rows = tqdm(self._sample_rows(GREY_LEVEL_SCANS), desc="fitting grey levels", mininterval=5, file=sys.stderr)
         with self.fabric.autocast():
-            self.average.fit_tone(self._images(np.array([row])) for row in rows)
+            self.average.fit_grey_levels(self._images(np.array([row])) for row in rows)
+
+    @torch.no_grad()
+    def reconstruct(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """A scan and its reconstruction by the averaged weights, float32 (1, *spatial) in [0, 1] each."""
+        image = self._images(np.array([row]))
+        with self.fabric.autocast():
+            made = reconstruct(self.average, image)
+        return image[0].cpu().numpy(), made[0].cpu().numpy()
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -219,7 +227,7 @@ class AutoencoderTask:
         for row in self.val_rows:
             x = self._images(np.array([row]))
             with self.fabric.autocast():
-                reconstruction = self.average.reconstruct(x)
+                reconstruction = reconstruct(self.average, x)
             l1.append(float((reconstruction - x).abs().mean()))
             psnr.append(-10.0 * float((reconstruction - x).square().mean().clamp_min(1e-12).log10()))
         return {"val/l1": float(np.mean(l1)), "val/psnr": float(np.mean(psnr))} if l1 else {}

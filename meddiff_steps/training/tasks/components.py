@@ -5,19 +5,27 @@ from __future__ import annotations
 import copy
 import logging
 import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from meddiff_steps import config
+from meddiff_steps.core.files import atomic_path
 from meddiff_steps.core.random_streams import step_generator
 from meddiff_steps.diffusion.schedules import NoiseProcess
-from meddiff_steps.models.denoiser.latent_gaussian import Prior, covariate_features
-from meddiff_steps.models.denoiser.unet import COMPONENT_WIDTH
+from meddiff_steps.models.denoiser.base import COMPONENT_WIDTH
+from meddiff_steps.models.denoiser.latent_gaussian import LatentGaussian, covariate_features
 from meddiff_steps.training.latent_data import LatentData, drop
 from meddiff_steps.training.loop import learning_rate_scale, update_average
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +63,7 @@ def train_components(
         alone: 1 if nothing was learnt (the network then stays zero) or nobody is held out (the last average is kept).
     """
     torch.manual_seed(int(step_generator(root, "components/weights", 0).integers(2**31)))
-    prior = Prior(
+    prior = LatentGaussian(
         NoiseProcess.of(settings),
         data.shards.shape("mean"),
         levels,
@@ -124,3 +132,22 @@ def train_components(
             )
     kept = best if has_held_out else average
     return {f"prior.network.{name}": value for name, value in kept.state_dict().items()}, best_loss / gaussian
+
+
+def with_components(
+    data: LatentData, settings: config.Diffusion, levels: list[int], root: str, state: Path, fabric: Fabric
+) -> LatentData:
+    """`data` with a trained component network in its prior, where the study wants one and there is a Gaussian.
+
+    It is kept in `state`, so that a resumed training has the same; of several processes the first trains it.
+    """
+    if not settings.component_steps or "prior.basis" not in data.prior:
+        return data
+    kept = state / "components.safetensors"
+    if fabric.is_global_zero and not kept.exists():
+        tensors, gain = train_components(data, settings, levels, root)
+        log.info("components: held-out loss %.3f of the Gaussian's", gain)
+        with atomic_path(kept) as path:
+            save_file(tensors, path)
+    fabric.barrier()
+    return replace(data, prior=data.prior | load_file(kept))

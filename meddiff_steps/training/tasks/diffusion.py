@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from meddiff_steps import config
+from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.compute.device import adamw, channels_last, to_channels_last, to_device
 from meddiff_steps.compute.micro_batch import MicroBatch
 from meddiff_steps.core.random_streams import step_generator
+from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.diffusion.schedules import NoiseProcess
-from meddiff_steps.models.denoiser.unet import Denoiser
+from meddiff_steps.models.trained import DenoiserCard
 from meddiff_steps.training.latent_data import LatentData, drop
 from meddiff_steps.training.loop import batch_rows, clip_gradients, rank_share
 
@@ -32,14 +34,14 @@ class DiffusionTask:
     ----------
     settings
         The study's `diffusion` section.
-    levels
-        Per covariate: the number of levels, or 0 for a continuous one.
+    encoding
+        How covariates became the numbers in `data`.
     root
         The study's seed.
     """
 
     def __init__(
-        self, settings: config.Diffusion, data: LatentData, levels: list[int], root: str, fabric: Fabric
+        self, settings: config.Diffusion, data: LatentData, encoding: CovariateEncoding, root: str, fabric: Fabric
     ) -> None:
         self.settings, self.data, self.fabric, self.micro = settings, data, fabric, MicroBatch(fabric)
         self.root = f"{root}/diffusion"
@@ -48,7 +50,9 @@ class DiffusionTask:
         shape = data.shards.shape("mean")
         self.spatial_dims = len(shape) - 1
         torch.manual_seed(int(step_generator(self.root, "weights", 0).integers(2**31)))
-        model = Denoiser(settings, shape, levels, rank=len(data.prior.get("prior.basis", ())))
+        #: How the denoiser is made, for its card.
+        self.card = DenoiserCard(settings, shape, encoding, rank=len(data.prior.get("prior.basis", ())))
+        model = self.card.build()
         model.load_state_dict(data.prior, strict=False)
         if model.prior is not None:
             # Its dropout is for its own training; here it would draw random numbers that no resumed run repeats.
@@ -91,7 +95,7 @@ class DiffusionTask:
         clean, eps, share, given = (to_device(drawn, self.fabric) for drawn in (x0, noise, uniform, covariates))
         timesteps = self.process.training_timesteps(share)
         noisy = self.process.add_noise(clean, eps, timesteps).contiguous(memory_format=channels_last(self.spatial_dims))
-        predicted = net(noisy, timesteps, given)
+        predicted = net(noisy, timesteps, Condition(given))
         return (predicted - self.process.target(clean, eps, timesteps)).square().mean()
 
     @torch.no_grad()

@@ -1,0 +1,196 @@
+"""L3 of an audit: the runs lead from the ledger back to the cohort."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from meddiff_steps import __version__
+from meddiff_steps.core.files import sha256_file
+from meddiff_steps.provenance import lineage
+from meddiff_steps.provenance.lineage import Lineage, Record, step_of
+from meddiff_steps.provenance.verify import Check, judged
+from meddiff_steps.release import seal, versions
+from meddiff_steps.release.sealed import Sealed
+
+#: Files of the study without which a ledger cannot have been made.
+HEADS = ("plan.parquet", "privacy/decisions.parquet", "privacy/report.json", "autoencoder/card.json")
+#: Steps without which there is no release.
+STEPS = ("cohort", "autoencoder", "diffusion", "generate", "filter", "privacy", "images")
+
+
+def check_lineage(release: Sealed) -> list[Check]:
+    """The runs lead from the ledger back to the cohort without a gap, and name the weights that the rows name."""
+    inputs = {str(path): str(digest) for path, digest in release.root["inputs"].items()}
+    found = lineage.trace(inputs, release.records.get)
+    steps = found.steps()
+    gaps = [*_gaps(found), *_unlike_sealed(release, inputs)]
+    stray = sorted(path for path in release.records if path not in found.records)
+    checks = [
+        judged(
+            3,
+            "chain",
+            gaps,
+            f"{len(steps)} runs: every file that one read is what another wrote",
+            "gap(s) in the chain of runs",
+        ),
+        judged(
+            3,
+            "ends",
+            _open_ends(inputs, steps),
+            "the chain leads from the ledger to the cohort",
+            "end(s) of the chain are missing",
+        ),
+        judged(3, "stray-records", stray, "no record that leads nowhere", "record(s) that do not lead to this release"),
+        judged(
+            3,
+            "sources",
+            [*_without_sources(found), *_by_other_weights(release, found)],
+            "every run read what its step needs",
+            "run(s) did not read what their step needs",
+        ),
+        judged(
+            3,
+            "weights",
+            _weight_problems(release, found),
+            "the rows' weights were written by recorded trainings",
+            "row(s) or models name other weights",
+        ),
+        _check_lock(release, steps),
+    ]
+    return checks + _code_notes(release, steps)
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+def _gaps(found: Lineage) -> Iterator[str]:
+    for path in found.missing:
+        yield f"{path}: no run wrote it"
+    for path, wanted, written in found.stale:
+        yield f"{path}: read with SHA-256 {wanted[:16]}, but written with {written[:16]}"
+    for path in sorted(set(found.cyclic)):
+        yield f"{path}: leads to itself"
+
+
+def _unlike_sealed(release: Sealed, inputs: dict[str, str]) -> Iterator[str]:
+    """What of the release itself the ledger was made from, and is sealed otherwise."""
+    for path, digest in inputs.items():
+        inside = path.removeprefix("release/")
+        if inside != path and release.root["files"].get(inside, {}).get("sha256") != digest:
+            yield f"{path}: read with SHA-256 {digest[:16]}, but sealed with another"
+
+
+def _open_ends(inputs: dict[str, str], steps: list[Record]) -> Iterator[str]:
+    names = {step_of(record) for record in steps}
+    yield from (f"{name} is not among the inputs of the ledger" for name in HEADS if name not in inputs)
+    yield from (f"no run of step `{name}`" for name in STEPS if name not in names)
+
+
+# ----------------------------------------------------------------------------------------------- sources
+
+
+def _paths(record: Record, side: str) -> set[str]:
+    return {entry["path"] for entry in lineage.entries(record, side)}
+
+
+def _without_sources(found: Lineage) -> Iterator[str]:
+    """Runs that lack an input."""
+    for record in found.steps():
+        sources = {step_of(found.records[path]) for path in _paths(record, "inputs") if path in found.records}
+        for needed in lineage.SOURCES.get(step_of(record), ()):
+            if not needed & sources:
+                yield f"{_written(record)} (step {record['step']}): read nothing of step {' or '.join(sorted(needed))}"
+
+
+def _by_other_weights(release: Sealed, found: Lineage) -> Iterator[str]:
+    """Runs that made or filtered the released images with other weights than the rows name."""
+    for record in _made_images(found):
+        for kind in ("autoencoder", "diffusion"):
+            read = {
+                (kind, digest)
+                for path in _paths(record, "inputs") & set(found.records)
+                if step_of(found.records[path]) == kind
+                for digest in _weights(found.records[path], path)
+            }
+            if not read or not read <= set(release.weights):
+                named = ", ".join(sorted(digest[:16] for _, digest in read)) or "none"
+                yield f"{_written(record)} (step {record['step']}): read {kind} {named}, which the rows do not name"
+
+
+def _made_images(found: Lineage) -> list[Record]:
+    """Runs of `generate` and `filter` that the released images come from."""
+    steps = found.steps()
+    filtered = {path for record in steps if step_of(record) == "images" for path in _paths(record, "inputs")}
+    filters = [record for record in steps if step_of(record) == "filter" and filtered & _paths(record, "outputs")]
+    drawn = {path for record in filters for path in _paths(record, "inputs")}
+    made = [record for record in steps if step_of(record) == "generate" and drawn & _paths(record, "outputs")]
+    chosen = {id(record) for record in [*filters, *made]}
+    return [record for record in steps if id(record) in chosen]
+
+
+def _weights(record: Record, path: str) -> set[str]:
+    """Digests of the weights that a run wrote to `path`."""
+    return {
+        str(entry["weights_sha256"])
+        for entry in lineage.entries(record, "outputs")
+        if entry["path"] == path and "weights_sha256" in entry
+    }
+
+
+def _written(record: Record) -> str:
+    return next((str(entry["path"]) for entry in lineage.entries(record, "outputs")), "nothing")
+
+
+def _weight_problems(release: Sealed, found: Lineage) -> Iterator[str]:
+    written: dict[str, set[str]] = {"autoencoder": set(), "diffusion": set()}
+    for path, record in found.records.items():
+        if (kind := step_of(record)) in written:
+            written[kind] |= _weights(record, path)
+    for (kind, digest), (first, count) in release.weights.items():
+        if digest not in written[kind]:
+            yield f"{kind} {digest[:16]} of {count} row(s), first {first}: no recorded training wrote it"
+    if len(release.weights) > 2:
+        yield f"{len(release.weights)} different weights in one cohort"
+
+
+# -------------------------------------------------------------------------------------- environment, code
+
+
+def _check_lock(release: Sealed, steps: list[Record]) -> Check:
+    locks = {record["environment"].get("lock_sha256") for record in steps} - {None}
+    path = release.folder / seal.LOCK
+    if not path.is_file():
+        return Check(3, "environment", "note", f"no {seal.LOCK}: versions are known from the records alone")
+    if locks and sha256_file(path) not in locks:
+        return Check(3, "environment", "finding", f"{seal.LOCK} is not the lock of any recorded run")
+    return Check(3, "environment", "pass", f"{seal.LOCK} is the lock of the recorded runs")
+
+
+def _code_notes(release: Sealed, steps: list[Record]) -> list[Check]:
+    versions_of = Counter(str(record["code"].get("version")) for record in steps)
+    commits = Counter(str(record["code"].get("commit"))[:12] for record in steps)
+    code = _code(release.root["software"].get("version"), versions_of, commits)
+    found = [] if code is None else [code]
+    dirty = sorted({record["step"] for record in steps if record["code"].get("dirty")})
+    if dirty:
+        text = f"steps with uncommitted changes: {', '.join(dirty)}; their code digests are in the records"
+        found.append(Check(3, "uncommitted", "note", text))
+    if not found:
+        version, commit = next(iter(versions_of), ""), next(iter(commits), "")
+        found = [Check(3, "code", "pass", f"all runs by version {version}, commit {commit}")]
+    if release.is_other:
+        advice = versions.advice(release.version, "to make images again")
+        found.append(Check(3, "other-version", "note", f"{advice}; this is version {__version__}"))
+    return found
+
+
+def _code(sealed_by: Any, versions_of: Counter[str], commits: Counter[str]) -> Check | None:
+    """How the versions of the runs go with that of the seal; None if all is one."""
+    if not isinstance(sealed_by, str) or sealed_by not in versions_of:
+        text = f"sealed by version {versions.stated(sealed_by)!r}, but runs by {dict(versions_of)}"
+        return Check(3, "code", "finding", text)
+    if set(versions_of) != {sealed_by} or len(commits) > 1:
+        return Check(3, "code", "note", f"runs by versions {dict(versions_of)}, commits {dict(commits)}")
+    return None

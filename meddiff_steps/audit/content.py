@@ -1,0 +1,106 @@
+"""L5 of an audit: every image is decoded; it says that it is synthetic, and is what the ledger says it shows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from meddiff_steps import config
+from meddiff_steps.audit.progress import progress
+from meddiff_steps.imaging import encoding
+from meddiff_steps.provenance.ledger import Row
+from meddiff_steps.provenance.verify import Check, judged
+from meddiff_steps.release.layout import Layout
+from meddiff_steps.release.sealed import Sealed
+
+#: What each check says if nothing is wrong, and after the number of wrong things.
+SAID = {
+    "decodes": ("{count} images can be decoded", "image(s) cannot be decoded"),
+    "format": ("shape, type and range are the study's", "problem(s) with shape, type, range or place"),
+    "voxels": ("what the images show is what the ledger holds", "image(s) show something else than the ledger says"),
+    "bytes": (
+        "no image holds anything else: headers are as they are written",
+        "thing(s) in images that no image is written with",
+    ),
+    "marks": ("every image and the dataset say that they are synthetic", "mark(s) are missing or wrong"),
+    "twins": ("no two subjects show the same", "pair(s) of subjects show the same"),
+}
+
+
+def check_content(release: Sealed) -> list[Check]:
+    """Every image is decoded; it says that it is synthetic, and is what the ledger says it shows."""
+    study, count = release.study, release.root["ledger"]["released"]
+    assert study is not None
+    images = _Images(release.folder, study)
+    for row in progress(release.released(), count, "content"):
+        images.look(row)
+    images.wrong["marks"] += _dataset_marks(release.folder, study, images.folders or {""})
+    return [judged(5, name, images.wrong[name], good.format(count=count), bad) for name, (good, bad) in SAID.items()]
+
+
+class _Images:
+    """Released images, looked at one by one: what is wrong with them, and the folders of their datasets."""
+
+    def __init__(self, release: Path, study: config.Study) -> None:
+        self.release, self.study = release, study
+        self.layout = Layout.of(study.spatial_dims, study.plan, study.release)
+        self.grid = encoding.Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
+        self.wrong: dict[str, list[str]] = {name: [] for name in SAID}
+        self.folders: set[str] = set()
+        self._shown: dict[str, tuple[str, str]] = {}
+
+    def look(self, row: Row) -> None:
+        """Add the image of a row."""
+        name, place = row["sample_id"], row["image"]["path"]
+        other, key = self._shown.setdefault(row["image"]["voxel_sha256"], (name, row["seed_key"]))
+        # Counterfactual images of one subject may be equal: their covariate then does nothing.
+        if key != row["seed_key"]:
+            self.wrong["twins"].append(f"{name} and {other}")
+        self.folders.add(self.layout.folder(row["group"], row["index"]))
+        if place != self.layout.path(name, row["group"], row["index"]):
+            self.wrong["format"].append(f"{name}: lies at {place}")
+        try:
+            image = encoding.decode(self.release / place, self.grid)
+        except encoding.Undecodable as error:
+            kind = "format" if isinstance(error, encoding.OtherForm) else "decodes"
+            self.wrong[kind].append(f"{place}: {error}")
+            return
+        self._look_at(image, name, row["image"]["voxel_sha256"])
+
+    def _look_at(self, image: encoding.Decoded, name: str, voxel_sha256: str) -> None:
+        study = self.study.study
+        self.wrong["format"] += [f"{name}: {problem}" for problem in _format_problems(image.stored)]
+        if encoding.voxel_digest(image.stored, image.affine) != voxel_sha256:
+            self.wrong["voxels"].append(name)
+        self.wrong["bytes"] += [f"{name}: {one}" for one in encoding.departures(image, self.grid, name, study)]
+        if not image.description.startswith("SYNTHETIC"):
+            self.wrong["marks"].append(f"{name}: the description is {image.description[:40]!r}")
+        if image.mark is None or image.mark.get("sample_id") != name or image.mark.get("study") != study:
+            self.wrong["marks"].append(f"{name}: the mark is {str(image.mark)[:200]!r}")
+
+
+def _format_problems(stored: np.ndarray) -> Iterator[str]:
+    top = encoding.VOLUME_SCALE if stored.ndim == 3 else encoding.PICTURE_SCALE
+    if stored.min() < 0 or stored.max() > top:
+        yield f"values from {stored.min()} to {stored.max()}, expected 0 to {top}"
+    elif stored.min() == stored.max():
+        yield f"the same value everywhere ({stored.min()})"
+
+
+def _dataset_marks(folder: Path, study: config.Study, datasets: Collection[str]) -> Iterator[str]:
+    wanted: list[tuple[str, Callable[[Any], Any]]] = []
+    for place in sorted({"", *datasets}):
+        wanted.append((str(PurePosixPath(place, "dataset_description.json")), lambda content: content["Synthetic"]))
+        if study.spatial_dims == 3 and place in datasets:
+            sidecar = str(PurePosixPath(place, f"{study.release.suffix}.json"))
+            wanted.append((sidecar, lambda content: content["Synthesis"]["Synthetic"]))
+    for name, mark in wanted:
+        try:
+            if mark(json.loads((folder / name).read_text(encoding="utf-8"))) is not True:
+                yield f"{name}: does not say that it is synthetic"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            yield f"{name}: no mark ({type(error).__name__}: {error})"

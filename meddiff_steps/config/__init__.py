@@ -1,0 +1,128 @@
+"""One study, one model: every default, unit and bound of the workflow lives here and nowhere else.
+
+A study is one YAML file.  `load_study` reads and validates it; `freeze` writes what each stage is allowed to
+see into content-addressed JSON files; `load_stage` is how a step reads its own.  The JSON Schema for editors
+(`config/study.schema.json`) and the reference of keys (`config/keys.md`) are generated from these classes.
+
+A module per section; `study` relates them, `stages` says which stage reads what, `renamed` what keys were called.
+"""
+
+from meddiff_steps.config.autoencoder import Adversarial, Autoencoder, AutoencoderOptimiser, Perceptual
+from meddiff_steps.config.base import (
+    Alphanumeric,
+    Fraction,
+    Name,
+    Optimiser,
+    PositiveFloat,
+    PositiveInt,
+    Scalar,
+    Section,
+)
+from meddiff_steps.config.choices import (
+    DenoiserName,
+    DetectorName,
+    FeatureSpaceName,
+    FirstStageName,
+    MetricName,
+    Sampler,
+)
+from meddiff_steps.config.cohort import BidsSource, CohortSource, SimulatedSource, Splits, TableSource
+from meddiff_steps.config.compute import Compute
+from meddiff_steps.config.counterfactual import Counterfactual
+from meddiff_steps.config.covariates import CategoricalCovariate, ContinuousCovariate, Covariate, Covariates
+from meddiff_steps.config.diffusion import Diffusion, DiffusionOptimiser
+from meddiff_steps.config.downstream import Arm, Classifier, ClassifierOptimiser, Downstream, Primary, Shift
+from meddiff_steps.config.evaluate import Evaluate, FeatureNetwork
+from meddiff_steps.config.generate import Generate
+from meddiff_steps.config.latents import Latents
+from meddiff_steps.config.loading import load_study, parse_published, parse_study
+from meddiff_steps.config.plan import Condition, PlanGroup
+from meddiff_steps.config.preprocess import Channel, Preprocess
+from meddiff_steps.config.privacy import Embedder, EmbedderOptimiser, Privacy
+from meddiff_steps.config.publishing import PATH_KEYS, without_paths
+from meddiff_steps.config.reference import json_schema, key_reference
+from meddiff_steps.config.release import Card, Release
+from meddiff_steps.config.sampler_study import SamplerStudy
+from meddiff_steps.config.second_model import SecondModel
+from meddiff_steps.config.segmentation import Segmentation, SegmenterOptimiser, Structure
+from meddiff_steps.config.stages import STAGES, TEXT_KEYS, freeze, load_stage, part_of, resolved, stages_of
+from meddiff_steps.config.storage import S3, Storage
+from meddiff_steps.config.study import RESERVED_COLUMNS, Study
+from meddiff_steps.config.variants import Variants
+
+__all__ = [
+    "PATH_KEYS",
+    "RESERVED_COLUMNS",
+    "S3",
+    "STAGES",
+    "TEXT_KEYS",
+    "Adversarial",
+    "Alphanumeric",
+    "Arm",
+    "Autoencoder",
+    "AutoencoderOptimiser",
+    "BidsSource",
+    "Card",
+    "CategoricalCovariate",
+    "Channel",
+    "Classifier",
+    "ClassifierOptimiser",
+    "CohortSource",
+    "Compute",
+    "Condition",
+    "ContinuousCovariate",
+    "Counterfactual",
+    "Covariate",
+    "Covariates",
+    "DenoiserName",
+    "DetectorName",
+    "Diffusion",
+    "DiffusionOptimiser",
+    "Downstream",
+    "Embedder",
+    "EmbedderOptimiser",
+    "Evaluate",
+    "FeatureNetwork",
+    "FeatureSpaceName",
+    "FirstStageName",
+    "Fraction",
+    "Generate",
+    "Latents",
+    "MetricName",
+    "Name",
+    "Optimiser",
+    "Perceptual",
+    "PlanGroup",
+    "PositiveFloat",
+    "PositiveInt",
+    "Preprocess",
+    "Primary",
+    "Privacy",
+    "Release",
+    "Sampler",
+    "SamplerStudy",
+    "Scalar",
+    "SecondModel",
+    "Section",
+    "Segmentation",
+    "SegmenterOptimiser",
+    "Shift",
+    "SimulatedSource",
+    "Splits",
+    "Storage",
+    "Structure",
+    "Study",
+    "TableSource",
+    "Variants",
+    "freeze",
+    "json_schema",
+    "key_reference",
+    "load_stage",
+    "load_study",
+    "parse_published",
+    "parse_study",
+    "part_of",
+    "resolved",
+    "stages_of",
+    "without_paths",
+]

@@ -1,0 +1,124 @@
+"""What all sections share: their class, types of values, marks on keys, and a walk over all keys."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
+Alphanumeric = Annotated[str, Field(pattern=r"^[A-Za-z0-9]+$")]
+#: A value of a covariate: a number, or a level.
+Scalar = float | int | str
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Something about a key that is said once, where the key is declared."""
+
+    name: str
+
+
+#: The key is a text for people. A stage is given it only where STAGES names it, so that correcting it trains nothing
+#: again.
+TEXT = Mark("text")
+#: The key is a path on the user's machine, which nothing that is published may show.
+PATH = Mark("path")
+Text = Annotated[str, TEXT]
+LocalPath = Annotated[str, PATH]
+
+
+class Section(BaseModel):
+    """A part of a study: unknown keys are refused, values cannot change after validation."""
+
+    # Built when first used: the workflow, parsed anew in every job, starts sooner.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+
+
+class Optimiser(Section):
+    """How a network is trained; what a study leaves out keeps its default."""
+
+    steps: Annotated[
+        int, Field(ge=1, description="Gradient steps. More for larger cohorts, until the validation loss is flat.")
+    ]
+    batch_size: Annotated[
+        int, Field(ge=1, description="Images per gradient step, of all GPUs together. Bounds memory.")
+    ]
+    learning_rate: Annotated[
+        float, Field(gt=0.0, description="Largest step size of AdamW. Lower it where the loss jumps.")
+    ]
+    warmup_steps: Annotated[
+        int,
+        Field(ge=0, description="Steps over which the learning rate rises from 0; it then falls to 0 along a cosine."),
+    ] = 50
+    gradient_clip: PositiveFloat = Field(1.0, description="Largest gradient norm.")
+    log_every: PositiveInt = Field(25, description="Steps that one point of the training curve averages.")
+    ema_decay: Annotated[
+        float,
+        Field(
+            ge=0.0,
+            lt=1.0,
+            description="Decay per step of the averaged weights that are released. Shorter trainings need a smaller "
+            "one: about 1 - 5 / `steps`.",
+        ),
+    ] = 0.999
+    checkpoint_every: PositiveInt = Field(250, description="Steps between resumable checkpoints.")
+    validate_every: Annotated[int, Field(ge=1, description="Steps between validation losses.")] = 200
+
+
+# --------------------------------------------------------------------------------------------- a walk over keys
+
+#: Where a key is: the names that lead to it, "*" for any name of a mapping; lists have no name of their own.
+Keys = tuple[str, ...]
+
+
+def models_in(annotation: Any) -> Iterator[tuple[Keys, type[BaseModel]]]:
+    """The models that a key of this type may hold, each with a "*" per mapping on the way."""
+    origin = get_origin(annotation)
+    if origin is None:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield (), annotation
+    elif origin is dict:
+        for keys, model in models_in(get_args(annotation)[1]):
+            yield ("*", *keys), model
+    else:
+        for argument in get_args(annotation)[: 1 if origin is Annotated else None]:
+            yield from models_in(argument)
+
+
+def fields_of(model: type[BaseModel], keys: Keys = ()) -> Iterator[tuple[Keys, FieldInfo]]:
+    """Every key below a model, with where it is."""
+    for name, field in model.model_fields.items():
+        yield (*keys, name), field
+        for below, inner in models_in(field.annotation):
+            yield from fields_of(inner, (*keys, name, *below))
+
+
+def marked(model: type[BaseModel], mark: Mark) -> frozenset[Keys]:
+    """Where the keys with a mark are."""
+    return frozenset(keys for keys, field in fields_of(model) if mark in field.metadata)
+
+
+def replaced(content: dict[str, Any], places: Collection[Keys], by: str) -> dict[str, Any]:
+    """A copy of a study's content in which the values at some places are `by`; what is null stays null."""
+
+    def copy(value: Any, below: frozenset[Keys]) -> Any:
+        if not below:
+            return value
+        if isinstance(value, dict):
+            return {
+                key: copy(item, frozenset(keys[1:] for keys in below if keys and keys[0] in (key, "*")))
+                for key, item in value.items()
+            }
+        if isinstance(value, list):
+            return [copy(item, below) for item in value]
+        return by if () in below and value is not None else value
+
+    copied: dict[str, Any] = copy(content, frozenset(places))
+    return copied

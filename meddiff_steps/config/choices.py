@@ -1,0 +1,20 @@
+"""What can be chosen by name, as types of keys: the names are those of the registries."""
+
+from typing import Annotated
+
+from meddiff_steps.core.registries import (
+    DENOISERS,
+    DETECTORS,
+    FEATURE_SPACES,
+    FIRST_STAGES,
+    METRICS,
+    SAMPLERS,
+)
+from meddiff_steps.core.registry import Choice
+
+Sampler = Annotated[str, Choice(SAMPLERS)]
+FirstStageName = Annotated[str, Choice(FIRST_STAGES)]
+DenoiserName = Annotated[str, Choice(DENOISERS)]
+DetectorName = Annotated[str, Choice(DETECTORS)]
+MetricName = Annotated[str, Choice(METRICS)]
+FeatureSpaceName = Annotated[str, Choice(FEATURE_SPACES)]

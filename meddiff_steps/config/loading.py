@@ -1,0 +1,112 @@
+"""Reading a study, and telling what is wrong with one."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from meddiff_steps.config.base import Keys, fields_of
+from meddiff_steps.config.renamed import before_renaming, old_names, translated
+from meddiff_steps.config.study import Study
+from meddiff_steps.core.errors import UserError
+
+#: Parts of the places that pydantic names which are no keys: kinds of a section, and how a value was tried.
+_NO_KEYS = re.compile(r"(continuous|categorical|simulated|bids|table)$|(tuple|function)\b")
+
+
+def load_study(path: Path) -> Study:
+    """Read and validate a study.
+
+    Raises
+    ------
+    UserError
+        The file is missing, is no YAML mapping, or breaks a rule; every problem is listed with its key.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such study file. Give a YAML file, for example config/config.yaml.") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a directory, expected a YAML file. Name the study file itself.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file ({error.reason}). A study is a YAML file in UTF-8.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    return parse_study(raw, str(path))
+
+
+def parse_study(raw: Any, origin: str) -> Study:
+    """Validate an already parsed study; `origin` names it in error messages.
+
+    Raises
+    ------
+    UserError
+        It breaks a rule, or has keys of an earlier version; every problem is listed with its key.
+    """
+    if not isinstance(raw, dict):
+        raise UserError(f"{origin}: expected a mapping of sections, found {type(raw).__name__}. See config/README.md.")
+    problems = list(old_names(raw))
+    if isinstance(raw.get("release"), str):
+        raw = {name: section for name, section in raw.items() if name != "release"}
+    try:
+        study = Study.model_validate(translated(raw) if problems else raw)
+    except ValidationError as error:
+        problems += [line for problem in error.errors(include_url=False) for line in _explained(problem)]
+    if problems:
+        listed = "".join(f"\n  {problem}" for problem in problems)
+        raise UserError(f"{origin}: {len(problems)} problem(s) in the study:{listed}")
+    return study
+
+
+def parse_published(content: Any, origin: str, version: str) -> Study:
+    """Validate the study in a release that some version of this package sealed.
+
+    Keys that had other names then are read as those of today; all values stay.  `content` itself is not changed:
+    digests are of it.
+
+    Raises
+    ------
+    UserError
+        It breaks a rule; every problem is listed with its key of today.
+    """
+    old = before_renaming(version) and isinstance(content, dict)
+    return parse_study(translated(content) if old else content, origin)
+
+
+def _explained(problem: ErrorDetails) -> Iterator[str]:
+    """A problem in words, after the key that it is about."""
+    where = tuple(str(part) for i, part in enumerate(problem["loc"]) if not (i and _NO_KEYS.match(str(part))))
+    if not where:  # a relation between sections, which names its keys itself
+        yield from problem["msg"].removeprefix("Value error, ").split("\n")
+        return
+    found, message = problem.get("input"), problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        message = (
+            f"unknown key. {_meant(tuple(part for part in where if not part.isdigit()))}config/keys.md lists all keys"
+        )
+    elif problem["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        message = "set `source` to bids, table or simulated"
+    shown = problem["type"] != "missing" and isinstance(found, (str, int, float, bool, type(None)))
+    yield f"{'.'.join(where)}: {message}{f' (found {found!r})' if shown else ''}"
+
+
+def _meant(where: Keys) -> str:
+    """What an unknown key was probably to be: one of its section that is written alike, or its name elsewhere."""
+    known = [keys for keys, _ in fields_of(Study)]
+    beside = {
+        keys[-1]
+        for keys in known
+        if len(keys) == len(where) and all(a in ("*", b) for a, b in zip(keys[:-1], where[:-1], strict=True))
+    }
+    close = difflib.get_close_matches(where[-1], beside, 1)
+    if close:
+        return f"Did you mean `{close[0]}`? "
+    elsewhere = [".".join(keys) for keys in known if keys[-1] == where[-1] and "*" not in keys]
+    return f"Did you mean `{elsewhere[0]}`? " if len(elsewhere) == 1 else ""

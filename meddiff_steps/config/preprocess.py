@@ -1,0 +1,107 @@
+"""Section `preprocess`: from any scan to one grid and one scale."""
+
+import string
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from meddiff_steps.config.base import PATH, Fraction, LocalPath, Name, PositiveFloat, PositiveInt, Section
+
+#: What a path pattern can be filled in with, by scan.
+PATTERN_FIELDS = ("subject_id", "session_id", "scan_id")
+#: Columns of shards; no channel can have their names.
+SHARD_COLUMNS = frozenset(
+    [
+        "scan_id",
+        "sample_id",
+        "subject_id",
+        "image",
+        "reconstruction",
+        "split",
+        "variant",
+        "mean",
+        "log_variance",
+        "attempt",
+    ]
+)
+
+
+class Channel(Section):
+    """A further image of each scan, brought to the same grid and stored beside it as a column of its own."""
+
+    path: LocalPath = Field(
+        min_length=1,
+        description="Path pattern, with {subject_id}, {session_id} and {scan_id}; the image is in the same world "
+        "space as the scan.",
+    )
+    kind: Literal["contrast", "mask", "labels"] = Field(
+        "contrast",
+        description="`contrast`: grey values, interpolated and scaled to [0, 1] like the scan; `mask`: 0 outside and "
+        "1 inside; `labels`: whole numbers. Masks and labels take the nearest voxel.",
+    )
+    required: bool = Field(
+        True, description="`true`: a scan without this image is left out of the study; `false`: it is filled with 0."
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _can_be_filled_in(cls, value: str) -> str:
+        try:
+            found = {field for _, field, _, _ in string.Formatter().parse(value) if field is not None}
+        except ValueError as error:
+            raise ValueError(f"{value!r} is no path pattern ({error}); write {{{{ and }}}} for braces") from None
+        unknown = sorted(found - set(PATTERN_FIELDS))
+        if unknown:
+            raise ValueError(f"a pattern has {', '.join(PATTERN_FIELDS)} in braces, found {unknown[0]!r}")
+        return value
+
+
+class Preprocess(Section):
+    """From any scan to one grid and one intensity scale [0, 1]; defined once, used by every later stage."""
+
+    shape: tuple[PositiveInt, PositiveInt] | tuple[PositiveInt, PositiveInt, PositiveInt] = Field(
+        (32, 40, 32),
+        description="Voxels (3D, axes left-right, posterior-anterior, inferior-superior) or pixels (2D, rows, "
+        "columns). Divisible by the reduction of both networks; shape times spacing must hold every scan.",
+    )
+    spacing_mm: PositiveFloat | None = Field(
+        5.0, description="Isotropic voxel size of the 3D grid in mm; null for 2D images."
+    )
+    center: Literal["image", "foreground"] = Field(
+        "image", description="What the grid is centred on. `foreground` where scans show the head in different places."
+    )
+    foreground: Literal["nonzero", "all"] = Field(
+        "nonzero",
+        description="Voxels that intensity percentiles are taken over. `all` where 0 is a grey value like others "
+        "(radiographs).",
+    )
+    percentiles: tuple[float, float] = Field((0.0, 99.5), description="Mapped to 0 and 1; values outside are clipped.")
+    brain_mask: Annotated[str | None, PATH] = Field(
+        None,
+        description="Path pattern of a mask per scan, with {subject_id}, {session_id} and {scan_id}; voxels outside "
+        "become 0.",
+    )
+    channels: dict[Name, Channel] = Field(
+        {}, description="Further images of each scan, by the name of their column: other contrasts, masks, label maps."
+    )
+    shards: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        2, description="Files, and so jobs, that the scans are divided into; about one per 200 scans."
+    )
+    max_failed_share: Fraction = Field(0.05, description="More left-out scans than this stop the study.")
+
+    @field_validator("channels")
+    @classmethod
+    def _names_are_free(cls, value: dict[str, Channel]) -> dict[str, Channel]:
+        taken = sorted(set(value) & SHARD_COLUMNS)
+        if taken:
+            raise ValueError(f"{taken} are columns that shards already have; call the channels something else")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        low, high = self.percentiles
+        if not 0.0 <= low < high <= 100.0:
+            raise ValueError(f"percentiles must be 0 <= low < high <= 100, found [{low:g}, {high:g}]")
+        if (len(self.shape) == 3) != (self.spacing_mm is not None):
+            raise ValueError("a 3D shape needs spacing_mm in millimetres, a 2D shape needs spacing_mm: null")
+        return self

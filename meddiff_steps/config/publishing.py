@@ -1,0 +1,16 @@
+"""What of a study is published: everything but where things lie on the user's machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from meddiff_steps.config.base import PATH, marked, replaced
+from meddiff_steps.config.study import Study
+
+#: Keys whose values are paths on the user's machine; `without_paths` blanks them in everything that is published.
+PATH_KEYS = marked(Study, PATH)
+
+
+def without_paths(content: dict[str, Any]) -> dict[str, Any]:
+    """A study, or the part of it that a stage may read, as published: paths of the user's machine are "(path)"."""
+    return replaced(content, PATH_KEYS, "(path)")

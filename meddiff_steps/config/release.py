@@ -1,0 +1,60 @@
+"""Section `release`: what the published cohort says of itself."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from meddiff_steps.config.base import PATH, TEXT, PositiveInt, Section, Text
+
+
+class Card(Section):
+    """The half of the release's README that only its publisher can write; what stays empty is a blank there."""
+
+    intended_use: Text = Field("", description="What the cohort is meant for.")
+    not_for: Text = Field("", description="What it must not be used for.")
+    ethics: Text = Field("", description="Consent and approvals behind the source data.")
+    limitations: Text = Field("", description="Known biases and shortfalls that the figures do not show.")
+    contact: Text = Field("", description="Whom to ask.")
+
+
+class Release(Section):
+    """The synthetic cohort as a BIDS dataset."""
+
+    name: Text = Field("Synthetic cohort", description="Name in dataset_description.json.")
+    authors: Annotated[list[str], TEXT] = Field(
+        [], description="Names of its publishers, in order, for dataset_description.json."
+    )
+    licence: Text = Field(
+        "CC0", description="Licence of the synthetic images: what the terms of the source data allow."
+    )
+    suffix: Literal["T1w", "T2w", "PDw", "FLAIR", "T2starw", "inplaneT1", "inplaneT2"] = Field(
+        "T1w", description="BIDS suffix of 3D images: their contrast."
+    )
+    skull_stripped: bool = Field(
+        True, description="Whether the images that the model learnt from show the brain only (BIDS SkullStripped)."
+    )
+    acknowledgements: Text = Field("", description="Acknowledgement that the source data ask for.")
+    signing_key: Annotated[str | None, PATH] = Field(
+        None, description="Path of a private key that `keygen` made; the release is then signed. Never published."
+    )
+    url: Text = Field("", description="Address at which the release will be found.")
+    date: Text = Field(
+        "",
+        pattern=r"^(\d{4}-\d{2}-\d{2})?$",
+        description="Day of publication, YYYY-MM-DD; by default the day on which the last image was made.",
+    )
+    shard_size: PositiveInt = Field(
+        1000,
+        description="Subjects per dataset: if more are planned, the release is several datasets, each complete by "
+        "itself, of at most so many subjects.",
+    )
+    card: Card = Field(Card(), description="What only the publisher can say, for the README.")
+    exports: list[Literal["webdataset"]] = Field(
+        [],
+        description="Copies for machine learning, beside the release: `webdataset` writes tar shards and a table.",
+    )
+    models: bool = Field(
+        False,
+        description="Whether the weights are packed for publication, too. They can give away more of the training "
+        "scans than images do.",
+    )

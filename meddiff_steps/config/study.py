@@ -1,0 +1,247 @@
+"""A whole study: its sections, and what must hold between them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Self
+
+from pydantic import Field, ValidationInfo, model_validator
+
+from meddiff_steps.config.autoencoder import Autoencoder
+from meddiff_steps.config.base import LocalPath, Scalar, Section, Text
+from meddiff_steps.config.cohort import BidsSource, CohortSource, Splits
+from meddiff_steps.config.compute import Compute
+from meddiff_steps.config.counterfactual import Counterfactual
+from meddiff_steps.config.covariates import CategoricalCovariate, ContinuousCovariate, Covariates
+from meddiff_steps.config.diffusion import Diffusion
+from meddiff_steps.config.downstream import Downstream
+from meddiff_steps.config.evaluate import Evaluate
+from meddiff_steps.config.generate import Generate
+from meddiff_steps.config.latents import Latents
+from meddiff_steps.config.plan import PlanGroup
+from meddiff_steps.config.preprocess import Preprocess
+from meddiff_steps.config.privacy import Privacy
+from meddiff_steps.config.release import Release
+from meddiff_steps.config.sampler_study import SamplerStudy
+from meddiff_steps.config.second_model import SecondModel
+from meddiff_steps.config.segmentation import Segmentation
+from meddiff_steps.config.storage import Storage
+from meddiff_steps.config.variants import Variants
+from meddiff_steps.core.registries import samplers_of
+
+#: Context of a validation that reads one section back: what relates it to others was checked when the study was read.
+ONE_SECTION = {"relations": False}
+
+
+class Study(Section):
+    """A whole study, as written in one YAML file."""
+
+    study: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")] = Field(description="Names the results folder.")
+    title: Text = Field("", description="What the study is about, in a few words, for the report and the README.")
+    results: LocalPath = Field(
+        "results",
+        description="Folder that the study's own folder lies in; relative paths start at the working directory.",
+    )
+    seed: str = Field(
+        "meddiff", min_length=1, description="Root of every random number; any text. Publish it with the cohort."
+    )
+    cohort: CohortSource = Field(description="Where real scans come from, by its key `source`.")
+    covariates: Covariates = Field(min_length=1, description="What images are conditioned on, by name.")
+    splits: Splits = Field(Splits(), description="Which subjects are kept for what.")
+    preprocess: Preprocess = Field(Preprocess(), description="From any scan to one grid and one scale.")
+    autoencoder: Autoencoder = Field(Autoencoder(), description="The first stage, from images to latents and back.")
+    variants: Variants = Field(Variants(), description="Changed copies of training scans.")
+    latents: Latents = Field(Latents(), description="Encoded scans, and the Gaussian model of them.")
+    diffusion: Diffusion = Field(Diffusion(), description="The model that draws latents.")
+    plan: list[PlanGroup] = Field(min_length=1, description="Which synthetic subjects are made, in groups.")
+    generate: Generate = Field(Generate(), description="How images are drawn.")
+    privacy: Privacy = Field(Privacy(), description="What may be released.")
+    second_model: SecondModel = Field(SecondModel(), description="A model that never saw a real scan. Off by default.")
+    evaluate: Evaluate = Field(Evaluate(), description="What is measured on synthetic images.")
+    segmentation: Segmentation | None = Field(None, description="Label maps of the cohort, where it has them.")
+    sampler_study: SamplerStudy = Field(SamplerStudy(), description="Which sampler, how many steps, how much guidance.")
+    downstream: Downstream = Field(
+        Downstream(), description="Does a classifier gain from synthetic images? Off by default."
+    )
+    counterfactual: Counterfactual = Field(
+        Counterfactual(), description="Real scans with another value of a covariate. Off by default."
+    )
+    release: Release = Field(Release(), description="The synthetic cohort as a BIDS dataset.")
+    compute: Compute = Field(Compute(), description="What the machine is asked for.")
+    storage: Storage = Field(Storage(), description="What stays on disk, and where it goes.")
+
+    @model_validator(mode="after")
+    def _consistent(self, info: ValidationInfo) -> Self:
+        if info.context == ONE_SECTION:
+            return self
+        problems = [problem for relation in RELATIONS for problem in relation(self)]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def spatial_dims(self) -> int:
+        """2 or 3."""
+        return len(self.preprocess.shape)
+
+
+# --------------------------------------------------------------------------- relations between sections
+#
+# Each says what is wrong, with its key.  None relies on another: all problems of a study are told at once.
+
+#: Columns of the manifest and the plan; no covariate can have their names.
+RESERVED_COLUMNS = frozenset(
+    "scan_id subject_id session_id path sha256 content_sha256 split "
+    "sample_id group index attempt cohort_root noise_index seed_key shard".split()
+)
+
+
+def _fetched_cohort(study: Study) -> Iterator[str]:
+    if study.storage.cohort and not isinstance(study.cohort, BidsSource):
+        yield (
+            "storage.cohort: only a BIDS cohort is fetched, into cohort.root; set cohort.source: bids, or leave "
+            "storage.cohort out"
+        )
+
+
+def _shape_divides(study: Study) -> Iterator[str]:
+    first, second = study.autoencoder.downsampling, 2 ** (len(study.diffusion.channels) - 1)
+    if any(n % (first * second) for n in study.preprocess.shape):
+        yield (
+            f"preprocess.shape {list(study.preprocess.shape)} must be divisible by {first * second} "
+            f"(autoencoder {first} x diffusion {second}); change the shape or use fewer levels"
+        )
+
+
+# ............................................................................................ covariates
+
+
+def _covariate_names(study: Study) -> Iterator[str]:
+    taken = sorted(set(study.covariates) & RESERVED_COLUMNS)
+    if taken:
+        yield (
+            f"covariates {taken} have names of columns that the tables already have; call them something else and set "
+            "`column`"
+        )
+
+
+def _not_a_value(study: Study, name: str, values: Sequence[Scalar]) -> Iterator[str]:
+    """What is wrong with values that a covariate is asked to have."""
+    covariate = study.covariates.get(name)
+    if covariate is None:
+        yield f"no such covariate; declared are {sorted(study.covariates)}"
+        return
+    for value in values:
+        if isinstance(covariate, CategoricalCovariate):
+            if str(value) not in covariate.levels:
+                yield f"{value!r} is not one of {covariate.levels}"
+        elif not isinstance(value, (int, float)) or not covariate.range[0] <= value <= covariate.range[1]:
+            yield f"{value!r} is outside the declared range {list(covariate.range)} {covariate.unit}"
+
+
+def _not_a_label(study: Study, name: str) -> Iterator[str]:
+    """What is wrong with a covariate that is to be categorical."""
+    covariate = study.covariates.get(name)
+    if covariate is None:
+        yield f"{name} is no declared covariate; declared are {sorted(study.covariates)}"
+    elif not isinstance(covariate, CategoricalCovariate):
+        yield f"{name} is a number, and a label is needed; declare a categorical covariate, for example its terciles"
+
+
+def _labels(study: Study) -> Iterator[str]:
+    named = {
+        "privacy.subgroup": study.privacy.subgroup,
+        "downstream.target": study.downstream.target,
+        "downstream.subgroup": study.downstream.subgroup,
+        "downstream.shift.covariate": study.downstream.shift.covariate if study.downstream.shift else None,
+    }
+    for where, name in named.items():
+        yield from (f"{where}: {problem}" for problem in (_not_a_label(study, name) if name is not None else ()))
+
+
+def _structures(study: Study) -> Iterator[str]:
+    if study.segmentation is None:
+        return
+    if study.spatial_dims != 3:
+        yield "segmentation: volumes need 3D images; leave the section out"
+    for name in study.segmentation.structures:
+        covariate = study.covariates.get(name)
+        if not isinstance(covariate, ContinuousCovariate) or covariate.unit != "mL":
+            yield (
+                f"segmentation.structures: {name} is no covariate with unit mL; name each structure as the covariate "
+                "that is its volume"
+            )
+
+
+def _counterfactual(study: Study) -> Iterator[str]:
+    wanted = study.counterfactual
+    if wanted.covariate is not None:
+        where = "values" if wanted.covariate in study.covariates else "covariate"
+        for problem in _not_a_value(study, wanted.covariate, wanted.values):
+            yield f"counterfactual.{where}: {problem}"
+
+
+# .................................................................................................. plan
+
+
+def _group_names(study: Study) -> Iterator[str]:
+    names = [group.name for group in study.plan]
+    if len(set(names)) != len(names):
+        yield f"plan: group names must be distinct, found {names}"
+
+
+def _requests(study: Study) -> Iterator[str]:
+    for group in study.plan:
+        for field in ("where", "grid", "base"):
+            for name, value in getattr(group, field).items():
+                for problem in _not_a_value(study, name, value if isinstance(value, list) else [value]):
+                    yield f"plan.{group.name}.{field}.{name}: {problem}"
+
+
+# .............................................................................................. samplers
+
+
+def _samplers(study: Study) -> Iterator[str]:
+    kind = study.diffusion.prediction_type
+    able = samplers_of(kind)
+    named = [("generate.sampler", study.generate.sampler)]
+    named += [("sampler_study.samplers", sampler) for sampler in study.sampler_study.samplers or []]
+    for where, sampler in named:
+        if sampler not in able:
+            yield (
+                f"{where}: {sampler} cannot sample a model with diffusion.prediction_type: {kind}; take one of"
+                f" {', '.join(able)}, or another prediction_type"
+            )
+
+
+# ............................................................................................ downstream
+
+
+def _shifted_levels(study: Study) -> Iterator[str]:
+    shift = study.downstream.shift
+    if shift is None:
+        return
+    if shift.covariate == study.downstream.target:
+        yield "downstream.shift.covariate: keeping levels of the target out of training leaves nothing to learn"
+    covariate = study.covariates.get(shift.covariate)
+    if isinstance(covariate, CategoricalCovariate) and not set(shift.levels) < set(covariate.levels):
+        yield f"downstream.shift.levels must be some, not all, of {sorted(covariate.levels)}, found {shift.levels}"
+
+
+def _groups_of_arms(study: Study) -> Iterator[str]:
+    known = {group.name for group in study.plan}
+    for name in sorted(set(study.downstream.groups) - known):
+        yield f"downstream.groups: the plan has no group {name}; it has {sorted(known)}"
+
+
+RELATIONS: tuple[Callable[[Study], Iterator[str]], ...] = (
+    _fetched_cohort,
+    _shape_divides,
+    _covariate_names,
+    _labels,
+    _structures,
+    _counterfactual,
+    _group_names,
+    _requests,
+    _samplers,
+    _shifted_levels,
+    _groups_of_arms,
+)

@@ -1,0 +1,21 @@
+"""Section `variants`: changed copies of training scans."""
+
+from pydantic import Field
+
+from meddiff_steps.config.base import Count, PositiveInt, Section
+
+
+class Variants(Section):
+    """Variants of each training scan, drawn once and encoded with it (variant 0 is always the scan itself)."""
+
+    count: PositiveInt = Field(
+        1, description="Variants per training scan, itself included. More where scans are few: 4 to 8 for some hundred."
+    )
+    flip: bool = Field(
+        False,
+        description="Mirror left-right in half of the variants. Sensible for brains, wrong for chests (the heart has "
+        "a side).",
+    )
+    max_shift_voxels: Count = Field(
+        0, description="Largest whole-voxel shift per axis; no interpolation, so nothing is blurred."
+    )

@@ -1,0 +1,107 @@
+"""Realism: how far the distribution of synthetic images is from that of real ones, in a feature space.
+
+Every figure compares synthetic images with held-out real scans.  Its floor is the same figure with as many training
+scans in place of the synthetic images: what a generator as good as reality would get with these numbers of images.
+Figures of different feature spaces or numbers of images cannot be compared; a figure and its floor can.
+
+A metric (`evaluate.metrics`) is a module of this package: `ENTRY` says what it is, and
+`figure(sample, reference, scale, draws)` measures it; `measure.measure` calls those that are chosen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+#: Principal components kept at most.  A covariance of d components has d^2 / 2 numbers: fewer than five images per
+#: component leave it mostly noise.
+MAX_COMPONENTS, IMAGES_PER_COMPONENT = 64, 5
+#: Fewer images than this, of any kind, say nothing about a distribution.
+MIN_IMAGES = 10
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Features of some images.
+
+    Attributes
+    ----------
+    features
+        float64 (n, d).
+    units
+        What is resampled: the subject of each real scan, the noise of each synthetic image.
+    """
+
+    features: np.ndarray
+    units: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Units of a feature space: standard deviations over training scans, and the main directions of their variation.
+
+    Attributes
+    ----------
+    mean, spread
+        (d,); a feature that is constant over training scans keeps its own unit.
+    basis
+        Principal components, orthonormal (d, k).
+    explained
+        Share of the variance of training scans along each, (k,).
+    """
+
+    mean: np.ndarray
+    spread: np.ndarray
+    basis: np.ndarray
+    explained: np.ndarray
+
+    @classmethod
+    def of(cls, training: np.ndarray, images: int) -> Self:
+        """Learn from training features (n, d); `images` is the size of the smallest sample that will be measured."""
+        features = np.asarray(training, dtype=np.float64)
+        mean, spread = features.mean(0), features.std(0)
+        spread = np.where(spread > 1e-6 * np.maximum(np.abs(mean), 1e-3), spread, 1.0)
+        _, singular, directions = np.linalg.svd((features - mean) / spread, full_matrices=False)
+        count = max(2, min(MAX_COMPONENTS, images // IMAGES_PER_COMPONENT, len(directions)))
+        directions = (
+            directions[:count]
+            * np.where(np.take_along_axis(directions, np.abs(directions).argmax(1)[:, None], 1) < 0, -1.0, 1.0)[:count]
+        )
+        power = np.square(singular)
+        return cls(mean, spread, directions.T, power[:count] / max(power.sum(), 1e-300))
+
+    def standard(self, features: np.ndarray) -> np.ndarray:
+        """Features in standard deviations of training scans, float64 (n, d)."""
+        return (np.asarray(features, dtype=np.float64) - self.mean) / self.spread
+
+    def components(self, standard: np.ndarray) -> np.ndarray:
+        """Standardised features along the principal components, (n, k)."""
+        return standard @ self.basis
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What a metric may draw, and from which stream.
+
+    Attributes
+    ----------
+    resamples
+        Of the bootstrap behind an interval, where a resample costs little.
+    slow_resamples
+        The same where each costs as much as the figure itself.
+    permutations
+        Of a test of equal distributions.
+    seed, label
+        Root of all random numbers, and whose figure it is: `synthetic`, or `training` for the floor.
+    """
+
+    resamples: int
+    slow_resamples: int
+    permutations: int
+    seed: str
+    label: str

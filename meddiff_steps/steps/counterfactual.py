@@ -1,0 +1,140 @@
+"""Step `counterfactual`: real scans with one covariate moved, on their own grids, as a BIDS derivative."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import typer
+from safetensors.numpy import load_file
+
+from meddiff_steps.applications import derivative
+from meddiff_steps.applications.counterfactual import Counterfactuals, counterfactuals
+from meddiff_steps.applications.guides import latent_guides
+from meddiff_steps.applications.interpolation import interpolate
+from meddiff_steps.applications.scans import chosen_scans, sweep
+from meddiff_steps.cohort.manifest import read_manifest
+from meddiff_steps.compute.device import make_fabric
+from meddiff_steps.config import CategoricalCovariate, Study, load_stage
+from meddiff_steps.core.files import atomic_path, write_atomic, write_json
+from meddiff_steps.evaluation import counterfactual as measuring
+from meddiff_steps.imaging.restoration import restore, restore_difference
+from meddiff_steps.imaging.selection import Images
+from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.instruments.embedder import load_embedder
+from meddiff_steps.instruments.predictors import MAX_TRAINING_SCANS, fit_predictors
+from meddiff_steps.models.trained import TrainedModel
+from meddiff_steps.report.application_figures import counterfactual_sheet, interpolation_sheet
+from meddiff_steps.steps import options
+
+log = logging.getLogger(__name__)
+
+README = """# Counterfactuals
+
+Each image was made by a generative model from a real person's scan, with one covariate moved. They show real people:
+handle them as the scans themselves. What they show is what the model learnt about a population. It is no prognosis.
+
+Per scan, on the scan's own grid: `desc-returned` is what the model makes of the scan with nothing moved,
+`desc-COVARIATEVALUE` the scan with the covariate at a value, `desc-...Difference` the second less the first, in the
+scan's grey values. Differences no larger than `NoiseOfReturn` in the sidecar mean nothing: so much does the model
+change for no reason. figures.json says whether the covariate followed and the rest stayed; measurements.parquet has
+every image.
+"""
+
+
+def run(
+    config: options.Config,
+    manifest: options.Manifest,
+    qc: options.Quality,
+    images: options.Images,
+    autoencoder: options.Autoencoder,
+    diffusion: options.Diffusion,
+    embedder: options.Embedder,
+    out: Annotated[Path, typer.Option(help="folder to write: a BIDS derivative dataset, figures.json, pictures")],
+    latents: Annotated[
+        list[Path] | None, typer.Option(help="latent shards of the cohort, which classifier guidance learns from")
+    ] = None,
+    scale: Annotated[Path | None, typer.Option(help="latents/scale.safetensors, which goes with them")] = None,
+    threads: options.Threads = 1,
+) -> None:
+    """Move one covariate of real scans, and measure whether it follows and the rest stays."""
+    study = load_stage(config, "counterfactual")
+    settings = study.counterfactual
+    cohort = Images.of(
+        Shards(images), "scan_id", "subject_id", read_manifest(manifest, study.covariates), f"{manifest}"
+    )
+    training = cohort.of_splits(["train"])
+    values = sweep(settings, study.covariates, training.table)
+    scans = chosen_scans(cohort.table, settings.scans, settings.most_scans)
+    real = cohort.shards.tensors("image", scans["row"].to_numpy())
+    model = TrainedModel.load(autoencoder, diffusion, make_fabric(study.compute, threads), study.compute)
+    guides = None
+    if settings.classifier_guidance and latents and scale:
+        guides = latent_guides(settings, values, training.table, Shards(latents), load_file(scale), model.encoding)
+    made = counterfactuals(model, real, scans, values, settings, guides)
+
+    shutil.rmtree(out, ignore_errors=True)
+    some = training.at_most(MAX_TRAINING_SCANS)
+    instrument = fit_predictors(some.batches("training images"), some.table, some.units.tolist(), study.covariates)
+    moved = str(settings.covariate)
+    kinds = {"scan": real, "decoded": made.decoded, "returned": made.returned, "moved": made.moved}
+    rows = measuring.measure(scans, kinds, values, moved, study.covariates, instrument, load_embedder(embedder))
+    figures = measuring.figures(rows, moved, study.covariates, resamples=study.evaluate.bootstrap, seed=study.seed)
+    facts: dict[str, Any] = {"covariate": moved, "values": values, "scans": scans["scan_id"].tolist()}
+    facts |= {"settings": settings.model_dump(mode="json"), "model": model.digests}
+    with atomic_path(out / "measurements.parquet") as path:
+        rows.astype({"requested": str}).to_parquet(path, index=False)
+    write_json(out / "figures.json", facts | figures)
+    _write_images(study, out, scans, pd.read_parquet(qc).set_index("scan_id"), real, made, values)
+    names, captions = scans["scan_id"].tolist(), [_caption(study, value) for value in values]
+    write_atomic(
+        out / "contact-sheet.png", counterfactual_sheet(names, real, made.decoded, made.returned, made.moved, captions)
+    )
+    if settings.interpolation_steps and len(scans) > 1:
+        shares = np.linspace(0, 1, settings.interpolation_steps).tolist()
+        paths = [
+            interpolate(model, real[i : i + 2], scans.iloc[i : i + 2], shares, settings) for i in range(len(scans) - 1)
+        ]
+        write_atomic(out / "interpolations.png", interpolation_sheet(names, paths, shares))
+    derivative.complete(out, f"Counterfactuals: {settings.covariate} moved", README, model.digests)
+    log.info("%s: %s of %d scans moved to %s; %s", out, settings.covariate, len(scans), values, figures["moved"])
+
+
+def _caption(study: Study, value: Any) -> str:
+    declared = study.covariates[str(study.counterfactual.covariate)]
+    return str(value) if isinstance(declared, CategoricalCovariate) else f"{value:.4g} {declared.unit}"
+
+
+def _write_images(
+    study: Study,
+    out: Path,
+    scans: pd.DataFrame,
+    quality: pd.DataFrame,
+    real: np.ndarray,
+    made: Counterfactuals,
+    values: list[Any],
+) -> None:
+    covariate = str(study.counterfactual.covariate)
+    for i, scan in enumerate(scans.to_dict("records")):
+        source, facts = (
+            derivative.Source(scan["scan_id"], scan["path"], study.release.suffix),
+            quality.loc[scan["scan_id"]],
+        )
+        noise = float((made.returned[i] - real[i])[real[i] > 0].std())
+        grey = float(facts["percentile_high"] - facts["percentile_low"])
+        common = {"Covariate": covariate, "OwnValue": _plain(scan[covariate]), "NoiseOfReturn": noise * grey}
+        common |= {"SkullStripped": study.release.skull_stripped}
+        derivative.write_image(out, source, "returned", *restore(made.returned[i], facts), facts=common)
+        for value, image in zip(values, made.moved[i], strict=True):
+            name, said = derivative.label(covariate, value), common | {"Value": value}
+            derivative.write_image(out, source, name, *restore(image, facts), facts=said)
+            change = restore_difference(image - made.returned[i], facts)
+            derivative.write_image(out, source, f"{name}Difference", *change, facts=said)
+
+
+def _plain(value: Any) -> Any:
+    return None if pd.isna(value) else value if isinstance(value, str) else float(value)

@@ -1,0 +1,83 @@
+"""Step `release`: the images become a dataset."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import typer
+
+from meddiff_steps.config import BidsSource, Study, load_stage
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import read_json
+from meddiff_steps.imaging.encoding import Grid
+from meddiff_steps.models.weights import CARD
+from meddiff_steps.release.dataset import Story, complete_dataset
+from meddiff_steps.steps import options
+
+logger = logging.getLogger(__name__)
+
+
+def run(
+    config: options.Config,
+    released: options.Released,
+    privacy: options.Privacy,
+    images: options.ImageTables,
+    cohort: options.Cohort,
+    autoencoder: options.Autoencoder,
+    diffusion: options.Diffusion,
+    out: Annotated[Path, typer.Option(help="dataset_description.json in the root folder of the release.")],
+    metrics: Annotated[
+        Path | None, typer.Option(help="evaluation/metrics.json; without, README says that nothing was measured.")
+    ] = None,
+) -> None:
+    """Complete the released dataset: participants, description, sidecar, README (its card), licence.
+
+    Refuses a release in which a planned subject has no image, or an image is not planned.
+    """
+    if out.name != "dataset_description.json":
+        raise UserError(
+            f"--out {out}: expected a path that ends in dataset_description.json. Its folder is the dataset."
+        )
+    study = load_stage(config, "describe")
+    steps = study.generate.num_inference_steps
+    story = Story(
+        study=study.study,
+        title=study.title,
+        config=study.release,
+        covariates=study.covariates,
+        grid=Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm),
+        sampler=(
+            f"{study.generate.sampler}{f', {steps} steps' if steps else ''}, guidance scale"
+            f" {study.generate.guidance_scale:g}"
+        ),
+        card=read_json(cohort / CARD),
+        sources=_sources(study),
+        privacy=read_json(privacy),
+        models={"autoencoder": read_json(autoencoder / CARD), "diffusion model": read_json(diffusion / CARD)},
+        distilled=study.second_model.subjects,
+        metrics=read_json(metrics) if metrics else None,
+    )
+    tables = pd.concat([pd.read_parquet(path) for path in images], ignore_index=True)
+    complete_dataset(out.parent, pd.read_parquet(released), tables, story)
+    logger.info("%s: %d synthetic subjects", out.parent, len(tables))
+
+
+def _sources(study: Study) -> list[dict[str, str]]:
+    """What the source cohort says about its own address: DOI or URL, never a path of this machine."""
+    if not isinstance(study.cohort, BidsSource):
+        return []
+    try:
+        described = json.loads((Path(study.cohort.root) / "dataset_description.json").read_text(encoding="utf-8"))
+        if isinstance(described.get("DatasetDOI"), str):
+            return [{"DOI": described["DatasetDOI"]}]
+        entries = [
+            {key: str(entry[key]) for key in ("DOI", "URL", "Version") if key in entry}
+            for entry in described.get("SourceDatasets", [])
+        ]
+    except (OSError, ValueError, AttributeError, TypeError):  # optional information, written by others
+        return []
+    return [entry for entry in entries if "DOI" in entry or entry.get("URL", "").startswith("http")]

@@ -1,0 +1,33 @@
+"""Options that several steps take: each is declared once, under the name that rules give the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Config = Annotated[Path, typer.Option(help="frozen config of this step's stage; `freeze` writes it")]
+Manifest = Annotated[Path, typer.Option(help="cohort/manifest.parquet")]
+Images = Annotated[list[Path], typer.Option(help="preprocessed shard; repeat for all of them")]
+Quality = Annotated[Path, typer.Option(help="preprocessed/qc.parquet")]
+Latents = Annotated[list[Path], typer.Option(help="latent shard; repeat for all of them")]
+Scale = Annotated[Path, typer.Option(help="latents/scale.safetensors")]
+Autoencoder = Annotated[Path, typer.Option(help="folder autoencoder/: model.safetensors and card.json")]
+Diffusion = Annotated[Path, typer.Option(help="folder diffusion/: model.safetensors and card.json")]
+Embedder = Annotated[Path, typer.Option(help="folder of the copy detector: model.safetensors and card.json")]
+Reference = Annotated[Path, typer.Option(help="privacy/reference.safetensors")]
+Calibration = Annotated[Path, typer.Option(help="privacy/calibration.json")]
+Plan = Annotated[Path, typer.Option(help="plan.parquet")]
+Shard = Annotated[int, typer.Option(help="number of the shard")]
+Generated = Annotated[list[Path], typer.Option(help="generated shard, before the filter; repeat for all of them")]
+ImageTables = Annotated[list[Path], typer.Option(help="table of a shard's released images; repeat for all of them")]
+Cohort = Annotated[Path, typer.Option(help="folder cohort/: manifest.parquet and card.json")]
+Filtered = Annotated[list[Path], typer.Option(help="shard of accepted images; repeat for all of them")]
+Decisions = Annotated[Path, typer.Option(help="privacy/decisions.parquet")]
+Released = Annotated[Path, typer.Option(help="privacy/released.parquet")]
+Privacy = Annotated[Path, typer.Option(help="privacy/report.json")]
+Metrics = Annotated[Path, typer.Option(help="evaluation/metrics.json")]
+Root = Annotated[Path, typer.Option(help="release/provenance/root.json")]
+State = Annotated[Path, typer.Option(help="folder for resumable checkpoints")]
+Threads = Annotated[int, typer.Option(help="CPU threads; changes the last bits of CPU results")]

@@ -1,0 +1,36 @@
+# snakemake counterfactual --config 'counterfactual={covariate: NAME, scans: [SCAN, ...]}': real scans with one
+# covariate moved, as a BIDS derivative (docs/counterfactual.md).
+
+
+rule counterfactual:
+    input:
+        manifest=MANIFEST,
+        qc=QC,
+        images=COHORT_IMAGES,
+        autoencoder=AUTOENCODER,
+        diffusion=DIFFUSION,
+        embedder=EMBEDDER,
+        latents=expand(LATENTS, shard=COHORT_SHARDS) if STUDY.counterfactual.classifier_guidance else [],
+        scale=LATENT_SCALE if STUDY.counterfactual.classifier_guidance else [],
+    output:
+        out=[
+            f"{RESULTS}/counterfactuals/{name}"
+            for name in ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png")
+        ],
+    log:
+        f"{RESULTS}/logs/counterfactual.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/counterfactual.tsv"
+    conda:
+        "../envs/meddiff.yaml"
+    threads: 8
+    resources:
+        mem_mb=memory(4000, 600, STUDY.counterfactual.most_scans * (STUDY.counterfactual.sweep_steps + 3)),
+        runtime=minutes(240),
+        gpu=min(GPUS, 1),
+    params:
+        **run_step("counterfactual"),
+    message:
+        "Moving a covariate of real scans"
+    shell:
+        STEP_WITH_THREADS

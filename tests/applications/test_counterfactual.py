@@ -1,0 +1,209 @@
+"""Counterfactuals and interpolation with a denoiser whose answer is known, and what is measured of them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+
+from meddiff_steps.applications.counterfactual import counterfactuals
+from meddiff_steps.applications.interpolation import interpolate
+from meddiff_steps.applications.scans import chosen_scans, sweep
+from meddiff_steps.cohort.covariates import CovariateEncoding
+from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate, Counterfactual
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.diffusion.conditioning import Condition
+from meddiff_steps.diffusion.guidance import ClassifierGuidance
+from meddiff_steps.diffusion.schedules import NoiseProcess
+from meddiff_steps.evaluation.counterfactual import figures, table
+from meddiff_steps.instruments.latent_predictors import fit_latent_predictor
+from meddiff_steps.models.trained import TrainedModel
+
+COVARIATES: dict[str, Any] = {
+    "size": ContinuousCovariate(unit="mL", range=(-10, 10)),
+    "sex": CategoricalCovariate(levels=["F", "M"]),
+}
+SHAPE, STD = (1, 4, 4, 4), 0.5
+SUBJECTS = pd.DataFrame({"size": [-1.0, 1.0], "sex": ["F", "M"], "subject_id": ["sub-a", "sub-b"]})
+
+
+class Exact(TrainedModel):
+    """Latents are images; each voxel is N(encoded size, STD^2), and the denoiser knows it."""
+
+    def __init__(self, prediction_type: str = "v_prediction") -> None:
+        settings = SimpleNamespace(
+            prediction_type=prediction_type,
+            num_train_timesteps=1000,
+            schedule="scaled_linear",
+            beta_start=0.0015,
+            beta_end=0.0205,
+            zero_terminal_snr=False,
+        )
+        self.process = NoiseProcess.of(settings)
+        # Of mean 0 and spread 1, so that encoded sizes are sizes.
+        training = pd.DataFrame({"size": [-1.0, 1.0] * 500, "sex": ["F", "M"] * 500})
+        self.encoding = CovariateEncoding.fit(training, COVARIATES)
+        self.latent_shape, self.spatial_dims = SHAPE, 3
+        self.fabric: Any = SimpleNamespace(device=torch.device("cpu"), to_device=lambda value: value)
+
+    def encode(self, images: np.ndarray | Tensor) -> Tensor:
+        return torch.as_tensor(images)
+
+    def decode(self, latents: Tensor, noise: Tensor | None = None, slab: int | None = None) -> Tensor:
+        return latents
+
+    def denoise(self, x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        alpha, sigma = (v.reshape(-1, 1, 1, 1, 1).to(x.dtype) for v in self.process.alpha_sigma(timesteps))
+        mean = torch.nan_to_num(condition.covariates[:, 0]).reshape(-1, 1, 1, 1, 1)
+        x0 = mean + alpha * STD**2 / ((alpha * STD) ** 2 + sigma**2) * (x - alpha * mean)
+        return self.process.target(x0, torch.where(sigma > 0, (x - alpha * x0) / sigma, 0.0), timesteps)
+
+
+def scans() -> np.ndarray:
+    rng = np.random.default_rng(0)
+    means = np.array([-1.0, 1.0]).reshape(2, 1, 1, 1, 1)
+    return (means + STD * rng.standard_normal((2, *SHAPE))).astype(np.float32)
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "flow"])
+def test_the_moved_covariate_follows_and_the_rest_stays(prediction_type: str) -> None:
+    """The exact flow of shifted Gaussians carries a scan from one mean to another and keeps its pattern."""
+    settings = Counterfactual(covariate="size", depth=1.0, guidance_scale=1.0, num_inference_steps=100)
+    images = scans()
+    made = counterfactuals(Exact(prediction_type), images, SUBJECTS, [-1.0, 0.5, 2.0], settings)
+    np.testing.assert_array_equal(made.decoded, images)
+    np.testing.assert_allclose(made.returned, images, atol=2e-3)
+    for row, own in enumerate([-1.0, 1.0]):
+        for column, value in enumerate([-1.0, 0.5, 2.0]):
+            np.testing.assert_allclose(made.moved[row, column], images[row] + value - own, atol=0.03)
+
+
+def test_depth_bounds_the_change_and_guidance_enlarges_it() -> None:
+    def change(**settings: Any) -> float:
+        chosen = Counterfactual(covariate="size", num_inference_steps=50, **settings)
+        made = counterfactuals(Exact(), scans(), SUBJECTS, [2.0], chosen)
+        return float((made.moved[:, 0] - made.returned).mean())
+
+    shallow, half, deep = (change(depth=depth, guidance_scale=1.0) for depth in (0.05, 0.4, 1.0))
+    assert 0 < shallow < 0.35 < half < deep
+    assert change(depth=0.4, guidance_scale=2.0) > 1.2 * half
+
+
+def test_a_scan_is_what_it_is_whatever_stands_beside_it() -> None:
+    settings = Counterfactual(covariate="size", num_inference_steps=10)
+    both = counterfactuals(Exact(), scans(), SUBJECTS, [0.0], settings)
+    alone = counterfactuals(Exact(), scans()[1:], SUBJECTS[1:], [0.0], settings)
+    np.testing.assert_array_equal(both.moved[1:], alone.moved)
+
+
+def test_a_classifier_moves_a_scan_that_the_model_is_told_nothing_about() -> None:
+    """Its training latents say how latents go with size; the condition, a label, does not."""
+    rng = np.random.default_rng(1)
+    sizes = rng.uniform(-2, 2, 200).astype(np.float32)
+    latents = sizes.reshape(-1, 1, 1, 1, 1) + STD * rng.standard_normal((200, *SHAPE)).astype(np.float32)
+    predictor = fit_latent_predictor(latents, sizes, levels=0)
+    found = latents.reshape(200, -1) @ predictor.weights.numpy() + predictor.bias.numpy()
+    assert np.corrcoef(found[:, 0], sizes)[0, 1] > 0.97
+    guide = ClassifierGuidance(predictor.log_probability(2.0, categorical=False), scale=1.0)
+    settings = Counterfactual(covariate="sex", guidance_scale=1.0, num_inference_steps=30)
+    made = counterfactuals(Exact(), scans(), SUBJECTS, ["M", "M"], settings, [(), (guide,)])
+    plain, guided = made.moved[:, 0].mean(), made.moved[:, 1].mean()
+    assert abs(plain - made.returned.mean()) < 0.01 and guided > plain + 0.3
+
+
+def test_a_label_is_predicted_from_latents() -> None:
+    rng = np.random.default_rng(2)
+    level = rng.integers(0, 3, 150).astype(np.float32)
+    latents = rng.standard_normal((150, 3, 2, 2)).astype(np.float32)
+    latents[np.arange(150), level.astype(int)] += 2.0
+    level[:5] = np.nan
+    predictor = fit_latent_predictor(latents, level, levels=3)
+    probability = torch.stack(
+        [predictor.log_probability(k, True)(torch.from_numpy(latents)).exp() for k in (0.0, 1.0, 2.0)], 1
+    )
+    np.testing.assert_allclose(probability.sum(1), 1.0, rtol=1e-5)
+    assert (probability.argmax(1).numpy()[5:] == level[5:]).mean() > 0.9
+
+
+def test_interpolation_goes_from_one_scan_to_the_other() -> None:
+    settings = Counterfactual(covariate="size", guidance_scale=1.0, depth=1.0, num_inference_steps=100)
+    images = scans()
+    path = interpolate(Exact(), images, SUBJECTS, [0.0, 0.25, 0.5, 1.0], settings)
+    np.testing.assert_allclose(path[0], images[0], atol=2e-3)
+    np.testing.assert_allclose(path[-1], images[1], atol=2e-3)
+    means = path.mean(axis=(1, 2, 3, 4))
+    assert (np.diff(means) > 0).all() and abs(means[2]) < 0.3
+    # On the sphere, so that the way between is as lively as its ends.
+    assert path[2].std() > 0.7 * min(path[0].std(), path[-1].std())
+
+
+# ------------------------------------------------------------------------------------------------ which scans
+
+
+def manifest() -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "scan_id": ["sub-c_T1w", "sub-a_T1w", "sub-b_ses-1_T1w", "sub-b_ses-2_T1w"],
+            "subject_id": ["sub-c", "sub-a", "sub-b", "sub-b"],
+            "split": ["test", "test", "train", "train"],
+        }
+    )
+
+
+def test_scans_by_name_by_subject_or_of_the_test_split() -> None:
+    assert chosen_scans(manifest(), [], 1)["scan_id"].tolist() == ["sub-a_T1w"]
+    assert chosen_scans(manifest(), ["b", "sub-a_T1w"], 1)["scan_id"].tolist() == [
+        *("sub-b_ses-1_T1w", "sub-b_ses-2_T1w", "sub-a_T1w")
+    ]
+    with pytest.raises(UserError, match=r"'sub-x' is no preprocessed scan .* sub-a_T1w"):
+        chosen_scans(manifest(), ["sub-x"], 1)
+    with pytest.raises(UserError, match="no preprocessed scan is in the test split"):
+        chosen_scans(manifest()[2:], [], 1)
+
+
+def test_a_sweep_stays_inside_what_was_trained_on() -> None:
+    training = pd.DataFrame({"size": np.linspace(-10, 10, 101)})
+    values = sweep(Counterfactual(covariate="size", sweep_steps=3), COVARIATES, training)
+    assert values == pytest.approx([-9.4, 0.0, 9.4], abs=1e-6)
+    assert sweep(Counterfactual(covariate="size", values=[1, 2]), COVARIATES, training) == [1, 2]
+    assert sweep(Counterfactual(covariate="sex"), COVARIATES, training) == ["F", "M"]
+    with pytest.raises(UserError, match="not set, so nothing is moved"):
+        sweep(Counterfactual(), COVARIATES, training)
+
+
+# ------------------------------------------------------------------------------------------------ figures
+
+
+def measured(follow: float, drift: float) -> pd.DataFrame:
+    """Planted: of the change asked for, a share `follow` is measured; the way back makes sizes 0.5 larger."""
+    n, values = 12, [-4.0, 0.0, 4.0]
+    own = np.linspace(-3, 3, n)
+    subjects = pd.DataFrame({"subject_id": [f"s{i}" for i in range(n)], "size": own})
+    moved = (own + 0.5)[:, None] + follow * (np.array(values)[None] - own[:, None])
+    columns: dict[str, dict[str, np.ndarray]] = {
+        "scan": {"size": own, "age": np.full(n, 50.0)},
+        "returned": {"size": own + 0.5, "age": np.full(n, 50.2)},
+        "moved": {"size": moved, "age": np.full((n, 3), 50.2 + drift)},
+    }
+    identity = {"returned": np.full(n, 0.9), "moved": np.full((n, 3), 0.8)}
+    return table([f"scan{i}" for i in range(n)], subjects, "size", values, columns, identity)
+
+
+def test_figures_are_those_that_were_planted() -> None:
+    covariates = COVARIATES | {"age": ContinuousCovariate(unit="year", range=(0, 100))}
+    found = figures(measured(0.6, 1.0), "size", covariates, resamples=50, seed="x")
+    assert found["moved"]["slope_of_change"]["value"] == pytest.approx(0.6)
+    assert found["moved"]["slope"]["value"] == pytest.approx(0.6)
+    assert found["others"]["age"]["value"] == pytest.approx(1.0)
+    assert found["others"]["age"]["floor"]["value"] == pytest.approx(0.2)
+    assert found["others"]["age"]["unit"] == "year"
+    assert found["identity"]["value"] == pytest.approx(0.8) and found["identity"]["ceiling"]["value"] == pytest.approx(
+        0.9
+    )
+    nothing = figures(measured(0.0, 0.0), "size", covariates, resamples=50, seed="x")
+    assert abs(nothing["moved"]["r"]["value"]) < 1e-9 and nothing["others"]["age"]["value"] == 0.0

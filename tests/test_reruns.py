@@ -1,0 +1,173 @@
+"""Edit of X -> the stages that run again. Each edit is made in a copy of the package, or in the study."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "meddiff_steps"
+STUDY: dict[str, Any] = {
+    "study": "tiny",
+    "cohort": {"source": "simulated"},
+    "covariates": {
+        "age": {"unit": "year", "range": [0, 120], "description": "Age"},
+        "sex": {"levels": ["F", "M"], "description": "Sex"},
+    },
+    "plan": [{"name": "syn", "subjects": 3}],
+    "generate": {"sampler": "dpmpp"},
+    "sampler_study": {"samplers": ["dpmpp", "ddim"]},
+}
+#: What a rule of each step is given beside its files: prints {step: key}.
+KEYS = """
+import json, sys
+from pathlib import Path
+from meddiff_steps.__main__ import STEPS
+from meddiff_steps.config import STAGES, freeze, parse_study
+from meddiff_steps.core.code_digest import code_digest
+study = parse_study(json.loads(sys.argv[1]), "test")
+keys = {}
+for step in STEPS:
+    content = None
+    if step in STAGES:
+        frozen = freeze(study, step, Path("config"))
+        content = json.loads(frozen.read_text())
+        keys[step] = frozen.name
+    keys[step] = [keys.get(step), code_digest(step, content)]
+print(json.dumps(keys))
+"""
+#: Stages that have the trained model at work.
+SAMPLING = {"generate", "filter", "privacy", "showcase", "sampler_study", "counterfactual", "regenerate", "audit"}
+
+#: File, what is there, what becomes of it; then the stages.  A network that is trained anew has all that uses it made
+#: anew by its files.
+CODE: dict[str, tuple[str, str, str, set[str]]] = {
+    "a constant of the denoiser": (
+        *("models/denoiser/unet.py", "POSITION_CHANNELS = 8", "POSITION_CHANNELS = 4"),
+        {"diffusion"},
+    ),
+    "a constant of a first stage": (
+        *("models/first_stage/kl.py", "INITIAL_LOG_VARIANCE = -7.0", "INITIAL_LOG_VARIANCE = -6.0"),
+        {"autoencoder"},
+    ),
+    "a constant of the training of the denoiser": (
+        *("training/tasks/diffusion.py", "VALIDATION_LATENTS = 64", "VALIDATION_LATENTS = 32"),
+        {"diffusion"},
+    ),
+    "an instrument's constant": (
+        *("instruments/segmenter.py", "MAX_SCANS = 500", "MAX_SCANS = 400"),
+        {"segmenter"},
+    ),
+    "a sampler's default steps": (
+        *("diffusion/samplers/dpmpp.py", '"default_steps": 20', '"default_steps": 25'),
+        {"generate", "filter", "describe", "showcase", "sampler_study", "ledger"},
+    ),
+    "the solver of the study's sampler": (
+        *("diffusion/samplers/dpmpp.py", "/ (2 * r)", "/ (3 * r)"),
+        {"generate", "filter", "showcase", "sampler_study"},
+    ),
+    "the solver of a sampler that is not the study's": ("diffusion/samplers/heun.py", "/ 2)", "/ 3)", set()),
+    "what a sampler says of itself": (
+        *("diffusion/samplers/dpmpp.py", '"summary": "', '"summary": "Well known. '),
+        set(),
+    ),
+    "how a sampler is run": ("diffusion/sampling.py", "math.hypot(", "2 * math.hypot(", SAMPLING),
+    "a caption of the report": (
+        "report/page.html.jinja",
+        "<figcaption>",
+        "<figcaption>Figure: ",
+        {"report", "neighbours"},
+    ),
+    "a detector's constant": (
+        *("privacy/detectors/aligned.py", "WINDOW = 7", "WINDOW = 9"),
+        {"calibrate", "filter", "privacy"},
+    ),
+    "a comment": ("training/tasks/autoencoder.py", "VALIDATION_SCANS = 32", "VALIDATION_SCANS = 32  # many", set()),
+    "an error message": ("core/registry.py", "Correct the entry.", "Correct it.", set()),
+}
+#: Key, what becomes of it, the stages; `ledger` besides, which seals the study.
+STUDIES: dict[str, tuple[Any, set[str]]] = {
+    "covariates.age.description": ("Age at the scan", {"describe"}),
+    "covariates.age.range": (
+        [0, 110],
+        {
+            *("cohort", "scale", "diffusion", "plan", "privacy", "neighbours", "describe", "evaluate", "sampler_study"),
+            *("showcase", "counterfactual", "downstream_design", "downstream_plan", "downstream_data"),
+            *("downstream_test", "report", "second_model"),
+        },
+    ),
+    "title": ("A better title", {"neighbours", "describe", "report"}),
+    "generate.guidance_scale": (2.0, {"generate", "filter", "describe", "showcase", "sampler_study"}),
+    "privacy.level": (0.2, {"calibrate", "privacy"}),
+    "release.licence": ("CC-BY-4.0", {"describe", "export", "export_index"}),
+}
+#: Keys of what is done beside a release, which does not seal them.
+UNSEALED: dict[str, tuple[Any, set[str]]] = {
+    "counterfactual.depth": (0.7, {"counterfactual"}),
+    "storage.protect": (False, set()),
+}
+
+
+def keys_of(folder: Path, study: Mapping[str, Any] = STUDY) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-c", KEYS, json.dumps(study)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
+    return {step for step in before if before[step] != after[step]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reruns")
+    shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def before(folder: Path) -> dict[str, Any]:
+    return keys_of(folder)
+
+
+@pytest.fixture
+def edited(folder: Path, request: pytest.FixtureRequest) -> Iterator[set[str]]:
+    name, old, new, stages = CODE[request.param]
+    path = folder / PACKAGE.name / name
+    text = path.read_text(encoding="utf-8")
+    assert old in text, f"{name} no longer has {old!r}"
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    yield stages
+    path.write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize("edited", CODE, indirect=True)
+def test_an_edit_of_code(folder: Path, before: dict[str, Any], edited: set[str]) -> None:
+    assert changed(before, keys_of(folder)) == edited
+
+
+@pytest.mark.parametrize("key", [*STUDIES, *UNSEALED])
+def test_an_edit_of_the_study(folder: Path, before: dict[str, Any], key: str) -> None:
+    value, stages = (STUDIES | UNSEALED)[key]
+    study = json.loads(json.dumps(STUDY))
+    *sections, last = key.split(".")
+    place = study
+    for section in sections:
+        place = place.setdefault(section, {})
+    assert place.get(last) != value
+    place[last] = value
+    assert changed(before, keys_of(folder, study)) == stages | ({"ledger"} if key in STUDIES else set())
