@@ -29,7 +29,7 @@ $(VENV)/.ready-test: $(VENV)/.ready envs/requirements-test.lock
 env: $(VENV)/.ready
 
 # Two jobs beside each other where each alone would leave a core idle: half of these is starting Python and loading libraries.
-ONE_THREAD := latents=1 calibrate=1 showcase=1 measure=1 privacy=1 augment_data=1 augment_train=1 augment_test=1
+ONE_THREAD := latents=1 calibrate=1 showcase=1 evaluate=1 privacy=1 downstream_data=1 downstream_train=1 downstream_test=1
 
 demo: $(VENV)/.ready
 	$(BIN)/snakemake --cores $(CORES) --set-threads $(ONE_THREAD) --rerun-incomplete --quiet rules
