@@ -22,8 +22,8 @@ from meddiff_steps.imaging.reading import read_image
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.release import dataset as module
 from meddiff_steps.release.layout import image_path
+from meddiff_steps.steps import describe as describe_step
 from meddiff_steps.steps import images as images_step
-from meddiff_steps.steps import release as release_step
 
 SHAPE = {3: (12, 16, 14), 2: (24, 20)}
 
@@ -99,22 +99,21 @@ class Workplace:
 
     def complete(self, shards: tuple[int, ...] = (0, 1)) -> None:
         self.plan.to_parquet(self.root / "plan.parquet", index=False)
-        (self.root / "card.json").write_text(json.dumps(self.card))
         (self.root / "privacy.json").write_text(json.dumps(self.privacy))
         tables = [self.root / f"images-{s}.parquet" for s in shards]
-        for name, images in (("autoencoder", 20), ("diffusion", 20)):
-            (self.root / f"{name}.json").write_text(
-                json.dumps({"parameters": 1234, "weights_sha256": "ab" * 32, "scans": {"train": images, "test": 5}})
-            )
+        network = {"parameters": 1234, "weights_sha256": "ab" * 32, "scans": {"train": 20, "test": 5}}
+        for folder, card in (("cohort", self.card), ("autoencoder", network), ("diffusion", network)):
+            (self.root / folder).mkdir(exist_ok=True)
+            (self.root / folder / "card.json").write_text(json.dumps(card))
         (self.root / "metrics.json").write_text(json.dumps(self.metrics))
         inputs = (
             self.root / "plan.parquet",
             self.root / "privacy.json",
             tables,
-            *(self.root / f"{name}.json" for name in ("card", "autoencoder", "diffusion")),
+            *(self.root / folder for folder in ("cohort", "autoencoder", "diffusion")),
         )
-        release_step.run(
-            self.frozen("release"),
+        describe_step.run(
+            self.frozen("describe"),
             *inputs,
             self.release / "dataset_description.json",
             self.root / "metrics.json" if self.metrics else None,
