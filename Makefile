@@ -12,8 +12,8 @@ CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
 .PHONY: env demo test test-slow bench bench-gpu scale check format lock clean
 
-# The lock is complete, so pip need not resolve anything (--no-deps). torch comes first, with its own dependencies: a CPU
-# wheel that lies on the machine (PIP_FIND_LINKS) has none, the registry's brings CUDA.
+# The lock is complete, so pip need not resolve anything (--no-deps). torch comes first, with its own dependencies: a
+# CPU wheel that lies on the machine (PIP_FIND_LINKS) has none, the registry's brings CUDA.
 $(VENV)/.ready: envs/requirements.lock pyproject.toml
 	@echo "Creating the environment in $(VENV) (a few minutes, once)"
 	$(PYTHON) -m venv $(VENV)
@@ -28,7 +28,8 @@ $(VENV)/.ready-test: $(VENV)/.ready envs/requirements-test.lock
 
 env: $(VENV)/.ready
 
-# Two jobs beside each other where each alone would leave a core idle: half of these is starting Python and loading libraries.
+# Two jobs beside each other where each alone would leave a core idle: half of these is starting Python and loading
+# libraries.
 ONE_THREAD := latents=1 calibrate=1 showcase=1 evaluate=1 privacy=1 downstream_data=1 downstream_train=1 downstream_test=1
 
 demo: $(VENV)/.ready
@@ -48,7 +49,8 @@ test: $(VENV)/.ready-test
 test-slow: $(VENV)/.ready-test
 	$(PYTEST) -m slow tests/test_chaos.py tests/test_end_to_end.py tests/test_slurm.py tests
 
-# What is measured alone: make bench NAMES="diffusion loader". Results stay in benchmarks/results, one file per comparison.
+# What is measured alone: make bench NAMES="diffusion loader". Results stay in benchmarks/results, one file per
+# comparison.
 bench: $(VENV)/.ready-test
 	$(BIN)/python -m benchmarks run $(NAMES)
 	$(BIN)/python -m benchmarks render
@@ -82,7 +84,8 @@ lock:
 	(sed -n '/^#/p' envs/requirements-test.lock; comm -13 <(sort build/run.txt) <(sort build/all.txt)) > build/lock.txt && mv build/lock.txt envs/requirements-test.lock
 	rm -rf build
 
-# Needs no environment but a Python with torch and a GPU: what else is missing goes into build/gpu, from a registry or the folder WHEELS.
+# Needs no environment but a Python with torch and a GPU: what else is missing goes into build/gpu, from a registry or
+# the folder WHEELS.
 OUT ?= results/bench-gpu
 MINUTES ?= 9
 bench-gpu:

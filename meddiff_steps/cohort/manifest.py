@@ -58,7 +58,7 @@ def digest_file(path: str) -> FileDigest:
     sha256 = hashlib.sha256(data).hexdigest()
     try:
         return FileDigest(sha256, content_digest(_decode(path, data)))
-    except Exception as error:  # noqa: BLE001 decoders raise anything on damaged data; preprocessing leaves such scans out and says why
+    except Exception as error:  # noqa: BLE001 decoders raise anything; preprocessing leaves such scans out
         return FileDigest(sha256, None, f"{type(error).__name__}: {error}")
 
 

@@ -219,7 +219,7 @@ def _decode_nifti(path: Path, content: bytes) -> Image:
         raise ScanError(path, "no orientation", f"{found}. {remedy}.")
     try:
         array = np.asarray(volume.get_fdata(dtype=np.float32, caching="unchanged")).reshape(shape)
-    except Exception as error:  # noqa: BLE001 short reads and impossible offsets come as OSError or ValueError, depending on the header
+    except Exception as error:  # noqa: BLE001 short reads and impossible offsets raise whatever they meet
         raise ScanError(
             path, "truncated file", f"the voxels cannot be read ({error}). Copy or convert the file again."
         ) from None
@@ -265,7 +265,7 @@ def _decode_picture(path: Path, content: bytes, labels: bool) -> Image:
             array = np.asarray(grey, dtype=np.float32)
     except ScanError:
         raise
-    except Exception as error:  # noqa: BLE001 Pillow raises OSError, SyntaxError, ValueError, struct.error or DecompressionBombError
+    except Exception as error:  # noqa: BLE001 Pillow raises SyntaxError, struct.error and others
         raise ScanError(
             path, "damaged picture", f"the picture cannot be decoded ({error}). Copy or export it again."
         ) from None
