@@ -59,6 +59,11 @@ def translated(content: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+#: What a release said of itself until then.
+_DESCRIBED_0_1 = tuple(
+    f"release.{key}"
+    for key in "name authors licence suffix skull_stripped acknowledgements url date shard_size card".split()
+)
 #: What steps could read until then, with all texts of their sections (as `STAGES`).
 STAGES_0_1: dict[str, tuple[str, ...]] = {
     "simulate": ("seed", "cohort"),
@@ -84,16 +89,7 @@ STAGES_0_1: dict[str, tuple[str, ...]] = {
         "title",
         "cohort",
         "covariates",
-        "release.name",
-        "release.authors",
-        "release.licence",
-        "release.suffix",
-        "release.skull_stripped",
-        "release.acknowledgements",
-        "release.url",
-        "release.date",
-        "release.shard_size",
-        "release.card",
+        *_DESCRIBED_0_1,
         "preprocess",
         "generate",
         "distill.subjects",
@@ -140,16 +136,7 @@ STAGES_0_1: dict[str, tuple[str, ...]] = {
         "sampler_study",
         "augment",
         "compute",
-        "release.name",
-        "release.authors",
-        "release.licence",
-        "release.suffix",
-        "release.skull_stripped",
-        "release.acknowledgements",
-        "release.url",
-        "release.date",
-        "release.shard_size",
-        "release.card",
+        *_DESCRIBED_0_1,
         "release.signing_key",
     ),
     "export": ("study", "release.name", "release.licence"),
