@@ -16,6 +16,7 @@ include: "rules/remote.smk"
 include: "rules/cohort.smk"
 include: "rules/preprocess.smk"
 include: "rules/autoencoder.smk"
+include: "rules/decoder.smk"
 include: "rules/latents.smk"
 include: "rules/diffusion.smk"
 include: "rules/generate.smk"
@@ -42,6 +43,7 @@ rule all:
         REQUESTED,
         # Weights, too: Snakemake makes a missing file again only if something that is not there yet needs it.
         AUTOENCODER,
+        DECODER,
         DIFFUSION,
         RELEASED_MODEL,
     localrule: True

@@ -5,7 +5,7 @@ rule autoencoder:
         features=[STUDY.autoencoder.perceptual.weights] if STUDY.autoencoder.perceptual.weight else [],
         after_quality=QC,
     output:
-        out=[*map(lasting, AUTOENCODER[:1]), *AUTOENCODER[1:], AUTOENCODER_CURVE, RECONSTRUCTIONS],
+        out=[*map(lasting, AUTOENCODER[:1]), *AUTOENCODER[1:], AUTOENCODER_CURVE, AUTOENCODER_RECONSTRUCTIONS],
     log:
         f"{RESULTS}/logs/autoencoder.log",
     benchmark:

@@ -13,7 +13,7 @@ from meddiff_steps import config as study_config
 from meddiff_steps.core.code_digest import code_digest
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import hold
-from meddiff_steps.core.folders import NETWORK, folders_of
+from meddiff_steps.core.folders import NETWORK, TONE, folders_of
 from meddiff_steps.privacy.size import BYTES_PER_VALUE, batch_size
 from meddiff_steps.synthesis.size import enlarged, plan_shards
 
@@ -124,6 +124,11 @@ def network(folder):
     return [f"{folder}/{name}" for name in NETWORK]
 
 
+def generator(folder):
+    """The files of a diffusion model: its network, and the grey levels of what it generates."""
+    return [*network(folder), *(f"{folder}/{name}" for name in TONE)]
+
+
 SIMULATED = f"{RESULTS}/cohort/simulated/participants.tsv"
 FETCHED = f"{RESULTS}/cohort/fetched"
 MANIFEST = f"{RESULTS}/cohort/manifest.parquet"
@@ -133,13 +138,17 @@ QC_SHARD = f"{RESULTS}/preprocessed/qc/shard-{{shard}}.parquet"
 QC = f"{RESULTS}/preprocessed/qc.parquet"
 AUTOENCODER = network(f"{RESULTS}/autoencoder")
 AUTOENCODER_CURVE = f"{RESULTS}/autoencoder/history.parquet"
-RECONSTRUCTIONS = f"{RESULTS}/autoencoder/reconstructions.arrow"
+AUTOENCODER_RECONSTRUCTIONS = f"{RESULTS}/autoencoder/reconstructions.arrow"
+DECODER = network(f"{RESULTS}/decoder") if STUDY.decoder.network else []
+DECODER_CURVE = [f"{RESULTS}/decoder/history.parquet"] if DECODER else []
+# Held-out scans as the model makes them of their latents: what generated images can be at best.
+RECONSTRUCTIONS = f"{RESULTS}/{'decoder' if DECODER else 'autoencoder'}/reconstructions.arrow"
 LATENTS = f"{RESULTS}/latents/shard-{{shard}}.arrow"
 LATENT_SCALE = f"{RESULTS}/latents/scale.safetensors"
-DIFFUSION = network(f"{RESULTS}/diffusion")
+DIFFUSION = generator(f"{RESULTS}/diffusion")
 # The model that makes what is released: the one trained on real scans, or a second one that never saw them.
 RELEASED_FOLDER = f"{RESULTS}/second_model/diffusion" if STUDY.second_model.subjects else f"{RESULTS}/diffusion"
-RELEASED_MODEL = network(RELEASED_FOLDER)
+RELEASED_MODEL = generator(RELEASED_FOLDER)
 PLAN = f"{RESULTS}/plan.parquet"
 GENERATED = f"{RESULTS}/generated/shard-{{shard}}.arrow"
 EMBEDDER = network(f"{RESULTS}/instruments/embedder")
@@ -170,7 +179,8 @@ MODEL_RELEASE = [
         "README.md",
         "SHA256SUMS",
         "config.json",
-        *(f"{kind}/{file}" for kind in ("autoencoder", "diffusion") for file in NETWORK),
+        *(f"{kind}/{file}" for kind in ("autoencoder", *(["decoder"] if DECODER else []), "diffusion") for file in NETWORK),
+        *(f"diffusion/{file}" for file in TONE),
     )
 ]
 REQUESTED = [

@@ -8,6 +8,7 @@ rule counterfactual:
         qc=QC,
         images=COHORT_IMAGES,
         autoencoder=AUTOENCODER,
+        decoder=DECODER,
         diffusion=DIFFUSION,
         embedder=EMBEDDER,
         latents=expand(LATENTS, shard=COHORT_SHARDS) if STUDY.counterfactual.classifier_guidance else [],

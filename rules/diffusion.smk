@@ -4,7 +4,7 @@ rule diffusion:
         latents=expand(LATENTS, shard=COHORT_SHARDS),
         scale=LATENT_SCALE,
     output:
-        out=[*map(lasting, DIFFUSION[:1]), *DIFFUSION[1:], f"{RESULTS}/diffusion/history.parquet"],
+        out=[*map(lasting, DIFFUSION[:1]), DIFFUSION[1], f"{RESULTS}/diffusion/history.parquet"],
     log:
         f"{RESULTS}/logs/diffusion.log",
     benchmark:
@@ -21,5 +21,33 @@ rule diffusion:
         **run_step("diffusion", state=f"{STATE}/diffusion"),
     message:
         "Training the latent diffusion model"
+    shell:
+        STEP_WITH_THREADS
+
+
+rule tone:
+    input:
+        manifest=MANIFEST,
+        images=COHORT_IMAGES,
+        autoencoder=AUTOENCODER,
+        decoder=DECODER,
+        diffusion=DIFFUSION[:2],
+    output:
+        out=DIFFUSION[2:],
+    log:
+        f"{RESULTS}/logs/tone.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/tone.tsv"
+    conda:
+        "../envs/meddiff.yaml"
+    threads: 8
+    resources:
+        mem_mb=memory(2500, 600, STUDY.generate.batch_size),
+        runtime=minutes(240),
+        gpu=min(GPUS, 1),
+    params:
+        **run_step("tone"),
+    message:
+        "Fitting the grey levels of generated images"
     shell:
         STEP_WITH_THREADS

@@ -144,7 +144,7 @@ if STUDY.downstream.target:
 
 # With downstream.generator_seeds above 1. The rules are those of the released cohort with other files.
 if STUDY.downstream.target and STUDY.downstream.generator_seeds > 1:
-    GENERATOR_MODEL = network(GENERATOR["diffusion"]) if STUDY.downstream.retrain else RELEASED_MODEL
+    GENERATOR_MODEL = generator(GENERATOR["diffusion"]) if STUDY.downstream.retrain else RELEASED_MODEL
 
     rule downstream_plan:
         input:
@@ -175,6 +175,7 @@ if STUDY.downstream.target and STUDY.downstream.generator_seeds > 1:
         input:
             plan=GENERATOR["plan"],
             autoencoder=AUTOENCODER,
+            decoder=DECODER,
             diffusion=GENERATOR_MODEL,
         output:
             out=GENERATOR["generated"],
@@ -192,6 +193,7 @@ if STUDY.downstream.target and STUDY.downstream.generator_seeds > 1:
             autoencoder=AUTOENCODER,
             scale=LATENT_SCALE,
             embedder=EMBEDDER,
+            decoder=DECODER,
             diffusion=GENERATOR_MODEL,
             reference=REFERENCE,
             calibration=CALIBRATION,
@@ -231,3 +233,19 @@ if STUDY.downstream.target and STUDY.downstream.generator_seeds > 1:
                 | {"config": lambda wildcards: SEED_SETTINGS[wildcards.generator]},
             message:
                 "Training the diffusion model of generator seed {wildcards.generator}"
+
+        TONED_BY = rules.second_tone.input if STUDY.second_model.subjects else rules.tone.input
+
+        use rule tone as downstream_tone with:
+            input:
+                manifest=TONED_BY.manifest,
+                images=TONED_BY.images,
+                autoencoder=AUTOENCODER,
+                decoder=DECODER,
+                diffusion=GENERATOR_MODEL[:2],
+            output:
+                out=GENERATOR_MODEL[2:],
+            log:
+                f"{RESULTS}/logs/downstream/tone/{{generator}}.log",
+            benchmark:
+                f"{RESULTS}/benchmarks/downstream/tone/{{generator}}.tsv"

@@ -62,6 +62,7 @@ rule sampler_study:
         images=COHORT_IMAGES,
         plan=PLAN,
         autoencoder=AUTOENCODER,
+        decoder=DECODER,
         diffusion=RELEASED_MODEL,
     output:
         out=report(

@@ -56,6 +56,7 @@ rule export_index:
 rule export_models:
     input:
         autoencoder=AUTOENCODER,
+        decoder=DECODER,
         diffusion=RELEASED_MODEL,
         root=LEDGER,
         privacy=PRIVACY_REPORT,

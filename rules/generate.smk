@@ -27,6 +27,7 @@ rule generate:
     input:
         plan=PLAN,
         autoencoder=AUTOENCODER,
+        decoder=DECODER,
         diffusion=RELEASED_MODEL,
     output:
         out=passing("generated", GENERATED),

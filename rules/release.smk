@@ -29,7 +29,8 @@ rule describe:
         images=expand(IMAGES, shard=PLAN_SHARDS),
         cohort=[COHORT_CARD],
         autoencoder=AUTOENCODER[1:],
-        diffusion=RELEASED_MODEL[1:],
+        decoder=DECODER[1:],
+        diffusion=RELEASED_MODEL[1::2],
         metrics=METRICS,
     output:
         out=RELEASE,
@@ -60,7 +61,8 @@ rule ledger:
         calibration=CALIBRATION,
         images=expand(IMAGES, shard=PLAN_SHARDS),
         autoencoder=AUTOENCODER[1:],
-        diffusion=RELEASED_MODEL[1:],
+        decoder=DECODER[1:],
+        diffusion=RELEASED_MODEL[1::2],
         description=RELEASE,
     output:
         out=lasting(LEDGER),

@@ -2,6 +2,7 @@ rule showcase:
     input:
         manifest=MANIFEST,
         autoencoder=AUTOENCODER,
+        decoder=DECODER,
         diffusion=RELEASED_MODEL,
     output:
         out=SHOWCASE,
@@ -31,7 +32,8 @@ rule report:
         images=COHORT_IMAGES,
         plan=PLAN,
         generated=expand(FILTERED, shard=PLAN_SHARDS),
-        autoencoder=[AUTOENCODER[1], AUTOENCODER_CURVE, RECONSTRUCTIONS],
+        autoencoder=[AUTOENCODER[1], AUTOENCODER_CURVE, AUTOENCODER_RECONSTRUCTIONS],
+        decoder=[*DECODER[1:], *DECODER_CURVE],
         diffusion=[RELEASED_MODEL[1], f"{RELEASED_FOLDER}/history.parquet"],
         evaluation=[*EVALUATION, SHOWCASE],
         privacy=PRIVACY_REPORT,

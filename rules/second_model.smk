@@ -27,6 +27,7 @@ if STUDY.second_model.subjects:
         input:
             plan=rules.teacher_plan.output.out,
             autoencoder=AUTOENCODER,
+            decoder=DECODER,
             diffusion=DIFFUSION,
         output:
             out=passing("generated", TEACHER_GENERATED),
@@ -44,6 +45,7 @@ if STUDY.second_model.subjects:
             autoencoder=AUTOENCODER,
             scale=LATENT_SCALE,
             embedder=EMBEDDER,
+            decoder=DECODER,
             diffusion=DIFFUSION,
             reference=REFERENCE,
             calibration=CALIBRATION,
@@ -68,6 +70,7 @@ if STUDY.second_model.subjects:
             autoencoder=AUTOENCODER,
             scale=LATENT_SCALE,
             embedder=EMBEDDER,
+            decoder=DECODER,
             diffusion=DIFFUSION,
             reference=REFERENCE,
             calibration=CALIBRATION,
@@ -160,10 +163,24 @@ if STUDY.second_model.subjects:
             latents=expand(SECOND_LATENTS, shard=TEACHER_SHARDS),
             scale=rules.second_scale.output.scale,
         output:
-            out=[*map(lasting, RELEASED_MODEL[:1]), *RELEASED_MODEL[1:], f"{RELEASED_FOLDER}/history.parquet"],
+            out=[*map(lasting, RELEASED_MODEL[:1]), RELEASED_MODEL[1], f"{RELEASED_FOLDER}/history.parquet"],
         log:
             f"{RESULTS}/logs/second_model/diffusion.log",
         benchmark:
             f"{RESULTS}/benchmarks/second_model/diffusion.tsv"
         message:
             "Training the second diffusion model, on synthetic images alone"
+
+    use rule tone as second_tone with:
+        input:
+            manifest=rules.second_model.output.out,
+            images=expand(TEACHER_FILTERED, shard=TEACHER_SHARDS),
+            autoencoder=AUTOENCODER,
+            decoder=DECODER,
+            diffusion=RELEASED_MODEL[:2],
+        output:
+            out=RELEASED_MODEL[2:],
+        log:
+            f"{RESULTS}/logs/second_model/tone.log",
+        benchmark:
+            f"{RESULTS}/benchmarks/second_model/tone.tsv"

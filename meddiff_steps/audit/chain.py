@@ -9,6 +9,7 @@ from typing import Any
 from meddiff_steps import __version__
 from meddiff_steps.core.files import sha256_file
 from meddiff_steps.provenance import lineage
+from meddiff_steps.provenance.ledger import WEIGHTS
 from meddiff_steps.provenance.lineage import Lineage, Record, step_of
 from meddiff_steps.provenance.verify import Check, judged
 from meddiff_steps.release import seal, versions
@@ -107,7 +108,7 @@ def _without_sources(found: Lineage) -> Iterator[str]:
 def _by_other_weights(release: Sealed, found: Lineage) -> Iterator[str]:
     """Runs that made or filtered the released images with other weights than the rows name."""
     for record in _made_images(found):
-        for kind in ("autoencoder", "diffusion"):
+        for kind in sorted({kind for kind, _ in release.weights}):
             read = {
                 (kind, digest)
                 for path in _paths(record, "inputs") & set(found.records)
@@ -144,15 +145,16 @@ def _written(record: Record) -> str:
 
 
 def _weight_problems(release: Sealed, found: Lineage) -> Iterator[str]:
-    written: dict[str, set[str]] = {"autoencoder": set(), "diffusion": set()}
+    written: dict[str, set[str]] = {kind: set() for kind in WEIGHTS}
     for path, record in found.records.items():
         if (kind := step_of(record)) in written:
             written[kind] |= _weights(record, path)
     for (kind, digest), (first, count) in release.weights.items():
         if digest not in written[kind]:
             yield f"{kind} {digest[:16]} of {count} row(s), first {first}: no recorded training wrote it"
-    if len(release.weights) > 2:
-        yield f"{len(release.weights)} different weights in one cohort"
+    kinds = [kind for kind, _ in release.weights]
+    for kind in sorted({kind for kind in kinds if kinds.count(kind) > 1}):
+        yield f"{kinds.count(kind)} different weights of {kind} in one cohort"
 
 
 # -------------------------------------------------------------------------------------- environment, code

@@ -142,6 +142,7 @@ def check_recipes(release: Sealed) -> tuple[list[Check], Tally]:
 def config_recipe(study: config.Study, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe that the config asks for; what it leaves open (weights, a sampler's usual steps) as the row has it."""
     wanted = study.generate
+    interval = list(wanted.guidance_interval) if wanted.guidance_interval else None
     return {
         **recipe,
         "sampler": wanted.sampler,
@@ -149,6 +150,8 @@ def config_recipe(study: config.Study, recipe: Mapping[str, Any]) -> dict[str, A
         "guidance_scale": wanted.guidance_scale,
         "batch_size": wanted.batch_size,
         "precision": study.compute.precision,
+        **({"guidance_interval": interval} if "guidance_interval" in recipe else {}),
+        **({"drawing_steps": wanted.drawing_steps if study.decoder.network else None} if "decoder" in recipe else {}),
     }
 
 

@@ -49,7 +49,7 @@ class MicroBatch:
             log.info("%d images at a time, as %s says", self.size, path)
 
     def gradients(
-        self, module: _FabricModule, optimiser: torch.optim.Optimizer, count: int, losses: Losses
+        self, module: _FabricModule, count: int, losses: Losses
     ) -> dict[str, Tensor]:
         """Gradients of the mean loss over `count` images in the parameters of `module`, and its detached mean losses by
         name.
@@ -62,18 +62,18 @@ class MicroBatch:
         """
         while True:
             try:
-                return self._accumulate(module, optimiser, count, losses)
+                return self._accumulate(module, count, losses)
             except torch.OutOfMemoryError as error:
                 said = str(error).splitlines()[0]
-            optimiser.zero_grad(set_to_none=True)
+            module.zero_grad(set_to_none=True)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self._halve(count, said)
 
     def _accumulate(
-        self, module: _FabricModule, optimiser: torch.optim.Optimizer, count: int, losses: Losses
+        self, module: _FabricModule, count: int, losses: Losses
     ) -> dict[str, Tensor]:
-        optimiser.zero_grad(set_to_none=True)
+        module.zero_grad(set_to_none=True)
         size = min(self.size or count, count)
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.fabric.device))
         for start in range(0, count, size):

@@ -12,6 +12,7 @@ from meddiff_steps.config.base import (
     Alphanumeric,
     Fraction,
     Name,
+    NetworkOptimiser,
     Optimiser,
     PositiveFloat,
     PositiveInt,
@@ -21,6 +22,7 @@ from meddiff_steps.config.base import (
 from meddiff_steps.config.choices import (
     DenoiserName,
     DetectorName,
+    DrawingDecoderName,
     FeatureSpaceName,
     FirstStageName,
     MetricName,
@@ -30,7 +32,8 @@ from meddiff_steps.config.cohort import BidsSource, CohortSource, SimulatedSourc
 from meddiff_steps.config.compute import Compute
 from meddiff_steps.config.counterfactual import Counterfactual
 from meddiff_steps.config.covariates import CategoricalCovariate, ContinuousCovariate, Covariate, Covariates
-from meddiff_steps.config.diffusion import Diffusion, DiffusionOptimiser
+from meddiff_steps.config.decoder import Decoder, DecoderOptimiser
+from meddiff_steps.config.diffusion import Diffusion, DiffusionOptimiser, NoiseLevels
 from meddiff_steps.config.downstream import Arm, Classifier, ClassifierOptimiser, Downstream, Primary, Shift
 from meddiff_steps.config.evaluate import Evaluate, FeatureNetwork
 from meddiff_steps.config.generate import Generate
@@ -74,10 +77,13 @@ __all__ = [
     "Counterfactual",
     "Covariate",
     "Covariates",
+    "Decoder",
+    "DecoderOptimiser",
     "DenoiserName",
     "DetectorName",
     "Diffusion",
     "DiffusionOptimiser",
+    "DrawingDecoderName",
     "Downstream",
     "Embedder",
     "EmbedderOptimiser",
@@ -90,6 +96,8 @@ __all__ = [
     "Latents",
     "MetricName",
     "Name",
+    "NetworkOptimiser",
+    "NoiseLevels",
     "Optimiser",
     "Perceptual",
     "PlanGroup",

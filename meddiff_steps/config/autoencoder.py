@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from meddiff_steps.config.base import PATH, Count, Optimiser, PositiveFloat, PositiveInt, Section, Weight
+from meddiff_steps.config.base import PATH, Count, NetworkOptimiser, PositiveFloat, PositiveInt, Section, Weight
 from meddiff_steps.config.choices import FirstStageName
 
 
@@ -41,7 +41,7 @@ class Adversarial(Section):
     learning_rate: PositiveFloat = Field(2e-4, description="Step size of the discriminator's optimiser.")
 
 
-class AutoencoderOptimiser(Optimiser):
+class AutoencoderOptimiser(NetworkOptimiser):
     """Training of the autoencoder."""
 
     steps: Annotated[
@@ -50,40 +50,41 @@ class AutoencoderOptimiser(Optimiser):
     batch_size: Annotated[
         int, Field(ge=1, description="Images per gradient step, of all GPUs together. Bounds memory.")
     ] = 8
-    learning_rate: Annotated[
-        float, Field(gt=0.0, description="Largest step size of AdamW. Lower it where the loss jumps.")
-    ] = 1e-3
-
 
 class Autoencoder(Section):
-    """KL-regularised autoencoder (first stage)."""
+    """Autoencoder (first stage)."""
 
     network: FirstStageName = Field(
-        "kl", description="Kind of first stage. `kl`: a convolutional autoencoder with a Gaussian posterior."
+        "resnet",
+        description="Kind of first stage. `resnet`: light, of local layers, trained in minutes. `kl`: MONAI's "
+        "AutoencoderKL, of the published model.",
     )
     stem: Literal["haar", "space_to_depth", "none"] = Field(
         "haar",
         description="Invertible 2x reduction before the first convolution: orthonormal Haar wavelet, plain "
         "rearrangement, or none.",
     )
-    linear_path: bool = Field(
-        True, description="A linear map of blocks beside the network: the best linear code of the training images."
-    )
     channels: list[PositiveInt] = Field(
         [32, 64], min_length=1, description="Feature channels per level; each level after the first halves the size."
     )
-    num_res_blocks: PositiveInt = Field(1, description="Residual blocks per level.")
+    num_res_blocks: PositiveInt = Field(1, description="Residual blocks per level; the decoder has one more.")
     norm_num_groups: PositiveInt = Field(
-        16, description="Groups of the group normalisation; must divide all `channels`."
+        16, description="Groups of the group normalisation of `kl`; must divide all `channels`."
     )
     latent_channels: PositiveInt = Field(
         16, description="Numbers per latent cell. More keep more detail and are harder to generate."
     )
+    latent_noise: Weight = Field(
+        0.3,
+        description="Largest noise that latents are given in training, in standard deviations of an image's latents. "
+        "More makes the decoder bear a sampler's errors, and keeps less detail.",
+    )
     kl_weight: Weight = Field(
-        1e-7, description="Weight of the KL divergence in nats per image, beside the mean absolute error."
+        1e-7,
+        description="Weight of the KL divergence in nats per image, beside the mean absolute error. `resnet` has none.",
     )
     spectral_weight: Weight = Field(
-        0.0,
+        0.5,
         description="Weight of the L1 distance between Fourier magnitudes, which keeps fine detail; 0 leaves it out.",
     )
     perceptual: Perceptual = Field(Perceptual(), description="Loss on feature maps of a network of your own.")

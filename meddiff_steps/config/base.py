@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -70,6 +70,32 @@ class Optimiser(Section):
     ] = 0.999
     checkpoint_every: PositiveInt = Field(250, description="Steps between resumable checkpoints.")
     validate_every: Annotated[int, Field(ge=1, description="Steps between validation losses.")] = 200
+
+
+class NetworkOptimiser(Optimiser):
+    """How a network that makes images is trained."""
+
+    method: Literal["muon", "adamw"] = Field(
+        "muon",
+        description="Muon orthogonalises the steps of convolutions and needs a tenth of the steps here; AdamW is the "
+        "usual one, with a third of the learning rate.",
+    )
+    learning_rate: Annotated[float, Field(gt=0.0, description="Largest step size. Lower it where the loss jumps.")] = (
+        3e-3
+    )
+    warmup_steps: Annotated[
+        int,
+        Field(ge=0, description="Steps over which the learning rate rises from 0; it then falls to 0 along a cosine."),
+    ] = 30
+    ema_decay: Annotated[
+        float,
+        Field(
+            ge=0.0,
+            lt=1.0,
+            description="Decay per step of the averaged weights that are released. Shorter trainings need a smaller "
+            "one: about 1 - 5 / `steps`.",
+        ),
+    ] = 0.995
 
 
 # --------------------------------------------------------------------------------------------- a walk over keys

@@ -5,6 +5,7 @@ from typing import Annotated
 from meddiff_steps.core.registries import (
     DENOISERS,
     DETECTORS,
+    DRAWING_DECODERS,
     FEATURE_SPACES,
     FIRST_STAGES,
     METRICS,
@@ -15,6 +16,7 @@ from meddiff_steps.core.registry import Choice
 Sampler = Annotated[str, Choice(SAMPLERS)]
 FirstStageName = Annotated[str, Choice(FIRST_STAGES)]
 DenoiserName = Annotated[str, Choice(DENOISERS)]
+DrawingDecoderName = Annotated[str, Choice(DRAWING_DECODERS)]
 DetectorName = Annotated[str, Choice(DETECTORS)]
 MetricName = Annotated[str, Choice(METRICS)]
 FeatureSpaceName = Annotated[str, Choice(FEATURE_SPACES)]

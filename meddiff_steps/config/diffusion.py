@@ -4,11 +4,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from meddiff_steps.config.base import Count, Fraction, Optimiser, PositiveFloat, PositiveInt, Section
+from meddiff_steps.config.base import Fraction, NetworkOptimiser, PositiveFloat, PositiveInt, Section
 from meddiff_steps.config.choices import DenoiserName
 
 
-class DiffusionOptimiser(Optimiser):
+class DiffusionOptimiser(NetworkOptimiser):
     """Training of the diffusion network."""
 
     steps: Annotated[
@@ -22,16 +22,23 @@ class DiffusionOptimiser(Optimiser):
     batch_size: Annotated[
         int, Field(ge=1, description="Latents per gradient step, of all GPUs together. Bounds memory.")
     ] = 32
-    learning_rate: Annotated[
-        float, Field(gt=0.0, description="Largest step size of AdamW. Lower it where the loss jumps.")
-    ] = 5e-4
+
+class NoiseLevels(Section):
+    """ln(sigma / alpha) of the noise levels that are trained on, drawn from a normal distribution (Karras et
+    al. 2022)."""
+
+    mean: float = Field(-0.6, description="Its mean: lower trains more on details, higher more on the whole.")
+    deviation: PositiveFloat = Field(1.2, description="Its standard deviation.")
 
 
 class Diffusion(Section):
     """Latent diffusion model conditioned on the study's covariates."""
 
     network: DenoiserName = Field(
-        "unet", description="Kind of network. `unet`: convolutions at several sizes, with attention at the small ones."
+        "resnet",
+        description="Kind of network. `resnet`: residual blocks at the latents' resolution, as wide as the first of "
+        "`channels`; learns fastest on small grids. `unet`: MONAI's, at several sizes, with attention at the small "
+        "ones.",
     )
     prediction_type: Literal["epsilon", "v_prediction", "flow"] = Field(
         "v_prediction",
@@ -51,8 +58,9 @@ class Diffusion(Section):
     zero_terminal_snr: bool = Field(
         False, description="Rescale the schedule so that the last step is pure noise (Lin et al. 2023)."
     )
+    levels: NoiseLevels = Field(NoiseLevels(), description="Noise levels that are trained on.")
     channels: list[PositiveInt] = Field(
-        [32, 64],
+        [64, 128],
         min_length=1,
         description="Feature channels per level; each level after the first halves the size. Wider for larger cohorts.",
     )
@@ -60,7 +68,7 @@ class Diffusion(Section):
         [False, True],
         description="Whether a level attends across the whole latent, one entry per level; costly at large levels.",
     )
-    num_res_blocks: PositiveInt = Field(2, description="Residual blocks per level.")
+    num_res_blocks: PositiveInt = Field(3, description="Residual blocks per level.")
     num_head_channels: PositiveInt = Field(
         32,
         description="Channels per attention head; must divide `channels` of the levels that attend, and of the last.",
@@ -74,11 +82,6 @@ class Diffusion(Section):
     )
     condition_dropout: Fraction = Field(
         0.1, description="Probability that all covariates are dropped at once (classifier-free guidance)."
-    )
-    component_steps: Count = Field(
-        800,
-        description="Steps of the small network that learns how the Gaussian's components depend on each other; 0 "
-        "leaves it out.",
     )
     gradient_checkpointing: bool = Field(
         False,

@@ -27,6 +27,14 @@ class Generate(Section):
     batch_size: PositiveInt = Field(
         16, description="Fixed: it changes the last bits, so it belongs to the recipe; short batches are padded."
     )
+    guidance_interval: tuple[Weight, Weight] | None = Field(
+        None,
+        description="Noise levels, sigma / alpha from above the first to the second, at which `guidance_scale` holds; "
+        "elsewhere it is 1, in one pass. Kynkäänniemi et al. 2024 find that the middle ones suffice.",
+    )
+    drawing_steps: PositiveInt = Field(
+        10, description="Steps of the drawing decoder (section `decoder`), each one pass of its network."
+    )
     shard_size: PositiveInt = Field(250, description="Subjects per job.")
     decode_batch_size: PositiveInt | None = Field(
         None,
@@ -38,6 +46,12 @@ class Generate(Section):
         description="Where one image is too large to be decoded at once: planes of a slab that layers are computed "
         "in. The same but for rounding, slower.",
     )
+
+    @model_validator(mode="after")
+    def _interval_holds_levels(self) -> Self:
+        if self.guidance_interval is not None and not self.guidance_interval[0] < self.guidance_interval[1]:
+            raise ValueError(f"guidance_interval: expected [low, high], low < high, found {self.guidance_interval}")
+        return self
 
     @model_validator(mode="after")
     def _decoding_divides(self) -> Self:

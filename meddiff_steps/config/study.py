@@ -11,6 +11,7 @@ from meddiff_steps.config.cohort import BidsSource, CohortSource, Splits
 from meddiff_steps.config.compute import Compute
 from meddiff_steps.config.counterfactual import Counterfactual
 from meddiff_steps.config.covariates import CategoricalCovariate, ContinuousCovariate, Covariates
+from meddiff_steps.config.decoder import Decoder
 from meddiff_steps.config.diffusion import Diffusion
 from meddiff_steps.config.downstream import Downstream
 from meddiff_steps.config.evaluate import Evaluate
@@ -48,8 +49,9 @@ class Study(Section):
     splits: Splits = Field(Splits(), description="Which subjects are kept for what.")
     preprocess: Preprocess = Field(Preprocess(), description="From any scan to one grid and one scale.")
     autoencoder: Autoencoder = Field(Autoencoder(), description="The first stage, from images to latents and back.")
+    decoder: Decoder = Field(Decoder(), description="What draws the detail that latents leave open.")
     variants: Variants = Field(Variants(), description="Changed copies of training scans.")
-    latents: Latents = Field(Latents(), description="Encoded scans, and the Gaussian model of them.")
+    latents: Latents = Field(Latents(), description="Encoded scans.")
     diffusion: Diffusion = Field(Diffusion(), description="The model that draws latents.")
     plan: list[PlanGroup] = Field(min_length=1, description="Which synthetic subjects are made, in groups.")
     generate: Generate = Field(Generate(), description="How images are drawn.")
@@ -103,7 +105,9 @@ def _fetched_cohort(study: Study) -> Iterator[str]:
 
 
 def _shape_divides(study: Study) -> Iterator[str]:
-    first, second = study.autoencoder.downsampling, 2 ** (len(study.diffusion.channels) - 1)
+    # Only networks that halve the latents need more of them than one stage does.
+    halvings = len(study.diffusion.channels) - 1 if study.diffusion.network != "resnet" else 0
+    first, second = study.autoencoder.downsampling, 2**halvings
     if any(n % (first * second) for n in study.preprocess.shape):
         yield (
             f"preprocess.shape {list(study.preprocess.shape)} must be divisible by {first * second} "

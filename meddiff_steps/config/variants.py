@@ -2,11 +2,14 @@
 
 from pydantic import Field
 
-from meddiff_steps.config.base import Count, PositiveInt, Section
+from meddiff_steps.config.base import Count, Fraction, PositiveInt, Section
 
 
 class Variants(Section):
-    """Variants of each training scan, drawn once and encoded with it (variant 0 is always the scan itself)."""
+    """Variants of each training scan, drawn once and encoded with it (variant 0 is always the scan itself).
+
+    The networks are told which variant they see; images are generated as if of scans as they are.
+    """
 
     count: PositiveInt = Field(
         1, description="Variants per training scan, itself included. More where scans are few: 4 to 8 for some hundred."
@@ -18,4 +21,7 @@ class Variants(Section):
     )
     max_shift_voxels: Count = Field(
         0, description="Largest whole-voxel shift per axis; no interpolation, so nothing is blurred."
+    )
+    max_contrast: Fraction = Field(
+        0.0, description="Largest share by which grey levels are multiplied up or down; 0.1 is plenty."
     )

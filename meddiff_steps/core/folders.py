@@ -7,31 +7,42 @@ from pathlib import Path
 
 #: A trained network.
 NETWORK = ("model.safetensors", "card.json")
+#: The grey levels of what a diffusion model generates, fitted after its training and kept beside it.
+TONE = ("tone.safetensors", "tone.json")
 #: Options that name a folder, in any step, and the files that are read there.
 READ: Mapping[str, tuple[str, ...]] = {
     "simulated": ("participants.tsv",),
     "autoencoder": NETWORK,
-    "diffusion": NETWORK,
+    "decoder": NETWORK,
+    "diffusion": (*NETWORK, *TONE),
     "embedder": NETWORK,
     "segmenter": NETWORK,
 }
 #: Options of single steps that name a folder, and the files that are read or written there.
 OF_STEP: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "autoencoder": {"out": (*NETWORK, "history.parquet", "reconstructions.arrow")},
+    "decoder": {"out": (*NETWORK, "history.parquet", "reconstructions.arrow")},
     "diffusion": {"out": (*NETWORK, "history.parquet")},
+    "tone": {"diffusion": NETWORK, "out": TONE},
     "embedder": {"out": NETWORK},
     "segmenter": {"out": NETWORK},
     "evaluate": {"out": ("metrics.json", "predictions.parquet", "components.parquet")},
     "report": {
         "cohort": ("manifest.parquet", "card.json"),
         "autoencoder": ("card.json", "history.parquet", "reconstructions.arrow"),
+        "decoder": ("card.json", "history.parquet"),
         "diffusion": ("card.json", "history.parquet"),
         "evaluation": ("metrics.json", "predictions.parquet", "components.parquet", "showcase.arrow"),
         "teacher": ("privacy/report.json", "evaluation/metrics.json"),
         "downstream": ("results.json", "test-opened.json"),
     },
-    "describe": {"cohort": ("card.json",), "autoencoder": ("card.json",), "diffusion": ("card.json",)},
-    "ledger": {"autoencoder": ("card.json",), "diffusion": ("card.json",)},
+    "describe": {
+        "cohort": ("card.json",),
+        "autoencoder": ("card.json",),
+        "decoder": ("card.json",),
+        "diffusion": ("card.json", "tone.json"),
+    },
+    "ledger": {"autoencoder": ("card.json",), "decoder": ("card.json",), "diffusion": ("card.json", "tone.json")},
     "counterfactual": {
         "out": ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png")
     },

@@ -21,7 +21,13 @@ FIRST_STAGES = Registry(
     "first stage",
     "meddiff_steps.models.first_stage",
     keys=("autoencoder.network",),
-    fields={"source": str, "draws": bool, "cost": str},
+    fields={"source": str, "cost": str},
+)
+DRAWING_DECODERS = Registry(
+    "drawing decoder",
+    "meddiff_steps.models.drawing",
+    keys=("decoder.network",),
+    fields={"source": str, "cost": str},
 )
 DENOISERS = Registry(
     "denoiser",
@@ -54,7 +60,7 @@ APPLICATIONS = Registry(
 )
 
 #: All of them, for whoever lists or checks them.
-REGISTRIES = (SAMPLERS, FIRST_STAGES, DENOISERS, DETECTORS, METRICS, FEATURE_SPACES, APPLICATIONS)
+REGISTRIES = (SAMPLERS, FIRST_STAGES, DRAWING_DECODERS, DENOISERS, DETECTORS, METRICS, FEATURE_SPACES, APPLICATIONS)
 
 
 def default_steps(sampler: str, num_train_timesteps: int) -> int:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from meddiff_steps.core.errors import UserError
+
 #: Rows of a batch: one number, a slice, a list of numbers, or a tensor of numbers or truth values.
 Rows = int | slice | Sequence[int] | np.ndarray | Tensor
 
@@ -28,6 +30,8 @@ class Condition:
         What lies on a grid, by name: scans, masks, label maps, (b, c, *spatial) of any dtype; grids may differ.
     tokens
         Sequences of vectors by name, floating point (b, n, dim).
+    variant
+        What was done to a training image (mirrored, shifted), floating point (b, v); None: nothing.
 
     Raises
     ------
@@ -38,6 +42,7 @@ class Condition:
     covariates: Tensor
     maps: Mapping[str, Tensor] = field(default_factory=dict)
     tokens: Mapping[str, Tensor] = field(default_factory=dict)
+    variant: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check("covariates", self.covariates, self.covariates.ndim == 2, "(b, k)", len(self))
@@ -45,6 +50,8 @@ class Condition:
             _check(f"maps[{name!r}]", value, value.ndim >= 3, "(b, c, *spatial)", len(self), any_dtype=True)
         for name, value in self.tokens.items():
             _check(f"tokens[{name!r}]", value, value.ndim == 3, "(b, n, dim)", len(self))
+        if self.variant is not None:
+            _check("variant", self.variant, self.variant.ndim == 2, "(b, v)", len(self))
 
     def __len__(self) -> int:
         """Subjects, b."""
@@ -92,7 +99,28 @@ class Condition:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Condition:
         maps, tokens = ({name: change(value) for name, value in d.items()} for d in (self.maps, self.tokens))
-        return Condition(change(self.covariates), maps, tokens)
+        variant = None if self.variant is None else change(self.variant)
+        return Condition(change(self.covariates), maps, tokens, variant)
+
+    def variant_numbers(self, count: int) -> Tensor:
+        """The variant, (b, count); zeros where none is given."""
+        return self.covariates.new_zeros(len(self), count) if self.variant is None else self.variant
+
+    def maps_of(self, channels: Mapping[str, int]) -> list[Tensor]:
+        """The maps that a network was trained with, in the order of `channels`, which has the channels of each.
+
+        Raises
+        ------
+        UserError
+            There are others.
+        """
+        found = {name: value.shape[1] for name, value in sorted(self.maps.items())}
+        if found != dict(channels):
+            raise UserError(
+                f"condition.maps: found channels {found}, this model was trained with {dict(channels)}. Give just these"
+                " maps, on the grid of the latents."
+            )
+        return [self.maps[name] for name in channels]
 
 
 #: denoiser(x (b, c, *spatial), timesteps (b,) float32, condition) -> what the process predicts, shaped as x.

@@ -11,6 +11,7 @@ from typing import Literal, Protocol, Self, get_args
 
 import numpy as np
 import torch
+from scipy.special import expit, ndtri
 from torch import Tensor
 
 PredictionType = Literal["epsilon", "v_prediction", "flow"]
@@ -116,10 +117,19 @@ class NoiseProcess:
         """The noisiest timestep, at which sampling starts."""
         return float(self.num_train_timesteps if self.is_flow else self.num_train_timesteps - 1)
 
-    def training_timesteps(self, uniform: Tensor) -> Tensor:
-        """Timesteps to train on, float32 (b,), from uniform numbers (b,) in [0, 1): integers, or for `flow` any."""
-        timesteps = uniform.double() * self.num_train_timesteps
-        return (timesteps if self.is_flow else timesteps.floor().clamp(max=self.last_timestep)).float()
+    def training_timesteps(self, uniform: np.ndarray, mean: float, deviation: float) -> np.ndarray:
+        """Timesteps to train on, float32 (b,), from uniform numbers (b,) in (0, 1).
+
+        ln(sigma / alpha) is normal with this mean and deviation (Karras et al. 2022, section 5), and cut off where the
+        process ends.
+        """
+        return self.timesteps_at(mean + deviation * ndtri(np.clip(uniform, 1e-6, 1 - 1e-6))).astype(np.float32)
+
+    def timesteps_at(self, log_ratio: np.ndarray) -> np.ndarray:
+        """The timesteps at which ln(sigma / alpha) is `log_ratio`, or the nearest there are; float64."""
+        if self.is_flow:
+            return self.num_train_timesteps * expit(log_ratio)
+        return np.interp(log_ratio, self._log_ratio, np.arange(self.num_train_timesteps))
 
     def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Signal and noise amplitude at `timesteps` (any shape), two float64 tensors of that shape.

@@ -19,13 +19,17 @@ from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.compute.compilation import cast_weights, speed_up
 from meddiff_steps.compute.device import channels_last, to_channels_last, to_device
 from meddiff_steps.core.files import read_json
+from meddiff_steps.core.folders import TONE
 from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.diffusion.guidance import Guidance
 from meddiff_steps.diffusion.inversion import Inversion, invert
 from meddiff_steps.diffusion.sampling import sample
 from meddiff_steps.diffusion.schedules import NoiseProcess
 from meddiff_steps.models.denoiser.base import Denoiser
-from meddiff_steps.models.first_stage.base import Posterior, build
+from meddiff_steps.models.drawing.base import DrawingDecoder
+from meddiff_steps.models.drawing.base import build as build_decoder
+from meddiff_steps.models.first_stage.base import FirstStage, Posterior, build
+from meddiff_steps.models.tone import ToneCurve
 from meddiff_steps.models.weights import CARD, load_weights, save_model
 
 if TYPE_CHECKING:
@@ -34,12 +38,35 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def load_first_stage(folder: Path) -> tuple[Any, dict[str, Any]]:
+def load_first_stage(folder: Path) -> tuple[FirstStage, dict[str, Any]]:
     """The trained `FirstStage` of a folder, in evaluation mode on the CPU, and its card."""
     card = read_json(folder / CARD)
     model = build(config.Autoencoder.model_validate(card["settings"]), len(card["image_shape"]) - 1)
     load_weights(model, folder, card)
     return model, card
+
+
+def load_decoder(folder: Path) -> tuple[DrawingDecoder, dict[str, Any]]:
+    """The trained `DrawingDecoder` of a folder, in evaluation mode on the CPU, and its card."""
+    card = read_json(folder / CARD)
+    model = build_decoder(config.Decoder.model_validate(card["settings"]), card["image_shape"])
+    load_weights(model, folder, card)
+    return model, card
+
+
+def save_tone(tone: ToneCurve, folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write the grey levels of what a model generates beside its weights; `facts` are what was measured."""
+    weights, card = TONE
+    save_model(tone, folder, facts, weights, card)
+
+
+def load_tone(folder: Path) -> tuple[ToneCurve, dict[str, Any]]:
+    """The curve that `save_tone` wrote, and its card."""
+    weights, name = TONE
+    card = read_json(folder / name)
+    tone = ToneCurve()
+    load_weights(tone, folder, card, weights)
+    return tone, card
 
 
 @dataclass(frozen=True)
@@ -54,8 +81,8 @@ class DenoiserCard:
         (c, *spatial).
     encoding
         How covariates become numbers.
-    rank
-        Components of its `LatentGaussian`.
+    variants
+        Numbers that describe a variant of a training image.
     maps, tokens
         Channels of every map and width of every kind of token that it is told.
     """
@@ -63,7 +90,7 @@ class DenoiserCard:
     settings: config.Diffusion
     latent_shape: tuple[int, ...]
     encoding: CovariateEncoding
-    rank: int
+    variants: int
     maps: Mapping[str, int] = field(default_factory=dict)
     tokens: Mapping[str, int] = field(default_factory=dict)
 
@@ -71,7 +98,7 @@ class DenoiserCard:
         return {
             "settings": self.settings.model_dump(mode="json"),
             "latent_shape": list(self.latent_shape),
-            "gaussian_rank": self.rank,
+            "variants": self.variants,
             "encoding": self.encoding.to_json(),
             "maps": dict(self.maps),
             "tokens": dict(self.tokens),
@@ -83,7 +110,7 @@ class DenoiserCard:
             config.Diffusion.model_validate(card["settings"]),
             tuple(card["latent_shape"]),
             CovariateEncoding.from_json(card["encoding"]),
-            card["gaussian_rank"],
+            card["variants"],
             card.get("maps", {}),
             card.get("tokens", {}),
         )
@@ -91,12 +118,16 @@ class DenoiserCard:
     def build(self) -> Denoiser:
         """The denoiser with fresh weights."""
         levels = self.encoding.level_counts
-        return Denoiser(self.settings, self.latent_shape, levels, self.rank, self.maps, self.tokens)
+        return Denoiser(self.settings, self.latent_shape, levels, self.variants, self.maps, self.tokens)
 
 
-def save_first_stage(stage: Any, folder: Path, image_shape: Sequence[int], facts: Mapping[str, Any]) -> None:
-    """Write weights and card of a first stage; `facts` are what was measured, and on what."""
-    save_model(stage, folder, {"image_shape": list(image_shape), **facts})
+def save_image_network(
+    network: torch.nn.Module, folder: Path, image_shape: Sequence[int], facts: Mapping[str, Any]
+) -> None:
+    """Write weights and card of a first stage or a drawing decoder; `facts` are its settings, what was measured, and on
+    what.
+    """
+    save_model(network, folder, {"image_shape": list(image_shape), **facts})
 
 
 def save_denoiser(denoiser: torch.nn.Module, made: DenoiserCard, folder: Path, facts: Mapping[str, Any]) -> None:
@@ -114,7 +145,7 @@ def load_denoiser(folder: Path) -> tuple[Denoiser, DenoiserCard, dict[str, Any]]
 
 
 class TrainedModel:
-    """Both stages on one device, and all that lies between images, latents, covariates and noise.
+    """All stages on one device, and all that lies between images, latents, covariates and noise.
 
     Latents are those that the diffusion model works on: of mean 0 at every place and of unit spread.  They are what
     `encode` gives, `sample` makes and `decode` takes; nobody else standardises.
@@ -125,6 +156,10 @@ class TrainedModel:
         A `FirstStage`, trained.
     denoiser, card
         Trained, and how it was made.
+    decoder
+        A `DrawingDecoder`, trained; None where images are as the first stage decodes them.
+    tone
+        The grey levels of what is generated.
     fabric
         Device and precision.
     compute
@@ -140,21 +175,25 @@ class TrainedModel:
 
     def __init__(
         self,
-        first_stage: Any,
+        first_stage: FirstStage,
         denoiser: Denoiser,
         card: DenoiserCard,
         fabric: Fabric,
         compute: config.Compute | None = None,
         digests: Mapping[str, str] | None = None,
+        *,
+        decoder: DrawingDecoder | None = None,
+        tone: ToneCurve | None = None,
     ) -> None:
         self.first_stage, self.denoiser, self.card, self.fabric = first_stage, denoiser, card, fabric
+        self.decoder, self.tone = decoder, ToneCurve() if tone is None else tone
         self.encoding, self.latent_shape, self.digests = card.encoding, card.latent_shape, dict(digests or {})
         self.process = NoiseProcess.of(card.settings)
         self.spatial_dims = len(card.latent_shape) - 1
-        for network in (denoiser, first_stage):
+        for network in (denoiser, first_stage, self.tone, *([decoder] if decoder else [])):
             to_channels_last(network, self.spatial_dims)
             fabric.to_device(network)
-        networks = [*denoiser.costly, first_stage.costly["decoder"]]
+        networks = [*denoiser.costly, first_stage.costly["decoder"], *(decoder.costly if decoder else [])]
         cast_weights(networks, fabric)
         #: Whether the networks are compiled.
         self.compiled = compute is not None and speed_up(networks, compute, fabric, training=False)
@@ -162,8 +201,19 @@ class TrainedModel:
         self._graphs = self.compiled and on_gpu and compute is not None and compute.cuda_graphs
 
     @classmethod
-    def load(cls, autoencoder: Path, diffusion: Path, fabric: Fabric, compute: config.Compute | None = None) -> Self:
-        """The model of two folders, each with model.safetensors and card.json.
+    def load(
+        cls,
+        autoencoder: Path,
+        diffusion: Path,
+        fabric: Fabric,
+        compute: config.Compute | None = None,
+        *,
+        decoder: Path | None = None,
+        toned: bool = True,
+    ) -> Self:
+        """The model of two folders, or of three with a drawing decoder, each with model.safetensors and card.json.
+
+        The folder `diffusion` also has the grey levels of what it generates; `toned` says whether they are wanted.
 
         Raises
         ------
@@ -172,13 +222,23 @@ class TrainedModel:
         """
         first_stage, first_card = load_first_stage(autoencoder)
         denoiser, made, card = load_denoiser(diffusion)
-        digests = {"autoencoder": first_card["weights_sha256"], "diffusion": card["weights_sha256"]}
-        return cls(first_stage, denoiser, made, fabric, compute, digests)
+        cards = {"autoencoder": first_card, "diffusion": card}
+        drawing = tone = None
+        if decoder is not None:
+            drawing, cards["decoder"] = load_decoder(decoder)
+        if toned:
+            tone, cards["tone"] = load_tone(diffusion)
+        digests = {name: read["weights_sha256"] for name, read in cards.items()}
+        return cls(first_stage, denoiser, made, fabric, compute, digests, decoder=drawing, tone=tone)
 
     @classmethod
     def of_study(cls, folder: Path, fabric: Fabric, compute: config.Compute | None = None) -> Self:
-        """The model of a folder with autoencoder/ and diffusion/: a study's results, or models that were released."""
-        return cls.load(folder / "autoencoder", folder / "diffusion", fabric, compute)
+        """The model of a folder with autoencoder/, diffusion/ and maybe decoder/: a study's results, or models that were
+        released.
+        """
+        decoder = folder / "decoder"
+        found = decoder if (decoder / CARD).is_file() else None
+        return cls.load(folder / "autoencoder", folder / "diffusion", fabric, compute, decoder=found)
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -187,7 +247,7 @@ class TrainedModel:
 
     @property
     def digest(self) -> str:
-        """SHA-256 that stands for both weights, in the order of the stages."""
+        """SHA-256 that stands for all weights, in the order of the stages' names."""
         return hashlib.sha256("".join(self.digests[name] for name in sorted(self.digests)).encode()).hexdigest()
 
     # ---------------------------------------------------------------------------------------------- images
@@ -200,15 +260,36 @@ class TrainedModel:
         return self.denoiser.standardise(posterior.mode())
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, noise: Tensor | None = None, slab: int | None = None) -> Tensor:
-        """Images of final grey levels, float32 (b, 1, *spatial) in [0, 1], from standardised latents; see
-        `FirstStage`.
+    def decode(
+        self, latents: Tensor, noise: Tensor | None = None, *, drawing_steps: int = 10, slab: int | None = None
+    ) -> Tensor:
+        """Images of final grey levels, float32 (b, 1, *spatial) in [0, 1], from standardised latents.
+
+        Parameters
+        ----------
+        latents
+            (b, c, *spatial).
+        noise
+            Standard normal, (b, 1, *spatial): one draw of the drawing decoder.  Without it, or without a decoder, the
+            mean of what the latents can mean.
+        drawing_steps
+            Of the drawing decoder.
+        slab
+            Planes that are decoded at a time, for less memory; the same but for rounding.
         """
         z = self._inside(self.denoiser.latents(latents))
         if self._graphs:
             torch.compiler.cudagraph_mark_step_begin()
         with self.fabric.autocast():
-            return self.first_stage.decode(z, noise, slab)
+            images = self.first_stage.decode(z, slab).clamp(0.0, 1.0)
+            if noise is not None and self.decoder is not None:
+                images = self.decoder.draw(images, self._inside(noise), drawing_steps, slab)
+        return self.tone(images)
+
+    @property
+    def draws(self) -> bool:
+        """Whether `decode` has a use for noise."""
+        return self.decoder is not None
 
     # ------------------------------------------------------------------------------------------- diffusion
 
@@ -259,6 +340,7 @@ class TrainedModel:
             stop=stop,
             guidance=guidance,
             guidance_scale=settings.guidance_scale,
+            guidance_interval=settings.guidance_interval,
             step_noise=step_noise,
             on_step=on_step,
         )

@@ -31,19 +31,21 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save_model(module: nn.Module, folder: Path, content: dict[str, Any]) -> None:
+def save_model(
+    module: nn.Module, folder: Path, content: Mapping[str, Any], weights: str = WEIGHTS, card: str = CARD
+) -> None:
     """Write weights and, last, a card of `content` with their digest: a card on disk means that its weights are
     whole.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
-    with atomic_path(folder / WEIGHTS) as path:
+    with atomic_path(folder / weights) as path:
         save_file(tensors, path)
     parameters = sum(value.numel() for value in tensors.values())
     digest = {"weights_sha256": weights_digest(tensors), "parameters": parameters}
-    write_json(folder / CARD, {"version": __version__} | content | digest)
+    write_json(folder / card, {"version": __version__} | dict(content) | digest)
 
 
-def load_weights(module: nn.Module, folder: Path, card: Mapping[str, Any]) -> None:
+def load_weights(module: nn.Module, folder: Path, card: Mapping[str, Any], name: str = WEIGHTS) -> None:
     """Load the weights of a folder into a network, which is then frozen and in evaluation mode.
 
     Raises
@@ -51,7 +53,7 @@ def load_weights(module: nn.Module, folder: Path, card: Mapping[str, Any]) -> No
     UserError
         The file is not readable, holds other weights than the card says, or those of another network.
     """
-    weights = folder / WEIGHTS
+    weights = folder / name
     try:
         tensors = load_file(weights)
     except (OSError, SafetensorError) as error:

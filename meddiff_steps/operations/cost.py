@@ -23,9 +23,12 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.registries import default_steps, evaluations
 from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.models.denoiser.base import Denoiser
+from meddiff_steps.models.drawing.base import build as build_decoder
 from meddiff_steps.models.first_stage.base import build
 from meddiff_steps.operations.status import newest_study, seconds, stage_of
+from meddiff_steps.synthesis.grey_levels import IMAGES as TONE_IMAGES
 from meddiff_steps.synthesis.size import plan_shards, planned_subjects
+from meddiff_steps.training.tasks.decoder import CROPS_PER_IMAGE
 
 #: Seconds that a job takes before it begins to work: Python, torch and MONAI are loaded.
 START_S = 8.0
@@ -72,8 +75,8 @@ class Estimate:
     disk: float
 
 
-def forward_flops(study: Study) -> tuple[float, float, float]:
-    """Floating-point operations per image of encoder, decoder and denoiser, forward."""
+def forward_flops(study: Study) -> tuple[float, float, float, float]:
+    """Floating-point operations per image of encoder, decoder, denoiser and one step of the drawing decoder, forward."""
     dims, shape = study.spatial_dims, study.preprocess.shape
     levels = [len(c.levels) if isinstance(c, CategoricalCovariate) else 0 for c in study.covariates.values()]
     with torch.device("meta"):
@@ -86,7 +89,10 @@ def forward_flops(study: Study) -> tuple[float, float, float]:
         denoiser = Denoiser(study.diffusion, latent.shape[1:], levels)
         with FlopCounterMode(display=False) as denoising:
             denoiser(latent, torch.empty(1), Condition(torch.empty(1, len(levels))))
-    return encoding.get_total_flops(), decoding.get_total_flops(), denoising.get_total_flops()
+        with FlopCounterMode(display=False) as drawing:
+            if study.decoder.network:
+                build_decoder(study.decoder, (1, *shape)).draw(image, image, 1)
+    return tuple(counter.get_total_flops() for counter in (encoding, decoding, denoising, drawing))
 
 
 def work(study: Study, scans: int) -> dict[str, Work]:
@@ -99,7 +105,7 @@ def work(study: Study, scans: int) -> dict[str, Work]:
     scans
         In its cohort.
     """
-    encoder, decoder, denoiser = forward_flops(study)
+    encoder, decoder, denoiser, drawing = forward_flops(study)
     voxels, planned = math.prod(study.preprocess.shape), planned_subjects(study.plan)
     latent = study.autoencoder.latent_channels * voxels / study.autoencoder.downsampling**study.spatial_dims
     train, shards = study.splits.train * scans, plan_shards(study.plan, study.generate.shard_size)
@@ -107,6 +113,10 @@ def work(study: Study, scans: int) -> dict[str, Work]:
     settings = study.generate
     steps = settings.num_inference_steps or default_steps(settings.sampler, study.diffusion.num_train_timesteps)
     passes = evaluations(settings.sampler, steps) * (1 if settings.guidance_scale in (0, 1) else 2)
+    drawn = (decoder + settings.drawing_steps * drawing) if study.decoder.network else decoder
+    third = study.decoder.optimiser
+    crops = third.steps * third.batch_size
+    crop = math.prod(min(study.decoder.crop, n) for n in study.preprocess.shape) / voxels
     encoded = scans + train * (study.variants.count - 1)
     embedding = 2 * study.privacy.embedder.optimiser.steps * study.privacy.embedder.optimiser.batch_size
     stages = {
@@ -123,15 +133,19 @@ def work(study: Study, scans: int) -> dict[str, Work]:
         ),
         "latents": Work(study.preprocess.shards, encoder * encoded, "FLOP", True, "latents", encoded * latent),
         "diffusion": Work(1, denoiser * TRAINING * second.steps * second.batch_size, "FLOP", True),
+        "tone": Work(1, TONE_IMAGES * (passes * denoiser + drawn), "FLOP", True),
         "embedder": Work(1, embedding * voxels, "voxel"),
         "calibrate": Work(1, scans * voxels, "voxel", folder="privacy", voxels=scans * voxels),
-        "generate": Work(shards, planned * (passes * denoiser + decoder), "FLOP", True, "generated", planned * voxels),
+        "generate": Work(shards, planned * (passes * denoiser + drawn), "FLOP", True, "generated", planned * voxels),
         "filter": Work(shards, planned * voxels, "voxel", True, "filtered", planned * voxels),
         "privacy": Work(1, (planned + scans) * voxels, "voxel"),
         "evaluate": Work(1, (min(planned, MEASURED) + min(scans, MEASURED)) * voxels, "voxel", folder="evaluation"),
         "images": Work(shards, planned * voxels, "voxel", folder="release", voxels=planned * voxels),
         "ledger": Work(1, planned, "row"),
     }
+    if study.decoder.network:
+        decoded = crops / CROPS_PER_IMAGE * (encoder + decoder)
+        stages["decoder"] = Work(1, crops * TRAINING * crop * drawing + decoded, "FLOP", True, "decoder")
     if study.cohort.source == "simulated":
         stages["simulate"] = Work(1, scans * voxels, "voxel", folder="cohort", voxels=scans * voxels)
     return stages

@@ -24,7 +24,7 @@ GPU_STAGES = frozenset(
     " downstream/train regenerate teacher/generate teacher/filter second_model/latents second_model/diffusion"
     " downstream/generate downstream/filter downstream/diffusion".split()
 )
-TRAININGS = ("autoencoder", "diffusion", "second_model/diffusion", "downstream/diffusion")
+TRAININGS = ("autoencoder", "decoder", "diffusion", "second_model/diffusion", "downstream/diffusion")
 #: How a log ends whose step has given up; a step that was killed from outside says nothing.
 LAST_WORDS = re.compile(r"^(error: |Traceback |[\w.]+Error\b)|asked to stop \(SIGTERM\)", re.M)
 #: Bytes at the end of a log in which they are looked for.

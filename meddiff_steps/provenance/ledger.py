@@ -33,6 +33,8 @@ from meddiff_steps.provenance import merkle
 from meddiff_steps.provenance.columns import canonical_lines
 
 SCHEMA = "meddiff/ledger/v1"
+#: Trained parts that a recipe names by the digest of their weights, as the steps that train them are called.
+WEIGHTS = ("autoencoder", "decoder", "diffusion", "tone")
 #: Numbers of a noise stream that its digest covers: all streams differ from the first number on, and drawing all is
 #: slow.
 NOISE_NUMBERS = 256
@@ -52,6 +54,10 @@ class Recipe:
     guidance_scale: float
     batch_size: int
     precision: str
+    tone: str
+    decoder: str | None = None
+    drawing_steps: int | None = None
+    guidance_interval: list[float] | None = None
 
 
 _ZEROS = np.zeros(4, np.uint64)
@@ -244,8 +250,10 @@ def public_schema(covariates: Covariates) -> pa.Schema:
         (name, pa.string() if isinstance(covariate, CategoricalCovariate) else pa.float64())
         for name, covariate in covariates.items()
     ]
-    recipe = [(name, pa.string()) for name in ("autoencoder", "diffusion", "sampler", "precision")]
+    names = ("autoencoder", "diffusion", "decoder", "tone", "sampler", "precision")
+    recipe: list[tuple[str, pa.DataType]] = [(name, pa.string()) for name in names]
     recipe += [("num_inference_steps", pa.int64()), ("guidance_scale", pa.float64()), ("batch_size", pa.int64())]
+    recipe += [("drawing_steps", pa.int64()), ("guidance_interval", pa.list_(pa.float64()))]
     image = [(name, pa.string()) for name in ("path", "sha256", "voxel_sha256")] + [("bytes", pa.int64())]
     columns = [(name, pa.string()) for name in ("sample_id", "group", "cohort_root", "seed_key", "noise_sha256")]
     columns += [(name, pa.int64()) for name in ("index", "noise_index", "attempt")]

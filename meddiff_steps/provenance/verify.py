@@ -75,6 +75,15 @@ PARTS: dict[str, dict[str, tuple[type, ...]]] = {
         "batch_size": (int,),
     },
 }
+#: Fields of those objects that older releases lack.
+LATER: dict[str, dict[str, tuple[type, ...]]] = {
+    "recipe": {
+        "decoder": (str, type(None)),
+        "tone": (str,),
+        "drawing_steps": (int, type(None)),
+        "guidance_interval": (list, type(None)),
+    }
+}
 DECISIONS = ("released", "duplicate", "rejected")
 ROOT_FIELDS: dict[str, type] = {
     "schema": str,
@@ -273,9 +282,10 @@ def row_problem(row: Any) -> str | None:
     for name, parts in PARTS.items():
         part = row[name]
         if part is not None:
-            if part.keys() != parts.keys():
+            later = LATER.get(name, {})
+            if not parts.keys() <= part.keys() <= parts.keys() | later.keys():
                 return f"fields of {name} are missing or unknown"
-            for key, kinds in parts.items():
+            for key, kinds in {**parts, **{key: later[key] for key in later if key in part}}.items():
                 if type(part[key]) not in kinds:
                     return f"{name}.{key} is {type(part[key]).__name__}"
     for name, value in row["covariates"].items():

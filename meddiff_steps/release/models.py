@@ -9,12 +9,11 @@ from typing import Any
 
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import CHECKSUMS, atomic_path, read_json, sha256_file, write_atomic, write_checksums
-from meddiff_steps.core.folders import NETWORK
+from meddiff_steps.core.folders import NETWORK, TONE
 from meddiff_steps.core.weights_digest import safetensors_digest
 from meddiff_steps.provenance import ledger
 from meddiff_steps.release import seal
 
-WEIGHTS, CARD = NETWORK
 CONFIG, README = "config.json", "README.md"
 
 
@@ -26,7 +25,7 @@ def pack(models: Mapping[str, Path], release: Path, folder: Path, title: str, pr
     Parameters
     ----------
     models
-        Folders of `autoencoder` and `diffusion`.
+        Folders of `autoencoder`, `diffusion`, and `decoder` where there is one.
     release
         Root of the sealed release that they made.
     folder
@@ -45,15 +44,16 @@ def pack(models: Mapping[str, Path], release: Path, folder: Path, title: str, pr
     if first is None:
         raise UserError(f"{release / seal.LINES}: no rows, so no weights to pack.")
     names = []
-    for kind, place in models.items():
-        weights, card = place / WEIGHTS, place / CARD
+    files = [(kind, place, NETWORK, kind) for kind, place in models.items()]
+    for kind, place, (weights_name, card_name), folder_name in [*files, ("tone", models["diffusion"], TONE, "diffusion")]:
+        weights, card = place / weights_name, place / card_name
         digest, wanted = safetensors_digest(weights), first[1]["recipe"][kind]
         if digest != wanted or read_json(card)["weights_sha256"] != wanted:
             raise UserError(
                 f"{weights}: its weights are {digest[:16]}, the release was made by {wanted[:16]}. Run the workflow"
                 " again, or give the right model."
             )
-        for source, name in ((weights, f"{kind}/{WEIGHTS}"), (card, f"{kind}/{CARD}")):
+        for source, name in ((weights, f"{folder_name}/{weights_name}"), (card, f"{folder_name}/{card_name}")):
             with atomic_path(folder / name) as path:
                 shutil.copyfile(source, path)
             names.append(name)
@@ -81,7 +81,7 @@ the release (`{privacy["verdict"]}`) is about its images, not about these files.
 With the seed of the release they also make the images that its privacy filter rejected. Share them only under terms
 that cover the training scans.
 
-- autoencoder/, diffusion/: model.safetensors and card.json
+- autoencoder/, decoder/, diffusion/: model.safetensors and card.json; diffusion/tone.*: grey levels
 - {CONFIG}: the study
 - {CHECKSUMS}: `sha256sum -c {CHECKSUMS}` checks the files
 

@@ -18,6 +18,7 @@ from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import sha256_file, write_atomic
+from meddiff_steps.core.folders import NETWORK, TONE
 from meddiff_steps.core.weights_digest import safetensors_digest
 from meddiff_steps.imaging import encoding
 from meddiff_steps.models.trained import TrainedModel
@@ -60,23 +61,25 @@ class Comparison:
 
 
 def find_models(folder: Path, recipe: Mapping[str, str]) -> dict[str, Path]:
-    """Folders of the two models whose weights a recipe names.
+    """Folders of the models whose weights a recipe names; the grey levels lie with `diffusion`.
 
     Raises
     ------
     UserError
         One of them is not there, or has other weights.
     """
-    places = {
-        "autoencoder": [folder / "autoencoder"],
-        "diffusion": [folder / "second_model/diffusion", folder / "distilled/diffusion", folder / "diffusion"],
-    }
+    generators = [folder / "second_model/diffusion", folder / "distilled/diffusion", folder / "diffusion"]
+    places = {"autoencoder": [folder / "autoencoder"], "diffusion": generators}
+    if recipe.get("decoder"):
+        places["decoder"] = [folder / "decoder"]
+    if recipe.get("tone"):
+        places["tone"] = generators
     found: dict[str, Path] = {}
     for kind, candidates in places.items():
         seen = []
         for place in candidates:
-            weights = place / "model.safetensors"
-            if weights.is_file() and (place / "card.json").is_file():
+            weights, card = (place / name for name in (TONE if kind == "tone" else NETWORK))
+            if weights.is_file() and card.is_file():
                 try:
                     digest = safetensors_digest(weights)
                 except ValueError as error:
@@ -121,9 +124,17 @@ def _drawn(
     rows: Sequence[Row], study: config.Study, places: Mapping[str, Path], threads: int
 ) -> Iterator[tuple[Row, np.ndarray]]:
     recipe = rows[0]["recipe"]
-    wanted = {name: recipe[name] for name in ("sampler", "num_inference_steps", "guidance_scale", "batch_size")}
+    named = ("sampler", "num_inference_steps", "guidance_scale", "batch_size", "drawing_steps", "guidance_interval")
+    # Not taken over: a decoder's steps where there is none
+    wanted = {name: recipe[name] for name in named if recipe.get(name) is not None}
     fabric = make_fabric(study.compute, threads)
-    model = TrainedModel.load(places["autoencoder"], places["diffusion"], fabric, study.compute)
+    model = TrainedModel.load(
+        places["autoencoder"],
+        places["diffusion"],
+        fabric,
+        study.compute,
+        decoder=places.get("decoder"),
+    )
     generator = CohortGenerator(model, study.generate.model_copy(update=wanted))
     columns = ("sample_id", "index", "cohort_root", "noise_index", "attempt", "seed_key")
     subjects = pd.DataFrame([{name: row[name] for name in columns} | row["covariates"] for row in rows])

@@ -15,9 +15,9 @@ from meddiff_steps.core.files import read_json, sha256_file
 from meddiff_steps.provenance import ledger, lineage, verify
 from meddiff_steps.release import seal, versions
 
-#: Sections that rows and images are held against; a study of any version has them.
+#: Sections that rows and images are held against; a study of an older version may lack some.
 HELD = (
-    *("study", "seed", "cohort", "covariates", "preprocess", "autoencoder", "diffusion", "plan", "generate"),
+    *("study", "seed", "cohort", "covariates", "preprocess", "autoencoder", "decoder", "diffusion", "plan", "generate"),
     *("privacy", "compute", "release"),
 )
 
@@ -80,7 +80,7 @@ class Sealed:
                 raise
             self.unread = str(error)
         try:
-            return config.parse_published({name: self.config[name] for name in HELD}, seal.CONFIG, self.version)
+            return config.parse_published({name: self.config[name] for name in HELD if name in self.config}, seal.CONFIG, self.version)
         except UserError as error:
             self.unread = str(error)
             return None
@@ -88,8 +88,10 @@ class Sealed:
     def count_weights(self, table: pa.Table) -> None:
         """Note which weights the rows of a table name: (kind, digest) -> first subject and number of rows."""
         names, recipes = table["sample_id"].to_pylist(), table["recipe"].combine_chunks()
-        for kind in ("autoencoder", "diffusion"):
-            for entry in pc.value_counts(digests := pc.struct_field(recipes, kind)).to_pylist():
+        present = {recipes.type.field(i).name for i in range(recipes.type.num_fields)}
+        for kind in (kind for kind in ledger.WEIGHTS if kind in present):
+            digests = pc.struct_field(recipes, kind)
+            for entry in pc.value_counts(digests.drop_null()).to_pylist():
                 first, count = self.weights.get(
                     (kind, digest := str(entry["values"])), (names[pc.index(digests, entry["values"]).as_py()], 0)
                 )

@@ -55,6 +55,7 @@ def run(
     diffusion: options.Diffusion,
     embedder: options.Embedder,
     out: Annotated[Path, typer.Option(help="folder to write: a BIDS derivative dataset, figures.json, pictures")],
+    decoder: options.Decoder = None,
     latents: Annotated[
         list[Path] | None, typer.Option(help="latent shards of the cohort, which classifier guidance learns from")
     ] = None,
@@ -71,7 +72,9 @@ def run(
     values = sweep(settings, study.covariates, training.table)
     scans = chosen_scans(cohort.table, settings.scans, settings.most_scans)
     real = cohort.shards.tensors("image", scans["row"].to_numpy())
-    model = TrainedModel.load(autoencoder, diffusion, make_fabric(study.compute, threads), study.compute)
+    model = TrainedModel.load(
+        autoencoder, diffusion, make_fabric(study.compute, threads), study.compute, decoder=decoder
+    )
     guides = None
     if settings.classifier_guidance and latents and scale:
         guides = latent_guides(settings, values, training.table, Shards(latents), load_file(scale), model.encoding)

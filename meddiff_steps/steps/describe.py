@@ -30,6 +30,7 @@ def run(
     autoencoder: options.Autoencoder,
     diffusion: options.Diffusion,
     out: Annotated[Path, typer.Option(help="dataset_description.json in the root folder of the release.")],
+    decoder: options.Decoder = None,
     metrics: Annotated[
         Path | None, typer.Option(help="evaluation/metrics.json; without, README says that nothing was measured.")
     ] = None,
@@ -57,7 +58,11 @@ def run(
         card=read_json(cohort / CARD),
         sources=_sources(study),
         privacy=read_json(privacy),
-        models={"autoencoder": read_json(autoencoder / CARD), "diffusion model": read_json(diffusion / CARD)},
+        models={
+            "autoencoder": read_json(autoencoder / CARD),
+            **({"drawing decoder": read_json(decoder / CARD)} if decoder else {}),
+            "diffusion model": read_json(diffusion / CARD),
+        },
         distilled=study.second_model.subjects,
         metrics=read_json(metrics) if metrics else None,
     )

@@ -19,7 +19,6 @@ from meddiff_steps.steps import options
 from meddiff_steps.training.checkpoints import state_key
 from meddiff_steps.training.latent_data import LatentData
 from meddiff_steps.training.loop import fit
-from meddiff_steps.training.tasks.components import with_components
 from meddiff_steps.training.tasks.diffusion import DiffusionTask
 
 
@@ -49,7 +48,6 @@ def run(
     )
     fabric = make_fabric(study.compute, threads, study.compute.devices)
     state = state / state_key("diffusion", config, [manifest, scale, *latents])
-    data = with_components(data, settings, encoding.level_counts, study.seed, state, fabric)
     task = DiffusionTask(settings, data, encoding, study.seed, fabric)
     compiled = speed_up(task.costly, study.compute, fabric, training=True)
     curve = fit(task, settings.optimiser, fabric, state, "diffusion")

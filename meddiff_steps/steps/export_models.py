@@ -21,6 +21,7 @@ def run(
     autoencoder: options.Autoencoder,
     diffusion: options.Diffusion,
     out: Annotated[Path, typer.Option(help="README.md to write, in the folder of the packed models")],
+    decoder: options.Decoder = None,
 ) -> None:
     """Pack the weights that made a sealed release, with cards, config, checksums and a warning.
 
@@ -29,5 +30,5 @@ def run(
     if out.name != README:
         raise UserError(f"--out {out}: expected a path that ends in {README}. Its folder holds the models.")
     study = load_stage(config, "export_models")
-    models = {"autoencoder": autoencoder, "diffusion": diffusion}
+    models = {"autoencoder": autoencoder, "diffusion": diffusion, **({"decoder": decoder} if decoder else {})}
     pack(models, root.parents[1], out.parent, study.release.name, read_json(privacy))

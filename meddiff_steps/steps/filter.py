@@ -36,6 +36,7 @@ def run(
     calibration: options.Calibration,
     out: Annotated[Path, typer.Option(help="accepted images to write (Arrow)")],
     decisions: Annotated[Path, typer.Option(help="decision on every candidate to write (Parquet); private")],
+    decoder: options.Decoder = None,
     threads: options.Threads = 1,
 ) -> None:
     """Compare every image with all training scans, and draw again what is too near, with the same covariates."""
@@ -49,7 +50,7 @@ def run(
     limits = read_json(calibration)
     files = ReferenceFiles(images, autoencoder, scale, embedder)
     detectors = load_detectors(files, load_file(reference), limits["detectors"])
-    model = TrainedModel.load(autoencoder, diffusion, fabric, study.compute)
+    model = TrainedModel.load(autoencoder, diffusion, fabric, study.compute, decoder=decoder)
     generator = CohortGenerator(model, study.generate)
     drawn = Shards([generated])
     first = ((name, drawn.tensor("image", row)) for row, name in enumerate(drawn.column("sample_id")))

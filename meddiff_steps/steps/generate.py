@@ -22,6 +22,7 @@ def run(
     autoencoder: options.Autoencoder,
     diffusion: options.Diffusion,
     out: Annotated[Path, typer.Option(help="shard to write (Arrow)")],
+    decoder: options.Decoder = None,
     threads: options.Threads = 1,
 ) -> None:
     """Sample and decode the planned subjects of one shard.
@@ -31,7 +32,9 @@ def run(
     """
     study = load_stage(config, "generate")
     subjects = pd.read_parquet(plan, filters=[("shard", "==", shard)])
-    model = TrainedModel.load(autoencoder, diffusion, make_fabric(study.compute, threads), study.compute)
+    model = TrainedModel.load(
+        autoencoder, diffusion, make_fabric(study.compute, threads), study.compute, decoder=decoder
+    )
     generator = CohortGenerator(model, study.generate)
     columns = {"sample_id": pa.string(), "image": TensorColumn("float16", model.image_shape)}
     with ShardWriter(out, columns) as writer, in_background(writer.append) as append:

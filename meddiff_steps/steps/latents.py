@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,7 @@ def run(
     out: Annotated[Path, typer.Option(help="latent shard to write (Arrow)")],
     threads: options.Threads = 1,
 ) -> None:
-    """Encode one shard of scans, once: posterior mean and log-variance, of each scan and of its variants."""
+    """Encode one shard of scans, once: the posterior of each scan and of its variants."""
     study = load_stage(config, "latents")
     fabric = make_fabric(study.compute, threads)
     model, card = load_first_stage(autoencoder)
@@ -29,8 +30,12 @@ def run(
     # Synthetic images, from which a second model learns, are named by their sample id.
     ids = shards.column("scan_id" if "scan_id" in shards.schema.names else "sample_id")
     latent = TensorColumn("float16", tuple(card["latent_shape"]))
-    columns = {"scan_id": pa.string(), "variant": pa.int64(), "mean": latent, "log_variance": latent}
-    batch_size, seed = study.latents.batch_size, study.seed
+    columns = {"scan_id": pa.string(), "variant": pa.int64()}
+    settings = study.latents
+    rows = encode_shard(model, shards, ids, study.variants, settings.batch_size, study.seed, fabric, study.compute)
+    first = next(rows)
+    columns |= {"numbers": TensorColumn("float32", first["numbers"].shape)}
+    columns |= {name: latent for name in first if name not in columns}
     with ShardWriter(out, columns) as writer:
-        for row in encode_shard(model, shards, ids, study.variants, batch_size, seed, fabric, study.compute):
+        for row in itertools.chain([first], rows):
             writer.append(**row)

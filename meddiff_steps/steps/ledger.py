@@ -13,6 +13,7 @@ import typer
 from meddiff_steps.config import load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json, sha256_file
+from meddiff_steps.core.folders import TONE
 from meddiff_steps.models.weights import CARD
 from meddiff_steps.privacy.calibration import thresholds_of
 from meddiff_steps.provenance import ledger
@@ -35,6 +36,7 @@ def run(
     description: Annotated[Path, typer.Option(help="dataset_description.json of the complete release")],
     private: Annotated[Path, typer.Option(help="private ledger to write (Parquet)")],
     out: Annotated[Path, typer.Option(help="root.json to write, in the release's folder `provenance`")],
+    decoder: options.Decoder = None,
     results: Annotated[
         Path | None,
         typer.Option(help="the study's folder, which holds its run records; by default where the frozen config lies"),
@@ -49,7 +51,9 @@ def run(
         raise UserError(f"--out {out}: expected {release / seal.ROOT}, beside {description}.")
     study = load_stage(config, "ledger")
     settings = study.generate
-    cards = {"autoencoder": autoencoder / CARD, "diffusion": diffusion / CARD}
+    cards = {"autoencoder": autoencoder / CARD, "diffusion": diffusion / CARD, "tone": diffusion / TONE[1]}
+    if decoder:
+        cards["decoder"] = decoder / CARD
     weights = {name: read_json(card)["weights_sha256"] for name, card in cards.items()}
     assert settings.num_inference_steps is not None  # what a study leaves open is decided when it is frozen
     recipe = ledger.Recipe(
@@ -57,6 +61,8 @@ def run(
         sampler=settings.sampler,
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
+        guidance_interval=list(settings.guidance_interval) if settings.guidance_interval else None,
+        drawing_steps=settings.drawing_steps if decoder else None,
         batch_size=settings.batch_size,
         precision=study.compute.precision,
     )

@@ -14,7 +14,10 @@ Quality = Annotated[Path, typer.Option(help="preprocessed/qc.parquet")]
 Latents = Annotated[list[Path], typer.Option(help="latent shard; repeat for all of them")]
 Scale = Annotated[Path, typer.Option(help="latents/scale.safetensors")]
 Autoencoder = Annotated[Path, typer.Option(help="folder autoencoder/: model.safetensors and card.json")]
-Diffusion = Annotated[Path, typer.Option(help="folder diffusion/: model.safetensors and card.json")]
+Decoder = Annotated[
+    Path | None, typer.Option(help="folder decoder/: model.safetensors and card.json; left out where there is none")
+]
+Diffusion = Annotated[Path, typer.Option(help="folder diffusion/: model, card.json, and tone of what it generates")]
 Embedder = Annotated[Path, typer.Option(help="folder of the copy detector: model.safetensors and card.json")]
 Reference = Annotated[Path, typer.Option(help="privacy/reference.safetensors")]
 Calibration = Annotated[Path, typer.Option(help="privacy/calibration.json")]

@@ -48,6 +48,7 @@ def run(
     calibration: options.Calibration,
     decisions: Annotated[Path, typer.Option(help="decision on every candidate to write (Parquet); private")],
     out: Annotated[Path, typer.Option(help="report to write (JSON)")],
+    decoder: options.Decoder = None,
     threads: options.Threads = 1,
 ) -> None:
     """Attack the cohort before and after the filter, and say whether it may be released."""
@@ -99,7 +100,7 @@ def run(
         shards,
         train_rows,
         test_rows,
-        lambda: TrainedModel.load(autoencoder, diffusion, make_fabric(EXACT, threads)),
+        lambda: TrainedModel.load(autoencoder, diffusion, make_fabric(EXACT, threads), decoder=decoder),
     )
     accepted = set(table.loc[table["decision"] == "accepted", "sample_id"]) - set(duplicates)
     released = planned[planned["sample_id"].isin(accepted)]

@@ -37,6 +37,7 @@ def run(
     diffusion: options.Diffusion,
     out: Annotated[Path, typer.Option(help="figures of every point to write (JSON)")],
     figure: Annotated[Path, typer.Option(help="picture to write (PNG)")],
+    decoder: options.Decoder = None,
     threads: options.Threads = 1,
 ) -> None:
     """Draw the same planned subjects with every sampler, number of steps and guidance scale, and measure quality and
@@ -51,7 +52,9 @@ def run(
             f"{plan}: {len(subjects)} planned subjects, and samplers cannot be compared on fewer than {MIN_IMAGES}."
             " Plan more."
         )
-    model = TrainedModel.load(autoencoder, diffusion, make_fabric(study.compute, threads), study.compute)
+    model = TrainedModel.load(
+        autoencoder, diffusion, make_fabric(study.compute, threads), study.compute, decoder=decoder
+    )
     generator = CohortGenerator(model, study.generate)
 
     def draw(point: Point, rows: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:

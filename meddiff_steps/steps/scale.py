@@ -3,6 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
+import torch
 import typer
 from safetensors.numpy import save_file
 
@@ -11,7 +13,8 @@ from meddiff_steps.cohort.manifest import read_manifest, rows_by_split
 from meddiff_steps.config import load_stage
 from meddiff_steps.core.files import atomic_path, write_json
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.models.latent_statistics import gaussian_tensors, measure_standardisation
+from meddiff_steps.models.denoiser.effects import covariate_features
+from meddiff_steps.models.latent_statistics import fit_effects, measure_standardisation
 from meddiff_steps.steps import options
 
 
@@ -22,25 +25,23 @@ def run(
     scale: Annotated[Path, typer.Option(help="latents/scale.safetensors to write")],
     out: Annotated[Path, typer.Option(help="latents/manifest.json to write")],
 ) -> None:
-    """Measure how the latents of the train split are to be standardised, and fit the Gaussian that the diffusion model
-    starts from.
-    """
+    """Measure how the latents of the train split are to be standardised, and how they depend on covariates."""
     study = load_stage(config, "scale")
     shards = Shards(latents)
     table, ids = read_manifest(manifest), shards.column("scan_id")
     rows = rows_by_split(table, ids)["train"]
     standardise = measure_standardisation(shards.tensor("mean", row) for row in rows)
+    encoding = CovariateEncoding.fit(table, study.covariates)
+    scans = table.set_index("scan_id").loc[[ids[row] for row in rows]].reset_index()
+    values, known = covariate_features(torch.from_numpy(encoding.encode(scans)), encoding.level_counts)
+    effects = fit_effects(
+        lambda i: standardise(shards.tensors("mean", [rows[i]]))[0],
+        values.numpy(),
+        known.numpy(),
+        variants=len(rows) // scans["scan_id"].nunique(),
+    )
     tensors = {"offset": standardise.offset, "scale": standardise.scale}
-    if study.latents.gaussian_rank:
-        encoding = CovariateEncoding.fit(table, study.covariates)
-        scans = table.set_index("scan_id").loc[[ids[row] for row in rows]].reset_index()
-        tensors |= gaussian_tensors(
-            lambda i: standardise(shards.tensors("mean", [rows[i]]))[0],
-            encoding.encode(scans),
-            encoding.level_counts,
-            study.latents.gaussian_rank,
-            scans["subject_id"].to_numpy(),
-        )
+    tensors |= {f"effects.{name}": np.asarray(value) for name, value in effects.items()}
     with atomic_path(scale) as path:
         save_file(tensors, path)
     offset = standardise.offset
@@ -50,6 +51,7 @@ def run(
             "latent_shape": list(offset.shape[1:]),
             "train_latents": len(rows),
             "channel_offset": offset.mean(tuple(range(2, offset.ndim)))[0].round(5).tolist(),
-            "channel_scale": standardise.scale.ravel().round(5).tolist(),
+            "scale": float(standardise.scale),
+            "deviation": float(effects["deviation"]),
         },
     )

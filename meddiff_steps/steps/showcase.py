@@ -24,12 +24,15 @@ def run(
     autoencoder: options.Autoencoder,
     diffusion: options.Diffusion,
     out: Annotated[Path, typer.Option(help="images to write (Arrow)")],
+    decoder: options.Decoder = None,
     threads: options.Threads = 1,
 ) -> None:
     """Sample the counterfactual sweeps and interpolations that the report shows."""
     study = load_stage(config, "showcase")
     table = read_manifest(manifest)
-    model = TrainedModel.load(autoencoder, diffusion, make_fabric(study.compute, threads), study.compute)
+    model = TrainedModel.load(
+        autoencoder, diffusion, make_fabric(study.compute, threads), study.compute, decoder=decoder
+    )
     generator = CohortGenerator(model, study.generate)
     found = tiles(
         study.covariates, table[table["split"] == "train"], study.seed, study.evaluate.sweep_steps, model.latent_shape

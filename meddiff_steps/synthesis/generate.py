@@ -113,9 +113,9 @@ class CohortGenerator:
         host = torch.empty((len(latents), *self.model.image_shape), pin_memory=self.transfers is not None)
         for start in range(0, len(latents), size):
             part = slice(start, start + size)
-            draws = self.model.first_stage.draws
-            noise = self._noise(subjects[part], "decoder", self.model.image_shape) if draws else None
-            self._copy(self.model.decode(latents[part], noise, self.settings.decode_slab), host[part])
+            noise = self._noise(subjects[part], "decoder", self.model.image_shape) if self.model.draws else None
+            steps, slab = self.settings.drawing_steps, self.settings.decode_slab
+            self._copy(self.model.decode(latents[part], noise, drawing_steps=steps, slab=slab), host[part])
         if self.transfers is None:
             return host.numpy
         copied = self.transfers.record_event()

@@ -15,7 +15,7 @@ from meddiff_steps.compute.compilation import cast_weights, speed_up
 from meddiff_steps.compute.device import channels_last, to_channels_last, to_device
 from meddiff_steps.core.random_streams import step_generator
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.imaging.variants import draw_variant
+from meddiff_steps.imaging.variants import Variant, draw_variant, untouched
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -31,7 +31,8 @@ def encode_shard(
     fabric: Fabric,
     compute: config.Compute,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of a latent shard: scan_id, variant, and the columns of the posterior, float32 (c, *spatial).
+    """Rows of a latent shard: scan_id, variant, `numbers` that describe it (`Variant.numbers`), and the columns of the
+    posterior, float32 (c, *spatial).
 
     Parameters
     ----------
@@ -47,12 +48,13 @@ def encode_shard(
     speed_up([first_stage.costly["encoder"]], compute, fabric, training=False)
     jobs = [(row, variant) for row in range(len(ids)) for variant in range(variants.count)]
 
-    def image(row: int, variant: int) -> np.ndarray:
-        found = shards.tensors("image", [row])[0]
+    def change(row: int, variant: int) -> Variant:
         if not variant:
-            return found
-        generator = step_generator(f"{seed}/variant/{ids[row]}", "augmentation", variant)
-        return draw_variant(variants, dims, generator)(found)
+            return untouched(dims)
+        return draw_variant(variants, dims, step_generator(f"{seed}/variant/{ids[row]}", "augmentation", variant))
+
+    def image(row: int, variant: int) -> np.ndarray:
+        return change(row, variant)(shards.tensors("image", [row])[0])
 
     for start in tqdm(range(0, len(jobs), batch_size), desc="encoding", mininterval=5, file=sys.stderr):
         batch = jobs[start : start + batch_size]
@@ -61,4 +63,7 @@ def encode_shard(
             posterior = first_stage.encode(to_device(x, fabric).contiguous(memory_format=channels_last(dims)))
         columns = {name: values.cpu().numpy() for name, values in posterior.columns().items()}
         for slot, (row, variant) in enumerate(batch):
-            yield {"scan_id": ids[row], "variant": variant} | {name: found[slot] for name, found in columns.items()}
+            numbers = change(row, variant).numbers(variants)
+            yield {"scan_id": ids[row], "variant": variant, "numbers": numbers} | {
+                name: found[slot] for name, found in columns.items()
+            }

@@ -1,4 +1,4 @@
-"""Cached latents as both parts of the second stage train on them."""
+"""Cached latents as the second stage trains on them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ class LatentData:
     Attributes
     ----------
     shards
-        Columns `mean` and `log_variance`, float16 (c, *spatial).
+        Columns `mean` and, where the first stage has one, `log_variance`, float16 (c, *spatial); `numbers`, float32
+        (v,), which describe the variant.
     prior
-        `offset` (1, c, *spatial) and `scale` (1, c, 1, ...), float32: the network sees (z - offset) / scale; with a
-        Gaussian also `prior.*`, the state of `models.denoiser.latent_gaussian.LatentGaussian`.
+        `offset` (1, c, *spatial) and `scale` (), float32: the network sees (z - offset) / scale; and `effects.*`, the
+        state of `models.denoiser.effects.CovariateEffects`.
     covariates
         Encoded covariates per row of `shards`, float32 (rows, k), NaN where missing.
     train_rows, val_rows
@@ -36,23 +37,20 @@ class LatentData:
 
     def draw(self, rows: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """Samples of the posteriors of `rows`, standardised, float32 (len(rows), c, *spatial)."""
-        mean = self.shards.tensors("mean", rows)
-        deviation = np.exp(0.5 * self.shards.tensors("log_variance", rows))
-        z = mean + deviation * generator.standard_normal(mean.shape, dtype=np.float32)
+        z = self.shards.tensors("mean", rows)
+        if "log_variance" in self.shards.schema.names:
+            deviation = np.exp(0.5 * self.shards.tensors("log_variance", rows))
+            z = z + deviation * generator.standard_normal(z.shape, dtype=np.float32)
         return self.standardise(z)
+
+    @property
+    def variant_numbers(self) -> int:
+        """How many numbers describe a variant."""
+        return self.shards.shape("numbers")[0]
 
     @property
     def standardise(self) -> Standardisation[np.ndarray]:
         return Standardisation(self.prior["offset"].numpy(), self.prior["scale"].numpy())
-
-    def coefficients(self, rows: np.ndarray) -> np.ndarray:
-        """Of the posterior means of `rows`, standardised, on the components of the Gaussian, float32 (len(rows), R)."""
-        basis = self.prior["prior.basis"].numpy()
-        parts = [
-            self.standardise(self.shards.tensors("mean", rows[i : i + 64])).reshape(-1, basis.shape[1]) @ basis.T
-            for i in range(0, len(rows), 64)
-        ]
-        return np.concatenate(parts) if parts else np.zeros((0, len(basis)), np.float32)
 
 
 def drop(covariates: np.ndarray, each: float, together: float, generator: np.random.Generator) -> np.ndarray:

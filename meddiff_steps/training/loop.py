@@ -138,9 +138,7 @@ def asked_to_stop(asked: threading.Event, fabric: Fabric, done: int) -> bool:
     return bool(torch.as_tensor(votes).any())
 
 
-def clip_gradients(
-    module: nn.Module, optimiser: torch.optim.Optimizer, settings: Optimiser, step: int, fabric: Fabric
-) -> None:
+def clip_gradients(module: nn.Module, settings: Optimiser, step: int, fabric: Fabric) -> None:
     """Scale gradients so that their norm is at most `settings.gradient_clip`.
 
     Raises
@@ -151,7 +149,8 @@ def clip_gradients(
         is saved.
     """
     checked = fabric.device.type == "cpu" or (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps
-    fabric.clip_gradients(module, optimiser, max_norm=settings.gradient_clip, error_if_nonfinite=checked)
+    # Not Fabric's, which clips the weights of one optimiser; gradients are never scaled here (fp16 is not offered).
+    nn.utils.clip_grad_norm_(module.parameters(), settings.gradient_clip, error_if_nonfinite=checked)
 
 
 def warn_if_in_vain(history: list[tuple[int, str, float]], label: str) -> None:
@@ -163,7 +162,7 @@ def warn_if_in_vain(history: list[tuple[int, str, float]], label: str) -> None:
         if len(values) > 1 and values[-1] >= values[0]:
             log.warning(
                 "%s: training did not lower %s: %.4g before the first step, %.4g at the end. What is fitted without"
-                " training (the linear path, the prior) is better alone: lower the learning rate, train for more steps,"
+                " training (the covariates' effects) is better alone: lower the learning rate, train for more steps,"
                 " or on more scans",
                 *(label, metric, values[0], values[-1]),
             )
@@ -219,7 +218,7 @@ def fit(task: Task, settings: Optimiser, fabric: Fabric, state: Path, label: str
 
     with stop_request() as asked, curves as writer:
         if start == 0:
-            record(0, task.validate())  # what the linear path or the prior gives without training
+            record(0, task.validate())  # what is given without training
         for step in bar:
             done = step + 1
             scale = learning_rate_scale(step, settings)

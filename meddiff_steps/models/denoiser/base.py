@@ -12,19 +12,18 @@ from meddiff_steps import config
 from meddiff_steps.core.registries import DENOISERS
 from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.diffusion.schedules import NoiseProcess
-from meddiff_steps.models.denoiser.latent_gaussian import LatentGaussian
+from meddiff_steps.models.denoiser.effects import CovariateEffects
 from meddiff_steps.models.latent_statistics import Standardisation
-
-#: Hidden units of the prior's component network.
-COMPONENT_WIDTH = 256
 
 
 class Denoiser(nn.Module):
     """Predicts epsilon, v or the flow velocity from noisy latents, the time and the condition.
 
-    Two parts are added.  The `LatentGaussian` knows what all subjects share, the effects of covariates and how distant
-    places vary together.  The network that `settings.network` names (`DENOISERS`), which starts at zero, learns all
-    else. It sees the noisy latents and the Gaussian's estimate of the clean ones.
+    What needs no training is computed: `CovariateEffects` estimates clean latents and noise as if latents were linear
+    in the covariates and otherwise white.  The network that `settings.network` names (`DENOISERS`) sees the surprise
+    that is left, of unit variance, and gives what to add to the estimate, in posterior standard deviations.  Its target
+    has unit variance at every level too.  That is the preconditioning of Karras et al. 2022 (EDM, table 1) about a mean
+    that depends on the covariates; written in amplitudes, it is the same for every prediction type.
 
     Parameters
     ----------
@@ -34,8 +33,8 @@ class Denoiser(nn.Module):
         (c, *spatial).
     levels
         Per covariate: the number of levels, or 0 for a continuous one.
-    rank
-        Components of the Gaussian; 0 leaves it out.
+    variants
+        Numbers that describe a variant of a training image, which the network is told (`Condition.variant`).
     maps, tokens
         Channels of every map and width of every kind of token that conditions may hold, by name.
     """
@@ -48,20 +47,18 @@ class Denoiser(nn.Module):
         settings: config.Diffusion,
         latent_shape: Sequence[int],
         levels: list[int],
-        rank: int = 0,
+        variants: int = 0,
         maps: Mapping[str, int] | None = None,
         tokens: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
-        latent_channels, *spatial = latent_shape
         self.process = NoiseProcess.of(settings)
         # How latents were standardised travels with the weights, so that it cannot be lost or mistyped.
         self.register_buffer("offset", torch.zeros(1, *latent_shape))
-        self.register_buffer("scale", torch.ones(1, latent_channels, *(1,) * len(spatial)))
-        width = COMPONENT_WIDTH if settings.component_steps else 0
-        self.prior = LatentGaussian(self.process, latent_shape, levels, rank, width) if rank else None
+        self.register_buffer("scale", torch.ones(()))
+        self.effects = CovariateEffects(latent_shape, levels)
         self.network: Any = DENOISERS.load(settings.network).build(
-            settings, latent_shape, levels, inputs=2 if rank else 1, maps=dict(maps or {}), tokens=dict(tokens or {})
+            settings, latent_shape, levels, variants=variants, maps=dict(maps or {}), tokens=dict(tokens or {})
         )
 
     @property
@@ -83,8 +80,22 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """x (b, c, *spatial), timesteps (b,) -> (b, c, *spatial) float32."""
-        if self.prior is None:
-            return self.network([x], timesteps, condition).float()
-        noise, clean = self.prior(x, timesteps, condition.covariates)
-        learnt = self.network([x, clean], timesteps, condition).float()
-        return learnt + self.process.target(clean, noise, timesteps)
+        alpha, sigma = self.process.alpha_sigma(timesteps)
+        known = self.effects(x, alpha, sigma, condition.covariates)
+        learnt = self.network(known.surprise, timesteps, condition).float()
+        return self.process.target(known.clean, known.noise, timesteps) + self.gain(timesteps, x.ndim) * learnt
+
+    def gain(self, timesteps: Tensor, ndim: int) -> Tensor:
+        """What a unit of the network's output adds to the prediction, float32 (b, 1, ...) with `ndim` axes."""
+        return gain(self.process, self.effects.deviation, timesteps, ndim)
+
+
+def gain(process: NoiseProcess, deviation: Tensor | float, timesteps: Tensor, ndim: int) -> Tensor:
+    """What it means for the prediction of `process` to add one posterior deviation to the estimate of x0.
+
+    x0 of this `deviation` has the posterior deviation s = deviation * sigma / sqrt(alpha^2 deviation^2 + sigma^2).  What
+    is added to x0 is taken from the noise, so that x = alpha * x0 + sigma * noise stays: s, and -s * alpha / sigma.
+    """
+    alpha, sigma = (a.float().reshape(-1, *[1] * (ndim - 1)) for a in process.alpha_sigma(timesteps))
+    per_noise = deviation * (alpha.square() * deviation**2 + sigma.square()).rsqrt()
+    return process.target(per_noise * sigma, -per_noise * alpha, timesteps)

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from meddiff_steps import config
 from meddiff_steps.compute.recompute import recompute
-from meddiff_steps.core.errors import UserError
 from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.models.denoiser.tokens import CovariateTokens, ProjectedTokens
 
 ENTRY = {
-    "order": 1,
+    "order": 2,
     "summary": "MONAI's DiffusionModelUNet with attention where `attention_levels` says",
     "source": "Rombach et al. 2022; Pinaya et al. 2022",
     "conditions": ["covariates", "maps", "tokens"],
@@ -29,8 +28,7 @@ POSITION_CHANNELS = 8
 class UNet(nn.Module):
     """What is to be added to a closed-form prediction; starts at zero.
 
-    It sees the inputs side by side, a learnt map of positions and the condition's maps, which must have the latents'
-    grid. Covariates enter twice: as cross-attention tokens, and added to the time embedding, which reaches every
+    It sees the latents, a learnt map of positions and the condition's maps, which must have the latents' grid. Covariates enter twice: as cross-attention tokens, and added to the time embedding, which reaches every
     residual block. Further tokens (text) are attended to beside them.
 
     Parameters
@@ -41,8 +39,8 @@ class UNet(nn.Module):
         (c, *spatial).
     levels
         Per covariate: the number of levels, or 0 for a continuous one.
-    inputs
-        Tensors of the latents' shape that the network sees.
+    variants
+        Numbers that describe a variant of a training image.
     maps, tokens
         Channels of every map and width of every kind of token, by name.
     """
@@ -52,7 +50,7 @@ class UNet(nn.Module):
         settings: config.Diffusion,
         latent_shape: Sequence[int],
         levels: list[int],
-        inputs: int,
+        variants: int,
         maps: Mapping[str, int],
         tokens: Mapping[str, int],
     ) -> None:
@@ -64,7 +62,7 @@ class UNet(nn.Module):
         self.tokens = CovariateTokens(levels, settings.covariate_dim)
         self.unet = DiffusionModelUNet(
             spatial_dims=spatial_dims,
-            in_channels=latent_channels * inputs + POSITION_CHANNELS + sum(self.maps.values()),
+            in_channels=latent_channels + POSITION_CHANNELS + sum(self.maps.values()),
             out_channels=latent_channels,
             num_res_blocks=(settings.num_res_blocks,) * depth,
             channels=tuple(settings.channels),
@@ -80,10 +78,13 @@ class UNet(nn.Module):
         # covariate vector itself is added.
         self.unet.class_embedding = nn.Identity()  # type: ignore[assignment]
         time_dim, token_dim = 4 * settings.channels[0], len(levels) * settings.covariate_dim
+        self.variants = variants
         last = nn.Linear(time_dim, time_dim)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        self.to_time = nn.Sequential(nn.LayerNorm(token_dim), nn.Linear(token_dim, time_dim), nn.SiLU(), last)
+        self.to_time = nn.Sequential(
+            nn.LayerNorm(token_dim + variants), nn.Linear(token_dim + variants, time_dim), nn.SiLU(), last
+        )
         self.to_context = nn.ModuleDict(
             {name: ProjectedTokens(tokens[name], settings.covariate_dim) for name in sorted(tokens)}
         )
@@ -95,31 +96,22 @@ class UNet(nn.Module):
         """What is worth compiling."""
         return [self.unet]
 
-    def forward(self, inputs: Sequence[Tensor], timesteps: Tensor, condition: Condition) -> Tensor:
-        """Inputs (b, c, *spatial) each, timesteps (b,) -> (b, c, *spatial)."""
+    def forward(self, x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """x (b, c, *spatial) of unit variance, timesteps (b,) -> (b, c, *spatial)."""
         covariates = self.tokens(condition.covariates)
-        x = [*inputs, self.positions.expand(len(inputs[0]), *self.positions.shape[1:]), *self._maps(condition)]
+        seen = [x, self.positions.expand(len(x), *self.positions.shape[1:]), *condition.maps_of(self.maps)]
         context = [covariates, *(project(condition.tokens[name]) for name, project in self.to_context.items())]
-        time = self.to_time(covariates.flatten(1))
-        return self.unet(torch.cat(x, 1), timesteps=timesteps, context=torch.cat(context, 1), class_labels=time)
-
-    def _maps(self, condition: Condition) -> list[Tensor]:
-        found = {name: value.shape[1] for name, value in sorted(condition.maps.items())}
-        if found != self.maps:
-            raise UserError(
-                f"condition.maps: found channels {found}, this model was trained with {self.maps}. Give just these"
-                " maps, on the grid of the latents."
-            )
-        return [condition.maps[name] for name in self.maps]
+        time = self.to_time(torch.cat([covariates.flatten(1), condition.variant_numbers(self.variants)], 1))
+        return self.unet(torch.cat(seen, 1), timesteps=timesteps, context=torch.cat(context, 1), class_labels=time)
 
 
 def build(
     settings: config.Diffusion,
     latent_shape: Sequence[int],
     levels: list[int],
-    inputs: int,
+    variants: int,
     maps: Mapping[str, int],
     tokens: Mapping[str, int],
 ) -> UNet:
     """The network with fresh weights; parameters as of `UNet`."""
-    return UNet(settings, latent_shape, levels, inputs, maps, tokens)
+    return UNet(settings, latent_shape, levels, variants, maps, tokens)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,82 +14,87 @@ from meddiff_steps.core.registries import FIRST_STAGES
 
 @dataclass(frozen=True)
 class Posterior:
-    """What an image can mean: independent Gaussians over latents (Kingma and Welling 2014).
+    """What an image can mean: independent Gaussians over latents (Kingma and Welling 2014), or one point.
 
     Attributes
     ----------
-    mean, log_variance
+    mean
         float32 (b, c, *spatial).
+    log_variance
+        As the mean; None where an image has just one set of latents.
     """
 
     mean: Tensor
-    log_variance: Tensor
+    log_variance: Tensor | None = None
 
     def mode(self) -> Tensor:
         """The most probable latents, (b, c, *spatial)."""
         return self.mean
 
-    def sample(self, noise: Tensor) -> Tensor:
-        """Latents drawn with standard normal `noise` of the same shape."""
-        return self.mean + torch.exp(0.5 * self.log_variance) * noise
+    def sample(self, noise: Tensor, amplitude: Tensor | float = 0.0) -> Tensor:
+        """Latents drawn with standard normal `noise` of the same shape.
+
+        `amplitude`, a number or (b, 1, ...), adds noise of that many standard deviations of each image's latents.
+        """
+        spread = self.mean.detach().flatten(1).std(1).reshape(-1, *[1] * (self.mean.ndim - 1))
+        variance = (amplitude * spread) ** 2
+        if self.log_variance is not None:
+            variance = variance + self.log_variance.exp()
+        return self.mean + variance**0.5 * noise
 
     def columns(self) -> dict[str, Tensor]:
         """What a latent shard keeps of it, by column name."""
-        return {"mean": self.mean, "log_variance": self.log_variance}
+        kept = {"mean": self.mean, "log_variance": self.log_variance}
+        return {name: value for name, value in kept.items() if value is not None}
 
     def kl_divergence(self) -> Tensor:
         """KL(N(mean, variance) || N(0, 1)) per image in nats, summed over the latent; float32 (b,).
 
-        Kingma and Welling 2014, appendix B.
+        Kingma and Welling 2014, appendix B. 0 where there is no variance.
         """
+        if self.log_variance is None:
+            return self.mean.new_zeros(len(self.mean))
         mean, log_variance = self.mean.float(), self.log_variance.float()
         return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).flatten(1).sum(1)
 
 
-class FirstStage(Protocol):
-    """A trained or trainable network between images in [0, 1] and latents.
+class FirstStage(nn.Module):
+    """A trained or trainable network between images in [0, 1] and latents; a variant derives from it.
 
     Attributes
     ----------
     downsampling
         Voxels per latent cell along one axis.
-    draws
-        Whether `decode` draws what the latents leave open, and so can be given noise.
     """
 
     downsampling: int
-    draws: bool
 
     def encode(self, images: Tensor) -> Posterior:
         """Posterior of images (b, 1, *spatial) in [0, 1]; its latents are (b, c, *spatial / downsampling)."""
+        raise NotImplementedError
 
-    def decode(self, latents: Tensor, noise: Tensor | None = None, slab: int | None = None) -> Tensor:
-        """Images of final grey levels, float32 (b, 1, *spatial) in [0, 1].
+    def decode(self, latents: Tensor, slab: int | None = None) -> Tensor:
+        """The mean image of latents, float32 (b, 1, *spatial), nominally in [0, 1], not clipped.
 
-        Without `noise` the mean of what the latents can mean; with it, where the stage `draws`, one draw.  `slab`:
-        planes that layers are computed in, for less memory.
+        With `slab` planes of the image at a time where the whole would not fit into memory; the same but for rounding.
         """
-
-    def __call__(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What training needs: reconstructions of latents drawn with `noise`, before grey levels are corrected, and the
-        posterior's mean and log-variance.
-        """
-
-    def fit_before_training(self, images: Tensor) -> None:
-        """Set what is known in closed form from some training images (n, 1, *spatial); maybe nothing."""
-
-    def fit_grey_levels(self, scans: Iterable[Tensor]) -> None:
-        """Give decoded images the grey levels of training scans, (1, 1, *spatial) each, at least one; after
-        training.
-        """
+        raise NotImplementedError
 
     @property
     def costly(self) -> Mapping[str, nn.Module]:
         """The parts that take nearly all of the time, `encoder` and `decoder`: what is worth compiling."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor, noise: Tensor, amplitude: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What training needs: images decoded from latents with noise (`Posterior.sample`), and the posterior's mean
+        and log-variance.
+        """
+        posterior = self.encode(images)
+        return self.decode(posterior.sample(noise, amplitude)), posterior.mean, posterior.log_variance
 
 
-def build(settings: config.Autoencoder, spatial_dims: int) -> Any:
-    """The network that `settings.network` names, with fresh weights: a module that is a `FirstStage`."""
+def build(settings: config.Autoencoder, spatial_dims: int) -> FirstStage:
+    """The network that `settings.network` names, with fresh weights."""
     return FIRST_STAGES.load(settings.network).build(settings, spatial_dims)
 
 
@@ -100,5 +104,5 @@ def latent_shape(settings: config.Autoencoder, image_shape: tuple[int, ...]) -> 
 
 
 def reconstruct(stage: FirstStage, images: Tensor) -> Tensor:
-    """`images` (b, 1, *spatial), encoded and decoded from their most probable latents."""
-    return stage.decode(stage.encode(images).mode())
+    """`images` (b, 1, *spatial), encoded and decoded from their most probable latents, float32 in [0, 1]."""
+    return stage.decode(stage.encode(images).mode()).clamp(0.0, 1.0)

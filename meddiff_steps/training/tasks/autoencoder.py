@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ import torch
 from monai.losses import PatchAdversarialLoss
 from monai.networks.nets import PatchDiscriminator
 from torch import Tensor, nn
-from tqdm import tqdm
+from torch.optim import Optimizer
 
 from meddiff_steps import config
 from meddiff_steps.compute.device import adamw, channels_last, to_channels_last, to_device
@@ -25,6 +24,7 @@ from meddiff_steps.imaging.variants import draw_variant
 from meddiff_steps.models.first_stage.base import Posterior, build, latent_shape, reconstruct
 from meddiff_steps.models.torchscript import load_torchscript
 from meddiff_steps.training.loop import batch_rows, clip_gradients, rank_share
+from meddiff_steps.training.optimisers import set_up
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -33,10 +33,6 @@ if TYPE_CHECKING:
 #: Held-out scans that a validation looks at; enough for a stable mean, few enough to be quick.
 VALIDATION_SCANS = 32
 
-#: Training scans from which a first stage fits what it knows in closed form.
-CLOSED_FORM_SCANS = 64
-#: Training scans from which grey levels are corrected.
-GREY_LEVEL_SCANS = 64
 
 
 def spectral_loss(reconstruction: Tensor, image: Tensor) -> Tensor:
@@ -64,6 +60,9 @@ def perceptual_loss(features: nn.Module, reconstruction: Tensor, image: Tensor) 
 
 class AutoencoderTask:
     """L1 + KL, and where configured perceptual, spectral and adversarial terms (Pinaya et al. 2022, appendix).
+
+    Images are decoded from latents with noise, of an amplitude that is drawn for each image up to `latent_noise`: a
+    decoder that has seen none makes specks and blocks of a sampler's errors.
 
     Parameters
     ----------
@@ -103,14 +102,12 @@ class AutoencoderTask:
         self.spatial_dims = len(self.shape) - 1
         torch.manual_seed(int(step_generator(self.root, "weights", 0).integers(2**31)))
         model = build(settings, self.spatial_dims)
-        model.fit_before_training(torch.from_numpy(shards.tensors("image", self._sample_rows(CLOSED_FORM_SCANS))))
         to_channels_last(model, self.spatial_dims)
         self.average = copy.deepcopy(model).requires_grad_(False).eval()
         fabric.to_device(self.average)
-        optimiser = adamw([p for p in model.parameters() if p.requires_grad], settings.optimiser.learning_rate, fabric)
-        self.net, wrapped = fabric.setup(model, optimiser)
+        self.net, self.optimisers = set_up(model, settings.optimiser, fabric)
         self.modules: dict[str, nn.Module] = {"model": model, "average": self.average}
-        self.optimisers: dict[str, torch.optim.Optimizer] = {"model": wrapped}
+        self.steppers = list(self.optimisers.values())
         #: What `compilation.speed_up` may compile.
         self.costly = list(model.costly.values())
         if settings.perceptual.weight > 0:
@@ -132,12 +129,6 @@ class AutoencoderTask:
             self.costly.append(discriminator)
             self.adversarial_loss = PatchAdversarialLoss(criterion="least_squares")
 
-    def _sample_rows(self, count: int) -> np.ndarray:
-        """Some training rows, the same ones every time."""
-        return self.train_rows[
-            np.sort(step_generator(self.root, "sample", 0).permutation(len(self.train_rows))[:count])
-        ]
-
     def _images(self, rows: np.ndarray) -> Tensor:
         return to_device(self.shards.tensors("image", rows), self.fabric).contiguous(
             memory_format=channels_last(self.spatial_dims)
@@ -155,12 +146,14 @@ class AutoencoderTask:
         x = to_device(images, fabric).contiguous(memory_format=channels_last(self.spatial_dims))
         drawn = generator.standard_normal((len(batch), *latent_shape(settings, self.shape)), dtype=np.float32)
         noise = to_device(drawn[mine], fabric)
+        drawn = settings.latent_noise * generator.random((len(batch), *[1] * (self.spatial_dims + 1)), dtype=np.float32)
+        amplitude = to_device(drawn[mine], fabric)
 
         adversarial = settings.adversarial.weight > 0 and step >= settings.adversarial.start_step
         made = torch.empty_like(x)
 
         def losses(part: slice) -> tuple[Tensor, dict[str, Tensor]]:
-            reconstruction, mean, log_variance = self.net(x[part], noise[part])
+            reconstruction, mean, log_variance = self.net(x[part], noise[part], amplitude[part])
             named = {
                 "train/l1": (reconstruction - x[part]).abs().mean(),
                 "train/kl": Posterior(mean, log_variance).kl_divergence().mean(),
@@ -191,24 +184,20 @@ class AutoencoderTask:
 
         if adversarial:
             self.discriminator.requires_grad_(False)
-        found = self._update("model", self.net, losses, len(x), step)
+        found = self._update(self.steppers, self.net, losses, len(x), step)
         if adversarial:
             self.discriminator.requires_grad_(True)
-            found |= self._update("discriminator", self.discriminator, judgement, len(x), step)
+            found |= self._update([self.optimisers["discriminator"]], self.discriminator, judgement, len(x), step)
         return found
 
-    def _update(self, name: str, module: _FabricModule, losses: Losses, count: int, step: int) -> dict[str, Tensor]:
-        optimiser = self.optimisers[name]
-        found = self.micro.gradients(module, optimiser, count, losses)
-        clip_gradients(module, optimiser, self.settings.optimiser, step, self.fabric)
-        optimiser.step()
+    def _update(
+        self, steppers: list[Optimizer], module: _FabricModule, losses: Losses, count: int, step: int
+    ) -> dict[str, Tensor]:
+        found = self.micro.gradients(module, count, losses)
+        clip_gradients(module, self.settings.optimiser, step, self.fabric)
+        for stepper in steppers:
+            stepper.step()
         return found
-
-    def fit_grey_levels(self) -> None:
-        """Correct the grey levels of the averaged weights, after the last step; see `FirstStage.fit_grey_levels`."""
-        rows = tqdm(self._sample_rows(GREY_LEVEL_SCANS), desc="fitting grey levels", mininterval=5, file=sys.stderr)
-        with self.fabric.autocast():
-            self.average.fit_grey_levels(self._images(np.array([row])) for row in rows)
 
     @torch.no_grad()
     def reconstruct(self, row: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from meddiff_steps import config
 from meddiff_steps.cohort.covariates import CovariateEncoding
-from meddiff_steps.compute.device import adamw, channels_last, to_channels_last, to_device
+from meddiff_steps.compute.device import channels_last, to_channels_last, to_device
 from meddiff_steps.compute.micro_batch import MicroBatch
 from meddiff_steps.core.random_streams import step_generator
 from meddiff_steps.diffusion.conditioning import Condition
@@ -19,6 +19,7 @@ from meddiff_steps.diffusion.schedules import NoiseProcess
 from meddiff_steps.models.trained import DenoiserCard
 from meddiff_steps.training.latent_data import LatentData, drop
 from meddiff_steps.training.loop import batch_rows, clip_gradients, rank_share
+from meddiff_steps.training.optimisers import set_up
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -29,6 +30,8 @@ VALIDATION_LATENTS = 64
 
 class DiffusionTask:
     """Denoising score matching with covariate dropout (classifier-free guidance, Ho and Salimans 2022).
+
+    Noise levels are drawn where there is something to learn: ln(sigma / alpha) is normal (Karras et al. 2022).
 
     Parameters
     ----------
@@ -51,18 +54,13 @@ class DiffusionTask:
         self.spatial_dims = len(shape) - 1
         torch.manual_seed(int(step_generator(self.root, "weights", 0).integers(2**31)))
         #: How the denoiser is made, for its card.
-        self.card = DenoiserCard(settings, shape, encoding, rank=len(data.prior.get("prior.basis", ())))
+        self.card = DenoiserCard(settings, shape, encoding, data.variant_numbers)
         model = self.card.build()
         model.load_state_dict(data.prior, strict=False)
-        if model.prior is not None:
-            # Its dropout is for its own training; here it would draw random numbers that no resumed run repeats.
-            model.prior.requires_grad_(False).eval()
         to_channels_last(model, self.spatial_dims)
         average = copy.deepcopy(model).requires_grad_(False).eval()
-        optimiser = adamw([p for p in model.parameters() if p.requires_grad], settings.optimiser.learning_rate, fabric)
-        self.net, wrapped = fabric.setup(model, optimiser)
+        self.net, self.optimisers = set_up(model, settings.optimiser, fabric)
         self.modules: dict[str, nn.Module] = {"model": model, "average": fabric.to_device(average)}
-        self.optimisers: dict[str, torch.optim.Optimizer] = {"model": wrapped}
         #: What `compilation.speed_up` may compile.
         self.costly = list(model.costly)
 
@@ -77,26 +75,36 @@ class DiffusionTask:
         uniform = (generator.permutation(len(rows)) + generator.random(len(rows))) / len(rows)
         covariates = drop(self.data.covariates[rows], settings.covariate_dropout, settings.condition_dropout, generator)
         noise = generator.standard_normal(x0.shape, dtype=np.float32)
-        mine = [rank_share(drawn, fabric) for drawn in (x0, uniform, noise, covariates)]
+        variants = self.data.shards.tensors("numbers", rows)
+        mine = [rank_share(drawn, fabric) for drawn in (x0, uniform, noise, covariates, variants)]
 
         def losses(part: slice) -> tuple[Tensor, dict[str, Tensor]]:
             loss = self._loss(self.net, *(drawn[part] for drawn in mine))
             return loss, {"train/loss": loss}
 
-        optimiser = self.optimisers["model"]
-        found = self.micro.gradients(self.net, optimiser, len(mine[0]), losses)
-        clip_gradients(self.net, optimiser, settings.optimiser, step, fabric)
-        optimiser.step()
+        found = self.micro.gradients(self.net, len(mine[0]), losses)
+        clip_gradients(self.net, settings.optimiser, step, fabric)
+        for optimiser in self.optimisers.values():
+            optimiser.step()
         return found
 
     def _loss(
-        self, net: nn.Module, x0: np.ndarray, uniform: np.ndarray, noise: np.ndarray, covariates: np.ndarray
+        self,
+        net: nn.Module,
+        x0: np.ndarray,
+        uniform: np.ndarray,
+        noise: np.ndarray,
+        covariates: np.ndarray,
+        variants: np.ndarray,
     ) -> Tensor:
-        clean, eps, share, given = (to_device(drawn, self.fabric) for drawn in (x0, noise, uniform, covariates))
-        timesteps = self.process.training_timesteps(share)
+        clean, eps, given, seen = (to_device(drawn, self.fabric) for drawn in (x0, noise, covariates, variants))
+        levels = self.settings.levels
+        timesteps = to_device(self.process.training_timesteps(uniform, levels.mean, levels.deviation), self.fabric)
         noisy = self.process.add_noise(clean, eps, timesteps).contiguous(memory_format=channels_last(self.spatial_dims))
-        predicted = net(noisy, timesteps, Condition(given))
-        return (predicted - self.process.target(clean, eps, timesteps)).square().mean()
+        predicted = net(noisy, timesteps, Condition(given, variant=seen))
+        error = predicted - self.process.target(clean, eps, timesteps)
+        # In units of what the network gives: every level weighs the same at the start (Karras et al. 2022, table 1)
+        return (error / self.modules["average"].gain(timesteps, error.ndim)).square().mean()
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -109,6 +117,7 @@ class DiffusionTask:
             uniform = (np.arange(start, start + len(rows)) + 0.5) / len(self.val_rows)
             noise = generator.standard_normal(x0.shape, dtype=np.float32)
             with self.fabric.autocast():
-                loss = self._loss(self.modules["average"], x0, uniform, noise, self.data.covariates[rows])
+                covariates, variants = self.data.covariates[rows], self.data.shards.tensors("numbers", rows)
+                loss = self._loss(self.modules["average"], x0, uniform, noise, covariates, variants)
             losses.append((float(loss), len(rows)))
         return {"val/loss": sum(loss * n for loss, n in losses) / len(self.val_rows)} if losses else {}

@@ -1,0 +1,121 @@
+"""What is known of latents before any network is trained: linear effects of the covariates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+#: Variance of a covariate feature that is known, beside its own variance of about 1: as good as none.
+KNOWN = 1e-6
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What x = alpha * x0 + sigma * noise says by itself; each float32 (b, c, *spatial).
+
+    Attributes
+    ----------
+    clean, noise
+        Posterior means of x0 and of the noise.
+    surprise
+        x less alpha times the prior mean, of unit variance: what a network is to look at.
+    """
+
+    clean: Tensor
+    noise: Tensor
+    surprise: Tensor
+
+
+class CovariateEffects(nn.Module):
+    """Best estimates of clean latents and noise if x0 = features @ effects + rest, the rest white of one deviation.
+
+    Covariates that are missing are not taken to be typical: given those that are known, their features are Gaussian
+    with a mean and a covariance of their own, and x0 varies as much more along their effects.  So the prediction
+    without covariates is that of the whole cohort, and guidance is as strong as it says.
+
+    Parameters
+    ----------
+    latent_shape
+        (c, *spatial), D numbers in all.
+    levels
+        Per covariate: the number of levels, or 0 for a continuous one; F features in all.
+    """
+
+    effects: Tensor
+    feature_mean: Tensor
+    feature_covariance: Tensor
+    deviation: Tensor
+
+    def __init__(self, latent_shape: Sequence[int], levels: list[int]) -> None:
+        super().__init__()
+        self.levels, self.shape = levels, tuple(latent_shape)
+        features = sum(n or 1 for n in levels)
+        self.register_buffer("effects", torch.zeros(features, *latent_shape))
+        self.register_buffer("feature_mean", torch.zeros(features))
+        self.register_buffer("feature_covariance", torch.eye(features))
+        self.register_buffer("deviation", torch.ones(()))
+
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
+    def forward(self, x: Tensor, alpha: Tensor, sigma: Tensor, covariates: Tensor) -> Estimate:
+        """Posterior means under x0 ~ N(m, S), S = deviation^2 + effects^T C effects: E[x0 | x] = m + alpha S q and
+        E[noise | x] = sigma q with q = (alpha^2 S + sigma^2)^-1 (x - alpha m), by Woodbury's identity.
+
+        Parameters
+        ----------
+        x
+            (b, c, *spatial).
+        alpha, sigma
+            (b,).
+        covariates
+            Encoded, (b, k), NaN where missing.
+        """
+        alpha, sigma = alpha.float()[:, None], sigma.float()[:, None]
+        effects = self.effects.flatten(1)
+        mean, covariance = self.features_given(covariates)
+        prior = mean @ effects
+        centred = x.float().flatten(1) - alpha * prior
+        power = alpha.square() * self.deviation.square() + sigma.square()  # of one number of centred, known covariates
+        # The F x F system; what is known has (nearly) no covariance, so that nothing is left of it there.
+        root = torch.linalg.cholesky(covariance)
+        products = (effects @ effects.T).expand_as(covariance)
+        system = torch.eye(len(effects), device=x.device) + (alpha.square() / power)[..., None] * (
+            root.mT @ products @ root
+        )
+        inner = torch.linalg.solve(system, root.mT @ (centred @ effects.T)[..., None])
+        q = (centred - alpha.square() / power * (root @ inner)[..., 0] @ effects) / power
+        spread = self.deviation.square() * q + (covariance @ (q @ effects.T)[..., None])[..., 0] @ effects
+        return Estimate(
+            clean=(prior + alpha * spread).reshape(x.shape),
+            noise=(sigma * q).reshape(x.shape),
+            surprise=(centred * power.rsqrt()).reshape(x.shape),
+        )
+
+    def features_given(self, covariates: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (b, F) and covariance (b, F, F) of the features, given the covariates that are known."""
+        values, known = covariate_features(covariates, self.levels)
+        precision = torch.linalg.inv(self.feature_covariance.double())
+        weights = known.double() / KNOWN
+        covariance = torch.linalg.inv(precision + torch.diag_embed(weights))
+        mean = covariance @ (weights * (values.double() - self.feature_mean))[..., None]
+        return (self.feature_mean + mean[..., 0]).float(), covariance.float()
+
+
+def covariate_features(covariates: Tensor, levels: list[int]) -> tuple[Tensor, Tensor]:
+    """Linear features of encoded covariates (b, k): values as they are, levels as columns of 0 and 1.
+
+    Returns
+    -------
+    values, known
+        (b, F) each; values are 0 where the covariate is missing (NaN).
+    """
+    columns, known = [], []
+    for value, count in zip(covariates.T, levels, strict=True):
+        there = torch.isfinite(value)
+        found = [value] if count == 0 else [(value == level).float() for level in range(count)]
+        columns += [torch.where(there, column, 0.0) for column in found]
+        known += [there] * len(found)
+    return torch.stack(columns, 1).float(), torch.stack(known, 1)

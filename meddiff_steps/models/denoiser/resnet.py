@@ -1,0 +1,149 @@
+"""A light residual network at the resolution of the latents: what learns fastest on a processor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from meddiff_steps import config
+from meddiff_steps.compute.recompute import recompute
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.diffusion.conditioning import Condition
+from meddiff_steps.diffusion.schedules import NoiseProcess
+from meddiff_steps.models.blocks import ChannelNorm, ResidualBlock, convolution, coordinates, dense, silence
+from meddiff_steps.models.denoiser.effects import covariate_features
+
+ENTRY = {
+    "order": 1,
+    "summary": "residual blocks at the latents' resolution, with coordinates; learns fastest on small cohorts",
+    "source": "He et al. 2016; Perez et al. 2018; Karras et al. 2022",
+    "conditions": ["covariates", "maps"],
+    "cost": "grows with the voxels of the latents",
+}
+
+#: Frequencies of the features of a noise level, in radians per unit of ln(sigma / alpha) / 4.
+FREQUENCIES, LOWEST, HIGHEST = 32, 0.2, 12.0
+
+#: Bounds of ln(sigma / alpha), which is infinite at the ends of a flow.
+LEVELS = (-8.0, 8.0)
+
+
+class LocalNetwork(nn.Module):
+    """Residual blocks that are told coordinates and an embedding of the noise level and of numbers; starts at zero.
+
+    Parameters
+    ----------
+    spatial_dims
+        2 or 3.
+    inputs, outputs
+        Channels.
+    numbers
+        Numbers about the whole image, beside the noise level.
+    width, blocks
+        Channels inside, and residual blocks.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, spatial_dims: int, inputs: int, outputs: int, numbers: int, width: int, blocks: int) -> None:
+        super().__init__()
+        frequencies = torch.exp(torch.linspace(math.log(LOWEST), math.log(HIGHEST), FREQUENCIES))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        embedding = 2 * width
+        self.embed = nn.Sequential(
+            nn.Linear(2 * FREQUENCIES + numbers, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
+        )
+        self.first = convolution(spatial_dims, inputs + spatial_dims, width)
+        self.blocks = nn.ModuleList(ResidualBlock(spatial_dims, width, embedding) for _ in range(blocks))
+        self.norm, self.last = ChannelNorm(width), convolution(spatial_dims, width, outputs)
+        silence(self.last)
+        #: Voxels around one that its output depends on.
+        self.reach = 2 * blocks + 2
+
+    def forward(self, x: Tensor, place: Tensor, log_ratio: Tensor, numbers: Tensor) -> Tensor:
+        """x (b, inputs, *spatial), its coordinates (b, d, *spatial), ln(sigma / alpha) (b,) and numbers (b, k) ->
+        (b, outputs, *spatial).
+        """
+        phase = log_ratio.float().clamp(*LEVELS)[:, None] / 4.0 * self.frequencies
+        embedding = self.embed(torch.cat([phase.cos(), phase.sin(), numbers], 1))
+        hidden = self.first(dense(torch.cat([x, place.to(x.dtype)], 1)))
+        for block in self.blocks:
+            hidden = block(hidden, embedding)
+        return self.last(functional.silu(self.norm(hidden)))
+
+
+class ResNet(nn.Module):
+    """`LocalNetwork` as a denoiser: told covariates, the variant of a training image, and maps on the latents' grid.
+
+    Parameters
+    ----------
+    settings
+        The study's `diffusion` section; the first of `channels` is the width.
+    latent_shape
+        (c, *spatial).
+    levels
+        Per covariate: the number of levels, or 0 for a continuous one.
+    variants
+        Numbers that describe a variant.
+    maps, tokens
+        Channels of every map by name; tokens it has no use for.
+
+    Raises
+    ------
+    UserError
+        There are tokens.
+    """
+
+    place: Tensor
+
+    def __init__(
+        self,
+        settings: config.Diffusion,
+        latent_shape: Sequence[int],
+        levels: list[int],
+        variants: int,
+        maps: Mapping[str, int],
+        tokens: Mapping[str, int],
+    ) -> None:
+        super().__init__()
+        if tokens:
+            raise UserError("diffusion.network: resnet takes no tokens (text). Use unet, which attends to them.")
+        channels, *spatial = latent_shape
+        self.process, self.levels, self.variants = NoiseProcess.of(settings), levels, variants
+        self.maps = {name: maps[name] for name in sorted(maps)}
+        self.register_buffer("place", coordinates(spatial)[None], persistent=False)
+        numbers = 2 * sum(n or 1 for n in levels) + variants
+        inputs = channels + sum(self.maps.values())
+        self.net = LocalNetwork(len(spatial), inputs, channels, numbers, settings.channels[0], settings.num_res_blocks)
+        if settings.gradient_checkpointing:
+            recompute(self.net.blocks)
+
+    @property
+    def costly(self) -> list[nn.Module]:
+        """What is worth compiling."""
+        return [self.net]
+
+    def forward(self, x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """x (b, c, *spatial) of unit variance, timesteps (b,) -> (b, c, *spatial)."""
+        alpha, sigma = self.process.alpha_sigma(timesteps)
+        values, known = covariate_features(condition.covariates, self.levels)
+        numbers = torch.cat([values, known.float(), condition.variant_numbers(self.variants)], 1)
+        maps = condition.maps_of(self.maps)
+        place = self.place.expand(len(x), *self.place.shape[1:])
+        return self.net(torch.cat([x, *maps], 1), place, sigma.log() - alpha.log(), numbers)
+
+
+def build(
+    settings: config.Diffusion,
+    latent_shape: Sequence[int],
+    levels: list[int],
+    variants: int,
+    maps: Mapping[str, int],
+    tokens: Mapping[str, int],
+) -> ResNet:
+    """The network with fresh weights; parameters as of `ResNet`."""
+    return ResNet(settings, latent_shape, levels, variants, maps, tokens)

@@ -1,0 +1,121 @@
+"""A small conditional diffusion of the residual: scan minus decoded image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from meddiff_steps import config
+from meddiff_steps.diffusion.conditioning import Condition
+from meddiff_steps.diffusion.sampling import sample
+from meddiff_steps.diffusion.schedules import NoiseProcess
+from meddiff_steps.models.blocks import by_slabs, coordinates, dense
+from meddiff_steps.models.denoiser.resnet import LocalNetwork
+from meddiff_steps.models.drawing.base import DrawingDecoder
+from meddiff_steps.models.first_stage.stem import Stem
+from meddiff_steps.models.tone import ToneCurve
+
+ENTRY = {
+    "order": 1,
+    "summary": "diffusion of what the first stage leaves open, local, on blocks of 2 x 2 (x 2) voxels",
+    "source": "Pandey et al. 2022; Karras et al. 2022",
+    "cost": "its network at half the resolution, once per step; grows with the voxels",
+}
+
+#: v-prediction on the default schedule: of residuals of unit variance, that is EDM's preconditioning.
+PROCESS = NoiseProcess.of(config.Diffusion())
+#: What takes the residual from noise to an image.
+SAMPLER = "dpmpp"
+
+
+class ResidualDiffusion(DrawingDecoder):
+    """Predicts v from a noisy residual, the decoded image and coordinates; all in blocks of two voxels along each axis.
+
+    Its layers are local, so that it learns from crops.  Blocks are written as Haar coefficients, which is orthonormal:
+    white noise stays white.
+
+    Parameters
+    ----------
+    settings
+        The study's `decoder` section.
+    image_shape
+        (1, *spatial), even along each axis.
+    """
+
+    deviation: Tensor
+
+    def __init__(self, settings: config.Decoder, image_shape: Sequence[int]) -> None:
+        super().__init__()
+        dims = len(image_shape) - 1
+        self.stem = Stem(dims, "haar")
+        self.blocks_shape = tuple(n // self.stem.factor for n in image_shape[1:])
+        self.register_buffer("deviation", torch.ones(()))
+        self.tone = ToneCurve()
+        channels = self.stem.channels(1)
+        self.net = LocalNetwork(dims, 2 * channels, channels, 0, settings.channels, settings.num_res_blocks)
+
+    @property
+    def costly(self) -> list[nn.Module]:
+        return [self.net]
+
+    def place(self, start: Sequence[int] | None = None, size: Sequence[int] | None = None) -> Tensor:
+        """Coordinates of blocks, (d, *size): of all, or of a crop that begins at block `start`."""
+        whole = coordinates(self.blocks_shape)
+        if start is None or size is None:
+            return whole
+        return whole[(slice(None), *(slice(low, low + n) for low, n in zip(start, size, strict=True)))]
+
+    def residual(self, images: Tensor, decoded: Tensor) -> Tensor:
+        """What is to be drawn, in blocks and of unit variance: (b, channels, *blocks) of images (b, 1, *spatial)."""
+        return self.stem((images - decoded) / self.deviation)
+
+    def forward(self, x: Tensor, timesteps: Tensor, decoded: Tensor, place: Tensor, slab: int | None = None) -> Tensor:
+        """v (b, channels, *blocks) of noisy residuals x.
+
+        Parameters
+        ----------
+        x
+            (b, channels, *blocks).
+        timesteps
+            (b,).
+        decoded
+            The decoded image in the same blocks, from -1 to 1.
+        place
+            Coordinates of the blocks, (b, d, *blocks).
+        slab
+            Planes of blocks that are computed at a time.
+        """
+        alpha, sigma = PROCESS.alpha_sigma(timesteps)
+        level, numbers = sigma.log() - alpha.log(), x.new_zeros(len(x), 0)
+        if slab is None:
+            return self.net(torch.cat([x, decoded], 1), place, level, numbers).float()
+
+        def network(seen: Tensor, where: Tensor) -> Tensor:
+            return self.net(seen, where, level, numbers).float()
+
+        return by_slabs(network, [torch.cat([x, decoded], 1), place], slab, self.net.reach)
+
+    def in_blocks(self, decoded: Tensor) -> Tensor:
+        """A decoded image (b, 1, *spatial) in [0, 1] as the network sees it."""
+        return dense(self.stem(decoded * 2.0 - 1.0))
+
+    def draw(self, decoded: Tensor, noise: Tensor, num_inference_steps: int, slab: int | None = None) -> Tensor:
+        seen = self.in_blocks(decoded)
+        place = self.place().to(seen).expand(len(seen), -1, *(-1 for _ in self.blocks_shape))
+        planes = None if slab is None else max(1, slab // self.stem.factor)
+        drawn = sample(
+            lambda x, timesteps, condition: self(dense(x), timesteps, condition.maps["decoded"], place, planes),
+            self.stem(noise),
+            Condition(seen.new_zeros(len(seen), 0), {"decoded": seen}),
+            PROCESS,
+            SAMPLER,
+            num_inference_steps=num_inference_steps,
+        )
+        return self.tone((decoded + self.deviation * self.stem.inverse(drawn).float()).clamp(0.0, 1.0))
+
+
+def build(settings: config.Decoder, image_shape: Sequence[int]) -> ResidualDiffusion:
+    """The decoder with fresh weights."""
+    return ResidualDiffusion(settings, image_shape)
