@@ -3,30 +3,29 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from meddiff_steps import config
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.registries import FIRST_STAGES
 from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.diffusion.schedules import NoiseProcess
-from meddiff_steps.models.denoiser import latent_gaussian as prior_module
-from meddiff_steps.models.denoiser.base import Denoiser
-from meddiff_steps.models.denoiser.latent_gaussian import LatentGaussian
+from meddiff_steps.models.blocks import by_slabs, coordinates
+from meddiff_steps.models.denoiser.base import Denoiser, gain
+from meddiff_steps.models.denoiser.effects import CovariateEffects
+from meddiff_steps.models.denoiser.resnet import LocalNetwork
 from meddiff_steps.models.denoiser.tokens import CovariateTokens
-from meddiff_steps.models.first_stage.base import Posterior, reconstruct
-from meddiff_steps.models.first_stage.kl import Autoencoder
+from meddiff_steps.models.drawing.base import build as build_drawing
+from meddiff_steps.models.first_stage.base import Posterior
+from meddiff_steps.models.first_stage.base import build as build_first_stage
 from meddiff_steps.models.first_stage.stem import Stem
-from meddiff_steps.models.latent_statistics import (
-    SUBJECTS_PER_COMPONENT,
-    covariate_features,
-    fit_gaussian,
-    measure_standardisation,
-)
+from meddiff_steps.models.latent_statistics import fit_effects, measure_standardisation
 from meddiff_steps.models.trained import load_first_stage
 from meddiff_steps.models.weights import save_model
 
 SMALL = config.Autoencoder(channels=[8, 16], norm_num_groups=4, latent_channels=4)
-UNET = config.Diffusion(channels=[8, 16], norm_num_groups=4, num_head_channels=8, covariate_dim=8, num_res_blocks=1)
+UNET = config.Diffusion(
+    network="unet", channels=[8, 16], norm_num_groups=4, num_head_channels=8, covariate_dim=8, num_res_blocks=1
+)
 
 
 @pytest.mark.parametrize("kind", ["haar", "space_to_depth", "none"])
@@ -46,46 +45,66 @@ def test_the_first_haar_channel_is_the_block_mean():
     assert torch.allclose(Stem(3, "haar")(x)[:, :1] / math.sqrt(8), mean, atol=1e-6)
 
 
+FIRST_STAGES_SMALL = {
+    name: SMALL.model_copy(update={"network": name}) for name in FIRST_STAGES.names()
+}
+
+
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("stem", ["haar", "none"])
-@pytest.mark.parametrize("linear", [True, False])
-def test_autoencoder_shapes(dims, stem, linear):
-    settings = SMALL.model_copy(update={"stem": stem, "linear_path": linear})
-    model = Autoencoder(settings, dims)
+@pytest.mark.parametrize("network", FIRST_STAGES.names())
+def test_first_stages_have_the_shapes_that_the_settings_say(network, dims, stem):
+    settings = FIRST_STAGES_SMALL[network].model_copy(update={"stem": stem})
+    model = build_first_stage(settings, dims)
     x = torch.rand(2, 1, *(8, 16, 8)[:dims])
-    reconstruction, mean, log_variance = model(x, None)
+    latents = (2, 4, *(n // settings.downsampling for n in x.shape[2:]))
+    reconstruction, mean, log_variance = model(x, torch.randn(latents), torch.full((2, *[1] * (dims + 1)), 0.3))
     assert reconstruction.shape == x.shape
-    assert mean.shape == log_variance.shape == (2, 4, *(n // settings.downsampling for n in x.shape[2:]))
+    assert mean.shape == latents and (log_variance is None or log_variance.shape == latents)
 
 
-def test_the_linear_path_starts_at_the_best_linear_code():
-    # Blocks that live in a 4-dimensional space can be coded with 4 channels without loss.
-    generator = torch.Generator().manual_seed(0)
-    patterns = torch.randn(4, 4, 4, 4, generator=generator)
-    weights = torch.randn(6, 2, 2, 2, 4, generator=generator) * 0.1
-    blocks = torch.einsum("nxyzk,kabc->nxaybzc", weights, patterns).reshape(6, 1, 8, 8, 8) * 0.2 + 0.5
-    model = Autoencoder(SMALL, 3)
-    model.fit_before_training(blocks)
-    reconstruction, mean, _ = model(blocks)
-    assert torch.allclose(reconstruction, blocks, atol=2e-3)
-    assert torch.allclose(mean.square().mean((0, 2, 3, 4)), torch.ones(4), atol=0.01)
+def test_latents_of_the_light_autoencoder_have_unit_power_in_every_image():
+    model = build_first_stage(FIRST_STAGES_SMALL["resnet"], 3)
+    latents = model.encode(torch.rand(3, 1, 8, 8, 8) * torch.tensor([0.01, 0.3, 1.0]).reshape(3, 1, 1, 1, 1)).mode()
+    assert torch.allclose(latents.flatten(1).mean(1), torch.zeros(3), atol=1e-5)
+    assert torch.allclose(latents.flatten(1).var(1, correction=0), torch.ones(3), atol=0.01)
 
 
-def test_decoded_images_are_as_empty_as_scans():
-    # A linear code of few channels cannot draw the edge of a ball in front of nothing, and leaves a haze around it.
-    settings = SMALL.model_copy(update={"latent_channels": 8})
-    model = Autoencoder(settings, 3).eval()
-    axes = torch.meshgrid(*[torch.arange(16.0) - 7.5] * 3, indexing="ij")
-    distance = torch.stack(axes).square().sum(0).sqrt()
-    scans = torch.stack([(1.0 - distance / radius).clamp(0, 1)[None] for radius in torch.linspace(5, 8, 12)])
-    model.fit_before_training(scans)
-    before = reconstruct(model, scans)
-    model.fit_grey_levels(scan[None] for scan in scans)
-    after = reconstruct(model, scans)
-    empty = [float((images == 0).float().mean()) for images in (scans, before, after)]
-    assert empty[1] < empty[0] - 0.05
-    assert abs(empty[2] - empty[0]) < 0.02
-    assert (after - scans).abs().mean() < (before - scans).abs().mean()
+def test_noise_on_latents_is_relative_to_each_image():
+    mean = torch.randn(2, 4, 50, 50) * torch.tensor([1.0, 10.0]).reshape(2, 1, 1, 1)
+    amplitude = torch.tensor([0.5, 0.2]).reshape(2, 1, 1, 1)
+    added = Posterior(mean).sample(torch.randn(mean.shape), amplitude) - mean
+    assert added.flatten(1).std(1).tolist() == pytest.approx([0.5, 2.0], rel=0.05)
+    spread = Posterior(mean, torch.zeros(mean.shape)).sample(torch.randn(mean.shape), amplitude) - mean
+    assert spread.flatten(1).std(1).tolist() == pytest.approx([1.25**0.5, 5.0**0.5], rel=0.05)
+
+
+def test_local_layers_say_the_same_of_a_crop_and_of_the_whole():
+    torch.manual_seed(0)
+    net = LocalNetwork(3, 2, 2, 1, width=8, blocks=2)
+    for parameter in net.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    x, level, number = torch.randn(1, 2, 24, 8, 8), torch.tensor([0.3]), torch.tensor([[1.0]])
+    place = coordinates(x.shape[2:])[None]
+    whole = net(x, place, level, number)
+    crop = net(x[:, :, 4:20], place[:, :, 4:20], level, number)
+    reach = net.reach
+    assert torch.allclose(crop[:, :, reach:-reach], whole[:, :, 4 + reach : 20 - reach], atol=1e-5)
+    slabs = by_slabs(lambda a, b: net(a, b, level, number), [x, place], 5, reach)
+    assert torch.allclose(slabs, whole, atol=1e-5)
+    narrow = by_slabs(lambda a, b: net(a, b, level, number), [x, place], 5, 1)
+    assert not torch.allclose(narrow, whole, atol=1e-3)
+
+
+def test_decoding_in_slabs_changes_nothing_but_rounding():
+    torch.manual_seed(0)
+    model = build_first_stage(FIRST_STAGES_SMALL["resnet"], 3).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    latents = torch.randn(1, 4, 24, 4, 4)
+    whole = model.decode(latents)
+    for slab in (4, 12, 200):
+        assert torch.allclose(model.decode(latents, slab), whole, atol=1e-5)
 
 
 def test_kl_against_torch_and_at_tiny_variances():
@@ -109,9 +128,11 @@ def test_missing_covariates_use_their_null_and_no_other():
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-def test_the_denoiser_depends_on_every_input(dims):
+@pytest.mark.parametrize("network", ["unet", "resnet"])
+def test_the_denoiser_depends_on_every_input(network, dims):
     torch.manual_seed(0)
-    model = Denoiser(UNET, (4, *(4, 8, 4)[:dims]), [0, 2]).eval()
+    settings = UNET.model_copy(update={"network": network})
+    model = Denoiser(settings, (4, *(4, 8, 4)[:dims]), [0, 2], variants=3).eval()
     # The output convolution and the covariate path start at zero; move them, as training would.
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
@@ -124,6 +145,7 @@ def test_the_denoiser_depends_on_every_input(dims):
         model(x, t + 300.5, Condition(c)),
         model(x, t, Condition(c + torch.tensor([1.0, 0.0]))),
         model(x, t, Condition(c + torch.tensor([0.0, 1.0]))),
+        model(x, t, Condition(c, variant=torch.tensor([[1.0, 0.0, 0.0]] * 2))),
     ):
         assert (changed - base).abs().max() > 1e-4
 
@@ -142,18 +164,17 @@ def test_gradient_checkpointing_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_standardised_latents_have_mean_0_everywhere_and_deviation_1_per_channel():
+def test_standardised_latents_have_mean_0_everywhere_and_one_scale():
     rng = np.random.default_rng(0)
     place = rng.normal(size=(2, 4, 5))
     latents = [(place + rng.normal(size=(2, 4, 5)) * [[[3.0]], [[0.5]]]).astype(np.float32) for _ in range(400)]
     standardise = measure_standardisation(iter(latents))
-    offset, scale = standardise.offset, standardise.scale
     z = standardise(np.stack(latents))
     assert np.allclose(standardise.inverse(z), np.stack(latents), atol=1e-4)
-    assert offset.shape == (1, 2, 4, 5)
-    assert scale.shape == (1, 2, 1, 1)
+    assert standardise.offset.shape == (1, 2, 4, 5) and standardise.scale.shape == ()
     assert np.allclose(z.mean(0), 0, atol=1e-3)
-    assert np.allclose(z.std((0, 2, 3)), 1, atol=0.01)
+    assert z.std() == pytest.approx(1, abs=0.01)
+    assert z[:, 0].std() / z[:, 1].std() == pytest.approx(6, rel=0.05)
 
 
 def test_constant_latents_can_be_standardised():
@@ -162,143 +183,124 @@ def test_constant_latents_can_be_standardised():
     assert np.all(standardise.scale > 0)
 
 
-def test_the_gaussian_fit_recovers_effects_and_components():
+def test_effects_are_recovered_with_what_they_leave():
     rng = np.random.default_rng(0)
-    basis = np.linalg.qr(rng.normal(size=(60, 2)))[0].T
-    features = rng.normal(size=(4000, 2))
+    features = rng.normal(size=(4000, 2)) + [5.0, 0.0]
+    known = rng.random((4000, 2)) < 0.9
     effects = rng.normal(size=(2, 60))
-    x = features @ effects + rng.normal(size=(4000, 2)) * [3.0, 2.0] @ basis + 0.5 * rng.normal(size=(4000, 60))
-    fit = fit_gaussian(lambda row: x[row].reshape(4, 3, 5), features, rank=2, subjects=np.arange(4000))
-    assert np.allclose(fit.effects, effects, atol=0.2)
-    assert np.allclose(np.abs(fit.basis @ basis.T), np.eye(2), atol=0.05)
-    assert np.allclose(fit.variances, [9, 4], rtol=0.15)
-    assert fit.local_variances.mean() == pytest.approx(0.25, rel=0.1)
+    x = (features - features.mean(0)) @ effects + 0.5 * rng.normal(size=(4000, 60))
+    fitted = fit_effects(lambda row: x[row].reshape(4, 3, 5), features, np.ones_like(known))
+    assert np.allclose(fitted["effects"].reshape(2, 60), effects, atol=0.05)
+    assert fitted["deviation"] == pytest.approx(0.5, rel=0.02)
+    some = fit_effects(lambda row: x[row].reshape(4, 3, 5), np.where(known, features, 0.0), known)
+    assert np.allclose(some["feature_mean"], features.mean(0), atol=0.1)
+    assert np.allclose(some["feature_covariance"], np.eye(2), atol=0.1)
 
 
-def test_variances_are_those_of_subjects_that_the_components_have_not_seen():
-    """Of pure noise in many dimensions, sample components explain far more variance in their own sample than in
-    another.
-    """
-    x = np.random.default_rng(0).normal(size=(200, 5, 100))
-    fit = fit_gaussian(lambda row: x[row], np.zeros((200, 1)), rank=5, subjects=np.arange(200))
-    assert fit.variances == pytest.approx(np.ones(5), rel=0.25)
-    assert np.square(x.reshape(200, -1) @ fit.basis.T).mean() > 5
-    variants = x[np.repeat(np.arange(100), 2)]
-    fit = fit_gaussian(lambda row: variants[row], np.zeros((200, 1)), rank=5, subjects=np.repeat(np.arange(100), 2))
-    assert fit.variances == pytest.approx(np.ones(5), rel=0.25)
+def test_features_of_a_level_that_nobody_has_can_be_inverted():
+    features = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]] * 5)
+    fitted = fit_effects(lambda row: np.zeros((1, 2)), features, np.ones_like(features, dtype=bool))
+    assert np.linalg.eigvalsh(fitted["feature_covariance"].astype(float)).min() > 0
 
 
-def test_components_are_few_beside_subjects_not_beside_their_variants():
-    x = np.random.default_rng(4).standard_normal((80, 2, 30)).astype(np.float32)
-    for copies in (1, 4):
-        variants = np.repeat(x, copies, 0)
-        fit = fit_gaussian(
-            lambda row, of=variants: of[row],
-            np.zeros((len(variants), 1)),
-            rank=64,
-            subjects=np.repeat(np.arange(80), copies),
-        )
-        assert len(fit.basis) == 80 // SUBJECTS_PER_COMPONENT
-
-
-def test_channels_at_one_place_keep_their_covariance():
-    rng = np.random.default_rng(0)
-    mixing = rng.normal(size=(6, 3, 3))  # of three channels, another one at each of six positions
-    x = np.einsum("pij,njp->nip", mixing, rng.normal(size=(2000, 3, 6)))
-    fit = fit_gaussian(lambda row: x[row], np.zeros((2000, 1)), rank=1, subjects=np.arange(2000))
-    component = fit.basis.reshape(3, 6)
-    for p in range(6):
-        local = fit.local_basis[p] @ np.diag(fit.local_variances[p]) @ fit.local_basis[p].T
-        whole = local + fit.variances[0] * np.outer(component[:, p], component[:, p])
-        assert np.allclose(whole, mixing[p] @ mixing[p].T, atol=0.15 * np.abs(mixing[p] @ mixing[p].T).max())
-
-
-def random_prior(prediction_type="v_prediction", local_variances=None, width=0):
+def random_effects():
     rng = np.random.default_rng(1)
-    size = 32
-    prior = LatentGaussian(
-        NoiseProcess.of(UNET.model_copy(update={"prediction_type": prediction_type})),
-        (4, 4, 2),
-        [0, 2],
-        rank=3,
-        width=width,
-    )
+    module = CovariateEffects((4, 4, 2), [0, 2])
+    root = rng.normal(size=(3, 3))
     values = {
-        "basis": np.linalg.qr(rng.normal(size=(size, 3)))[0].T,
-        "effects": rng.normal(size=(3, size)),
-        "variances": np.array([5.0, 2.0, 1.0]),
-        "local_variances": np.full((8, 4), 0.3) if local_variances is None else local_variances,
-        "local_basis": np.linalg.qr(rng.normal(size=(8, 4, 4)))[0],
+        "effects": rng.normal(size=(3, 4, 4, 2)),
+        "feature_mean": rng.normal(size=3),
+        "feature_covariance": root @ root.T + 0.1 * np.eye(3),
+        "deviation": np.array(0.6),
     }
-    prior.load_state_dict({name: torch.from_numpy(value).float() for name, value in values.items()}, strict=False)
-    return prior, values
+    module.load_state_dict({name: torch.from_numpy(value).float() for name, value in values.items()})
+    return module, values
 
 
-COVARIATES = np.array([[0.7, 1.0], [np.nan, 0.0]], np.float32)
+COVARIATES = np.array([[0.7, 1.0], [np.nan, 0.0], [0.2, np.nan], [np.nan, np.nan]], np.float32)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])
-def test_the_prior_is_the_posterior_mean_of_its_gaussian(prediction_type):
-    """Against the general formula with dense matrices."""
-    prior, values = random_prior(prediction_type)
-    x, t = np.random.default_rng(2).normal(size=(2, 32)), torch.tensor([100.0, 700.0])
-    noise, clean = prior(torch.from_numpy(x).float().reshape(2, 4, 4, 2), t, torch.from_numpy(COVARIATES))
-    features = covariate_features(COVARIATES, [0, 2])
-    # Local variances are beside the components, so S on the components is `variances` and 0.3 elsewhere.
-    basis = values["basis"]
-    covariance = 0.3 * (np.eye(32) - basis.T @ basis) + basis.T @ np.diag(values["variances"]) @ basis
-    for i, (alpha, sigma) in enumerate(zip(*(a.numpy() for a in prior.process.alpha_sigma(t)), strict=True)):
-        mean = features[i] @ values["effects"]
-        q = np.linalg.solve(alpha**2 * covariance + sigma**2 * np.eye(32), x[i] - alpha * mean)
-        assert np.allclose(clean[i].flatten(), mean + alpha * covariance @ q, atol=1e-4)
-        assert np.allclose(noise[i].flatten(), sigma * q, atol=1e-4)
+def test_effects_give_the_posterior_mean_of_their_gaussian(prediction_type):
+    """Against the general formula with dense matrices: missing features are Gaussian given the known ones."""
+    module, values = random_effects()
+    process = NoiseProcess.of(UNET.model_copy(update={"prediction_type": prediction_type}))
+    x, t = np.random.default_rng(2).normal(size=(4, 32)), torch.tensor([100.0, 700.0, 400.0, 900.0])
+    alpha, sigma = process.alpha_sigma(t)
+    found = module(torch.from_numpy(x).float().reshape(4, 4, 4, 2), alpha, sigma, torch.from_numpy(COVARIATES))
+    effects, mean, covariance = values["effects"].reshape(3, 32), values["feature_mean"], values["feature_covariance"]
+    given = [
+        (np.array([0.7, 0.0, 1.0]), [0, 1, 2]),
+        (np.array([0.0, 1.0, 0.0]), [1, 2]),
+        (np.array([0.2, 0.0, 0.0]), [0]),
+        (np.zeros(3), []),
+    ]
+    for i, (feature, known) in enumerate(given):
+        hidden = [k for k in range(3) if k not in known]
+        m, c = mean.copy(), np.zeros((3, 3))
+        m[known] = feature[known]
+        gain = covariance[np.ix_(hidden, known)] @ np.linalg.inv(covariance[np.ix_(known, known)])
+        m[hidden] = mean[hidden] + gain @ (feature[known] - mean[known])
+        c[np.ix_(hidden, hidden)] = (
+            covariance[np.ix_(hidden, hidden)] - gain @ covariance[np.ix_(known, hidden)]
+        )
+        a, s = float(alpha[i]), float(sigma[i])
+        spread = 0.36 * np.eye(32) + effects.T @ c @ effects
+        q = np.linalg.solve(a**2 * spread + s**2 * np.eye(32), x[i] - a * m @ effects)
+        assert np.allclose(found.clean[i].flatten(), m @ effects + a * spread @ q, atol=2e-3)
+        assert np.allclose(found.noise[i].flatten(), s * q, atol=2e-3)
 
 
-def test_the_prior_is_exact_where_components_are_local_ones_too():
-    prior, values = random_prior(local_variances=np.random.default_rng(0).uniform(0.1, 0.5, (8, 4)))
-    local = np.zeros((8, 4, 4, 8))  # position, number, channel, position
-    for p in range(8):
-        local[p, :, :, p] = values["local_basis"][p].T
-    local = local.reshape(32, 32)
-    prior.basis.copy_(torch.from_numpy(local[[3, 10, 30]]))
-    variances = values["local_variances"].ravel()
-    variances[[3, 10, 30]] = values["variances"]
-    covariance = local.T @ np.diag(variances) @ local
-    x, t = np.random.default_rng(2).normal(size=32), torch.tensor([400.0])
-    clean = prior(torch.from_numpy(x).float().reshape(1, 4, 4, 2), t, torch.from_numpy(COVARIATES[:1]))[1]
-    alpha, sigma = (float(a) for a in prior.process.alpha_sigma(t))
-    mean = covariate_features(COVARIATES[:1], [0, 2])[0] @ values["effects"]
-    expected = mean + alpha * covariance @ np.linalg.solve(
-        alpha**2 * covariance + sigma**2 * np.eye(32), x - alpha * mean
-    )
-    assert np.allclose(clean.flatten(), expected, atol=1e-4)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])
+def test_what_the_network_adds_stays_consistent(prediction_type):
+    """alpha * x0 + sigma * noise is x whatever the network says, and one unit moves x0 by one posterior deviation."""
+    process = NoiseProcess.of(UNET.model_copy(update={"prediction_type": prediction_type}))
+    t, x, x0 = torch.tensor([50.0, 600.0]), torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    alpha, sigma = (a.float().reshape(2, 1, 1, 1) for a in process.alpha_sigma(t))
+    target = process.target(x0, (x - alpha * x0) / sigma, t)
+    moved = process.to_x0(target + gain(process, 0.7, t, 4), x, t)
+    posterior = 0.7 * sigma / (alpha**2 * 0.49 + sigma**2).sqrt()
+    assert torch.allclose(moved - x0, posterior.expand_as(x0), atol=1e-3)
+    noise = process.to_noise(target + gain(process, 0.7, t, 4), x, t)
+    assert torch.allclose(alpha * moved + sigma * noise, x, atol=1e-4)
 
 
-def test_the_prior_stays_consistent_whatever_its_network_says():
-    """alpha * clean + sigma * noise is always x, so every sampler and prediction type sees the same estimate."""
-    prior, _ = random_prior(local_variances=np.random.default_rng(0).uniform(0.1, 0.5, (8, 4)), width=8)
-    nn.init.normal_(prior.network.last.weight)
-    x, t = torch.randn(2, 4, 4, 2), torch.tensor([100.0, 700.0])
-    noise, clean = prior(x, t, torch.from_numpy(COVARIATES))
-    alpha, sigma = (a.float().reshape(2, 1, 1, 1) for a in prior.process.alpha_sigma(t))
-    assert torch.allclose(alpha * clean + sigma * noise, x, atol=1e-4)
-    prior.network = None
-    assert not torch.allclose(prior(x, t, torch.from_numpy(COVARIATES))[1], clean, atol=1e-2)
+def test_v_on_unit_data_is_the_preconditioning_of_edm():
+    process = NoiseProcess.of(config.Diffusion())
+    t = torch.tensor([10.0, 500.0, 990.0])
+    assert torch.allclose(gain(process, 1.0, t, 2), -torch.ones(3, 1), atol=1e-5)
 
 
-def test_covariate_features_are_the_same_in_torch():
-    assert np.array_equal(
-        prior_module.covariate_features(torch.from_numpy(COVARIATES), [0, 2]).numpy(),
-        covariate_features(COVARIATES, [0, 2]),
-    )
+def test_the_light_network_takes_no_text():
+    settings = config.Diffusion(channels=[8], attention_levels=[False])
+    with pytest.raises(UserError, match="Use unet"):
+        Denoiser(settings, (4, 4, 4), [0], tokens={"report": 12})
+
+
+def test_a_drawing_decoder_draws_from_its_noise_alone():
+    torch.manual_seed(0)
+    settings = config.Decoder(channels=8, num_res_blocks=1)
+    model = build_drawing(settings, (1, 12, 8, 8)).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    model.deviation.fill_(0.05)
+    decoded, noise = torch.rand(2, 1, 12, 8, 8), torch.randn(2, 1, 12, 8, 8)
+    with torch.no_grad():
+        drawn = model.draw(decoded, noise, 3)
+        assert torch.equal(model.draw(decoded, noise, 3), drawn)
+        assert torch.allclose(model.draw(decoded, noise, 3, slab=4), drawn, atol=1e-4)
+        assert not torch.allclose(model.draw(decoded, -noise, 3), drawn, atol=1e-3)
+        one = model.draw(decoded[1:], noise[1:], 3)
+    assert torch.allclose(one, drawn[1:], atol=1e-5)
+    assert float(drawn.min()) >= 0 and float(drawn.max()) <= 1
 
 
 def test_weights_of_another_network_are_refused_in_words(tmp_path):
-    model = Autoencoder(SMALL, 2)
+    model = build_first_stage(SMALL, 2)
     card = {"settings": SMALL.model_dump(mode="json"), "image_shape": [1, 8, 8]}
     save_model(model, tmp_path, card)
-    assert torch.equal(load_first_stage(tmp_path)[0].tone.values, model.tone.values)
-    del model.tone._buffers["values"]
+    assert torch.equal(load_first_stage(tmp_path)[0].encoder[0].weight, model.encoder[0].weight)
+    del model.encoder[0]
     save_model(model, tmp_path, card)
     with pytest.raises(UserError, match="not the weights of this version's network"):
         load_first_stage(tmp_path)
