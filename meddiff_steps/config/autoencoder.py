@@ -101,7 +101,7 @@ class Autoencoder(Section):
     @model_validator(mode="after")
     def _channels_divide(self) -> Self:
         wrong = [c for c in self.channels if c % self.norm_num_groups]
-        if wrong:
+        if wrong and self.network == "kl":  # other networks have no groups
             raise ValueError(f"channels must be multiples of norm_num_groups={self.norm_num_groups}, found {wrong}")
         return self
 

@@ -92,6 +92,8 @@ class Diffusion(Section):
 
     @model_validator(mode="after")
     def _levels_match(self) -> Self:
+        if self.network != "unet":  # other networks have no use for these keys
+            return self
         if len(self.attention_levels) != len(self.channels):
             raise ValueError(
                 f"attention_levels needs one entry per level: {len(self.channels)} channels, "

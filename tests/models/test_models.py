@@ -272,7 +272,7 @@ def test_v_on_unit_data_is_the_preconditioning_of_edm():
 
 
 def test_the_light_network_takes_no_text():
-    settings = config.Diffusion(channels=[8], attention_levels=[False])
+    settings = config.Diffusion(channels=[8])
     with pytest.raises(UserError, match="Use unet"):
         Denoiser(settings, (4, 4, 4), [0], tokens={"report": 12})
 
