@@ -14,7 +14,6 @@ LEVELS = 512
 EVEN_SHARE = 1e-4
 
 
-
 class ToneCurve(nn.Module):
     """A monotone map of [0, 1] into itself that gives generated images the grey levels of scans; before `fit`, the
     identity.

@@ -87,6 +87,7 @@ class Denoiser(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor, condition: Condition, guide: bool = False) -> Tensor:
         """x (b, c, *spatial), timesteps (b,) -> (b, c, *spatial) float32; of the network, or of its `guide`."""
         network = self.guide if guide else self.network
+        assert network is not None, "this model keeps no guide"
         alpha, sigma = self.process.alpha_sigma(timesteps)
         known = self.effects(x, alpha, sigma, condition.covariates)
         learnt = network(known.surprise, timesteps, condition).float()
