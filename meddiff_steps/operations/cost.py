@@ -76,7 +76,7 @@ class Estimate:
 
 
 def forward_flops(study: Study) -> tuple[float, float, float, float]:
-    """Floating-point operations per image of encoder, decoder, denoiser and one step of the drawing decoder, forward."""
+    """Floating-point operations per image of encoder, decoder, denoiser and a step of the drawing decoder, forward."""
     dims, shape = study.spatial_dims, study.preprocess.shape
     levels = [len(c.levels) if isinstance(c, CategoricalCovariate) else 0 for c in study.covariates.values()]
     with torch.device("meta"):

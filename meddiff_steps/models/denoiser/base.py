@@ -101,8 +101,9 @@ class Denoiser(nn.Module):
 def gain(process: NoiseProcess, deviation: Tensor | float, timesteps: Tensor, ndim: int) -> Tensor:
     """What it means for the prediction of `process` to add one posterior deviation to the estimate of x0.
 
-    x0 of this `deviation` has the posterior deviation s = deviation * sigma / sqrt(alpha^2 deviation^2 + sigma^2).  What
-    is added to x0 is taken from the noise, so that x = alpha * x0 + sigma * noise stays: s, and -s * alpha / sigma.
+    x0 of this `deviation` has the posterior deviation s = deviation * sigma / sqrt(alpha^2 deviation^2 + sigma^2).
+    What is added to x0 is taken from the noise, so that x = alpha * x0 + sigma * noise stays: s, and -s * alpha /
+    sigma.
     """
     alpha, sigma = (a.float().reshape(-1, *[1] * (ndim - 1)) for a in process.alpha_sigma(timesteps))
     per_noise = deviation * (alpha.square() * deviation**2 + sigma.square()).rsqrt()

@@ -35,7 +35,7 @@ LEVEL_FEATURES, LEVEL_LOSS_RATE = 16, 1e-2
 
 
 class LevelLosses(nn.Module):
-    """ln of the loss at each noise level, as it is learnt beside a network (Karras et al. 2024a, section 3); 0 at first.
+    """ln of the loss at each noise level, learnt beside a network (Karras et al. 2024a, section 3); 0 at first.
 
     Dividing by it gives every level the same weight however hard it is.
     """
