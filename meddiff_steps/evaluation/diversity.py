@@ -35,7 +35,9 @@ def neighbour_radii(features: np.ndarray, neighbours: int) -> np.ndarray:
     return np.partition(distances, min(neighbours, len(features) - 1), axis=1)[:, min(neighbours, len(features) - 1)]
 
 
-def manifold_shares(real: np.ndarray, synthetic: np.ndarray, neighbours: int) -> dict[str, np.ndarray]:
+def manifold_shares(
+    real: np.ndarray, synthetic: np.ndarray, neighbours: int, same: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """What precision, recall, density and coverage are the means of.
 
     Balls around the real images that reach their k-th nearest neighbour are where real images are; likewise for
@@ -48,13 +50,15 @@ def manifold_shares(real: np.ndarray, synthetic: np.ndarray, neighbours: int) ->
         Features (r, d) and (s, d).
     neighbours
         k.
+    same
+        Pairs that are not compared, bool (r, s): a scan and its own reconstruction.
 
     Returns
     -------
     dict
         `precision` and `density` per synthetic image, `recall` and `coverage` per real one.
     """
-    distances = cdist(real, synthetic)
+    distances = cdist(real, synthetic) if same is None else np.where(same, np.inf, cdist(real, synthetic))
     inside = distances < neighbour_radii(real, neighbours)[:, None]
     return {
         "precision": inside.any(0) * 1.0,
@@ -131,13 +135,42 @@ def vendi_figure(sample: Sample, width: float) -> Figure:
     }
 
 
+def variety(
+    sample: Sample, reference: Sample, width: float, *, neighbours: int, resamples: int, seed: str, label: str
+) -> dict[str, Figure]:
+    """`precision`, `recall`, `density` and `coverage` of a sample against the reference, and its `vendi`.
+
+    Where subjects are in both samples, a row is not compared with those of its own subject.
+
+    Parameters
+    ----------
+    sample, reference
+        In standard deviations.
+    width
+        `kernel_width` of real images.
+    neighbours
+        Of the first four.
+    resamples, seed, label
+        Of their bootstrap.
+    """
+    same = np.equal.outer(reference.units.astype(str), sample.units.astype(str))
+    shares = manifold_shares(reference.features, sample.features, neighbours, same if same.any() else None)
+    found: dict[str, Figure] = {}
+    for name, values in shares.items():
+        units = sample.units if name in ("precision", "density") else reference.units
+        boot = Bootstrap(units, resamples, seed, f"manifold {label} {name}")
+        found[name] = _surely(boot.figure(mean_of(values)), name)
+    return found | {"vendi": vendi_figure(sample, width)}
+
+
 def diversity(samples: Mapping[str, Sample], *, neighbours: int, resamples: int, seed: str) -> dict[str, Any]:
     """Diversity in one feature space.
 
     Parameters
     ----------
     samples
-        `synthetic`, `training` (as many) and `held_out`, in standard deviations.
+        `synthetic`, `training` (as many) and `held_out`, in standard deviations; `reconstructions` and `fewer` training
+        scans where there are enough.
     neighbours
         Of precision, recall, density and coverage.
     resamples, seed
@@ -147,20 +180,30 @@ def diversity(samples: Mapping[str, Sample], *, neighbours: int, resamples: int,
     -------
     dict
         `precision`, `recall`, `density`, `coverage` (against held-out scans) and `vendi`, each a figure with a
-        `ceiling`.  Intervals of the first four are over the images that are judged, with the balls as they are.
+        `ceiling`, and `reconstructions`, a figure with a `ceiling` of its own.  Intervals of the first four are over
+        the images that are judged, with the balls as they are.
     """
-    reference, width = samples["held_out"], kernel_width(samples["training"].features)
-    out: dict[str, Any] = {}
-    for kind in ("synthetic", "training"):
-        sample = samples[kind]
-        found: dict[str, Figure] = {}
-        for name, values in manifold_shares(reference.features, sample.features, neighbours).items():
-            units = sample.units if name in ("precision", "density") else reference.units
-            found[name] = _surely(
-                Bootstrap(units, resamples, seed, f"manifold {kind} {name}").figure(mean_of(values)), name
+    width = kernel_width(samples["training"].features)
+
+    def beside(kind: str, real: str) -> dict[str, Figure]:
+        found, ceiling = (
+            variety(
+                samples[label],
+                samples["held_out"],
+                width,
+                neighbours=neighbours,
+                resamples=resamples,
+                seed=seed,
+                label=label,
             )
-        found["vendi"] = vendi_figure(sample, width)
-        out = found if not out else {name: out[name] | {"ceiling": found[name]} for name in found}
+            for label in (kind, real)
+        )
+        return {name: figure | {"ceiling": ceiling[name]} for name, figure in found.items()}
+
+    out = beside("synthetic", "training")
+    if "reconstructions" in samples:
+        for name, figure in beside("reconstructions", "fewer").items():
+            out[name]["reconstructions"] = figure
     return out
 
 

@@ -109,7 +109,7 @@ def test_kid_sees_a_difference() -> None:
 
 def test_permutations_keep_subjects_whole() -> None:
     units = np.array(["a", "a", "b", "c", "c", "c", "d"])
-    chosen = kid._permuted(units, 2, 50, philox("test", "permutations"))
+    chosen = kid._permuted(units, np.isin(units, ["a", "b"]), 50, philox("test", "permutations"))
     for unit in "abcd":
         part = chosen[:, units == unit]
         assert (part == part[:, :1]).all()

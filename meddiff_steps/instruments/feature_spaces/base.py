@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -64,10 +64,13 @@ class Context:
         Of the study's images, 2 or 3.
     embedder
         Folder of the learned copy detector; None where there is none.
+    foreground
+        As `preprocess.foreground`: `all` where 0 is a grey value like others, so that images have no background.
     """
 
     spatial_dims: int
     embedder: Path | None = None
+    foreground: Literal["nonzero", "all"] = "nonzero"
 
 
 def digest_of(*parts: Any) -> str:
