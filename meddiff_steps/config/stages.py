@@ -66,7 +66,7 @@ STAGES: dict[str, tuple[str, ...]] = {
         *(*_DESCRIBED, *_GRID, "generate", "second_model.subjects"),
     ),
     "segmenter": ("seed", "segmentation", *_GRID, "compute"),
-    "evaluate": ("seed", "covariates", *_UNITS, "plan", "evaluate", *_GRID),
+    "evaluate": ("seed", "covariates", *_UNITS, "plan", "evaluate", *_GRID, "preprocess.foreground"),
     "sampler_study": (
         *("seed", "covariates", *_UNITS, "plan", "generate", "sampler_study", "compute"),
         *(f"evaluate.{key}" for key in ("bootstrap", "realism_bootstrap", "permutations", "metrics", "spaces")),

@@ -29,10 +29,24 @@ VENDI_IMAGES = 250
 # ------------------------------------------------------------------------ precision, recall, density, coverage
 
 
-def neighbour_radii(features: np.ndarray, neighbours: int) -> np.ndarray:
-    """Distance of each row (n, d) to its k-th nearest other row, (n,); k is at most n - 1."""
+def neighbour_radii(features: np.ndarray, neighbours: int, own: np.ndarray | None = None) -> np.ndarray:
+    """Distance of each row (n, d) to its k-th nearest other row, (n, 1); k is at most n - 1.
+
+    Parameters
+    ----------
+    own
+        Rows that belong to who is judged, bool (n, m): for each of m, the distance is to the k-th nearest of the rows
+        that are not its own, (n, m).
+    """
     distances = cdist(features, features)
-    return np.partition(distances, min(neighbours, len(features) - 1), axis=1)[:, min(neighbours, len(features) - 1)]
+    if own is None:
+        last = min(neighbours, len(features) - 1)
+        return np.partition(distances, last, axis=1)[:, last, None]
+    np.fill_diagonal(distances, -1.0)  # before its duplicates
+    nearest = np.argsort(distances, axis=1, kind="stable")[:, 1 : neighbours + int(own.sum(0).max()) + 1]
+    place = ((~own[nearest]).cumsum(1) < neighbours).sum(1)
+    place = np.minimum(place, nearest.shape[1] - 1)
+    return np.take_along_axis(np.take_along_axis(distances, nearest, 1), place, 1)
 
 
 def manifold_shares(
@@ -51,7 +65,8 @@ def manifold_shares(
     neighbours
         k.
     same
-        Pairs that are not compared, bool (r, s): a scan and its own reconstruction.
+        Pairs of one subject, bool (r, s), such as a scan and its reconstruction: an image is judged as if there were
+        none of its own subject on the other side.
 
     Returns
     -------
@@ -59,10 +74,10 @@ def manifold_shares(
         `precision` and `density` per synthetic image, `recall` and `coverage` per real one.
     """
     distances = cdist(real, synthetic) if same is None else np.where(same, np.inf, cdist(real, synthetic))
-    inside = distances < neighbour_radii(real, neighbours)[:, None]
+    inside = distances < neighbour_radii(real, neighbours, same)
     return {
         "precision": inside.any(0) * 1.0,
-        "recall": (distances < neighbour_radii(synthetic, neighbours)[None]).any(1) * 1.0,
+        "recall": (distances < neighbour_radii(synthetic, neighbours, None if same is None else same.T).T).any(1) * 1.0,
         "density": inside.sum(0) / min(neighbours, len(real) - 1),
         "coverage": inside.any(1) * 1.0,
     }
@@ -140,7 +155,7 @@ def variety(
 ) -> dict[str, Figure]:
     """`precision`, `recall`, `density` and `coverage` of a sample against the reference, and its `vendi`.
 
-    Where subjects are in both samples, a row is not compared with those of its own subject.
+    Where subjects are in both samples, a row is judged as if the other had none of its subject.
 
     Parameters
     ----------
@@ -169,8 +184,8 @@ def diversity(samples: Mapping[str, Sample], *, neighbours: int, resamples: int,
     Parameters
     ----------
     samples
-        `synthetic`, `training` (as many) and `held_out`, in standard deviations; `reconstructions` and `fewer` training
-        scans where there are enough.
+        `synthetic`, `training` (as many) and `held_out`, in standard deviations; `reconstructions` of held-out
+        scans, and these `originals`, where there are enough.
     neighbours
         Of precision, recall, density and coverage.
     resamples, seed
@@ -180,8 +195,8 @@ def diversity(samples: Mapping[str, Sample], *, neighbours: int, resamples: int,
     -------
     dict
         `precision`, `recall`, `density`, `coverage` (against held-out scans) and `vendi`, each a figure with a
-        `ceiling`, and `reconstructions`, a figure with a `ceiling` of its own.  Intervals of the first four are over
-        the images that are judged, with the balls as they are.
+        `ceiling`, and `reconstructions`, a figure whose `ceiling` is that of the same scans before they were encoded.
+        Intervals of the first four are over the images that are judged, with the balls as they are.
     """
     width = kernel_width(samples["training"].features)
 
@@ -202,7 +217,7 @@ def diversity(samples: Mapping[str, Sample], *, neighbours: int, resamples: int,
 
     out = beside("synthetic", "training")
     if "reconstructions" in samples:
-        for name, figure in beside("reconstructions", "fewer").items():
+        for name, figure in beside("reconstructions", "originals").items():
             out[name]["reconstructions"] = figure
     return out
 

@@ -44,8 +44,7 @@ def measure(
     ----------
     samples
         `synthetic`, `training` (as many) and `held_out`, in standard deviations (`Scale.standard`); at least
-        `MIN_IMAGES` each.  `reconstructions` of held-out scans and `fewer` training scans, as many as these, where
-        there are enough.
+        `MIN_IMAGES` each.  `reconstructions` of held-out scans, and these `originals`, where there are enough.
     scale
         Of the space.
     names
@@ -56,8 +55,8 @@ def measure(
     Returns
     -------
     dict
-        Per metric, in the order of the registry, a figure with a `floor`, and `reconstructions`, a figure with a
-        `floor` of its own.
+        Per metric, in the order of the registry, a figure with a `floor`, and `reconstructions`, a figure whose
+        `floor` is that of the same scans before they were encoded.
 
     Raises
     ------
@@ -75,6 +74,6 @@ def measure(
 
     out = beside("synthetic", "training")
     if "reconstructions" in samples:
-        for name, figure in beside("reconstructions", "fewer").items():
+        for name, figure in beside("reconstructions", "originals").items():
             out[name]["reconstructions"] = figure
     return out
