@@ -187,7 +187,7 @@ def with_embedder(folder: Path, shape: tuple[int, ...]) -> Context:
 def test_chosen_spaces_are_those_of_all_of_them(tmp_path: Path) -> None:
     context, images = with_embedder(tmp_path, (12, 8, 10)), torch.rand(3, 1, 12, 8, 10)
     every = {space.name: space for space in spaces(None, context)}
-    assert list(every) == ["random", "radiomics", "embedder"]
+    assert list(every) == ["random", "radiomics", "embedder", "structure"]
     some = spaces(["embedder", "random"], context)
     assert [space.name for space in some] == ["random", "embedder"]
     for space in some:
@@ -199,7 +199,7 @@ def test_chosen_spaces_are_those_of_all_of_them(tmp_path: Path) -> None:
 def test_a_space_that_is_not_chosen_loads_nothing_and_one_that_cannot_be_built_is_refused(tmp_path: Path) -> None:
     nowhere = Context(2, tmp_path / "nowhere")
     assert [space.name for space in spaces(["radiomics"], nowhere)] == ["radiomics"]
-    assert [space.name for space in spaces(None, Context(2))] == ["random", "radiomics"]
+    assert [space.name for space in spaces(None, Context(2))] == ["random", "radiomics", "structure"]
     with pytest.raises(UserError, match=r"evaluate.spaces: embedder needs the study's instruments/embedder"):
         spaces(["random", "embedder"], Context(2))
     with pytest.raises(UserError, match=r"evaluate.spaces: there is no fid"):
