@@ -113,7 +113,8 @@ def measured(spaces: Sequence[FeatureSpace], kinds: Mapping[str, Kind], change: 
     """
     if not spaces or smallest(kinds) < MIN_IMAGES:
         return []
-    found = {kind: some.features(spaces, kind.replace("_", "-"), change) for kind, some in kinds.items()}
+    words = {"reconstructions": "reconstructed"}
+    found = {kind: some.features(spaces, words.get(kind, kind), change) for kind, some in kinds.items()}
     out = []
     for space in spaces:
         scale = Scale.of(found["training"][space.name], smallest(kinds))
