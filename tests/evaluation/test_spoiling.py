@@ -51,13 +51,13 @@ def test_grain_has_the_power_and_the_local_strength_of_what_soft_images_lack(sha
     soft = [spoiling.blurred(image) for image in images]
     grain = spoiling.Grain.fit(lambda: zip(images, soft, strict=True))
     drawn = [grain.drawn_on(image, key(f"grain {i}")) for i, image in enumerate(soft)]
-    missing = [image - other for image, other in zip(images, soft, strict=True)]
-    power = {
-        name: radial_power(np.stack(some)[:, None]).mean(0)[-2:].sum()
-        for name, some in (("soft", soft), ("missing", missing), ("drawn", drawn))
-    }
-    assert power["missing"] > 0.5 * power["soft"]
-    assert power["drawn"] == pytest.approx(power["soft"] + power["missing"], rel=0.2)
+    power = [
+        radial_power(np.stack([a - b for a, b in zip(some, soft, strict=True)])[:, None]).mean(0)
+        for some in (images, drawn)
+    ]
+    fine = len(power[0]) // 2  # where nearly all of it is
+    np.testing.assert_allclose(power[1][fine:], power[0][fine:], rtol=0.4)
+    assert power[1][fine:].sum() == pytest.approx(power[0][fine:].sum(), rel=0.25)
     bright, dark = np.mean(images, 0) > 0.5, (np.mean(images, 0) > 0.1) & (np.mean(images, 0) < 0.35)
     residual, noise = (np.stack(some) - np.stack(soft) for some in (images, drawn))
     for region in (bright, dark):
