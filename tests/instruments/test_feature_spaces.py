@@ -125,6 +125,17 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path, monkeypa
     assert peaks[1] < peaks[0] + 100_000  # 900 more images are 920 kB
 
 
+def test_images_may_be_changed_before_they_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = write_images(tmp_path / "images.arrow", 5, (8, 8))
+    space = base.FeatureSpace("mean", "0", "", lambda images: images.flatten(1).mean(1, keepdim=True))
+    plain = base.extract([space], shards, [4, 1, 2])["mean"]
+    monkeypatch.setattr(base, "BATCH_VALUES", 2 * 8 * 8)
+    changed = base.extract(
+        [space], shards, [4, 1, 2], change=lambda images, rows: images + rows[:, None, None, None].astype(np.float32)
+    )["mean"]
+    np.testing.assert_allclose(changed - plain, [[4], [1], [2]], rtol=1e-5)
+
+
 def network(**changes: object) -> FeatureNetwork:
     return FeatureNetwork.model_validate({"name": "mine", "weights": "nowhere.pt"} | changes)
 
