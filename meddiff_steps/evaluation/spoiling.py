@@ -25,8 +25,8 @@ HAZE, CLOUDS = 0.03, 3.0
 DARK = 0.02
 #: Bins of grey level and of gradient that the deviation of a residual is looked up in, and the smallest deviation.
 LEVELS, SLOPES, LEAST = 12, 8, 1e-3
-#: Pairs that bins are laid by.
-BINNED = 40
+#: Pairs that bins are laid by, and voxels of each at most.
+BINNED, VOXELS = 40, 20_000
 
 Pairs = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
 
@@ -76,11 +76,8 @@ class Grain:
     @classmethod
     def fit(cls, pairs: Pairs) -> Self:
         """Learn from pairs (image, soft image), which are gone through three times; not all are held."""
-        some = [(soft, _slope(soft)) for (_, soft), _ in zip(pairs(), range(BINNED), strict=False)]
-        bright = np.concatenate([soft[soft > DARK] for soft, _ in some])
-        steep = np.concatenate([slope[soft > DARK] for soft, slope in some])
-        if not bright.size:
-            bright = steep = np.zeros(1, np.float32)
+        some = [_bright(soft) for (_, soft), _ in zip(pairs(), range(BINNED), strict=False)]
+        bright, steep = (np.concatenate([np.zeros(1), *parts]) for parts in zip(*some, strict=True))
         cuts = [np.linspace(0, 1, count + 1)[1:-1] for count in (LEVELS, SLOPES)]
         levels = np.concatenate([[DARK], np.quantile(bright, cuts[0])])
         binned = cls(levels, np.quantile(steep, cuts[1]), np.zeros(0), np.zeros(0), np.zeros(0))
@@ -118,6 +115,13 @@ class Grain:
 def _slope(image: np.ndarray) -> np.ndarray:
     """Magnitude of the gradient, grey levels per voxel."""
     return np.sqrt(sum(np.square(np.gradient(image, axis=axis)) for axis in range(image.ndim)))
+
+
+def _bright(soft: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Grey level and gradient of some voxels that are no background, evenly spaced."""
+    voxels = np.flatnonzero(soft > DARK)
+    chosen = voxels[:: max(1, -(-len(voxels) // VOXELS))]
+    return soft.ravel()[chosen], _slope(soft).ravel()[chosen]
 
 
 def with_blur(images: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -109,6 +109,10 @@ def work(study: Study, scans: int) -> dict[str, Work]:
     passes = evaluations(settings.sampler, steps) * (1 if settings.guidance_scale in (0, 1) else 2)
     encoded = scans + train * (study.variants.count - 1)
     embedding = 2 * study.privacy.embedder.optimiser.steps * study.privacy.embedder.optimiser.batch_size
+    # Predictors look at all; feature spaces at four kinds of images, once more for each point of the curve, and at
+    # scans that are spoilt in five ways.
+    compared = 4 * min(study.evaluate.max_images, planned, scans) * (1 + len(study.evaluate.cutoffs))
+    evaluated = min(planned, MEASURED) + min(scans, MEASURED) + compared + 5 * study.evaluate.sanity_images
     stages = {
         "preprocess": Work(
             study.preprocess.shards, scans * voxels, "voxel", folder="preprocessed", voxels=scans * voxels
@@ -128,7 +132,7 @@ def work(study: Study, scans: int) -> dict[str, Work]:
         "generate": Work(shards, planned * (passes * denoiser + decoder), "FLOP", True, "generated", planned * voxels),
         "filter": Work(shards, planned * voxels, "voxel", True, "filtered", planned * voxels),
         "privacy": Work(1, (planned + scans) * voxels, "voxel"),
-        "evaluate": Work(1, (min(planned, MEASURED) + min(scans, MEASURED)) * voxels, "voxel", folder="evaluation"),
+        "evaluate": Work(1, evaluated * voxels, "voxel", folder="evaluation"),
         "images": Work(shards, planned * voxels, "voxel", folder="release", voxels=planned * voxels),
         "ledger": Work(1, planned, "row"),
     }

@@ -25,7 +25,7 @@ ENTRY = {
         " blur and noise, also noise of just the right strength and spectrum; misses anatomy, contrast and the"
         " background."
     ),
-    "source": "structure tensor of Förstner and Gülch 1987; coherence and planarity as in Westin et al. 2002",
+    "source": "structure tensor of Förstner and Gülch 1987; shares of its eigenvalues after Westin et al. 1997",
     "spatial_dims": [2, 3],
     "needs": "nothing",
 }
