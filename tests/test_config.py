@@ -194,6 +194,7 @@ def test_paths_and_texts_are_marked_where_they_are_declared():
         "cohort.root",
         "cohort.table",
         "preprocess.brain_mask",
+        "preprocess.registration.template",
         "preprocess.channels.*.path",
         "autoencoder.perceptual.weights",
         "plan.table",

@@ -37,7 +37,7 @@ from meddiff_steps.config.generate import Generate
 from meddiff_steps.config.latents import Latents
 from meddiff_steps.config.loading import load_study, parse_published, parse_study
 from meddiff_steps.config.plan import Condition, PlanGroup
-from meddiff_steps.config.preprocess import Channel, Preprocess
+from meddiff_steps.config.preprocess import MNI152, Channel, Preprocess, Registration
 from meddiff_steps.config.privacy import Embedder, EmbedderOptimiser, Privacy
 from meddiff_steps.config.publishing import PATH_KEYS, without_paths
 from meddiff_steps.config.reference import json_schema, key_reference
@@ -51,6 +51,7 @@ from meddiff_steps.config.study import RESERVED_COLUMNS, Study
 from meddiff_steps.config.variants import Variants
 
 __all__ = [
+    "MNI152",
     "PATH_KEYS",
     "RESERVED_COLUMNS",
     "S3",
@@ -98,6 +99,7 @@ __all__ = [
     "Preprocess",
     "Primary",
     "Privacy",
+    "Registration",
     "Release",
     "Sampler",
     "SamplerStudy",
