@@ -5,6 +5,8 @@ scan, so that the scan itself is interpolated once.
 
 A rigid transform is estimated as a similarity, of which rotation and translation are kept: heads differ in size, and
 a template of another size could be matched by turning a head, were its size not free.  Sizes stay what they are.
+
+SimpleITK: Lowekamp et al. 2013.  The template `mni152`: Fonov et al. 2011.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import nibabel as nib
 import numpy as np
@@ -56,6 +58,9 @@ REGISTRATION_COLUMNS = {
     "registration_correlation": "float64",
     "registration_matrix": "string",
 }
+
+
+_Transform = TypeVar("_Transform", sitk.Similarity3DTransform, sitk.AffineTransform)
 
 
 @dataclass(frozen=True)
@@ -220,9 +225,10 @@ def register(path: Path, scan: Image, foreground: np.ndarray, config: Registrati
     fixed, moving = _itk(template.coarse), _itk(coarse)
     try:
         with _one_itk_thread():
-            found, metric = _similarity(fixed, moving)
+            similarity, metric = _similarity(fixed, moving)
+            found: sitk.Similarity3DTransform | sitk.AffineTransform = similarity
             if config.transform == "affine":
-                found, metric = _affine(fixed, moving, found)
+                found, metric = _affine(fixed, moving, similarity)
     except RuntimeError as error:  # ITK's only way to say that images do not overlap any more, or are flat
         why = str(error).splitlines()[-1]
         raise ScanError(path, "registration failed", f"no way onto {template.name} ({why}). {_REMEDY}") from None
@@ -230,6 +236,8 @@ def register(path: Path, scan: Image, foreground: np.ndarray, config: Registrati
     matrix[:3, :3] = np.array(found.GetMatrix()).reshape(3, 3)
     matrix[:3, 3] = found.TransformPoint((0.0, 0.0, 0.0))
     scale = float(np.cbrt(np.linalg.det(matrix[:3, :3])))
+    if scale <= 0:
+        raise ScanError(path, "registration failed", f"fits {template.name} best as its mirror image. {_REMEDY}")
     if config.transform == "rigid":
         middle = nib.affines.apply_affine(matrix, template.centre)
         matrix[:3, :3] /= scale
@@ -254,10 +262,10 @@ def register(path: Path, scan: Image, foreground: np.ndarray, config: Registrati
 
 
 def registered(quality: pd.DataFrame) -> str | None:
-    """How the scans of a quality table lay, in words; None where none was registered."""
-    found = quality[quality["registration_rotation_deg"].notna()].set_index("scan_id")
-    if found.empty:
+    """How the scans of a quality table lay, in words; None where none was registered, or nothing could be yet."""
+    if "registration_rotation_deg" not in quality or quality["registration_rotation_deg"].isna().all():
         return None
+    found = quality[quality["registration_rotation_deg"].notna()].set_index("scan_id")
     turned, alike = found["registration_rotation_deg"], found["registration_correlation"]
     return (
         f"{len(found)} scans registered to {found['registration_template'].iloc[0]}: turned by {turned.median():.1f}"
@@ -292,7 +300,7 @@ def _itk(image: Image) -> sitk.Image:
     return volume
 
 
-def _similarity(fixed: sitk.Image, moving: sitk.Image) -> tuple[sitk.Transform, float]:
+def _similarity(fixed: sitk.Image, moving: sitk.Image) -> tuple[sitk.Similarity3DTransform, float]:
     """From centres of mass on: rotation, translation and one scale; the transform, and the metric."""
     start = sitk.CenteredTransformInitializer(
         fixed, moving, sitk.Similarity3DTransform(), sitk.CenteredTransformInitializerFilter.MOMENTS
@@ -300,7 +308,9 @@ def _similarity(fixed: sitk.Image, moving: sitk.Image) -> tuple[sitk.Transform, 
     return _optimised(fixed, moving, sitk.Similarity3DTransform(start), [2, 1], FIRST_STEP)
 
 
-def _affine(fixed: sitk.Image, moving: sitk.Image, similarity: sitk.Transform) -> tuple[sitk.Transform, float]:
+def _affine(
+    fixed: sitk.Image, moving: sitk.Image, similarity: sitk.Similarity3DTransform
+) -> tuple[sitk.AffineTransform, float]:
     """From a similarity on: all twelve numbers."""
     start = sitk.AffineTransform(3)
     start.SetCenter(similarity.GetCenter())
@@ -310,8 +320,8 @@ def _affine(fixed: sitk.Image, moving: sitk.Image, similarity: sitk.Transform) -
 
 
 def _optimised(
-    fixed: sitk.Image, moving: sitk.Image, transform: sitk.Transform, shrink: list[int], first_step: float
-) -> tuple[sitk.Transform, float]:
+    fixed: sitk.Image, moving: sitk.Image, transform: _Transform, shrink: list[int], first_step: float
+) -> tuple[_Transform, float]:
     """Gradient descent on the correlation over all voxels: none is drawn."""
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsCorrelation()
