@@ -83,6 +83,16 @@ class Diffusion(Section):
     condition_dropout: Fraction = Field(
         0.1, description="Probability that all covariates are dropped at once (classifier-free guidance)."
     )
+    loss_weights: Literal["equal", "learnt"] = Field(
+        "equal",
+        description="How much each noise level counts. `equal`: errors in units of what the network gives; `learnt`: "
+        "divided by their size at that level, as it is learnt beside (Karras et al. 2024a).",
+    )
+    guide_share: Fraction = Field(
+        0.0,
+        description="Share of the training after which a copy of the weights is kept as the guide of "
+        "`generate.guidance: autoguidance`; 0 keeps none.",
+    )
     gradient_checkpointing: bool = Field(
         False,
         description="Compute features again on the way back instead of keeping them: less memory, about a third "

@@ -1,6 +1,6 @@
 """Section `generate`: how images are drawn."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,11 @@ class Generate(Section):
     )
     num_inference_steps: PositiveInt | None = Field(
         None, description="Steps; the sampler's tested default when left out. Fewer are faster and lose spread."
+    )
+    guidance: Literal["classifier_free", "autoguidance"] = Field(
+        "classifier_free",
+        description="What `guidance_scale` moves away from: the prediction without covariates (Ho and Salimans 2022), "
+        "or that of the same network when it was less trained (Karras et al. 2024b; needs `diffusion.guide_share`).",
     )
     guidance_scale: Weight = Field(
         1.0,

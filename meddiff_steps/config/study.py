@@ -216,6 +216,20 @@ def _samplers(study: Study) -> Iterator[str]:
             )
 
 
+def _guide(study: Study) -> Iterator[str]:
+    if study.generate.guidance == "autoguidance" and not study.diffusion.guide_share:
+        yield (
+            "generate.guidance: autoguidance needs the weights of an early part of the training; set"
+            " diffusion.guide_share (0.2, say), or take classifier_free"
+        )
+
+
+def _decoder(study: Study) -> Iterator[str]:
+    odd = [n for n in study.preprocess.shape if n % 2]
+    if study.decoder.network is not None and odd:
+        yield f"decoder: draws in blocks of two voxels, but preprocess.shape has {odd}; take even numbers"
+
+
 # ............................................................................................ downstream
 
 
@@ -246,6 +260,8 @@ RELATIONS: tuple[Callable[[Study], Iterator[str]], ...] = (
     _group_names,
     _requests,
     _samplers,
+    _guide,
+    _decoder,
     _shifted_levels,
     _groups_of_arms,
 )

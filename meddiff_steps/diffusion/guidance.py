@@ -149,22 +149,32 @@ def corrected(guidance: Sequence[Guidance], state: State) -> State:
 
 
 def predict(
-    denoiser: Denoiser, x: Tensor, timesteps: Tensor, condition: Condition, guidance_scale: float = 1.0
+    denoiser: Denoiser,
+    x: Tensor,
+    timesteps: Tensor,
+    condition: Condition,
+    guidance_scale: float = 1.0,
+    guide: Denoiser | None = None,
 ) -> Tensor:
-    """The network's prediction under classifier-free guidance, (b, c, *spatial), in the dtype of x.
+    """The network's prediction under guidance, (b, c, *spatial), in the dtype of x.
 
-    Unconditional + scale * (conditional - unconditional), Ho and Salimans 2022, equation 6 with scale = 1 + w. At 1 and
-    0 there is one pass; otherwise there are two, each at the batch size of x, so that a subject's bits do not depend on
-    how passes are put together.
+    Other + scale * (conditional - other). Other is the prediction without covariates (classifier-free guidance, Ho and
+    Salimans 2022, equation 6 with scale = 1 + w), or that of a less trained `guide` with them (autoguidance, Karras et
+    al. 2024b). At 1 and 0 there is one pass; otherwise there are two, each at the batch size of x, so that a subject's
+    bits do not depend on how passes are put together.
     """
     timesteps = timesteps.float()
+    if guide is None:
+        guide, others = denoiser, condition.null()
+    else:
+        others = condition
     if guidance_scale == 0.0:
-        return denoiser(x, timesteps, condition.null()).to(x.dtype)
+        return guide(x, timesteps, others).to(x.dtype)
     conditional = denoiser(x, timesteps, condition).to(x.dtype)
     if guidance_scale == 1.0:
         return conditional
-    unconditional = denoiser(x, timesteps, condition.null()).to(x.dtype)
-    return unconditional + guidance_scale * (conditional - unconditional)
+    other = guide(x, timesteps, others).to(x.dtype)
+    return other + guidance_scale * (conditional - other)
 
 
 def check_interval(interval: Interval | None) -> Interval | None:

@@ -51,6 +51,7 @@ def sample(
     guidance: Sequence[Guidance] = (),
     guidance_scale: float = 1.0,
     guidance_interval: Interval | None = None,
+    guide: Denoiser | None = None,
     step_noise: StepNoise | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -89,6 +90,8 @@ def sample(
     guidance_interval
         Levels where that scale holds, in sigma / alpha, as (low, high]; elsewhere it is 1, in one pass
         (Kynkäänniemi et al. 2024).
+    guide
+        A less trained denoiser, for autoguidance instead of the classifier-free one (`guidance.predict`).
     step_noise
         Needed by a stochastic sampler: step_noise(i) gives the standard normal noise (b, c, *spatial) that step i of a
         full run adds, wherever this run starts.
@@ -108,7 +111,7 @@ def sample(
         raise ValueError(f"condition: {len(condition)} rows, but x has {len(x)}. Give a row per subject in both.")
     if SAMPLERS.entry(sampler)["stochastic"] and step_noise is None and any(levels.sigma[1:]):
         raise ValueError(f"sampler {sampler!r} adds noise at every step and draws none itself: give step_noise")
-    network = _Network(denoiser, condition, process, levels, guidance, guidance_scale, guidance_interval, on_step)
+    network = _Network(denoiser, condition, process, levels, guidance, guidance_scale, guidance_interval, guide, on_step)
     step = SAMPLERS.load(sampler).solver(levels, step_noise and (lambda i: step_noise(levels.first + i)))
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     if start is None:
@@ -154,6 +157,7 @@ class _Network:
     guidance: Sequence[Guidance]
     scale: float
     interval: Interval | None
+    guide: Denoiser | None
     on_step: OnStep | None
     i: int = 0  # the step of this run
     first: State | None = None  # at the step's first evaluation
@@ -175,7 +179,7 @@ class _Network:
         scale = self.scale if is_within(self.interval, levels.ratio[level]) else 1.0
         with torch.set_grad_enabled(self.gradients):
             x = x.detach().requires_grad_(self.gradients)
-            x0 = self.process.to_x0(predict(self.denoiser, x, timesteps, self.condition, scale), x, timesteps)
+            x0 = self.process.to_x0(predict(self.denoiser, x, timesteps, self.condition, scale, self.guide), x, timesteps)
             state = State(
                 step=levels.first + self.i,
                 timesteps=timesteps.float(),

@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -304,12 +305,14 @@ class TrainedModel:
         """
         return Condition(to_device(self.encoding.encode(subjects), self.fabric), maps or {})
 
-    def denoise(self, x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """The network's prediction, (b, c, *spatial); see `diffusion.conditioning.Denoiser`."""
+    def denoise(self, x: Tensor, timesteps: Tensor, condition: Condition, guide: bool = False) -> Tensor:
+        """The network's prediction, or that of its less trained guide, (b, c, *spatial); see
+        `diffusion.conditioning.Denoiser`.
+        """
         if self._graphs:
             torch.compiler.cudagraph_mark_step_begin()  # the last result may be overwritten: it was copied
         with self.fabric.autocast():
-            predicted = self.denoiser(self._inside(x), timesteps, condition)
+            predicted = self.denoiser(self._inside(x), timesteps, condition, guide)
         return predicted.clone() if self._graphs else predicted
 
     def sample(
@@ -341,6 +344,7 @@ class TrainedModel:
             guidance=guidance,
             guidance_scale=settings.guidance_scale,
             guidance_interval=settings.guidance_interval,
+            guide=partial(self.denoise, guide=True) if settings.guidance == "autoguidance" else None,
             step_noise=step_noise,
             on_step=on_step,
         )

@@ -91,7 +91,8 @@ def forward_flops(study: Study) -> tuple[float, float, float, float]:
             denoiser(latent, torch.empty(1), Condition(torch.empty(1, len(levels))))
         with FlopCounterMode(display=False) as drawing:
             if study.decoder.network:
-                build_decoder(study.decoder, (1, *shape)).draw(image, image, 1)
+                drawer = build_decoder(study.decoder, (1, *shape))
+                drawer.step(image)
     return tuple(counter.get_total_flops() for counter in (encoding, decoding, denoising, drawing))
 
 

@@ -141,7 +141,7 @@ def denoising_losses(model: TrainedModel, latents: Tensor, condition: Condition)
     for number, share in enumerate(LOSS_TIMES):
         key = hashlib.sha256(f"denoising/{number}".encode()).hexdigest()[:32]
         noise = torch.from_numpy(batch_noise([key], latents.shape[1:])).to(latents.device)
-        timestep = float(process.training_timesteps(torch.tensor([share]))[0])
+        timestep = share * process.last_timestep
         for start in range(0, len(latents), size):
             part = slice(start, start + size)
             x0 = latents[part]

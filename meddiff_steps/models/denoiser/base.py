@@ -57,14 +57,20 @@ class Denoiser(nn.Module):
         self.register_buffer("offset", torch.zeros(1, *latent_shape))
         self.register_buffer("scale", torch.ones(()))
         self.effects = CovariateEffects(latent_shape, levels)
-        self.network: Any = DENOISERS.load(settings.network).build(
-            settings, latent_shape, levels, variants=variants, maps=dict(maps or {}), tokens=dict(tokens or {})
-        )
+
+        def network() -> Any:
+            return DENOISERS.load(settings.network).build(
+                settings, latent_shape, levels, variants=variants, maps=dict(maps or {}), tokens=dict(tokens or {})
+            )
+
+        self.network = network()
+        #: The same network, less trained, for autoguidance; None where none is kept.
+        self.guide = network().requires_grad_(False) if settings.guide_share else None
 
     @property
     def costly(self) -> list[nn.Module]:
         """The parts that take nearly all of the time, called by tensors of one shape: what is worth compiling."""
-        return self.network.costly
+        return [*self.network.costly, *(self.guide.costly if self.guide is not None else [])]
 
     @property
     def standardisation(self) -> Standardisation[Tensor]:
@@ -78,11 +84,12 @@ class Denoiser(nn.Module):
         """The first stage's latents from what this model generates; the inverse of `standardise`."""
         return self.standardisation.inverse(standardised)
 
-    def forward(self, x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """x (b, c, *spatial), timesteps (b,) -> (b, c, *spatial) float32."""
+    def forward(self, x: Tensor, timesteps: Tensor, condition: Condition, guide: bool = False) -> Tensor:
+        """x (b, c, *spatial), timesteps (b,) -> (b, c, *spatial) float32; of the network, or of its `guide`."""
+        network = self.guide if guide else self.network
         alpha, sigma = self.process.alpha_sigma(timesteps)
         known = self.effects(x, alpha, sigma, condition.covariates)
-        learnt = self.network(known.surprise, timesteps, condition).float()
+        learnt = network(known.surprise, timesteps, condition).float()
         return self.process.target(known.clean, known.noise, timesteps) + self.gain(timesteps, x.ndim) * learnt
 
     def gain(self, timesteps: Tensor, ndim: int) -> Tensor:

@@ -40,6 +40,10 @@ class DrawingDecoder(nn.Module):
         """
         raise NotImplementedError
 
+    def step(self, decoded: Tensor) -> Tensor:
+        """One evaluation of the network in drawing from `decoded` (b, 1, *spatial); what it costs is counted on it."""
+        raise NotImplementedError
+
     @property
     def costly(self) -> list[nn.Module]:
         """The parts that take nearly all of the time: what is worth compiling."""

@@ -101,9 +101,17 @@ class ResidualDiffusion(DrawingDecoder):
         """A decoded image (b, 1, *spatial) in [0, 1] as the network sees it."""
         return dense(self.stem(decoded * 2.0 - 1.0))
 
+    def step(self, decoded: Tensor) -> Tensor:
+        seen = self.in_blocks(decoded)
+        return self(seen, seen.new_zeros(len(seen)), seen, self._places(seen))
+
+    def _places(self, seen: Tensor) -> Tensor:
+        """Coordinates of all blocks for a batch, (b, d, *blocks)."""
+        return self.place().to(seen).expand(len(seen), -1, *(-1 for _ in self.blocks_shape))
+
     def draw(self, decoded: Tensor, noise: Tensor, num_inference_steps: int, slab: int | None = None) -> Tensor:
         seen = self.in_blocks(decoded)
-        place = self.place().to(seen).expand(len(seen), -1, *(-1 for _ in self.blocks_shape))
+        place = self._places(seen)
         planes = None if slab is None else max(1, slab // self.stem.factor)
         drawn = sample(
             lambda x, timesteps, condition: self(dense(x), timesteps, condition.maps["decoded"], place, planes),

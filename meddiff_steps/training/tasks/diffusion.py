@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from meddiff_steps import config
 from meddiff_steps.cohort.covariates import CovariateEncoding
-from meddiff_steps.compute.device import channels_last, to_channels_last, to_device
+from meddiff_steps.compute.device import adamw, channels_last, to_channels_last, to_device
 from meddiff_steps.compute.micro_batch import MicroBatch
 from meddiff_steps.core.random_streams import step_generator
 from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.diffusion.schedules import NoiseProcess
+from meddiff_steps.models.blocks import silence
+from meddiff_steps.models.denoiser.base import Denoiser
 from meddiff_steps.models.trained import DenoiserCard
 from meddiff_steps.training.latent_data import LatentData, drop
 from meddiff_steps.training.loop import batch_rows, clip_gradients, rank_share
@@ -26,6 +28,30 @@ if TYPE_CHECKING:
 
 #: Held-out latents that a validation looks at.
 VALIDATION_LATENTS = 64
+
+
+#: Features of a noise level from which the size of its loss is learnt, and the learning rate of that.
+LEVEL_FEATURES, LEVEL_LOSS_RATE = 16, 1e-2
+
+
+class LevelLosses(nn.Module):
+    """ln of the loss at each noise level, as it is learnt beside a network (Karras et al. 2024a, section 3); 0 at first.
+
+    Dividing by it gives every level the same weight however hard it is.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.arange(1.0, LEVEL_FEATURES + 1) / 8.0, persistent=False)
+        self.last = nn.Linear(2 * LEVEL_FEATURES, 1)
+        silence(self.last)
+
+    def forward(self, log_ratio: Tensor) -> Tensor:
+        """ln(sigma / alpha) (b,) -> (b,)."""
+        phase = log_ratio.clamp(-8.0, 8.0)[:, None] * self.frequencies
+        return self.last(torch.cat([phase.cos(), phase.sin()], 1))[:, 0]
 
 
 class DiffusionTask:
@@ -63,6 +89,11 @@ class DiffusionTask:
         self.modules: dict[str, nn.Module] = {"model": model, "average": fabric.to_device(average)}
         #: What `compilation.speed_up` may compile.
         self.costly = list(model.costly)
+        self.level_losses: nn.Module | None = None
+        if settings.loss_weights == "learnt":
+            losses = LevelLosses()
+            self.level_losses, wrapped = fabric.setup(losses, adamw(losses.parameters(), LEVEL_LOSS_RATE, fabric))
+            self.modules["level_losses"], self.optimisers["level_losses"] = losses, wrapped
 
     def train_step(self, step: int) -> dict[str, Tensor]:
         settings, fabric = self.settings, self.fabric
@@ -79,16 +110,31 @@ class DiffusionTask:
         mine = [rank_share(drawn, fabric) for drawn in (x0, uniform, noise, covariates, variants)]
 
         def losses(part: slice) -> tuple[Tensor, dict[str, Tensor]]:
-            loss = self._loss(self.net, *(drawn[part] for drawn in mine))
-            return loss, {"train/loss": loss}
+            errors, log_ratio = self._errors(self.net, *(drawn[part] for drawn in mine))
+            if self.level_losses is None:
+                return errors.mean(), {"train/loss": errors.mean()}
+            expected = self.level_losses(log_ratio)  # ln of the error at this level; Karras et al. 2024a, equation 21
+            return (errors / expected.exp() + expected).mean(), {"train/loss": errors.mean()}
 
+        if self.level_losses is not None:
+            self.level_losses.zero_grad(set_to_none=True)
         found = self.micro.gradients(self.net, len(mine[0]), losses)
         clip_gradients(self.net, settings.optimiser, step, fabric)
         for optimiser in self.optimisers.values():
             optimiser.step()
+        if settings.guide_share and step + 1 == round(settings.guide_share * settings.optimiser.steps):
+            self._keep_guide()
         return found
 
-    def _loss(
+    def _keep_guide(self) -> None:
+        """Keep the averaged network of this step as the guide of autoguidance."""
+        model, average = self.modules["model"], self.modules["average"]
+        assert isinstance(model, Denoiser) and isinstance(average, Denoiser)
+        for denoiser in (model, average):
+            assert denoiser.guide is not None
+            denoiser.guide.load_state_dict(average.network.state_dict())
+
+    def _errors(
         self,
         net: nn.Module,
         x0: np.ndarray,
@@ -96,7 +142,8 @@ class DiffusionTask:
         noise: np.ndarray,
         covariates: np.ndarray,
         variants: np.ndarray,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """Mean squared error of each row, in units of what the network gives, and its ln(sigma / alpha); (b,) each."""
         clean, eps, given, seen = (to_device(drawn, self.fabric) for drawn in (x0, noise, covariates, variants))
         levels = self.settings.levels
         timesteps = to_device(self.process.training_timesteps(uniform, levels.mean, levels.deviation), self.fabric)
@@ -104,7 +151,9 @@ class DiffusionTask:
         predicted = net(noisy, timesteps, Condition(given, variant=seen))
         error = predicted - self.process.target(clean, eps, timesteps)
         # In units of what the network gives: every level weighs the same at the start (Karras et al. 2022, table 1)
-        return (error / self.modules["average"].gain(timesteps, error.ndim)).square().mean()
+        errors = (error / self.modules["average"].gain(timesteps, error.ndim)).square().flatten(1).mean(1)
+        alpha, sigma = self.process.alpha_sigma(timesteps)
+        return errors, (sigma.log() - alpha.log()).float()
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -118,6 +167,6 @@ class DiffusionTask:
             noise = generator.standard_normal(x0.shape, dtype=np.float32)
             with self.fabric.autocast():
                 covariates, variants = self.data.covariates[rows], self.data.shards.tensors("numbers", rows)
-                loss = self._loss(self.modules["average"], x0, uniform, noise, covariates, variants)
-            losses.append((float(loss), len(rows)))
+                errors, _ = self._errors(self.modules["average"], x0, uniform, noise, covariates, variants)
+            losses.append((float(errors.mean()), len(rows)))
         return {"val/loss": sum(loss * n for loss, n in losses) / len(self.val_rows)} if losses else {}
