@@ -154,7 +154,7 @@ class Killed(Exception):
 
 
 #: What is trained by the loop.
-KINDS = ["autoencoder", "kl", "adversarial", "decoder", "diffusion", "unet", "no posterior"]
+KINDS = ["autoencoder", "kl", "adversarial", "decoder", "diffusion", "unet", "no posterior", "learnt weights", "guide"]
 
 
 @pytest.fixture
@@ -163,7 +163,11 @@ def task_of(images, latents, bare_latents, first_stage, fabric):
 
     def make(kind, optimiser=OPTIMISER):
         changes = {"optimiser": optimiser.model_dump()}
-        if kind in ("diffusion", "no posterior", "unet"):
+        if kind == "learnt weights":
+            changes["loss_weights"] = "learnt"
+        if kind == "guide":
+            changes["guide_share"] = 0.5
+        if kind in ("diffusion", "no posterior", "unet", "learnt weights", "guide"):
             network = "unet" if kind == "unet" else "resnet"
             return diffusion_task(bare_latents if kind == "no posterior" else latents, fabric, network=network, **changes)
         if kind == "decoder":
@@ -329,12 +333,13 @@ def test_the_seed_decides_the_weights(tmp_path, latents, fabric):
     assert digests(diffusion_task(latents, fabric)) == digests(first)
 
 
-def test_losses_fall(tmp_path, images, fabric):
-    settings = OPTIMISER.model_copy(update={"steps": 40, "log_every": 10})
-    task = autoencoder_task(images, fabric)
-    curve = loop.fit(task, settings, fabric, tmp_path, "test")
-    l1 = curve[curve["metric"] == "train/l1"]["value"].to_numpy()
-    assert l1[-1] < l1[0]
+@pytest.mark.parametrize("method", ["adamw", "muon"])
+@pytest.mark.parametrize(("kind", "metric"), [("autoencoder", "train/l1"), ("decoder", "train/loss")])
+def test_losses_fall(tmp_path, task_of, fabric, kind, metric, method):
+    settings = OPTIMISER.model_copy(update={"steps": 40, "log_every": 10, "method": method})
+    curve = loop.fit(task_of(kind, settings), settings, fabric, tmp_path, "test")
+    found = curve[curve["metric"] == metric]["value"].to_numpy()
+    assert found[-1] < found[0]
 
 
 @pytest.mark.parametrize(("end", "told"), [(0.31, True), (0.29, False)])
@@ -403,3 +408,150 @@ def test_the_spectral_loss_sees_blur_that_a_mean_does_not():
     blurred = torch.nn.functional.avg_pool2d(x, 3, 1, 1)
     assert spectral_loss(x, x) == 0
     assert spectral_loss(blurred, x) > 0.1
+
+
+# ----------------------------------------------------------------------------------------------------- diffusion
+
+
+def fitted(latents, fabric, tmp_path, batch_size=4, **changes):
+    optimiser = OPTIMISER.model_copy(
+        update={"steps": 120, "learning_rate": 1e-2, "ema_decay": 0.9, "batch_size": batch_size}
+    )
+    task = diffusion_task(latents, fabric, optimiser=optimiser.model_dump(), covariate_dropout=0, **changes)
+    return task, loop.fit(task, optimiser, fabric, tmp_path, "test")
+
+
+def test_noise_levels_are_those_of_the_study(latents, fabric, monkeypatch):
+    task, seen = diffusion_task(latents, fabric, levels={"mean": 0.5, "deviation": 0.2}), []
+    given = task.process.training_timesteps
+    monkeypatch.setattr(type(task.process), "training_timesteps", lambda _, *drawn: seen.append(drawn) or given(*drawn))
+    task.train_step(0)
+    ((uniform, mean, deviation),) = seen
+    assert (mean, deviation) == (0.5, 0.2)
+    assert sorted(np.floor(4 * uniform)) == [0, 1, 2, 3], "one of every quarter"
+    alpha, sigma = task.process.alpha_sigma(torch.from_numpy(given(np.linspace(0.02, 0.98, 99), mean, deviation)))
+    assert float((sigma / alpha).log().mean()) == pytest.approx(0.5, abs=0.01)
+
+
+def test_what_a_variant_is_is_learnt(tmp_path, fabric):
+    """Latents of which nothing but the variant tells the sign: told of it, the network sees through more noise."""
+    rng, shape = np.random.default_rng(0), TensorColumn("float16", (2, 4, 4))
+    sign, place = np.sign(rng.normal(size=40)), rng.normal(size=(2, 4, 4))
+    losses = {}
+    for told in (True, False):
+        path = tmp_path / f"{told}.arrow"
+        with ShardWriter(path, {"mean": shape, "numbers": TensorColumn("float32", (1,))}) as shard:
+            for row in sign:
+                shard.append(mean=row * place, numbers=[row * told])
+        prior = {"offset": torch.zeros(1, 2, 4, 4), "scale": torch.ones(())}
+        covariates = rng.normal(size=(40, 2)).astype(np.float32)
+        data = LatentData(Shards([path]), prior, covariates, np.arange(32), np.arange(32, 40))
+        assert data.variant_numbers == 1
+        task, curve = fitted(data, fabric, tmp_path / f"state-{told}", batch_size=16, levels={"mean": 1.5})
+        assert task.card.variants == 1
+        losses[told] = curve[curve["metric"] == "val/loss"]["value"].iloc[-1]
+    assert losses[True] < 0.7 * losses[False]
+
+
+def test_learnt_weights_follow_the_size_of_the_loss(tmp_path, latents, fabric):
+    task, curve = fitted(latents, fabric, tmp_path, loss_weights="learnt")
+    with torch.no_grad():
+        found = task.modules["level_losses"](torch.linspace(-2.0, 1.0, 7))
+    errors = curve[curve["metric"] == "train/loss"]["value"].iloc[-10:].mean()
+    assert float(found.mean()) == pytest.approx(np.log(errors), abs=0.3)
+
+
+def test_learnt_weights_forget_a_part_that_did_not_fit(latents, fabric):
+    """Gradients of the parts before the one that was too large are not counted twice."""
+
+    def gradients(task, fails):
+        calls = iter(range(9))
+
+        def refuse(_, inputs):
+            if fails and next(calls) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        task.modules["model"].register_forward_pre_hook(refuse)
+        task.micro.size = 2
+        task.train_step(0)
+        return task.modules["level_losses"].last.bias.grad.clone()
+
+    plain, again = (gradients(diffusion_task(latents, fabric, loss_weights="learnt"), fails) for fails in (False, True))
+    torch.testing.assert_close(again, plain)
+
+
+@pytest.mark.parametrize(("share", "kept_at"), [(0.5, 4), (0.01, 1), (1.0, 7)])
+def test_the_guide_is_the_average_of_an_early_step(latents, fabric, share, kept_at):
+    task = diffusion_task(latents, fabric, guide_share=share)
+    seen = {}
+    for step in range(OPTIMISER.steps):
+        before = weights_digest(task.modules["average"].network.state_dict())
+        task.train_step(step)
+        seen[step + 1] = before, weights_digest(task.modules["average"].guide.state_dict())
+        loop.update_average(task.modules["average"], task.modules["model"], 0.9, step)
+    assert seen[kept_at][0] == seen[kept_at][1]
+    assert len({guide for step, (_, guide) in seen.items() if step >= kept_at}) == 1
+    assert not any(weight.requires_grad for weight in task.modules["model"].guide.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------- decoder
+
+
+def test_crops_lie_where_there_is_an_image_and_know_where(tmp_path, first_stage, fabric):
+    """Of scans that are black but for one corner, in which every voxel has a value of its own."""
+    image = np.zeros((1, 16, 16, 16), np.float32)
+    image[:, 8:, 8:, 8:] = np.linspace(0.1, 1, 512).reshape(8, 8, 8)
+    with ShardWriter(tmp_path / "x.arrow", {"image": TensorColumn("float32", image.shape)}) as shard:
+        for _ in range(10):
+            shard.append(image=image)
+    shards = Shards([tmp_path / "x.arrow"])
+    task = decoder_task(shards, first_stage, fabric, variants=1, crop=8, latent_noise=0.0)
+    residual, seen, place = task._crops(np.arange(8), 4, np.random.default_rng(0))
+    assert residual.shape == seen.shape == (32, 8, 4, 4, 4) and place.shape == (32, 3, 4, 4, 4)
+    made = task.model.stem.inverse(residual) * task.model.deviation + (task.model.stem.inverse(seen) + 1) / 2
+    assert ((made > BLACK).float().flatten(1).mean(1) >= LEAST_SHARE).float().mean() > 0.9  # by chance: 0.3
+    for crop, where in zip(made, place, strict=True):
+        start = [int(low) for low in ((where.flatten(1).min(1).values + 1) / 2 * 7).round() * 2]
+        expected = image[(slice(None), *(slice(low, low + 8) for low in start))]
+        np.testing.assert_allclose(crop.numpy(), expected, atol=1e-4)
+
+
+def test_a_crop_of_nothing_but_black_is_taken_all_the_same(tmp_path, first_stage, fabric):
+    with ShardWriter(tmp_path / "x.arrow", {"image": TensorColumn("float16", (1, 8, 8, 8))}) as shard:
+        for _ in range(10):
+            shard.append(image=np.zeros((1, 8, 8, 8)))
+    task = decoder_task(Shards([tmp_path / "x.arrow"]), first_stage, fabric)
+    assert np.isfinite(float(task.train_step(0)["train/loss"]))
+
+
+def test_residuals_have_unit_variance(images, first_stage, fabric):
+    task = decoder_task(images, first_stage, fabric, latent_noise=0.0)
+    residual, _, _ = task._crops(np.arange(8), 4, np.random.default_rng(1))
+    assert float(residual.std()) == pytest.approx(1.0, abs=0.05)
+
+
+def test_a_drawing_has_the_grey_levels_of_scans(images, first_stage, fabric):
+    task = decoder_task(images, first_stage, fabric)
+    before = task.modules["average"].tone.values.clone()
+    scan, made = task.reconstruct(3, "a")
+    np.testing.assert_array_equal(task.reconstruct(3, "a")[1], made)
+    assert np.abs(task.reconstruct(3, "b")[1] - made).max() > 1e-3, "another draw"
+    assert scan.shape == made.shape == (1, 8, 8, 8) and 0 <= made.min() <= made.max() <= 1
+    task.fit_grey_levels()
+    assert not torch.equal(task.modules["average"].tone.values, before)
+    shares = [0.2, 0.5, 0.7]  # below what an untrained decoder clips
+    after = np.concatenate([task.reconstruct(row, f"tone/{row}")[1] for row in range(8)])
+    scans = images.tensors("image", range(8))
+    assert np.quantile(after, shares) == pytest.approx(np.quantile(scans, shares), abs=0.02)
+
+
+def test_a_decoder_in_2d(tmp_path, fabric):
+    rng = np.random.default_rng(0)
+    with ShardWriter(tmp_path / "x.arrow", {"image": TensorColumn("float16", (1, 12, 8))}) as shard:
+        for _ in range(10):
+            shard.append(image=rng.random((1, 12, 8)))
+    stage = build_first_stage(config.Autoencoder(channels=[8, 16], latent_channels=4), 2).requires_grad_(False).eval()
+    task = decoder_task(Shards([tmp_path / "x.arrow"]), stage, fabric)
+    curve = loop.fit(task, OPTIMISER, fabric, tmp_path / "state", "test")
+    assert np.isfinite(curve["value"]).all()
+    assert task.reconstruct(9, "x")[1].shape == (1, 12, 8)
