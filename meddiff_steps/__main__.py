@@ -47,6 +47,8 @@ STEPS = {
     "downstream_train": "train the classifiers of some arms of the downstream study",
     "downstream_test": "open the test split once and compare the arms",
     "sampler_study": "compare samplers: quality against steps and seconds",
+    "lineup": "show real and synthetic images in random order, for people to tell apart",
+    "lineup_score": "what the answers of a line-up's readers are worth",
     "showcase": "sample the sweeps and interpolations that the report shows",
     "counterfactual": "show a real scan with one covariate moved, on its own grid",
     "report": "write report.html",

@@ -46,8 +46,8 @@ rule evaluate:
         "../envs/meddiff.yaml"
     threads: 8
     resources:
-        mem_mb=memory(6000),
-        runtime=minutes(120),
+        mem_mb=memory(6000, 100),
+        runtime=minutes(240),
     params:
         **run_step("evaluate"),
     message:

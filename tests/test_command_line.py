@@ -56,7 +56,7 @@ def test_the_code_digest_covers_what_a_step_runs():
         ("generate", "generate.sampler", "diffusion.samplers.dpmpp", "diffusion.samplers.heun"),
         ("privacy", "privacy.detectors", "privacy.detectors.aligned", "privacy.detectors.latent"),
         ("evaluate", "evaluate.metrics", "evaluation.realism.classifier_auc", "evaluation.realism.kid"),
-        ("evaluate", "evaluate.spaces", "instruments.feature_spaces.radiomics", "instruments.feature_spaces.random"),
+        ("evaluate", "evaluate.spaces", "instruments.feature_spaces.radiomics", "instruments.feature_spaces.structure"),
     ],
 )
 def test_the_code_digest_covers_the_variants_that_a_study_chooses(step, key, variant, other):

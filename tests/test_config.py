@@ -246,7 +246,7 @@ DOWNSTREAM = {f"downstream_{name}" for name in ("design", "plan", "data", "train
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
-        ("title", "Another", {"neighbours", "describe", "report", "ledger"}),
+        ("title", "Another", {"neighbours", "describe", "lineup", "report", "ledger"}),
         ("covariates.age.description", "Age at scan", {"describe", "ledger"}),
         (
             "covariates.age.unit",
@@ -265,6 +265,7 @@ DOWNSTREAM = {f"downstream_{name}" for name in ("design", "plan", "data", "train
         ("downstream.jobs", 3, {"downstream_train", "ledger"}),
         ("downstream.seeds", 6, DOWNSTREAM | {"ledger"}),
         ("counterfactual.depth", 0.5, {"counterfactual"}),
+        ("lineup.images", 30, {"lineup"}),
         ("release.card", {"ethics": "Approved."}, {"describe", "ledger"}),
         ("release.exports", ["webdataset"], set()),
         ("storage.protect", False, set()),
@@ -361,7 +362,7 @@ def test_the_published_study_says_what_each_stage_was_given(tmp_path):
     }
     study = config.parse_study(raw, "a")
     published = json.loads(config.freeze(study, "ledger", tmp_path).read_text())
-    for stage in config.STAGES.keys() - {"counterfactual"}:
+    for stage in config.STAGES.keys() - {"counterfactual", "lineup"}:
         given = json.loads(config.freeze(study, stage, tmp_path).read_text())
         assert config.part_of(published, config.STAGES[stage]) == given
 

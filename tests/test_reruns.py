@@ -100,10 +100,10 @@ STUDIES: dict[str, tuple[Any, set[str]]] = {
         {
             *("cohort", "scale", "diffusion", "plan", "privacy", "neighbours", "describe", "evaluate", "sampler_study"),
             *("showcase", "counterfactual", "downstream_design", "downstream_plan", "downstream_data"),
-            *("downstream_test", "report", "second_model"),
+            *("downstream_test", "lineup", "report", "second_model"),
         },
     ),
-    "title": ("A better title", {"neighbours", "describe", "report"}),
+    "title": ("A better title", {"neighbours", "describe", "lineup", "report"}),
     "generate.guidance_scale": (2.0, {"generate", "filter", "describe", "showcase", "sampler_study"}),
     "privacy.level": (0.2, {"calibrate", "privacy"}),
     "release.licence": ("CC-BY-4.0", {"describe", "export", "export_index"}),
@@ -111,6 +111,7 @@ STUDIES: dict[str, tuple[Any, set[str]]] = {
 #: Keys of what is done beside a release, which does not seal them.
 UNSEALED: dict[str, tuple[Any, set[str]]] = {
     "counterfactual.depth": (0.7, {"counterfactual"}),
+    "lineup.seed": ("another", {"lineup"}),
     "storage.protect": (False, set()),
 }
 

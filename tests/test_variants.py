@@ -20,7 +20,7 @@ KINDS = [
     (METRICS, ["frechet", "kid", "classifier_auc"], {"source": str, "blind_to": str}, "figure", 4),
     (
         FEATURE_SPACES,
-        ["random", "radiomics", "embedder"],
+        ["random", "radiomics", "embedder", "structure"],
         {"source": str, "spatial_dims": list, "needs": str},
         "build",
         1,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from meddiff_steps import config
+from meddiff_steps.core.random_streams import batch_noise
 from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.diffusion.guidance import Guidance
 from meddiff_steps.diffusion.samplers import ddim, flow
@@ -78,6 +79,7 @@ def counterfactuals(
     values: Sequence[config.Scalar],
     settings: config.Counterfactual,
     guidance: Sequence[tuple[Guidance, ...]] | None = None,
+    keys: Sequence[str] | None = None,
 ) -> Counterfactuals:
     """Move the covariate `settings.covariate` of some scans to each of `values`.
 
@@ -94,6 +96,9 @@ def counterfactuals(
         In the covariate's own units.
     guidance
         Further guidance for each of the values, for example a classifier's.
+    keys
+        Of each scan's noise for the drawing decoder, the same for all of its images; without them images are the mean
+        of what latents can mean.
 
     Returns
     -------
@@ -113,12 +118,19 @@ def counterfactuals(
             until=deepest(model, settings),
         )
         start = inversion.timesteps[-1]
+        noise = torch.from_numpy(batch_noise([keys[row]], model.image_shape)) if keys is not None else None
 
-        def back(condition: Condition, extra: tuple[Guidance, ...], state: Tensor, start: float = start) -> np.ndarray:
+        def back(
+            condition: Condition,
+            extra: tuple[Guidance, ...],
+            state: Tensor,
+            start: float = start,
+            noise: Tensor | None = noise,
+        ) -> np.ndarray:
             found = model.sample(state, condition, forward, start=start, guidance=extra)
-            return model.decode(found)[0].cpu().numpy()
+            return model.decode(found, noise)[0].cpu().numpy()
 
-        decoded.append(model.decode(latents)[0].cpu().numpy())
+        decoded.append(model.decode(latents, noise)[0].cpu().numpy())
         returned.append(back(own, (), inversion.state))
         moved.append(
             np.stack(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from meddiff_steps import config
 from meddiff_steps.applications.counterfactual import deepest, inversion_condition, sampler_settings
+from meddiff_steps.core.random_streams import batch_noise
 from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.models.trained import TrainedModel
 
@@ -39,6 +40,7 @@ def interpolate(
     subjects: pd.DataFrame,
     shares: Sequence[float],
     settings: config.Counterfactual,
+    key: str | None = None,
 ) -> np.ndarray:
     """Images float32 (shares, 1, *spatial) in [0, 1] between two scans, of share 0 (the first) to 1.
 
@@ -50,7 +52,11 @@ def interpolate(
         Their covariates.  Numbers change evenly; labels, and what one of the two lacks, change in the middle.
     settings
         How far the scans are taken back, and how images are sampled from there.
+    key
+        Of the drawing decoder's noise, the same for all images; without it images are the mean of what latents can
+        mean.
     """
+    noise = None if key is None else torch.from_numpy(batch_noise([key], model.image_shape))
     forward, states = sampler_settings(model, settings), []
     own = [model.condition(subjects.iloc[[row]]) for row in (0, 1)]
     for row, condition in enumerate(own):
@@ -70,5 +76,5 @@ def interpolate(
         nearer = first if share < 0.5 else second
         condition = Condition(torch.where(labels | ~torch.isfinite(even), nearer, even))
         found = model.sample(slerp(states[0], states[1], share), condition, forward, start=start)
-        made.append(model.decode(found)[0].cpu().numpy())
+        made.append(model.decode(found, noise)[0].cpu().numpy())
     return np.stack(made)

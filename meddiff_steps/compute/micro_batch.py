@@ -48,9 +48,7 @@ class MicroBatch:
             self.size = int(path.read_text(encoding="utf-8"))
             log.info("%d images at a time, as %s says", self.size, path)
 
-    def gradients(
-        self, module: _FabricModule, count: int, losses: Losses
-    ) -> dict[str, Tensor]:
+    def gradients(self, module: _FabricModule, count: int, losses: Losses) -> dict[str, Tensor]:
         """Gradients of the mean loss over `count` images in the parameters of `module`, and its detached mean losses by
         name.
 
@@ -70,9 +68,7 @@ class MicroBatch:
                 torch.cuda.empty_cache()
             self._halve(count, said)
 
-    def _accumulate(
-        self, module: _FabricModule, count: int, losses: Losses
-    ) -> dict[str, Tensor]:
+    def _accumulate(self, module: _FabricModule, count: int, losses: Losses) -> dict[str, Tensor]:
         module.zero_grad(set_to_none=True)
         size = min(self.size or count, count)
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.fabric.device))

@@ -38,6 +38,7 @@ from meddiff_steps.config.downstream import Arm, Classifier, ClassifierOptimiser
 from meddiff_steps.config.evaluate import Evaluate, FeatureNetwork
 from meddiff_steps.config.generate import Generate
 from meddiff_steps.config.latents import Latents
+from meddiff_steps.config.lineup import Lineup
 from meddiff_steps.config.loading import load_study, parse_published, parse_study
 from meddiff_steps.config.plan import Condition, PlanGroup
 from meddiff_steps.config.preprocess import Channel, Preprocess
@@ -83,8 +84,8 @@ __all__ = [
     "DetectorName",
     "Diffusion",
     "DiffusionOptimiser",
-    "DrawingDecoderName",
     "Downstream",
+    "DrawingDecoderName",
     "Embedder",
     "EmbedderOptimiser",
     "Evaluate",
@@ -94,6 +95,7 @@ __all__ = [
     "Fraction",
     "Generate",
     "Latents",
+    "Lineup",
     "MetricName",
     "Name",
     "NetworkOptimiser",

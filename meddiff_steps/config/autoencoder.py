@@ -51,6 +51,7 @@ class AutoencoderOptimiser(NetworkOptimiser):
         int, Field(ge=1, description="Images per gradient step, of all GPUs together. Bounds memory.")
     ] = 8
 
+
 class Autoencoder(Section):
     """Autoencoder (first stage)."""
 

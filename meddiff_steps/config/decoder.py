@@ -25,7 +25,8 @@ class Decoder(Section):
     """Drawing decoder: a small diffusion of scan minus decoded image, so that images are as sharp as scans."""
 
     network: DrawingDecoderName | None = Field(
-        "residual_diffusion", description="Kind of drawing decoder; `null` leaves images as the autoencoder decodes them."
+        "residual_diffusion",
+        description="Kind of drawing decoder; `null` leaves images as the autoencoder decodes them.",
     )
     channels: PositiveInt = Field(64, description="Feature channels.")
     num_res_blocks: PositiveInt = Field(4, description="Residual blocks; each sees four voxels further.")

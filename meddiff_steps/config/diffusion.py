@@ -23,6 +23,7 @@ class DiffusionOptimiser(NetworkOptimiser):
         int, Field(ge=1, description="Latents per gradient step, of all GPUs together. Bounds memory.")
     ] = 32
 
+
 class NoiseLevels(Section):
     """ln(sigma / alpha) of the noise levels that are trained on, drawn from a normal distribution (Karras et
     al. 2022)."""

@@ -68,6 +68,16 @@ class Evaluate(Section):
     neighbours: PositiveInt = Field(
         5, description="Nearest neighbours that span the manifolds of precision, recall, density and coverage."
     )
+    cutoffs: list[Annotated[float, Field(gt=0.0, lt=0.5)]] = Field(
+        [0.05, 0.1, 0.2],
+        description="Frequencies in cycles per voxel above which detail is removed before a classifier tells synthetic "
+        "from real once more, each a point of a curve; none: all detail alone.",
+    )
+    sanity_images: Annotated[int, Field(ge=0, le=1000)] = Field(
+        60,
+        description="Held-out scans at most that are spoilt in known ways, to show which figure sees which fault; 0 "
+        "leaves it out.",
+    )
     features: list[FeatureNetwork] = Field(
         [], description="Feature spaces beside the built-in ones: networks whose weights you have."
     )

@@ -1,4 +1,4 @@
-"""Names of keys and stages in earlier versions: to tell users, and to read what old releases hold."""
+"""Names of keys and stages in earlier versions, and keys that are gone: to tell users, and to read old releases."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ RENAMED: dict[Keys, Keys] = {
     ("augment",): ("downstream",),
     ("distill",): ("second_model",),
 }
+#: Keys that there are no more, and what is in their place.
+REMOVED: dict[Keys, str] = {
+    ("autoencoder", "linear_path"): "first stages have no linear path any more, which made blocks and noise",
+    ("latents", "gaussian_rank"): "covariate effects are always fitted, and no other part of a Gaussian",
+    ("diffusion", "component_steps"): "there is no network of components any more",
+}
 
 
 def before_renaming(version: str) -> bool:
@@ -32,7 +38,7 @@ def name_today(keys: Keys) -> Keys:
 
 
 def old_names(raw: Mapping[str, Any]) -> Iterator[str]:
-    """Every old key that is in a study, with its name of today."""
+    """Every old key that is in a study, with its name of today or what is in its place."""
     since = f"(renamed in {SINCE[0]}.{SINCE[1]}.0)"
     for section in raw:
         if (section,) not in RENAMED:
@@ -41,12 +47,15 @@ def old_names(raw: Mapping[str, Any]) -> Iterator[str]:
         for key in below if isinstance(below, Mapping) and below else [None]:
             kind, keys = ("section", (section,)) if key is None else ("key", (section, str(key)))
             yield f"{'.'.join(keys)}: this {kind} is now {'.'.join(name_today(keys))} {since}"
+    for (section, key), instead in REMOVED.items():
+        if isinstance(raw.get(section), Mapping) and key in raw[section]:
+            yield f"{section}.{key}: this key is gone: {instead}. Leave it out (removed in {SINCE[0]}.{SINCE[1]}.0)"
     if isinstance(raw.get("release"), str):
         yield f"release: a sealed release to make again is now given as `--config sealed=FOLDER` {since}"
 
 
 def translated(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A study with the names of today; values stay what they are."""
+    """A study with the names of today, without keys that are gone; values stay what they are."""
     found: dict[str, Any] = {}
     for section, below in content.items():
         today = name_today((section,))[0]
@@ -56,7 +65,13 @@ def translated(content: Mapping[str, Any]) -> dict[str, Any]:
             found[today] = {name_today((section, key))[-1]: value for key, value in below.items()}
         else:
             found[today] = below
-    return found
+    return {section: _without_removed(section, below) for section, below in found.items()}
+
+
+def _without_removed(section: str, below: Any) -> Any:
+    if not isinstance(below, Mapping):
+        return below
+    return {key: value for key, value in below.items() if (section, key) not in REMOVED}
 
 
 #: What a release said of itself until then.

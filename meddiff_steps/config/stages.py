@@ -35,8 +35,9 @@ _PREPROCESSING = _keys("preprocess", Preprocess, "max_failed_share")
 _GRID = ("preprocess.shape", "preprocess.spacing_mm")
 #: Over how many jobs the trainings are spread is nothing to the steps around them.
 _DESIGN = _keys("downstream", Downstream, "jobs")
-#: What is done with a finished release: asking for a copy, or for counterfactuals of scans, does not seal it again.
-_AFTERWARDS = ("release", "storage", "counterfactual")
+#: What is done with a finished release: asking for a copy, for counterfactuals of scans, or for a blind test does not
+#: seal it again.
+_AFTERWARDS = ("release", "storage", "counterfactual", "lineup")
 
 #: What each stage may read, and therefore what makes it run again when it changes.
 #:
@@ -68,11 +69,12 @@ STAGES: dict[str, tuple[str, ...]] = {
         *(*_DESCRIBED, *_GRID, "generate", "second_model.subjects"),
     ),
     "segmenter": ("seed", "segmentation", *_GRID, "compute"),
-    "evaluate": ("seed", "covariates", *_UNITS, "plan", "evaluate", *_GRID),
+    "evaluate": ("seed", "covariates", *_UNITS, "plan", "evaluate", *_GRID, "preprocess.foreground"),
     "sampler_study": (
         *("seed", "covariates", *_UNITS, "plan", "generate", "sampler_study", "compute"),
         *(f"evaluate.{key}" for key in ("bootstrap", "realism_bootstrap", "permutations", "metrics", "spaces")),
     ),
+    "lineup": ("study", "title", "seed", "cohort", "covariates", "plan", "lineup"),
     "showcase": ("seed", "covariates", *_UNITS, "generate", "evaluate.sweep_steps", "compute"),
     "counterfactual": (
         *("seed", "covariates", *_UNITS, "counterfactual", "compute", "evaluate.bootstrap"),

@@ -17,6 +17,7 @@ from meddiff_steps.config.downstream import Downstream
 from meddiff_steps.config.evaluate import Evaluate
 from meddiff_steps.config.generate import Generate
 from meddiff_steps.config.latents import Latents
+from meddiff_steps.config.lineup import Lineup
 from meddiff_steps.config.plan import PlanGroup
 from meddiff_steps.config.preprocess import Preprocess
 from meddiff_steps.config.privacy import Privacy
@@ -60,6 +61,7 @@ class Study(Section):
     evaluate: Evaluate = Field(Evaluate(), description="What is measured on synthetic images.")
     segmentation: Segmentation | None = Field(None, description="Label maps of the cohort, where it has them.")
     sampler_study: SamplerStudy = Field(SamplerStudy(), description="Which sampler, how many steps, how much guidance.")
+    lineup: Lineup = Field(Lineup(), description="Real and synthetic images for people to tell apart.")
     downstream: Downstream = Field(
         Downstream(), description="Does a classifier gain from synthetic images? Off by default."
     )

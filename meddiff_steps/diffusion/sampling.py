@@ -111,7 +111,9 @@ def sample(
         raise ValueError(f"condition: {len(condition)} rows, but x has {len(x)}. Give a row per subject in both.")
     if SAMPLERS.entry(sampler)["stochastic"] and step_noise is None and any(levels.sigma[1:]):
         raise ValueError(f"sampler {sampler!r} adds noise at every step and draws none itself: give step_noise")
-    network = _Network(denoiser, condition, process, levels, guidance, guidance_scale, guidance_interval, guide, on_step)
+    network = _Network(
+        denoiser, condition, process, levels, guidance, guidance_scale, guidance_interval, guide, on_step
+    )
     step = SAMPLERS.load(sampler).solver(levels, step_noise and (lambda i: step_noise(levels.first + i)))
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     if start is None:
@@ -179,7 +181,9 @@ class _Network:
         scale = self.scale if is_within(self.interval, levels.ratio[level]) else 1.0
         with torch.set_grad_enabled(self.gradients):
             x = x.detach().requires_grad_(self.gradients)
-            x0 = self.process.to_x0(predict(self.denoiser, x, timesteps, self.condition, scale, self.guide), x, timesteps)
+            x0 = self.process.to_x0(
+                predict(self.denoiser, x, timesteps, self.condition, scale, self.guide), x, timesteps
+            )
             state = State(
                 step=levels.first + self.i,
                 timesteps=timesteps.float(),

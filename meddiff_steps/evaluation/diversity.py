@@ -29,13 +29,29 @@ VENDI_IMAGES = 250
 # ------------------------------------------------------------------------ precision, recall, density, coverage
 
 
-def neighbour_radii(features: np.ndarray, neighbours: int) -> np.ndarray:
-    """Distance of each row (n, d) to its k-th nearest other row, (n,); k is at most n - 1."""
+def neighbour_radii(features: np.ndarray, neighbours: int, own: np.ndarray | None = None) -> np.ndarray:
+    """Distance of each row (n, d) to its k-th nearest other row, (n, 1); k is at most n - 1.
+
+    Parameters
+    ----------
+    own
+        Rows that belong to who is judged, bool (n, m): for each of m, the distance is to the k-th nearest of the rows
+        that are not its own, (n, m).
+    """
     distances = cdist(features, features)
-    return np.partition(distances, min(neighbours, len(features) - 1), axis=1)[:, min(neighbours, len(features) - 1)]
+    if own is None:
+        last = min(neighbours, len(features) - 1)
+        return np.partition(distances, last, axis=1)[:, last, None]
+    np.fill_diagonal(distances, -1.0)  # before its duplicates
+    nearest = np.argsort(distances, axis=1, kind="stable")[:, 1 : neighbours + int(own.sum(0).max()) + 1]
+    place = ((~own[nearest]).cumsum(1) < neighbours).sum(1)
+    place = np.minimum(place, nearest.shape[1] - 1)
+    return np.take_along_axis(np.take_along_axis(distances, nearest, 1), place, 1)
 
 
-def manifold_shares(real: np.ndarray, synthetic: np.ndarray, neighbours: int) -> dict[str, np.ndarray]:
+def manifold_shares(
+    real: np.ndarray, synthetic: np.ndarray, neighbours: int, same: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """What precision, recall, density and coverage are the means of.
 
     Balls around the real images that reach their k-th nearest neighbour are where real images are; likewise for
@@ -48,17 +64,20 @@ def manifold_shares(real: np.ndarray, synthetic: np.ndarray, neighbours: int) ->
         Features (r, d) and (s, d).
     neighbours
         k.
+    same
+        Pairs of one subject, bool (r, s), such as a scan and its reconstruction: an image is judged as if there were
+        none of its own subject on the other side.
 
     Returns
     -------
     dict
         `precision` and `density` per synthetic image, `recall` and `coverage` per real one.
     """
-    distances = cdist(real, synthetic)
-    inside = distances < neighbour_radii(real, neighbours)[:, None]
+    distances = cdist(real, synthetic) if same is None else np.where(same, np.inf, cdist(real, synthetic))
+    inside = distances < neighbour_radii(real, neighbours, same)
     return {
         "precision": inside.any(0) * 1.0,
-        "recall": (distances < neighbour_radii(synthetic, neighbours)[None]).any(1) * 1.0,
+        "recall": (distances < neighbour_radii(synthetic, neighbours, None if same is None else same.T).T).any(1) * 1.0,
         "density": inside.sum(0) / min(neighbours, len(real) - 1),
         "coverage": inside.any(1) * 1.0,
     }
@@ -131,13 +150,42 @@ def vendi_figure(sample: Sample, width: float) -> Figure:
     }
 
 
+def variety(
+    sample: Sample, reference: Sample, width: float, *, neighbours: int, resamples: int, seed: str, label: str
+) -> dict[str, Figure]:
+    """`precision`, `recall`, `density` and `coverage` of a sample against the reference, and its `vendi`.
+
+    Where subjects are in both samples, a row is judged as if the other had none of its subject.
+
+    Parameters
+    ----------
+    sample, reference
+        In standard deviations.
+    width
+        `kernel_width` of real images.
+    neighbours
+        Of the first four.
+    resamples, seed, label
+        Of their bootstrap.
+    """
+    same = np.equal.outer(reference.units.astype(str), sample.units.astype(str))
+    shares = manifold_shares(reference.features, sample.features, neighbours, same if same.any() else None)
+    found: dict[str, Figure] = {}
+    for name, values in shares.items():
+        units = sample.units if name in ("precision", "density") else reference.units
+        boot = Bootstrap(units, resamples, seed, f"manifold {label} {name}")
+        found[name] = _surely(boot.figure(mean_of(values)), name)
+    return found | {"vendi": vendi_figure(sample, width)}
+
+
 def diversity(samples: Mapping[str, Sample], *, neighbours: int, resamples: int, seed: str) -> dict[str, Any]:
     """Diversity in one feature space.
 
     Parameters
     ----------
     samples
-        `synthetic`, `training` (as many) and `held_out`, in standard deviations.
+        `synthetic`, `training` (as many) and `held_out`, in standard deviations; `reconstructions` of held-out
+        scans, and these `originals`, where there are enough.
     neighbours
         Of precision, recall, density and coverage.
     resamples, seed
@@ -147,20 +195,30 @@ def diversity(samples: Mapping[str, Sample], *, neighbours: int, resamples: int,
     -------
     dict
         `precision`, `recall`, `density`, `coverage` (against held-out scans) and `vendi`, each a figure with a
-        `ceiling`.  Intervals of the first four are over the images that are judged, with the balls as they are.
+        `ceiling`, and `reconstructions`, a figure whose `ceiling` is that of the same scans before they were encoded.
+        Intervals of the first four are over the images that are judged, with the balls as they are.
     """
-    reference, width = samples["held_out"], kernel_width(samples["training"].features)
-    out: dict[str, Any] = {}
-    for kind in ("synthetic", "training"):
-        sample = samples[kind]
-        found: dict[str, Figure] = {}
-        for name, values in manifold_shares(reference.features, sample.features, neighbours).items():
-            units = sample.units if name in ("precision", "density") else reference.units
-            found[name] = _surely(
-                Bootstrap(units, resamples, seed, f"manifold {kind} {name}").figure(mean_of(values)), name
+    width = kernel_width(samples["training"].features)
+
+    def beside(kind: str, real: str) -> dict[str, Figure]:
+        found, ceiling = (
+            variety(
+                samples[label],
+                samples["held_out"],
+                width,
+                neighbours=neighbours,
+                resamples=resamples,
+                seed=seed,
+                label=label,
             )
-        found["vendi"] = vendi_figure(sample, width)
-        out = found if not out else {name: out[name] | {"ceiling": found[name]} for name in found}
+            for label in (kind, real)
+        )
+        return {name: figure | {"ceiling": ceiling[name]} for name, figure in found.items()}
+
+    out = beside("synthetic", "training")
+    if "reconstructions" in samples:
+        for name, figure in beside("reconstructions", "originals").items():
+            out[name]["reconstructions"] = figure
     return out
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 from meddiff_steps.config import CategoricalCovariate, Covariates, Evaluate, Study
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.evaluation import spectrum
+from meddiff_steps.evaluation.discriminability import discriminability
 from meddiff_steps.evaluation.diversity import diversity, pair_similarity
 from meddiff_steps.evaluation.fidelity import (
     correlation_structure,
@@ -23,10 +24,12 @@ from meddiff_steps.evaluation.fidelity import (
     training_range,
 )
 from meddiff_steps.evaluation.image_quality import SsimSettings, reconstruction_quality
-from meddiff_steps.evaluation.realism.base import MIN_IMAGES, Sample, Scale
+from meddiff_steps.evaluation.likeness import Kind, Measured, kinds_of, measured, smallest, space_card
+from meddiff_steps.evaluation.realism.base import MIN_IMAGES
 from meddiff_steps.evaluation.realism.measure import measure as measure_realism
+from meddiff_steps.evaluation.sanity import sanity
 from meddiff_steps.imaging.selection import Images, drawn, held_out, reconstructed
-from meddiff_steps.instruments.feature_spaces.base import FeatureSpace, extract
+from meddiff_steps.instruments.feature_spaces.base import FeatureSpace
 from meddiff_steps.instruments.predictors import MAX_TRAINING_SCANS, Predictors, fit_predictors
 from meddiff_steps.instruments.segmenter import Segmenter, segmented_volumes
 
@@ -73,7 +76,8 @@ def evaluate(
     generated
         Synthetic images, with the covariates that were requested.
     paired
-        Held-out scans (`image`) beside their reconstructions (`reconstruction`).
+        Held-out scans (`image`) beside their reconstructions (`reconstruction`), which are measured like synthetic
+        images, too.
     spaces
         Feature spaces of realism and diversity.
     study
@@ -108,11 +112,10 @@ def evaluate(
     predictions = pd.concat([synthetic_table, real_table], ignore_index=True)
     labels = [name for name, c in study.covariates.items() if isinstance(c, CategoricalCovariate)]
     levels = pd.concat([images.table.set_index(images.key)[labels] for images in (synthetic, real)])
-    like, various, components = realism_and_diversity(
-        spaces, {"training": train, "held_out": real, "synthetic": synthetic}, study.evaluate, seed=seed
-    )
-
     shown = reconstructed(paired)
+    kinds = kinds_of(synthetic, train, real, paired, study.evaluate.max_images)
+    found = measured(spaces, kinds)
+    like, various, components = realism_and_diversity(spaces, kinds, found, study.evaluate, seed=seed)
     quality = reconstruction_quality(
         shown.column("image"), shown.column("reconstruction"), subjects=shown.units.tolist(), **options
     )
@@ -146,6 +149,10 @@ def evaluate(
         "training_range": {name: list(ends) for name, ends in trained.items()},
         "realism": like,
         "diversity": various,
+        "discriminability": discriminability(
+            kinds, found, study.evaluate, study.spatial_dims, study.preprocess.spacing_mm, seed=seed
+        ),
+        "sanity": sanity(spaces, kinds, found, study.evaluate, seed=seed),
         "predictors": predictors.card(),
         "reconstruction": quality,
         "spectrum": ratios | spectrum.curves_card(curves, cohort.shards.shape("image")[1:]),
@@ -214,7 +221,12 @@ def measure(
 
 
 def realism_and_diversity(
-    spaces: Sequence[FeatureSpace], images: Mapping[str, Images], settings: Evaluate, *, seed: str
+    spaces: Sequence[FeatureSpace],
+    kinds: Mapping[str, Kind],
+    found: Sequence[Measured],
+    settings: Evaluate,
+    *,
+    seed: str,
 ) -> tuple[dict[str, Any], dict[str, Any], pd.DataFrame]:
     """Both sections of metrics.json, and the first two principal components of held-out and synthetic images in every
     space.
@@ -223,83 +235,66 @@ def realism_and_diversity(
     ----------
     spaces
         In each of which all is measured.
-    images
-        `synthetic`, `training` and `held_out`.  As many training scans as synthetic images are taken, so that a floor
-        has the bias of its figure.
+    kinds, found
+        Images, and their features in all spaces (`likeness`).
     settings
         The study's.
     seed
         Of all that is drawn.
     """
-    count = min(len(images["synthetic"]), len(images["training"]), settings.max_images)
-    chosen = {
-        kind: images[kind].at_most(settings.max_images if kind == "held_out" else count)
-        for kind in ("synthetic", "training", "held_out")
-    }
-    smallest = min(map(len, chosen.values()))
-    found = {
-        kind: extract(spaces, some.shards, some.rows, f"features of {kind} images") for kind, some in chosen.items()
-    }
     like: dict[str, Any] = {}
     by_space: dict[str, Any] = {}
     places = [pd.DataFrame({"id": pd.Series(dtype="string"), "kind": "", "space": "", "pc1": 0.0, "pc2": 0.0})]
-    for space in spaces:
-        card: dict[str, Any] = {
-            "digest": space.digest,
-            "description": space.description,
-            "images": {kind: len(some) for kind, some in chosen.items()},
-        }
-        if smallest < MIN_IMAGES:
-            like[space.name] = by_space[space.name] = card | {
-                "skipped": f"{smallest} images of one kind, at least {MIN_IMAGES} are needed"
-            }
-            continue
-        scale = Scale.of(found["training"][space.name], smallest)
-        samples = {kind: Sample(scale.standard(found[kind][space.name]), some.units) for kind, some in chosen.items()}
-        card |= {
-            "features": len(scale.mean),
-            "components": scale.basis.shape[1],
-            "explained": [float(f"{x:.4g}") for x in scale.explained[:2]],
-        }
+    if not found:
+        reason = f"{smallest(kinds)} images of one kind, at least {MIN_IMAGES} are needed"
+        like = {space.name: space_card(space, kinds) | {"skipped": reason} for space in spaces}
+        by_space = dict(like)
+    for one in found:
+        name, card = one.space.name, one.card(kinds)
         common: dict[str, Any] = {"resamples": settings.bootstrap, "seed": seed}
         found_here = measure_realism(
-            samples,
-            scale,
+            one.samples,
+            one.scale,
             settings.metrics,
             slow_resamples=settings.realism_bootstrap,
             permutations=settings.permutations,
             **common,
         )
-        like[space.name] = card | found_here
-        by_space[space.name] = (
-            card | {"neighbours": settings.neighbours} | diversity(samples, neighbours=settings.neighbours, **common)
+        like[name] = card | found_here
+        by_space[name] = (
+            card
+            | {"neighbours": settings.neighbours}
+            | diversity(one.samples, neighbours=settings.neighbours, **common)
         )
         for kind in ("held_out", "synthetic"):
-            first = scale.components(samples[kind].features)[:, :2]
+            first = one.scale.components(one.samples[kind].features)[:, :2]
+            ids = kinds[kind].images.ids
             places.append(
-                pd.DataFrame(
-                    {"id": chosen[kind].ids, "kind": kind, "space": space.name, "pc1": first[:, 0], "pc2": first[:, 1]}
-                )
+                pd.DataFrame({"id": ids, "kind": kind, "space": name, "pc1": first[:, 0], "pc2": first[:, 1]})
             )
-        for name, figure in found_here.items():
-            logger.info("%s: %s %s, real against real %s", space.name, name, figure["value"], figure["floor"]["value"])
+        for metric, figure in found_here.items():
+            logger.info("%s: %s %s, real against real %s", name, metric, figure["value"], figure["floor"]["value"])
 
-    shape = chosen["synthetic"].shards.shape("image")[1:]
+    shape = kinds["synthetic"].images.shards.shape("image")[1:]
     ssim = SsimSettings.for_shape(shape)
     pairs = {
         kind: pair_similarity(
-            chosen[kind].column().__getitem__,
-            chosen[kind].units,
+            kinds[kind].images.column(kinds[kind].column).__getitem__,
+            kinds[kind].images.units,
             shape,
             pairs=settings.ssim_pairs,
             resamples=settings.bootstrap,
             seed=seed,
             label=kind,
         )
-        for kind in ("synthetic", "training")
+        for kind in ("synthetic", "training", "reconstructions")
+        if kind in kinds
     }
+    similar = pairs["synthetic"] | {"floor": pairs["training"]}
+    if "reconstructions" in pairs:
+        similar["reconstructions"] = pairs["reconstructions"]
     various = {
-        ssim.name: pairs["synthetic"] | {"floor": pairs["training"]},
+        ssim.name: similar,
         "ssim_settings": ssim.card() | {"metric": ssim.name},
         "features": by_space,
     }

@@ -14,16 +14,15 @@ LEVELS = 512
 EVEN_SHARE = 1e-4
 
 
-
 class ToneCurve(nn.Module):
     """A monotone map of [0, 1] into itself that gives generated images the grey levels of scans; before `fit`, the
     identity.
 
     What sampling leaves undone is a haze where scans are exactly 0, and contrast that is a little too low.  Voxel by
-    voxel that is little, but every volume and histogram sees it.  The curve maps quantiles of images that were generated
-    for covariates of training scans to those of the scans: of all maps of grey levels that give the right distribution,
-    the one that moves them least.  As many voxels as in scans become exactly 0.  Reconstructions have no such haze, so
-    a curve that is fitted on them does not take it away.
+    voxel that is little, but every volume and histogram sees it.  The curve maps quantiles of images that were made to
+    those of scans: of all maps of grey levels that give the right distribution, the one that moves them least.  As many
+    voxels as in scans become exactly 0.  It is fitted on images that were generated for covariates of training scans:
+    reconstructions have no such haze, so a curve that is fitted on them does not take it away.
     """
 
     values: Tensor
@@ -53,8 +52,9 @@ class ToneCurve(nn.Module):
 
 
 def level_counts(images: Tensor | np.ndarray) -> np.ndarray:
-    """Voxels of images in [0, 1] by level, int64 (LEVELS + 1,): level 0 is exactly 0, level k holds values above (k - 1)
-    / LEVELS up to k / LEVELS.
+    """Voxels of images in [0, 1] by level, int64 (LEVELS + 1,).
+
+    Level 0 is exactly 0, level k holds values above (k - 1) / LEVELS up to k / LEVELS.
     """
     levels = np.ceil(np.asarray(images, np.float64) * LEVELS).astype(np.int64).clip(0, LEVELS)
     return np.bincount(levels.ravel(), minlength=LEVELS + 1)

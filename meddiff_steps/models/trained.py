@@ -234,8 +234,9 @@ class TrainedModel:
 
     @classmethod
     def of_study(cls, folder: Path, fabric: Fabric, compute: config.Compute | None = None) -> Self:
-        """The model of a folder with autoencoder/, diffusion/ and maybe decoder/: a study's results, or models that were
-        released.
+        """The model of a folder with autoencoder/, diffusion/ and maybe decoder/.
+
+        That is the folder of a study's results, or of models that were released.
         """
         decoder = folder / "decoder"
         found = decoder if (decoder / CARD).is_file() else None

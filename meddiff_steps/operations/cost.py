@@ -76,7 +76,7 @@ class Estimate:
 
 
 def forward_flops(study: Study) -> tuple[float, float, float, float]:
-    """Floating-point operations per image of encoder, decoder, denoiser and one step of the drawing decoder, forward."""
+    """Floating-point operations per image of encoder, decoder, denoiser and a step of the drawing decoder, forward."""
     dims, shape = study.spatial_dims, study.preprocess.shape
     levels = [len(c.levels) if isinstance(c, CategoricalCovariate) else 0 for c in study.covariates.values()]
     with torch.device("meta"):
@@ -120,6 +120,10 @@ def work(study: Study, scans: int) -> dict[str, Work]:
     crop = math.prod(min(study.decoder.crop, n) for n in study.preprocess.shape) / voxels
     encoded = scans + train * (study.variants.count - 1)
     embedding = 2 * study.privacy.embedder.optimiser.steps * study.privacy.embedder.optimiser.batch_size
+    # Predictors look at all; feature spaces at four kinds of images, once more for each point of the curve, and at
+    # scans that are spoilt in five ways.
+    compared = 4 * min(study.evaluate.max_images, planned, scans) * (1 + len(study.evaluate.cutoffs))
+    evaluated = min(planned, MEASURED) + min(scans, MEASURED) + compared + 5 * study.evaluate.sanity_images
     stages = {
         "preprocess": Work(
             study.preprocess.shards, scans * voxels, "voxel", folder="preprocessed", voxels=scans * voxels
@@ -140,7 +144,7 @@ def work(study: Study, scans: int) -> dict[str, Work]:
         "generate": Work(shards, planned * (passes * denoiser + drawn), "FLOP", True, "generated", planned * voxels),
         "filter": Work(shards, planned * voxels, "voxel", True, "filtered", planned * voxels),
         "privacy": Work(1, (planned + scans) * voxels, "voxel"),
-        "evaluate": Work(1, (min(planned, MEASURED) + min(scans, MEASURED)) * voxels, "voxel", folder="evaluation"),
+        "evaluate": Work(1, evaluated * voxels, "voxel", folder="evaluation"),
         "images": Work(shards, planned * voxels, "voxel", folder="release", voxels=planned * voxels),
         "ledger": Work(1, planned, "row"),
     }

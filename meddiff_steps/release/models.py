@@ -45,7 +45,10 @@ def pack(models: Mapping[str, Path], release: Path, folder: Path, title: str, pr
         raise UserError(f"{release / seal.LINES}: no rows, so no weights to pack.")
     names = []
     files = [(kind, place, NETWORK, kind) for kind, place in models.items()]
-    for kind, place, (weights_name, card_name), folder_name in [*files, ("tone", models["diffusion"], TONE, "diffusion")]:
+    for kind, place, (weights_name, card_name), folder_name in [
+        *files,
+        ("tone", models["diffusion"], TONE, "diffusion"),
+    ]:
         weights, card = place / weights_name, place / card_name
         digest, wanted = safetensors_digest(weights), first[1]["recipe"][kind]
         if digest != wanted or read_json(card)["weights_sha256"] != wanted:

@@ -80,7 +80,9 @@ class Sealed:
                 raise
             self.unread = str(error)
         try:
-            return config.parse_published({name: self.config[name] for name in HELD if name in self.config}, seal.CONFIG, self.version)
+            return config.parse_published(
+                {name: self.config[name] for name in HELD if name in self.config}, seal.CONFIG, self.version
+            )
         except UserError as error:
             self.unread = str(error)
             return None

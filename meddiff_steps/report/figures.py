@@ -668,6 +668,53 @@ def sampler_study(results: Mapping[str, Any]) -> bytes:
         return png(drawing)
 
 
+def discriminability(curves: Mapping[str, Any]) -> bytes:
+    """AUC over the frequency above which detail was removed, a line per kind of image, places a little apart; the last
+    point is of all detail.
+
+    Parameters
+    ----------
+    curves
+        The part `discriminability` of metrics.json.
+    """
+    kinds = {
+        "training": ("training scans (floor)", REAL, "s", ":"),
+        "reconstructions": ("reconstructions of held-out scans", "#1d4ed8", "^", "--"),
+        "synthetic": ("synthetic", SYNTHETIC, "o", "-"),
+    }
+    with styled():
+        drawing = figure(6.4, 3.8)
+        axes = drawing.subplots()
+        cutoffs, finest = curves["cutoffs_cycles_per_voxel"], curves["finest_mm"]
+        shown = [kind for kind in kinds if kind in curves]
+        for number, kind in enumerate(shown):
+            label, colour, marker, line = kinds[kind]
+            values, distance = _error(curves[kind])
+            axes.errorbar(
+                np.arange(len(cutoffs)) + 0.05 * (number - (len(shown) - 1) / 2),
+                values,
+                yerr=distance,
+                color=colour,
+                marker=marker,
+                linestyle=line,
+                markersize=5,
+                linewidth=1.4,
+                capsize=2.5,
+                label=label,
+            )
+        axes.axhline(0.5, color=INK, linewidth=0.8, linestyle=":")
+        ticks = [
+            ("all detail" if cutoff is None else f"{cutoff:g}") + (f"\n{size:.3g} mm" if size else "")
+            for cutoff, size in zip(cutoffs, finest, strict=True)
+        ]
+        axes.set_xticks(range(len(cutoffs)), ticks)
+        axes.set(ylabel="AUC of telling from held-out scans", ylim=(0.35, 1.03), xlim=(-0.4, len(cutoffs) - 0.6))
+        axes.set_xlabel(f"cycles per voxel that are left{' (half a wavelength)' if any(finest) else ''}")
+        axes.legend(fontsize=7.5, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+        drawing.tight_layout()
+        return png(drawing)
+
+
 def ratio_curves(curves: Sequence[Mapping[str, Any]]) -> bytes:
     """AUC over images added per real one, a line per real share and kind of added image; the places are a
     little apart.

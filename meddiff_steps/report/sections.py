@@ -345,6 +345,43 @@ def realism_section(metrics: Mapping[str, Any], components: pd.DataFrame | None)
     )
 
 
+def discriminability_section(curves: Mapping[str, Any]) -> Section:
+    """From which detail on images are told from real ones, from the part `discriminability` of metrics.json."""
+    if "skipped" in curves:
+        return Section("discriminability", "From which detail on are they told from real ones?")
+    return Section(
+        "discriminability",
+        "From which detail on are they told from real ones?",
+        text=[
+            "Detail above a frequency is removed from all images, and the same linear classifier tells synthetic ones"
+            " from held-out scans by what is left. One AUC of all detail, the last point, saturates by whatever little"
+            " differs; the curve says how coarse the difference is. Reconstructions of held-out scans are told by what"
+            " the decoder alone does, so no synthetic image can be expected to be told later than they are."
+        ],
+        pictures=drawn.discriminability(curves),
+        tables=[tables.curve_table(curves)],
+    )
+
+
+def sanity_section(sanity: Mapping[str, Any]) -> Section:
+    """Which figure sees which fault, from the part `sanity` of metrics.json."""
+    title = "What would each figure say of scans that are spoilt in a known way?"
+    if "figures" not in sanity:
+        return Section("sanity", title, text=[f"Not measured: {sanity['skipped']}."])
+    ways = "; ".join(f"{tables.plain_way(way)} ({words})" for way, words in sanity["ways"].items())
+    return Section(
+        "sanity",
+        title,
+        text=[
+            f"{number(sanity['images'])} held-out scans were spoilt, and measured as if they were synthetic: {ways}.",
+            "● says that a figure is worse than for the same scans as they are, by more than both intervals: it sees"
+            " the fault. ○ says that it is better: it praises the fault. No mark: it is blind to it, and being near its"
+            " floor says nothing about such a fault.",
+        ],
+        tables=[tables.sanity_table(sanity)],
+    )
+
+
 def sharpness_section(spectrum: Mapping[str, Any]) -> Section:
     """Power spectra, from the part `spectrum` of evaluation/metrics.json."""
     return Section(

@@ -62,20 +62,83 @@ def realism_table(metrics: Mapping[str, Any]) -> Table:
         for key, (label, reference, good) in (names | _others(entry, names)).items():
             if key in both:
                 figure = both[key]
-                shown = (
-                    f"{interval(figure)}, p {number(figure['p_value'], 2)}" if "p_value" in figure else interval(figure)
-                )
-                rows.append([space, label, shown, interval(figure[reference]), good, number(figure["n"])])
+                rows.append([space, label, *_beside(figure, reference), good, number(figure["n"])])
     settings = metrics["diversity"]["ssim_settings"]
     figure = metrics["diversity"][settings["metric"]]
     label = (
         f"{'MS-SSIM' if settings['metric'] == 'ms_ssim' else 'SSIM'} of {number(figure['pairs'])} pairs, window"
         f" {settings['kernel_size']}"
     )
-    rows.append(
-        ["images", label, interval(figure), interval(figure["floor"]), "near that of real pairs", number(figure["n"])]
-    )
-    return Table(["features", "figure", "synthetic against held-out real", "real against real", "good is", "n"], rows)
+    rows.append(["images", label, *_beside(figure, "floor"), "near that of real pairs", number(figure["n"])])
+    header = ["features", "figure", "synthetic against held-out real", "real against real", "reconstructions"]
+    return Table([*header, "good is", "n"], rows)
+
+
+def _beside(figure: Mapping[str, Any], reference: str) -> list[str]:
+    """A figure, what real scans give, and what reconstructions of real scans do, where there are enough."""
+
+    def shown(one: Mapping[str, Any]) -> str:
+        return f"{interval(one)}, p {number(one['p_value'], 2)}" if "p_value" in one else interval(one)
+
+    decoded = figure.get("reconstructions")
+    return [shown(figure), interval(figure[reference]), shown(decoded) if decoded else ""]
+
+
+#: Figures that stand in the sanity table, by the part of metrics.json that they are of.
+_SPOILT = {
+    "frechet": "Frechet distance",
+    "kid": "KID",
+    "classifier_auc": "AUC of telling from real",
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+    "vendi": "Vendi score",
+    "below_quarter": "below a quarter of Nyquist",
+    "quarter_to_half": "a quarter to half",
+    "above_half": "above half",
+}
+_MARKS = {"worse": " ●", "better": " ○", "alike": "", "unknown": " ?"}
+
+
+def sanity_table(sanity: Mapping[str, Any]) -> Table:
+    """What each figure says of scans that were spoilt in a known way; empty where none were."""
+    if "figures" not in sanity:
+        return Table([], [])
+    ways = list(sanity["ways"])
+    rows = []
+    for space, figures in sanity["figures"].items():
+        for name in [*(key for key in _SPOILT if key in figures), *sorted(set(figures) - set(_SPOILT))]:
+            entry = figures[name]
+            seen = [plain_way(way) for way in ways if way in entry["sees"]]
+            cells = [f"{number(entry[way]['value'])}{_MARKS[entry[way]['verdict']]}" for way in ways]
+            words = _SPOILT.get(name, name)
+            rows.append([space, words, interval(entry["real"]), *cells, ", ".join(seen) or "NOTHING"])
+    return Table(["features", "figure", "the scans as they are", *map(plain_way, ways), "sees"], rows)
+
+
+def plain_way(way: str) -> str:
+    """The name of a way to spoil scans, as people write it."""
+    return way.replace("_and_", " + ").replace("_", " ")
+
+
+def curve_table(curves: Mapping[str, Any]) -> Table:
+    """AUC over what is left of the detail; empty where it was not measured."""
+    if "skipped" in curves:
+        return Table([], [])
+    kinds = {
+        "synthetic": "synthetic against held-out real",
+        "training": "real against real",
+        "reconstructions": "reconstructions",
+    }
+    shown = {words: curves[kind] for kind, words in kinds.items() if kind in curves}
+    rows = []
+    for i, cutoff in enumerate(curves["cutoffs_cycles_per_voxel"]):
+        finest = curves["finest_mm"][i]
+        size = f", {number(finest)} mm" if finest else ""
+        words = f"coarser than {number(0.5 / cutoff)} voxels{size}" if cutoff else "all"
+        rows.append([words, *(interval(figures[i]) for figures in shown.values())])
+    return Table(["structure that is left", *shown], rows)
 
 
 def _others(entry: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:

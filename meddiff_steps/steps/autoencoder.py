@@ -22,6 +22,7 @@ from meddiff_steps.training.tasks.autoencoder import AutoencoderTask
 
 log = logging.getLogger(__name__)
 
+
 def run(
     config: options.Config,
     manifest: options.Manifest,

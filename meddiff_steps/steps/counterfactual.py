@@ -21,6 +21,7 @@ from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import CategoricalCovariate, Study, load_stage
 from meddiff_steps.core.files import atomic_path, write_atomic, write_json
+from meddiff_steps.core.random_streams import seed_key
 from meddiff_steps.evaluation import counterfactual as measuring
 from meddiff_steps.imaging.restoration import restore, restore_difference
 from meddiff_steps.imaging.selection import Images
@@ -78,7 +79,8 @@ def run(
     guides = None
     if settings.classifier_guidance and latents and scale:
         guides = latent_guides(settings, values, training.table, Shards(latents), load_file(scale), model.encoding)
-    made = counterfactuals(model, real, scans, values, settings, guides)
+    keys = [seed_key(f"{study.seed}/counterfactual/{name}", 0, 0, "decoder") for name in scans["scan_id"]]
+    made = counterfactuals(model, real, scans, values, settings, guides, keys if model.draws else None)
 
     shutil.rmtree(out, ignore_errors=True)
     some = training.at_most(MAX_TRAINING_SCANS)
@@ -100,7 +102,10 @@ def run(
     if settings.interpolation_steps and len(scans) > 1:
         shares = np.linspace(0, 1, settings.interpolation_steps).tolist()
         paths = [
-            interpolate(model, real[i : i + 2], scans.iloc[i : i + 2], shares, settings) for i in range(len(scans) - 1)
+            interpolate(
+                model, real[i : i + 2], scans.iloc[i : i + 2], shares, settings, keys[i] if model.draws else None
+            )
+            for i in range(len(scans) - 1)
         ]
         write_atomic(out / "interpolations.png", interpolation_sheet(names, paths, shares))
     derivative.complete(out, f"Counterfactuals: {settings.covariate} moved", README, model.digests)

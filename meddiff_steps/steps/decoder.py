@@ -38,9 +38,7 @@ def run(
     rows = rows_by_split(table, ids)
     fabric = make_fabric(study.compute, threads, study.compute.devices)
     first_stage, card = load_first_stage(autoencoder)
-    task = DecoderTask(
-        settings, study.variants, first_stage, shards, rows["train"], rows["val"], study.seed, fabric
-    )
+    task = DecoderTask(settings, study.variants, first_stage, shards, rows["train"], rows["val"], study.seed, fabric)
     compiled = speed_up(task.costly, study.compute, fabric, training=True)
     inputs = [manifest, *images, autoencoder / WEIGHTS, autoencoder / CARD]
     curve = fit(task, settings.optimiser, fabric, state / state_key("decoder", config, inputs), "decoder")

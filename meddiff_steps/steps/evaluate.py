@@ -58,7 +58,7 @@ def run(
     made = Images.of(synthetic, "sample_id", "seed_key", planned, f"{plan}")
     if len(made) < len(planned):
         logger.warning("%d of %d planned subjects were generated; figures are about those", len(made), len(planned))
-    context = Context(len(real.shape("image")) - 1, embedder)
+    context = Context(study.spatial_dims, embedder, study.preprocess.foreground)
     found = measuring.evaluate(
         Images.of(real, "scan_id", "subject_id", scans, f"{manifest}"),
         made,

@@ -72,6 +72,8 @@ def run(
         Section("sweeps", "One subject, one covariate moved", pictures=sweeps),
         sections.fidelity_section(measured, _parquet(evaluation / "predictions.parquet")),
         sections.realism_section(measured, _parquet(evaluation / "components.parquet")),
+        sections.discriminability_section(measured["discriminability"]),
+        sections.sanity_section(measured["sanity"]),
     ]
     if privacy:
         judged = read_json(privacy)

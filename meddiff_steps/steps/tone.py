@@ -37,7 +37,9 @@ def run(
     ids = shards.column("scan_id" if "scan_id" in shards.schema.names else "sample_id")
     rows = rows_by_split(table, ids)["train"]
     if not rows:
-        raise UserError(f"{manifest}: no training scan is left after preprocessing, so there are no grey levels to match.")
+        raise UserError(
+            f"{manifest}: no training scan is left after preprocessing, so there are no grey levels to match."
+        )
     fabric = make_fabric(study.compute, threads)
     model = TrainedModel.load(autoencoder, diffusion, fabric, study.compute, decoder=decoder, toned=False)
     scans = table.set_index("scan_id").loc[[ids[row] for row in rows]].reset_index()

@@ -37,9 +37,7 @@ class ConvolutionMuon(torch.optim.Muon):
     def __init__(self, weights: Iterable[nn.Parameter], learning_rate: float) -> None:
         self.weights = list(weights)
         matrices = [as_matrix(weight.detach()) for weight in self.weights]
-        super().__init__(
-            matrices, lr=learning_rate, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
-        )
+        super().__init__(matrices, lr=learning_rate, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
         self.matrices = matrices
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

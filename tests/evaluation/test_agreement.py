@@ -58,7 +58,7 @@ def test_kid_is_that_of_torchmetrics(shift: float) -> None:
 def test_the_p_value_of_kid_is_that_of_scipys_permutation_test() -> None:
     a, b = points("a", 14, 3), points("b", 18, 3, shift=0.35)
     draws = Draws(resamples=100, slow_resamples=100, permutations=1500, seed="", label="")
-    found = kid.figure(Sample(a, np.arange(14)), Sample(b, np.arange(18)), Scale.of(b, 14), draws)
+    found = kid.figure(Sample(a, np.arange(14)), Sample(b, np.arange(14, 32)), Scale.of(b, 14), draws)
 
     pooled = np.concatenate([a, b])
 

@@ -33,6 +33,40 @@ def test_manifold_shares_agree_with_brute_force() -> None:
     assert 0 < shares["coverage"].mean() < 1
 
 
+def inside_any(x: np.ndarray, of: np.ndarray, k: int) -> bool:
+    return bool((np.linalg.norm(of - x, axis=1) < d.neighbour_radii(of, k)[:, 0]).any())
+
+
+def test_an_image_is_judged_as_if_there_were_none_of_its_subject() -> None:
+    real, made, k = points("real", 23), points("real", 17) + 0.3 * points("made", 17), 3
+    same = np.zeros((23, 17), bool)
+    same[np.arange(17), np.arange(17)] = True
+    same[17, 3] = True  # a second scan of the fourth
+    shares = d.manifold_shares(real, made, k, same)
+    for j in range(17):
+        kept = ~same[:, j]
+        alone = d.manifold_shares(real[kept], made[j : j + 1], k)
+        assert shares["precision"][j] == alone["precision"][0]
+        assert shares["density"][j] == pytest.approx(alone["density"][0])
+    for i in range(23):
+        others = ~same[i]
+        assert shares["recall"][i] == inside_any(real[i], made[others], k)
+        near = [
+            np.linalg.norm(made[j] - real[i])
+            < np.sort(np.linalg.norm(real[~same[:, j]] - real[i], axis=1))[k]  # itself is first
+            for j in np.flatnonzero(others)
+        ]
+        assert shares["coverage"][i] == any(near)
+
+
+def test_density_of_reconstructions_of_the_reference_has_no_bias() -> None:
+    found = []
+    for i in range(30):
+        real = points(f"pairs {i}", 60)
+        found.append(d.manifold_shares(real, real[:30], 5, np.eye(60, 30, dtype=bool))["density"].mean())
+    assert np.mean(found) == pytest.approx(1.0, abs=0.05)
+
+
 def test_equal_distributions_have_density_one_and_the_published_coverage() -> None:
     assert d.expected_coverage(10_000, 10_000, 5) == pytest.approx(
         0.969, abs=0.001

@@ -6,7 +6,7 @@ import scipy.linalg
 
 from meddiff_steps.core.random_streams import philox
 from meddiff_steps.evaluation.realism import classifier_auc, frechet, kid
-from meddiff_steps.evaluation.realism.base import Draws, Sample, Scale
+from meddiff_steps.evaluation.realism.base import Draws, Sample, Scale, resampled, shared_units
 from meddiff_steps.evaluation.realism.measure import measure
 from meddiff_steps.statistics.bootstrap import Figure
 
@@ -109,7 +109,7 @@ def test_kid_sees_a_difference() -> None:
 
 def test_permutations_keep_subjects_whole() -> None:
     units = np.array(["a", "a", "b", "c", "c", "c", "d"])
-    chosen = kid._permuted(units, 2, 50, philox("test", "permutations"))
+    chosen = kid._permuted(units, np.isin(units, ["a", "b"]), 50, philox("test", "permutations"))
     for unit in "abcd":
         part = chosen[:, units == unit]
         assert (part == part[:, :1]).all()
@@ -168,3 +168,55 @@ def test_chosen_metrics_have_the_numbers_of_all_of_them(names: list[str]) -> Non
     every = measure(samples, scale, **settings)
     assert list(every) == ["frechet", "kid", "classifier_auc"]
     assert measure(samples, scale, names, **settings) == {name: every[name] for name in every if name in names}
+
+
+# ---------------------------------------------------------------------------------- a scan and its reconstruction
+
+
+def paired(label: str, n: int, difference: float) -> tuple[Sample, Sample]:
+    """Subjects in both samples, whose rows differ by little."""
+    rows = draw(label, n)
+    units = np.array([f"sub-{i}" for i in range(n)])
+    return Sample(rows + difference * draw(f"{label} other", n), units), Sample(rows, units)
+
+
+def test_units_are_shared_where_they_have_one_name() -> None:
+    a = Sample(np.zeros((3, 1)), np.array(["x", "y", "x"]))
+    b = Sample(np.zeros((2, 1)), np.array(["y", "z"]))
+    assert shared_units(a, b).tolist() == ["a:x", "c:y", "a:x", "c:y", "b:z"]
+    weights = resampled(a, b, Draws(10, 50, 10, "", ""), "test")
+    assert [w.shape for w in weights] == [(50, 3), (50, 2)]
+    assert (weights[0][:, 1] == weights[1][:, 0]).all()  # one subject
+    assert (weights[0][:, 0] == weights[0][:, 2]).all()
+    other = Sample(b.features, np.array(["u", "v"]))
+    apart = resampled(a, other, Draws(10, 50, 10, "", ""), "test")
+    assert not (apart[0][:, 1] == apart[1][:, 0]).all()
+
+
+def test_the_classifier_learns_nothing_from_the_same_subject_on_the_other_side() -> None:
+    a, b = paired("classifier", 60, 1e-3)
+    assert auc_of(a, b, resamples=100, seed="", label="")["value"] == pytest.approx(0.5, abs=0.12)
+    shifted = Sample(b.features + 2.0, b.units)
+    assert auc_of(shifted, b, resamples=100, seed="", label="")["value"] > 0.95
+
+
+def test_kid_of_equals_is_unbiased_though_all_subjects_are_shared() -> None:
+    found = [
+        kid_of(*paired(f"kid {i}", 30, 0.0), resamples=20, permutations=50, seed=str(i), label="") for i in range(20)
+    ]
+    assert [f["value"] for f in found] == pytest.approx([0.0] * 20, abs=1e-9)
+    a, b = paired("kid", 30, 0.1)
+    moved = Sample(a.features + 1.0, a.units)
+    different = kid_of(moved, b, resamples=20, permutations=199, seed="", label="")
+    assert different["p_value"] < 0.05
+
+
+def test_permutations_swap_shared_subjects_and_share_out_the_rest() -> None:
+    units = np.array([0, 1, 2, 3, 4, 5, 2, 3, 6, 7, 8])
+    first = np.arange(11) < 6
+    chosen = kid._permuted(units, first, 200, philox("test", "swaps"))
+    for unit in (2, 3):
+        rows = chosen[:, units == unit]
+        assert (rows.sum(1) == 1).all()
+        assert 0.35 < rows[:, 0].mean() < 0.65
+    assert (chosen.sum(1) == 6).all()

@@ -125,6 +125,17 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path, monkeypa
     assert peaks[1] < peaks[0] + 100_000  # 900 more images are 920 kB
 
 
+def test_images_may_be_changed_before_they_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = write_images(tmp_path / "images.arrow", 5, (8, 8))
+    space = base.FeatureSpace("mean", "0", "", lambda images: images.flatten(1).mean(1, keepdim=True))
+    plain = base.extract([space], shards, [4, 1, 2])["mean"]
+    monkeypatch.setattr(base, "BATCH_VALUES", 2 * 8 * 8)
+    changed = base.extract(
+        [space], shards, [4, 1, 2], change=lambda images, rows: images + rows[:, None, None, None].astype(np.float32)
+    )["mean"]
+    np.testing.assert_allclose(changed - plain, [[4], [1], [2]], rtol=1e-5)
+
+
 def network(**changes: object) -> FeatureNetwork:
     return FeatureNetwork.model_validate({"name": "mine", "weights": "nowhere.pt"} | changes)
 
@@ -187,7 +198,7 @@ def with_embedder(folder: Path, shape: tuple[int, ...]) -> Context:
 def test_chosen_spaces_are_those_of_all_of_them(tmp_path: Path) -> None:
     context, images = with_embedder(tmp_path, (12, 8, 10)), torch.rand(3, 1, 12, 8, 10)
     every = {space.name: space for space in spaces(None, context)}
-    assert list(every) == ["random", "radiomics", "embedder"]
+    assert list(every) == ["random", "radiomics", "embedder", "structure"]
     some = spaces(["embedder", "random"], context)
     assert [space.name for space in some] == ["random", "embedder"]
     for space in some:
@@ -199,7 +210,7 @@ def test_chosen_spaces_are_those_of_all_of_them(tmp_path: Path) -> None:
 def test_a_space_that_is_not_chosen_loads_nothing_and_one_that_cannot_be_built_is_refused(tmp_path: Path) -> None:
     nowhere = Context(2, tmp_path / "nowhere")
     assert [space.name for space in spaces(["radiomics"], nowhere)] == ["radiomics"]
-    assert [space.name for space in spaces(None, Context(2))] == ["random", "radiomics"]
+    assert [space.name for space in spaces(None, Context(2))] == ["random", "radiomics", "structure"]
     with pytest.raises(UserError, match=r"evaluate.spaces: embedder needs the study's instruments/embedder"):
         spaces(["random", "embedder"], Context(2))
     with pytest.raises(UserError, match=r"evaluate.spaces: there is no fid"):

@@ -73,6 +73,8 @@ class Fabricated:
                     "permutations": 100,
                     "ssim_pairs": 20,
                     "max_images": 45,
+                    "cutoffs": [0.1],
+                    "sanity_images": 16,
                 },
             },
             "test",

@@ -66,9 +66,9 @@ def test_metrics_of_a_perfect_generator(study: Fabricated) -> None:
 
 def test_realism_and_diversity_of_a_perfect_generator(study: Fabricated) -> None:
     metrics = study.metrics()
-    assert set(metrics["realism"]) == set(metrics["diversity"]["features"]) == {"random", "radiomics", "embedder"}
+    assert set(metrics["realism"]) == set(metrics["diversity"]["features"]) == set(SPACES)
     for name, entry in metrics["realism"].items():
-        assert entry["images"] == {"synthetic": 40, "training": 40, "held_out": 45}
+        assert entry["images"] == {"synthetic": 40, "training": 40, "held_out": 45, "reconstructions": 33}
         assert re.fullmatch("[0-9a-f]{16}", entry["digest"])
         assert metrics["diversity"]["features"][name]["digest"] == entry["digest"]
         assert entry["kid"]["p_value"] > 0.01
@@ -89,7 +89,7 @@ def test_realism_and_diversity_of_a_perfect_generator(study: Fabricated) -> None
     assert len(metrics["training_range"]["size"]) == 2
     places = pd.read_parquet(study.root / "evaluation/components.parquet")
     assert places.groupby(["space", "kind"]).size().to_dict() == {
-        (s, k): n for s in ("random", "radiomics", "embedder") for k, n in (("held_out", 45), ("synthetic", 40))
+        (s, k): n for s in SPACES for k, n in (("held_out", 45), ("synthetic", 40))
     }
 
 
@@ -118,7 +118,9 @@ def test_too_few_images_say_so(study: Fabricated) -> None:
     plan.loc[6:, "group"] = "sweep"
     plan.to_parquet(study.root / "plan-few.parquet", index=False)
     metrics = study.evaluate("-six", plan=study.root / "plan-few.parquet", embedder=None)
-    assert set(metrics["realism"]) == {"random", "radiomics"}
+    assert set(metrics["realism"]) == {"random", "radiomics", "structure"}
+    assert metrics["discriminability"]["skipped"].startswith("6 images")
+    assert "figures" not in metrics["sanity"]
     assert metrics["realism"]["random"]["skipped"].startswith("6 images")
     assert pd.read_parquet(study.root / "evaluation-six/components.parquet").empty
 
@@ -306,14 +308,19 @@ def test_chosen_spaces_and_metrics_have_the_numbers_of_all_of_them(study: Fabric
     for name, entry in found["realism"].items():
         assert entry == {key: value for key, value in every["realism"][name].items() if key not in LEFT_OUT}
         assert found["diversity"]["features"][name] == every["diversity"]["features"][name]
+    for name, figures in found["sanity"]["figures"].items():
+        whole = every["sanity"]["figures"][name]
+        assert figures == {key: value for key, value in whole.items() if key not in LEFT_OUT}
     del found["realism"], found["diversity"]["features"], every["realism"], every["diversity"]["features"]
+    del found["sanity"]["figures"], every["sanity"]["figures"]
     assert found == every
-    places = pd.read_parquet(study.root / "evaluation/components.parquet").query("space != 'radiomics'")
+    places = pd.read_parquet(study.root / "evaluation/components.parquet").query("space in ('random', 'embedder')")
     chosen = pd.read_parquet(study.root / "evaluation-chosen/components.parquet")
     pd.testing.assert_frame_equal(chosen, places.reset_index(drop=True))
 
 
 LEFT_OUT = {"frechet", "classifier_auc"}
+SPACES = ("random", "radiomics", "embedder", "structure")
 
 
 def test_the_page_and_the_card_of_a_release_cope_with_chosen_spaces_and_metrics(study: Fabricated) -> None:
@@ -329,4 +336,4 @@ def test_the_page_and_the_card_of_a_release_cope_with_chosen_spaces_and_metrics(
     assert "radiomics" not in quality(metrics)  # which shows the classifier alone
     metrics["realism"]["radiomics"]["precision of hands"] = metrics["realism"]["radiomics"]["frechet"]
     shown = tables.realism_table(metrics).rows
-    assert ["radiomics", "precision of hands", "near its floor"] in [[row[0], row[1], row[4]] for row in shown]
+    assert ["radiomics", "precision of hands", "near its floor"] in [[row[0], row[1], row[5]] for row in shown]

@@ -2,6 +2,7 @@
 
 Every figure compares synthetic images with held-out real scans.  Its floor is the same figure with as many training
 scans in place of the synthetic images: what a generator as good as reality would get with these numbers of images.
+With reconstructions of held-out scans in their place it says what the decoder alone can be told by.
 Figures of different feature spaces or numbers of images cannot be compared; a figure and its floor can.
 
 A metric (`evaluate.metrics`) is a module of this package: `ENTRY` says what it is, and
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
+
+from meddiff_steps.statistics.bootstrap import Bootstrap
 
 #: Principal components kept at most.  A covariance of d components has d^2 / 2 numbers: fewer than five images per
 #: component leave it mostly noise.
@@ -31,7 +34,7 @@ class Sample:
     features
         float64 (n, d).
     units
-        What is resampled: the subject of each real scan, the noise of each synthetic image.
+        What is resampled: the subject of each real scan or reconstruction, the noise of each synthetic image.
     """
 
     features: np.ndarray
@@ -97,7 +100,7 @@ class Draws:
     permutations
         Of a test of equal distributions.
     seed, label
-        Root of all random numbers, and whose figure it is: `synthetic`, or `training` for the floor.
+        Root of all random numbers, and whose figure it is: `synthetic`, `training` for the floor, and so on.
     """
 
     resamples: int
@@ -105,3 +108,33 @@ class Draws:
     permutations: int
     seed: str
     label: str
+
+
+def shared_units(a: Sample, b: Sample) -> np.ndarray:
+    """Unit of each row of both samples, those of `a` first, text (n + m,).
+
+    Samples have nobody in common, whatever their units are called, but where subjects are in both under one name: a
+    scan and its reconstruction are one unit, which is resampled, folded and compared as one.
+    """
+    both = np.intersect1d(a.units.astype(str), b.units.astype(str))
+    named = []
+    for side, sample in (("a", a), ("b", b)):
+        units = sample.units.astype(str)
+        named.append(np.where(np.isin(units, both), np.char.add("c:", units), np.char.add(f"{side}:", units)))
+    return np.concatenate(named)
+
+
+def resampled(a: Sample, b: Sample, draws: Draws, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """How often each row of either sample is drawn, (slow resamples, n) and (slow resamples, m); `name` of the metric.
+
+    Each sample's units are drawn by themselves, or together with those of the other where some are in both.
+    """
+    units = shared_units(a, b)
+    if not np.char.startswith(units, "c:").any():
+        boots = [
+            Bootstrap(sample.units, draws.slow_resamples, draws.seed, f"{name} {draws.label} {side}")
+            for side, sample in (("a", a), ("b", b))
+        ]
+        return boots[0].all_weights(), boots[1].all_weights()
+    weights = Bootstrap(units, draws.slow_resamples, draws.seed, f"{name} {draws.label}").all_weights()
+    return weights[:, : len(a)], weights[:, len(a) :]

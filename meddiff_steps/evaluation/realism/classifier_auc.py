@@ -9,7 +9,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from meddiff_steps.core.random_streams import philox
-from meddiff_steps.evaluation.realism.base import Draws, Sample, Scale
+from meddiff_steps.evaluation.realism.base import Draws, Sample, Scale, shared_units
 from meddiff_steps.statistics.bootstrap import Bootstrap, Figure
 from meddiff_steps.statistics.bootstrap import figure as with_interval
 from meddiff_steps.statistics.measures import auc
@@ -42,7 +42,7 @@ def figure(synthetic: Sample, reference: Sample, scale: Scale, draws: Draws) -> 
     a, b = synthetic, reference
     features = np.concatenate([a.features, b.features])
     labels = np.concatenate([np.ones(len(a), bool), np.zeros(len(b), bool)])
-    units = np.concatenate([np.char.add("a:", a.units.astype(str)), np.char.add("b:", b.units.astype(str))])
+    units = shared_units(a, b)
     folds = min(FOLDS, len(np.unique(a.units)), len(np.unique(b.units)))
     boot = Bootstrap(units, draws.resamples, draws.seed, f"classifier {draws.label}")
     if folds < 2:

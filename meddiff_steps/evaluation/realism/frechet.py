@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from meddiff_steps.evaluation.realism.base import Draws, Sample, Scale
-from meddiff_steps.statistics.bootstrap import Bootstrap, Figure, centred
+from meddiff_steps.evaluation.realism.base import Draws, Sample, Scale, resampled
+from meddiff_steps.statistics.bootstrap import Figure, centred
 from meddiff_steps.statistics.bootstrap import figure as with_interval
 
 ENTRY = {
@@ -65,12 +65,11 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 def figure(synthetic: Sample, reference: Sample, scale: Scale, draws: Draws) -> Figure:
     """`frechet_distance` along the principal components, with its interval from `draws.slow_resamples`."""
     a, b = (Sample(scale.components(sample.features), sample.units) for sample in (synthetic, reference))
-    boots = [
-        Bootstrap(sample.units, draws.slow_resamples, draws.seed, f"frechet {draws.label} {side}")
-        for side, sample in zip("ab", (a, b), strict=True)
-    ]
     found = _frechet(
-        *(_moments(sample.features, boot.all_weights()) for sample, boot in zip((a, b), boots, strict=True))
+        *(
+            _moments(sample.features, weights)
+            for sample, weights in zip((a, b), resampled(a, b, draws, "frechet"), strict=True)
+        )
     )
     value = frechet_distance(a.features, b.features)
-    return with_interval(value, centred(value, found, 0.0), boots[0].n)
+    return with_interval(value, centred(value, found, 0.0), len(np.unique(a.units)))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from meddiff_steps.core.random_streams import philox
-from meddiff_steps.evaluation.realism.base import Draws, Sample, Scale
-from meddiff_steps.statistics.bootstrap import Bootstrap, Figure, centred, rounded
+from meddiff_steps.evaluation.realism.base import Draws, Sample, Scale, resampled, shared_units
+from meddiff_steps.statistics.bootstrap import Figure, centred, rounded
 from meddiff_steps.statistics.bootstrap import figure as with_interval
 
 ENTRY = {
@@ -32,8 +32,8 @@ def _mmd(kernel: np.ndarray, first: np.ndarray, second: np.ndarray, units: np.nd
     """Unbiased squared MMD between rows drawn as the weights `first` and `second` say, (b, n) each, of one pooled
     kernel (n, n).
 
-    Rows of one unit are not compared within a sample: scans of a person, or a row that was drawn twice, are alike for
-    another reason.
+    Rows of one unit are not compared, neither within a sample nor between both: scans of a person, a row that was drawn
+    twice, or a scan and its reconstruction, are alike for another reason.
     """
     same = np.equal.outer(units, units)
     compared = np.where(same, 0.0, kernel)
@@ -41,7 +41,8 @@ def _mmd(kernel: np.ndarray, first: np.ndarray, second: np.ndarray, units: np.nd
     for weights in (first, second):
         pairs = weights.sum(1) ** 2 - ((weights @ same) * weights).sum(1)
         within.append(((weights @ compared) * weights).sum(1) / np.maximum(pairs, 1.0))
-    between = ((first @ kernel) * second).sum(1) / (first.sum(1) * second.sum(1))
+    pairs = first.sum(1) * second.sum(1) - ((first @ same) * second).sum(1)
+    between = ((first @ compared) * second).sum(1) / np.maximum(pairs, 1.0)
     return within[0] + within[1] - 2.0 * between
 
 
@@ -58,11 +59,20 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
     )
 
 
-def _permuted(units: np.ndarray, firsts: int, permutations: int, rng: np.random.Generator) -> np.ndarray:
-    """Rows (permutations, n), true for those of `firsts` units chosen at random: a subject is never divided."""
+def _permuted(units: np.ndarray, first: np.ndarray, permutations: int, rng: np.random.Generator) -> np.ndarray:
+    """Rows (permutations, n), true for those that are given to the first sample, which had the rows `first`, (n,).
+
+    As many units as it had, chosen at random: a subject is never divided.  Units in both samples change sides or do
+    not, each by chance.
+    """
     names, unit_of_row = np.unique(units, return_inverse=True)
-    order = rng.random((permutations, len(names))).argsort(axis=1)
-    return (order < firsts)[:, unit_of_row]
+    had, other = (np.bincount(unit_of_row[rows], minlength=len(names)) > 0 for rows in (first, ~first))
+    lone = ~(had & other)
+    given = (
+        rng.random((permutations, len(names))) < 0.5 if not lone.all() else np.zeros((permutations, len(names)), bool)
+    )
+    given[:, lone] = rng.random((permutations, lone.sum())).argsort(axis=1) < (had & lone).sum()
+    return np.where(lone[unit_of_row], given[:, unit_of_row], first ^ given[:, unit_of_row])
 
 
 def figure(synthetic: Sample, reference: Sample, scale: Scale, draws: Draws) -> Figure:
@@ -78,17 +88,12 @@ def figure(synthetic: Sample, reference: Sample, scale: Scale, draws: Draws) -> 
     pooled = np.concatenate([a.features, b.features])
     kernel = polynomial_kernel(pooled, pooled)
     first = np.arange(len(pooled)) < len(a)
-    names = np.concatenate([np.char.add("a:", a.units.astype(str)), np.char.add("b:", b.units.astype(str))])
-    units = np.unique(names, return_inverse=True)[1]
+    units = np.unique(shared_units(a, b), return_inverse=True)[1]
     value = float(_mmd(kernel, first[None] * 1.0, ~first[None] * 1.0, units)[0])
-    boots = [
-        Bootstrap(sample.units, draws.slow_resamples, draws.seed, f"kid {draws.label} {side}")
-        for side, sample in zip("ab", (a, b), strict=True)
-    ]
-    weights = [np.zeros((draws.slow_resamples, len(pooled))) for _ in boots]
-    weights[0][:, first], weights[1][:, ~first] = (boot.all_weights() for boot in boots)
+    weights = [np.zeros((draws.slow_resamples, len(pooled))) for _ in range(2)]
+    weights[0][:, first], weights[1][:, ~first] = resampled(a, b, draws, "kid")
     found = _mmd(kernel, weights[0], weights[1], units)
-    chosen = _permuted(units, boots[0].n, draws.permutations, philox(draws.seed, f"kid permutations {draws.label}"))
+    chosen = _permuted(units, first, draws.permutations, philox(draws.seed, f"kid permutations {draws.label}"))
     shuffled = _mmd(kernel, chosen * 1.0, ~chosen * 1.0, units)
     p_value = (1 + int((shuffled >= value).sum())) / (1 + draws.permutations)
-    return with_interval(value, centred(value, found), boots[0].n) | {"p_value": rounded(p_value)}
+    return with_interval(value, centred(value, found), len(np.unique(a.units))) | {"p_value": rounded(p_value)}

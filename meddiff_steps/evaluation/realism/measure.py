@@ -1,13 +1,31 @@
-"""The chosen metrics of one feature space, each beside its floor."""
+"""The chosen metrics of one feature space, each beside its floor and beside what reconstructions of real scans give."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from meddiff_steps.core.choice import chosen
 from meddiff_steps.core.registries import METRICS
 from meddiff_steps.evaluation.realism.base import Draws, Sample, Scale
+from meddiff_steps.statistics.bootstrap import Figure
+
+
+def judge(
+    sample: Sample, reference: Sample, scale: Scale, draws: Draws, names: Sequence[str] | None = None
+) -> dict[str, Figure]:
+    """Every chosen metric of one sample against the reference, in the order of the registry.
+
+    Raises
+    ------
+    UserError
+        A name is not in the registry.
+    """
+    return {
+        name: METRICS.load(name).figure(sample, reference, scale, draws)
+        for name in chosen(METRICS, names, "evaluate.metrics")
+    }
 
 
 def measure(
@@ -26,7 +44,7 @@ def measure(
     ----------
     samples
         `synthetic`, `training` (as many) and `held_out`, in standard deviations (`Scale.standard`); at least
-        `MIN_IMAGES` each.
+        `MIN_IMAGES` each.  `reconstructions` of held-out scans, and these `originals`, where there are enough.
     scale
         Of the space.
     names
@@ -37,21 +55,25 @@ def measure(
     Returns
     -------
     dict
-        Per metric, in the order of the registry, a figure with a `floor`.
+        Per metric, in the order of the registry, a figure with a `floor`, and `reconstructions`, a figure whose
+        `floor` is that of the same scans before they were encoded.
 
     Raises
     ------
     UserError
         A name is not in the registry.
     """
-    out: dict[str, Any] = {}
-    for name in chosen(METRICS, names, "evaluate.metrics"):
-        figure = METRICS.load(name).figure
+    draws = Draws(resamples, slow_resamples, permutations, seed, "")
+
+    def beside(kind: str, real: str) -> dict[str, Figure]:
         found, floor = (
-            figure(
-                samples[kind], samples["held_out"], scale, Draws(resamples, slow_resamples, permutations, seed, kind)
-            )
-            for kind in ("synthetic", "training")
+            judge(samples[label], samples["held_out"], scale, replace(draws, label=label), names)
+            for label in (kind, real)
         )
-        out[name] = found | {"floor": floor}
+        return {name: figure | {"floor": floor[name]} for name, figure in found.items()}
+
+    out = beside("synthetic", "training")
+    if "reconstructions" in samples:
+        for name, figure in beside("reconstructions", "originals").items():
+            out[name]["reconstructions"] = figure
     return out

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -64,10 +64,13 @@ class Context:
         Of the study's images, 2 or 3.
     embedder
         Folder of the learned copy detector; None where there is none.
+    foreground
+        As `preprocess.foreground`: `all` where 0 is a grey value like others, so that images have no background.
     """
 
     spatial_dims: int
     embedder: Path | None = None
+    foreground: Literal["nonzero", "all"] = "nonzero"
 
 
 def digest_of(*parts: Any) -> str:
@@ -75,8 +78,18 @@ def digest_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(["meddiff/features/v1", *parts], sort_keys=True).encode()).hexdigest()[:16]
 
 
+#: Images float32 (b, 1, *spatial) and their rows to changed images of the same shape.
+Change = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
 def extract(
-    spaces: Sequence[FeatureSpace], shards: Shards, rows: Sequence[int] | np.ndarray, task: str = "features"
+    spaces: Sequence[FeatureSpace],
+    shards: Shards,
+    rows: Sequence[int] | np.ndarray,
+    task: str = "features",
+    *,
+    column: str = "image",
+    change: Change | None = None,
 ) -> dict[str, np.ndarray]:
     """Features of selected images in every space, reading each image once.
 
@@ -85,11 +98,15 @@ def extract(
     spaces
         At least one; names are distinct.
     shards
-        With a column `image`, (1, *spatial) in [0, 1].
+        With a column of images, (1, *spatial) in [0, 1].
     rows
         Of `shards`.
     task
         Name of the progress bar.
+    column
+        Of `shards`.
+    change
+        What is done to the images first.
 
     Returns
     -------
@@ -103,7 +120,7 @@ def extract(
         A network gives something other than finite features, (b, d) or (b, d, *spatial).
     """
     numbers = np.asarray(rows, dtype=int)
-    step = max(1, BATCH_VALUES // math.prod(shards.shape("image")))
+    step = max(1, BATCH_VALUES // math.prod(shards.shape(column)))
     out: dict[str, np.ndarray] = {}
     with (
         torch.inference_mode(),
@@ -111,7 +128,8 @@ def extract(
     ):
         for start in range(0, len(numbers), step):
             chosen = numbers[start : start + step]
-            images = torch.from_numpy(shards.tensors("image", chosen))
+            values = shards.tensors(column, chosen)
+            images = torch.from_numpy(values if change is None else change(values, chosen))
             for space in spaces:
                 found = _checked(space, space.extract(images), len(images))
                 if space.name not in out:

@@ -87,6 +87,7 @@ class Denoiser(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor, condition: Condition, guide: bool = False) -> Tensor:
         """x (b, c, *spatial), timesteps (b,) -> (b, c, *spatial) float32; of the network, or of its `guide`."""
         network = self.guide if guide else self.network
+        assert network is not None, "this model keeps no guide"
         alpha, sigma = self.process.alpha_sigma(timesteps)
         known = self.effects(x, alpha, sigma, condition.covariates)
         learnt = network(known.surprise, timesteps, condition).float()
@@ -100,8 +101,9 @@ class Denoiser(nn.Module):
 def gain(process: NoiseProcess, deviation: Tensor | float, timesteps: Tensor, ndim: int) -> Tensor:
     """What it means for the prediction of `process` to add one posterior deviation to the estimate of x0.
 
-    x0 of this `deviation` has the posterior deviation s = deviation * sigma / sqrt(alpha^2 deviation^2 + sigma^2).  What
-    is added to x0 is taken from the noise, so that x = alpha * x0 + sigma * noise stays: s, and -s * alpha / sigma.
+    x0 of this `deviation` has the posterior deviation s = deviation * sigma / sqrt(alpha^2 deviation^2 + sigma^2).
+    What is added to x0 is taken from the noise, so that x = alpha * x0 + sigma * noise stays: s, and -s * alpha /
+    sigma.
     """
     alpha, sigma = (a.float().reshape(-1, *[1] * (ndim - 1)) for a in process.alpha_sigma(timesteps))
     per_noise = deviation * (alpha.square() * deviation**2 + sigma.square()).rsqrt()

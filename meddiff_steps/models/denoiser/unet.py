@@ -28,8 +28,9 @@ POSITION_CHANNELS = 8
 class UNet(nn.Module):
     """What is to be added to a closed-form prediction; starts at zero.
 
-    It sees the latents, a learnt map of positions and the condition's maps, which must have the latents' grid. Covariates enter twice: as cross-attention tokens, and added to the time embedding, which reaches every
-    residual block. Further tokens (text) are attended to beside them.
+    It sees the latents, a learnt map of positions and the condition's maps, which must have the latents' grid.
+    Covariates enter twice: as cross-attention tokens, and added to the time embedding, which reaches every residual
+    block. Further tokens (text) are attended to beside them.
 
     Parameters
     ----------

@@ -31,7 +31,7 @@ SAMPLER = "dpmpp"
 
 
 class ResidualDiffusion(DrawingDecoder):
-    """Predicts v from a noisy residual, the decoded image and coordinates; all in blocks of two voxels along each axis.
+    """Predicts v by local layers; blocks are of two voxels along each axis.
 
     Its layers are local, so that it learns from crops.  Blocks are written as Haar coefficients, which is orthonormal:
     white noise stays white.
@@ -44,13 +44,14 @@ class ResidualDiffusion(DrawingDecoder):
         (1, *spatial), even along each axis.
     """
 
-    deviation: Tensor
+    process = PROCESS
 
     def __init__(self, settings: config.Decoder, image_shape: Sequence[int]) -> None:
         super().__init__()
         dims = len(image_shape) - 1
         self.stem = Stem(dims, "haar")
-        self.blocks_shape = tuple(n // self.stem.factor for n in image_shape[1:])
+        self.block = self.stem.factor
+        self.blocks_shape = tuple(n // self.block for n in image_shape[1:])
         self.register_buffer("deviation", torch.ones(()))
         self.tone = ToneCurve()
         channels = self.stem.channels(1)
@@ -61,32 +62,15 @@ class ResidualDiffusion(DrawingDecoder):
         return [self.net]
 
     def place(self, start: Sequence[int] | None = None, size: Sequence[int] | None = None) -> Tensor:
-        """Coordinates of blocks, (d, *size): of all, or of a crop that begins at block `start`."""
         whole = coordinates(self.blocks_shape)
         if start is None or size is None:
             return whole
         return whole[(slice(None), *(slice(low, low + n) for low, n in zip(start, size, strict=True)))]
 
     def residual(self, images: Tensor, decoded: Tensor) -> Tensor:
-        """What is to be drawn, in blocks and of unit variance: (b, channels, *blocks) of images (b, 1, *spatial)."""
         return self.stem((images - decoded) / self.deviation)
 
     def forward(self, x: Tensor, timesteps: Tensor, decoded: Tensor, place: Tensor, slab: int | None = None) -> Tensor:
-        """v (b, channels, *blocks) of noisy residuals x.
-
-        Parameters
-        ----------
-        x
-            (b, channels, *blocks).
-        timesteps
-            (b,).
-        decoded
-            The decoded image in the same blocks, from -1 to 1.
-        place
-            Coordinates of the blocks, (b, d, *blocks).
-        slab
-            Planes of blocks that are computed at a time.
-        """
         alpha, sigma = PROCESS.alpha_sigma(timesteps)
         level, numbers = sigma.log() - alpha.log(), x.new_zeros(len(x), 0)
         if slab is None:
@@ -98,7 +82,6 @@ class ResidualDiffusion(DrawingDecoder):
         return by_slabs(network, [torch.cat([x, decoded], 1), place], slab, self.net.reach)
 
     def in_blocks(self, decoded: Tensor) -> Tensor:
-        """A decoded image (b, 1, *spatial) in [0, 1] as the network sees it."""
         return dense(self.stem(decoded * 2.0 - 1.0))
 
     def step(self, decoded: Tensor) -> Tensor:
@@ -112,7 +95,7 @@ class ResidualDiffusion(DrawingDecoder):
     def draw(self, decoded: Tensor, noise: Tensor, num_inference_steps: int, slab: int | None = None) -> Tensor:
         seen = self.in_blocks(decoded)
         place = self._places(seen)
-        planes = None if slab is None else max(1, slab // self.stem.factor)
+        planes = None if slab is None else max(1, slab // self.block)
         drawn = sample(
             lambda x, timesteps, condition: self(dense(x), timesteps, condition.maps["decoded"], place, planes),
             self.stem(noise),

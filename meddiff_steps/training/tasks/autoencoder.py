@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 VALIDATION_SCANS = 32
 
 
-
 def spectral_loss(reconstruction: Tensor, image: Tensor) -> Tensor:
     """Mean absolute difference of Fourier magnitudes (orthonormal transform), which penalises lost fine detail."""
     axes = tuple(range(2, image.ndim))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,8 +18,7 @@ from meddiff_steps.compute.micro_batch import MicroBatch
 from meddiff_steps.core.random_streams import batch_noise, seed_key, step_generator
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.imaging.variants import draw_variant
-from meddiff_steps.models.drawing.base import build
-from meddiff_steps.models.drawing.residual_diffusion import PROCESS, ResidualDiffusion
+from meddiff_steps.models.drawing.base import DrawingDecoder, build
 from meddiff_steps.models.first_stage.base import FirstStage, reconstruct
 from meddiff_steps.models.tone import level_counts
 from meddiff_steps.training.loop import batch_rows, clip_gradients, rank_share
@@ -74,12 +73,12 @@ class DecoderTask:
         self.shape = shards.shape("image")
         self.spatial_dims = len(self.shape) - 1
         to_channels_last(first_stage, self.spatial_dims)
-        self.first_stage = fabric.to_device(first_stage)
+        fabric.to_device(first_stage)
+        self.first_stage = first_stage
         torch.manual_seed(int(step_generator(self.root, "weights", 0).integers(2**31)))
-        model: Any = build(settings, self.shape)
-        self.model: ResidualDiffusion = model
-        self.crop = [min(settings.crop // 2, n) for n in model.blocks_shape]
-        model.deviation.fill_(self._measure(model))
+        self.model = model = build(settings, self.shape)
+        self.crop = [min(settings.crop // model.block, n) for n in model.blocks_shape]
+        model.deviation.fill_(self._measure())
         to_channels_last(model, self.spatial_dims)
         average = copy.deepcopy(model).requires_grad_(False).eval()
         self.net, self.optimisers = set_up(model, settings.optimiser, fabric)
@@ -87,7 +86,7 @@ class DecoderTask:
         #: What `compilation.speed_up` may compile.
         self.costly = list(model.costly)
 
-    def _measure(self, model: ResidualDiffusion) -> float:
+    def _measure(self) -> float:
         """Standard deviation of residuals where there is an image."""
         total = count = 0.0
         for start, row in enumerate(self.train_rows[:MEASURED_SCANS]):
@@ -113,17 +112,21 @@ class DecoderTask:
         for image in range(len(x)):
             for _ in range(each):
                 start = self._place(images[image, 0], generator)
-                window = (image, slice(None), *(slice(a, a + n) for a, n in zip(start, self.crop, strict=True)))
-                found[0].append(residual[window])
-                found[1].append(seen[window])
+                window = (slice(None), *(slice(a, a + n) for a, n in zip(start, self.crop, strict=True)))
+                found[0].append(residual[image][window])
+                found[1].append(seen[image][window])
                 found[2].append(self.model.place(start, self.crop).to(seen))
         return torch.stack(found[0]), torch.stack(found[1]), torch.stack(found[2])
 
     def _place(self, image: np.ndarray, generator: np.random.Generator) -> list[int]:
         """Where a crop begins, in blocks: the first place of some that is not black."""
+        block = self.model.block
         for _ in range(PLACES):
-            start = [int(generator.integers(n - size + 1)) for n, size in zip(self.model.blocks_shape, self.crop, strict=True)]
-            window = tuple(slice(2 * a, 2 * (a + size)) for a, size in zip(start, self.crop, strict=True))
+            start = [
+                int(generator.integers(n - size + 1))
+                for n, size in zip(self.model.blocks_shape, self.crop, strict=True)
+            ]
+            window = tuple(slice(block * a, block * (a + size)) for a, size in zip(start, self.crop, strict=True))
             if (image[window] > BLACK).mean() >= LEAST_SHARE:
                 break
         return start
@@ -132,7 +135,9 @@ class DecoderTask:
         """`count` crops of images `rows`, with noise and timesteps of theirs."""
         residual, seen, place = (part[:count] for part in self._crops(rows, -(-count // len(rows)), generator))
         uniform = (generator.permutation(count) + generator.random(count)) / count
-        timesteps = to_device(PROCESS.training_timesteps(uniform, LEVELS.mean, LEVELS.deviation), self.fabric)
+        timesteps = to_device(
+            self.model.process.training_timesteps(uniform, LEVELS.mean, LEVELS.deviation), self.fabric
+        )
         noise = to_device(generator.standard_normal(residual.shape, dtype=np.float32), self.fabric)
         return residual, seen, place, noise, timesteps
 
@@ -158,9 +163,14 @@ class DecoderTask:
     def _loss(
         self, net: nn.Module, residual: Tensor, seen: Tensor, place: Tensor, noise: Tensor, timesteps: Tensor
     ) -> Tensor:
-        noisy = PROCESS.add_noise(residual, noise, timesteps)
+        noisy = self.model.process.add_noise(residual, noise, timesteps)
         predicted = net(noisy, timesteps, seen, place)
-        return (predicted - PROCESS.target(residual, noise, timesteps)).square().mean()
+        return (predicted - self.model.process.target(residual, noise, timesteps)).square().mean()
+
+    def _average(self) -> DrawingDecoder:
+        average = self.modules["average"]
+        assert isinstance(average, DrawingDecoder)
+        return average
 
     @torch.no_grad()
     def reconstruct(self, row: int, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -168,7 +178,7 @@ class DecoderTask:
 
         `name` keys the noise: a scan's id.
         """
-        average: Any = self.modules["average"]
+        average = self._average()
         image = to_device(self.shards.tensors("image", np.array([row])), self.fabric)
         image = image.contiguous(memory_format=channels_last(self.spatial_dims))
         noise = to_device(batch_noise([seed_key(f"{self.root}/{name}", 0, 0, "decoder")], self.shape), self.fabric)
@@ -179,9 +189,11 @@ class DecoderTask:
 
     def fit_grey_levels(self) -> None:
         """Give what is drawn the grey levels of training scans, after the last step."""
-        average: Any = self.modules["average"]
+        average = self._average()
         count = min(GREY_LEVEL_SCANS, len(self.train_rows))
-        rows = self.train_rows[np.sort(step_generator(self.root, "sample", 0).permutation(len(self.train_rows))[:count])]
+        rows = self.train_rows[
+            np.sort(step_generator(self.root, "sample", 0).permutation(len(self.train_rows))[:count])
+        ]
         drawn = scans = np.zeros(1, np.int64)
         for row in tqdm(rows, desc="fitting grey levels", mininterval=5, file=sys.stderr):
             scan, made = self.reconstruct(int(row), f"tone/{row}")
@@ -193,9 +205,7 @@ class DecoderTask:
         """Loss of the averaged weights on crops of held-out scans, always the same; nothing if there are none."""
         losses = []
         for row in self.val_rows:
-            drawn = self._batch(
-                np.array([row]), CROPS_PER_IMAGE, step_generator(self.root, "validation", int(row))
-            )
+            drawn = self._batch(np.array([row]), CROPS_PER_IMAGE, step_generator(self.root, "validation", int(row)))
             with self.fabric.autocast():
                 losses.append(float(self._loss(self.modules["average"], *drawn)))
         return {"val/loss": float(np.mean(losses))} if losses else {}

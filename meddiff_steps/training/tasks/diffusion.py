@@ -35,7 +35,7 @@ LEVEL_FEATURES, LEVEL_LOSS_RATE = 16, 1e-2
 
 
 class LevelLosses(nn.Module):
-    """ln of the loss at each noise level, as it is learnt beside a network (Karras et al. 2024a, section 3); 0 at first.
+    """ln of the loss at each noise level, learnt beside a network (Karras et al. 2024a, section 3); 0 at first.
 
     Dividing by it gives every level the same weight however hard it is.
     """
@@ -151,7 +151,9 @@ class DiffusionTask:
         predicted = net(noisy, timesteps, Condition(given, variant=seen))
         error = predicted - self.process.target(clean, eps, timesteps)
         # In units of what the network gives: every level weighs the same at the start (Karras et al. 2022, table 1)
-        errors = (error / self.modules["average"].gain(timesteps, error.ndim)).square().flatten(1).mean(1)
+        average = self.modules["average"]
+        assert isinstance(average, Denoiser)
+        errors = (error / average.gain(timesteps, error.ndim)).square().flatten(1).mean(1)
         alpha, sigma = self.process.alpha_sigma(timesteps)
         return errors, (sigma.log() - alpha.log()).float()
 
