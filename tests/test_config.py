@@ -24,6 +24,8 @@ MINIMAL = {
 
 def with_change(path: str, value: object) -> dict:
     study = copy.deepcopy(MINIMAL)
+    if not path:
+        return study | value
     *parents, last = path.split(".")
     place = study
     for key in parents:
@@ -79,15 +81,20 @@ def test_what_an_optimiser_leaves_out_keeps_the_default_of_its_network():
         ("covariates.split", {"unit": "year", "range": [0, 1]}, "split"),
         ("splits", {"train": 0.5, "val": 0.1, "calibration": 0.1, "test": 0.1}, "must be 1"),
         ("splits", {"train": 0.9, "val": 0.1, "calibration": 0, "test": 0}, "train and test"),
-        ("preprocess.shape", [30, 40, 32], "divisible by 8"),
+        ("preprocess.shape", [30, 40, 32], "divisible by 4"),
+        ("", {"preprocess": {"shape": [28, 40, 32]}, "diffusion": {"network": "unet"}}, "divisible by 8"),
         ("preprocess", {"shape": [32, 40], "spacing_mm": 5}, "spacing_mm: null"),
         ("preprocess.percentiles", [99, 1], "percentiles"),
         ("preprocess.shards", 0, "preprocess.shards"),
-        ("autoencoder.channels", [30, 60], "multiples of norm_num_groups"),
+        ("autoencoder", {"network": "kl", "channels": [30, 60]}, "multiples of norm_num_groups"),
         ("autoencoder.perceptual", {"weight": 0.1}, "perceptual.weights names no file"),
         ("autoencoder.optimiser", {"steps": 0, "batch_size": 1, "learning_rate": 0.1}, "autoencoder.optimiser.steps"),
-        ("diffusion.attention_levels", [True], "one entry per level"),
-        ("diffusion.num_head_channels", 48, "num_head_channels"),
+        ("diffusion", {"network": "unet", "attention_levels": [True]}, "one entry per level"),
+        ("diffusion", {"network": "unet", "num_head_channels": 48}, "num_head_channels"),
+        ("diffusion.levels.deviation", 0, "diffusion.levels.deviation"),
+        ("diffusion.optimiser", {"method": "sgd"}, "diffusion.optimiser.method"),
+        ("decoder.network", "nothing", "decoder.network"),
+        ("generate.guidance_interval", [2, 1], "guidance_interval: expected [low, high]"),
         ("diffusion.beta_start", 0.5, "beta_start"),
         ("diffusion", {"prediction_type": "epsilon", "zero_terminal_snr": True}, "zero_terminal_snr"),
         ("generate.sampler", "euler", "generate.sampler"),
@@ -233,7 +240,7 @@ def test_freezing_is_content_addressed(tmp_path):
     assert config.freeze(before, None, tmp_path) == config.freeze(before, None, tmp_path)
 
 
-GENERATED = {"generate", "filter", "describe", "sampler_study", "showcase", "ledger"}
+GENERATED = {"tone", "generate", "filter", "describe", "sampler_study", "showcase", "ledger"}
 DOWNSTREAM = {f"downstream_{name}" for name in ("design", "plan", "data", "train", "test")}
 
 
@@ -250,7 +257,9 @@ DOWNSTREAM = {f"downstream_{name}" for name in ("design", "plan", "data", "train
         ("generate.guidance_scale", 2.0, GENERATED),
         ("generate.num_inference_steps", 20, set()),  # what the default sampler takes anyway
         ("generate.num_inference_steps", 21, GENERATED),
-        ("variants.count", 2, {"autoencoder", "latents", "ledger"}),
+        ("variants.count", 2, {"autoencoder", "decoder", "latents", "ledger"}),
+        ("decoder.channels", 32, {"decoder", "ledger"}),
+        ("diffusion.levels.mean", 0.0, {"diffusion", "ledger"}),
         ("preprocess.max_failed_share", 0.5, {"quality", "report", "ledger"}),
         ("preprocess.channels", {"t2": {"path": "x"}}, {"preprocess", "report", "ledger"}),
         ("privacy.detectors", ["aligned"], {"calibrate", "filter", "privacy", "ledger"}),

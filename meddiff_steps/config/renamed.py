@@ -55,8 +55,11 @@ def old_names(raw: Mapping[str, Any]) -> Iterator[str]:
 
 
 def translated(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A study with the names of today, without keys that are gone; values stay what they are."""
-    found: dict[str, Any] = {}
+    """A study of an earlier version with the names of today, without keys that are gone; values stay what they are.
+
+    Drawing decoders, which that version did not have, there are none.
+    """
+    found: dict[str, Any] = {"decoder": {"network": None}}
     for section, below in content.items():
         today = name_today((section,))[0]
         if today == section or today in content:  # of both names, the old one is left to be refused

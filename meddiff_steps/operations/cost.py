@@ -150,7 +150,8 @@ def work(study: Study, scans: int) -> dict[str, Work]:
     }
     if study.decoder.network:
         decoded = crops / CROPS_PER_IMAGE * (encoder + decoder)
-        stages["decoder"] = Work(1, crops * TRAINING * crop * drawing + decoded, "FLOP", True, "decoder")
+        amount = crops * TRAINING * crop * drawing + decoded
+        stages["decoder"] = Work(1, amount, "FLOP", True, "decoder", (scans - train) * voxels)
     if study.cohort.source == "simulated":
         stages["simulate"] = Work(1, scans * voxels, "voxel", folder="cohort", voxels=scans * voxels)
     return stages

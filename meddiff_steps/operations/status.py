@@ -20,9 +20,9 @@ PLAN_STAGES = ("generate", "filter", "images", "export", "regenerate", "teacher/
 #: Stages whose jobs have a GPU each (`compute.devices` of them for the trainings of both models), where the study does
 #: not say `compute.device: cpu`.
 GPU_STAGES = frozenset(
-    "autoencoder latents diffusion generate filter sampler_study showcase audit segmenter counterfactual"
+    "autoencoder decoder latents diffusion tone generate filter sampler_study showcase audit segmenter counterfactual"
     " downstream/train regenerate teacher/generate teacher/filter second_model/latents second_model/diffusion"
-    " downstream/generate downstream/filter downstream/diffusion".split()
+    " second_model/tone downstream/generate downstream/filter downstream/diffusion downstream/tone".split()
 )
 TRAININGS = ("autoencoder", "decoder", "diffusion", "second_model/diffusion", "downstream/diffusion")
 #: How a log ends whose step has given up; a step that was killed from outside says nothing.
@@ -137,7 +137,7 @@ def stage_of(log: Path) -> str:
         *COHORT_STAGES,
         *PLAN_STAGES,
         "second_model/latents",
-        *(f"downstream/{name}" for name in ("train", "plan", "generate", "filter", "diffusion")),
+        *(f"downstream/{name}" for name in ("train", "plan", "generate", "filter", "diffusion", "tone")),
     )
     return (log.parent if many else log.with_suffix("")).as_posix()
 

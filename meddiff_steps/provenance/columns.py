@@ -26,7 +26,7 @@ def canonical_lines(table: pa.Table) -> list[bytes]:
     ------
     ValueError
         A number is not finite, an integer is beyond 2^53, or a column holds something else than text, numbers,
-        booleans, and records of such.
+        booleans, and records and lists of such.
     """
     batches = [
         _record([(field.name, batch.column(i)) for i, field in enumerate(table.schema)]) for batch in table.to_batches()
@@ -61,6 +61,10 @@ def _texts(column: pa.Array) -> pa.Array:
         texts = column.cast(pa.string())
     elif pa.types.is_float64(kind):
         texts = _by_value(column, _numbers)
+    elif pa.types.is_list(kind):
+        ends = np.cumsum([0, *pc.fill_null(pc.list_value_length(column), 0).to_pylist()])
+        joined = pc.binary_join(pa.ListArray.from_arrays(pa.array(ends, pa.int32()), _texts(column.flatten())), ",")
+        texts = pc.if_else(column.is_valid(), pc.binary_join_element_wise("[", joined, "]", ""), None)
     elif pa.types.is_boolean(kind) or pa.types.is_null(kind):
         texts = column.cast(pa.string())
     else:

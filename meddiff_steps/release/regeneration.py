@@ -125,8 +125,9 @@ def _drawn(
 ) -> Iterator[tuple[Row, np.ndarray]]:
     recipe = rows[0]["recipe"]
     named = ("sampler", "num_inference_steps", "guidance_scale", "batch_size", "drawing_steps", "guidance_interval")
-    # Not taken over: a decoder's steps where there is none
-    wanted = {name: recipe[name] for name in named if recipe.get(name) is not None}
+    wanted = {name: recipe[name] for name in named if name in recipe}
+    if not recipe.get("decoder"):
+        wanted.pop("drawing_steps", None)  # of a decoder that is not there
     fabric = make_fabric(study.compute, threads)
     model = TrainedModel.load(
         places["autoencoder"],
@@ -134,6 +135,7 @@ def _drawn(
         fabric,
         study.compute,
         decoder=places.get("decoder"),
+        toned="tone" in places,
     )
     generator = CohortGenerator(model, study.generate.model_copy(update=wanted))
     columns = ("sample_id", "index", "cohort_root", "noise_index", "attempt", "seed_key")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +18,17 @@ from meddiff_steps.compute import compilation
 from meddiff_steps.compute import device as backend
 from meddiff_steps.compute.precision import Bf16Inside
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.registries import DENOISERS, FIRST_STAGES
 from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.models.denoiser.base import Denoiser
-from meddiff_steps.models.first_stage.kl import Autoencoder
+from meddiff_steps.models.drawing.base import build as build_drawing
+from meddiff_steps.models.first_stage.base import FirstStage
+from meddiff_steps.models.first_stage.base import build as build_first_stage
 from meddiff_steps.training import loop
 
-UNET = config.Diffusion(channels=[8, 16], norm_num_groups=4, num_head_channels=8, covariate_dim=8, num_res_blocks=1)
+DIFFUSION = config.Diffusion(
+    channels=[8, 16], norm_num_groups=4, num_head_channels=8, covariate_dim=8, num_res_blocks=1
+)
 AUTOENCODER = config.Autoencoder(channels=[8, 16], norm_num_groups=4, latent_channels=4)
 CALL = (torch.tensor([10.0, 999.0]), Condition(torch.tensor([[0.503, 0.0], [float("nan"), 1.0]])))
 
@@ -37,18 +43,27 @@ def moved(make: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
-@pytest.fixture(scope="module")
-def denoiser() -> Denoiser:
-    model = moved(lambda: Denoiser(UNET, (4, 4, 4, 4), [0, 2], rank=3))
+def settings_of(settings: config.Diffusion | config.Autoencoder, **changes) -> Any:
+    return settings.model_copy(update=changes)
+
+
+@pytest.fixture(scope="module", params=DENOISERS.names())
+def denoiser(request: pytest.FixtureRequest) -> Denoiser:
+    model = moved(lambda: Denoiser(settings_of(DIFFUSION, network=request.param), (4, 4, 4, 4), [0, 2], variants=3))
     assert isinstance(model, Denoiser)
+    model.effects.effects.copy_(0.3 * torch.randn_like(model.effects.effects))
     return model
 
 
-@pytest.fixture(scope="module")
-def autoencoder() -> Autoencoder:
-    model = moved(lambda: Autoencoder(AUTOENCODER, 3))
-    assert isinstance(model, Autoencoder)
+@pytest.fixture(scope="module", params=FIRST_STAGES.names())
+def autoencoder(request: pytest.FixtureRequest) -> FirstStage:
+    model = moved(lambda: build_first_stage(settings_of(AUTOENCODER, network=request.param), 3))
+    assert isinstance(model, FirstStage)
     return model
+
+
+#: Noise on the latents of an image of 8 x 8 x 8, and how much.
+NOISE = (torch.randn(1, 4, 2, 2, 2, generator=torch.Generator().manual_seed(3)), torch.full((1, 1, 1, 1, 1), 0.3))
 
 
 def cpu(precision: str = "32-true") -> Fabric:
@@ -96,20 +111,31 @@ def test_a_compiled_denoiser_is_one_graph_and_the_same_function(denoiser, eager_
     fast = copy.deepcopy(denoiser)
     assert compilation.speed_up(fast.costly, config.Compute(compile=True), cpu(), training=True)
     assert list(fast.state_dict()) == list(denoiser.state_dict())
-    assert [module for module, _ in eager_backend] == [fast.network.unet]
+    assert [module for module, _ in eager_backend] == fast.costly
     found = output_and_gradients(fast, x, *CALL)
-    assert len(found) == len(plain) > 50
+    assert len(found) == len(plain) > 20
     assert max(relative(a, b) for a, b in zip(found, plain, strict=True) if b.norm()) < 1e-5
 
 
 def test_a_compiled_autoencoder_is_the_same_function(autoencoder, eager_backend):
-    inputs = torch.rand(1, 1, 8, 8, 8), torch.randn(1, 4, 2, 2, 2)
+    inputs = torch.rand(1, 1, 8, 8, 8), *NOISE
     plain = output_and_gradients(autoencoder, *inputs)
     fast = copy.deepcopy(autoencoder)
     assert compilation.speed_up(fast.costly.values(), config.Compute(compile=True), cpu(), training=True)
     assert len(eager_backend) == 2
     found = output_and_gradients(fast, *inputs)
     assert max(relative(a, b) for a, b in zip(found, plain, strict=True) if b.norm()) < 1e-5
+
+
+def test_a_compiled_drawing_decoder_is_the_same_function(eager_backend):
+    model = moved(lambda: build_drawing(config.Decoder(channels=8, num_res_blocks=1), (1, 8, 8, 8))).eval()
+    decoded, noise = torch.rand(2, 1, 8, 8, 8), torch.randn(2, 1, 8, 8, 8)
+    with torch.no_grad():
+        plain = model.draw(decoded, noise, 3)
+        fast = copy.deepcopy(model)
+        assert compilation.speed_up(fast.costly, config.Compute(compile=True), cpu(), training=False)
+        assert relative(fast.draw(decoded, noise, 3), plain) < 1e-5
+    assert len(eager_backend) == 1
 
 
 @pytest.mark.parametrize(
@@ -179,41 +205,50 @@ def test_bf16_leaves_the_inputs_of_a_network_alone():
     assert not torch.is_autocast_enabled("cpu")
 
 
+def known(made: tuple[Tensor, Tensor, Tensor | None]) -> list[Tensor]:
+    """What a first stage gives in training; one without a posterior gives no variance."""
+    return [value for value in made if value is not None]
+
+
 def test_bf16_networks_stay_within_one_percent(denoiser, autoencoder):
     """A bfloat16 has 8 significant bits, so one rounding is up to 0.4 %; a network of random weights averages over
     many.
     """
     fabric = cpu("bf16-mixed")
     x, image = torch.randn(2, 4, 4, 4, 4), torch.rand(1, 1, 8, 8, 8)
-    plain = [*output_and_gradients(denoiser, x, *CALL)[:1], *autoencoder(image)]
+    plain = [*output_and_gradients(denoiser, x, *CALL)[:1], *known(autoencoder(image, *NOISE))]
     net, first = fabric.setup(copy.deepcopy(denoiser)), fabric.setup(copy.deepcopy(autoencoder))
-    found = [net(x, *CALL).detach(), *first(image)]
-    assert [value.dtype for value in found] == [torch.float32] * 4
+    found = [net(x, *CALL).detach(), *known(first(image, *NOISE))]
+    assert {value.dtype for value in found} == {torch.float32}
     errors = [relative(a, b) for a, b in zip(found, plain, strict=True)]
     assert max(errors) < 0.01
     assert errors[0] > 0  # it really was another arithmetic
 
 
-def test_the_gaussian_is_exact_in_bf16(denoiser):
+def test_the_effects_of_covariates_are_exact_in_bf16(denoiser):
     """At timestep 999, sigma / alpha is 120: what is rounded there comes back 120 times as large."""
+    x, levels = torch.ones(2, 4, 4, 4, 4), denoiser.process.alpha_sigma(CALL[0])
     with torch.autocast("cpu", torch.bfloat16):
-        noise, clean = denoiser.prior(torch.ones(2, 4, 4, 4, 4), CALL[0], CALL[1].covariates)
-    expected = denoiser.prior(torch.ones(2, 4, 4, 4, 4), CALL[0], CALL[1].covariates)
-    assert torch.equal(noise, expected[0])
-    assert torch.equal(clean, expected[1])
+        found = denoiser.effects(x, *levels, CALL[1].covariates)
+    expected = denoiser.effects(x, *levels, CALL[1].covariates)
+    for name in ("clean", "noise", "surprise"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
 def test_weights_cast_once_give_the_same_bits(denoiser):
+    def weight(model: Denoiser) -> Tensor:
+        return next(m.weight for m in model.costly[0].modules() if isinstance(m, nn.Conv3d))
+
     x = torch.randn(2, 4, 4, 4, 4)
     cast = copy.deepcopy(denoiser)
     compilation.cast_products(cast.costly, torch.bfloat16)
-    assert cast.network.unet.conv_in.conv.weight.dtype == torch.bfloat16
-    assert cast.prior.basis.dtype == torch.float32
+    assert weight(cast).dtype == torch.bfloat16
+    assert cast.effects.effects.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert torch.equal(cast(x, *CALL), denoiser(x, *CALL))
     untouched = copy.deepcopy(denoiser)
     compilation.cast_weights(untouched.costly, cpu("bf16-mixed"))
-    assert untouched.network.unet.conv_in.conv.weight.dtype == torch.float32
+    assert weight(untouched).dtype == torch.float32
 
 
 # ----------------------------------------------------------------------------------------- layout, optimiser, clipping
@@ -232,17 +267,18 @@ def test_channels_last_whatever_else_a_module_holds():
     assert relative(module(x.contiguous(memory_format=torch.channels_last_3d)), before(x)) < 1e-6
 
 
-def test_recomputed_blocks_of_the_autoencoder_change_nothing_and_a_copy_is_its_own():
-    image = torch.rand(1, 1, 8, 8, 8)
-    plain = output_and_gradients(moved(lambda: Autoencoder(AUTOENCODER, 3)), image)
-    kept = moved(lambda: Autoencoder(AUTOENCODER.model_copy(update={"gradient_checkpointing": True}), 3))
-    found = output_and_gradients(kept, image)
+@pytest.mark.parametrize("network", FIRST_STAGES.names())
+def test_recomputed_blocks_of_the_autoencoder_change_nothing_and_a_copy_is_its_own(network):
+    image, settings = torch.rand(1, 1, 8, 8, 8), settings_of(AUTOENCODER, network=network)
+    plain = output_and_gradients(moved(lambda: build_first_stage(settings, 3)), image, *NOISE)
+    kept = moved(lambda: build_first_stage(settings_of(settings, gradient_checkpointing=True), 3))
+    found = output_and_gradients(kept, image, *NOISE)
     assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
     copied = copy.deepcopy(kept)
     with torch.no_grad():
         for parameter in kept.parameters():
             parameter.zero_()
-    assert torch.equal(copied(image)[0], plain[0])
+    assert torch.equal(copied(image, *NOISE)[0], plain[0])
 
 
 def test_the_optimiser_is_the_plain_one_on_a_processor():
@@ -265,12 +301,22 @@ def test_fused_updates_are_those_of_the_plain_optimiser():
 def test_gradients_that_are_not_finite_are_looked_for_at_every_step_of_a_processor():
     settings = config.Optimiser(steps=10, batch_size=1, learning_rate=1.0)
     fabric = cpu()
-    net, optimiser = fabric.setup(module := nn.Linear(2, 2), torch.optim.SGD(module.parameters(), lr=1.0))
+    net, _ = fabric.setup(module := nn.Linear(2, 2), torch.optim.SGD(module.parameters(), lr=1.0))
     module.weight.grad = torch.full((2, 2), torch.nan)
     with pytest.raises(RuntimeError, match="non-finite"):
-        loop.clip_gradients(net, optimiser, settings, 3, fabric)
+        loop.clip_gradients(net, settings, 3, fabric)
 
 
 def test_to_device_copies_what_it_is_given():
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
     assert torch.equal(backend.to_device(array, cpu()), torch.from_numpy(array))
+
+
+def test_gradients_are_clipped_over_all_weights_together():
+    fabric, settings = cpu(), config.Optimiser(steps=10, batch_size=1, learning_rate=1.0, gradient_clip=1.0)
+    net = fabric.setup(nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)))
+    for weight in net.parameters():
+        weight.grad = torch.full((2, 2), 2.0)
+    loop.clip_gradients(net, settings, 3, fabric)
+    norms = [float(weight.grad.norm()) for weight in net.parameters() if weight.grad is not None]
+    assert norms == pytest.approx([0.5**0.5] * 2, rel=1e-4)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from oracle import process_of
 
@@ -107,13 +108,25 @@ def test_half_precision_latents_neither_lose_precision_nor_change_the_tables(dty
         process.alphas_cumprod[0] = 0.5
 
 
-def test_training_timesteps_cover_the_process():
-    uniform = torch.linspace(0, 1, 10_001)[:-1]
-    discrete = process_of(num_train_timesteps=50).training_timesteps(uniform)
-    assert discrete.dtype == torch.float32 and torch.equal(discrete.unique(), torch.arange(50.0))
-    assert process_of(num_train_timesteps=50).training_timesteps(torch.tensor([1 - 2**-24])).item() == 49
-    continuous = process_of("flow", num_train_timesteps=50).training_timesteps(uniform)
-    assert continuous.min() == 0 and 49.9 < continuous.max() <= 50
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])
+def test_levels_that_are_trained_on_are_normal_and_end_where_the_process_does(prediction_type):
+    process, uniform = process_of(prediction_type), (np.arange(10_000) + 0.5) / 10_000
+    timesteps = process.training_timesteps(uniform, -0.6, 1.2)
+    assert timesteps.dtype == np.float32 and (np.diff(timesteps) >= 0).all()
+    alpha, sigma = process.alpha_sigma(torch.from_numpy(timesteps))
+    level = (sigma.log() - alpha.log()).numpy()
+    middle = slice(500, 9_500)  # the ends are cut off
+    np.testing.assert_allclose(level[middle], norm.ppf(uniform[middle], -0.6, 1.2), atol=2e-3)
+    ends = process.training_timesteps(np.array([0.0, 1.0 - 2**-53]), 0.0, 100.0)
+    assert list(ends) == pytest.approx([0.0, process.last_timestep], abs=1e-6)
+    process.alpha_sigma(torch.from_numpy(ends))
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "flow"])
+def test_a_timestep_is_found_again_by_its_level(prediction_type):
+    process, timesteps = process_of(prediction_type), torch.tensor([3.0, 250.5, 640.25, 998.0])
+    alpha, sigma = process.alpha_sigma(timesteps)
+    np.testing.assert_allclose(process.timesteps_at((sigma / alpha).log().numpy()), timesteps, rtol=1e-5)
 
 
 @pytest.mark.parametrize("timestep", [-1.0, 1000.0, float("nan")])

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from meddiff_steps import config
 from meddiff_steps.config import Study, load_study
 from meddiff_steps.core.errors import UserError
-from meddiff_steps.models.first_stage.kl import Autoencoder
+from meddiff_steps.models.drawing.base import build as build_decoder
+from meddiff_steps.models.first_stage.base import build as build_first_stage
 from meddiff_steps.operations.cost import Estimate, estimates, forward_flops, wall_hours, work
 
 ROOT = Path(__file__).parents[2]
@@ -20,10 +22,15 @@ def demo() -> Study:
 
 
 def test_operations_are_those_of_real_networks(demo):
-    autoencoder = Autoencoder(demo.autoencoder, 3)
+    autoencoder = build_first_stage(demo.autoencoder, 3)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         autoencoder.encode(torch.rand(2, 1, *demo.preprocess.shape))
     assert 2 * forward_flops(demo)[0] == counter.get_total_flops()
+    decoder, steps = build_decoder(demo.decoder, (1, *demo.preprocess.shape)), 3
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        decoder.draw(*torch.rand(2, 1, 1, *demo.preprocess.shape), steps)
+    # Beside the network, the stems are counted.
+    assert steps * forward_flops(demo)[3] == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def test_the_published_scale_is_counted_without_its_memory():
@@ -38,11 +45,27 @@ def test_work_follows_the_plan_and_guidance_doubles_passes(demo):
     twice = demo.model_copy(update={"plan": [demo.plan[0].model_copy(update={"subjects": 400})]})
     assert work(twice, 1000)["generate"].amount == 2 * work(demo, 1000)["generate"].amount
     assert work(twice, 1000)["diffusion"] == work(demo, 1000)["diffusion"]
-    alone = demo.model_copy(update={"generate": demo.generate.model_copy(update={"guidance_scale": 1.0})})
-    decoder = forward_flops(demo)[1] * 200
-    assert work(demo, 1000)["generate"].amount - decoder == pytest.approx(
-        2 * (work(alone, 1000)["generate"].amount - decoder)
+    one, two = (
+        demo.model_copy(update={"generate": demo.generate.model_copy(update={"guidance_scale": scale})})
+        for scale in (1.0, 2.0)
     )
+    _, decoder, _, drawing = forward_flops(demo)
+    images = (decoder + demo.generate.drawing_steps * drawing) * 200
+    assert work(two, 1000)["generate"].amount - images == pytest.approx(
+        2 * (work(one, 1000)["generate"].amount - images)
+    )
+
+
+def test_a_study_without_drawing_decoder_spares_its_work(demo):
+    without = demo.model_copy(update={"decoder": demo.decoder.model_copy(update={"network": None})})
+    found, before = work(without, 1000), work(demo, 1000)
+    assert set(before) - set(found) == {"decoder"}
+    assert found["generate"].amount < before["generate"].amount and found["tone"].amount < before["tone"].amount
+    assert found["diffusion"] == before["diffusion"]
+    longer = demo.decoder.model_copy(update={"optimiser": config.DecoderOptimiser(steps=1600, batch_size=12)})
+    shorter = demo.decoder.model_copy(update={"optimiser": config.DecoderOptimiser(steps=800, batch_size=12)})
+    amounts = [work(demo.model_copy(update={"decoder": one}), 9)["decoder"].amount for one in (longer, shorter)]
+    assert amounts[0] == pytest.approx(2 * amounts[1])
 
 
 def test_jobs_that_run_beside_each_other_take_as_long_as_one():

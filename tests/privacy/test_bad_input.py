@@ -13,9 +13,9 @@ from meddiff_steps import config
 from meddiff_steps.config import Privacy, freeze, parse_study
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json
-from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
+from meddiff_steps.imaging.shards import ShardWriter, TensorColumn
 from meddiff_steps.instruments.embedder import Embedder
-from meddiff_steps.models.first_stage.kl import Autoencoder
+from meddiff_steps.models.first_stage.base import build as build_first_stage
 from meddiff_steps.models.weights import save_model
 from meddiff_steps.privacy import assessment as audit
 from meddiff_steps.privacy import attacks
@@ -73,12 +73,11 @@ class Cohort:
     def calibrate(self):
         torch.manual_seed(0)
         settings = config.Autoencoder(channels=[8, 16], norm_num_groups=4, latent_channels=4)
-        autoencoder = Autoencoder(settings, 3)
-        autoencoder.fit_before_training(torch.from_numpy(Shards([self.images]).tensors("image", range(4))))
+        autoencoder = build_first_stage(settings, 3)
         folder, card = self.folder, self.folder / "calibration.json"
         facts = {"settings": settings.model_dump(mode="json"), "image_shape": SHAPE, "latent_shape": [4, 4, 4, 4]}
         save_model(autoencoder, folder / "autoencoder", facts)
-        scale = {"offset": torch.zeros(1, 4, 4, 4, 4), "scale": torch.ones(1, 4, 1, 1, 1)}
+        scale = {"offset": torch.zeros(1, 4, 4, 4, 4), "scale": torch.ones(())}
         save_file(scale, folder / "scale.safetensors")
         calibrate.run(
             freeze(self.study, "calibrate", folder),

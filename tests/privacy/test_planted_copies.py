@@ -13,7 +13,7 @@ from meddiff_steps import config
 from meddiff_steps.core.registries import DETECTORS
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.instruments.embedder import train_embedder
-from meddiff_steps.models.first_stage.kl import Autoencoder
+from meddiff_steps.models.first_stage.base import build as build_first_stage
 from meddiff_steps.models.latent_statistics import Standardisation
 from meddiff_steps.privacy.calibration import calibrate
 from meddiff_steps.privacy.detectors.base import Context, TrainingImages, references, score
@@ -92,8 +92,7 @@ def planted(tmp_path_factory):
         "planted",
     )
     torch.manual_seed(0)
-    autoencoder = Autoencoder(config.Autoencoder(channels=[8, 16], norm_num_groups=4, latent_channels=8), 3).eval()
-    autoencoder.fit_before_training(torch.from_numpy(train[:64]))
+    autoencoder = build_first_stage(config.Autoencoder(channels=[8, 16], latent_channels=8), 3).eval()
     with torch.no_grad():
         latents = torch.cat([autoencoder.encode(batch).mode() for batch in training.batches()])
     mean = train.mean(0)

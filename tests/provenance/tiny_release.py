@@ -18,7 +18,10 @@ from meddiff_steps.cohort.manifest import write_manifest
 from meddiff_steps.core.files import atomic_path, write_json
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.models.denoiser.base import Denoiser
-from meddiff_steps.models.first_stage.kl import Autoencoder
+from meddiff_steps.models.drawing.base import build as build_decoder
+from meddiff_steps.models.first_stage.base import build as build_first_stage
+from meddiff_steps.models.tone import ToneCurve
+from meddiff_steps.models.trained import save_image_network, save_tone
 from meddiff_steps.models.weights import save_model
 from meddiff_steps.provenance.record import Observer, recorded
 from meddiff_steps.provenance.signature import generate as generate_key
@@ -43,10 +46,19 @@ class Place:
         Whether the release is signed by `self.key`.
     limit
         Subjects per dataset of the release; the ten that are planned need four datasets of at most three.
+    drawing
+        Whether there is a drawing decoder.
     """
 
     def __init__(
-        self, root: Path, dims: int = 3, shard_size: int = 4, sign: bool = True, seed: str = "seed", limit: int = 1000
+        self,
+        root: Path,
+        dims: int = 3,
+        shard_size: int = 4,
+        sign: bool = True,
+        seed: str = "seed",
+        limit: int = 1000,
+        drawing: bool = True,
     ) -> None:
         self.results = root / "results/tiny"
         self.release = self.results / "release"
@@ -60,15 +72,9 @@ class Place:
                 "covariates": {"age": {"unit": "year", "range": [20, 90]}, "sex": {"levels": ["F", "M"]}},
                 "cohort": {"source": "bids", "root": str(root / "secret")},
                 "preprocess": {"shape": SHAPE[dims], "spacing_mm": 20 if dims == 3 else None},
-                "autoencoder": {"channels": [8], "norm_num_groups": 4, "latent_channels": 2},
-                "diffusion": {
-                    "channels": [8],
-                    "attention_levels": [False],
-                    "norm_num_groups": 4,
-                    "num_head_channels": 8,
-                    "covariate_dim": 8,
-                    "num_res_blocks": 1,
-                },
+                "autoencoder": {"channels": [8], "latent_channels": 2},
+                "decoder": {"channels": 8, "num_res_blocks": 1} if drawing else {"network": None},
+                "diffusion": {"channels": [8], "num_res_blocks": 1},
                 "plan": [
                     {"name": "syn", "subjects": 6, "where": {"age": [25, 88]}},
                     {
@@ -79,7 +85,7 @@ class Place:
                         "base": {"sex": "F"},
                     },
                 ],
-                "generate": {"sampler": "ddim", "num_inference_steps": 2, "batch_size": 4, "shard_size": shard_size},
+                "generate": {"sampler": "ddim", "num_inference_steps": 2, "drawing_steps": 2, "batch_size": 4, "shard_size": shard_size},
                 "privacy": {"max_attempts": 2},
                 "compute": {"device": "cpu", "precision": "32-true"},
                 "release": {
@@ -132,7 +138,8 @@ class Place:
             )
 
     def model_files(self) -> dict[str, Path]:
-        return {kind: self.results / kind for kind in ("autoencoder", "diffusion")}
+        kinds = ("autoencoder", *(("decoder",) if self.study.decoder.network else ()), "diffusion")
+        return {kind: self.results / kind for kind in kinds}
 
     def make_models(self) -> None:
         root, study = self.results, self.study
@@ -161,7 +168,7 @@ class Place:
         shard = root / "preprocessed/shard-0000.arrow"
         self.stand_in("preprocess", lambda: write_json(shard, {"stands for": "images"}), manifest=manifest, out=shard)
         torch.manual_seed(1)
-        first = Autoencoder(study.autoencoder, study.spatial_dims)
+        first = build_first_stage(study.autoencoder, study.spatial_dims)
         shape = [1, *study.preprocess.shape]
         latent = [2, *(n // 2 for n in shape[1:])]
         encoding = CovariateEncoding.fit(scans, study.covariates)
@@ -171,6 +178,8 @@ class Place:
                 parameter.mul_(1.7)
             for parameter in second.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))  # its last layer begins at zero
+            tone = ToneCurve()
+            tone.values.copy_(tone.values**0.9)
         files = self.model_files()
         settings = {
             "settings": study.autoencoder.model_dump(mode="json"),
@@ -185,10 +194,25 @@ class Place:
             images=[shard],
             out=files["autoencoder"],
         )
+        if study.decoder.network:
+            decoder = build_decoder(study.decoder, shape)
+            with torch.no_grad():
+                decoder.deviation.fill_(0.1)
+                for parameter in decoder.parameters():
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+            facts = {"settings": study.decoder.model_dump(mode="json"), "precision": "32-true"}
+            self.stand_in(
+                "decoder",
+                lambda: save_image_network(decoder, files["decoder"], shape, facts),
+                manifest=manifest,
+                images=[shard],
+                autoencoder=files["autoencoder"],
+                out=files["decoder"],
+            )
         described = {
             "settings": study.diffusion.model_dump(mode="json"),
             "latent_shape": latent,
-            "gaussian_rank": 0,
+            "variants": 0,
             "encoding": encoding.to_json(),
         }
         latents = root / "latents/shard-0000.arrow"
@@ -200,6 +224,14 @@ class Place:
             lambda: save_model(second, files["diffusion"], described),
             manifest=manifest,
             latents=[latents],
+            out=files["diffusion"],
+        )
+        self.stand_in(
+            "tone",
+            lambda: save_tone(tone, files["diffusion"], {"images": 40, "used": True}),
+            manifest=manifest,
+            images=[shard],
+            **files,
             out=files["diffusion"],
         )
         calibration = {

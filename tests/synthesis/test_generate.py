@@ -14,7 +14,8 @@ from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.core.random_streams import seed_key
 from meddiff_steps.models.denoiser.base import Denoiser
-from meddiff_steps.models.first_stage.kl import Autoencoder
+from meddiff_steps.models.drawing.base import build as build_drawing
+from meddiff_steps.models.first_stage.base import build as build_first_stage
 from meddiff_steps.models.trained import DenoiserCard, TrainedModel
 from meddiff_steps.synthesis import generate
 from meddiff_steps.synthesis.generate import CohortGenerator
@@ -22,24 +23,33 @@ from meddiff_steps.synthesis.generate import CohortGenerator
 COUNT = 14
 
 
-@pytest.fixture(scope="module")
-def generator() -> CohortGenerator:
+@pytest.fixture(scope="module", params=["kl", "resnet", "resnet with decoder"])
+def generator(request: pytest.FixtureRequest) -> CohortGenerator:
     torch.manual_seed(0)
+    network = request.param.split()[0]
     covariates = {"age": config.ContinuousCovariate(unit="year", range=(18, 100))}
     encoding = CovariateEncoding.fit(pd.DataFrame({"age": [20.0, 40.0, 60.0]}), covariates)
-    diffusion = config.Diffusion(
-        channels=[8, 16], norm_num_groups=4, attention_levels=[False, True], num_head_channels=8
-    )
-    denoiser = Denoiser(diffusion, (4, 2, 2, 2), encoding.level_counts)
+    second = {"network": "unet", "norm_num_groups": 4, "num_head_channels": 8} if network == "kl" else {}
+    diffusion = config.Diffusion(channels=[8, 16], num_res_blocks=1, **second)
+    denoiser = Denoiser(diffusion, (4, 2, 2, 2), encoding.level_counts, variants=5)
     with torch.no_grad():
         for parameter in denoiser.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))  # its last layer begins at zero
-    first = Autoencoder(config.Autoencoder(channels=[8, 16], norm_num_groups=4, latent_channels=4), 3)
-    for network in (denoiser, first):
-        network.requires_grad_(False).eval()
-    settings = config.Generate(batch_size=4, num_inference_steps=4, sampler="ddpm")
-    card = DenoiserCard(diffusion, (4, 2, 2, 2), encoding, rank=0)
-    model = TrainedModel(first, denoiser, card, make_fabric(config.Compute(device="cpu"), 1))
+    settings = config.Autoencoder(network=network, channels=[8, 16], norm_num_groups=4, latent_channels=4)
+    first, decoder = build_first_stage(settings, 3), None
+    if "decoder" in request.param:
+        decoder = build_drawing(config.Decoder(channels=8, num_res_blocks=1), (1, 8, 8, 8))
+        decoder.deviation.fill_(0.1)
+        with torch.no_grad():
+            for parameter in decoder.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        decoder.requires_grad_(False).eval()
+    for part in (denoiser, first):
+        part.requires_grad_(False).eval()
+    settings = config.Generate(batch_size=4, num_inference_steps=4, sampler="ddpm", drawing_steps=2)
+    card = DenoiserCard(diffusion, (4, 2, 2, 2), encoding, variants=5)
+    exact = config.Compute(device="cpu", precision="32-true")
+    model = TrainedModel(first, denoiser, card, make_fabric(exact, 1), decoder=decoder)
     return CohortGenerator(model, settings)
 
 
@@ -87,6 +97,20 @@ def test_batches_are_full_wherever_a_shard_begins():
         assert len(batches) == 3
         assert np.unique(np.concatenate(batches)).tolist() == list(range(10))
     assert list(generate.batch_slots(np.array([], dtype=int), 4)) == []
+
+
+def test_what_is_drawn_belongs_to_the_subject(generator):
+    """A decoder draws with the subject's own noise: another attempt draws other detail, on other latents."""
+    model = generator.model
+    assert model.draws == (model.decoder is not None)
+    latents = torch.randn(2, 4, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+    whose = [[("root/syn", index, attempt) for index in range(2)] for attempt in (0, 1)]
+    noise = [generator._noise(subjects, "decoder", model.image_shape) for subjects in whose]
+    drawn = [model.decode(latents, given, drawing_steps=2) for given in noise]
+    assert torch.equal(*drawn) == (model.decoder is None)
+    assert not torch.equal(noise[0][0], noise[0][1])
+    mean = model.decode(latents)
+    assert torch.equal(mean, drawn[0]) == (model.decoder is None)
 
 
 def test_example():

@@ -110,19 +110,19 @@ class DiffusionTask:
         mine = [rank_share(drawn, fabric) for drawn in (x0, uniform, noise, covariates, variants)]
 
         def losses(part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+            if self.level_losses is not None and part.start == 0:  # also where parts begin anew, as memory is short
+                self.level_losses.zero_grad(set_to_none=True)
             errors, log_ratio = self._errors(self.net, *(drawn[part] for drawn in mine))
             if self.level_losses is None:
                 return errors.mean(), {"train/loss": errors.mean()}
             expected = self.level_losses(log_ratio)  # ln of the error at this level; Karras et al. 2024a, equation 21
             return (errors / expected.exp() + expected).mean(), {"train/loss": errors.mean()}
 
-        if self.level_losses is not None:
-            self.level_losses.zero_grad(set_to_none=True)
         found = self.micro.gradients(self.net, len(mine[0]), losses)
         clip_gradients(self.net, settings.optimiser, step, fabric)
         for optimiser in self.optimisers.values():
             optimiser.step()
-        if settings.guide_share and step + 1 == round(settings.guide_share * settings.optimiser.steps):
+        if settings.guide_share and step + 1 == max(1, round(settings.guide_share * settings.optimiser.steps)):
             self._keep_guide()
         return found
 
