@@ -38,7 +38,7 @@ def run(
         lambda i: standardise(shards.tensors("mean", [rows[i]]))[0],
         values.numpy(),
         known.numpy(),
-        variants=len(rows) // scans["scan_id"].nunique(),
+        scans["subject_id"].to_numpy(),
     )
     tensors = {"offset": standardise.offset, "scale": standardise.scale}
     tensors |= {f"effects.{name}": np.asarray(value) for name, value in effects.items()}
@@ -53,5 +53,6 @@ def run(
             "channel_offset": offset.mean(tuple(range(2, offset.ndim)))[0].round(5).tolist(),
             "scale": float(standardise.scale),
             "deviation": float(effects["deviation"]),
+            "readout_deviations": effects["readout_deviations"].astype(float).round(5).tolist(),
         },
     )

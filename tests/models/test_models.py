@@ -185,21 +185,39 @@ def test_constant_latents_can_be_standardised():
 
 def test_effects_are_recovered_with_what_they_leave():
     rng = np.random.default_rng(0)
-    features = rng.normal(loc=(5.0, 0.0), size=(4000, 2))
-    known = rng.random((4000, 2)) < 0.9
+    features = rng.normal(loc=(5.0, 0.0), size=(2000, 2))
+    known = rng.random((2000, 2)) < 0.9
     effects = rng.normal(size=(2, 60))
-    x = (features - features.mean(0)) @ effects + 0.5 * rng.normal(size=(4000, 60))
-    fitted = fit_effects(lambda row: x[row].reshape(4, 3, 5), features, np.ones_like(known))
-    assert np.allclose(fitted["effects"].reshape(2, 60), effects, atol=0.05)
+    x = (features - features.mean(0)) @ effects + 0.5 * rng.normal(size=(2000, 60))
+    subjects = np.arange(2000)
+    fitted = fit_effects(lambda row: x[row].reshape(4, 3, 5), features, np.ones_like(known), subjects)
+    assert np.allclose(fitted["effects"].reshape(2, 60), effects, atol=0.06)
     assert fitted["deviation"] == pytest.approx(0.5, rel=0.02)
-    some = fit_effects(lambda row: x[row].reshape(4, 3, 5), np.where(known, features, 0.0), known)
+    rows = fitted["readout"].reshape(2, 60)
+    assert np.allclose(rows @ rows.T, np.eye(2), atol=1e-5)
+    # What is left is white here, so that features are read along their effects
+    assert np.linalg.norm(rows @ effects.T, axis=0) == pytest.approx(np.linalg.norm(effects, axis=1), rel=0.02)
+    assert fitted["readout_deviations"] == pytest.approx([0.5, 0.5], rel=0.1)
+    some = fit_effects(lambda row: x[row].reshape(4, 3, 5), np.where(known, features, 0.0), known, subjects)
     assert np.allclose(some["feature_mean"], features.mean(0), atol=0.1)
-    assert np.allclose(some["feature_covariance"], np.eye(2), atol=0.1)
+    assert np.allclose(some["feature_covariance"], np.eye(2), atol=0.15)
+
+
+def test_deviations_along_the_readout_are_those_of_subjects_that_it_was_not_fitted_on():
+    x = np.random.default_rng(0).normal(size=(60, 500))
+    features = np.random.default_rng(1).normal(size=(60, 1))
+    fitted = fit_effects(lambda row: x[row].reshape(5, 100), features, np.ones_like(features, dtype=bool), np.arange(60))
+    # Nothing can be read from noise: effects and direction fit their own subjects alone
+    rows, effects = fitted["readout"].reshape(1, 500), fitted["effects"].reshape(1, 500)
+    own = (x - (features - features.mean(0)) @ effects) @ rows.T
+    assert own.std() < 1.0 < fitted["readout_deviations"][0]
 
 
 def test_features_of_a_level_that_nobody_has_can_be_inverted():
     features = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]] * 5)
-    fitted = fit_effects(lambda row: np.zeros((1, 2)), features, np.ones_like(features, dtype=bool))
+    known = np.ones_like(features, dtype=bool)
+    fitted = fit_effects(lambda row: np.ones((1, 2)) * row, features, known, np.arange(10))
+    assert np.isfinite(fitted["readout"]).all() and (fitted["readout_deviations"] > 0).all()
     assert np.linalg.eigvalsh(fitted["feature_covariance"].astype(float)).min() > 0
 
 
@@ -212,6 +230,8 @@ def random_effects():
         "feature_mean": rng.normal(size=3),
         "feature_covariance": root @ root.T + 0.1 * np.eye(3),
         "deviation": np.array(0.6),
+        "readout": np.concatenate([np.linalg.qr(rng.normal(size=(32, 2)))[0].T, np.zeros((1, 32))]).reshape(3, 4, 4, 2),
+        "readout_deviations": np.array([0.2, 1.5, 1.0]),
     }
     module.load_state_dict({name: torch.from_numpy(value).float() for name, value in values.items()})
     return module, values
@@ -245,10 +265,21 @@ def test_effects_give_the_posterior_mean_of_their_gaussian(prediction_type):
             covariance[np.ix_(hidden, hidden)] - gain @ covariance[np.ix_(known, hidden)]
         )
         a, s = float(alpha[i]), float(sigma[i])
-        spread = 0.36 * np.eye(32) + effects.T @ c @ effects
+        rows, deviations = values["readout"].reshape(3, 32)[:2], values["readout_deviations"][:2]
+        rest = 0.36 * (np.eye(32) - rows.T @ rows) + rows.T @ np.diag(deviations**2) @ rows
+        spread = rest + effects.T @ c @ effects
         q = np.linalg.solve(a**2 * spread + s**2 * np.eye(32), x[i] - a * m @ effects)
         assert np.allclose(found.clean[i].flatten(), m @ effects + a * spread @ q, atol=2e-3)
         assert np.allclose(found.noise[i].flatten(), s * q, atol=2e-3)
+
+
+def test_no_network_adds_anything_along_the_readout():
+    module, values = random_effects()
+    learnt = torch.randn(4, 4, 4, 2)
+    outside = module.outside_readout(learnt).flatten(1)
+    rows = torch.from_numpy(values["readout"]).float().reshape(3, 32)
+    assert torch.allclose(outside @ rows.T, torch.zeros(4, 3), atol=1e-5)
+    assert torch.allclose(outside + (learnt.flatten(1) @ rows.T) @ rows, learnt.flatten(1), atol=1e-5)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])

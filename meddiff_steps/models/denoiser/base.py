@@ -90,7 +90,7 @@ class Denoiser(nn.Module):
         assert network is not None, "this model keeps no guide"
         alpha, sigma = self.process.alpha_sigma(timesteps)
         known = self.effects(x, alpha, sigma, condition.covariates)
-        learnt = network(known.surprise, timesteps, condition).float()
+        learnt = self.effects.outside_readout(network(known.surprise, timesteps, condition).float())
         return self.process.target(known.clean, known.noise, timesteps) + self.gain(timesteps, x.ndim) * learnt
 
     def gain(self, timesteps: Tensor, ndim: int) -> Tensor:

@@ -30,7 +30,12 @@ class Estimate:
 
 
 class CovariateEffects(nn.Module):
-    """Best estimates of clean latents and noise if x0 = features @ effects + rest, the rest white of one deviation.
+    """Best estimates of clean latents and noise if x0 = features @ effects + rest.
+
+    The rest is white, of one deviation, but for the directions along which covariates are read from latents best
+    (`readout`).  Along these it has the deviations that held-out scans have, and no network adds anything
+    (`outside_readout`): however little it has learnt, it cannot draw another covariate than was asked for.  On the
+    demo, a network of 1,500 steps that was free to had drawn brains with r = 0.94 where scans have 0.98.
 
     Covariates that are missing are not taken to be typical: given those that are known, their features are Gaussian
     with a mean and a covariance of their own, and x0 varies as much more along their effects.  So the prediction
@@ -48,6 +53,8 @@ class CovariateEffects(nn.Module):
     feature_mean: Tensor
     feature_covariance: Tensor
     deviation: Tensor
+    readout: Tensor
+    readout_deviations: Tensor
 
     def __init__(self, latent_shape: Sequence[int], levels: list[int]) -> None:
         super().__init__()
@@ -57,12 +64,17 @@ class CovariateEffects(nn.Module):
         self.register_buffer("feature_mean", torch.zeros(features))
         self.register_buffer("feature_covariance", torch.eye(features))
         self.register_buffer("deviation", torch.ones(()))
+        # Orthonormal rows, or zeros, which change nothing.
+        self.register_buffer("readout", torch.zeros(features, *latent_shape))
+        self.register_buffer("readout_deviations", torch.ones(features))
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
     def forward(self, x: Tensor, alpha: Tensor, sigma: Tensor, covariates: Tensor) -> Estimate:
-        """Posterior means under x0 ~ N(m, S), S = deviation^2 + effects^T C effects: E[x0 | x] = m + alpha S q and
-        E[noise | x] = sigma q with q = (alpha^2 S + sigma^2)^-1 (x - alpha m), by Woodbury's identity.
+        """Posterior means under x0 ~ N(m, R + effects^T C effects), R the covariance of the rest.
+
+        E[x0 | x] = m + alpha S q and E[noise | x] = sigma q with q = (alpha^2 S + sigma^2)^-1 (x - alpha m), by
+        Woodbury's identity.
 
         Parameters
         ----------
@@ -78,21 +90,36 @@ class CovariateEffects(nn.Module):
         mean, covariance = self.features_given(covariates)
         prior = mean @ effects
         centred = x.float().flatten(1) - alpha * prior
-        power = alpha.square() * self.deviation.square() + sigma.square()  # of one number of centred, known covariates
+        # Variances of alpha * rest + sigma * noise: of all numbers, and along the readout
+        power = alpha.square() * self.deviation.square() + sigma.square()
+        along = alpha.square() * self.readout_deviations.square() + sigma.square()
         # The F x F system; what is known has (nearly) no covariance, so that nothing is left of it there.
         root = torch.linalg.cholesky(covariance)
-        products = (effects @ effects.T).expand_as(covariance)
-        system = torch.eye(len(effects), device=x.device) + (alpha.square() / power)[..., None] * (
-            root.mT @ products @ root
-        )
-        inner = torch.linalg.solve(system, root.mT @ (centred @ effects.T)[..., None])
-        q = (centred - alpha.square() / power * (root @ inner)[..., 0] @ effects) / power
-        spread = self.deviation.square() * q + (covariance @ (q @ effects.T)[..., None])[..., 0] @ effects
+        crossed = effects @ self.readout.flatten(1).T
+        products = (effects @ effects.T) / power[..., None]
+        products = products + (crossed * (1.0 / along - 1.0 / power)[:, None]) @ crossed.T
+        system = torch.eye(len(effects), device=x.device) + alpha.square()[..., None] * (root.mT @ products @ root)
+        weighted = self._scaled(centred, 1.0 / power, 1.0 / along)
+        inner = torch.linalg.solve(system, root.mT @ (weighted @ effects.T)[..., None])
+        spread_back = (root @ inner)[..., 0] @ effects
+        q = weighted - alpha.square() * self._scaled(spread_back, 1.0 / power, 1.0 / along)
+        rest = self._scaled(q, self.deviation.square().expand_as(power), self.readout_deviations.square())
+        spread = rest + (covariance @ (q @ effects.T)[..., None])[..., 0] @ effects
         return Estimate(
             clean=(prior + alpha * spread).reshape(x.shape),
             noise=(sigma * q).reshape(x.shape),
-            surprise=(centred * power.rsqrt()).reshape(x.shape),
+            surprise=self._scaled(centred, power.rsqrt(), along.rsqrt()).reshape(x.shape),
         )
+
+    def outside_readout(self, learnt: Tensor) -> Tensor:
+        """What a network adds, (b, c, *spatial), without its part along the readout."""
+        flat = learnt.flatten(1)
+        return self._scaled(flat, flat.new_ones(1, 1), flat.new_zeros(1, 1)).reshape(learnt.shape)
+
+    def _scaled(self, x: Tensor, everywhere: Tensor, along: Tensor) -> Tensor:
+        """x (b, D), multiplied by `everywhere` (b, 1), along the readout by `along` (b, F or 1) instead."""
+        rows = self.readout.flatten(1)
+        return x * everywhere + ((along - everywhere) * (x @ rows.T)) @ rows
 
     def features_given(self, covariates: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (b, F) and covariance (b, F, F) of the features, given the covariates that are known."""
