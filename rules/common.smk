@@ -104,8 +104,8 @@ def refuse_protected():
 
 onstart:
     if workflow.is_main_process:
-        if cohort_problem():
-            raise WorkflowError(cohort_problem())
+        if problems():
+            raise WorkflowError("\n".join(problems()))
         refuse_protected()
         lock_results()
 
@@ -210,6 +210,9 @@ def shard_names(count):
 COHORT_SHARDS = shard_names(STUDY.preprocess.shards)
 PLAN_SHARDS = shard_names(plan_shards(STUDY.plan, STUDY.generate.shard_size))
 COHORT_IMAGES = expand(PREPROCESSED, shard=COHORT_SHARDS)
+# The file that scans are registered to, where it is one of the user's.
+REGISTRATION = STUDY.preprocess.registration
+TEMPLATE = REGISTRATION.template if REGISTRATION and REGISTRATION.template != study_config.MNI152 else None
 
 
 wildcard_constraints:
@@ -346,8 +349,25 @@ def cohort_problem():
     return f"cohort.{named}: {where} is not there. Relative paths start at the working directory, {Path.cwd()}."
 
 
+def template_problem():
+    """What is wrong with where the template of the registration should be, in words; None if nothing is, or if scans
+    were preprocessed already.
+    """
+    if SEALED or not TEMPLATE or Path(QC).exists() or Path(TEMPLATE).is_file():
+        return None
+    return (
+        f"preprocess.registration.template: {TEMPLATE} is not there. Relative paths start at the working directory,"
+        f" {Path.cwd()}. Correct it, or take {study_config.MNI152}, which comes with nilearn."
+    )
+
+
+def problems():
+    """What of the user's files is not where the study says, in words."""
+    return [problem for problem in (cohort_problem(), template_problem()) if problem]
+
+
 def tables(files, made):
-    """Tables of the user's that a rule reads, where they are there.
+    """Files of the user's (tables, a template) that a rule reads, where they are there.
 
     Once the rule's output `made` is, they always count: without them Snakemake takes it as it is, where a shorter list
     would make it again.
@@ -367,5 +387,6 @@ def cohort_tables():
 
 
 # A plan can be made without the scans, a run cannot.
-if workflow.is_main_process and cohort_problem():
-    logger.warning(cohort_problem())
+if workflow.is_main_process:
+    for problem in problems():
+        logger.warning(problem)

@@ -1,6 +1,7 @@
 rule preprocess:
     input:
         manifest=MANIFEST,
+        template=tables([TEMPLATE] if TEMPLATE else [], QC),
     output:
         out=PREPROCESSED,
         qc=QC_SHARD,

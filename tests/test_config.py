@@ -201,6 +201,7 @@ def test_paths_and_texts_are_marked_where_they_are_declared():
         "cohort.root",
         "cohort.table",
         "preprocess.brain_mask",
+        "preprocess.registration.template",
         "preprocess.channels.*.path",
         "autoencoder.perceptual.weights",
         "plan.table",
@@ -415,3 +416,17 @@ def test_the_schema_is_one_that_editors_understand():
     schema = json.loads(config.json_schema())
     assert schema["properties"]["study"]["pattern"]
     assert yaml.safe_load((ROOT / "config/config.yaml").read_text()).keys() <= schema["properties"].keys()
+
+
+def test_volumes_are_not_compared_where_all_heads_get_one_size():
+    changes = {
+        "segmentation": {"labels": "/data/{scan_id}.nii.gz", "structures": {"brain_ml": {"labels": [1]}}},
+        "covariates": MINIMAL["covariates"] | {"brain_ml": {"unit": "mL", "range": [500, 2000]}},
+    }
+    for transform in ("rigid", "affine"):
+        study = with_change("preprocess.registration", {"transform": transform}) | changes
+        if transform == "rigid":
+            config.parse_study(study, "a")
+        else:
+            with pytest.raises(UserError, match=r"segmentation: .*transform: affine.*take rigid"):
+                config.parse_study(study, "a")

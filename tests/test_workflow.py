@@ -141,6 +141,44 @@ def test_changed_tables_are_noticed_and_missing_ones_are_no_obstacle(tmp_path):
     assert planned() == {"cohort", "plan"}
 
 
+def test_a_changed_template_is_noticed_and_a_missing_one_stops_a_run(tmp_path):
+    template, results = tmp_path / "template.nii.gz", tmp_path / "results/tiny"
+    study = {
+        "study": "tiny",
+        "results": f"{tmp_path}/results",
+        "cohort": {"source": "bids", "root": f"{tmp_path}/bids"},
+        "covariates": {"age": {"unit": "year", "range": [0, 120]}},
+        "plan": [{"name": "a", "subjects": 1}],
+        "preprocess": {"registration": {"template": str(template)}, "shards": 1},
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    (tmp_path / "bids").mkdir()
+    shard = results / "preprocessed/shard-0000.arrow"
+
+    def snakemake(*options: str) -> subprocess.CompletedProcess[str]:
+        given = ("--rerun-triggers", "mtime", "--configfile", f"{tmp_path}/study.yaml", "--", str(shard))
+        return run("snakemake", *options, *given)
+
+    planned = snakemake("-n")
+    assert planned.returncode == 0 and re.search(r"^preprocess +1$", planned.stdout, re.M)
+    said = f"preprocess.registration.template: {template} is not there"
+    assert said in planned.stdout + planned.stderr, "a plan can be made, and says so"
+    refused = snakemake("--cores", "1")
+    assert refused.returncode != 0 and said in refused.stdout + refused.stderr and not (results / "cohort").exists()
+
+    made = [*(results / "cohort" / name for name in ("manifest.parquet", "card.json")), shard]
+    made.append(results / "preprocessed/qc/shard-0000.parquet")
+    template.touch()
+    assert f"--template {template} " in snakemake("-n", "-p").stdout
+    os.utime(template, (0, 0))
+    for name in made:
+        name.parent.mkdir(parents=True, exist_ok=True)
+        name.touch()
+    assert "Nothing to be done" in snakemake("-n").stdout
+    os.utime(template)
+    assert re.search(r"^preprocess +1$", snakemake("-n").stdout, re.M)
+
+
 def test_no_profile_asks_for_job_arrays():
     for path in [ROOT / "slurm/profile.v9+.yaml", *(ROOT / "profiles").glob("*/profile*.yaml")]:
         assert "slurm-array-jobs" not in yaml.safe_load(path.read_text())

@@ -41,7 +41,7 @@ from meddiff_steps.config.latents import Latents
 from meddiff_steps.config.lineup import Lineup
 from meddiff_steps.config.loading import load_study, parse_published, parse_study
 from meddiff_steps.config.plan import Condition, PlanGroup
-from meddiff_steps.config.preprocess import Channel, Preprocess
+from meddiff_steps.config.preprocess import MNI152, Channel, Preprocess, Registration
 from meddiff_steps.config.privacy import Embedder, EmbedderOptimiser, Privacy
 from meddiff_steps.config.publishing import PATH_KEYS, without_paths
 from meddiff_steps.config.reference import json_schema, key_reference
@@ -55,6 +55,7 @@ from meddiff_steps.config.study import RESERVED_COLUMNS, Study
 from meddiff_steps.config.variants import Variants
 
 __all__ = [
+    "MNI152",
     "PATH_KEYS",
     "RESERVED_COLUMNS",
     "S3",
@@ -108,6 +109,7 @@ __all__ = [
     "Preprocess",
     "Primary",
     "Privacy",
+    "Registration",
     "Release",
     "Sampler",
     "SamplerStudy",

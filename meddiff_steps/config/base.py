@@ -131,8 +131,10 @@ def marked(model: type[BaseModel], mark: Mark) -> frozenset[Keys]:
     return frozenset(keys for keys, field in fields_of(model) if mark in field.metadata)
 
 
-def replaced(content: dict[str, Any], places: Collection[Keys], by: str) -> dict[str, Any]:
-    """A copy of a study's content in which the values at some places are `by`; what is null stays null."""
+def replaced(
+    content: dict[str, Any], places: Collection[Keys], by: str, but: Collection[str] = frozenset()
+) -> dict[str, Any]:
+    """A copy of a study's content in which the values at some places are `by`; what is null or among `but` stays."""
 
     def copy(value: Any, below: frozenset[Keys]) -> Any:
         if not below:
@@ -144,7 +146,7 @@ def replaced(content: dict[str, Any], places: Collection[Keys], by: str) -> dict
             }
         if isinstance(value, list):
             return [copy(item, below) for item in value]
-        return by if () in below and value is not None else value
+        return by if () in below and value is not None and value not in but else value
 
     copied: dict[str, Any] = copy(content, frozenset(places))
     return copied

@@ -56,6 +56,31 @@ class Channel(Section):
         return value
 
 
+#: The template that comes with a package (nilearn); every other is a path.
+MNI152 = "mni152"
+
+
+class Registration(Section):
+    """Every scan in the pose of a template: rotation and translation, or an affine transform, found anew for each."""
+
+    template: Annotated[str, PATH, Field(min_length=1)] = Field(
+        MNI152,
+        description="`mni152` (a brain without skull, in millimetres of MNI space), or the path of a 3D NIfTI volume "
+        "that shows what the scans show.",
+    )
+    transform: Literal["rigid", "affine"] = Field(
+        "rigid",
+        description="`rigid` keeps the size and shape of heads; `affine` gives all of them the template's, volumes "
+        "in millilitres are then no longer those of the scan.",
+    )
+    max_rotation_deg: Annotated[float, Field(gt=0.0, le=180.0)] = Field(
+        45.0, description="A scan that would have to be turned by more is left out."
+    )
+    min_correlation: Fraction = Field(
+        0.8, description="A scan whose grey values correlate less with the template's after registration is left out."
+    )
+
+
 class Preprocess(Section):
     """From any scan to one grid and one intensity scale [0, 1]; defined once, used by every later stage."""
 
@@ -69,6 +94,11 @@ class Preprocess(Section):
     )
     center: Literal["image", "foreground"] = Field(
         "image", description="What the grid is centred on. `foreground` where scans show the head in different places."
+    )
+    registration: Registration | None = Field(
+        None,
+        description="Brings every scan into the pose of a template, in whose middle the grid then lies, whatever "
+        "`center`. Off by default; leave it off where the cohort is registered already.",
     )
     foreground: Literal["nonzero", "all"] = Field(
         "nonzero",
@@ -104,4 +134,9 @@ class Preprocess(Section):
             raise ValueError(f"percentiles must be 0 <= low < high <= 100, found [{low:g}, {high:g}]")
         if (len(self.shape) == 3) != (self.spacing_mm is not None):
             raise ValueError("a 3D shape needs spacing_mm in millimetres, a 2D shape needs spacing_mm: null")
+        if self.registration is not None and len(self.shape) == 2:
+            raise ValueError(
+                "registration turns heads in space and needs a 3D shape with spacing_mm, found the 2D shape "
+                f"{list(self.shape)}; leave preprocess.registration out for pictures"
+            )
         return self

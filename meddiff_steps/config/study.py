@@ -177,6 +177,15 @@ def _structures(study: Study) -> Iterator[str]:
             )
 
 
+def _volumes(study: Study) -> Iterator[str]:
+    registration = study.preprocess.registration
+    if study.segmentation is not None and registration is not None and registration.transform == "affine":
+        yield (
+            "segmentation: its volumes are compared with covariates in mL, and preprocess.registration.transform: "
+            "affine gives all heads one size; take rigid, or leave the section out"
+        )
+
+
 def _counterfactual(study: Study) -> Iterator[str]:
     wanted = study.counterfactual
     if wanted.covariate is not None:
@@ -258,6 +267,7 @@ RELATIONS: tuple[Callable[[Study], Iterator[str]], ...] = (
     _covariate_names,
     _labels,
     _structures,
+    _volumes,
     _counterfactual,
     _group_names,
     _requests,

@@ -17,7 +17,15 @@ from meddiff_steps.config import Channel, Preprocess
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.intensity import apply_mask, dark_background, foreground_of, normalise
 from meddiff_steps.imaging.reading import Image, ScanError, read_image
-from meddiff_steps.imaging.resampling import Placement, canonical, inside, linear, majority, nearest, scaled_picture
+from meddiff_steps.imaging.resampling import (
+    Placement,
+    canonical,
+    inside,
+    interpolated,
+    majority,
+    nearest,
+    scaled_picture,
+)
 from meddiff_steps.imaging.shards import Shards, TensorColumn
 
 Kind = Literal["contrast", "mask", "labels"]
@@ -213,7 +221,7 @@ def _contrast(
     index_map = placement.map_to(affine)
     covered = inside(index_map.matrix, placement.shape, array.shape)
     counted = covered & nearest(foreground, index_map.matrix, placement.shape)
-    return normalise(path, linear(array, index_map, placement.shape), covered, counted, config)
+    return normalise(path, interpolated(array, index_map, placement.shape), covered, counted, config)
 
 
 def _labels(image: Image, placement: Placement) -> np.ndarray:

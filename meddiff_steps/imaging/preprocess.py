@@ -3,6 +3,7 @@
 A volume is interpolated once.  Its target grid has the study's shape and spacing, axes along RAS+ world space,
 and sits on the centre of the image or of its foreground.  Along an axis of a scan that lies along the world axes
 and already has the study's spacing the grid snaps to the voxels, so that the scan is cropped or padded, not blurred.
+Where the study registers its scans (`imaging.registration`) the grid lies along the axes of a template, in its middle.
 
 The channels of a scan (`imaging.channels`) come to the same grid; `imaging.restoration` is the way back.
 """
@@ -38,12 +39,14 @@ from meddiff_steps.imaging.channels import (
 )
 from meddiff_steps.imaging.intensity import apply_mask, dark_background, foreground_of, normalise
 from meddiff_steps.imaging.reading import Image, ScanError, read_image
+from meddiff_steps.imaging.registration import REGISTRATION_COLUMNS, Pose, load_template, register
 from meddiff_steps.imaging.resampling import (
     Placement,
     box_map,
     canonical,
     inside,
-    linear,
+    interpolated,
+    locate,
     nearest,
     place,
     scaled_picture,
@@ -56,6 +59,7 @@ logger = logging.getLogger(__name__)
 #: `reason` is short and countable, `message` is the full sentence; `shape`, `spacing_mm`, `scan_affine`,
 #: `target_affine` (16 numbers, row by row; mm, RAS+) and `picture_box` (of pictures: top, left, bottom, right edge of
 #: the grid in pixels of the picture) are JSON; `cut_off_share` is the share of foreground outside the target grid.
+#: The target grid of a registered scan is turned, in the scan's world.
 QC_COLUMNS = {
     "scan_id": "string",
     "path": "string",
@@ -71,6 +75,7 @@ QC_COLUMNS = {
     "percentile_low": "float64",
     "percentile_high": "float64",
     "cut_off_share": "float64",
+    **REGISTRATION_COLUMNS,
 }
 
 #: Share of a scan's foreground outside the grid from which on it is worth a warning.
@@ -103,7 +108,9 @@ def preprocess_image(
     Raises
     ------
     ScanError
-        The scan or its mask cannot be used, or the scan was changed.
+        The scan or its mask cannot be used, the scan was changed, or it cannot be registered.
+    UserError
+        The template of the registration cannot be used.
     """
     image, facts, _, _ = _preprocess(Path(path), config, mask_path, sha256)
     return image, facts
@@ -135,7 +142,9 @@ def preprocess_scan(
     Raises
     ------
     ScanError
-        The scan, its mask or a channel cannot be used, or the scan was changed.
+        The scan, its mask or a channel cannot be used, the scan was changed, or it cannot be registered.
+    UserError
+        The template of the registration cannot be used.
     """
     image, facts, placement, mask = _preprocess(Path(path), config, mask_path, sha256)
     arrays = {"image": image}
@@ -170,7 +179,12 @@ def _preprocess(
         facts["orientation"] = "".join(nib.orientations.aff2axcodes(scan.affine))
         # To the last bit: what is restored has the scan's affine, not one that is nearly so.
         facts["scan_affine"] = json.dumps([float(v) for v in scan.affine.ravel()])
-        image, covered, counted, kept, placement = _fit_volume(scan, foreground, config)
+        pose = None
+        if config.registration is not None:
+            template = load_template(config.registration.template)
+            pose = register(path, scan, foreground, config.registration, template)
+            facts |= pose.facts(template)
+        image, covered, counted, kept, placement = _fit_volume(scan, foreground, config, pose)
         assert placement.target is not None, "a volume has an affine"
         facts["target_affine"] = json.dumps([round(float(v), 6) + 0.0 for v in placement.target.ravel()])
     facts["cut_off_share"] = 1.0 - kept
@@ -192,21 +206,25 @@ def _centre(foreground: np.ndarray, shape: tuple[int, ...], config: Preprocess) 
 
 
 def _fit_volume(
-    scan: Image, foreground: np.ndarray, config: Preprocess
+    scan: Image, foreground: np.ndarray, config: Preprocess, pose: Pose | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, Placement]:
     """Resample a volume: the image, which of its voxels lie in the scan and in the foreground (both broadcast), share
-    of foreground kept, and where the grid lies.
+    of foreground kept, and where the grid lies (turned as the template is, where there is a pose).
     """
     assert scan.affine is not None and config.spacing_mm is not None
     shape, spacing = config.shape, config.spacing_mm
     array, affine, to_ras = canonical(scan)
     if foreground.size > 1:
         foreground = nib.orientations.apply_orientation(foreground, to_ras)
-    target = np.diag([spacing, spacing, spacing, 1.0])
-    centre = nib.affines.apply_affine(affine, _centre(foreground, array.shape, config))
-    target[:3, 3] = centre - spacing * (np.array(shape) - 1) / 2
-    index_map, target = place(affine, target, shape)
-    image = linear(array, index_map, shape)
+    if pose is not None:
+        target = pose.grid(shape, spacing)
+        index_map = locate(affine, target, shape, sharp=True)
+    else:
+        target = np.diag([spacing, spacing, spacing, 1.0])
+        centre = nib.affines.apply_affine(affine, _centre(foreground, array.shape, config))
+        target[:3, 3] = centre - spacing * (np.array(shape) - 1) / 2
+        index_map, target = place(affine, target, shape)
+    image = interpolated(array, index_map, shape)
     covered = inside(index_map.matrix, shape, array.shape)
     kept = foreground & inside(np.linalg.inv(index_map.matrix), array.shape, shape)
     share = (
@@ -215,7 +233,8 @@ def _fit_volume(
         else float(np.broadcast_to(kept, array.shape).mean())
     )
     counted = covered & nearest(foreground, index_map.matrix, shape)
-    return image, covered, counted, share, Placement(shape, target, None, scan.array.shape, affine, index_map)
+    placement = Placement(shape, target, None, scan.array.shape, affine, index_map, registered=pose is not None)
+    return image, covered, counted, share, placement
 
 
 def _fit_picture(
@@ -278,7 +297,8 @@ def preprocess_shard(rows: pd.DataFrame, config: Preprocess, out: Path, threads:
     Raises
     ------
     UserError
-        A pattern names an unknown field, a channel has the name of another column, or a worker was killed.
+        A pattern names an unknown field, a channel has the name of another column, the template of the registration
+        cannot be used, or a worker was killed.
     """
     columns = {
         "scan_id": pa.string(),

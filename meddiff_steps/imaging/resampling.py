@@ -1,4 +1,4 @@
-"""An image on another grid: grey levels by linear interpolation after a Gaussian, labels by majority.
+"""An image on another grid: grey levels interpolated after a Gaussian, labels by majority.
 
 Grids are related by index maps.  Along an axis on which two grids coincide the map snaps to whole voxels, so that
 values are copied and not interpolated.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -22,6 +23,8 @@ SNAP_TOLERANCE = 0.05
 _FACE = 0.5 + 1e-3
 #: Added before rounding down: a half goes down, whatever the rounding of the header.
 _HALF_DOWN = 0.5 - 1e-3
+#: Excess (square of a ratio less 1) below which two spacings count as the same; a Gaussian of it would change nothing.
+_SAME_WIDTH = 1e-3
 #: Places that `majority` looks at in one go; bounds its memory (a few times as many bytes per label).
 _PLACES = 2**22
 
@@ -38,11 +41,14 @@ class IndexMap:
         (n,) Gaussian that comes before linear interpolation, in voxels of the image along each of its axes; 0 for none.
     aligned
         Axis k of the grid lies along axis k of the image: `matrix` is diagonal but for its last column.
+    order
+        Of the spline that interpolates where the map is not aligned: 1 is linear, 3 cubic.
     """
 
     matrix: np.ndarray
     sigmas: np.ndarray
     aligned: bool
+    order: int = 1
 
     @property
     def starts(self) -> np.ndarray:
@@ -88,6 +94,8 @@ class Placement:
         (4, 4) of the scan, its axes along RAS+; None for pictures.
     scan_map
         How the grid lies in the scan.
+    registered
+        The grid lies along the axes of a template, in the scan's world at any angle.
     """
 
     shape: tuple[int, ...]
@@ -96,6 +104,7 @@ class Placement:
     scan_shape: tuple[int, ...]
     scan_affine: np.ndarray | None
     scan_map: IndexMap
+    registered: bool = False
 
     def map_to(self, affine: np.ndarray | None) -> IndexMap:
         """How the grid lies in a volume with this affine (4, 4; axes along RAS+), or in the picture for None.
@@ -106,7 +115,7 @@ class Placement:
             return self.scan_map
         if np.allclose(np.linalg.inv(self.scan_affine) @ affine, np.eye(4), atol=1e-4):
             return self.scan_map
-        return locate(affine, self.target, self.shape)
+        return locate(affine, self.target, self.shape, sharp=self.registered)
 
 
 def canonical(image: Image) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -149,14 +158,18 @@ def place(affine: np.ndarray, target: np.ndarray, shape: Sequence[int]) -> tuple
     return IndexMap(aligned_matrix(starts, steps), sigmas, True), target
 
 
-def locate(affine: np.ndarray, target: np.ndarray, shape: Sequence[int]) -> IndexMap:
-    """How a grid that stays where it is lies in a volume; parameters as of `place`.
+def locate(affine: np.ndarray, target: np.ndarray, shape: Sequence[int], sharp: bool = False) -> IndexMap:
+    """How a grid that stays where it is lies in a volume; parameters as of `place`, but that `target` may be any.
 
     Axes that coincide within `SNAP_TOLERANCE` snap, so that an image whose voxels are those of the grid is copied.
+
+    `sharp`: where the grid is as fine as the volume along any axis, so that nothing is smoothed there, a tilted one is
+    interpolated by cubic splines.  Linearly, half of what a volume has of the finest detail would be lost (by power, in
+    the outer half of the band, on a grid of its own spacing; cubic splines keep five sixths).
     """
     matrix, sigmas, tilt, same = _relation(affine, target, shape)
     if tilt >= SNAP_TOLERANCE:
-        return IndexMap(matrix, sigmas, False)
+        return IndexMap(matrix, sigmas, False, 3 if sharp and sigmas.min() == 0 else 1)
     starts, steps = matrix[:3, 3].copy(), np.diag(matrix)[:3].copy()
     whole = same & (np.abs(starts - np.rint(starts)) < SNAP_TOLERANCE)
     starts[whole], steps[whole] = np.rint(starts[whole]), 1
@@ -176,7 +189,9 @@ def _relation(
     tilt = np.abs(matrix[:3, :3] - np.diag(steps)) @ reach
     # Width of the target voxel's point spread beyond the scan's own (Cardoso et al. 2015, scale factor point spread
     # function matching).
-    excess = np.maximum((target[0, 0] / nib.affines.voxel_sizes(affine)) ** 2 - 1, 0)
+    # Its width along an axis of the scan is the length of that row of the map.
+    excess = np.linalg.norm(matrix[:3, :3], axis=1) ** 2 - 1
+    excess[excess < _SAME_WIDTH] = 0
     sigmas = np.sqrt(excess / (8 * np.log(2)))
     return matrix, sigmas, float(tilt.max()), np.abs(steps - 1) * reach < SNAP_TOLERANCE
 
@@ -207,18 +222,23 @@ def inside(matrix: np.ndarray, source: tuple[int, ...], target: tuple[int, ...])
 # --------------------------------------------------------------------------------------------- grey levels
 
 
-def linear(array: np.ndarray, index_map: IndexMap, shape: tuple[int, ...]) -> np.ndarray:
-    """A volume (x, y, z) on a grid: the map's Gaussian, then linear interpolation; float32 (*shape).
+def interpolated(array: np.ndarray, index_map: IndexMap, shape: tuple[int, ...]) -> np.ndarray:
+    """A volume (x, y, z) on a grid: the map's Gaussian, then linear interpolation or splines; float32 (*shape).
 
-    Beyond the volume: 0 where the map is aligned, else its outermost values.
+    Beyond the volume: 0 where the map is aligned, else its outermost values.  What splines overshoot is cut to the
+    volume's range, and background stays what it is: where linear interpolation meets nothing else, so do splines.
     """
     if index_map.aligned:
         return separable(array, index_map.starts, index_map.steps, index_map.sigmas, shape)
     sigmas, matrix = index_map.sigmas, index_map.matrix
     smooth = ndimage.gaussian_filter(array, sigmas, mode="nearest") if sigmas.max() > 0 else array
-    return ndimage.affine_transform(
-        smooth, matrix[:3, :3], matrix[:3, 3], output_shape=shape, order=1, mode="nearest", output=np.float32
-    )
+    at: dict[str, Any] = {"offset": matrix[:3, 3], "output_shape": shape, "mode": "nearest", "output": np.float32}
+    straight = ndimage.affine_transform(smooth, matrix[:3, :3], order=1, **at)
+    if index_map.order == 1:
+        return straight
+    low, high = array.min(), array.max()
+    curved = ndimage.affine_transform(smooth, matrix[:3, :3], order=index_map.order, **at)
+    return np.where(straight > low, np.clip(curved, low, high), straight)
 
 
 def separable(

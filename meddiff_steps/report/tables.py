@@ -9,6 +9,7 @@ import pandas as pd
 
 from meddiff_steps.config import CategoricalCovariate, Covariates
 from meddiff_steps.core.registries import METRICS
+from meddiff_steps.imaging.registration import registered
 from meddiff_steps.report.page import Table
 from meddiff_steps.report.wording import interval, number, percent
 
@@ -326,6 +327,8 @@ def quality_control(qc: pd.DataFrame) -> tuple[list[str], list[Table]]:
             f"Foreground outside the grid: median {100 * cut.median():.2f} %, at most {100 * cut.max():.2f} %"
             f" ({worst})."
         )
+    if told := registered(kept):
+        text.append(f"{told}.")
     lost = qc[qc["status"] != "ok"]
     if lost.empty:
         return text, []

@@ -1,12 +1,13 @@
 """A simulated brain cohort, made of the MNI152 templates that ship with nilearn: no data are needed, and no person is
 shown.
 
-How a subject is made (all random numbers of subject i come from one generator keyed by the seed and i):
+How a subject is made (all random numbers of subject i come from generators keyed by the seed and i):
 
 1. Covariates: age, sex and diagnosis are drawn; head size, atrophy and ventricular size follow from them with noise of
    their own.
-2. Anatomy: a point of the image is carried to the template by an affine map (head size, proportions, pose), a smooth
-   random warp at three scales (individual shape and folds) and a flow out of the ventricles (their enlargement).
+2. Anatomy: a point of the image is carried to the template by an affine map (head size, proportions, and how the head
+   lies in the scanner, from a generator of its own), a smooth random warp at three scales (individual shape and folds)
+   and a flow out of the ventricles (their enlargement).
 3. Tissue: the template's probabilities of sulcal CSF, ventricular CSF, grey and white matter are sampled there,
    weighted by smooth random fields (individual sulci; atrophy turns cortex into sulcal CSF), and made to add up to the
    brain mask again.
@@ -62,6 +63,9 @@ FIELD_HALF_MM, FIELD_STEP_MM = (100.0, 120.0, 100.0), 5.0
 WARP_SCALES = ((60.0, 2.5, 0.85), (28.0, 1.5, 0.6), (14.0, 1.0, 0.0))
 #: Fields that vary sulci and the grey-white boundary: control spacing (mm), standard deviations (log weight).
 TEXTURE_MM, SULCI_SD, BOUNDARY_SD = 10.0, 0.4, 0.15
+#: How heads lie in the scanner, as in IXI: standard deviations of pitch, roll and yaw (degrees), of which pitch, the
+#: chin's distance from the chest, varies most; and of where the middle of the brain is (mm), along each axis.
+POSE_SD_DEG, POSE_SD_MM = (6.7, 2.5, 2.0), (2.0, 2.0, 2.0)
 #: Bias field: control spacing (mm), standard deviation (log intensity).
 BIAS_MM, BIAS_SD = 70.0, 0.035
 #: Exponent that sharpens the averaged template's tissue probabilities towards those of one person.
@@ -111,7 +115,11 @@ or injury to subjects or patients resulting from the use or misuse of this packa
 
 def subject_generator(seed: str, index: int) -> np.random.Generator:
     """Return the generator of all random numbers of subject `index` (from 0), whatever the number of subjects."""
-    digest = hashlib.sha256(f"meddiff/simulate/v1|{seed}|{index}".encode()).digest()
+    return _generator(f"meddiff/simulate/v1|{seed}|{index}")
+
+
+def _generator(key: str) -> np.random.Generator:
+    digest = hashlib.sha256(key.encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "big")))
 
 
@@ -176,6 +184,31 @@ def draw_traits(source: SimulatedSource, rng: np.random.Generator) -> Traits:
         atrophy=float(atrophy),
         ventricles_ml=float(np.clip(math.exp(ventricles), 10.0, 66.0)),
     )
+
+
+@dataclass(frozen=True)
+class HeadPose:
+    """How a head lies in the scanner.
+
+    Attributes
+    ----------
+    rotation
+        (3, 3) from the head's axes to those of the image.
+    shift
+        (3,) where the middle of the brain is, mm from the middle of the image.
+    """
+
+    rotation: np.ndarray
+    shift: np.ndarray
+
+
+def draw_pose(seed: str, index: int) -> HeadPose:
+    """Draw how the head of subject `index` lies in the scanner; from a generator of its own, since a person can lie in
+    any way. Pitch turns about the left-right axis, roll about the posterior-anterior one, yaw about the third.
+    """
+    turn, shift = np.clip(_generator(f"meddiff/simulate/pose/v1|{seed}|{index}").standard_normal((2, 3)), -2, 2)
+    pitch, roll, yaw = np.radians(turn * POSE_SD_DEG)
+    return HeadPose(_rotation(0, pitch) @ _rotation(1, roll) @ _rotation(2, yaw), shift * POSE_SD_MM)
 
 
 # ------------------------------------------------------------------------------------------------------------- template
@@ -388,10 +421,10 @@ class Anatomy:
         return (points - self.shift) @ self.to_head.T + self.middle
 
 
-def draw_anatomy(traits: Traits, template: Template, rng: np.random.Generator) -> Anatomy:
+def draw_anatomy(traits: Traits, pose: HeadPose, template: Template, rng: np.random.Generator) -> Anatomy:
     """Draw a subject's anatomy and the settings of its scan."""
-    pose, proportions = rng.standard_normal((2, 3))
-    shift = np.clip(rng.standard_normal(3), -2, 2) * 0.7
+    # The first and the last three were the pose until it got a generator of its own: what follows stays what it was.
+    _, proportions, _ = rng.standard_normal((3, 3))
     contrast = rng.standard_normal(3)
     gain, noise_sd = math.exp(0.06 * np.clip(rng.standard_normal(), -2, 2)), rng.uniform(*NOISE_SD)
 
@@ -417,8 +450,6 @@ def draw_anatomy(traits: Traits, template: Template, rng: np.random.Generator) -
     deep = surface.reshape(-1) < 0
     depth = -surface.reshape(-1)[deep, None]
     middle = ((nodes[deep] + depth).amax(0) + (nodes[deep] - depth).amin(0)) / 2
-    pitch, roll, yaw = np.radians(np.clip(pose, -2, 2) * (1.5, 1.5, 1.5))
-    rotation = _rotation(0, pitch) @ _rotation(1, roll) @ _rotation(2, yaw)
     # The MNI152 brain is taller than brains are.
     proportions = np.clip(proportions, -2, 2) * (0.02, 0.02, 0.02) + (0.01, 0.025, -0.035)
     scale = (traits.head_ml / warped_ml) ** (1 / 3) * np.exp(proportions - proportions.mean())
@@ -431,9 +462,9 @@ def draw_anatomy(traits: Traits, template: Template, rng: np.random.Generator) -
     low, high = template.flow[below], template.flow[below + 1]
     flow = Grid(torch.lerp(low.values, high.values, position - below), low.first, low.last)
     return Anatomy(
-        to_head=torch.tensor(np.diag(1 / scale) @ rotation.T, dtype=torch.float32),
+        to_head=torch.tensor(np.diag(1 / scale) @ pose.rotation.T, dtype=torch.float32),
         middle=middle,
-        shift=torch.tensor(shift, dtype=torch.float32),
+        shift=torch.tensor(pose.shift, dtype=torch.float32),
         warp=warp,
         surface=Grid(surface, -half, half),
         weights=Grid(torch.cat([sulci, boundary, bias]), -half, half),
@@ -532,7 +563,7 @@ def simulate_subject(source: SimulatedSource, seed: str, index: int, lattice: La
     """Make subject `index` (from 0); the result depends on nothing but the arguments."""
     rng = subject_generator(seed, index)
     traits = draw_traits(source, rng)
-    anatomy = draw_anatomy(traits, template, rng)
+    anatomy = draw_anatomy(traits, draw_pose(seed, index), template, rng)
 
     near = anatomy.surface(anatomy.head(lattice.centres))[0]
     # Voxels farther out have traces of the blurred mask: 0.1 % of the head (measured), not worth a third more points.

@@ -14,6 +14,7 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path
 from meddiff_steps.imaging.channels import absent_channels
 from meddiff_steps.imaging.preprocess import cut_off
+from meddiff_steps.imaging.registration import registered
 from meddiff_steps.steps import options
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ def run(
     logger.info("%d of %d scans are usable", len(table) - len(left_out), len(table))
     if len(left_out):
         logger.warning("left out:\n%s", _reasons(left_out))
+    if told := registered(table):
+        logger.info("%s", told)
     if told := cut_off(table):
         logger.warning("%s Column cut_off_share of %s has all figures.", told, out)
     if told := absent_channels(table):

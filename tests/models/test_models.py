@@ -185,7 +185,7 @@ def test_constant_latents_can_be_standardised():
 
 def test_effects_are_recovered_with_what_they_leave():
     rng = np.random.default_rng(0)
-    features = rng.normal(size=(4000, 2)) + [5.0, 0.0]
+    features = rng.normal(loc=(5.0, 0.0), size=(4000, 2))
     known = rng.random((4000, 2)) < 0.9
     effects = rng.normal(size=(2, 60))
     x = (features - features.mean(0)) @ effects + 0.5 * rng.normal(size=(4000, 60))
