@@ -393,7 +393,7 @@ def stepping(task: AutoencoderTask | DiffusionTask, settings: config.Optimiser, 
     def work() -> int:
         number = next(step)
         task.train_step(number)
-        update_average(task.modules["average"], task.modules["model"], settings.ema_decay, number)
+        update_average(task.modules["average"], task.modules["model"], settings.averaging, number)
         return batch
 
     return work

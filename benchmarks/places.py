@@ -229,7 +229,7 @@ class OurTraining:
             for group, rate in zip(optimiser.param_groups, self.rates[name], strict=True):
                 group["lr"] = rate * scale
         self.task.train_step(self.done)
-        update_average(self.task.modules["average"], self.task.modules["model"], self.settings.ema_decay, self.done)
+        update_average(self.task.modules["average"], self.task.modules["model"], self.settings.averaging, self.done)
         self.done += 1
         self.spent += time.perf_counter() - start
 

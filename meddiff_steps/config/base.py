@@ -59,17 +59,16 @@ class Optimiser(Section):
     ] = 50
     gradient_clip: PositiveFloat = Field(1.0, description="Largest gradient norm.")
     log_every: PositiveInt = Field(25, description="Steps that one point of the training curve averages.")
-    ema_decay: Annotated[
-        float,
-        Field(
-            ge=0.0,
-            lt=1.0,
-            description="Decay per step of the averaged weights that are released. Shorter trainings need a smaller "
-            "one: about 1 - 5 / `steps`.",
-        ),
-    ] = 0.999
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(
+        None, description="Decay per step of the averaged weights that are released; 1 - 5 / `steps` when left out."
+    )
     checkpoint_every: PositiveInt = Field(250, description="Steps between resumable checkpoints.")
     validate_every: Annotated[int, Field(ge=1, description="Steps between validation losses.")] = 200
+
+    @property
+    def averaging(self) -> float:
+        """Decay per step of the averaged weights."""
+        return max(0.0, 1.0 - 5.0 / self.steps) if self.ema_decay is None else self.ema_decay
 
 
 class NetworkOptimiser(Optimiser):
@@ -87,15 +86,6 @@ class NetworkOptimiser(Optimiser):
         int,
         Field(ge=0, description="Steps over which the learning rate rises from 0; it then falls to 0 along a cosine."),
     ] = 30
-    ema_decay: Annotated[
-        float,
-        Field(
-            ge=0.0,
-            lt=1.0,
-            description="Decay per step of the averaged weights that are released. Shorter trainings need a smaller "
-            "one: about 1 - 5 / `steps`.",
-        ),
-    ] = 0.995
 
 
 # --------------------------------------------------------------------------------------------- a walk over keys

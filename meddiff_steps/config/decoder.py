@@ -15,10 +15,6 @@ class DecoderOptimiser(NetworkOptimiser):
     batch_size: Annotated[
         int, Field(ge=1, description="Crops per gradient step, of all GPUs together. Bounds memory.")
     ] = 12
-    ema_decay: Annotated[
-        float,
-        Field(ge=0.0, lt=1.0, description="Decay per step of the averaged weights that are released."),
-    ] = 0.998
 
 
 class Decoder(Section):

@@ -164,7 +164,7 @@ def train(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.gradient_clip)
         optimiser.step()
-        update_average(average, model, schedule.ema_decay, step)
+        update_average(average, model, schedule.averaging, step)
         done = step + 1
         if done % schedule.validate_every == 0 or done == schedule.steps:
             probability = predict(average, read, validation[0], device)

@@ -272,7 +272,7 @@ def train_segmenter(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.gradient_clip)
         optimiser.step()
-        update_average(average, model, schedule.ema_decay, step)
+        update_average(average, model, schedule.averaging, step)
     return average.cpu().requires_grad_(False).eval()
 
 

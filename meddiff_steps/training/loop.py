@@ -226,7 +226,7 @@ def fit(task: Task, settings: Optimiser, fabric: Fabric, state: Path, label: str
                 for group, rate in zip(optimiser.param_groups, base_rates[name], strict=True):
                     group["lr"] = rate * scale
             losses = task.train_step(step)
-            update_average(task.modules["average"], task.modules["model"], settings.ema_decay, step)
+            update_average(task.modules["average"], task.modules["model"], settings.averaging, step)
             for name, value in losses.items():
                 sums[name] = sums[name] + value if name in sums else value
                 counts[name] += 1
