@@ -42,7 +42,9 @@ def run(
     contact_sheet: Annotated[Path, typer.Option(help="picture of real beside synthetic images to write (PNG)")],
     decoder: Annotated[
         Path | None,
-        typer.Option(help="folder decoder/: card.json, history.parquet, reconstructions.arrow; left out if there is none"),
+        typer.Option(
+            help="folder decoder/: card.json, history.parquet, reconstructions.arrow; left out if there is none"
+        ),
     ] = None,
     privacy: Annotated[Path | None, typer.Option(help="privacy/report.json; left out of the page if not given")] = None,
     teacher: Annotated[
