@@ -117,9 +117,7 @@ def _loader_rows(place: Place, folder: Path) -> list[dict[str, Any]]:
             size,
             "samples/s",
             kibibytes_per_scan={"ours": latent_scan, "peer": per_scan["peer"]},
-            note=(
-                "ours reads cached latents, the peer images that are still to be encoded"
-            ),
+            note=("ours reads cached latents, the peer images that are still to be encoded"),
         )
     )
     rate = measure.copy_rate()

@@ -44,7 +44,18 @@ for step in STEPS:
 print(json.dumps(keys))
 """
 #: Stages that have the trained model at work.
-SAMPLING = {"decoder", "tone", "generate", "filter", "privacy", "showcase", "sampler_study", "counterfactual", "regenerate", "audit"}
+SAMPLING = {
+    "decoder",
+    "tone",
+    "generate",
+    "filter",
+    "privacy",
+    "showcase",
+    "sampler_study",
+    "counterfactual",
+    "regenerate",
+    "audit",
+}
 
 #: File, what is there, what becomes of it; then the stages.  A network that is trained anew has all that uses it made
 #: anew by its files.
@@ -118,7 +129,18 @@ STUDIES: dict[str, tuple[Any, set[str]]] = {
     "covariates.age.range": (
         [0, 110],
         {
-            *("cohort", "scale", "diffusion", "tone", "plan", "privacy", "neighbours", "describe", "evaluate", "sampler_study"),
+            *(
+                "cohort",
+                "scale",
+                "diffusion",
+                "tone",
+                "plan",
+                "privacy",
+                "neighbours",
+                "describe",
+                "evaluate",
+                "sampler_study",
+            ),
             *("showcase", "counterfactual", "downstream_design", "downstream_plan", "downstream_data"),
             *("downstream_test", "lineup", "report", "second_model"),
         },

@@ -45,9 +45,7 @@ def test_the_first_haar_channel_is_the_block_mean():
     assert torch.allclose(Stem(3, "haar")(x)[:, :1] / math.sqrt(8), mean, atol=1e-6)
 
 
-FIRST_STAGES_SMALL = {
-    name: SMALL.model_copy(update={"network": name}) for name in FIRST_STAGES.names()
-}
+FIRST_STAGES_SMALL = {name: SMALL.model_copy(update={"network": name}) for name in FIRST_STAGES.names()}
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -241,9 +239,7 @@ def test_effects_give_the_posterior_mean_of_their_gaussian(prediction_type):
         m[known] = feature[known]
         gain = covariance[np.ix_(hidden, known)] @ np.linalg.inv(covariance[np.ix_(known, known)])
         m[hidden] = mean[hidden] + gain @ (feature[known] - mean[known])
-        c[np.ix_(hidden, hidden)] = (
-            covariance[np.ix_(hidden, hidden)] - gain @ covariance[np.ix_(known, hidden)]
-        )
+        c[np.ix_(hidden, hidden)] = covariance[np.ix_(hidden, hidden)] - gain @ covariance[np.ix_(known, hidden)]
         a, s = float(alpha[i]), float(sigma[i])
         spread = 0.36 * np.eye(32) + effects.T @ c @ effects
         q = np.linalg.solve(a**2 * spread + s**2 * np.eye(32), x[i] - a * m @ effects)

@@ -175,9 +175,7 @@ def test_golden_roots(tmp_path):
     public, private = ledger.public_schema(covariates), ledger.private_schema(sorted(LIMITS))
     recipe = ledger.Recipe("a" * 64, "d" * 64, "ddim", 20, 1.5, 4, "32-true", "e" * 64)
     rows = [
-        row
-        for table in ledger.public_tables(plan, decisions, images, covariates, recipe)
-        for row in table.to_pylist()
+        row for table in ledger.public_tables(plan, decisions, images, covariates, recipe) for row in table.to_pylist()
     ]
     for row in rows:  # as they were before there were decoders and grey levels
         row["recipe"] = {key: value for key, value in row["recipe"].items() if key not in LATER_FIELDS}

@@ -102,7 +102,13 @@ class Place:
                         "base": {"sex": "F"},
                     },
                 ],
-                "generate": {"sampler": "ddim", "num_inference_steps": 2, "drawing_steps": 2, "batch_size": 4, "shard_size": shard_size},
+                "generate": {
+                    "sampler": "ddim",
+                    "num_inference_steps": 2,
+                    "drawing_steps": 2,
+                    "batch_size": 4,
+                    "shard_size": shard_size,
+                },
                 "privacy": {"max_attempts": 2},
                 "compute": {"device": "cpu", "precision": "32-true"},
                 "release": {

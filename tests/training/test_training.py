@@ -169,7 +169,9 @@ def task_of(images, latents, bare_latents, first_stage, fabric):
             changes["guide_share"] = 0.5
         if kind in ("diffusion", "no posterior", "unet", "learnt weights", "guide"):
             network = "unet" if kind == "unet" else "resnet"
-            return diffusion_task(bare_latents if kind == "no posterior" else latents, fabric, network=network, **changes)
+            return diffusion_task(
+                bare_latents if kind == "no posterior" else latents, fabric, network=network, **changes
+            )
         if kind == "decoder":
             return decoder_task(images, first_stage, fabric, **changes)
         if kind == "adversarial":

@@ -12,7 +12,6 @@ from meddiff_steps import config
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.training import loop
 
-
 if __name__ == "__main__":
     folder, processes = Path(sys.argv[1]), int(sys.argv[2])
     fabric = make_fabric(config.Compute(device="cpu", precision="32-true"), 1, processes)
