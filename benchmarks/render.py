@@ -183,7 +183,7 @@ _COMPARED = """\
   `AutoencoderKL` at full resolution, fp32, every image encoded again at every diffusion step, `CacheDataset` and
   `PersistentDataset` over `.nii.gz`, `DDIMScheduler` with two passes per step, decoding one by one, MS-SSIM over all
   ordered pairs. Both sides have the same latent grid, batch size and noise schedule. The peers' networks are theirs,
-  sized by the keys that ours have; a test checks that they are the product's `kl` and `unet` (weights within a quarter).
+  sized by the keys that ours have; a test checks that they are our `kl` and `unet` (weights within a quarter).
 - **Precision**: ours is what `compute.precision: auto` means on the machine, bf16 where the processor multiplies that
   fast; the peers' is fp32, as in their scripts on a processor.
 - **In the peers' favour**: no anomaly detection, perceptual loss, discriminator or TensorBoard, which their scripts
