@@ -300,3 +300,18 @@ def test_weights_of_another_network_are_refused_in_words(tmp_path):
     save_model(model, tmp_path, card)
     with pytest.raises(UserError, match="not the weights of this version's network"):
         load_first_stage(tmp_path)
+
+
+def test_a_guide_is_the_same_network_with_weights_of_its_own():
+    torch.manual_seed(0)
+    settings = config.Diffusion(channels=[8], num_res_blocks=1, guide_share=0.2)
+    model = Denoiser(settings, (4, 4, 4), [0, 2]).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    x, t, c = torch.randn(2, 4, 4, 4), torch.tensor([300.0, 600.0]), Condition(torch.tensor([[0.1, 0.0], [0.4, 1.0]]))
+    other = model(x, t, c, guide=True)
+    assert (other - model(x, t, c)).abs().max() > 1e-3
+    model.guide.load_state_dict(model.network.state_dict())
+    assert torch.equal(model(x, t, c, guide=True), model(x, t, c))
+    assert len(model.costly) == 2
+    assert Denoiser(settings.model_copy(update={"guide_share": 0}), (4, 4, 4), [0, 2]).guide is None
