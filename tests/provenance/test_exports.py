@@ -157,6 +157,14 @@ def test_packed_models_make_the_release_again(place, tmp_path):
     assert checks["models"] == checks["images"] == "pass"
 
 
+def test_a_decoder_of_an_earlier_model_does_not_stay_among_packed_models(tmp_path):
+    place = Place(tmp_path, drawing=False)
+    (tmp_path / "models/decoder").mkdir(parents=True)
+    (tmp_path / "models/decoder/model.safetensors").write_bytes(b"of a model before")
+    pack(place, tmp_path / "models", place.results / "privacy/report.json")
+    assert {path.name for path in (tmp_path / "models").iterdir() if path.is_dir()} == {"autoencoder", "diffusion"}
+
+
 @pytest.mark.parametrize("name", ["diffusion/model", "diffusion/tone", "decoder/model", "autoencoder/model"])
 def test_other_weights_are_not_packed(place, tmp_path, name):
     kind, file = name.split("/")
