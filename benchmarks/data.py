@@ -106,7 +106,7 @@ def _loader_rows(place: Place, folder: Path) -> list[dict[str, Any]]:
     def ours_latents() -> float:
         for _ in range(epochs):
             for start in range(0, len(data.train_rows), BATCH):
-                for column in ("mean", "log_variance"):
+                for column in ("mean", "numbers"):
                     torch.from_numpy(data.shards.tensors(column, data.train_rows[start : start + BATCH]))
         return epochs * len(data.train_rows)
 
@@ -117,15 +117,12 @@ def _loader_rows(place: Place, folder: Path) -> list[dict[str, Any]]:
             size,
             "samples/s",
             kibibytes_per_scan={"ours": latent_scan, "peer": per_scan["peer"]},
-            note=(
-                "ours reads cached posteriors, the peer images that are still to be encoded; both draw from the"
-                " posterior in their training step"
-            ),
+            note=("ours reads cached latents, the peer images that are still to be encoded"),
         )
     )
     rate = measure.copy_rate()
-    # Stored as 2 bytes per number, given as 4; of a latent its mean and its log-variance are read.
-    for row, size_of in ((rows[-2], 6 * math.prod(place.size.shape)), (rows[-1], 12 * math.prod(place.latent_shape))):
+    # Stored as 2 bytes per number, given as 4.
+    for row, size_of in ((rows[-2], 6 * math.prod(place.size.shape)), (rows[-1], 6 * math.prod(place.latent_shape))):
         row["floor"] = {"ours": measure.copying(size_of, rate, 1.0 / row["ours"]["value"])}
     gc.collect()
     before = measure.private_mebibytes()
@@ -160,12 +157,8 @@ def _latents(place: Place, path: Path) -> LatentData:
     """Latents of the study's shape with made-up values: reading does not depend on them."""
     shape, count = place.latent_shape, len(place.images)
     rng = np.random.default_rng(0)
-    shards = write_latents(
-        path,
-        [rng.standard_normal(shape, dtype=np.float32) for _ in range(count)],
-        [np.full(shape, -4.0, np.float32)] * count,
-    )
-    prior = {"offset": torch.zeros(1, *shape), "scale": torch.ones(1, shape[0], *(1,) * (len(shape) - 1))}
+    shards = write_latents(path, [rng.standard_normal(shape, dtype=np.float32) for _ in range(count)])
+    prior = {"offset": torch.zeros(1, *shape), "scale": torch.ones(())}
     return LatentData(shards, prior, place.covariates, place.rows("train"), place.rows("val"))
 
 

@@ -44,6 +44,7 @@ from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.core.files import write_json
 from meddiff_steps.core.random_streams import seed_key
 from meddiff_steps.core.registries import default_steps, evaluations
+from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn, in_background
 from meddiff_steps.models.first_stage.base import build as build_first_stage
 from meddiff_steps.models.first_stage.base import latent_shape
@@ -76,8 +77,8 @@ QUICK = {
         "latent_channels": 4,
         "optimiser": {"steps": 9, "batch_size": 2, "learning_rate": 0.001},
     },
-    "latents": {"gaussian_rank": 4},
     "diffusion": {
+        "network": "unet",
         "channels": [8, 16],
         "norm_num_groups": 4,
         "num_head_channels": 8,
@@ -257,13 +258,14 @@ class Case:
         ) as shard:
             for i in range(count):
                 shard.append(scan_id=str(i), image=self._smooth(rng))
-        latent = TensorColumn("float16", self.latent_shape)
-        with ShardWriter(folder / "latents.arrow", {"mean": latent, "log_variance": latent}) as shard:
+        numbers = np.zeros(len(self.latent_shape) + 1, np.float32)
+        columns = {
+            "mean": TensorColumn("float16", self.latent_shape),
+            "numbers": TensorColumn("float32", numbers.shape),
+        }
+        with ShardWriter(folder / "latents.arrow", columns) as shard:
             for _ in range(4 * count):
-                shard.append(
-                    mean=rng.standard_normal(self.latent_shape, dtype=np.float32),
-                    log_variance=np.full(self.latent_shape, -6.0),
-                )
+                shard.append(mean=rng.standard_normal(self.latent_shape, dtype=np.float32), numbers=numbers)
         self.images, self.count = Shards([folder / "images.arrow"]), count
         table = pd.DataFrame({name: self._values(covariate, rng, 64) for name, covariate in study.covariates.items()})
         self.encoding = CovariateEncoding.fit(table, study.covariates)
@@ -285,35 +287,32 @@ class Case:
     def _operations(self) -> dict[str, float]:
         """Floating-point operations per image, recomputed blocks counted once; counted on tensors without values."""
         plain = {"gradient_checkpointing": False}
-        # The prior's products are a few megaflops beside teraflops: counting leaves them out.
+        # The products with covariates' effects are a few megaflops beside teraflops: counting leaves them out.
         with torch.device("meta"):
             settings = self.study.diffusion.model_copy(update=plain)
-            unet = DenoiserCard(settings, self.latent_shape, self.encoding, rank=1).build().network.unet
+            network = DenoiserCard(settings, self.latent_shape, self.encoding, variants=0).build().network
             first = build_first_stage(self.first.model_copy(update=plain), 3)
-        width, tokens = self.study.diffusion, len(self.encoding.level_counts)
-        x = torch.zeros(1, unet.in_channels, *self.latent_shape[1:], device="meta")
-        context, time_embedding = (
-            torch.zeros(1, tokens, width.covariate_dim, device="meta"),
-            torch.zeros(1, 4 * width.channels[0], device="meta"),
-        )
+            condition = Condition(torch.zeros(1, len(self.encoding.level_counts)))
+            timesteps, amplitude = torch.zeros(1), torch.zeros(1, 1, 1, 1, 1)
         image, z = torch.zeros(1, 1, *self.shape, device="meta"), torch.zeros(1, *self.latent_shape, device="meta")
 
         def counted(call: Callable[[], Any], backward: bool) -> float:
             with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
                 result = call()
                 if backward:
-                    sum(part.sum() for part in (result if isinstance(result, tuple) else (result,))).backward()
+                    parts = result if isinstance(result, tuple) else (result,)
+                    sum(part.sum() for part in parts if part is not None).backward()
             return float(counter.get_total_flops())
 
         def denoise() -> Any:
-            return unet(x, timesteps=torch.zeros(1, device="meta"), context=context, class_labels=time_embedding)
+            return network(z, timesteps, condition)
 
         return {
             "denoise": counted(denoise, False),
             "train_diffusion": counted(denoise, True),
             "encode": counted(lambda: first.encode(image), False),
             "decode": counted(lambda: first.decode(z), False),
-            "train_autoencoder": counted(lambda: first(image, z), True),
+            "train_autoencoder": counted(lambda: first(image, z, amplitude), True),
         }
 
     def fabric(self, precision: str = "auto") -> Fabric:
@@ -329,11 +328,8 @@ class Case:
         return torch.from_numpy(self.images.tensors("image", np.arange(size) % self.count))
 
     def prior(self) -> dict[str, torch.Tensor]:
-        """A Gaussian of the study's rank, without meaning: all but its components is what a new `Prior` begins with."""
-        rank, size = self.study.latents.gaussian_rank, int(np.prod(self.latent_shape))
-        basis = torch.linalg.qr(torch.randn(size, rank, generator=torch.Generator().manual_seed(0)))[0].T.contiguous()
-        standard = {"offset": torch.zeros(1, *self.latent_shape), "scale": torch.ones(1, self.latent_shape[0], 1, 1, 1)}
-        return standard | {"prior.basis": basis}
+        """Latents that need no standardisation, and do not depend on covariates."""
+        return {"offset": torch.zeros(1, *self.latent_shape), "scale": torch.ones(())}
 
 
 def case_of(name: str, folder: Path, device: str) -> Case:
@@ -402,7 +398,7 @@ def stepping(task: AutoencoderTask | DiffusionTask, settings: config.Optimiser, 
 def peer_autoencoder(case: Case) -> Callable[[int], Work]:
     def make(batch: int) -> Work:
         network = peer.peer_autoencoder(case.first, case.device)
-        optimiser = peer.peer_optimiser(network, case.first.optimiser.learning_rate)
+        optimiser = peer.peer_optimiser(network, peer.LEARNING_RATE)
         images = case.batch(batch)
 
         def work() -> int:
@@ -419,7 +415,7 @@ def peer_diffusion(case: Case, autocast: torch.dtype | None) -> Callable[[int], 
         settings = case.study.diffusion
         first = peer.peer_autoencoder(case.first, case.device)
         network = peer.peer_unet(settings, case.first.latent_channels, len(case.study.covariates), case.device)
-        optimiser = peer.peer_optimiser(network, settings.optimiser.learning_rate)
+        optimiser = peer.peer_optimiser(network, peer.LEARNING_RATE)
         images = case.batch(batch)
         inferer = LatentDiffusionInferer(
             peer.peer_scheduler(settings), scale_factor=peer.peer_scale_factor(first, images[:1].to(case.device))
@@ -473,7 +469,7 @@ def our_sampling(
     def make(batch: int) -> Work:
         fabric = case.fabric(precision)
         torch.manual_seed(0)
-        card = DenoiserCard(case.study.diffusion, case.latent_shape, case.encoding, case.study.latents.gaussian_rank)
+        card = DenoiserCard(case.study.diffusion, case.latent_shape, case.encoding, variants=len(case.latent_shape) + 1)
         denoiser = card.build()
         denoiser.load_state_dict(case.prior(), strict=False)
         first = build_first_stage(case.first, 3)

@@ -52,6 +52,19 @@ Device = torch.device | str
 NULL_CONDITION = -1.0
 
 
+#: Learning rate of their Adam: that of ours for AdamW.
+LEARNING_RATE = 1e-3
+
+
+def unet_settings(settings: config.Diffusion) -> config.Diffusion:
+    """By which their UNet is sized: a study's section if it has a UNet, else that of the smallest of the tutorials."""
+    if settings.network == "unet":
+        return settings
+    return settings.model_copy(
+        update={"network": "unet", "channels": [32, 64], "attention_levels": [False, True], "num_res_blocks": 1}
+    )
+
+
 # ------------------------------------------------------------------------------------------------ first stage
 
 
@@ -129,9 +142,10 @@ def peer_psnr(network: AutoencoderKL, images: Tensor) -> float:
 def peer_unet(
     settings: config.Diffusion, latent_channels: int, covariates: int, device: Device, spatial_dims: int = 3
 ) -> DiffusionModelUNet:
-    """MONAI's DiffusionModelUNet, sized like the study's second stage; covariates enter as one cross-attention token
-    (b, 1, covariates).
+    """MONAI's DiffusionModelUNet, sized by `unet_settings`; covariates enter as one cross-attention token (b, 1,
+    covariates).
     """
+    settings = unet_settings(settings)
     depth = len(settings.channels)
     # Heads of levels without attention are 0 in the tutorials; the middle block takes the last level's.
     heads = tuple(

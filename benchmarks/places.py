@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,11 @@ from meddiff_steps.core.random_streams import philox
 from meddiff_steps.imaging.preprocess import preprocess_shard
 from meddiff_steps.imaging.shards import Shards, ShardWriter
 from meddiff_steps.imaging.shards import TensorColumn as Column
-from meddiff_steps.models.latent_statistics import Standardisation, gaussian_tensors, measure_standardisation
+from meddiff_steps.models.denoiser.effects import covariate_features
+from meddiff_steps.models.latent_statistics import Standardisation, fit_effects, measure_standardisation
 from meddiff_steps.simulation.brains import simulate_cohort
 from meddiff_steps.training.latent_data import LatentData
 from meddiff_steps.training.loop import Task, learning_rate_scale, update_average
-from meddiff_steps.training.tasks.components import train_components
 
 #: Root of every random number here.
 SEED = "benchmarks"
@@ -119,28 +119,25 @@ class Place:
                     "ventricles_ml": {"unit": "mL", "range": [1, 150]},
                 },
                 "preprocess": {"shape": list(size.shape), "spacing_mm": size.spacing_mm, "shards": 1},
-                # The demo's networks and optimisers.
+                # The demo's networks.
                 "autoencoder": {
                     "channels": [16, 16] if setting.quick else [32, 64],
-                    "latent_channels": 4 if setting.quick else 16,
+                    "latent_channels": 4 if setting.quick else 12,
                     "norm_num_groups": 8 if setting.quick else 16,
                     "optimiser": {
                         "steps": steps,
                         "batch_size": 2,
-                        "learning_rate": 0.001,
-                        "warmup_steps": 1 if setting.quick else 20,
+                        "warmup_steps": 1 if setting.quick else 30,
                         "ema_decay": 0.97,
                     },
                 },
                 "diffusion": {
-                    "channels": [16, 32] if setting.quick else [32, 64],
-                    "num_res_blocks": 1,
-                    "component_steps": 20 if setting.quick else 800,
+                    "channels": [16 if setting.quick else 64],
+                    **({"num_res_blocks": 1} if setting.quick else {}),
                     "optimiser": {
                         "steps": 2 * steps,
                         "batch_size": 4,
-                        "learning_rate": 0.002,
-                        "warmup_steps": 1 if setting.quick else 50,
+                        "warmup_steps": 1 if setting.quick else 30,
                         "ema_decay": 0.99,
                     },
                 },
@@ -234,38 +231,36 @@ class OurTraining:
         self.spent += time.perf_counter() - start
 
 
-def write_latents(path: Path, means: Sequence[np.ndarray], log_variances: Sequence[np.ndarray]) -> Shards:
-    """The product's latent cache from posteriors, each (c, *spatial)."""
-    column = Column("float16", means[0].shape)
-    with ShardWriter(path, {"mean": column, "log_variance": column}) as shard:
-        for mean, log_variance in zip(means, log_variances, strict=True):
-            shard.append(mean=mean, log_variance=log_variance)
+def write_latents(path: Path, means: Sequence[np.ndarray], log_variances: Sequence[np.ndarray] | None = None) -> Shards:
+    """The product's latent cache from posteriors, each (c, *spatial); of scans as they are."""
+    column, numbers = Column("float16", means[0].shape), np.zeros(means[0].ndim + 1, np.float32)
+    columns = {"mean": column, "numbers": Column("float32", numbers.shape)}
+    if log_variances is not None:
+        columns["log_variance"] = column
+    with ShardWriter(path, columns) as shard:
+        for row, mean in enumerate(means):
+            values = {} if log_variances is None else {"log_variance": log_variances[row]}
+            shard.append(mean=mean, numbers=numbers, **values)
     return Shards([path])
 
 
 def latent_data(place: Place, shards: Shards, scale: float | None = None) -> LatentData:
-    """Standardisation, Gaussian and component network as the steps `scale` and `diffusion` fit them.
+    """Standardisation and covariates' effects as the step `scale` fits them.
 
-    `scale` replaces the deviation per channel by one number for all: that of a peer, so that both sides see the same
-    noise.
+    `scale` replaces the deviation: by that of a peer, so that both sides see the same noise.
     """
-    study, rows = place.study, place.rows("train")
+    rows = place.rows("train")
     standardise = measure_standardisation(shards.tensor("mean", int(row)) for row in rows)
     if scale is not None:
         standardise = Standardisation(standardise.offset, np.full_like(standardise.scale, scale))
-    levels = place.encoding.level_counts
-    gaussian = gaussian_tensors(
-        lambda i: standardise(shards.tensors("mean", [int(rows[i])]))[0],
-        place.covariates[rows],
-        levels,
-        study.latents.gaussian_rank,
-        place.table["subject_id"].to_numpy()[rows],
+    values, known = covariate_features(torch.from_numpy(place.covariates[rows]), place.encoding.level_counts)
+    effects = fit_effects(
+        lambda i: standardise(shards.tensors("mean", [int(rows[i])]))[0], values.numpy(), known.numpy()
     )
-    tensors = {"offset": standardise.offset, "scale": standardise.scale} | gaussian
-    prior = {name: torch.from_numpy(value) for name, value in tensors.items()}
-    data = LatentData(shards, prior, place.covariates, rows, place.rows("val"))
-    components, _ = train_components(data, study.diffusion, levels, SEED)
-    return replace(data, prior=prior | components)
+    tensors = {"offset": standardise.offset, "scale": standardise.scale}
+    tensors |= {f"effects.{name}": value for name, value in effects.items()}
+    prior = {name: torch.from_numpy(np.asarray(value)) for name, value in tensors.items()}
+    return LatentData(shards, prior, place.covariates, rows, place.rows("val"))
 
 
 def save_weights(network: torch.nn.Module, path: Path) -> None:

@@ -182,19 +182,15 @@ _COMPARED = """\
 - **The peers' way** is in `benchmarks/peer.py`, written against MONAI's public API as its tutorials use it:
   `AutoencoderKL` at full resolution, fp32, every image encoded again at every diffusion step, `CacheDataset` and
   `PersistentDataset` over `.nii.gz`, `DDIMScheduler` with two passes per step, decoding one by one, MS-SSIM over all
-  ordered pairs. A test checks that both sides have as many weights (within a quarter), the same latent grid, batch
-  size, learning rate, noise schedule and steps.
+  ordered pairs. Both sides have the same latent grid, batch size and noise schedule. The peers' networks are theirs,
+  sized by the keys that ours have; a test checks that they are our `kl` and `unet` (weights within a quarter).
 - **Precision**: ours is what `compute.precision: auto` means on the machine, bf16 where the processor multiplies that
   fast; the peers' is fp32, as in their scripts on a processor.
 - **In the peers' favour**: no anomaly detection, perceptual loss, discriminator or TensorBoard, which their scripts
-  have; the narrowest full-resolution level; our learning rate, higher than theirs; images held in memory while
+  have; the narrowest full-resolution level; images held in memory while
   diffusion trains; sampling in batches, not one by one.
-- **On our clock**: fitting the linear path, encoding the cohort once, fitting the Gaussian prior and training its
-  network. Both sides of the diffusion race learn the latents of the peer's autoencoder at one noise scale, so that one
-  loss judges both.
-- **Where our diffusion curves rise**: trained for seconds, the peer's autoencoder has latents that hardly vary, and the
-  Gaussian alone predicts them better than the first few hundred steps of any network do. `meddiff_steps diffusion`
-  warns where that happens. On the latents of the demo 400 steps lower the held-out loss from 0.510 to 0.501.
+- **On our clock**: encoding the cohort once and fitting the effects of covariates. Both sides of the diffusion race
+  learn the latents of the peer's autoencoder at one noise scale, so that one loss judges both.
 - **Sampling** has one trained model on both sides, ours; what differs is the sampler, the second pass and the decoding.
   Ours counts with the fewest steps whose Frechet distance to held-out scans is not above the peer's. At guidance scale
   1 the second pass cancels, so the peer's realism is measured without it and its time with it. KID is of all features,

@@ -84,7 +84,7 @@ class Samplers:
         return peer.peer_sample(self.adapter, self._decode, scheduler, noise, context, scale, null=float("nan")).numpy()
 
     def _decode(self, latent: Tensor) -> Tensor:
-        return self.model.first_stage.decode(self.model.denoiser.latents(latent))
+        return self.model.first_stage.decode(self.model.denoiser.latents(latent)).clamp(0.0, 1.0)
 
 
 def sampling(setting: Setting) -> dict[str, Any]:

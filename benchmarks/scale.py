@@ -49,10 +49,10 @@ STUDY: dict[str, Any] = {
         "num_head_channels": 8,
         "covariate_dim": 16,
         "num_res_blocks": 1,
-        "component_steps": 20,
         "optimiser": {"steps": 40, "batch_size": 8, "learning_rate": 1e-3},
     },
-    "generate": {"batch_size": 64, "shard_size": SHARD, "num_inference_steps": 4},
+    "decoder": {"channels": 8, "num_res_blocks": 1, "optimiser": {"steps": 40, "batch_size": 8, "learning_rate": 1e-3}},
+    "generate": {"batch_size": 64, "drawing_steps": 4, "shard_size": SHARD, "num_inference_steps": 4},
     # What so little training makes is no brain and copies nobody; only the work is measured.
     # Brains at 12 mm are all alike, and are no duplicates for that.
     "privacy": {

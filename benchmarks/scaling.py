@@ -23,7 +23,7 @@ from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.imaging.shards import Shards, ShardWriter
 from meddiff_steps.imaging.shards import TensorColumn as Column
 from meddiff_steps.models.denoiser.base import Denoiser
-from meddiff_steps.models.first_stage.kl import Autoencoder
+from meddiff_steps.models.first_stage.base import build as build_first_stage
 from meddiff_steps.privacy.search import nearest, unit_rows
 from meddiff_steps.statistics.bootstrap import rounded
 from meddiff_steps.synthesis.plan import build_plan
@@ -89,10 +89,10 @@ def _curve(
 
 def _voxels(setting: Setting) -> dict[str, Any]:
     """One subject through each stage at growing size, with the demo's networks."""
-    settings, diffusion = config.Autoencoder(), config.Diffusion(num_res_blocks=1)
+    settings, diffusion = config.Autoencoder(latent_channels=12), config.Diffusion()
     sides, turns = setting.either((SIDES, 2), ((16, 24), 1))
     torch.manual_seed(0)
-    ours, theirs = Autoencoder(settings, 3), peer.peer_autoencoder(settings, "cpu")
+    ours, theirs = build_first_stage(settings, 3), peer.peer_autoencoder(settings, "cpu")
     to_channels_last(ours, 3)
     optimiser = peer.peer_optimiser(theirs, 1e-3)
 
@@ -101,10 +101,11 @@ def _voxels(setting: Setting) -> dict[str, Any]:
 
     def our_step(side: int) -> float:
         x = image(side).contiguous(memory_format=channels_last(3))
+        noise = torch.randn(1, settings.latent_channels, *(side // settings.downsampling,) * 3)
 
         def step() -> None:
             ours.zero_grad(set_to_none=True)
-            (ours(x)[0] - x).abs().mean().backward()
+            (ours(x, noise, torch.full((1, 1, 1, 1, 1), 0.1))[0] - x).abs().mean().backward()
 
         return _best(step, turns)
 
@@ -135,7 +136,7 @@ def _voxels(setting: Setting) -> dict[str, Any]:
 
 def _denoiser(settings: config.Diffusion, shape: tuple[int, ...]) -> tuple[Denoiser, tuple[Any, ...]]:
     torch.manual_seed(0)
-    network = Denoiser(settings, shape, [0, 2, 2, 0, 0], rank=16)
+    network = Denoiser(settings, shape, [0, 2, 2, 0, 0])
     to_channels_last(network, 3)
     x = torch.randn(1, *shape).contiguous(memory_format=channels_last(3))
     return network, (x, torch.full((1,), 500.0), Condition(torch.zeros(1, 5)))
@@ -186,16 +187,17 @@ def _subjects(setting: Setting) -> dict[str, Any]:
 
 
 def _write(count: int, path: Path) -> None:
-    column = Column("float16", LATENT)
+    numbers = np.zeros(len(LATENT) + 1, np.float32)
+    columns = {"mean": Column("float16", LATENT), "numbers": Column("float32", numbers.shape)}
     values = np.zeros(LATENT, np.float16)
-    with ShardWriter(path, {"mean": column, "log_variance": column}) as shard:
+    with ShardWriter(path, columns) as shard:
         for _ in range(count):
-            shard.append(mean=values, log_variance=values)
+            shard.append(mean=values, numbers=numbers)
 
 
 def _read(path: Path, count: int) -> float:
     shards = Shards([path])
-    prior = {"offset": torch.zeros(1, *LATENT), "scale": torch.ones(1, LATENT[0], 1, 1, 1)}
+    prior = {"offset": torch.zeros(1, *LATENT), "scale": torch.ones(())}
     data = LatentData(shards, prior, np.zeros((count, 1), np.float32), np.arange(count), np.arange(0))
     rng = np.random.default_rng(0)
     batches = rng.integers(count, size=(1000, 8))

@@ -3,7 +3,7 @@
 Both sides take turns of a few steps, so that a busy minute of the machine falls on both; where the peer is far behind
 it gets more time. After each turn the held-out figure is measured, off the clock.  The level that decides is the best
 that the peer reached in its time; the ratio is the peer's seconds to that level over ours.  Ours is also looked at
-before its first step, when it already has its linear path or its Gaussian prior, and its learning rate runs through its
+before its first step, when its denoiser already knows the effects of covariates, and its learning rate runs through its
 schedule in the time it has.
 """
 
@@ -188,8 +188,8 @@ def curves(races: Sequence[tuple[Side, Side]], name: str, label: str) -> dict[st
 
 
 def autoencoder(setting: Setting) -> dict[str, Any]:
-    """Autoencoder: ours (Haar stem, linear path, channels-last) beside MONAI's AutoencoderKL of as many weights at full
-    resolution.
+    """Autoencoder: ours (Haar stem, local layers, Muon, channels-last) beside MONAI's AutoencoderKL of the same widths,
+    whose first level is at full resolution.
     """
     rows, drawn = [], []
     for size in setting.sizes:
@@ -227,7 +227,7 @@ def _autoencoder_race(place: Place, seed: int, seconds: tuple[float, float]) -> 
     looked_at = place.rows("val")[:JUDGED_SCANS]
     held_out = torch.from_numpy(place.images.tensors("image", looked_at))
     clock = measure.Clock()
-    with clock.running():  # fitting the linear path is part of our training
+    with clock.running():
         task = AutoencoderTask(
             settings, study.variants, place.images, place.rows("train"), looked_at, f"{SEED}/{seed}", place.fabric
         )
@@ -235,7 +235,7 @@ def _autoencoder_race(place: Place, seed: int, seconds: tuple[float, float]) -> 
 
     torch.manual_seed(seed)
     network = peer.peer_autoencoder(settings, "cpu")
-    optimiser = peer.peer_optimiser(network, settings.optimiser.learning_rate)
+    optimiser = peer.peer_optimiser(network, peer.LEARNING_RATE)
     loader = peer.peer_loader(
         place.files("train"), study.preprocess, settings.optimiser.batch_size, cache="memory"
     )  # filled off the clock
@@ -246,7 +246,7 @@ def _autoencoder_race(place: Place, seed: int, seconds: tuple[float, float]) -> 
         lambda: peer.peer_autoencoder_step(network, optimiser, next(batches)["image"].as_tensor(), settings.kl_weight),
         lambda: peer.peer_psnr(network, held_out),
     )
-    ours.look()  # what the linear path alone gives
+    ours.look()
     race(ours, theirs, seconds)
     if seed == 0:
         save_weights(task.average, place.folder / "ours-autoencoder.safetensors")
@@ -277,7 +277,7 @@ def trained_peer_autoencoder(place: Place) -> Any:
     torch.manual_seed(0)
     network = peer.peer_autoencoder(settings, "cpu")
     if not load_weights(network, place.folder / "peer-autoencoder.safetensors"):
-        optimiser = peer.peer_optimiser(network, settings.optimiser.learning_rate)
+        optimiser = peer.peer_optimiser(network, peer.LEARNING_RATE)
         images = place.tensors("train")
         for step in range(2 if place.setting.quick else 40):
             rows = batch_rows(SEED, step, settings.optimiser.batch_size, len(images))
@@ -294,7 +294,7 @@ def diffusion(setting: Setting) -> dict[str, Any]:
 
     Both learn the latents of one autoencoder, the peer's, at one noise scale, so that the loss means the same on both
     sides: the mean squared error of the noise in held-out latents, the same timesteps and noise for both at every
-    look.  Encoding the cohort once, fitting the Gaussian and training the component network are on our clock.
+    look.  Encoding the cohort once and fitting the effects of covariates are on our clock.
     """
     rows, drawn = [], []
     for size in setting.sizes:
@@ -318,7 +318,7 @@ def diffusion(setting: Setting) -> dict[str, Any]:
             for side in ("ours", "peer")
         }
         found[0]["note"] = (
-            f"ours after encoding {len(shards)} scans once and fitting the prior, {facts['before']:.1f} s, which the"
+            f"ours after encoding {len(shards)} scans once and fitting effects, {facts['before']:.1f} s, which the"
             " row below counts"
         )
         rows += found
@@ -343,7 +343,7 @@ def _diffusion_race(
 
     torch.manual_seed(seed)
     network = peer.peer_unet(settings, place.latent_shape[0], len(place.study.covariates), "cpu")
-    optimiser = peer.peer_optimiser(network, settings.optimiser.learning_rate)
+    optimiser = peer.peer_optimiser(network, peer.LEARNING_RATE)
     inferer = LatentDiffusionInferer(peer.peer_scheduler(settings), scale_factor=factor)
     context, train = peer.peer_context(place.covariates, "cpu"), place.rows("train")
     counter = iter(range(10**9))
@@ -364,12 +364,12 @@ def _diffusion_race(
     judged = HeldOut(place, data, factor)
     ours = Side(training.step, lambda: judged.ours(average), clock)
     theirs = Side(their_step, lambda: judged.theirs(network))
-    ours.look()  # what the prior alone gives
+    ours.look()  # what the effects of covariates alone give
     race(ours, theirs, (before + seconds[0], seconds[1]))
     facts = {
         "before": before,
         "parameters": {
-            "ours": _weights(model.network.unet),
+            "ours": _weights(model.network),
             "peer": _weights(network),
         },
         "flops": {"ours": measure.flops(lambda: task.train_step(10**6)), "peer": measure.flops(their_step)},
@@ -443,14 +443,12 @@ def our_model(place: Place, seconds: float) -> TrainedModel:
         for _ in range(2 if place.setting.quick else 40):
             training.step()
         save_weights(first.average, place.folder / "ours-autoencoder.safetensors")
-    first.fit_grey_levels()
-    means, log_variances = [], []
     with torch.no_grad():
-        for row in range(len(place.images)):
-            posterior = first.average.encode(torch.from_numpy(place.images.tensors("image", [row])))
-            means.append(posterior.mean[0].numpy())
-            log_variances.append(posterior.log_variance[0].numpy())
-    data = latent_data(place, write_latents(place.folder / "ours-latents.arrow", means, log_variances))
+        means = [
+            first.average.encode(torch.from_numpy(place.images.tensors("image", [row]))).mean[0].numpy()
+            for row in range(len(place.images))
+        ]
+    data = latent_data(place, write_latents(place.folder / "ours-latents.arrow", means))
     task = DiffusionTask(study.diffusion, data, place.encoding, f"{SEED}/0", place.fabric)
     denoiser, path = task.modules["average"], place.folder / "ours-diffusion.safetensors"
     assert isinstance(denoiser, Denoiser)

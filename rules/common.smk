@@ -179,7 +179,11 @@ MODEL_RELEASE = [
         "README.md",
         "SHA256SUMS",
         "config.json",
-        *(f"{kind}/{file}" for kind in ("autoencoder", *(["decoder"] if DECODER else []), "diffusion") for file in NETWORK),
+        *(
+            f"{kind}/{file}"
+            for kind in ("autoencoder", *(["decoder"] if DECODER else []), "diffusion")
+            for file in NETWORK
+        ),
         *(f"diffusion/{file}" for file in TONE),
     )
 ]

@@ -33,7 +33,7 @@ rule report:
         plan=PLAN,
         generated=expand(FILTERED, shard=PLAN_SHARDS),
         autoencoder=[AUTOENCODER[1], AUTOENCODER_CURVE, AUTOENCODER_RECONSTRUCTIONS],
-        decoder=[*DECODER[1:], *DECODER_CURVE],
+        decoder=[*DECODER[1:], *DECODER_CURVE, RECONSTRUCTIONS] if DECODER else [],
         diffusion=[RELEASED_MODEL[1], f"{RELEASED_FOLDER}/history.parquet"],
         evaluation=[*EVALUATION, SHOWCASE],
         privacy=PRIVACY_REPORT,

@@ -196,7 +196,9 @@ def truncate(run: Run, draw: random.Random) -> str | None:
             "latents/*.arrow",
             "generated/*.arrow",
             "autoencoder/model.safetensors",
+            "decoder/model.safetensors",
             "diffusion/model.safetensors",
+            "diffusion/tone.safetensors",
         ],
     )
     if victim is None:

@@ -22,6 +22,10 @@ MINIMAL = {
 }
 
 
+#: A first stage that leaves images as large as they are.
+ODD = {"stem": "none", "channels": [16]}
+
+
 def with_change(path: str, value: object) -> dict:
     study = copy.deepcopy(MINIMAL)
     if not path:
@@ -95,6 +99,8 @@ def test_what_an_optimiser_leaves_out_keeps_the_default_of_its_network():
         ("diffusion.optimiser", {"method": "sgd"}, "diffusion.optimiser.method"),
         ("decoder.network", "nothing", "decoder.network"),
         ("generate.guidance_interval", [2, 1], "guidance_interval: expected [low, high]"),
+        ("generate.guidance", "autoguidance", "set diffusion.guide_share"),
+        ("", {"preprocess": {"shape": [9, 12], "spacing_mm": None}, "autoencoder": ODD}, "take even numbers"),
         ("diffusion.beta_start", 0.5, "beta_start"),
         ("diffusion", {"prediction_type": "epsilon", "zero_terminal_snr": True}, "zero_terminal_snr"),
         ("generate.sampler", "euler", "generate.sampler"),

@@ -60,6 +60,7 @@ def test_a_second_run_does_nothing(study):
     ("lost", "made_again"),
     [
         ("autoencoder/model.safetensors", True),
+        ("decoder/model.safetensors", True),
         ("diffusion/model.safetensors", True),
         ("preprocessed/shard-0000.arrow", False),
     ],
@@ -131,9 +132,18 @@ def test_a_study_is_estimated_to_cost_what_it_did(study):
     found = {
         one.stage: one for one in estimates(load_study(study / "study.yaml"), STUDY["cohort"]["subjects"], results)
     }
-    assert {"simulate", "preprocess", "autoencoder", "diffusion", "generate", "filter", "evaluate", "ledger"} <= set(
-        found
-    )
+    assert {
+        "simulate",
+        "preprocess",
+        "autoencoder",
+        "decoder",
+        "diffusion",
+        "tone",
+        "generate",
+        "filter",
+        "evaluate",
+        "ledger",
+    } <= set(found)
     for stage, one in found.items():
         folder = results / "benchmarks" / stage
         took = [seconds(path) for path in (folder.glob("*.tsv") if folder.is_dir() else [folder.with_suffix(".tsv")])]
@@ -163,6 +173,12 @@ def test_a_study_is_estimated_to_cost_what_it_did(study):
             "generate",
             {"guidance_scale": 2.0},
             "generate",
+            {"cohort", "preprocess", "autoencoder", "decoder", "latents", "diffusion"},
+        ),
+        (
+            "decoder",
+            {"latent_noise": 0.1},
+            "decoder",
             {"cohort", "preprocess", "autoencoder", "latents", "diffusion"},
         ),
         ("diffusion", {"covariate_dropout": 0.2}, "diffusion", {"cohort", "preprocess", "autoencoder", "latents"}),
@@ -214,6 +230,33 @@ def test_counterfactuals_lie_on_the_scans_own_grids_and_touch_nothing_else(study
     assert "Nothing to be done" in run(folder, "--dry-run")
 
 
+def test_a_study_without_drawing_decoder_gives_images_as_the_autoencoder_decodes_them(study, tmp_path):
+    folder = Path(shutil.copytree(study, tmp_path / "copy"))
+    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY | {"decoder": STUDY["decoder"] | {"network": None}}))
+    results = folder / "results/tiny"
+    shutil.rmtree(results / "decoder")
+    said = run(folder)
+    assert not re.search(r"^(autoencoder|decoder|latents|diffusion) +[0-9]", said, re.M), "nothing is trained anew"
+    assert not (results / "decoder").exists()
+    before, after = digests(study), digests(folder)
+    assert after["diffusion/model.safetensors"] == before["diffusion/model.safetensors"]
+    for name in ("generated/shard-0000.arrow", "diffusion/tone.safetensors", "evaluation/metrics.json"):
+        assert after[name] != before[name]
+    rows = [json.loads(line) for line in (results / "release/provenance/ledger.jsonl").read_text().splitlines()]
+    assert {(row["recipe"]["decoder"], row["recipe"]["drawing_steps"]) for row in rows if row["recipe"]} == {
+        (None, None)
+    }
+    names = {path.relative_to(results / "model-release").as_posix() for path in results.glob("model-release/*/*")}
+    assert names == {
+        *(f"{kind}/{name}" for kind in ("autoencoder", "diffusion") for name in ("model.safetensors", "card.json")),
+        *(f"diffusion/tone.{kind}" for kind in ("safetensors", "json")),
+    }
+    command = [sys.executable, "-m", "meddiff_steps", "audit", str(results / "release")]
+    done = subprocess.run([*command, "--models", str(results / "model-release")], env=ENVIRONMENT, capture_output=True)
+    assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
+    assert "rawing decoder" not in (results / "report.html").read_text()
+
+
 @pytest.mark.slow
 def test_a_second_model_learns_from_accepted_synthetic_images_alone(study, tmp_path):
     folder = Path(shutil.copytree(study, tmp_path / "copy"))
@@ -239,6 +282,7 @@ def test_killed_runs_finish_with_the_same_bytes(study, tmp_path):
     results = tmp_path / "results/tiny"
     run_and_kill(tmp_path, lambda: any(results.glob("state/autoencoder/*/step-*.safetensors")))
     run_and_kill(tmp_path, lambda: (results / "autoencoder/card.json").exists())
+    run_and_kill(tmp_path, lambda: any(results.glob("state/decoder/*/step-*.safetensors")))
     run_and_kill(tmp_path, lambda: any(results.glob("state/diffusion/*/step-*.safetensors")))
     run_and_kill(tmp_path, lambda: any(results.glob("generated/.partial-*")))
     run(tmp_path, "--rerun-incomplete")

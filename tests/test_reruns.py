@@ -44,22 +44,53 @@ for step in STEPS:
 print(json.dumps(keys))
 """
 #: Stages that have the trained model at work.
-SAMPLING = {"generate", "filter", "privacy", "showcase", "sampler_study", "counterfactual", "regenerate", "audit"}
+SAMPLING = {
+    "decoder",
+    "tone",
+    "generate",
+    "filter",
+    "privacy",
+    "showcase",
+    "sampler_study",
+    "counterfactual",
+    "regenerate",
+    "audit",
+}
 
 #: File, what is there, what becomes of it; then the stages.  A network that is trained anew has all that uses it made
 #: anew by its files.
 CODE: dict[str, tuple[str, str, str, set[str]]] = {
-    "a constant of the denoiser": (
-        *("models/denoiser/unet.py", "POSITION_CHANNELS = 8", "POSITION_CHANNELS = 4"),
-        {"diffusion"},
+    "a constant of the denoiser, whose layers the drawing decoder has, too": (
+        *("models/denoiser/resnet.py", "FREQUENCIES, LOWEST, HIGHEST = 32", "FREQUENCIES, LOWEST, HIGHEST = 16"),
+        {"decoder", "diffusion"},
     ),
-    "a constant of a first stage": (
-        *("models/first_stage/kl.py", "INITIAL_LOG_VARIANCE = -7.0", "INITIAL_LOG_VARIANCE = -6.0"),
+    "a denoiser that is not the study's": (
+        *("models/denoiser/unet.py", "POSITION_CHANNELS = 8", "POSITION_CHANNELS = 4"),
+        set(),
+    ),
+    "the first stage": (
+        *("models/first_stage/resnet.py", "(features, features.shape[1:])", "(features, features.shape[2:])"),
         {"autoencoder"},
+    ),
+    "the drawing decoder": (
+        *("models/drawing/residual_diffusion.py", "decoded * 2.0 - 1.0", "decoded * 2.1 - 1.0"),
+        {"decoder"},
+    ),
+    "a constant of the training of the drawing decoder": (
+        *("training/tasks/decoder.py", "PLACES, LEAST_SHARE, BLACK = 8", "PLACES, LEAST_SHARE, BLACK = 9"),
+        {"decoder"},
     ),
     "a constant of the training of the denoiser": (
         *("training/tasks/diffusion.py", "VALIDATION_LATENTS = 64", "VALIDATION_LATENTS = 32"),
         {"diffusion"},
+    ),
+    "a constant of the optimiser": (
+        *("training/optimisers.py", "WEIGHT_DECAY = 0.01", "WEIGHT_DECAY = 0.02"),
+        {"autoencoder", "decoder", "diffusion"},
+    ),
+    "a constant of the grey levels, from which costs are estimated": (
+        *("synthesis/grey_levels.py", "IMAGES = 64", "IMAGES = 32"),
+        {"tone", "plan_cost", "status"},
     ),
     "an instrument's constant": (
         *("instruments/segmenter.py", "MAX_SCANS = 500", "MAX_SCANS = 400"),
@@ -67,11 +98,11 @@ CODE: dict[str, tuple[str, str, str, set[str]]] = {
     ),
     "a sampler's default steps": (
         *("diffusion/samplers/dpmpp.py", '"default_steps": 20', '"default_steps": 25'),
-        {"generate", "filter", "describe", "showcase", "sampler_study", "ledger"},
+        {"tone", "generate", "filter", "describe", "showcase", "sampler_study", "ledger"},
     ),
     "the solver of the study's sampler": (
         *("diffusion/samplers/dpmpp.py", "/ (2 * r)", "/ (3 * r)"),
-        {"generate", "filter", "showcase", "sampler_study"},
+        {"decoder", "tone", "generate", "filter", "showcase", "sampler_study"},
     ),
     "the solver of a sampler that is not the study's": ("diffusion/samplers/heun.py", "/ 2)", "/ 3)", set()),
     "what a sampler says of itself": (
@@ -98,13 +129,27 @@ STUDIES: dict[str, tuple[Any, set[str]]] = {
     "covariates.age.range": (
         [0, 110],
         {
-            *("cohort", "scale", "diffusion", "plan", "privacy", "neighbours", "describe", "evaluate", "sampler_study"),
+            *(
+                "cohort",
+                "scale",
+                "diffusion",
+                "tone",
+                "plan",
+                "privacy",
+                "neighbours",
+                "describe",
+                "evaluate",
+                "sampler_study",
+            ),
             *("showcase", "counterfactual", "downstream_design", "downstream_plan", "downstream_data"),
             *("downstream_test", "lineup", "report", "second_model"),
         },
     ),
     "title": ("A better title", {"neighbours", "describe", "lineup", "report"}),
-    "generate.guidance_scale": (2.0, {"generate", "filter", "describe", "showcase", "sampler_study"}),
+    "decoder.channels": (32, {"decoder"}),
+    "diffusion.levels.mean": (0.0, {"diffusion"}),
+    "generate.drawing_steps": (20, {"tone", "generate", "filter", "describe", "showcase", "sampler_study"}),
+    "generate.guidance_scale": (2.0, {"tone", "generate", "filter", "describe", "showcase", "sampler_study"}),
     "privacy.level": (0.2, {"calibrate", "privacy"}),
     "release.licence": ("CC-BY-4.0", {"describe", "export", "export_index"}),
 }

@@ -33,7 +33,9 @@ IMPATIENT = ["--slurm-init-seconds-before-status-checks", "2", "--latency-wait",
 ONE_THREAD = ["--max-threads", "1"]
 GPU_STEPS = [
     "autoencoder",
+    "decoder",
     "diffusion",
+    "tone",
     "latents/0000",
     "latents/0001",
     "generate/0000",

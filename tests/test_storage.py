@@ -41,7 +41,11 @@ def test_temporary_shards_go_after_their_last_reader_and_nothing_else_does(tmp_p
 
 @pytest.mark.skipif(bool(ORDINARY) and shutil.which("setpriv") is None, reason="root needs setpriv to be like anybody")
 @pytest.mark.parametrize(
-    "name", ["autoencoder/model.safetensors", "diffusion/model.safetensors", "release/provenance/root.json"]
+    "name",
+    [
+        *(f"{kind}/model.safetensors" for kind in ("autoencoder", "decoder", "diffusion")),
+        "release/provenance/root.json",
+    ],
 )
 def test_a_run_that_would_replace_what_is_protected_is_refused_before_it_starts(tmp_path, name):
     path = tmp_path / "results/tiny" / name

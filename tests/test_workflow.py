@@ -252,7 +252,7 @@ def test_rules_that_run_the_detectors_ask_for_memory_by_voxels():
 
 def test_several_gpus_are_asked_for_on_one_node():
     several = {name for name, body in gpu_rules().items() if re.search(r"^ +gpu=GPUS,", body, re.M)}
-    assert several == {"autoencoder", "diffusion"}
+    assert several == {"autoencoder", "decoder", "diffusion"}
     assert all(re.search(r"^ +nodes=1,", gpu_rules()[name], re.M) for name in several)
 
 
@@ -261,7 +261,9 @@ def test_exactly_the_rules_that_run_networks_ask_for_a_gpu():
         "autoencoder",
         "downstream_train",
         "latents",
+        "decoder",
         "diffusion",
+        "tone",
         "generate",
         "filter",
         "sampler_study",

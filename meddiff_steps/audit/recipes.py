@@ -142,7 +142,12 @@ def check_recipes(release: Sealed) -> tuple[list[Check], Tally]:
 def config_recipe(study: config.Study, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe that the config asks for; what it leaves open (weights, a sampler's usual steps) as the row has it."""
     wanted = study.generate
-    interval = list(wanted.guidance_interval) if wanted.guidance_interval else None
+    # What rows of older versions lack is not asked for.
+    later = {
+        "guidance_interval": list(wanted.guidance_interval) if wanted.guidance_interval else None,
+        "drawing_steps": wanted.drawing_steps if study.decoder.network else None,
+        "decoder": (recipe.get("decoder") or "the weights of a decoder") if study.decoder.network else None,
+    }
     return {
         **recipe,
         "sampler": wanted.sampler,
@@ -150,8 +155,7 @@ def config_recipe(study: config.Study, recipe: Mapping[str, Any]) -> dict[str, A
         "guidance_scale": wanted.guidance_scale,
         "batch_size": wanted.batch_size,
         "precision": study.compute.precision,
-        **({"guidance_interval": interval} if "guidance_interval" in recipe else {}),
-        **({"drawing_steps": wanted.drawing_steps if study.decoder.network else None} if "decoder" in recipe else {}),
+        **{key: value for key, value in later.items() if key in recipe},
     }
 
 

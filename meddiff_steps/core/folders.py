@@ -30,7 +30,7 @@ OF_STEP: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "report": {
         "cohort": ("manifest.parquet", "card.json"),
         "autoencoder": ("card.json", "history.parquet", "reconstructions.arrow"),
-        "decoder": ("card.json", "history.parquet"),
+        "decoder": ("card.json", "history.parquet", "reconstructions.arrow"),
         "diffusion": ("card.json", "history.parquet"),
         "evaluation": ("metrics.json", "predictions.parquet", "components.parquet", "showcase.arrow"),
         "teacher": ("privacy/report.json", "evaluation/metrics.json"),

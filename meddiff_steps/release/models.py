@@ -43,6 +43,8 @@ def pack(models: Mapping[str, Path], release: Path, folder: Path, title: str, pr
     first = next(ledger.read_lines(release / seal.LINES), None)
     if first is None:
         raise UserError(f"{release / seal.LINES}: no rows, so no weights to pack.")
+    if "decoder" not in models:  # that of an earlier model
+        shutil.rmtree(folder / "decoder", ignore_errors=True)
     names = []
     files = [(kind, place, NETWORK, kind) for kind, place in models.items()]
     for kind, place, (weights_name, card_name), folder_name in [

@@ -294,10 +294,10 @@ def reconstruction(shards: Shards) -> Picture:
         shown.append((figures.plain(label), shards.tensor("image", row), shards.tensor("reconstruction", row)))
     return Picture(
         figures.reconstruction_grid(shown),
-        "Held-out images, their reconstructions by the autoencoder, and the differences.",
+        "Held-out images, what the model makes of their latents, and the differences.",
         "Held-out images at the 10th, 50th and 90th percentile of reconstruction error. Difference: reconstruction"
-        " minus image, red is brighter. Good: differences without shape. Bad: edges and folds in them: what the"
-        " autoencoder loses, no generated image can have.",
+        " minus image, red is brighter. Good: differences without shape. Bad: edges and folds in them: what is"
+        " lost there, no generated image can have.",
     )
 
 

@@ -408,7 +408,7 @@ def reconstruction_section(reconstructions: Shards, quality: Mapping[str, Any]) 
     """Held-out images beside their reconstructions, and the part `reconstruction` of evaluation/metrics.json."""
     return Section(
         "reconstruction",
-        "What the autoencoder keeps",
+        "What latents keep",
         pictures=[drawn.reconstruction(reconstructions)],
         tables=[tables.quality_table(quality)],
     )

@@ -40,6 +40,12 @@ def run(
     ],
     out: Annotated[Path, typer.Option(help="page to write (HTML)")],
     contact_sheet: Annotated[Path, typer.Option(help="picture of real beside synthetic images to write (PNG)")],
+    decoder: Annotated[
+        Path | None,
+        typer.Option(
+            help="folder decoder/: card.json, history.parquet, reconstructions.arrow; left out if there is none"
+        ),
+    ] = None,
     privacy: Annotated[Path | None, typer.Option(help="privacy/report.json; left out of the page if not given")] = None,
     teacher: Annotated[
         Path | None,
@@ -84,16 +90,17 @@ def run(
     if downstream:
         results, opened = read_json(downstream / "results.json"), read_json(downstream / "test-opened.json")
         contents.append(sections.downstream_section(results, opened))
-    stages = {"autoencoder": autoencoder, "diffusion model": diffusion}
+    stages = {"autoencoder": autoencoder, "drawing decoder": decoder, "diffusion model": diffusion}
+    folders = {name: folder for name, folder in stages.items() if folder}
     cards = [
         Card("Cohort", card),
-        *(Card(name.capitalize(), read_json(folder / CARD)) for name, folder in stages.items()),
+        *(Card(name.capitalize(), read_json(folder / CARD)) for name, folder in folders.items()),
         Card("Predictors that measure covariates", measured["predictors"]),
         Card("Counts", measured["n"]),
         Card("Preprocessing", study.preprocess.model_dump(mode="json")),
     ]
-    curves = {name: _parquet(folder / "history.parquet") for name, folder in stages.items()}
-    pairs_of_scans = Shards([autoencoder / "reconstructions.arrow"])
+    curves = {name: _parquet(folder / "history.parquet") for name, folder in folders.items()}
+    pairs_of_scans = Shards([(decoder or autoencoder) / "reconstructions.arrow"])
     released = planned.loc[planned["sample_id"].isin(synthetic.column("sample_id"))]
     contents += [
         sections.sharpness_section(measured["spectrum"]),

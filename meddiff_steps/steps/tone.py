@@ -9,7 +9,6 @@ import typer
 from meddiff_steps.cohort.manifest import read_manifest, rows_by_split
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import load_stage
-from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.trained import TrainedModel, save_tone
 from meddiff_steps.steps import options
@@ -36,10 +35,6 @@ def run(
     # Of a second model these are the synthetic images that it learns from, which are named by their sample id.
     ids = shards.column("scan_id" if "scan_id" in shards.schema.names else "sample_id")
     rows = rows_by_split(table, ids)["train"]
-    if not rows:
-        raise UserError(
-            f"{manifest}: no training scan is left after preprocessing, so there are no grey levels to match."
-        )
     fabric = make_fabric(study.compute, threads)
     model = TrainedModel.load(autoencoder, diffusion, fabric, study.compute, decoder=decoder, toned=False)
     scans = table.set_index("scan_id").loc[[ids[row] for row in rows]].reset_index()

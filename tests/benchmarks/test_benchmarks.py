@@ -38,13 +38,16 @@ def setting(tmp_path: Path) -> Setting:
 def test_a_fair_copy_has_our_sizes(size, tmp_path):
     study = Setting(tmp_path).place(size).study
     settings, second = study.autoencoder, study.diffusion
-    ours, theirs = build_first_stage(settings, 3), peer.peer_autoencoder(settings, "cpu")
+    light = build_first_stage(settings, 3)
+    ours = build_first_stage(settings.model_copy(update={"network": "kl"}), 3)
+    theirs = peer.peer_autoencoder(settings, "cpu")
     assert weights(theirs) == pytest.approx(weights(ours), rel=0.25)
     x = torch.zeros(1, 1, 16, 16, 16)
     with torch.no_grad():
-        assert theirs.encode(x)[0].shape == ours.encode(x).mean.shape == (1, settings.latent_channels, 4, 4, 4)
+        for network in (ours, light):
+            assert theirs.encode(x)[0].shape == network.encode(x).mean.shape == (1, settings.latent_channels, 4, 4, 4)
     shape = (settings.latent_channels, *(n // settings.downsampling for n in size.shape))
-    unet = Denoiser(second, shape, [0, 2, 2, 0, 0], rank=4).network.unet
+    unet = Denoiser(peer.unet_settings(second), shape, [0, 2, 2, 0, 0]).network.unet
     copy = peer.peer_unet(second, settings.latent_channels, 5, "cpu")
     assert weights(copy) == pytest.approx(weights(unet), rel=0.25)
     mine, other = (
@@ -71,7 +74,7 @@ def test_one_pass_at_scale_one_is_what_two_passes_give(setting):
     """Why the peer's realism may be measured without its second pass."""
     place = setting.place(TINY)
     torch.manual_seed(0)
-    card = DenoiserCard(place.study.diffusion, place.latent_shape, place.encoding, rank=0)
+    card = DenoiserCard(place.study.diffusion, place.latent_shape, place.encoding, variants=0)
     denoiser = card.build().eval().requires_grad_(False)
     for parameter in denoiser.parameters():
         parameter.add_(0.02 * torch.randn_like(parameter))  # the last layer starts at zero, and would predict nothing
@@ -95,7 +98,7 @@ def test_both_sides_are_judged_on_the_same_noise(setting):
     factor = peer.peer_scale_factor(autoencoder, place.tensors("train")[:4])
     offset, scale = (
         torch.full((1, *place.latent_shape), 0.3),
-        torch.full((1, place.latent_shape[0], 1, 1, 1), 1.0 / factor),
+        torch.tensor(1.0 / factor),
     )
     judged = training.HeldOut(
         place,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from meddiff_steps.core.errors import UserError
 from meddiff_steps.diffusion.conditioning import Condition
 
 
@@ -92,3 +93,23 @@ def test_covariates_alone_are_a_condition_and_travel_between_processes():
 def test_shapes_that_do_not_fit_are_refused(parts, message):
     with pytest.raises(ValueError, match=message):
         Condition(**{"covariates": torch.zeros(3, 2), **parts})
+
+
+def test_the_variant_of_a_training_image_goes_with_its_row():
+    variant = torch.arange(6.0).reshape(3, 2)
+    condition = Condition(torch.zeros(3, 1), variant=variant)
+    assert torch.equal(condition[[2, 0]].variant, variant[[2, 0]])
+    assert torch.equal(condition.null().variant, variant)
+    assert torch.equal(condition.variant_numbers(2), variant)
+    assert torch.equal(Condition(torch.ones(3, 1)).variant_numbers(4), torch.zeros(3, 4)), "the image itself"
+    with pytest.raises(ValueError, match="variant"):
+        Condition(torch.zeros(3, 1), variant=torch.zeros(2, 2))
+
+
+def test_maps_are_those_that_a_network_was_trained_with():
+    maps = {"b": torch.ones(1, 2, 4, 4), "a": torch.zeros(1, 1, 4, 4)}
+    condition = Condition(torch.zeros(1, 1), maps)
+    assert [given.shape[1] for given in condition.maps_of({"a": 1, "b": 2})] == [1, 2]
+    for trained in ({}, {"a": 1}, {"a": 1, "b": 3}):
+        with pytest.raises(UserError, match="trained with"):
+            condition.maps_of(trained)

@@ -11,7 +11,7 @@ from test_samplers import PAIRS, gaussian_steps
 from torch import Tensor
 
 from meddiff_steps.core.registries import evaluations
-from meddiff_steps.diffusion.guidance import BaseGuidance, ClassifierGuidance, State, gradient
+from meddiff_steps.diffusion.guidance import BaseGuidance, ClassifierGuidance, State, gradient, predict
 from meddiff_steps.diffusion.sampling import levels_of, sample
 
 
@@ -255,3 +255,29 @@ def test_the_ratio_of_a_state_is_infinite_at_pure_noise():
     assert replace(state, alpha=none, ratio=float("nan")).ratio == float("inf")
     pure = replace(state, alpha=none, ratio=float("inf"), x=one.clone().requires_grad_())
     assert ClassifierGuidance(lambda x0: x0.sum((1, 2))).estimate(pure) is pure.x0
+
+
+def test_autoguidance_moves_away_from_a_guide_that_is_told_the_same():
+    process, n = process_of(), 4
+    oracle, calls = MixtureDenoiser(process), []
+
+    def network(name, shift):
+        def denoise(x, timesteps, condition):
+            calls.append((name, condition))
+            return oracle(x, timesteps, condition) + shift
+
+        return denoise
+
+    x, timesteps, condition = standard_normal(n), torch.full((n,), 500.0), told(0.3, n)
+    good, poor = network("good", 0.0), network("poor", 0.25)
+    plain = predict(good, x, timesteps, condition)
+    found = predict(good, x, timesteps, condition, 3.0, poor)
+    torch.testing.assert_close(found, plain - 2 * 0.25)
+    assert [name for name, _ in calls[1:]] == ["good", "poor"] and all(given is condition for _, given in calls)
+    calls.clear()
+    assert torch.equal(predict(good, x, timesteps, condition, 1.0, poor), plain)
+    assert [name for name, _ in calls] == ["good"], "in one pass"
+    torch.testing.assert_close(predict(good, x, timesteps, condition, 0.0, poor), plain + 0.25)
+    calls.clear()
+    guided([], denoiser=good, guide=poor, guidance_scale=2.0, guidance_interval=(0.3, 3.0))
+    assert 0 < [name for name, _ in calls].count("poor") < [name for name, _ in calls].count("good")

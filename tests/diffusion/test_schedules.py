@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from scipy.stats import norm
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from oracle import process_of
+from scipy.stats import norm
 
 from meddiff_steps.diffusion.schedules import NoiseProcess
 

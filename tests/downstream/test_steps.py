@@ -19,7 +19,7 @@ from meddiff_steps.core.random_streams import seed_key
 from meddiff_steps.downstream import classifier
 from meddiff_steps.downstream.images import reduce
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
-from meddiff_steps.models.first_stage.kl import Autoencoder
+from meddiff_steps.models.first_stage.base import build as build_first_stage
 from meddiff_steps.models.weights import save_model
 from meddiff_steps.report.page import render
 from meddiff_steps.report.sections import downstream_section
@@ -123,7 +123,7 @@ class Tiny:
         torch.manual_seed(0)
         first_stage = self.study.autoencoder.model_copy(update={"channels": [16], "latent_channels": 4})
         card = {"settings": first_stage.model_dump(mode="json"), "image_shape": [1, *SHAPE]}
-        save_model(Autoencoder(first_stage, 2), root / "autoencoder", card)
+        save_model(build_first_stage(first_stage, 2), root / "autoencoder", card)
 
     def write_cohort(self) -> None:
         write_manifest(self.table, self.root / "manifest.parquet")

@@ -45,9 +45,7 @@ def test_the_first_haar_channel_is_the_block_mean():
     assert torch.allclose(Stem(3, "haar")(x)[:, :1] / math.sqrt(8), mean, atol=1e-6)
 
 
-FIRST_STAGES_SMALL = {
-    name: SMALL.model_copy(update={"network": name}) for name in FIRST_STAGES.names()
-}
+FIRST_STAGES_SMALL = {name: SMALL.model_copy(update={"network": name}) for name in FIRST_STAGES.names()}
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -261,9 +259,7 @@ def test_effects_give_the_posterior_mean_of_their_gaussian(prediction_type):
         m[known] = feature[known]
         gain = covariance[np.ix_(hidden, known)] @ np.linalg.inv(covariance[np.ix_(known, known)])
         m[hidden] = mean[hidden] + gain @ (feature[known] - mean[known])
-        c[np.ix_(hidden, hidden)] = (
-            covariance[np.ix_(hidden, hidden)] - gain @ covariance[np.ix_(known, hidden)]
-        )
+        c[np.ix_(hidden, hidden)] = covariance[np.ix_(hidden, hidden)] - gain @ covariance[np.ix_(known, hidden)]
         a, s = float(alpha[i]), float(sigma[i])
         rows, deviations = values["readout"].reshape(3, 32)[:2], values["readout_deviations"][:2]
         rest = 0.36 * (np.eye(32) - rows.T @ rows) + rows.T @ np.diag(deviations**2) @ rows
@@ -335,3 +331,18 @@ def test_weights_of_another_network_are_refused_in_words(tmp_path):
     save_model(model, tmp_path, card)
     with pytest.raises(UserError, match="not the weights of this version's network"):
         load_first_stage(tmp_path)
+
+
+def test_a_guide_is_the_same_network_with_weights_of_its_own():
+    torch.manual_seed(0)
+    settings = config.Diffusion(channels=[8], num_res_blocks=1, guide_share=0.2)
+    model = Denoiser(settings, (4, 4, 4), [0, 2]).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    x, t, c = torch.randn(2, 4, 4, 4), torch.tensor([300.0, 600.0]), Condition(torch.tensor([[0.1, 0.0], [0.4, 1.0]]))
+    other = model(x, t, c, guide=True)
+    assert (other - model(x, t, c)).abs().max() > 1e-3
+    model.guide.load_state_dict(model.network.state_dict())
+    assert torch.equal(model(x, t, c, guide=True), model(x, t, c))
+    assert len(model.costly) == 2
+    assert Denoiser(settings.model_copy(update={"guide_share": 0}), (4, 4, 4), [0, 2]).guide is None

@@ -58,6 +58,15 @@ def test_other_models_are_refused(place, tmp_path):
     path.write_bytes(content)
     found = checks(audit(Request(place.release, models=other)), 6)
     assert found["models"].outcome == "finding" and "no diffusion with weights" in found["models"].text
+    content[-1] ^= 1
+    path.write_bytes(content)
+    found = checks(audit(Request(place.release, models=other)), 6)
+    assert found["models"].outcome == "finding" and "no decoder with weights" in found["models"].text
+    shutil.copytree(place.results / "decoder", other / "decoder")
+    assert checks(audit(Request(place.release, models=other)), 6)["models"].outcome == "pass"
+    (other / "diffusion/tone.json").unlink()
+    found = checks(audit(Request(place.release, models=other)), 6)
+    assert found["models"].outcome == "finding" and "no tone with weights" in found["models"].text
     found = checks(audit(Request(place.release, models=tmp_path / "none")), 6)
     assert "no model.safetensors with card.json there" in found["models"].text
 
@@ -156,7 +165,9 @@ def test_explain_leads_from_the_image_to_the_cohort(place):
         "filter",
         "generate",
         "plan",
+        "tone",
         "diffusion",
+        "decoder",
         "autoencoder",
         "preprocess",
         "cohort",

@@ -141,13 +141,14 @@ def test_packed_models_make_the_release_again(place, tmp_path):
     write_json(privacy, report | {"attacks": {"denoising_loss": {"auc": {"value": 0.6, "low": 0.46, "high": 0.72}}}})
     pack(place, tmp_path / "models", privacy)
     recipe = rows_of(place)["syn000003"]["recipe"]
+    kinds = {kind: kind for kind in ("autoencoder", "decoder", "diffusion")} | {"tone": "diffusion"}
     assert find_models(tmp_path / "models", recipe) == {
-        kind: tmp_path / "models" / kind for kind in ("autoencoder", "diffusion")
+        kind: tmp_path / "models" / folder for kind, folder in kinds.items()
     }
     readme = (tmp_path / "models/README.md").read_text()
     assert sha256_file(place.release / "provenance/root.json") in readme and "0.60 [0.46, 0.72]" in readme
     done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=tmp_path / "models", capture_output=True, text=True)
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == 6
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 10
     checks = {
         check.name: check.outcome
         for check in audit(Request(place.release, models=tmp_path / "models", sample=4)).checks
@@ -156,14 +157,24 @@ def test_packed_models_make_the_release_again(place, tmp_path):
     assert checks["models"] == checks["images"] == "pass"
 
 
-def test_other_weights_are_not_packed(place, tmp_path):
-    other = Path(shutil.copytree(place.model_files()["diffusion"], tmp_path / "diffusion"))
-    weights = other / "model.safetensors"
+def test_a_decoder_of_an_earlier_model_does_not_stay_among_packed_models(tmp_path):
+    place = Place(tmp_path, drawing=False)
+    (tmp_path / "models/decoder").mkdir(parents=True)
+    (tmp_path / "models/decoder/model.safetensors").write_bytes(b"of a model before")
+    pack(place, tmp_path / "models", place.results / "privacy/report.json")
+    assert {path.name for path in (tmp_path / "models").iterdir() if path.is_dir()} == {"autoencoder", "diffusion"}
+
+
+@pytest.mark.parametrize("name", ["diffusion/model", "diffusion/tone", "decoder/model", "autoencoder/model"])
+def test_other_weights_are_not_packed(place, tmp_path, name):
+    kind, file = name.split("/")
+    other = Path(shutil.copytree(place.model_files()[kind], tmp_path / kind))
+    weights = other / f"{file}.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(UserError, match="the release was made by"):
-        pack(place, tmp_path / "models", place.results / "privacy/report.json", diffusion=other)
+    with pytest.raises(UserError, match=rf"{file}.safetensors.* the release was made by"):
+        pack(place, tmp_path / "models", place.results / "privacy/report.json", **{kind: other})
 
 
 def test_the_manifest_can_be_read_by_pandas(place, tmp_path):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from tiny_release import AGAIN, DOUBLE, GIVEN_UP, LIMITS, Place
+from tiny_release import AGAIN, DOUBLE, GIVEN_UP, LATER_FIELDS, LIMITS, Place, schema_of
 
+from meddiff_steps.audit import explain as story
 from meddiff_steps.audit.request import Request
 from meddiff_steps.audit.run import audit
 from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate
@@ -20,6 +22,7 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.random_streams import noise, seed_key
 from meddiff_steps.privacy.calibration import Thresholds
 from meddiff_steps.provenance import ledger, verify
+from meddiff_steps.release.sealed import open_release
 
 
 def lines(release: Path) -> dict[str, dict]:
@@ -170,11 +173,23 @@ def test_golden_roots(tmp_path):
         "site": CategoricalCovariate(levels=["x", "y"]),
     }
     public, private = ledger.public_schema(covariates), ledger.private_schema(sorted(LIMITS))
-    recipe = ledger.Recipe("a" * 64, "d" * 64, "ddim", 20, 1.5, 4, "32-true")
-    tables = ledger.public_tables(plan, decisions, images, covariates, recipe)
+    recipe = ledger.Recipe("a" * 64, "d" * 64, "ddim", 20, 1.5, 4, "32-true", "e" * 64)
+    rows = [
+        row for table in ledger.public_tables(plan, decisions, images, covariates, recipe) for row in table.to_pylist()
+    ]
+    for row in rows:  # as they were before there were decoders and grey levels
+        row["recipe"] = {key: value for key, value in row["recipe"].items() if key not in LATER_FIELDS}
+    before = schema_of(rows, covariates)
+    old = ledger.write_ledger(ledger.as_tables(rows, before), before, tmp_path / "old.parquet", tmp_path / "old.jsonl")
+    assert old.root == "3468d3129cc3114819cfb6751754045417fb1341ff99340cef580df18ecde923"
+    assert [verify.row_problem(json.loads(line)) for line in (tmp_path / "old.jsonl").read_text().splitlines()] == (
+        [None] * len(rows)
+    )
+    drawn = replace(recipe, decoder="f" * 64, drawing_steps=10, guidance_interval=[0.1, 2.5])
+    tables = ledger.public_tables(plan, decisions, images, covariates, drawn)
     candidates = ledger.private_tables(plan, decisions, Thresholds(dict(LIMITS), {}, 0.05, 99), None)
     written = ledger.write_ledger(tables, public, tmp_path / "a.parquet", tmp_path / "a.jsonl")
-    assert written.root == "3468d3129cc3114819cfb6751754045417fb1341ff99340cef580df18ecde923"
+    assert written.root == "094163a79489f4dbb8c3f43fa61103a9f9fa4f5dc5e00b690328e901f65d4ecc"
     assert (
         ledger.write_ledger(candidates, private, tmp_path / "b.parquet").root
         == "6f97a6d017293f652a7d34960e693581198e892a4bee7eef72f0833be613fc4b"
@@ -190,7 +205,7 @@ def test_the_root_does_not_depend_on_shards_or_their_order(place, tmp_path):
         pd.read_parquet(place.results / "privacy/decisions.parquet"),
     )
     tables = [pd.read_parquet(path) for path in place.tables]
-    recipe = ledger.Recipe("a", "d", "ddim", 2, 1.0, 4, "32-true")
+    recipe = ledger.Recipe("a", "d", "ddim", 2, 1.0, 4, "32-true", "e")
     roots = {}
     for count in (1, 2, 7):
         shard = [i * count // len(plan) for i in range(len(plan))]
@@ -216,6 +231,42 @@ def test_the_root_does_not_depend_on_shards_or_their_order(place, tmp_path):
     assert len({(tmp_path / f"{count}.jsonl").read_bytes() for count in roots}) == 1
 
 
+@pytest.mark.parametrize("drawing", [True, False])
+def test_rows_name_the_parts_that_made_the_image(place, tmp_path, drawing):
+    if not drawing:
+        place = Place(tmp_path, drawing=False)
+    (recipe,) = {json.dumps(row["recipe"]) for row in open_release(place.release).released()}
+    found = json.loads(recipe)
+    cards = {"autoencoder": "autoencoder/card", "diffusion": "diffusion/card", "tone": "diffusion/tone"}
+    cards |= {"decoder": "decoder/card"} if drawing else {}
+    digests = {
+        kind: json.loads((place.results / f"{name}.json").read_text())["weights_sha256"] for kind, name in cards.items()
+    }
+    assert {kind: found[kind] for kind in cards} == digests
+    assert (found["decoder"] is not None) == drawing and found["drawing_steps"] == (2 if drawing else None)
+    report = audit(Request(place.release, models=place.results, private=place.private))
+    assert report.passed and report.status(6) == "PASS"
+    assert ("by `decoder`" in "\n".join(story.explain(place.release, AGAIN))) == drawing
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"tone": None}, "recipe.tone is NoneType"),
+        ({"decoder": 1}, "recipe.decoder is int"),
+        ({"guidance_interval": "x"}, "recipe.guidance_interval is str"),
+        ({"something": 1}, "fields of recipe are missing or unknown"),
+    ],
+)
+def test_what_rows_may_hold_beside_what_they_always_held(place, change, problem):
+    row = next(open_release(place.release).released())
+    assert verify.row_problem(row) is None
+    assert verify.row_problem(row | {"recipe": row["recipe"] | change}) == problem
+    old = {key: value for key, value in row["recipe"].items() if key not in LATER_FIELDS}
+    assert verify.row_problem(row | {"recipe": old}) is None
+    assert verify.row_problem(row | {"recipe": {**old, "sampler": 1}}) == "recipe.sampler is int"
+
+
 def test_a_release_of_pictures(tmp_path):
     place = Place(tmp_path, dims=2, sign=False)
     report = audit(Request(place.release, private=place.private))
@@ -233,7 +284,7 @@ def test_tables_that_do_not_fit_are_refused(place):
     plan = pd.read_parquet(place.results / "plan.parquet")
     decisions = pd.read_parquet(place.results / "privacy/decisions.parquet")
     images = pd.concat([pd.read_parquet(path) for path in place.tables])
-    recipe = ledger.Recipe("a", "d", "ddim", 2, 1.0, 4, "32-true")
+    recipe = ledger.Recipe("a", "d", "ddim", 2, 1.0, 4, "32-true", "e")
 
     def rows(plan=plan, decisions=decisions, images=images):
         return [

@@ -19,7 +19,7 @@ import pytest
 import torch
 from test_audit import checks, run
 from test_tampering import FIRST, SEALED_AGAIN, Target, _shift_age, seen
-from tiny_release import AGAIN, UNTROUBLED, Place
+from tiny_release import AGAIN, LATER_FIELDS, UNTROUBLED, Place
 
 from meddiff_steps import __version__, config
 from meddiff_steps.audit import chain, privacy, reexecution
@@ -41,8 +41,14 @@ SECTIONS = {"variants": "augmentation", "downstream": "augment", "second_model":
 STEPS = {today: old for old, today in lineage.RENAMED.items()}
 
 
+#: Keys that there were then, and are no more.
+GONE = {"autoencoder": "linear_path", "latents": "gaussian_rank", "diffusion": "component_steps"}
+
+
 def old_config(content: dict[str, Any]) -> dict[str, Any]:
-    found = {SECTIONS.get(name, name): section for name, section in content.items()}
+    found = {SECTIONS.get(name, name): section for name, section in content.items() if name != "decoder"}
+    for section, key in GONE.items():
+        found[section] = found[section] | {key: 0}
     if "count" in found["augmentation"]:
         found["augmentation"]["variants"] = found["augmentation"].pop("count")
     return found
@@ -56,8 +62,24 @@ def old_record(record: dict[str, Any], content: dict[str, Any], version: str) ->
     return record | {"step": step, "config": settings, "code": record["code"] | {"version": version}}
 
 
+def without_grey_levels(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [entry for entry in entries if not entry["path"].startswith("diffusion/tone.")]
+
+
 def age(target: Target, version: str = OLD) -> Target:
     """Rewrite a release as `version` would have sealed it."""
+    rows = target.rows()
+    if version == OLD:
+        for path in (target.folder / seal.RECORDS).rglob("*.json"):
+            record = json.loads(path.read_text())
+            if record["step"] == "tone":
+                path.unlink()
+                continue
+            inputs = {name: without_grey_levels(files) for name, files in record["inputs"].items()}
+            write_json(path, record | {"inputs": inputs})
+        for row in rows:
+            if row["recipe"] is not None:
+                row["recipe"] = {key: value for key, value in row["recipe"].items() if key not in LATER_FIELDS}
     target.edit("T1w.json", lambda content: content["Synthesis"].update(SoftwareVersion=version))
     target.edit("dataset_description.json", lambda content: content["GeneratedBy"][0].update(Version=version))
     content = target.json(seal.CONFIG)
@@ -75,10 +97,18 @@ def age(target: Target, version: str = OLD) -> Target:
     def change(root: dict[str, Any]) -> None:
         root["software"]["version"] = version
         root["inputs"]["release/dataset_description.json"] = described
+        if version == OLD:
+            del root["inputs"]["diffusion/tone.json"]
 
     target.edit(seal.ROOT, change)
-    target.seal()
+    target.seal(rows)
     return target
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A release as version 0.1.0 had them: without a drawing decoder, of grey levels as they come."""
+    return Place(tmp_path_factory.mktemp("plain"), drawing=False, toned=False)
 
 
 @pytest.fixture

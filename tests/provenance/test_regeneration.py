@@ -189,10 +189,8 @@ def test_more_subjects_want_to_know_what_covariates_are_drawn_from(place, copied
         regenerate_more(release, tmp_path, tmp_path, 1, 12, "syn")
     # Another cohort gives others: the training rows are not those of the release.
     other = tmp_path / "other"
-    (
-        shutil.copytree(place.results / "diffusion", other / "diffusion"),
-        shutil.copytree(place.results / "autoencoder", other / "autoencoder"),
-    )
+    for kind in ("autoencoder", "decoder", "diffusion"):
+        shutil.copytree(place.results / kind, other / kind)
     (other / "cohort").mkdir()
     manifest = read_manifest(place.results / "cohort/manifest.parquet", place.study.covariates)
     write_manifest(manifest.assign(age=manifest["age"] * 0.9 + 5), other / "cohort/manifest.parquet")

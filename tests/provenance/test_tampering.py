@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny_release import AGAIN, GIVEN_UP, Place
+from tiny_release import AGAIN, GIVEN_UP, Place, schema_of
 
 from meddiff_steps.audit.request import Report, Request
 from meddiff_steps.audit.run import audit
@@ -82,7 +82,7 @@ class Target:
             if row["image"] is not None:
                 path = self.folder / row["image"]["path"]
                 row["image"] |= {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        schema = ledger.public_schema(self.place.study.covariates)
+        schema = schema_of(rows, self.place.study.covariates)
         written = ledger.write_ledger(
             ledger.as_tables(rows, schema), schema, self.folder / bundle.TABLE, self.folder / bundle.LINES
         )
@@ -430,7 +430,7 @@ def _from_elsewhere(path: str) -> Callable[[Target], None]:
 
 def _keep_inputs(step: str, *names: str) -> Callable[[Target], None]:
     return lambda target: _edit_record(
-        target, step, lambda r: r.update(inputs={name: r["inputs"][name] for name in names})
+        target, step, lambda r: r.update(inputs={name: r["inputs"][name] for name in names if name in r["inputs"]})
     )
 
 
@@ -616,6 +616,16 @@ SEALED_AGAIN = {
         lambda t: _all_rows(t, lambda r: r["recipe"].update(guidance_scale=7.5)), 4, "recipe"
     ),
     "another batch size": Attack(lambda t: _all_rows(t, lambda r: r["recipe"].update(batch_size=1)), 4, "recipe"),
+    "other steps of the drawing decoder": Attack(
+        lambda t: _all_rows(t, lambda r: r["recipe"].update(drawing_steps=7)), 4, "recipe"
+    ),
+    "guidance at some levels alone": Attack(
+        lambda t: _all_rows(t, lambda r: r["recipe"].update(guidance_interval=[0.5, 2.0])), 4, "recipe"
+    ),
+    "other grey levels": Attack(lambda t: _all_rows(t, lambda r: r["recipe"].update(tone="1" * 64)), 3, "weights"),
+    "a decoder of nobody's training": Attack(
+        lambda t: _all_rows(t, lambda r: r["recipe"].update(decoder="1" * 64)), 3, "weights"
+    ),
     "another checkpoint in one row": Attack(
         lambda t: t.edit_row(FIRST, lambda r: r.update(recipe=r["recipe"] | {"diffusion": "1" * 64})), 3, "weights"
     ),
@@ -651,7 +661,7 @@ SEALED_AGAIN = {
     "images made of nothing": Attack(_keep_inputs("generate", "config"), 3, "sources"),
     "images made without a model": Attack(_keep_inputs("generate", "config", "plan"), 3, "sources"),
     "a filter without limits": Attack(
-        _keep_inputs("filter", "config", "plan", "generated", "autoencoder", "diffusion"), 3, "sources"
+        _keep_inputs("filter", "config", "plan", "generated", "autoencoder", "decoder", "diffusion"), 3, "sources"
     ),
     "a model trained on nothing": Attack(_keep_inputs("autoencoder", "config", "manifest"), 3, "sources"),
     "images made by another training": Attack(_other_training, 3, "sources"),

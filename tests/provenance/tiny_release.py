@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from meddiff_steps.models.first_stage.base import build as build_first_stage
 from meddiff_steps.models.tone import ToneCurve
 from meddiff_steps.models.trained import save_image_network, save_tone
 from meddiff_steps.models.weights import save_model
+from meddiff_steps.provenance import verify
+from meddiff_steps.provenance.ledger import public_schema
 from meddiff_steps.provenance.record import Observer, recorded
 from meddiff_steps.provenance.signature import generate as generate_key
 from meddiff_steps.steps import describe, gate, generate, images, ledger, plan
@@ -33,6 +35,17 @@ LIMITS = {"aligned": 0.9, "learned": 0.8, "latent": 0.7}
 #: Subjects that were drawn again, given up, and taken for a double of another.
 AGAIN, GIVEN_UP, DOUBLE = "syn000001", "syn000002", "syn000004"
 UNTROUBLED = "syn000003"
+#: Fields of a recipe that rows of older versions lack.
+LATER_FIELDS = tuple(verify.LATER["recipe"])
+
+
+def schema_of(rows: Sequence[dict[str, Any]], covariates: config.Covariates) -> pa.Schema:
+    """Columns of ledger.parquet as the version that wrote `rows` had them."""
+    schema = public_schema(covariates)
+    present = {key for row in rows for key in row.get("recipe") or ()}
+    place = schema.get_field_index("recipe")
+    fields = [field for field in schema.field(place).type if field.name not in LATER_FIELDS or field.name in present]
+    return schema.set(place, pa.field("recipe", pa.struct(fields)))
 
 
 class Place:
@@ -48,6 +61,8 @@ class Place:
         Subjects per dataset of the release; the ten that are planned need four datasets of at most three.
     drawing
         Whether there is a drawing decoder.
+    toned
+        Whether the grey levels of generated images are changed.
     """
 
     def __init__(
@@ -59,7 +74,9 @@ class Place:
         seed: str = "seed",
         limit: int = 1000,
         drawing: bool = True,
+        toned: bool = True,
     ) -> None:
+        self.toned = toned
         self.results = root / "results/tiny"
         self.release = self.results / "release"
         self.private = self.results / "privacy/ledger-private.parquet"
@@ -85,7 +102,13 @@ class Place:
                         "base": {"sex": "F"},
                     },
                 ],
-                "generate": {"sampler": "ddim", "num_inference_steps": 2, "drawing_steps": 2, "batch_size": 4, "shard_size": shard_size},
+                "generate": {
+                    "sampler": "ddim",
+                    "num_inference_steps": 2,
+                    "drawing_steps": 2,
+                    "batch_size": 4,
+                    "shard_size": shard_size,
+                },
                 "privacy": {"max_attempts": 2},
                 "compute": {"device": "cpu", "precision": "32-true"},
                 "release": {
@@ -179,7 +202,8 @@ class Place:
             for parameter in second.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))  # its last layer begins at zero
             tone = ToneCurve()
-            tone.values.copy_(tone.values**0.9)
+            if self.toned:
+                tone.values.copy_(tone.values**0.9)
         files = self.model_files()
         settings = {
             "settings": study.autoencoder.model_dump(mode="json"),

@@ -77,6 +77,7 @@ class Workplace:
             },
         }
         self.metrics: dict[str, Any] = {}
+        self.drawing = True
         self.card = {"scans": 30, "subjects": 25, "simulated": False, "source": "bids"}
 
     def write_shard(self, shard: int, images: dict[str, np.ndarray]) -> None:
@@ -102,7 +103,8 @@ class Workplace:
         (self.root / "privacy.json").write_text(json.dumps(self.privacy))
         tables = [self.root / f"images-{s}.parquet" for s in shards]
         network = {"parameters": 1234, "weights_sha256": "ab" * 32, "scans": {"train": 20, "test": 5}}
-        for folder, card in (("cohort", self.card), ("autoencoder", network), ("diffusion", network)):
+        cards = {"cohort": self.card} | dict.fromkeys(("autoencoder", "decoder", "diffusion"), network)
+        for folder, card in cards.items():
             (self.root / folder).mkdir(exist_ok=True)
             (self.root / folder / "card.json").write_text(json.dumps(card))
         (self.root / "metrics.json").write_text(json.dumps(self.metrics))
@@ -116,7 +118,8 @@ class Workplace:
             self.frozen("describe"),
             *inputs,
             self.release / "dataset_description.json",
-            self.root / "metrics.json" if self.metrics else None,
+            decoder=self.root / "decoder" if self.drawing else None,
+            metrics=self.root / "metrics.json" if self.metrics else None,
         )
 
     def run(self) -> Path:
@@ -300,6 +303,7 @@ def test_the_card_holds_figures_and_blanks(tmp_path: Path) -> None:
     place.privacy |= {"gates": [gate], "counts": {"planned": 5, "released": 4, "failed": 1}}
     readme = (place.run() / "README").read_text()
     assert "- autoencoder: 1,234 parameters, learnt from 20 images; SHA-256 of its weights abab" in readme
+    assert "- drawing decoder: 1,234 parameters" in readme
     assert "| age, r(requested, measured) | 0.93 [0.9, 0.95] | 0.99 |" in readme
     assert "| sex, AUC of reading what was asked for | 0.93 [0.9, 0.95] |  |" in readme
     assert "| told from real by a classifier on random features, AUC | 0.93 [0.9, 0.95] | 0.5 [0.4, 0.6] |" in readme
@@ -310,9 +314,10 @@ def test_the_card_holds_figures_and_blanks(tmp_path: Path) -> None:
         and readme.count("[NOT STATED") == 4
     )
     assert "provenance/verify.py" in readme and "first model" not in readme
-    place.metrics, place.study["second_model"] = {}, {"subjects": 50}
+    place.metrics, place.study["second_model"], place.drawing = {}, {"subjects": 50}, False
     place.complete()
     readme = (place.release / "README").read_text()
+    assert "- autoencoder: " in readme and "drawing decoder" not in readme
     assert "Not measured." in readme and "50 were made" in readme
 
 

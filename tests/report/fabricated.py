@@ -1,6 +1,7 @@
 """A tiny fabricated study of balls with a known volume: all inputs of the steps `evaluate` and `report`."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,8 @@ class Fabricated:
                     "guidance_scales": [1, 2],
                     "images": 20,
                 },
-                "diffusion": {
-                    "channels": [8],
-                    "attention_levels": [False],
-                    "norm_num_groups": 4,
-                    "num_head_channels": 8,
-                    "component_steps": 0,
-                },
+                "diffusion": {"channels": [8], "num_res_blocks": 1},
+                "decoder": {"channels": 8, "num_res_blocks": 1},
                 "compute": {"device": "cpu"},
                 "evaluate": {
                     "bootstrap": 100,
@@ -101,7 +97,7 @@ class Fabricated:
             if not callable(r.size)
         ]
         table.loc[[3, 14], "size"], table.loc[5, "sex"] = np.nan, None
-        for name in ("cohort", "autoencoder", "diffusion", "evaluation"):
+        for name in ("cohort", "autoencoder", "decoder", "diffusion", "evaluation"):
             (root / name).mkdir()
         write_manifest(table, root / "cohort/manifest.parquet")
         self.shards = [root / f"shard-{k}.arrow" for k in range(2)]
@@ -151,7 +147,9 @@ class Fabricated:
                     shard.append(panel=panel, row=0, position=position, label=f"{position}", image=made[position])
         torch.manual_seed(0)
         save_model(Embedder(shape), root / "embedder", {"image_shape": [1, *shape]})
-        for name in ("autoencoder", "diffusion"):
+        # As if the decoder drew what the autoencoder makes.
+        shutil.copy(root / "autoencoder/reconstructions.arrow", root / "decoder")
+        for name in ("autoencoder", "decoder", "diffusion"):
             (root / name / "card.json").write_text(
                 json.dumps({"digest": "ab" * 32, "psnr": {"value": 30.0, "low": 29.0, "high": 31.0, "n": 9}})
             )
@@ -192,6 +190,7 @@ class Fabricated:
             "generated": [r / "generated.arrow"],
             "plan": r / "plan.parquet",
             "autoencoder": r / "autoencoder",
+            "decoder": r / "decoder",
             "diffusion": r / "diffusion",
             "evaluation": r / "evaluation",
             "out": r / f"report{tag}.html",

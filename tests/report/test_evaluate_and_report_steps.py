@@ -189,7 +189,10 @@ def test_report_says_what_matters(study: Fabricated) -> None:
     assert len(images) >= 9
     assert all(re.search(r'alt="[^"]{20,}"', image) for image in images)
     folded = re.findall(r"<summary>([^<]*)</summary>", page)
-    assert {"Cohort", "Autoencoder", "Diffusion model"} <= set(folded)
+    assert {"Cohort", "Autoencoder", "Drawing decoder", "Diffusion model"} <= set(folded)
+    assert "Training curves of the drawing decoder" in page
+    without = study.report("-without", decoder=None)
+    assert "Drawing decoder" not in without and "drawing decoder" not in without
 
 
 def test_report_sets_the_first_model_beside_the_second(study: Fabricated, tmp_path: Path) -> None:

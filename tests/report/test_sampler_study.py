@@ -21,7 +21,10 @@ from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.instruments.feature_spaces.base import Context
 from meddiff_steps.instruments.feature_spaces.random import build as random_space
 from meddiff_steps.models.denoiser.base import Denoiser
-from meddiff_steps.models.first_stage.kl import Autoencoder
+from meddiff_steps.models.drawing.base import build as build_decoder
+from meddiff_steps.models.first_stage.base import build as build_first_stage
+from meddiff_steps.models.tone import ToneCurve
+from meddiff_steps.models.trained import save_image_network, save_tone
 from meddiff_steps.models.weights import save_model
 from meddiff_steps.steps import sampler_study
 
@@ -93,20 +96,25 @@ def models(study: Fabricated) -> dict[str, Path]:
     settings, scans = study.study, read_manifest(study.root / "cohort/manifest.parquet", study.study.covariates)
     latent = [settings.autoencoder.latent_channels, *(n // settings.autoencoder.downsampling for n in SHAPE)]
     encoding = CovariateEncoding.fit(scans, settings.covariates)
-    folders = {name: study.root / "models" / name for name in ("autoencoder", "diffusion")}
+    folders = {name: study.root / "models" / name for name in ("autoencoder", "decoder", "diffusion")}
     card = {
         "settings": settings.autoencoder.model_dump(mode="json"),
         "image_shape": [1, *SHAPE],
         "latent_shape": latent,
     }
-    save_model(Autoencoder(settings.autoencoder, 3), folders["autoencoder"], card)
+    save_model(build_first_stage(settings.autoencoder, 3), folders["autoencoder"], card)
+    decoder = build_decoder(settings.decoder, [1, *SHAPE])
+    decoder.deviation.fill_(0.01)
+    facts = {"settings": settings.decoder.model_dump(mode="json")}
+    save_image_network(decoder, folders["decoder"], [1, *SHAPE], facts)
     card = {
         "settings": settings.diffusion.model_dump(mode="json"),
         "latent_shape": latent,
-        "gaussian_rank": 0,
+        "variants": 0,
         "encoding": encoding.to_json(),
     }
     save_model(Denoiser(settings.diffusion, latent, encoding.level_counts), folders["diffusion"], card)
+    save_tone(ToneCurve(), folders["diffusion"], {})
     return folders
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -111,6 +112,28 @@ def test_what_is_drawn_belongs_to_the_subject(generator):
     assert not torch.equal(noise[0][0], noise[0][1])
     mean = model.decode(latents)
     assert torch.equal(mean, drawn[0]) == (model.decoder is None)
+
+
+def test_autoguidance_is_asked_for_by_the_study(generator, subjects):
+    if generator.model.card.settings.network == "unet":
+        pytest.skip("one network is enough")
+    torch.manual_seed(1)
+    model = generator.model
+    settings = model.card.settings.model_copy(update={"guide_share": 0.2})
+    card = replace(model.card, settings=settings)
+    denoiser = card.build().requires_grad_(False).eval()
+    denoiser.load_state_dict(model.denoiser.state_dict(), strict=False)
+    for parameter in denoiser.guide.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    guided = TrainedModel(model.first_stage, denoiser, card, model.fabric, decoder=model.decoder)
+
+    def made(model, **changes):
+        return drawn(CohortGenerator(model, generator.settings.model_copy(update=changes)), subjects[:3])
+
+    plain = made(guided)
+    assert made(guided, guidance="autoguidance") == plain == made(model), "at a scale of 1 the guide is not asked"
+    away = made(guided, guidance="autoguidance", guidance_scale=2.0)
+    assert away != made(guided, guidance_scale=2.0) != plain
 
 
 def test_example():

@@ -169,7 +169,9 @@ def task_of(images, latents, bare_latents, first_stage, fabric):
             changes["guide_share"] = 0.5
         if kind in ("diffusion", "no posterior", "unet", "learnt weights", "guide"):
             network = "unet" if kind == "unet" else "resnet"
-            return diffusion_task(bare_latents if kind == "no posterior" else latents, fabric, network=network, **changes)
+            return diffusion_task(
+                bare_latents if kind == "no posterior" else latents, fabric, network=network, **changes
+            )
         if kind == "decoder":
             return decoder_task(images, first_stage, fabric, **changes)
         if kind == "adversarial":
@@ -400,7 +402,28 @@ def test_variants_shift_without_wrapping_and_flip_left_right():
     drawn = {
         draw_variant(config.Variants(flip=True, max_shift_voxels=1), 3, np.random.default_rng(i)) for i in range(200)
     }
-    assert len(drawn) > 40
+    assert len(drawn) > 40 and {variant.contrast for variant in drawn} == {1.0}
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_variants_change_grey_levels_and_say_how(dims):
+    settings = config.Variants(flip=True, max_shift_voxels=2, max_contrast=0.2)
+    image = np.linspace(0, 1, 4**dims, dtype=np.float32).reshape(1, *(4,) * dims)
+    brighter = Variant(False, (0,) * dims, 1.2)(image)
+    np.testing.assert_allclose(brighter, np.minimum(1.2 * image, 1.0), rtol=1e-6)
+    assert brighter.dtype == np.float32 and brighter.max() == 1
+    assert untouched(dims).numbers(settings).tolist() == [0.0] * (2 + dims)
+    np.testing.assert_array_equal(untouched(dims)(image), image)
+    shift = (2, -1, 0)[:dims]
+    expected = [1.0, *(s / 2 for s in shift), -0.5]
+    found = Variant(True, shift, 0.9).numbers(settings)
+    assert found.dtype == np.float32 and found.tolist() == pytest.approx(expected, abs=1e-6)
+    drawn = [draw_variant(settings, dims, np.random.default_rng(i)) for i in range(300)]
+    numbers = np.stack([variant.numbers(settings) for variant in drawn])
+    assert np.abs(numbers).max() <= 1 and numbers[:, -1].std() == pytest.approx(3**-0.5, rel=0.1)
+    assert 0.8 <= min(variant.contrast for variant in drawn) < 0.82
+    plain = Variant(False, (0,) * dims)
+    assert plain.numbers(config.Variants()).tolist() == [0.0] * (2 + dims), "where nothing can change"
 
 
 def test_the_spectral_loss_sees_blur_that_a_mean_does_not():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from meddiff_steps import config
+from meddiff_steps.core.registries import SAMPLERS
 from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.diffusion.sampling import sample
 from meddiff_steps.diffusion.schedules import NoiseProcess
@@ -26,8 +27,14 @@ ENTRY = {
 
 #: v-prediction on the default schedule: of residuals of unit variance, that is EDM's preconditioning.
 PROCESS = NoiseProcess.of(config.Diffusion())
-#: What takes the residual from noise to an image.
-SAMPLER = "dpmpp"
+
+
+def sampler() -> str:
+    """What takes the residual from noise to an image; loaded here, so that its code counts as code of this decoder
+    (`core.code_digest`).
+    """
+    SAMPLERS.load("dpmpp")
+    return "dpmpp"
 
 
 class ResidualDiffusion(DrawingDecoder):
@@ -101,7 +108,7 @@ class ResidualDiffusion(DrawingDecoder):
             self.stem(noise),
             Condition(seen.new_zeros(len(seen), 0), {"decoded": seen}),
             PROCESS,
-            SAMPLER,
+            sampler(),
             num_inference_steps=num_inference_steps,
         )
         return self.tone((decoded + self.deviation * self.stem.inverse(drawn).float()).clamp(0.0, 1.0))
