@@ -204,7 +204,8 @@ def test_effects_are_recovered_with_what_they_leave():
 def test_deviations_along_the_readout_are_those_of_subjects_that_it_was_not_fitted_on():
     x = np.random.default_rng(0).normal(size=(60, 500))
     features = np.random.default_rng(1).normal(size=(60, 1))
-    fitted = fit_effects(lambda row: x[row].reshape(5, 100), features, np.ones_like(features, dtype=bool), np.arange(60))
+    known = np.ones_like(features, dtype=bool)
+    fitted = fit_effects(lambda row: x[row].reshape(5, 100), features, known, np.arange(60))
     # Nothing can be read from noise: effects and direction fit their own subjects alone
     rows, effects = fitted["readout"].reshape(1, 500), fitted["effects"].reshape(1, 500)
     own = (x - (features - features.mean(0)) @ effects) @ rows.T
