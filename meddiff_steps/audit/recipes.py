@@ -144,6 +144,7 @@ def config_recipe(study: config.Study, recipe: Mapping[str, Any]) -> dict[str, A
     wanted = study.generate
     # What rows of older versions lack is not asked for.
     later = {
+        "guidance": wanted.guidance,
         "guidance_interval": list(wanted.guidance_interval) if wanted.guidance_interval else None,
         "drawing_steps": wanted.drawing_steps if study.decoder.network else None,
         "decoder": (recipe.get("decoder") or "the weights of a decoder") if study.decoder.network else None,

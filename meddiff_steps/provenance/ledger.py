@@ -58,6 +58,7 @@ class Recipe:
     decoder: str | None = None
     drawing_steps: int | None = None
     guidance_interval: list[float] | None = None
+    guidance: str = "classifier_free"
 
 
 _ZEROS = np.zeros(4, np.uint64)
@@ -250,7 +251,7 @@ def public_schema(covariates: Covariates) -> pa.Schema:
         (name, pa.string() if isinstance(covariate, CategoricalCovariate) else pa.float64())
         for name, covariate in covariates.items()
     ]
-    names = ("autoencoder", "diffusion", "decoder", "tone", "sampler", "precision")
+    names = ("autoencoder", "diffusion", "decoder", "tone", "sampler", "guidance", "precision")
     recipe: list[tuple[str, pa.DataType]] = [(name, pa.string()) for name in names]
     recipe += [("num_inference_steps", pa.int64()), ("guidance_scale", pa.float64()), ("batch_size", pa.int64())]
     recipe += [("drawing_steps", pa.int64()), ("guidance_interval", pa.list_(pa.float64()))]

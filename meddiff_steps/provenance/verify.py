@@ -81,6 +81,7 @@ LATER: dict[str, dict[str, tuple[type, ...]]] = {
         "decoder": (str, type(None)),
         "tone": (str,),
         "drawing_steps": (int, type(None)),
+        "guidance": (str,),
         "guidance_interval": (list, type(None)),
     }
 }

@@ -124,7 +124,8 @@ def _drawn(
     rows: Sequence[Row], study: config.Study, places: Mapping[str, Path], threads: int
 ) -> Iterator[tuple[Row, np.ndarray]]:
     recipe = rows[0]["recipe"]
-    named = ("sampler", "num_inference_steps", "guidance_scale", "batch_size", "drawing_steps", "guidance_interval")
+    named = ("sampler", "num_inference_steps", "guidance", "guidance_scale", "guidance_interval")
+    named += ("batch_size", "drawing_steps")
     wanted = {name: recipe[name] for name in named if name in recipe}
     if not recipe.get("decoder"):
         wanted.pop("drawing_steps", None)  # of a decoder that is not there

@@ -60,6 +60,7 @@ def run(
         **weights,
         sampler=settings.sampler,
         num_inference_steps=settings.num_inference_steps,
+        guidance=settings.guidance,
         guidance_scale=settings.guidance_scale,
         guidance_interval=list(settings.guidance_interval) if settings.guidance_interval else None,
         drawing_steps=settings.drawing_steps if decoder else None,

@@ -189,7 +189,7 @@ def test_golden_roots(tmp_path):
     tables = ledger.public_tables(plan, decisions, images, covariates, drawn)
     candidates = ledger.private_tables(plan, decisions, Thresholds(dict(LIMITS), {}, 0.05, 99), None)
     written = ledger.write_ledger(tables, public, tmp_path / "a.parquet", tmp_path / "a.jsonl")
-    assert written.root == "094163a79489f4dbb8c3f43fa61103a9f9fa4f5dc5e00b690328e901f65d4ecc"
+    assert written.root == "ed8ef39592d9a8010d537432ee3e66a7fdbca12447cf13213e74c6db4a1cd1e2"
     assert (
         ledger.write_ledger(candidates, private, tmp_path / "b.parquet").root
         == "6f97a6d017293f652a7d34960e693581198e892a4bee7eef72f0833be613fc4b"
