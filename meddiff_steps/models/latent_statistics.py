@@ -111,7 +111,10 @@ def fit_effects(
     pairs = np.maximum(known.T.astype(np.float64) @ known, 1.0)
     covariance = centred.T @ centred / pairs
     each = len(centred) / len(np.unique(subjects))
-    effects = _ridge(centred, sum(np.outer(centred[row], draw(row).ravel()) for row in range(len(centred))), each)
+    products = np.zeros((centred.shape[1], draw(0).size))
+    for row in range(len(centred)):
+        products += np.outer(centred[row], draw(row).ravel())
+    effects = _ridge(centred, products, each)
     square, shape = 0.0, draw(0).shape
     for row in range(len(centred)):
         square += float(np.square(draw(row).ravel() - centred[row] @ effects).mean())

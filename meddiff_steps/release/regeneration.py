@@ -124,8 +124,7 @@ def _drawn(
     rows: Sequence[Row], study: config.Study, places: Mapping[str, Path], threads: int
 ) -> Iterator[tuple[Row, np.ndarray]]:
     recipe = rows[0]["recipe"]
-    named = ("sampler", "num_inference_steps", "guidance", "guidance_scale", "guidance_interval")
-    named += ("batch_size", "drawing_steps")
+    named = "sampler num_inference_steps guidance guidance_scale guidance_interval batch_size drawing_steps".split()
     wanted = {name: recipe[name] for name in named if name in recipe}
     if not recipe.get("decoder"):
         wanted.pop("drawing_steps", None)  # of a decoder that is not there
