@@ -689,19 +689,8 @@ def discriminability(curves: Mapping[str, Any]) -> bytes:
         shown = [kind for kind in kinds if kind in curves]
         for number, kind in enumerate(shown):
             label, colour, marker, line = kinds[kind]
-            values, distance = _error(curves[kind])
-            axes.errorbar(
-                np.arange(len(cutoffs)) + 0.05 * (number - (len(shown) - 1) / 2),
-                values,
-                yerr=distance,
-                color=colour,
-                marker=marker,
-                linestyle=line,
-                markersize=5,
-                linewidth=1.4,
-                capsize=2.5,
-                label=label,
-            )
+            places = np.arange(len(cutoffs)) + 0.05 * (number - (len(shown) - 1) / 2)
+            _line_with_errors(axes, places, curves[kind], (colour, marker, line), label)
         axes.axhline(0.5, color=INK, linewidth=0.8, linestyle=":")
         ticks = [
             ("all detail" if cutoff is None else f"{cutoff:g}") + (f"\n{size:.3g} mm" if size else "")
@@ -715,6 +704,16 @@ def discriminability(curves: Mapping[str, Any]) -> bytes:
         return png(drawing)
 
 
+def _line_with_errors(
+    axes: Axes, places: np.ndarray, figures: Sequence[Mapping[str, Any]], look: tuple[str, str, Any], label: str
+) -> None:
+    """Figures at `places`, joined, with their intervals; `look` is colour, marker and line style."""
+    values, distance = _error(figures)
+    colour, marker, line = look
+    style: dict[str, Any] = {"markersize": 5, "linewidth": 1.4, "capsize": 2.5}
+    axes.errorbar(places, values, yerr=distance, color=colour, marker=marker, linestyle=line, label=label, **style)
+
+
 def ratio_curves(curves: Sequence[Mapping[str, Any]]) -> bytes:
     """AUC over images added per real one, a line per real share and kind of added image; the places are a
     little apart.
@@ -725,23 +724,11 @@ def ratio_curves(curves: Sequence[Mapping[str, Any]]) -> bytes:
         ratios = sorted({point["ratio"] for curve in curves for point in curve["points"]})
         for number, curve in enumerate(curves):
             colour, marker, line = SERIES[number % len(SERIES)]
-            values, distance = _error([point["auc"] for point in curve["points"]])
             places = np.array([ratios.index(point["ratio"]) for point in curve["points"]]) + 0.06 * (
                 number - (len(curves) - 1) / 2
             )
             label = f"{100 * curve['real']:.3g} % of the real subjects, {curve['source']}"
-            axes.errorbar(
-                places,
-                values,
-                yerr=distance,
-                color=colour,
-                marker=marker,
-                linestyle=line,
-                markersize=5,
-                linewidth=1.4,
-                capsize=2.5,
-                label=label,
-            )
+            _line_with_errors(axes, places, [point["auc"] for point in curve["points"]], (colour, marker, line), label)
         axes.set_xticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
         axes.set(xlabel="images added per real one", ylabel="AUC on the test split", xlim=(-0.4, len(ratios) - 0.6))
         axes.legend(fontsize=7.5, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2 if len(curves) > 3 else 1)
