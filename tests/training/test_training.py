@@ -529,7 +529,7 @@ def test_crops_lie_where_there_is_an_image_and_know_where(tmp_path, first_stage,
             shard.append(image=image)
     shards = Shards([tmp_path / "x.arrow"])
     task = decoder_task(shards, first_stage, fabric, variants=1, crop=8, latent_noise=0.0)
-    residual, seen, place = task._crops(np.arange(8), 4, np.random.default_rng(0))
+    residual, seen, place = task._crops(np.arange(8), np.arange(32), 32, np.random.default_rng(0))
     assert residual.shape == seen.shape == (32, 8, 4, 4, 4) and place.shape == (32, 3, 4, 4, 4)
     made = task.model.stem.inverse(residual) * task.model.deviation + (task.model.stem.inverse(seen) + 1) / 2
     assert ((made > BLACK).float().flatten(1).mean(1) >= LEAST_SHARE).float().mean() > 0.9  # by chance: 0.3
@@ -549,8 +549,32 @@ def test_a_crop_of_nothing_but_black_is_taken_all_the_same(tmp_path, first_stage
 
 def test_residuals_have_unit_variance(images, first_stage, fabric):
     task = decoder_task(images, first_stage, fabric, latent_noise=0.0)
-    residual, _, _ = task._crops(np.arange(8), 4, np.random.default_rng(1))
+    residual, _, _ = task._crops(np.arange(8), np.arange(512), 512, np.random.default_rng(1))
     assert float(residual.std()) == pytest.approx(1.0, abs=0.05)
+
+
+def test_processes_make_the_batch_of_one_and_decode_their_images_alone(images, first_stage, fabric, monkeypatch):
+    task = decoder_task(images, first_stage, fabric)
+    rows = np.arange(4)
+
+    def batch(mine):
+        read = []
+        reading = images.tensors
+        monkeypatch.setattr(
+            task.shards, "tensors", lambda column, wanted: read.extend(wanted) or reading(column, wanted)
+        )
+        made = task._batch(rows, mine, 16, np.random.default_rng(3))
+        monkeypatch.undo()
+        return made, read
+
+    whole, read = batch(np.arange(16))
+    assert read == [0, 1, 2, 3]
+    for rank in range(2):
+        mine = np.arange(16)[rank::2]
+        share, read = batch(mine)
+        assert read == [rank, rank + 2]
+        for part, every in zip(share, whole, strict=True):
+            np.testing.assert_allclose(part.numpy(), every[mine].numpy(), atol=1e-5)
 
 
 def test_a_drawing_has_the_grey_levels_of_scans(images, first_stage, fabric):

@@ -37,6 +37,8 @@ LEVELS = config.NoiseLevels(mean=-0.4)
 GREY_LEVEL_SCANS, RECONSTRUCTION_STEPS = 48, 10
 #: Held-out scans that a validation looks at, and training scans that the residual's size is measured on.
 VALIDATION_SCANS, MEASURED_SCANS = 32, 64
+#: Crops of each of these.
+MEASURED_CROPS = 16
 
 
 class DecoderTask:
@@ -90,71 +92,82 @@ class DecoderTask:
         """Standard deviation of residuals where there is an image."""
         total = count = 0.0
         for start, row in enumerate(self.train_rows[:MEASURED_SCANS]):
-            crops = self._crops(np.array([row]), CROPS_PER_IMAGE, step_generator(self.root, "deviation", start))
-            total, count = total + float(crops[0].square().sum()), count + crops[0].numel()
+            generator = step_generator(self.root, "deviation", start)
+            residual = self._crops(np.array([row]), np.arange(MEASURED_CROPS), MEASURED_CROPS, generator)[0]
+            total, count = total + float(residual.square().sum()), count + residual.numel()
         return max(total / count, 1e-12) ** 0.5
 
     @torch.no_grad()
-    def _crops(self, rows: np.ndarray, each: int, generator: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Residuals, decoded images and coordinates of `each` crops of each row, (n, ., *crop)."""
-        images = self.shards.tensors("image", rows)
+    def _crops(
+        self, rows: np.ndarray, mine: np.ndarray, count: int, generator: np.random.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Residuals, decoded images and coordinates of crops `mine` of `count`, (n, ., *crop).
+
+        Crop i is of row i modulo len(rows).  All random numbers are drawn, but no image is read or decoded that none
+        of `mine` is of.
+        """
+        variants = [draw_variant(self.variants, self.spatial_dims, generator) for _ in rows]
+        amplitude = self.settings.latent_noise * generator.random((len(rows), *[1] * (self.spatial_dims + 1)))
+        seeds = generator.integers(2**63, size=len(rows))
+        images, image_of = np.unique(mine % len(rows), return_inverse=True)
+        scans = self.shards.tensors("image", rows[images])
         if self.variants.count > 1:
-            images = np.stack([draw_variant(self.variants, self.spatial_dims, generator)(image) for image in images])
-        x = to_device(images, self.fabric).contiguous(memory_format=channels_last(self.spatial_dims))
-        amplitude = self.settings.latent_noise * generator.random((len(x), *[1] * (self.spatial_dims + 1)))
+            scans = np.stack([variants[image](scan) for image, scan in zip(images, scans, strict=True)])
+        x = to_device(scans, self.fabric).contiguous(memory_format=channels_last(self.spatial_dims))
         with self.fabric.autocast():
             posterior = self.first_stage.encode(x)
-            noise = to_device(generator.standard_normal(posterior.mean.shape, dtype=np.float32), self.fabric)
-            latents = posterior.sample(noise, to_device(amplitude.astype(np.float32), self.fabric))
+            noise = [
+                np.random.Generator(np.random.Philox(seed)).standard_normal(posterior.mean.shape[1:], dtype=np.float32)
+                for seed in seeds[images]
+            ]
+            latents = posterior.sample(
+                to_device(np.stack(noise), self.fabric),
+                to_device(amplitude[images].astype(np.float32), self.fabric),
+            )
             decoded = self.first_stage.decode(latents).clamp(0.0, 1.0)
         residual, seen = self.model.residual(x, decoded), self.model.in_blocks(decoded)
+        tries = generator.random((count, PLACES, self.spatial_dims))
         found: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-        for image in range(len(x)):
-            for _ in range(each):
-                start = self._place(images[image, 0], generator)
-                window = (slice(None), *(slice(a, a + n) for a, n in zip(start, self.crop, strict=True)))
-                found[0].append(residual[image][window])
-                found[1].append(seen[image][window])
-                found[2].append(self.model.place(start, self.crop).to(seen))
+        for crop, image in zip(mine, image_of, strict=True):
+            start = self._place(scans[image, 0], tries[crop])
+            window = (slice(None), *(slice(a, a + n) for a, n in zip(start, self.crop, strict=True)))
+            found[0].append(residual[image][window])
+            found[1].append(seen[image][window])
+            found[2].append(self.model.place(start, self.crop).to(seen))
         return torch.stack(found[0]), torch.stack(found[1]), torch.stack(found[2])
 
-    def _place(self, image: np.ndarray, generator: np.random.Generator) -> list[int]:
-        """Where a crop begins, in blocks: the first place of some that is not black."""
+    def _place(self, image: np.ndarray, tries: np.ndarray) -> list[int]:
+        """Where a crop begins, in blocks: the first place of some, (places, d) in [0, 1), that is not black."""
         block = self.model.block
-        for _ in range(PLACES):
-            start = [
-                int(generator.integers(n - size + 1))
-                for n, size in zip(self.model.blocks_shape, self.crop, strict=True)
-            ]
+        room = np.asarray(self.model.blocks_shape) - self.crop + 1
+        for start in (tries * room).astype(int).tolist():
             window = tuple(slice(block * a, block * (a + size)) for a, size in zip(start, self.crop, strict=True))
             if (image[window] > BLACK).mean() >= LEAST_SHARE:
                 break
         return start
 
-    def _batch(self, rows: np.ndarray, count: int, generator: np.random.Generator) -> tuple[Tensor, ...]:
-        """`count` crops of images `rows`, with noise and timesteps of theirs."""
-        residual, seen, place = (part[:count] for part in self._crops(rows, -(-count // len(rows)), generator))
+    def _batch(
+        self, rows: np.ndarray, mine: np.ndarray, count: int, generator: np.random.Generator
+    ) -> tuple[Tensor, ...]:
+        """Crops `mine` of `count` of images `rows`, with noise and timesteps of theirs."""
         uniform = (generator.permutation(count) + generator.random(count)) / count
-        timesteps = to_device(
-            self.model.process.training_timesteps(uniform, LEVELS.mean, LEVELS.deviation), self.fabric
-        )
-        noise = to_device(generator.standard_normal(residual.shape, dtype=np.float32), self.fabric)
-        return residual, seen, place, noise, timesteps
+        timesteps = self.model.process.training_timesteps(uniform[mine], LEVELS.mean, LEVELS.deviation)
+        crops = self._crops(rows, mine, count, generator)
+        noise = generator.standard_normal((count, *crops[0].shape[1:]), dtype=np.float32)[mine]
+        return *crops, to_device(noise, self.fabric), to_device(timesteps, self.fabric)
 
     def train_step(self, step: int) -> dict[str, Tensor]:
         settings, fabric = self.settings, self.fabric
         size = settings.optimiser.batch_size
-        images = -(-size // CROPS_PER_IMAGE)
-        rows = self.train_rows[batch_rows(self.root, step, images, len(self.train_rows))]
-        drawn = self._batch(rows, size, step_generator(self.root, "batch/0", step))
-        chosen = torch.from_numpy(rank_share(np.arange(size), fabric)).to(fabric.device)
-        mine = [part[chosen] for part in drawn]
+        rows = self.train_rows[batch_rows(self.root, step, -(-size // CROPS_PER_IMAGE), len(self.train_rows))]
+        mine = rank_share(np.arange(size), fabric)
+        drawn = self._batch(rows, mine, size, step_generator(self.root, "batch/0", step))
 
         def losses(part: slice) -> tuple[Tensor, dict[str, Tensor]]:
-            loss = self._loss(self.net, *(given[part] for given in mine))
+            loss = self._loss(self.net, *(given[part] for given in drawn))
             return loss, {"train/loss": loss}
 
-        found = self.micro.gradients(self.net, len(chosen), losses)
+        found = self.micro.gradients(self.net, len(mine), losses)
         clip_gradients(self.net, settings.optimiser, step, fabric)
         for optimiser in self.optimisers.values():
             optimiser.step()
@@ -205,7 +218,10 @@ class DecoderTask:
         """Loss of the averaged weights on crops of held-out scans, always the same; nothing if there are none."""
         losses = []
         for row in self.val_rows:
-            drawn = self._batch(np.array([row]), CROPS_PER_IMAGE, step_generator(self.root, "validation", int(row)))
+            every = np.arange(CROPS_PER_IMAGE)
+            drawn = self._batch(
+                np.array([row]), every, CROPS_PER_IMAGE, step_generator(self.root, "validation", int(row))
+            )
             with self.fabric.autocast():
                 losses.append(float(self._loss(self.modules["average"], *drawn)))
         return {"val/loss": float(np.mean(losses))} if losses else {}
