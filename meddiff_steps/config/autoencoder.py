@@ -88,6 +88,11 @@ class Autoencoder(Section):
         0.5,
         description="Weight of the L1 distance between Fourier magnitudes, which keeps fine detail; 0 leaves it out.",
     )
+    equivariance_weight: Weight = Field(
+        0.5,
+        description="Weight of the same two terms for the image decoded from latents at half the resolution, beside "
+        "the image at half the resolution. Makes latents smooth, so that they are easier to generate; 0 leaves it out.",
+    )
     perceptual: Perceptual = Field(Perceptual(), description="Loss on feature maps of a network of your own.")
     adversarial: Adversarial = Field(
         Adversarial(), description="Loss by a network that tells scans from reconstructions."

@@ -29,7 +29,9 @@ def run(
     study = load_stage(config, "scale")
     shards = Shards(latents)
     table, ids = read_manifest(manifest), shards.column("scan_id")
-    rows = rows_by_split(table, ids)["train"]
+    # Of scans as they are, since images are generated as if of these: the mean of shifted ones is blurred.
+    variants = shards.column("variant")
+    rows = [row for row in rows_by_split(table, ids)["train"] if variants[row] == 0]
     standardise = measure_standardisation(shards.tensor("mean", row) for row in rows)
     encoding = CovariateEncoding.fit(table, study.covariates)
     scans = table.set_index("scan_id").loc[[ids[row] for row in rows]].reset_index()

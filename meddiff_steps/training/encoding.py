@@ -46,12 +46,13 @@ def encode_shard(
     fabric.to_device(first_stage)
     cast_weights(first_stage.costly.values(), fabric)
     speed_up([first_stage.costly["encoder"]], compute, fabric, training=False)
+    drawn = variants if variants.shift_latents else variants.model_copy(update={"max_shift_voxels": 0})
     jobs = [(row, variant) for row in range(len(ids)) for variant in range(variants.count)]
 
     def change(row: int, variant: int) -> Variant:
         if not variant:
             return untouched(dims)
-        return draw_variant(variants, dims, step_generator(f"{seed}/variant/{ids[row]}", "augmentation", variant))
+        return draw_variant(drawn, dims, step_generator(f"{seed}/variant/{ids[row]}", "augmentation", variant))
 
     def image(row: int, variant: int) -> np.ndarray:
         return change(row, variant)(shards.tensors("image", [row])[0])

@@ -56,7 +56,10 @@ def test_first_stages_have_the_shapes_that_the_settings_say(network, dims, stem)
     model = build_first_stage(settings, dims)
     x = torch.rand(2, 1, *(8, 16, 8)[:dims])
     latents = (2, 4, *(n // settings.downsampling for n in x.shape[2:]))
-    reconstruction, mean, log_variance = model(x, torch.randn(latents), torch.full((2, *[1] * (dims + 1)), 0.3))
+    noise, amplitude = torch.randn(latents), torch.full((2, *[1] * (dims + 1)), 0.3)
+    reconstruction, small, mean, log_variance = model(x, noise, amplitude, coarse=True)
+    assert small.shape[:2] == (2, 1) and [2 * n for n in small.shape[2:]] == list(x.shape[2:])
+    assert model(x, noise, amplitude)[1] is None
     assert reconstruction.shape == x.shape
     assert mean.shape == latents and (log_variance is None or log_variance.shape == latents)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from meddiff_steps import config
 from meddiff_steps.core.registries import FIRST_STAGES
@@ -40,6 +41,11 @@ class Posterior:
         if self.log_variance is not None:
             variance = variance + self.log_variance.exp()
         return self.mean + variance**0.5 * noise
+
+    def halved(self) -> Posterior:
+        """The same of latents at half the resolution: means of 2 x 2 (x 2) cells, where a side is even."""
+        kept = {name: halved(value) for name, value in self.columns().items()}
+        return Posterior(**kept)
 
     def columns(self) -> dict[str, Tensor]:
         """What a latent shard keeps of it, by column name."""
@@ -84,12 +90,25 @@ class FirstStage(nn.Module):
         """The parts that take nearly all of the time, `encoder` and `decoder`: what is worth compiling."""
         raise NotImplementedError
 
-    def forward(self, images: Tensor, noise: Tensor, amplitude: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What training needs: images decoded from latents with noise (`Posterior.sample`), and the posterior's mean
-        and log-variance.
+    def forward(
+        self, images: Tensor, noise: Tensor, amplitude: Tensor, coarse: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """What training needs: images decoded from latents with noise (`Posterior.sample`); with `coarse` those that
+        are decoded from latents at half the resolution; the posterior's mean and log-variance.
         """
         posterior = self.encode(images)
-        return self.decode(posterior.sample(noise, amplitude)), posterior.mean, posterior.log_variance
+        made, small = self.decode(posterior.sample(noise, amplitude)), None
+        if coarse:
+            half = posterior.halved()
+            corner = noise[(..., *(slice(n) for n in half.mean.shape[2:]))]
+            small = self.decode(half.sample(corner, amplitude))
+        return made, small, posterior.mean, posterior.log_variance
+
+
+def halved(x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+    """x (b, c, *spatial) at half the resolution, or at `size`, by means of the voxels that a new one covers."""
+    size = [max(1, n // 2) for n in x.shape[2:]] if size is None else list(size)
+    return functional.interpolate(x, size=size, mode="area")
 
 
 def build(settings: config.Autoencoder, spatial_dims: int) -> FirstStage:

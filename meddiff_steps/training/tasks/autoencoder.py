@@ -21,7 +21,7 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.random_streams import step_generator
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.imaging.variants import draw_variant
-from meddiff_steps.models.first_stage.base import Posterior, build, latent_shape, reconstruct
+from meddiff_steps.models.first_stage.base import Posterior, build, halved, latent_shape, reconstruct
 from meddiff_steps.models.torchscript import load_torchscript
 from meddiff_steps.training.loop import batch_rows, clip_gradients, rank_share
 from meddiff_steps.training.optimisers import set_up
@@ -61,7 +61,9 @@ class AutoencoderTask:
     """L1 + KL, and where configured perceptual, spectral and adversarial terms (Pinaya et al. 2022, appendix).
 
     Images are decoded from latents with noise, of an amplitude that is drawn for each image up to `latent_noise`: a
-    decoder that has seen none makes specks and blocks of a sampler's errors.
+    decoder that has seen none makes specks and blocks of a sampler's errors.  Latents at half the resolution have to
+    decode to the image at half the resolution, which keeps what is fine in the image out of what is coarse in its
+    latents, and makes these easier to draw (Skorokhodov et al. 2025, section 4).
 
     Parameters
     ----------
@@ -152,7 +154,8 @@ class AutoencoderTask:
         made = torch.empty_like(x)
 
         def losses(part: slice) -> tuple[Tensor, dict[str, Tensor]]:
-            reconstruction, mean, log_variance = self.net(x[part], noise[part], amplitude[part])
+            coarse = settings.equivariance_weight > 0
+            reconstruction, small, mean, log_variance = self.net(x[part], noise[part], amplitude[part], coarse)
             named = {
                 "train/l1": (reconstruction - x[part]).abs().mean(),
                 "train/kl": Posterior(mean, log_variance).kl_divergence().mean(),
@@ -161,6 +164,13 @@ class AutoencoderTask:
             if settings.spectral_weight > 0:
                 named["train/spectral"] = spectral_loss(reconstruction, x[part])
                 loss = loss + settings.spectral_weight * named["train/spectral"]
+            if small is not None:
+                expected = halved(x[part], small.shape[2:])
+                named["train/coarse"] = (small - expected).abs().mean()
+                if settings.spectral_weight > 0:
+                    spectral = spectral_loss(small, expected)
+                    named["train/coarse"] = named["train/coarse"] + settings.spectral_weight * spectral
+                loss = loss + settings.equivariance_weight * named["train/coarse"]
             if settings.perceptual.weight > 0:
                 named["train/perceptual"] = perceptual_loss(self.features, reconstruction, x[part])
                 loss = loss + settings.perceptual.weight * named["train/perceptual"]
