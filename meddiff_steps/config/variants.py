@@ -24,8 +24,8 @@ class Variants(Section):
     )
     shift_latents: bool = Field(
         True,
-        description="Encode shifted variants too. Off where scans are registered: autoencoder and drawing decoder still "
-        "learn from shifted scans, but the diffusion model need not learn where a head may lie.",
+        description="Encode shifted variants too. Off where scans are registered: autoencoder and drawing decoder "
+        "still learn from shifted scans, but the diffusion model need not learn where a head may lie.",
     )
     max_contrast: Fraction = Field(
         0.0, description="Largest share by which grey levels are multiplied up or down; 0.1 is plenty."

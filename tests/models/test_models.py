@@ -15,7 +15,7 @@ from meddiff_steps.models.denoiser.effects import CovariateEffects
 from meddiff_steps.models.denoiser.resnet import LocalNetwork
 from meddiff_steps.models.denoiser.tokens import CovariateTokens
 from meddiff_steps.models.drawing.base import build as build_drawing
-from meddiff_steps.models.first_stage.base import Posterior
+from meddiff_steps.models.first_stage.base import Posterior, halved
 from meddiff_steps.models.first_stage.base import build as build_first_stage
 from meddiff_steps.models.first_stage.stem import Stem
 from meddiff_steps.models.latent_statistics import fit_effects, measure_standardisation
@@ -62,6 +62,17 @@ def test_first_stages_have_the_shapes_that_the_settings_say(network, dims, stem)
     assert model(x, noise, amplitude)[1] is None
     assert reconstruction.shape == x.shape
     assert mean.shape == latents and (log_variance is None or log_variance.shape == latents)
+
+
+def test_half_the_resolution_is_the_mean_of_what_lies_there():
+    x = torch.randn(2, 3, 4, 6, 5)
+    even = torch.nn.functional.avg_pool3d(x[..., :4], 2)
+    assert torch.allclose(halved(x[..., :4]), even, atol=1e-6)
+    assert halved(x).shape == (2, 3, 2, 3, 2) and halved(x[:, :, :1]).shape == (2, 3, 1, 3, 2)
+    assert halved(x, (4, 3, 1)).shape == (2, 3, 4, 3, 1)
+    posterior = Posterior(x, x + 1).halved()
+    assert torch.equal(posterior.mean, halved(x)) and torch.allclose(posterior.log_variance, halved(x) + 1, atol=1e-6)
+    assert Posterior(x).halved().log_variance is None
 
 
 def test_latents_of_the_light_autoencoder_have_unit_power_in_every_image():

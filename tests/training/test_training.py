@@ -20,8 +20,8 @@ from meddiff_steps.training.tasks.decoder import BLACK, LEAST_SHARE, DecoderTask
 from meddiff_steps.training.tasks.diffusion import DiffusionTask
 
 #: Sums of parts are rounded otherwise. Largest relative difference of a point of the curve: 2e-7 when measured with
-#: AdamW; 1.2e-4 with Muon, which makes matrices orthogonal in bfloat16.
-CURVE_TOLERANCE = {"adamw": 1e-5, "muon": 1e-3}
+#: AdamW; 2.1e-3 with Muon, which makes matrices orthogonal in bfloat16.
+CURVE_TOLERANCE = {"adamw": 1e-5, "muon": 1e-2}
 OPTIMISER = config.NetworkOptimiser(
     steps=7, batch_size=4, learning_rate=1e-3, warmup_steps=2, log_every=2, checkpoint_every=3, validate_every=4
 )
@@ -431,6 +431,14 @@ def test_the_spectral_loss_sees_blur_that_a_mean_does_not():
     blurred = torch.nn.functional.avg_pool2d(x, 3, 1, 1)
     assert spectral_loss(x, x) == 0
     assert spectral_loss(blurred, x) > 0.1
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_latents_at_half_the_resolution_are_trained_to_decode_where_that_has_a_weight(images, fabric, weight):
+    task = autoencoder_task(images, fabric, equivariance_weight=weight)
+    found = task.train_step(0)
+    assert ("train/coarse" in found) == (weight > 0)
+    assert all(np.isfinite(float(value)) for value in found.values())
 
 
 # ----------------------------------------------------------------------------------------------------- diffusion

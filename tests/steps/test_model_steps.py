@@ -1,4 +1,4 @@
-"""The steps `decoder` and `tone`, run one after the other as the workflow runs them."""
+"""The steps `latents`, `scale`, `decoder` and `tone`, run as the workflow runs them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.cohort.manifest import read_manifest
@@ -21,7 +22,7 @@ from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.models.first_stage.base import build as build_first_stage
 from meddiff_steps.models.first_stage.base import latent_shape
 from meddiff_steps.models.trained import DenoiserCard, TrainedModel, load_decoder, save_denoiser, save_image_network
-from meddiff_steps.steps import decoder, tone
+from meddiff_steps.steps import decoder, latents, scale, tone
 
 SHAPE = (1, 8, 12, 8)
 OPTIMISER = {"steps": 4, "batch_size": 4, "warmup_steps": 1, "checkpoint_every": 2, "validate_every": 2}
@@ -31,14 +32,14 @@ SPLITS = ["train"] * 8 + ["val"] * 2 + ["calibration"] + ["test"] * 2
 class Files:
     """A folder with scans, an autoencoder and a denoiser, neither of which was trained."""
 
-    def __init__(self, folder: Path, named: str = "scan_id") -> None:
+    def __init__(self, folder: Path, named: str = "scan_id", **variants: Any) -> None:
         self.folder = folder
         study: dict[str, Any] = {
             "study": "x",
             "cohort": {"source": "simulated"},
             "covariates": {"age": {"unit": "year", "range": [0, 100]}},
             "preprocess": {"shape": list(SHAPE[1:])},
-            "variants": {"count": 2, "flip": True},
+            "variants": {"count": 2, "flip": True, **variants},
             "autoencoder": {"channels": [8, 8], "latent_channels": 4},
             "decoder": {"channels": 8, "num_res_blocks": 1, "crop": 8, "optimiser": OPTIMISER},
             "diffusion": {"channels": [8], "num_res_blocks": 1},
@@ -57,7 +58,8 @@ class Files:
         self.manifest = folder / "manifest.parquet"
         table.to_parquet(self.manifest)
         torch.manual_seed(0)
-        settings = {"settings": self.study.autoencoder.model_dump(mode="json")}
+        shape = list(latent_shape(self.study.autoencoder, SHAPE))
+        settings = {"settings": self.study.autoencoder.model_dump(mode="json"), "latent_shape": shape}
         save_image_network(build_first_stage(self.study.autoencoder, 3), folder / "autoencoder", SHAPE, settings)
         encoding = CovariateEncoding.fit(read_manifest(self.manifest, self.study.covariates), self.study.covariates)
         card = DenoiserCard(self.study.diffusion, latent_shape(self.study.autoencoder, SHAPE), encoding, 5)
@@ -70,6 +72,11 @@ class Files:
         f = self.folder
         decoder.run(self.frozen("decoder"), self.manifest, [self.images], f / "autoencoder", f / out, f / state)
         return f / out
+
+    def latents(self) -> Path:
+        f = self.folder
+        latents.run(self.frozen("latents"), self.images, f / "autoencoder", f / "latents.arrow")
+        return f / "latents.arrow"
 
     def tone(self, **changes: Any) -> dict[str, Any]:
         f = self.folder
@@ -146,3 +153,28 @@ def test_without_training_scans_there_are_no_grey_levels(files: Files, tmp_path:
     table.to_parquet(tmp_path / "manifest.parquet")
     with pytest.raises(UserError, match="no scan of the train split is left"):
         files.tone(manifest=tmp_path / "manifest.parquet")
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+def test_latents_are_of_mirrored_scans_and_of_shifted_ones_where_asked(tmp_path: Path, shifted: bool) -> None:
+    files = Files(tmp_path, count=6, max_shift_voxels=1, shift_latents=shifted)
+    shards = Shards([files.latents()])
+    numbers, variant = shards.tensors("numbers"), np.array(shards.column("variant"))
+    assert len(numbers) == 6 * len(SPLITS) and not numbers[variant == 0].any()
+    assert set(numbers[variant > 0, 0]) == {0.0, 1.0}
+    assert numbers[:, 1:4].any() == shifted
+
+
+def test_latents_are_standardised_as_those_of_scans_as_they_are(tmp_path: Path) -> None:
+    files = Files(tmp_path, count=3, max_shift_voxels=2)
+    made = files.latents()
+    scale.run(files.frozen("scale"), files.manifest, [made], tmp_path / "scale.safetensors", tmp_path / "scale.json")
+    shards = Shards([made])
+    kept = [
+        i
+        for i, (scan, v) in enumerate(zip(shards.column("scan_id"), shards.column("variant"), strict=True))
+        if v == 0 and scan in {f"scan{k}" for k in range(8)}
+    ]
+    mean = shards.tensors("mean", kept).mean(0)
+    np.testing.assert_allclose(load_file(tmp_path / "scale.safetensors")["offset"][0], mean, atol=1e-5)
+    assert json.loads((tmp_path / "scale.json").read_text())["train_latents"] == 8
