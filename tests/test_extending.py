@@ -243,7 +243,7 @@ def check_first_stages() -> None:
         optimiser = torch.optim.AdamW([p for p in stage.parameters() if p.requires_grad], lr=1e-2)
         for _ in range(100):
             optimiser.zero_grad()
-            made, mean, _ = stage(images, torch.randn_like(posterior.mean), torch.tensor(0.01))
+            made, _, mean, _ = stage(images, torch.randn_like(posterior.mean), torch.tensor(0.01))
             assert made.shape == images.shape and mean.shape == posterior.mean.shape
             (made - images).abs().mean().backward()
             optimiser.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from meddiff_steps.diffusion.schedules import NoiseProcess
 from meddiff_steps.models.tone import ToneCurve
 
 
-class DrawingDecoder(nn.Module):
+class DrawingDecoder(nn.Module, ABC):
     """Draws an image from p(image | decoded image); a variant derives from it.
 
     A first stage gives the mean of all images that a latent can mean, and a mean is soft.
@@ -40,18 +41,19 @@ class DrawingDecoder(nn.Module):
     deviation: Tensor
     tone: ToneCurve
 
+    @abstractmethod
     def residual(self, images: Tensor, decoded: Tensor) -> Tensor:
         """What is to be drawn, of unit variance: (b, c, *blocks) of images and decoded ones, (b, 1, *spatial)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def in_blocks(self, decoded: Tensor) -> Tensor:
         """A decoded image (b, 1, *spatial) in [0, 1] as `forward` sees it, (b, c, *blocks)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def place(self, start: Sequence[int] | None = None, size: Sequence[int] | None = None) -> Tensor:
         """Coordinates of blocks, (d, *size): of all, or of a crop that begins at block `start`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, x: Tensor, timesteps: Tensor, decoded: Tensor, place: Tensor, slab: int | None = None) -> Tensor:
         """The prediction from noisy residuals.
 
@@ -68,8 +70,8 @@ class DrawingDecoder(nn.Module):
         slab
             Planes of blocks that are computed at a time.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def draw(self, decoded: Tensor, noise: Tensor, num_inference_steps: int, slab: int | None = None) -> Tensor:
         """One draw, float32 (b, 1, *spatial) in [0, 1].
 
@@ -84,16 +86,15 @@ class DrawingDecoder(nn.Module):
         slab
             Planes of the first axis that are computed at a time, for less memory; the same but for rounding.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, decoded: Tensor) -> Tensor:
         """One evaluation of the network in drawing from `decoded` (b, 1, *spatial); what it costs is counted on it."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def costly(self) -> list[nn.Module]:
         """The parts that take nearly all of the time: what is worth compiling."""
-        raise NotImplementedError
 
 
 def build(settings: config.Decoder, image_shape: Sequence[int]) -> DrawingDecoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -63,7 +64,7 @@ class Posterior:
         return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).flatten(1).sum(1)
 
 
-class FirstStage(nn.Module):
+class FirstStage(nn.Module, ABC):
     """A trained or trainable network between images in [0, 1] and latents; a variant derives from it.
 
     Attributes
@@ -74,21 +75,21 @@ class FirstStage(nn.Module):
 
     downsampling: int
 
+    @abstractmethod
     def encode(self, images: Tensor) -> Posterior:
         """Posterior of images (b, 1, *spatial) in [0, 1]; its latents are (b, c, *spatial / downsampling)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, latents: Tensor, slab: int | None = None) -> Tensor:
         """The mean image of latents, float32 (b, 1, *spatial), nominally in [0, 1], not clipped.
 
         With `slab` planes of the image at a time where the whole would not fit into memory; the same but for rounding.
         """
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def costly(self) -> Mapping[str, nn.Module]:
         """The parts that take nearly all of the time, `encoder` and `decoder`: what is worth compiling."""
-        raise NotImplementedError
 
     def forward(
         self, images: Tensor, noise: Tensor, amplitude: Tensor, coarse: bool = False
@@ -100,7 +101,7 @@ class FirstStage(nn.Module):
         made, small = self.decode(posterior.sample(noise, amplitude)), None
         if coarse:
             half = posterior.halved()
-            corner = noise[(..., *(slice(n) for n in half.mean.shape[2:]))]
+            corner = noise[tuple(slice(n) for n in half.mean.shape)]
             small = self.decode(half.sample(corner, amplitude))
         return made, small, posterior.mean, posterior.log_variance
 
