@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pyarrow.parquet as pq
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,6 +23,9 @@ from meddiff_steps.config import CategoricalCovariate, Study
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.registries import default_steps, evaluations
 from meddiff_steps.diffusion.conditioning import Condition
+from meddiff_steps.diffusion.guidance import is_within
+from meddiff_steps.diffusion.sampling import levels_of
+from meddiff_steps.diffusion.schedules import NoiseProcess
 from meddiff_steps.models.denoiser.base import Denoiser
 from meddiff_steps.models.drawing.base import build as build_decoder
 from meddiff_steps.models.first_stage.base import build
@@ -112,11 +116,11 @@ def work(study: Study, scans: int) -> dict[str, Work]:
     train, shards = study.splits.train * scans, plan_shards(study.plan, study.generate.shard_size)
     first, second = study.autoencoder.optimiser, study.diffusion.optimiser
     settings = study.generate
-    steps = settings.num_inference_steps or default_steps(settings.sampler, study.diffusion.num_train_timesteps)
-    passes = evaluations(settings.sampler, steps) * (1 if settings.guidance_scale in (0, 1) else 2)
+    passes = passes_per_sample(study)
     drawn = (decoder + settings.drawing_steps * drawing) if study.decoder.network else decoder
     third = study.decoder.optimiser
     crops = third.steps * third.batch_size
+    coarse = 2**-study.spatial_dims if study.autoencoder.equivariance_weight else 0
     crop = math.prod(min(study.decoder.crop, n) for n in study.preprocess.shape) / voxels
     encoded = scans + train * (study.variants.count - 1)
     embedding = 2 * study.privacy.embedder.optimiser.steps * study.privacy.embedder.optimiser.batch_size
@@ -130,7 +134,8 @@ def work(study: Study, scans: int) -> dict[str, Work]:
         ),
         "autoencoder": Work(
             1,
-            (encoder + decoder) * (TRAINING * first.steps * first.batch_size + scans - train),
+            TRAINING * first.steps * first.batch_size * (encoder + decoder * (1 + coarse))
+            + (encoder + decoder) * (scans - train),
             "FLOP",
             True,
             "autoencoder",
@@ -155,6 +160,18 @@ def work(study: Study, scans: int) -> dict[str, Work]:
     if study.cohort.source == "simulated":
         stages["simulate"] = Work(1, scans * voxels, "voxel", folder="cohort", voxels=scans * voxels)
     return stages
+
+
+def passes_per_sample(study: Study) -> float:
+    """Passes of the denoiser for one image; guidance takes a second one at the levels where it acts."""
+    settings = study.generate
+    steps = settings.num_inference_steps or default_steps(settings.sampler, study.diffusion.num_train_timesteps)
+    count = evaluations(settings.sampler, steps)
+    if settings.guidance_scale in (0, 1):
+        return count
+    levels = levels_of(settings.sampler, NoiseProcess.of(study.diffusion), steps)
+    ratios = [s / a if a else math.inf for a, s in zip(levels.alpha[:-1], levels.sigma[:-1], strict=True)]
+    return count * (1 + float(np.mean([is_within(settings.guidance_interval, ratio) for ratio in ratios])))
 
 
 def estimates(study: Study, scans: int, measured: Path) -> Iterator[Estimate]:

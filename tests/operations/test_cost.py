@@ -11,7 +11,7 @@ from meddiff_steps.config import Study, load_study
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.models.drawing.base import build as build_decoder
 from meddiff_steps.models.first_stage.base import build as build_first_stage
-from meddiff_steps.operations.cost import Estimate, estimates, forward_flops, wall_hours, work
+from meddiff_steps.operations.cost import Estimate, estimates, forward_flops, passes_per_sample, wall_hours, work
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,6 +54,21 @@ def test_work_follows_the_plan_and_guidance_doubles_passes(demo):
     assert work(two, 1000)["generate"].amount - images == pytest.approx(
         2 * (work(one, 1000)["generate"].amount - images)
     )
+
+
+def test_guidance_costs_where_it_acts_and_latents_at_half_the_resolution_an_eighth(demo):
+    def passes(**changes):
+        generate = demo.generate.model_copy(update={"guidance_scale": 2.0, **changes})
+        return passes_per_sample(demo.model_copy(update={"generate": generate}))
+
+    steps = demo.generate.num_inference_steps
+    assert (passes(guidance_scale=1.0), passes(), passes(guidance_interval=(1e8, 1e9))) == (steps, 2 * steps, steps)
+    assert steps < passes(guidance_interval=(0.3, 3.0)) < 2 * steps
+    _, decoder, _, _ = forward_flops(demo)
+    without = demo.model_copy(update={"autoencoder": demo.autoencoder.model_copy(update={"equivariance_weight": 0.0})})
+    less = work(demo, 1000)["autoencoder"].amount - work(without, 1000)["autoencoder"].amount
+    optimiser = demo.autoencoder.optimiser
+    assert less == pytest.approx(3 * optimiser.steps * optimiser.batch_size * decoder / 8)
 
 
 def test_a_study_without_drawing_decoder_spares_its_work(demo):
