@@ -32,6 +32,7 @@ TABLE = re.compile(r"<!-- (\w+) -->\n(.*?)<!-- end -->", re.S)
 KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "SAMPLERS": ("generate.sampler", str),
     "FIRST_STAGES": ("autoencoder.network", str),
+    "DRAWING_DECODERS": ("decoder.network", str),
     "DENOISERS": ("diffusion.network", str),
     "DETECTORS": ("privacy.detectors", lambda name: [name]),
     "METRICS": ("evaluate.metrics", lambda name: [name]),
@@ -254,6 +255,46 @@ def check_first_stages() -> None:
             again, _ = load_first_stage(Path(folder))
         assert torch.equal(again.encode(images).mode(), stage.encode(images).mode())
         assert torch.equal(reconstruct(again, images), reconstruct(stage, images))
+
+
+def check_drawing_decoders() -> None:
+    """Shapes in 2D and 3D, of crops and in slabs; it learns; the same noise draws the same, another another."""
+    import torch
+
+    from meddiff_steps.config import Decoder
+    from meddiff_steps.models.drawing.base import build
+
+    torch.manual_seed(0)
+    settings = Decoder(network=name_of("DRAWING_DECODERS"), channels=16)
+    for shape in ((1, 16, 12), (1, 16, 8, 12)):
+        model = build(settings, shape)
+        decoded = torch.rand(4, *shape)
+        images = (decoded + 0.05 * torch.randn(decoded.shape)).clamp(0, 1)
+        model.deviation.fill_((images - decoded).std())
+        start, size = [1] * (len(shape) - 1), [3] * (len(shape) - 1)
+        window = (slice(None), slice(None), *(slice(a, a + n) for a, n in zip(start, size, strict=True)))
+        residual, seen = model.residual(images, decoded)[window], model.in_blocks(decoded)[window]
+        assert residual.shape == (4, model.channels, *size)
+        assert abs(float(model.residual(images, decoded).std()) - 1) < 0.02
+        place = model.place(start, size).expand(4, *(-1 for _ in shape))
+        optimiser, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+        for _ in range(60):
+            timesteps, noise = torch.full((4,), 300.0), torch.randn(residual.shape)
+            optimiser.zero_grad()
+            predicted = model(model.process.add_noise(residual, noise, timesteps), timesteps, seen, place)
+            loss = (predicted - model.process.target(residual, noise, timesteps)).square().mean()
+            loss.backward()
+            optimiser.step()
+            losses.append(float(loss))
+        assert losses[-1] < 0.8 * losses[0]
+        with torch.no_grad():
+            noise = torch.randn(decoded.shape)
+            drawn = model.draw(decoded, noise, 3)
+            assert drawn.shape == decoded.shape and 0 <= float(drawn.min()) <= float(drawn.max()) <= 1
+            assert torch.equal(model.draw(decoded, noise, 3), drawn)
+            assert not torch.allclose(model.draw(decoded, -noise, 3), drawn, atol=1e-3)
+            assert torch.allclose(model.draw(decoded, noise, 3, slab=4), drawn, atol=1e-5)
+        assert model.costly and all(isinstance(part, torch.nn.Module) for part in model.costly)
 
 
 def check_denoisers() -> None:

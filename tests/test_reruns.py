@@ -73,7 +73,7 @@ CODE: dict[str, tuple[str, str, str, set[str]]] = {
         {"autoencoder"},
     ),
     "the drawing decoder": (
-        *("models/drawing/residual_diffusion.py", "decoded * 2.0 - 1.0", "decoded * 2.1 - 1.0"),
+        *("models/drawing/base.py", "decoded * 2.0 - 1.0", "decoded * 2.1 - 1.0"),
         {"decoder"},
     ),
     "a constant of the training of the drawing decoder": (
