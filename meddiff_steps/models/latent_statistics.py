@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from meddiff_steps.core.errors import UserError
@@ -71,11 +72,16 @@ def measure_standardisation(latents: Iterable[np.ndarray]) -> Standardisation[np
 #: Ridge penalty of the covariate effects, in scans: effects seen in few are drawn towards 0.
 EFFECT_PENALTY = 5.0
 
-#: Rows from which the directions of the readout are computed; more change them little and cost memory.
-MAX_READOUT_ROWS = 1024
+#: Rows from which the directions of the readout are computed, and numbers in them, of 4 bytes; more change them little
+#: and cost memory.
+MAX_READOUT_ROWS, MAX_READOUT_NUMBERS = 1024, 2**29
 
 #: Ridge penalties of the readout that are tried, as shares of a latent's mean square.
 READOUT_PENALTIES = (0.003, 0.03, 0.3, 3.0)
+
+#: Widths of Gaussians, in cells: covariates are read from latents as they are and from smoothed ones, from which little
+#: is learnt by heart.
+SMOOTHINGS = (0.0, 0.8)
 
 #: Parts for the held-out deviations.
 FOLDS = 5
@@ -119,8 +125,9 @@ def fit_effects(
     for row in range(len(centred)):
         square += float(np.square(draw(row).ravel() - centred[row] @ effects).mean())
     deviation = float(np.sqrt(square / len(centred)))
-    chosen = np.unique(np.linspace(0, len(centred) - 1, min(len(centred), MAX_READOUT_ROWS)).astype(int))
-    latents = np.stack([draw(int(row)).ravel() for row in chosen]).astype(np.float32)
+    most = min(len(centred), MAX_READOUT_ROWS, MAX_READOUT_NUMBERS // products.shape[1])
+    chosen = np.unique(np.linspace(0, len(centred) - 1, most).astype(int))
+    latents = np.stack([draw(int(row)) for row in chosen]).astype(np.float32)
     readout, deviations = _readout(latents, centred[chosen], subjects[chosen], each)
     return {
         "effects": effects.reshape(-1, *shape).astype(np.float32),
@@ -141,30 +148,64 @@ def _ridge(features: np.ndarray, products: np.ndarray, each: float) -> np.ndarra
 def _readout(
     latents: np.ndarray, features: np.ndarray, subjects: np.ndarray, each: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Orthonormal directions (F, D) that span where features (n, F) are read from latents (n, D), and the deviations
-    (F,) of latents along them, less their effects, in subjects that were held out of all fits.
+    """Orthonormal directions (k, D) that span where features (n, F) are read from latents (n, c, *spatial), k = F times
+    the SMOOTHINGS, and the deviations of latents along them, less their effects, in subjects held out of all fits.
 
-    A feature that does not vary, or that others give, has no direction of its own: a row of zeros, of deviation 1.
+    The directions are those along which what is left is uncorrelated: one covariate may be read well from the
+    difference of two directions along each of which much varies.  A feature that does not vary, or that others give,
+    has no direction of its own: a row of zeros, of deviation 1.
     """
-    gram = (latents @ latents.T).astype(np.float64)
+    flat = latents.reshape(len(latents), -1)
+    grams = [_gram(_seen(latents, width)) for width in SMOOTHINGS]
     folds = np.unique(subjects, return_inverse=True)[1] % FOLDS
-    penalties = np.trace(gram) / len(gram) * np.array(READOUT_PENALTIES)
-    errors = np.zeros(len(penalties))
-    for fold in np.unique(folds):
-        held, kept = folds == fold, folds != fold
-        for i, penalty in enumerate(penalties):
+    parts = [(folds == fold, folds != fold) for fold in np.unique(folds)]
+    penalties = [_penalty(gram, features, parts) for gram in grams]
+
+    def rows(kept: np.ndarray) -> np.ndarray:
+        found = []
+        for width, gram, penalty in zip(SMOOTHINGS, grams, penalties, strict=True):
+            weights = _dual(gram[np.ix_(kept, kept)], features[kept], penalty)
+            # The reading of smoothed latents, as one of latents: smoothing is its own adjoint.
+            read = (weights.T @ flat[kept]).reshape(-1, *latents.shape[1:])
+            found.append(_seen(_seen(read, width), width).reshape(len(read), -1))
+        return _orthonormal(np.concatenate(found))
+
+    left = np.zeros((len(SMOOTHINGS) * features.shape[1],) * 2)
+    for held, kept in parts:
+        effects = _ridge(features[kept], features[kept].T @ flat[kept], each)
+        along = (flat[held] - features[held] @ effects) @ rows(kept).T
+        left += along.T @ along / len(flat)
+    directions = rows(np.ones(len(flat), bool))
+    there = np.square(directions).sum(1) > 0.5
+    values, turn = np.linalg.eigh(left[np.ix_(there, there)])
+    directions[there] = turn.T @ directions[there]
+    deviations = np.ones(len(directions))
+    deviations[there] = np.sqrt(np.maximum(values, SMALLEST_SHARE * values.mean()))
+    return directions, deviations
+
+
+def _seen(latents: np.ndarray, width: float) -> np.ndarray:
+    """(n, c, *spatial), smoothed by a Gaussian of `width` cells along each spatial axis."""
+    if not width:
+        return latents
+    return gaussian_filter(latents, (0, 0, *[width] * (latents.ndim - 2)), mode="constant")
+
+
+def _penalty(gram: np.ndarray, features: np.ndarray, parts: list[tuple[np.ndarray, np.ndarray]]) -> float:
+    """The ridge penalty that predicts features of (held, kept) parts best."""
+    tried = np.trace(gram) / len(gram) * np.array(READOUT_PENALTIES)
+    errors = np.zeros(len(tried))
+    for held, kept in parts:
+        for i, penalty in enumerate(tried):
             weights = _dual(gram[np.ix_(kept, kept)], features[kept], penalty)
             errors[i] += np.square(gram[np.ix_(held, kept)] @ weights - features[held]).sum()
-    penalty = penalties[errors.argmin()]
-    squares = np.zeros(features.shape[1])
-    for fold in np.unique(folds):
-        held, kept = folds == fold, folds != fold
-        effects = _ridge(features[kept], features[kept].T @ latents[kept], each)
-        rows = _orthonormal(_dual(gram[np.ix_(kept, kept)], features[kept], penalty).T @ latents[kept])
-        squares += np.square((latents[held] - features[held] @ effects) @ rows.T).sum(0)
-    rows = _orthonormal(_dual(gram, features, penalty).T @ latents)
-    there = np.square(rows).sum(1) > 0.5
-    return rows, np.where(there, np.sqrt(squares / len(latents)), 1.0)
+    return float(tried[errors.argmin()])
+
+
+def _gram(latents: np.ndarray) -> np.ndarray:
+    """Products (n, n) of all pairs of latents (n, ...)."""
+    flat = latents.reshape(len(latents), -1)
+    return (flat @ flat.T).astype(np.float64)
 
 
 def _dual(gram: np.ndarray, features: np.ndarray, penalty: float) -> np.ndarray:

@@ -205,11 +205,11 @@ def test_effects_are_recovered_with_what_they_leave():
     fitted = fit_effects(lambda row: x[row].reshape(4, 3, 5), features, np.ones_like(known), subjects)
     assert np.allclose(fitted["effects"].reshape(2, 60), effects, atol=0.06)
     assert fitted["deviation"] == pytest.approx(0.5, rel=0.02)
-    rows = fitted["readout"].reshape(2, 60)
-    assert np.allclose(rows @ rows.T, np.eye(2), atol=1e-5)
+    rows = fitted["readout"].reshape(4, 60)  # two of each feature: as latents are, and smoothed
+    assert np.allclose(rows @ rows.T, np.eye(4), atol=1e-5)
     # What is left is white here, so that features are read along their effects
     assert np.linalg.norm(rows @ effects.T, axis=0) == pytest.approx(np.linalg.norm(effects, axis=1), rel=0.02)
-    assert fitted["readout_deviations"] == pytest.approx([0.5, 0.5], rel=0.1)
+    assert fitted["readout_deviations"] == pytest.approx([0.5] * 4, rel=0.1)
     some = fit_effects(lambda row: x[row].reshape(4, 3, 5), np.where(known, features, 0.0), known, subjects)
     assert np.allclose(some["feature_mean"], features.mean(0), atol=0.1)
     assert np.allclose(some["feature_covariance"], np.eye(2), atol=0.15)
@@ -221,9 +221,24 @@ def test_deviations_along_the_readout_are_those_of_subjects_that_it_was_not_fitt
     known = np.ones_like(features, dtype=bool)
     fitted = fit_effects(lambda row: x[row].reshape(5, 100), features, known, np.arange(60))
     # Nothing can be read from noise: effects and direction fit their own subjects alone
-    rows, effects = fitted["readout"].reshape(1, 500), fitted["effects"].reshape(1, 500)
+    rows, effects = fitted["readout"].reshape(2, 500), fitted["effects"].reshape(1, 500)
     own = (x - (features - features.mean(0)) @ effects) @ rows.T
-    assert own.std() < 1.0 < fitted["readout_deviations"][0]
+    assert own.std() < 1.0 < fitted["readout_deviations"].mean()
+
+
+def test_what_is_read_from_a_difference_is_drawn_as_precisely():
+    """Two directions vary much, and together: a covariate is read from their difference."""
+    rng = np.random.default_rng(0)
+    age, size, common = rng.normal(size=(3, 400))
+    x = 0.1 * rng.normal(size=(400, 40))
+    x[:, 0] += 3 * common + age
+    x[:, 1] += 3 * common + size
+    features, known = np.column_stack([age - size, age]), np.ones((400, 2), bool)
+    fitted = fit_effects(lambda row: x[row].reshape(2, 20), features, known, np.arange(400))
+    rows, effects = fitted["readout"].reshape(4, 40), fitted["effects"].reshape(2, 40)
+    drawn = features @ effects + (fitted["readout_deviations"] * rng.normal(size=(400, 4))) @ rows
+    read = drawn[:, 0] - drawn[:, 1]
+    assert np.corrcoef(read, age - size)[0, 1] > 0.98
 
 
 def test_features_of_a_level_that_nobody_has_can_be_inverted():
@@ -243,8 +258,8 @@ def random_effects():
         "feature_mean": rng.normal(size=3),
         "feature_covariance": root @ root.T + 0.1 * np.eye(3),
         "deviation": np.array(0.6),
-        "readout": np.concatenate([np.linalg.qr(rng.normal(size=(32, 2)))[0].T, np.zeros((1, 32))]).reshape(3, 4, 4, 2),
-        "readout_deviations": np.array([0.2, 1.5, 1.0]),
+        "readout": np.concatenate([np.linalg.qr(rng.normal(size=(32, 4)))[0].T, np.zeros((2, 32))]).reshape(6, 4, 4, 2),
+        "readout_deviations": np.array([0.2, 1.5, 0.7, 0.3, 1.0, 1.0]),
     }
     module.load_state_dict({name: torch.from_numpy(value).float() for name, value in values.items()})
     return module, values
@@ -276,7 +291,7 @@ def test_effects_give_the_posterior_mean_of_their_gaussian(prediction_type):
         m[hidden] = mean[hidden] + gain @ (feature[known] - mean[known])
         c[np.ix_(hidden, hidden)] = covariance[np.ix_(hidden, hidden)] - gain @ covariance[np.ix_(known, hidden)]
         a, s = float(alpha[i]), float(sigma[i])
-        rows, deviations = values["readout"].reshape(3, 32)[:2], values["readout_deviations"][:2]
+        rows, deviations = values["readout"].reshape(6, 32)[:4], values["readout_deviations"][:4]
         rest = 0.36 * (np.eye(32) - rows.T @ rows) + rows.T @ np.diag(deviations**2) @ rows
         spread = rest + effects.T @ c @ effects
         q = np.linalg.solve(a**2 * spread + s**2 * np.eye(32), x[i] - a * m @ effects)
@@ -288,8 +303,8 @@ def test_no_network_adds_anything_along_the_readout():
     module, values = random_effects()
     learnt = torch.randn(4, 4, 4, 2)
     outside = module.outside_readout(learnt).flatten(1)
-    rows = torch.from_numpy(values["readout"]).float().reshape(3, 32)
-    assert torch.allclose(outside @ rows.T, torch.zeros(4, 3), atol=1e-5)
+    rows = torch.from_numpy(values["readout"]).float().reshape(6, 32)
+    assert torch.allclose(outside @ rows.T, torch.zeros(4, 6), atol=1e-5)
     assert torch.allclose(outside + (learnt.flatten(1) @ rows.T) @ rows, learnt.flatten(1), atol=1e-5)
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from meddiff_steps.models.latent_statistics import SMOOTHINGS
+
 #: Variance of a covariate feature that is known, beside its own variance of about 1: as good as none.
 KNOWN = 1e-6
 
@@ -33,7 +35,7 @@ class CovariateEffects(nn.Module):
     """Best estimates of clean latents and noise if x0 = features @ effects + rest.
 
     The rest is white, of one deviation, but for the directions along which covariates are read from latents best
-    (`readout`).  Along these it has the deviations that held-out scans have, and no network adds anything
+    (`readout`).  Along these it has the deviations that held-out scans have, uncorrelated, and no network adds anything
     (`outside_readout`): however little it has learnt, it cannot draw another covariate than was asked for.  On the
     demo, a network of 1,500 steps that was free to had drawn brains with r = 0.94 where scans have 0.98.
 
@@ -65,8 +67,8 @@ class CovariateEffects(nn.Module):
         self.register_buffer("feature_covariance", torch.eye(features))
         self.register_buffer("deviation", torch.ones(()))
         # Orthonormal rows, or zeros, which change nothing.
-        self.register_buffer("readout", torch.zeros(features, *latent_shape))
-        self.register_buffer("readout_deviations", torch.ones(features))
+        self.register_buffer("readout", torch.zeros(len(SMOOTHINGS) * features, *latent_shape))
+        self.register_buffer("readout_deviations", torch.ones(len(SMOOTHINGS) * features))
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
