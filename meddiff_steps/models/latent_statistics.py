@@ -84,7 +84,7 @@ READOUT_PENALTIES = (0.003, 0.03, 0.3, 3.0)
 SMOOTHINGS = (0.0, 0.8)
 
 #: Parts for the held-out deviations.
-FOLDS = 5
+FOLDS = 25
 
 #: A direction of which less is left, beside the directions before it, is none.
 SMALLEST_SHARE = 1e-3
@@ -161,23 +161,26 @@ def _readout(
     parts = [(folds == fold, folds != fold) for fold in np.unique(folds)]
     penalties = [_penalty(gram, features, parts) for gram in grams]
 
-    def rows(kept: np.ndarray) -> np.ndarray:
+    def readings(kept: np.ndarray) -> np.ndarray:
+        """Weights (k, D) by which latents give features, in units of these, so that folds can be compared."""
         found = []
         for width, gram, penalty in zip(SMOOTHINGS, grams, penalties, strict=True):
             weights = _dual(gram[np.ix_(kept, kept)], features[kept], penalty)
             # The reading of smoothed latents, as one of latents: smoothing is its own adjoint.
             read = (weights.T @ flat[kept]).reshape(-1, *latents.shape[1:])
             found.append(_seen(_seen(read, width), width).reshape(len(read), -1))
-        return _orthonormal(np.concatenate(found))
+        return np.concatenate(found)
 
     left = np.zeros((len(SMOOTHINGS) * features.shape[1],) * 2)
     for held, kept in parts:
         effects = _ridge(features[kept], features[kept].T @ flat[kept], each)
-        along = (flat[held] - features[held] @ effects) @ rows(kept).T
+        along = (flat[held] - features[held] @ effects) @ readings(kept).T
         left += along.T @ along / len(flat)
-    directions = rows(np.ones(len(flat), bool))
+    read = readings(np.ones(len(flat), bool))
+    directions = _orthonormal(read)
     there = np.square(directions).sum(1) > 0.5
-    values, turn = np.linalg.eigh(left[np.ix_(there, there)])
+    back = np.linalg.inv(read[there] @ directions[there].T)  # from readings to directions
+    values, turn = np.linalg.eigh(back @ left[np.ix_(there, there)] @ back.T)
     directions[there] = turn.T @ directions[there]
     deviations = np.ones(len(directions))
     deviations[there] = np.sqrt(np.maximum(values, SMALLEST_SHARE * values.mean()))
