@@ -88,11 +88,21 @@ def rank_share(batch: np.ndarray, fabric: Fabric) -> np.ndarray:
     return batch[fabric.global_rank :: fabric.world_size]
 
 
-def means_over_processes(sums: Mapping[str, Tensor], fabric: Fabric) -> dict[str, float]:
-    """The mean of each scalar over all processes."""
+def of_all_processes(sums: Mapping[str, Tensor], fabric: Fabric) -> dict[str, list[float]]:
+    """Each scalar as every process has it, in their order."""
     if fabric.world_size == 1:
-        return {name: float(value) for name, value in sums.items()}
-    return {name: float(torch.as_tensor(fabric.all_gather(value)).mean()) for name, value in sums.items()}
+        return {name: [float(value)] for name, value in sums.items()}
+    return {name: torch.as_tensor(fabric.all_gather(value)).tolist() for name, value in sums.items()}
+
+
+def of_this_process(sums: Mapping[str, list[float]], fabric: Fabric) -> dict[str, Tensor]:
+    """What `of_all_processes` gave: this process's own, to the bit; their mean where there were more or fewer."""
+    return {
+        name: fabric.to_device(
+            torch.tensor(each[fabric.global_rank] if len(each) == fabric.world_size else float(np.mean(each)))
+        )
+        for name, each in sums.items()
+    }
 
 
 def learning_rate_scale(step: int, settings: Optimiser) -> float:
@@ -189,9 +199,7 @@ def fit(task: Task, settings: Optimiser, fabric: Fabric, state: Path, label: str
     base_rates = {
         name: [group["lr"] for group in optimiser.param_groups] for name, optimiser in task.optimisers.items()
     }
-    sums: dict[str, Tensor] = {
-        name: fabric.to_device(torch.tensor(value)) for name, value in extra.get("sums", {}).items()
-    }
+    sums = of_this_process(extra.get("sums", {}), fabric)
     counts: dict[str, int] = defaultdict(int, extra.get("counts", {}))
     curves = SummaryWriter(str(state / "tensorboard"), purge_step=start) if fabric.is_global_zero else nullcontext()
     bar = tqdm(
@@ -234,7 +242,10 @@ def fit(task: Task, settings: Optimiser, fabric: Fabric, state: Path, label: str
             save = done % settings.checkpoint_every == 0 or last
             # The curve is also written at every checkpoint, so that a resumed run averages over the same steps.
             if done % settings.log_every == 0 or save:
-                record(done, {name: value / counts[name] for name, value in means_over_processes(sums, fabric).items()})
+                record(
+                    done,
+                    {name: float(np.mean(each)) / counts[name] for name, each in of_all_processes(sums, fabric).items()},
+                )
                 sums.clear()
                 counts.clear()
             if done % settings.validate_every == 0 or last:
@@ -242,7 +253,7 @@ def fit(task: Task, settings: Optimiser, fabric: Fabric, state: Path, label: str
             stop = asked_to_stop(asked, fabric, done)
             extra = {"history": history}
             if stop and sums:
-                extra |= {"sums": means_over_processes(sums, fabric), "counts": counts}
+                extra |= {"sums": of_all_processes(sums, fabric), "counts": counts}
             if (save or stop) and fabric.is_global_zero:
                 checkpoints.save(done, task.modules, task.optimisers, extra)
             if stop:
