@@ -18,7 +18,7 @@ from tiny_step import OUTPUTS, prepare
 from meddiff_steps import config
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.core.errors import EXIT_PREEMPTED, UserError
-from meddiff_steps.training.loop import rank_share
+from meddiff_steps.training.loop import of_this_process, rank_share
 
 ROOT = Path(__file__).parents[2]
 #: The processes take the same step but for the order of sums. Largest relative difference of a point of the training
@@ -130,6 +130,16 @@ def test_shares_make_the_batch_and_unequal_ones_are_refused():
     assert sorted(np.concatenate([rank_share(batch, Ranks(rank, 3)) for rank in range(3)])) == list(batch)
     with pytest.raises(UserError, match=r"batch_size is 6 and compute.devices 4"):
         rank_share(batch, Ranks(0, 4))
+
+
+def test_sums_of_a_stopped_training_come_back_to_the_bit_or_as_their_mean():
+    each = {"train/l1": [float(np.float32(0.1)), float(np.float32(0.3))]}
+    for rank in range(2):
+        fabric: Any = Ranks(rank, 2)
+        fabric.to_device = lambda tensor: tensor
+        assert float(of_this_process(each, fabric)["train/l1"]) == each["train/l1"][rank]
+        fabric.world_size = 1
+        assert float(of_this_process(each, fabric)["train/l1"]) == pytest.approx(0.2)
 
 
 def test_a_job_of_slurm_with_one_task_starts_its_processes_itself(monkeypatch):
