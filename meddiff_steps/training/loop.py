@@ -242,10 +242,8 @@ def fit(task: Task, settings: Optimiser, fabric: Fabric, state: Path, label: str
             save = done % settings.checkpoint_every == 0 or last
             # The curve is also written at every checkpoint, so that a resumed run averages over the same steps.
             if done % settings.log_every == 0 or save:
-                record(
-                    done,
-                    {name: float(np.mean(each)) / counts[name] for name, each in of_all_processes(sums, fabric).items()},
-                )
+                means = {name: float(np.mean(each)) for name, each in of_all_processes(sums, fabric).items()}
+                record(done, {name: mean / counts[name] for name, mean in means.items()})
                 sums.clear()
                 counts.clear()
             if done % settings.validate_every == 0 or last:
