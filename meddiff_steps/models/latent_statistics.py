@@ -1,4 +1,4 @@
-"""What is known of the latents before any network is trained: their scale, and linear effects."""
+"""What is known of the latents before any network is trained: their scale, and effects of covariates."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def measure_standardisation(latents: Iterable[np.ndarray]) -> Standardisation[np
 
 
 #: Ridge penalty of the covariate effects, in scans: effects seen in few are drawn towards 0.
-EFFECT_PENALTY = 5.0
+EFFECT_PENALTY = 1.0
 
 #: Rows from which the directions of the readout are computed, and numbers in them, of 4 bytes; more change them little
 #: and cost memory.
@@ -97,7 +97,7 @@ SMALLEST_VARIANCE = 1e-4
 def fit_effects(
     draw: Callable[[int], np.ndarray], features: np.ndarray, known: np.ndarray, subjects: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """How latents depend on covariates, linearly; the state of `models.denoiser.effects.CovariateEffects` by name.
+    """How latents depend on features of the covariates, linearly; the state of `models.denoiser.effects.CovariateEffects` by name.
 
     Effects by ridge regression of latents on features less their means, 0 where unknown; directions of the readout by
     ridge regression of features on latents, and what is left along them in subjects that were held out.

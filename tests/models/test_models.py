@@ -11,7 +11,7 @@ from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.diffusion.schedules import NoiseProcess
 from meddiff_steps.models.blocks import by_slabs, coordinates
 from meddiff_steps.models.denoiser.base import Denoiser, gain
-from meddiff_steps.models.denoiser.effects import CovariateEffects
+from meddiff_steps.models.denoiser.effects import CovariateEffects, covariate_features
 from meddiff_steps.models.denoiser.resnet import LocalNetwork
 from meddiff_steps.models.denoiser.tokens import CovariateTokens
 from meddiff_steps.models.drawing.base import build as build_drawing
@@ -252,20 +252,26 @@ def test_features_of_a_level_that_nobody_has_can_be_inverted():
 def random_effects():
     rng = np.random.default_rng(1)
     module = CovariateEffects((4, 4, 2), [0, 2])
-    root = rng.normal(size=(3, 3))
+    root = rng.normal(size=(4, 4))
     values = {
-        "effects": rng.normal(size=(3, 4, 4, 2)),
-        "feature_mean": rng.normal(size=3),
-        "feature_covariance": root @ root.T + 0.1 * np.eye(3),
+        "effects": rng.normal(size=(4, 4, 4, 2)),
+        "feature_mean": rng.normal(size=4),
+        "feature_covariance": root @ root.T + 0.1 * np.eye(4),
         "deviation": np.array(0.6),
-        "readout": np.concatenate([np.linalg.qr(rng.normal(size=(32, 4)))[0].T, np.zeros((2, 32))]).reshape(6, 4, 4, 2),
-        "readout_deviations": np.array([0.2, 1.5, 0.7, 0.3, 1.0, 1.0]),
+        "readout": np.concatenate([np.linalg.qr(rng.normal(size=(32, 4)))[0].T, np.zeros((4, 32))]).reshape(8, 4, 4, 2),
+        "readout_deviations": np.array([0.2, 1.5, 0.7, 0.3, 1.0, 1.0, 1.0, 1.0]),
     }
     module.load_state_dict({name: torch.from_numpy(value).float() for name, value in values.items()})
     return module, values
 
 
 COVARIATES = np.array([[0.7, 1.0], [np.nan, 0.0], [0.2, np.nan], [np.nan, np.nan]], np.float32)
+
+
+def test_a_continuous_covariate_has_an_effect_that_bends_and_goes_on_straight():
+    values, known = covariate_features(torch.tensor([[-100.0], [0.0], [100.0], [float("nan")]]), [0])
+    assert torch.allclose(values, torch.tensor([[-100.0, 100.0], [0.0, 2.0], [100.0, 100.0], [0.0, 0.0]]), atol=0.03)
+    assert known.tolist() == [[True, True]] * 3 + [[False, False]]
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])
@@ -276,24 +282,25 @@ def test_effects_give_the_posterior_mean_of_their_gaussian(prediction_type):
     x, t = np.random.default_rng(2).normal(size=(4, 32)), torch.tensor([100.0, 700.0, 400.0, 900.0])
     alpha, sigma = process.alpha_sigma(t)
     found = module(torch.from_numpy(x).float().reshape(4, 4, 4, 2), alpha, sigma, torch.from_numpy(COVARIATES))
-    effects, mean, covariance = values["effects"].reshape(3, 32), values["feature_mean"], values["feature_covariance"]
+    effects, mean, covariance = values["effects"].reshape(4, 32), values["feature_mean"], values["feature_covariance"]
     given = [
-        (np.array([0.7, 0.0, 1.0]), [0, 1, 2]),
-        (np.array([0.0, 1.0, 0.0]), [1, 2]),
-        (np.array([0.2, 0.0, 0.0]), [0]),
-        (np.zeros(3), []),
+        (np.array([0.7, np.hypot(2.0, 0.7), 0.0, 1.0]), [0, 1, 2, 3]),
+        (np.array([0.0, 0.0, 1.0, 0.0]), [2, 3]),
+        (np.array([0.2, np.hypot(2.0, 0.2), 0.0, 0.0]), [0, 1]),
+        (np.zeros(4), []),
     ]
     for i, (feature, known) in enumerate(given):
-        hidden = [k for k in range(3) if k not in known]
+        hidden = [k for k in range(4) if k not in known]
         m, c = mean.copy(), np.zeros((3, 3))
         m[known] = feature[known]
         gain = covariance[np.ix_(hidden, known)] @ np.linalg.inv(covariance[np.ix_(known, known)])
         m[hidden] = mean[hidden] + gain @ (feature[known] - mean[known])
         c[np.ix_(hidden, hidden)] = covariance[np.ix_(hidden, hidden)] - gain @ covariance[np.ix_(known, hidden)]
         a, s = float(alpha[i]), float(sigma[i])
-        rows, deviations = values["readout"].reshape(6, 32)[:4], values["readout_deviations"][:4]
+        rows, deviations = values["readout"].reshape(8, 32)[:4], values["readout_deviations"][:4]
         rest = 0.36 * (np.eye(32) - rows.T @ rows) + rows.T @ np.diag(deviations**2) @ rows
         spread = rest + effects.T @ c @ effects
+        m = m - mean
         q = np.linalg.solve(a**2 * spread + s**2 * np.eye(32), x[i] - a * m @ effects)
         assert np.allclose(found.clean[i].flatten(), m @ effects + a * spread @ q, atol=2e-3)
         assert np.allclose(found.noise[i].flatten(), s * q, atol=2e-3)
@@ -303,8 +310,8 @@ def test_no_network_adds_anything_along_the_readout():
     module, values = random_effects()
     learnt = torch.randn(4, 4, 4, 2)
     outside = module.outside_readout(learnt).flatten(1)
-    rows = torch.from_numpy(values["readout"]).float().reshape(6, 32)
-    assert torch.allclose(outside @ rows.T, torch.zeros(4, 6), atol=1e-5)
+    rows = torch.from_numpy(values["readout"]).float().reshape(8, 32)
+    assert torch.allclose(outside @ rows.T, torch.zeros(4, 8), atol=1e-5)
     assert torch.allclose(outside + (learnt.flatten(1) @ rows.T) @ rows, learnt.flatten(1), atol=1e-5)
 
 

@@ -79,9 +79,9 @@ def latent_data(path, variants=2, posterior=True):
             shard.append(**values, **({"log_variance": np.full(shape.shape, -4.0)} if posterior else {}))
     prior = {"offset": torch.zeros(1, *shape.shape), "scale": torch.tensor(1.1)}
     effects = {
-        "effects": torch.from_numpy(0.1 * rng.normal(size=(2, *shape.shape))).float(),
-        "feature_mean": torch.zeros(2),
-        "feature_covariance": torch.eye(2),
+        "effects": torch.from_numpy(0.1 * rng.normal(size=(4, *shape.shape))).float(),
+        "feature_mean": torch.zeros(4),
+        "feature_covariance": torch.eye(4),
         "deviation": torch.tensor(0.9),
     }
     prior |= {f"effects.{name}": value for name, value in effects.items()}

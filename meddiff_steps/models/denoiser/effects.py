@@ -1,4 +1,4 @@
-"""What is known of latents before any network is trained: linear effects of the covariates."""
+"""What is known of latents before any network is trained: effects of the covariates."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from meddiff_steps.models.latent_statistics import SMOOTHINGS
+
+#: Where the second feature of a continuous covariate turns from a parabola to its straight tails, in standard deviations.
+BEND = 2.0
 
 #: Variance of a covariate feature that is known, beside its own variance of about 1: as good as none.
 KNOWN = 1e-6
@@ -32,7 +35,7 @@ class Estimate:
 
 
 class CovariateEffects(nn.Module):
-    """Best estimates of clean latents and noise if x0 = features @ effects + rest.
+    """Best estimates of clean latents and noise if x0 = (features - their mean) @ effects + rest.
 
     The rest is white, of one deviation, but for the directions along which covariates are read from latents best
     (`readout`).  Along these it has the deviations that held-out scans have, uncorrelated, and no network adds anything
@@ -48,7 +51,7 @@ class CovariateEffects(nn.Module):
     latent_shape
         (c, *spatial), D numbers in all.
     levels
-        Per covariate: the number of levels, or 0 for a continuous one; F features in all.
+        Per covariate: the number of levels, or 0 for a continuous one; F features in all (`feature_count`).
     """
 
     effects: Tensor
@@ -61,7 +64,7 @@ class CovariateEffects(nn.Module):
     def __init__(self, latent_shape: Sequence[int], levels: list[int]) -> None:
         super().__init__()
         self.levels, self.shape = levels, tuple(latent_shape)
-        features = sum(n or 1 for n in levels)
+        features = feature_count(levels)
         self.register_buffer("effects", torch.zeros(features, *latent_shape))
         self.register_buffer("feature_mean", torch.zeros(features))
         self.register_buffer("feature_covariance", torch.eye(features))
@@ -124,17 +127,26 @@ class CovariateEffects(nn.Module):
         return x * everywhere + ((along - everywhere) * (x @ rows.T)) @ rows
 
     def features_given(self, covariates: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (b, F) and covariance (b, F, F) of the features, given the covariates that are known."""
+        """Mean (b, F), less `feature_mean`, and covariance (b, F, F) of features, given the covariates that are known."""
         values, known = covariate_features(covariates, self.levels)
         precision = torch.linalg.inv(self.feature_covariance.double())
         weights = known.double() / KNOWN
         covariance = torch.linalg.inv(precision + torch.diag_embed(weights))
         mean = covariance @ (weights * (values.double() - self.feature_mean))[..., None]
-        return (self.feature_mean + mean[..., 0]).float(), covariance.float()
+        return mean[..., 0].float(), covariance.float()
+
+
+def feature_count(levels: Sequence[int]) -> int:
+    """How many features `covariate_features` gives."""
+    return sum(n or 2 for n in levels)
 
 
 def covariate_features(covariates: Tensor, levels: list[int]) -> tuple[Tensor, Tensor]:
-    """Linear features of encoded covariates (b, k): values as they are, levels as columns of 0 and 1.
+    """Features of encoded covariates (b, k) on which latents depend linearly.
+
+    Of a continuous covariate v, in standard deviations: v and sqrt(BEND^2 + v^2), so that an effect may rise faster at
+    one end than at the other, as that of the ventricles does, whose largest are seven deviations from the mean; beyond
+    what was learnt it goes on straight.  Of levels: columns of 0 and 1.
 
     Returns
     -------
@@ -144,7 +156,7 @@ def covariate_features(covariates: Tensor, levels: list[int]) -> tuple[Tensor, T
     columns, known = [], []
     for value, count in zip(covariates.T, levels, strict=True):
         there = torch.isfinite(value)
-        found = [value] if count == 0 else [(value == level).float() for level in range(count)]
+        found = [(value == level).float() for level in range(count)] or [value, (BEND**2 + value.square()).sqrt()]
         columns += [torch.where(there, column, 0.0) for column in found]
         known += [there] * len(found)
     return torch.stack(columns, 1).float(), torch.stack(known, 1)

@@ -15,7 +15,7 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.diffusion.schedules import NoiseProcess
 from meddiff_steps.models.blocks import ChannelNorm, ResidualBlock, convolution, coordinates, dense, silence
-from meddiff_steps.models.denoiser.effects import covariate_features
+from meddiff_steps.models.denoiser.effects import covariate_features, feature_count
 
 ENTRY = {
     "order": 1,
@@ -116,7 +116,7 @@ class ResNet(nn.Module):
         self.process, self.levels, self.variants = NoiseProcess.of(settings), levels, variants
         self.maps = {name: maps[name] for name in sorted(maps)}
         self.register_buffer("place", coordinates(spatial)[None], persistent=False)
-        numbers = 2 * sum(n or 1 for n in levels) + variants
+        numbers = 2 * feature_count(levels) + variants
         inputs = channels + sum(self.maps.values())
         self.net = LocalNetwork(len(spatial), inputs, channels, numbers, settings.channels[0], settings.num_res_blocks)
         if settings.gradient_checkpointing:
