@@ -291,7 +291,7 @@ def test_effects_give_the_posterior_mean_of_their_gaussian(prediction_type):
     ]
     for i, (feature, known) in enumerate(given):
         hidden = [k for k in range(4) if k not in known]
-        m, c = mean.copy(), np.zeros((3, 3))
+        m, c = mean.copy(), np.zeros((4, 4))
         m[known] = feature[known]
         gain = covariance[np.ix_(hidden, known)] @ np.linalg.inv(covariance[np.ix_(known, known)])
         m[hidden] = mean[hidden] + gain @ (feature[known] - mean[known])
