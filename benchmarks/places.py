@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -244,8 +244,10 @@ def write_latents(path: Path, means: Sequence[np.ndarray], log_variances: Sequen
     return Shards([path])
 
 
-def latent_data(place: Place, shards: Shards, scale: float | None = None) -> LatentData:
-    """Standardisation and covariates' effects as the step `scale` fits them.
+def latent_data(
+    place: Place, shards: Shards, decode: Callable[[Tensor], Tensor], scale: float | None = None
+) -> LatentData:
+    """Standardisation and covariates' effects as the step `scale` fits them; `decode` gives images of latents.
 
     `scale` replaces the deviation: by that of a peer, so that both sides see the same noise.
     """
@@ -254,8 +256,14 @@ def latent_data(place: Place, shards: Shards, scale: float | None = None) -> Lat
     if scale is not None:
         standardise = Standardisation(standardise.offset, np.full_like(standardise.scale, scale))
     values, known = covariate_features(torch.from_numpy(place.covariates[rows]), place.encoding.level_counts)
+    offset, size = torch.from_numpy(standardise.offset), float(standardise.scale)
     effects = fit_effects(
-        lambda i: standardise(shards.tensors("mean", [int(rows[i])]))[0], values.numpy(), known.numpy()
+        lambda i: standardise(shards.tensors("mean", [int(rows[i])]))[0],
+        values.numpy(),
+        known.numpy(),
+        place.table["subject_id"].to_numpy()[rows],
+        lambda i: place.images.tensor("image", int(rows[i])).astype(np.float32),
+        lambda standardised: decode(standardised * size + offset),
     )
     tensors = {"offset": standardise.offset, "scale": standardise.scale}
     tensors |= {f"effects.{name}": value for name, value in effects.items()}

@@ -335,7 +335,7 @@ def _diffusion_race(
     factor = peer.peer_scale_factor(autoencoder, images[: max(2, batch)])
 
     with clock.running():
-        data = latent_data(place, shards, scale=1.0 / factor)
+        data = latent_data(place, shards, autoencoder.decode, scale=1.0 / factor)
         task = DiffusionTask(settings, data, place.encoding, f"{SEED}/{seed}", place.fabric)
     before, model, average = clock.wall, task.modules["model"], task.modules["average"]
     assert isinstance(model, Denoiser) and isinstance(average, Denoiser)
@@ -448,7 +448,8 @@ def our_model(place: Place, seconds: float) -> TrainedModel:
             first.average.encode(torch.from_numpy(place.images.tensors("image", [row]))).mean[0].numpy()
             for row in range(len(place.images))
         ]
-    data = latent_data(place, write_latents(place.folder / "ours-latents.arrow", means))
+    latents = write_latents(place.folder / "ours-latents.arrow", means)
+    data = latent_data(place, latents, first.average.decode)
     task = DiffusionTask(study.diffusion, data, place.encoding, f"{SEED}/0", place.fabric)
     denoiser, path = task.modules["average"], place.folder / "ours-diffusion.safetensors"
     assert isinstance(denoiser, Denoiser)

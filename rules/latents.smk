@@ -27,6 +27,8 @@ rule scale:
     input:
         manifest=MANIFEST,
         latents=expand(LATENTS, shard=COHORT_SHARDS),
+        images=COHORT_IMAGES,
+        autoencoder=AUTOENCODER,
     output:
         scale=LATENT_SCALE,
         out=f"{RESULTS}/latents/manifest.json",
@@ -34,16 +36,16 @@ rule scale:
         f"{RESULTS}/logs/scale.log",
     benchmark:
         f"{RESULTS}/benchmarks/scale.tsv"
-    localrule: True
     conda:
         "../envs/meddiff.yaml"
-    threads: 1
+    threads: 8
     resources:
-        mem_mb=memory(1000),
-        runtime=minutes(60),
+        mem_mb=memory(6000, 2000),
+        runtime=minutes(120),
+        gpu=min(GPUS, 1),
     params:
         **run_step("scale"),
     message:
-        "Measuring the scale of the latents"
+        "Measuring the latents: their scale, and what covariates do to them"
     shell:
-        STEP
+        STEP_WITH_THREADS

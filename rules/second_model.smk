@@ -149,6 +149,8 @@ if STUDY.second_model.subjects:
         input:
             manifest=rules.second_model.output.out,
             latents=expand(SECOND_LATENTS, shard=TEACHER_SHARDS),
+            images=expand(TEACHER_FILTERED, shard=TEACHER_SHARDS),
+            autoencoder=AUTOENCODER,
         output:
             scale=f"{RESULTS}/second_model/latents/scale.safetensors",
             out=f"{RESULTS}/second_model/latents/manifest.json",

@@ -261,6 +261,7 @@ def test_exactly_the_rules_that_run_networks_ask_for_a_gpu():
         "autoencoder",
         "downstream_train",
         "latents",
+        "scale",
         "decoder",
         "diffusion",
         "tone",

@@ -51,7 +51,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "autoencoder": ("seed", "variants", "autoencoder", "compute"),
     "decoder": ("seed", "variants", "decoder", "compute"),
     "latents": ("seed", "variants", "latents", "compute"),
-    "scale": ("covariates",),
+    "scale": ("covariates", "compute"),
     "diffusion": ("seed", "covariates", "diffusion", "compute"),
     "tone": ("seed", "covariates", "generate", "compute"),
     "embedder": ("seed", "privacy.embedder"),

@@ -190,6 +190,10 @@ class Shards:
         """Type of the stored values of `column`."""
         return np.dtype(self.schema.field(column).type.value_type.to_pandas_dtype())
 
+    def image_ids(self) -> list[str]:
+        """What images are named by: `scan_id`, or `sample_id` of synthetic ones, from which a second model learns."""
+        return self.column("scan_id" if "scan_id" in self.schema.names else "sample_id")
+
     def column(self, name: str) -> list[Any]:
         """A plain column (ids, numbers) as a list."""
         return [value for batch in self._batches for value in batch.column(name).to_pylist()]

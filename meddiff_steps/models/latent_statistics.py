@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
-from scipy.ndimage import gaussian_filter
+import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.models.first_stage.base import halved
 
 T = TypeVar("T", np.ndarray, Tensor)
 
@@ -76,12 +79,11 @@ EFFECT_PENALTY = 1.0
 #: and cost memory.
 MAX_READOUT_ROWS, MAX_READOUT_NUMBERS = 1024, 2**29
 
-#: Ridge penalties of the readout that are tried, as shares of a latent's mean square.
-READOUT_PENALTIES = (0.003, 0.03, 0.3, 3.0)
+#: Ridge penalties of the readout that are tried, as shares of the mean square of what is read.
+READOUT_PENALTIES = (0.0003, 0.003, 0.03, 0.3, 3.0)
 
-#: Widths of Gaussians, in cells: covariates are read from latents as they are and from smoothed ones, from which little
-#: is learnt by heart.
-SMOOTHINGS = (0.0, 0.8)
+#: Covariates are read twice: from latents, and from images.
+READERS = 2
 
 #: Parts for the held-out deviations.
 FOLDS = 25
@@ -95,12 +97,18 @@ SMALLEST_VARIANCE = 1e-4
 
 
 def fit_effects(
-    draw: Callable[[int], np.ndarray], features: np.ndarray, known: np.ndarray, subjects: np.ndarray
+    draw: Callable[[int], np.ndarray],
+    features: np.ndarray,
+    known: np.ndarray,
+    subjects: np.ndarray,
+    image: Callable[[int], np.ndarray],
+    decode: Callable[[Tensor], Tensor],
 ) -> dict[str, np.ndarray]:
-    """How latents depend on features of the covariates, linearly; the state of `models.denoiser.effects.CovariateEffects` by name.
+    """How latents depend on features of covariates, linearly; the state of `models.denoiser.effects.CovariateEffects`.
 
     Effects by ridge regression of latents on features less their means, 0 where unknown; directions of the readout by
-    ridge regression of features on latents, and what is left along them in subjects that were held out.
+    ridge regression of features on latents and, through the decoder, on images; and what is left along them in subjects
+    that were held out.
 
     Parameters
     ----------
@@ -110,6 +118,10 @@ def fit_effects(
         (rows, F) each, as of `models.denoiser.effects.covariate_features`.
     subjects
         Whose latent each row is, (rows,): rows of one subject are held out together.
+    image
+        image(row) gives its scan, (1, *spatial) float32 in [0, 1]; called for each row at most once.
+    decode
+        Standardised latents, float32 (b, c, *spatial), to images (b, 1, *spatial); differentiable.
     """
     count = np.maximum(known.sum(0), 1)
     mean = (features * known).sum(0) / count
@@ -125,10 +137,23 @@ def fit_effects(
     for row in range(len(centred)):
         square += float(np.square(draw(row).ravel() - centred[row] @ effects).mean())
     deviation = float(np.sqrt(square / len(centred)))
-    most = min(len(centred), MAX_READOUT_ROWS, MAX_READOUT_NUMBERS // products.shape[1])
-    chosen = np.unique(np.linspace(0, len(centred) - 1, most).astype(int))
-    latents = np.stack([draw(int(row)) for row in chosen]).astype(np.float32)
-    readout, deviations = _readout(latents, centred[chosen], subjects[chosen], each)
+    middle = torch.zeros(1, *shape, requires_grad=True)
+    decoded = _visible(decode(middle))
+    most = min(len(centred), MAX_READOUT_ROWS, MAX_READOUT_NUMBERS // max(products.shape[1], len(decoded)))
+    chosen = [int(row) for row in np.unique(np.linspace(0, len(centred) - 1, most).astype(int))]
+    latents = np.stack([draw(row).ravel() for row in chosen]).astype(np.float32)
+    images = np.stack([_visible(torch.from_numpy(image(row)[None])).numpy() for row in chosen])
+    images -= images.mean(0)
+
+    def pulled_back(weights: np.ndarray) -> np.ndarray:
+        """Weights (k, V) of voxels, as weights (k, D) of latents: the decoder is taken to be linear about the mean."""
+        rows = torch.from_numpy(weights.astype(np.float32))
+        return np.stack(
+            [torch.autograd.grad(decoded, middle, row, retain_graph=True)[0].flatten().numpy() for row in rows]
+        )
+
+    readers = [(latents, lambda weights: weights), (images, pulled_back)]
+    readout, deviations = _readout(latents, readers, centred[chosen], subjects[chosen], each)
     return {
         "effects": effects.reshape(-1, *shape).astype(np.float32),
         "feature_mean": mean.astype(np.float32),
@@ -146,37 +171,39 @@ def _ridge(features: np.ndarray, products: np.ndarray, each: float) -> np.ndarra
 
 
 def _readout(
-    latents: np.ndarray, features: np.ndarray, subjects: np.ndarray, each: float
+    latents: np.ndarray,
+    readers: Sequence[tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]],
+    features: np.ndarray,
+    subjects: np.ndarray,
+    each: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Orthonormal directions (k, D) that span where features (n, F) are read from latents (n, c, *spatial), k = F times
-    the SMOOTHINGS, and the deviations of latents along them, less their effects, in subjects held out of all fits.
+    """Orthonormal directions (k, D) that span where features (n, F) are read from latents (n, D), k = F times READERS,
+    and the deviations of latents along them, less their effects, in subjects held out of all fits.
 
-    The directions are those along which what is left is uncorrelated: one covariate may be read well from the
-    difference of two directions along each of which much varies.  A feature that does not vary, or that others give,
-    has no direction of its own: a row of zeros, of deviation 1.
+    A reader is what features are read from, (n, V), and how its weights (F, V) become weights (F, D) of latents.  The
+    directions are those along which what is left is uncorrelated: one covariate may be read well from the difference of
+    two directions along each of which much varies.  A feature that does not vary, or that others give, has no direction
+    of its own: a row of zeros, of deviation 1.
     """
-    flat = latents.reshape(len(latents), -1)
-    grams = [_gram(_seen(latents, width)) for width in SMOOTHINGS]
     folds = np.unique(subjects, return_inverse=True)[1] % FOLDS
     parts = [(folds == fold, folds != fold) for fold in np.unique(folds)]
+    grams = [(rows @ rows.T).astype(np.float64) for rows, _ in readers]
     penalties = [_penalty(gram, features, parts) for gram in grams]
 
     def readings(kept: np.ndarray) -> np.ndarray:
         """Weights (k, D) by which latents give features, in units of these, so that folds can be compared."""
         found = []
-        for width, gram, penalty in zip(SMOOTHINGS, grams, penalties, strict=True):
+        for (rows, pull_back), gram, penalty in zip(readers, grams, penalties, strict=True):
             weights = _dual(gram[np.ix_(kept, kept)], features[kept], penalty)
-            # The reading of smoothed latents, as one of latents: smoothing is its own adjoint.
-            read = (weights.T @ flat[kept]).reshape(-1, *latents.shape[1:])
-            found.append(_seen(_seen(read, width), width).reshape(len(read), -1))
+            found.append(pull_back(weights.T @ rows[kept]))
         return np.concatenate(found)
 
-    left = np.zeros((len(SMOOTHINGS) * features.shape[1],) * 2)
-    for held, kept in parts:
-        effects = _ridge(features[kept], features[kept].T @ flat[kept], each)
-        along = (flat[held] - features[held] @ effects) @ readings(kept).T
-        left += along.T @ along / len(flat)
-    read = readings(np.ones(len(flat), bool))
+    left = np.zeros((len(readers) * features.shape[1],) * 2)
+    for held, kept in tqdm(parts, desc="held-out deviations", mininterval=5, file=sys.stderr):
+        effects = _ridge(features[kept], features[kept].T @ latents[kept], each)
+        along = (latents[held] - features[held] @ effects) @ readings(kept).T
+        left += along.T @ along / len(latents)
+    read = readings(np.ones(len(latents), bool))
     directions = _orthonormal(read)
     there = np.square(directions).sum(1) > 0.5
     back = np.linalg.inv(read[there] @ directions[there].T)  # from readings to directions
@@ -187,11 +214,9 @@ def _readout(
     return directions, deviations
 
 
-def _seen(latents: np.ndarray, width: float) -> np.ndarray:
-    """(n, c, *spatial), smoothed by a Gaussian of `width` cells along each spatial axis."""
-    if not width:
-        return latents
-    return gaussian_filter(latents, (0, 0, *[width] * (latents.ndim - 2)), mode="constant")
+def _visible(images: Tensor) -> Tensor:
+    """All numbers of images at half their resolution, which is enough to read covariates from."""
+    return halved(images).flatten().float().cpu()
 
 
 def _penalty(gram: np.ndarray, features: np.ndarray, parts: list[tuple[np.ndarray, np.ndarray]]) -> float:
@@ -203,12 +228,6 @@ def _penalty(gram: np.ndarray, features: np.ndarray, parts: list[tuple[np.ndarra
             weights = _dual(gram[np.ix_(kept, kept)], features[kept], penalty)
             errors[i] += np.square(gram[np.ix_(held, kept)] @ weights - features[held]).sum()
     return float(tried[errors.argmin()])
-
-
-def _gram(latents: np.ndarray) -> np.ndarray:
-    """Products (n, n) of all pairs of latents (n, ...)."""
-    flat = latents.reshape(len(latents), -1)
-    return (flat @ flat.T).astype(np.float64)
 
 
 def _dual(gram: np.ndarray, features: np.ndarray, penalty: float) -> np.ndarray:

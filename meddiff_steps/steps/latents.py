@@ -27,8 +27,7 @@ def run(
     fabric = make_fabric(study.compute, threads)
     model, card = load_first_stage(autoencoder)
     shards = Shards([images])
-    # Synthetic images, from which a second model learns, are named by their sample id.
-    ids = shards.column("scan_id" if "scan_id" in shards.schema.names else "sample_id")
+    ids = shards.image_ids()
     latent = TensorColumn("float16", tuple(card["latent_shape"]))
     columns = {"scan_id": pa.string(), "variant": pa.int64()}
     settings = study.latents

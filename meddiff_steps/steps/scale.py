@@ -10,11 +10,13 @@ from safetensors.numpy import save_file
 
 from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.cohort.manifest import read_manifest, rows_by_split
+from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import load_stage
 from meddiff_steps.core.files import atomic_path, write_json
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.denoiser.effects import covariate_features
-from meddiff_steps.models.latent_statistics import fit_effects, measure_standardisation
+from meddiff_steps.models.latent_statistics import Standardisation, fit_effects, measure_standardisation
+from meddiff_steps.models.trained import load_first_stage
 from meddiff_steps.steps import options
 
 
@@ -22,8 +24,11 @@ def run(
     config: options.Config,
     manifest: options.Manifest,
     latents: options.Latents,
+    images: options.Images,
+    autoencoder: options.Autoencoder,
     scale: Annotated[Path, typer.Option(help="latents/scale.safetensors to write")],
     out: Annotated[Path, typer.Option(help="latents/manifest.json to write")],
+    threads: options.Threads = 1,
 ) -> None:
     """Measure how the latents of the train split are to be standardised, and how they depend on covariates."""
     study = load_stage(config, "scale")
@@ -36,16 +41,25 @@ def run(
     encoding = CovariateEncoding.fit(table, study.covariates)
     scans = table.set_index("scan_id").loc[[ids[row] for row in rows]].reset_index()
     values, known = covariate_features(torch.from_numpy(encoding.encode(scans)), encoding.level_counts)
+    fabric = make_fabric(study.compute, threads)
+    first_stage = load_first_stage(autoencoder)[0].requires_grad_(False)
+    fabric.to_device(first_stage)
+    scanned = Shards(images)
+    place = {name: row for row, name in enumerate(scanned.image_ids())}
+    tensors = (fabric.to_device(torch.from_numpy(value)) for value in (standardise.offset, standardise.scale))
+    scaled = Standardisation[torch.Tensor](*tensors)
     effects = fit_effects(
-        lambda i: standardise(shards.tensors("mean", [rows[i]]))[0],
+        lambda row: standardise(shards.tensors("mean", [rows[row]]))[0],
         values.numpy(),
         known.numpy(),
         scans["subject_id"].to_numpy(),
+        lambda row: scanned.tensor("image", place[ids[rows[row]]]).astype(np.float32),
+        lambda standardised: first_stage.decode(scaled.inverse(fabric.to_device(standardised))),
     )
-    tensors = {"offset": standardise.offset, "scale": standardise.scale}
-    tensors |= {f"effects.{name}": np.asarray(value) for name, value in effects.items()}
+    found = {"offset": standardise.offset, "scale": standardise.scale}
+    found |= {f"effects.{name}": np.asarray(value) for name, value in effects.items()}
     with atomic_path(scale) as path:
-        save_file(tensors, path)
+        save_file(found, path)
     offset = standardise.offset
     write_json(
         out,

@@ -33,7 +33,7 @@ def run(
     shards = Shards(images)
     table = read_manifest(manifest)
     # Of a second model these are the synthetic images that it learns from, which are named by their sample id.
-    ids = shards.column("scan_id" if "scan_id" in shards.schema.names else "sample_id")
+    ids = shards.image_ids()
     rows = rows_by_split(table, ids)["train"]
     fabric = make_fabric(study.compute, threads)
     model = TrainedModel.load(autoencoder, diffusion, fabric, study.compute, decoder=decoder, toned=False)

@@ -195,6 +195,23 @@ def test_constant_latents_can_be_standardised():
     assert np.all(standardise.scale > 0)
 
 
+def as_image(latents):
+    """A decoder for tests: all numbers of latents in a row, so that what is read is read from pairs of them."""
+    return latents.flatten(1)[:, None]
+
+
+def fitted_effects(x, shape, features, known, subjects):
+    """`fit_effects` of latents (n, D) of a shape, whose images are themselves."""
+    return fit_effects(
+        lambda row: x[row].reshape(shape),
+        features,
+        known,
+        subjects,
+        lambda row: x[row][None].astype(np.float32),
+        as_image,
+    )
+
+
 def test_effects_are_recovered_with_what_they_leave():
     rng = np.random.default_rng(0)
     features = rng.normal(loc=(5.0, 0.0), size=(2000, 2))
@@ -202,7 +219,7 @@ def test_effects_are_recovered_with_what_they_leave():
     effects = rng.normal(size=(2, 60))
     x = (features - features.mean(0)) @ effects + 0.5 * rng.normal(size=(2000, 60))
     subjects = np.arange(2000)
-    fitted = fit_effects(lambda row: x[row].reshape(4, 3, 5), features, np.ones_like(known), subjects)
+    fitted = fitted_effects(x, (4, 3, 5), features, np.ones_like(known), subjects)
     assert np.allclose(fitted["effects"].reshape(2, 60), effects, atol=0.06)
     assert fitted["deviation"] == pytest.approx(0.5, rel=0.02)
     rows = fitted["readout"].reshape(4, 60)  # two of each feature: as latents are, and smoothed
@@ -210,7 +227,7 @@ def test_effects_are_recovered_with_what_they_leave():
     # What is left is white here, so that features are read along their effects
     assert np.linalg.norm(rows @ effects.T, axis=0) == pytest.approx(np.linalg.norm(effects, axis=1), rel=0.02)
     assert fitted["readout_deviations"] == pytest.approx([0.5] * 4, rel=0.1)
-    some = fit_effects(lambda row: x[row].reshape(4, 3, 5), np.where(known, features, 0.0), known, subjects)
+    some = fitted_effects(x, (4, 3, 5), np.where(known, features, 0.0), known, subjects)
     assert np.allclose(some["feature_mean"], features.mean(0), atol=0.1)
     assert np.allclose(some["feature_covariance"], np.eye(2), atol=0.15)
 
@@ -219,7 +236,7 @@ def test_deviations_along_the_readout_are_those_of_subjects_that_it_was_not_fitt
     x = np.random.default_rng(0).normal(size=(60, 500))
     features = np.random.default_rng(1).normal(size=(60, 1))
     known = np.ones_like(features, dtype=bool)
-    fitted = fit_effects(lambda row: x[row].reshape(5, 100), features, known, np.arange(60))
+    fitted = fitted_effects(x, (5, 100), features, known, np.arange(60))
     # Nothing can be read from noise: effects and direction fit their own subjects alone
     rows, effects = fitted["readout"].reshape(2, 500), fitted["effects"].reshape(1, 500)
     own = (x - (features - features.mean(0)) @ effects) @ rows.T
@@ -234,7 +251,7 @@ def test_what_is_read_from_a_difference_is_drawn_as_precisely():
     x[:, 0] += 3 * common + age
     x[:, 1] += 3 * common + size
     features, known = np.column_stack([age - size, age]), np.ones((400, 2), bool)
-    fitted = fit_effects(lambda row: x[row].reshape(2, 20), features, known, np.arange(400))
+    fitted = fitted_effects(x, (2, 20), features, known, np.arange(400))
     rows, effects = fitted["readout"].reshape(4, 40), fitted["effects"].reshape(2, 40)
     drawn = features @ effects + (fitted["readout_deviations"] * rng.normal(size=(400, 4))) @ rows
     read = drawn[:, 0] - drawn[:, 1]
@@ -244,7 +261,7 @@ def test_what_is_read_from_a_difference_is_drawn_as_precisely():
 def test_features_of_a_level_that_nobody_has_can_be_inverted():
     features = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]] * 5)
     known = np.ones_like(features, dtype=bool)
-    fitted = fit_effects(lambda row: np.ones((1, 2)) * row, features, known, np.arange(10))
+    fitted = fitted_effects(np.arange(10.0)[:, None] * np.ones(4), (2, 2), features, known, np.arange(10))
     assert np.isfinite(fitted["readout"]).all() and (fitted["readout_deviations"] > 0).all()
     assert np.linalg.eigvalsh(fitted["feature_covariance"].astype(float)).min() > 0
 

@@ -168,7 +168,8 @@ def test_latents_are_of_mirrored_scans_and_of_shifted_ones_where_asked(tmp_path:
 def test_latents_are_standardised_as_those_of_scans_as_they_are(tmp_path: Path) -> None:
     files = Files(tmp_path, count=3, max_shift_voxels=2)
     made = files.latents()
-    scale.run(files.frozen("scale"), files.manifest, [made], tmp_path / "scale.safetensors", tmp_path / "scale.json")
+    folder, out = tmp_path / "autoencoder", tmp_path / "scale.safetensors"
+    scale.run(files.frozen("scale"), files.manifest, [made], [files.images], folder, out, tmp_path / "scale.json")
     shards = Shards([made])
     kept = [
         i
@@ -176,5 +177,5 @@ def test_latents_are_standardised_as_those_of_scans_as_they_are(tmp_path: Path) 
         if v == 0 and scan in {f"scan{k}" for k in range(8)}
     ]
     mean = shards.tensors("mean", kept).mean(0)
-    np.testing.assert_allclose(load_file(tmp_path / "scale.safetensors")["offset"][0], mean, atol=1e-5)
+    np.testing.assert_allclose(load_file(out)["offset"][0], mean, atol=1e-5)
     assert json.loads((tmp_path / "scale.json").read_text())["train_latents"] == 8

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from meddiff_steps.models.latent_statistics import SMOOTHINGS
+from meddiff_steps.models.latent_statistics import READERS
 
-#: Where the second feature of a continuous covariate turns from a parabola to its straight tails, in standard deviations.
+#: Where the second feature of a continuous covariate turns from a parabola to straight tails, in standard deviations.
 BEND = 2.0
 
 #: Variance of a covariate feature that is known, beside its own variance of about 1: as good as none.
@@ -70,8 +70,8 @@ class CovariateEffects(nn.Module):
         self.register_buffer("feature_covariance", torch.eye(features))
         self.register_buffer("deviation", torch.ones(()))
         # Orthonormal rows, or zeros, which change nothing.
-        self.register_buffer("readout", torch.zeros(len(SMOOTHINGS) * features, *latent_shape))
-        self.register_buffer("readout_deviations", torch.ones(len(SMOOTHINGS) * features))
+        self.register_buffer("readout", torch.zeros(READERS * features, *latent_shape))
+        self.register_buffer("readout_deviations", torch.ones(READERS * features))
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
@@ -127,7 +127,7 @@ class CovariateEffects(nn.Module):
         return x * everywhere + ((along - everywhere) * (x @ rows.T)) @ rows
 
     def features_given(self, covariates: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (b, F), less `feature_mean`, and covariance (b, F, F) of features, given the covariates that are known."""
+        """Mean (b, F), less `feature_mean`, and covariance (b, F, F) of features, given the known covariates."""
         values, known = covariate_features(covariates, self.levels)
         precision = torch.linalg.inv(self.feature_covariance.double())
         weights = known.double() / KNOWN
