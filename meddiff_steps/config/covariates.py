@@ -49,6 +49,9 @@ class CategoricalCovariate(Section):
     def _levels_are_unique(cls, value: list[str]) -> list[str]:
         if len(set(value)) != len(value):
             raise ValueError(f"levels must be distinct, found {value}")
+        blank = [level for level in value if level != level.strip() or not level.isprintable()]
+        if blank:
+            raise ValueError(f"levels have no blanks around them and no tabs or line breaks, found {blank[0]!r}")
         return value
 
 
