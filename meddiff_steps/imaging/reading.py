@@ -21,9 +21,7 @@ from PIL import Image as PilImage
 from PIL import ImageOps
 
 from meddiff_steps.core.errors import UserError
-
-#: Voxel edges outside these limits (mm) are a wrong unit, not an image of a person.
-VOXEL_LIMITS_MM = (0.01, 100.0)
+from meddiff_steps.imaging.geometry import affine_problems, storage_problems
 
 _NIFTI_CLASSES: dict[int, type[nib.Nifti1Image]] = {348: nib.Nifti1Image, 540: nib.Nifti2Image}
 _PICTURE_FORMATS = ("PNG", "JPEG")
@@ -175,11 +173,14 @@ def _decode_nifti(path: Path, content: bytes) -> Image:
             "the decompressed content is no NIfTI-1 or NIfTI-2 file. Convert it, for example with dcm2niix.",
         )
     try:
+        # As stored: nibabel repairs what it reads, sizes of 0 for example become 1 mm.
+        raw = kind.header_class(content[: kind.header_class.sizeof_hdr], check=False)
+        for reason, detail in storage_problems(raw, content):
+            raise ScanError(path, reason, detail)
         volume = kind.from_bytes(content)
-        # As stored: nibabel replaces sizes of 0 by 1 mm when it reads.
-        voxel_size = kind.header_class(content[: kind.header_class.sizeof_hdr], check=False)["pixdim"][1:4]
         shape, dtype = volume.shape, volume.get_data_dtype()
-        oriented = volume.header["sform_code"] > 0 or volume.header["qform_code"] > 0
+    except ScanError:
+        raise
     except Exception as error:  # noqa: BLE001 a damaged header can make nibabel raise nearly anything
         raise ScanError(
             path, "damaged header", f"the NIfTI header cannot be used ({error}). Convert the image again."
@@ -206,17 +207,9 @@ def _decode_nifti(path: Path, content: bytes) -> Image:
             "wrong data type",
             f"voxels of type {dtype}, expected real numbers. Convert colour or complex data to one channel.",
         )
-    affine = _check_affine(path, np.asarray(volume.affine, dtype=np.float64), np.abs(voxel_size))
-    if not oriented:  # nibabel would guess, and half of the guesses are mirror images
-        found = (
-            "qform_code and sform_code are 0 (as after a conversion from Analyze), expected one above 0: nothing says"
-            " where left and right are"
-        )
-        remedy = (
-            "Convert the original images again, or, if you know it, set the sform (fslorient -setsform and"
-            " -setsformcode 1, or nibabel's set_sform)"
-        )
-        raise ScanError(path, "no orientation", f"{found}. {remedy}.")
+    affine = np.asarray(volume.affine, dtype=np.float64)
+    for reason, detail in affine_problems(raw, affine):
+        raise ScanError(path, reason, detail)
     try:
         array = np.asarray(volume.get_fdata(dtype=np.float32, caching="unchanged")).reshape(shape)
     except Exception as error:  # noqa: BLE001 short reads and impossible offsets raise whatever they meet
@@ -224,33 +217,6 @@ def _decode_nifti(path: Path, content: bytes) -> Image:
             path, "truncated file", f"the voxels cannot be read ({error}). Copy or convert the file again."
         ) from None
     return Image(array, affine)
-
-
-def _check_affine(path: Path, affine: np.ndarray, voxel_size: np.ndarray) -> np.ndarray:
-    spacing = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
-    found = " x ".join(f"{s:g}" for s in spacing)
-    low, high = VOXEL_LIMITS_MM
-    if not np.isfinite(affine).all() or not voxel_size.min() > 0 or spacing.min() == 0:
-        sizes = " x ".join(f"{z:g}" for z in voxel_size)
-        raise ScanError(
-            path,
-            "voxels without size",
-            f"voxels of {sizes} mm in the header, {found} mm by the affine, expected all above 0. Repair pixdim, qform"
-            " and sform.",
-        )
-    if abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
-        raise ScanError(
-            path,
-            "singular affine",
-            "two axes of the affine point the same way, so the volume is flat. Repair qform and sform.",
-        )
-    if spacing.min() < low or spacing.max() > high:
-        raise ScanError(
-            path,
-            "implausible voxel size",
-            f"voxels of {found} mm, expected {low:g} to {high:g} mm. Write the affine in millimetres.",
-        )
-    return affine
 
 
 def _decode_picture(path: Path, content: bytes, labels: bool) -> Image:

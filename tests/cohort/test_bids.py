@@ -183,7 +183,7 @@ def test_tables_and_directories_spell_ids_alike_or_are_joined(root: Path) -> Non
     with pytest.raises(UserError, match=r"participants\.tsv: 1 row.* sub-1 for sub-01.* leading zeros.*alike_ids"):
         read(root)
     assert read(root, alike_ids="join")["age"].tolist() == ["50", "61", "63", "63"]
-    with pytest.raises(UserError, match=r"no row for 1 subject"):
+    with pytest.raises(UserError, match=r"lists ses-01, ses-02, but the directories are ses-1, ses-2"):
         read(root, alike_ids="distinct")
 
 
