@@ -14,6 +14,7 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -21,6 +22,7 @@ from PIL import Image as PilImage
 from PIL import ImageOps
 
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.pointers import not_fetched
 from meddiff_steps.imaging.geometry import affine_problems, storage_problems
 
 _NIFTI_CLASSES: dict[int, type[nib.Nifti1Image]] = {348: nib.Nifti1Image, 540: nib.Nifti2Image}
@@ -61,10 +63,14 @@ class Image:
         float32, (x, y, z) voxels along the file's axes, or (rows, columns) for a picture; finite.
     affine
         (4, 4) voxel index to mm in RAS+ world space; None for pictures.
+    blank
+        Bool, of the array's shape: what the file itself says shows nothing (transparent, padding); None where it says
+        nothing.
     """
 
     array: np.ndarray
     affine: np.ndarray | None
+    blank: np.ndarray | None = None
 
 
 def read_image(path: Path, *, allow_constant: bool = False, sha256: str | None = None, labels: bool = False) -> Image:
@@ -87,7 +93,8 @@ def read_image(path: Path, *, allow_constant: bool = False, sha256: str | None =
     -------
     Image
         Volumes with the header's intensity scaling applied and trailing axes of length 1 dropped; pictures as grey
-        levels.
+        levels on black; padding of DICOM as dark as the darkest pixel, and what is stored inverted (MONOCHROME1) as it
+        is shown.
 
     Raises
     ------
@@ -96,7 +103,7 @@ def read_image(path: Path, *, allow_constant: bool = False, sha256: str | None =
         unknown format, of the wrong dimension, has voxels without size, does not say where left and right are, or holds
         values that are not finite or all the same, or labels are wanted and the picture can hold none.
     UserError
-        The file is DICOM and pydicom is not installed.
+        The content of the file was not fetched (git-annex, Git LFS), or it is DICOM and pydicom is not installed.
     """
     path = Path(path)
     content = _read_bytes(path)
@@ -113,7 +120,7 @@ def read_image(path: Path, *, allow_constant: bool = False, sha256: str | None =
     ):
         image = _decode_nifti(path, content)
     elif content[128:132] == b"DICM":
-        image = _decode_dicom(path)
+        image = _decode_dicom(path, labels)
     elif content[:8] == b"\x89PNG\r\n\x1a\n" or content[:3] == b"\xff\xd8\xff":
         image = _decode_picture(path, content, labels)
     else:
@@ -123,11 +130,17 @@ def read_image(path: Path, *, allow_constant: bool = False, sha256: str | None =
             f"starts with the bytes {content[:8].hex(' ')}; expected NIfTI, PNG, JPEG or DICOM. Convert it, for example"
             " with dcm2niix.",
         )
+    if image.blank is not None and image.blank.all():
+        raise ScanError(
+            path, "nothing visible", "all of it is transparent or padding: there is nothing to see. Export it again."
+        )
     _check_values(path, image.array, allow_constant)
     return image
 
 
 def _read_bytes(path: Path) -> bytes:
+    if told := not_fetched(path):  # nothing is wrong with the scan
+        raise UserError(f"{path}: {told}.")
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -228,14 +241,27 @@ def _decode_picture(path: Path, content: bytes, labels: bool) -> Image:
             grey = (
                 picture if picture.mode in ("L", "F", "I") or picture.mode.startswith("I;16") else picture.convert("L")
             )
-            array = np.asarray(grey, dtype=np.float32)
+            array, blank = np.asarray(grey, dtype=np.float32), None
+            if (opacity := _opacity(picture)) is not None:
+                array, blank = array * opacity, opacity == 0
     except ScanError:
         raise
     except Exception as error:  # noqa: BLE001 Pillow raises SyntaxError, struct.error and others
         raise ScanError(
             path, "damaged picture", f"the picture cannot be decoded ({error}). Copy or export it again."
         ) from None
-    return Image(array, None)
+    return Image(array, None, blank)
+
+
+def _opacity(picture: PilImage.Image) -> np.ndarray | None:
+    """float32 (rows, columns), 0 where a picture is transparent, to 1; None where it is nowhere."""
+    if not picture.has_transparency_data:
+        return None
+    if picture.mode.startswith("I"):  # Pillow converts 16 bits to no alpha; one grey level is transparent
+        opacity = (np.asarray(picture) != picture.info["transparency"]).astype(np.float32)
+    else:
+        opacity = np.asarray(picture.convert("RGBA").getchannel("A"), dtype=np.float32) / 255
+    return None if opacity.all() and opacity.min() == 1 else opacity
 
 
 def _indices(path: Path, picture: PilImage.Image, form: str | None) -> np.ndarray:
@@ -259,7 +285,7 @@ def _indices(path: Path, picture: PilImage.Image, form: str | None) -> np.ndarra
     return values
 
 
-def _decode_dicom(path: Path) -> Image:
+def _decode_dicom(path: Path, labels: bool) -> Image:
     if importlib.util.find_spec("pydicom") is None:
         raise UserError(
             f"{path}: is DICOM, and the package pydicom is not installed. Install it (pip install pydicom), or convert"
@@ -273,7 +299,8 @@ def _decode_dicom(path: Path) -> Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # every radiograph without a position in the patient would be warned about
             array = np.asarray(reader.get_data(dataset)[0], dtype=np.float32)
-        inverted = dataset.get("PhotometricInterpretation") == "MONOCHROME1"
+        photometric = dataset.get("PhotometricInterpretation")
+        blank = _padding(dataset)
     except Exception as error:  # noqa: BLE001 pydicom and its decoders raise many kinds
         raise ScanError(
             path,
@@ -287,8 +314,31 @@ def _decode_dicom(path: Path) -> Image:
             f"DICOM data of shape {array.shape}, expected one grey 2D image. Convert volumes to NIfTI, for example with"
             " dcm2niix.",
         )
-    # MONOCHROME1 shows small values bright; PNG and NIfTI never do.
-    return Image(array.max() + array.min() - array if inverted else array, None)
+    if photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        raise ScanError(
+            path,
+            "wrong data type",
+            f"PhotometricInterpretation {photometric}, expected grey levels (MONOCHROME1 or MONOCHROME2). Convert it to"
+            " a grey PNG.",
+        )
+    shown = array if blank is None else array[~blank]
+    if not labels and shown.size:
+        if photometric == "MONOCHROME1":  # shows small values bright; PNG and NIfTI never do
+            array = shown.max() + shown.min() - array
+        if blank is not None:
+            array = np.where(blank, array[~blank].min(), array)
+    return Image(array, None, blank)
+
+
+def _padding(dataset: Any) -> np.ndarray | None:
+    """Bool (rows, columns), True where a DICOM image says that a pixel is padding; None where none is."""
+    value = dataset.get("PixelPaddingValue")
+    if value is None:
+        return None
+    low, high = sorted((int(value), int(dataset.get("PixelPaddingRangeLimit", value))))
+    stored = np.asarray(dataset.pixel_array)
+    padding: np.ndarray = (stored >= low) & (stored <= high)
+    return padding if padding.any() else None
 
 
 def _check_values(path: Path, array: np.ndarray, allow_constant: bool) -> None:
