@@ -80,26 +80,30 @@ def on_head(path: Path, head: Image | None, mask: Image, mask_path: Path) -> flo
     if head is None or not (mask.array > 0).any():
         return None
     inside = mask_on(path, head, mask, mask_path)
-    volume = np.count_nonzero(mask.array > 0)  # what lies beyond the scan is not on the head
+    volume = float(np.count_nonzero(mask.array > 0))  # what lies beyond the scan is not on the head
     if head.affine is not None and mask.affine is not None:
-        volume *= abs(np.linalg.det(mask.affine[:3, :3]) / np.linalg.det(head.affine[:3, :3]))
+        volume *= _voxel_mm3(mask.affine) / _voxel_mm3(head.affine)
     shared = np.count_nonzero(inside & ndimage.binary_dilation(head.array))
-    share = min(1.0, shared / max(1.0, min(volume, np.count_nonzero(head.array))))
+    share = float(min(1.0, shared / max(1.0, min(volume, float(np.count_nonzero(head.array))))))
     if share < OFF_HEAD:
         raise ScanError(
             path,
-            "mask beside the head",
+            "lies beside the head",
             f"{share:.0%} of {mask_path} lies on the head, expected at least {OFF_HEAD:.0%}: it is of another scan or"
             " space, or one of the two headers is wrong. Look at both, one over the other.",
         )
-    return float(share)
+    return share
 
 
 def millilitres(mask: Image) -> float | None:
     """Volume of a mask; None of a picture."""
     if mask.affine is None:
         return None
-    return float(np.count_nonzero(mask.array > 0) * abs(np.linalg.det(mask.affine[:3, :3])) / 1000)
+    return float(np.count_nonzero(mask.array > 0) * _voxel_mm3(mask.affine) / 1000)
+
+
+def _voxel_mm3(affine: np.ndarray) -> float:
+    return float(abs(np.linalg.det(affine[:3, :3])))
 
 
 def misplaced(quality: pd.DataFrame) -> str | None:
