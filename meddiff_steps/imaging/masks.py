@@ -119,9 +119,10 @@ def misplaced(quality: pd.DataFrame) -> str | None:
                 f"{column}: below {NOTEWORTHY_OFF_HEAD:g} in {len(beside)} scans, least in {worst['scan_id']}"
                 f" ({worst[column]:.2f})"
             )
-    volumes = quality["mask_ml"].astype(float)
-    usual = volumes.median()
-    unusual = quality[(volumes < NOTEWORTHY_VOLUME[0] * usual) | (volumes > NOTEWORTHY_VOLUME[1] * usual)]
+    volumes = quality["mask_ml"].dropna()
+    usual = volumes.median() if len(volumes) else 0.0
+    low, high = (times * usual for times in NOTEWORTHY_VOLUME)
+    unusual = quality.loc[volumes.index[(volumes < low) | (volumes > high)]]
     if len(unusual):
         first = unusual.iloc[0]
         told.append(
