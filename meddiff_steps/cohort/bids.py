@@ -71,9 +71,13 @@ class BidsName:
         True
         """
         return all(
-            self.label(entity) in [_label(entity, one) for one in (wanted if isinstance(wanted, list) else [wanted])]
+            self.label(entity) in [_label(entity, one) for one in _listed(wanted)]
             for entity, wanted in entities.items()
         )
+
+
+def _listed(wanted: str | list[str | None] | None) -> list[str | None]:
+    return wanted if isinstance(wanted, list) else [wanted]
 
 
 def _label(entity: str, text: str | None) -> str | None:
@@ -195,6 +199,8 @@ def _read_participants(
         hint = (
             f" There is {near}: rename it, capitals count."
             if near
+            else " The directory is empty: with DataLad or git submodules, fetch it first (`datalad get -n`)."
+            if not entries
             else f" There is one in {shorten(inside)}: set cohort.root to that directory."
             if inside
             else " Add it, or set cohort.root to the top of the dataset."
@@ -431,6 +437,16 @@ def _nothing_matches(root: Path, folders: list[str], source: BidsSource) -> User
             " Entities of these:"
             f" {shorten([f'{e} ({n})' for e, n in labels.most_common()], 10) or 'none but sub and ses'}."
         )
+        near = sorted(
+            {
+                f"{key}-{label} is not {key}-{wanted}"
+                for image in matching
+                for key, label in image.name.entities.items()
+                for wanted in _listed(source.entities.get(key))
+                if wanted is not None and wanted != label and identity_key(wanted) == identity_key(label)
+            }
+        )
+        message += f" Labels count to the letter: {shorten(near)}." if near else ""
     return UserError(f"{message} Set the filter to one of them.")
 
 

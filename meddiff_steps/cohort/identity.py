@@ -30,7 +30,7 @@ def identity_key(name: str) -> str:
     text = "".join(_plain(character) for character in text)
     text = re.sub(r"^(?:sub|ses)-", "", " ".join(text.split()))
     if _NUMBER.fullmatch(text):
-        return format(Decimal(text.replace(",", "")).normalize(), "f")
+        return re.sub(r"\.0*$|(\.\d*?)0+$", r"\1", format(Decimal(text.replace(",", "")), "f"))
     return _LEADING_ZEROS.sub("", text)
 
 

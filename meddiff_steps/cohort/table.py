@@ -244,7 +244,7 @@ def _check_paths(table: Path, column: str, paths: Sequence[str]) -> None:
         raise UserError(f"{where}: {len(linked)} image(s) are not there: {linked[0]}.")
     if absent:
         near = next((found for path in absent if (found := _near(path))), None)
-        hint = f"There is {near}: capitals, zeros and accents count. " if near else ""
+        hint = f"There is {near}: capitals, zeros, accents and slashes count. " if near else ""
         raise UserError(
             f"{where}: {len(absent)} of {len(paths)} images are not there: {shorten(absent)}. {hint}"
             "Correct the paths, or set cohort.root to the directory they start at (the table's own by default)."
@@ -257,8 +257,8 @@ def _check_paths(table: Path, column: str, paths: Sequence[str]) -> None:
 
 
 def _near(path: str) -> str | None:
-    """A file beside the one that is not there whose name differs in spelling alone."""
-    folder, name = os.path.split(path)
+    """A file whose name differs in spelling alone from that of one that is not there."""
+    folder, name = os.path.split(path.replace("\\", "/"))  # of Windows
     try:
         found = next((other for other in sorted(os.listdir(folder)) if identity_key(other) == identity_key(name)), None)
     except OSError:

@@ -136,6 +136,18 @@ def test_entities_ask_for_absence_and_for_several(root: Path) -> None:
         read(root, entities={"acq": ["spgr", "memprage"]})
 
 
+def test_labels_that_are_nearly_asked_for_are_told(root: Path) -> None:
+    with pytest.raises(UserError, match=r"Labels count to the letter: acq-mprage is not acq-MPRAGE\."):
+        read(root, entities={"acq": "MPRAGE"})
+    with pytest.raises(UserError, match=r"Labels count to the letter: ses-1 is not ses-01\."):
+        read(root, entities={"ses": "01"})
+
+
+def test_an_empty_root_was_not_fetched(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"directory is empty: with DataLad .*`datalad get -n`"):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize(
     "other",
     [

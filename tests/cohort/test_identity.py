@@ -46,6 +46,7 @@ def test_spellings_of_one_id(one: str, other: str) -> None:
         ("A-1", "A1"),
         ("100", "10"),
         ("0", "00a"),
+        ("1" * 40, "1" * 39 + "2"),  # more digits than a float or a decimal of Python's default precision
     ],
 )
 def test_different_ids(one: str, other: str) -> None:

@@ -131,7 +131,13 @@ def test_equal_file_names_get_their_folder_in_front(folder: Path) -> None:
 
 def test_a_path_that_is_nearly_there_is_told(folder: Path) -> None:
     (folder / "images/a_000.png").rename(folder / "images/A_0.png")
-    with pytest.raises(UserError, match=r"There is .*images/A_0\.png: capitals, zeros and accents count"):
+    with pytest.raises(UserError, match=r"There is .*images/A_0\.png: capitals, zeros, accents and slashes count"):
+        read(folder)
+
+
+def test_paths_of_windows_are_told(folder: Path) -> None:
+    spoilt_path("images\\\\a_001.PNG")(folder)
+    with pytest.raises(UserError, match=r"1 of 5 images are not there: .* There is .*images/a_001\.PNG"):
         read(folder)
 
 
