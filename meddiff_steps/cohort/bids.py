@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from meddiff_steps.cohort.covariates import require_columns, shorten
-from meddiff_steps.cohort.identity import alike, identity_key
+from meddiff_steps.cohort.identity import alike, identity_key, shown
 from meddiff_steps.cohort.table import read_delimited
 from meddiff_steps.config import BidsSource, Covariates
 from meddiff_steps.core.errors import UserError
@@ -257,7 +257,7 @@ def _read_keyed(
             repeated.append(name)
         cells[name] = values
     if respelt and source.alike_ids == "refuse":
-        found = shorten(f"{name} for {near}" for name, near in respelt.items())
+        found = shorten(f"{shown(name)} for {shown(near)}" for name, near in respelt.items())
         raise UserError(
             f"{table}: {len(respelt)} row(s) spell {key} differently from the directory: {found}. Write it as the"
             " directories are called (a spreadsheet drops leading zeros: make the column text before it is opened), or"
@@ -271,7 +271,7 @@ def _read_keyed(
     same = alike(cells) if source.alike_ids == "refuse" else []
     if same:
         raise UserError(
-            f"{table}: {key} {' and '.join(same[0])} differ in spelling alone. Keep one row of each, or set"
+            f"{table}: {key} {' and '.join(map(shown, same[0]))} differ in spelling alone. Keep one row of each, or set"
             " cohort.alike_ids."
         )
     return [column for column in header if column and column != key], cells

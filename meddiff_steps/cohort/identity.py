@@ -41,6 +41,15 @@ def _plain(character: str) -> str:
     return "-" if kind == "Pd" else "" if kind == "Cf" else character  # Cf: what has no width
 
 
+def shown(name: str) -> str:
+    """An identifier for messages; what another Unicode form would look like is spelt out.
+
+    >>> shown("P7"), shown("Ren\u00e9")
+    ('P7', "Ren\u00e9 ('Ren\\\\xe9')")
+    """
+    return name if name.isascii() else f"{name} ({ascii(name)})"
+
+
 def alike(names: Iterable[str]) -> list[list[str]]:
     """Identifiers that differ in spelling alone, sorted, one list for each that has several spellings.
 

@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from meddiff_steps.cohort.covariates import RESERVED, check_names, describe, parse_covariates, shorten
-from meddiff_steps.cohort.identity import alike
+from meddiff_steps.cohort.identity import alike, shown
 from meddiff_steps.cohort.splits import SPLITS, assign_splits, split_balance
 from meddiff_steps.cohort.table import image_extension
 from meddiff_steps.config import CategoricalCovariate, Covariates, Splits
@@ -191,7 +191,7 @@ def build_manifest(
         )
     same = [] if alike_ids == "distinct" else alike(typed["subject_id"])
     if same and alike_ids == "refuse":
-        found = "; ".join(shorten([repr(name) for name in names]) for names in same[:5])
+        found = "; ".join(shorten([shown(name) for name in names]) for names in same[:5])
         raise UserError(
             f"{len(same)} subject(s) have ids that differ in spelling alone: {found}. If each is one person, write the"
             " id in one way, or set cohort.alike_ids: join, which keeps the spellings in one split; if they are"

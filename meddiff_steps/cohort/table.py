@@ -24,6 +24,11 @@ from meddiff_steps.core.pointers import not_fetched
 IMAGE_EXTENSIONS = (".nii.gz", ".nii", ".png", ".jpeg", ".jpg", ".dcm")
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_TOO_FEW = "Fill the row; write n/a where a value is missing."
+_TOO_MANY = (
+    "Remove what is too much (a delimiter at the end counts, too), or name the column (R writes names of rows without"
+    " one: row.names = FALSE)."
+)
 _TAB_CELL = re.compile(r'(?:^|\t)(?:"((?:[^"]|"")*)"(?=\t|$)|([^\t]*))')
 
 
@@ -65,8 +70,8 @@ def read_delimited(path: Path, delimiter: str) -> tuple[list[str], list[tuple[in
                     continue
                 if len(row) != len(header):
                     raise UserError(
-                        f"{path}, line {line}: {len(row)} cells, but the header has {len(header)}. Fill the row; write"
-                        " n/a where a value is missing."
+                        f"{path}, line {line}: {len(row)} cells, but the header has {len(header)}. "
+                        + (_TOO_FEW if len(row) < len(header) else _TOO_MANY)
                     )
                 rows.append((line, row))
     except FileNotFoundError:

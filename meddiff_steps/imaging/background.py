@@ -126,18 +126,19 @@ def surrounding_value(array: np.ndarray) -> float | None:
     """The one value that most of the outer faces (edges of a picture) have; None where there is none, as in noise."""
     faces = np.concatenate([np.take(array, [0, -1], axis).ravel() for axis in range(array.ndim)])
     value = float(np.partition(faces, faces.size // 2)[faces.size // 2])  # of more than half it is the median
-    share = np.count_nonzero(_same(faces, value, float(np.ptp(array)))) / faces.size
+    share = np.count_nonzero(_same(faces, value, array)) / faces.size
     return value if share >= SURROUNDING_SHARE else None
 
 
-def _same(values: np.ndarray, value: float, extent: float) -> np.ndarray:
-    same: np.ndarray = np.abs(values - np.float32(value)) <= (SAME_VALUE * extent if value else 0)
+def _same(values: np.ndarray, value: float, array: np.ndarray) -> np.ndarray:
+    """Which of some values of an array are the same background."""
+    same: np.ndarray = values == 0 if value == 0 else np.abs(values - np.float32(value)) <= SAME_VALUE * np.ptp(array)
     return same
 
 
 def _surroundings(array: np.ndarray, value: float) -> np.ndarray:
     """What has the surrounding value; of a white one only what reaches the faces, for tissue may be white, too."""
-    same = _same(array, value, float(np.ptp(array)))
+    same = _same(array, value, array)
     if value < array.max():
         return same
     faces = np.ones(array.shape, dtype=bool)

@@ -144,30 +144,53 @@ def _qform_problems(raw: Any, affine: np.ndarray, codes: dict[str, int]) -> Iter
         return
     if codes["sform"] <= 0:
         return
-    axes, others = (a[:3, :3] / np.sqrt((a[:3, :3] ** 2).sum(axis=0)) for a in (affine, qform))
     said = f"sform (code {codes['sform']}) has its axes along {_axes(affine)}, qform (code {codes['qform']})"
-    if np.linalg.det(axes) * np.linalg.det(others) < 0:
+    if np.linalg.det(affine[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0:
         yield (
             "contradicting orientations",
             f"{said} along {_axes(qform)}: one is the mirror image of the other. {_REPAIR}.",
         )
         return
     same = codes["sform"] == codes["qform"]
-    angle = float(np.degrees(np.arccos(np.clip((axes * others).sum(axis=0).min(), -1, 1))))
+    angle, shift = _apart(raw, affine, qform)
     if angle > (limit := ANGLE_TOLERANCE_DEG if same else OTHER_SPACE_DEG):
         yield (
             "contradicting orientations",
             f"{said} along {_axes(qform)}, turned by {angle:.1f} degrees; expected at most {limit:g}. {_REPAIR}.",
         )
-    middle = (np.array(raw["dim"][1:4], dtype=np.float64) - 1) / 2
-    moved = nib.affines.apply_affine(np.linalg.inv(qform) @ affine, middle) - middle
-    if same and (shift := float(np.abs(moved).max())) > SHIFT_TOLERANCE:
-        places = [_mm(nib.affines.apply_affine(one, middle)) for one in (affine, qform)]
+    if same and shift > SHIFT_TOLERANCE:
+        places = [_mm(nib.affines.apply_affine(one, _middle(raw))) for one in (affine, qform)]
         yield (
             "contradicting origins",
             f"the middle of the volume is at {places[0]} mm by sform and {places[1]} mm by qform, both of code"
             f" {codes['sform']}, {shift:.1f} voxels apart; expected at most {SHIFT_TOLERANCE:g}. {_REPAIR}.",
         )
+
+
+def two_spaces(raw: Any, affine: np.ndarray) -> str | None:
+    """How far the sform, which is used, leads from the qform where their codes say that they are of two spaces; None
+    where they agree or only one is given.  Parameters as of `affine_problems`, which found nothing.
+    """
+    codes = int(raw["sform_code"]), int(raw["qform_code"])
+    if min(codes) <= 0:
+        return None
+    angle, shift = _apart(raw, affine, _qform(raw))
+    if angle <= ANGLE_TOLERANCE_DEG and shift <= SHIFT_TOLERANCE:
+        return None
+    return f"sform (code {codes[0]}) and qform (code {codes[1]}) are {angle:.1f} degrees and {shift:.1f} voxels apart"
+
+
+def _apart(raw: Any, affine: np.ndarray, qform: np.ndarray) -> tuple[float, float]:
+    """Largest angle between axes of the same name, degrees, and how far the middle of the volume moves, voxels."""
+    axes, others = (a[:3, :3] / np.sqrt((a[:3, :3] ** 2).sum(axis=0)) for a in (affine, qform))
+    cosine = np.clip((axes * others).sum(axis=0).min(), -1, 1)
+    middle = _middle(raw)
+    moved = nib.affines.apply_affine(np.linalg.inv(qform) @ affine, middle) - middle
+    return float(np.degrees(np.arccos(cosine))), float(np.abs(moved).max())
+
+
+def _middle(raw: Any) -> np.ndarray:
+    return (np.array(raw["dim"][1:4], dtype=np.float64) - 1) / 2
 
 
 def _qform(raw: Any) -> np.ndarray:

@@ -72,6 +72,7 @@ QC_COLUMNS = {
     "spacing_mm": "string",
     "orientation": "string",
     "scan_affine": "string",
+    "two_spaces": "string",
     "target_affine": "string",
     "picture_box": "string",
     "percentile_low": "float64",
@@ -186,6 +187,7 @@ def _preprocess(
         facts["picture_box"] = json.dumps(placement.box)
     else:
         facts["spacing_mm"] = json.dumps([round(float(s), 6) for s in nib.affines.voxel_sizes(scan.affine)])
+        facts["two_spaces"] = scan.two_spaces
         facts["orientation"] = "".join(nib.orientations.aff2axcodes(scan.affine))
         # To the last bit: what is restored has the scan's affine, not one that is nearly so.
         facts["scan_affine"] = json.dumps([float(v) for v in scan.affine.ravel()])
@@ -344,6 +346,18 @@ def cut_off(quality: pd.DataFrame) -> str | None:
         f" foreground at the edge of the grid, {worst['scan_id']} most ({worst['cut_off_share']:.0%}): the grid of"
         " preprocess.shape and spacing_mm is too small for them, or preprocess.center: foreground would centre it"
         " better."
+    )
+
+
+def other_spaces(quality: pd.DataFrame) -> str | None:
+    """How many scans of a quality table have a sform of another space than their qform, in words; None if none has."""
+    found = quality[quality["two_spaces"].notna()]
+    if found.empty:
+        return None
+    first = found.iloc[0]
+    return (
+        f"{len(found)} of {(quality['status'] != 'left out').sum()} scans have a sform of another space than their"
+        f" qform, and the sform is used: {first['scan_id']}, whose {first['two_spaces']}, first"
     )
 
 

@@ -23,7 +23,7 @@ from PIL import ImageOps
 
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.pointers import not_fetched
-from meddiff_steps.imaging.geometry import affine_problems, storage_problems
+from meddiff_steps.imaging.geometry import affine_problems, storage_problems, two_spaces
 
 _NIFTI_CLASSES: dict[int, type[nib.Nifti1Image]] = {348: nib.Nifti1Image, 540: nib.Nifti2Image}
 _PICTURE_FORMATS = ("PNG", "JPEG")
@@ -66,11 +66,14 @@ class Image:
     blank
         Bool, of the array's shape: what the file itself says shows nothing (transparent, padding); None where it says
         nothing.
+    two_spaces
+        As of `geometry.two_spaces`.
     """
 
     array: np.ndarray
     affine: np.ndarray | None
     blank: np.ndarray | None = None
+    two_spaces: str | None = None
 
 
 def read_image(path: Path, *, allow_constant: bool = False, sha256: str | None = None, labels: bool = False) -> Image:
@@ -229,7 +232,7 @@ def _decode_nifti(path: Path, content: bytes) -> Image:
         raise ScanError(
             path, "truncated file", f"the voxels cannot be read ({error}). Copy or convert the file again."
         ) from None
-    return Image(array, affine)
+    return Image(array, affine, two_spaces=two_spaces(raw, affine))
 
 
 def _decode_picture(path: Path, content: bytes, labels: bool) -> Image:

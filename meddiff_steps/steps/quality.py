@@ -15,7 +15,7 @@ from meddiff_steps.core.files import atomic_path
 from meddiff_steps.imaging.background import uncertain
 from meddiff_steps.imaging.channels import absent_channels
 from meddiff_steps.imaging.masks import misplaced
-from meddiff_steps.imaging.preprocess import cut_off
+from meddiff_steps.imaging.preprocess import cut_off, other_spaces
 from meddiff_steps.imaging.registration import registered
 from meddiff_steps.steps import options
 
@@ -54,6 +54,8 @@ def run(
         logger.warning("%s Column cut_off_share of %s has all figures.", told, out)
     if told := absent_channels(table):
         logger.warning("%s. Columns channel_NAME_present of %s say for which.", told, out)
+    if told := other_spaces(table):
+        logger.warning("%s.", told)
     if told := uncertain(table):
         logger.warning("%s.", told)
     if told := misplaced(table):

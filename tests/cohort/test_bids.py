@@ -328,6 +328,18 @@ SPOILT: list[tuple[str, Callable[[Path], object], list[str]]] = [
         ["participants.tsv, line 2", "2 cells", "header has 3", "n/a"],
     ),
     (
+        "long row",
+        participants("participant_id\tage\tsex\nsub-01\t50\tF\t\n"),
+        ["participants.tsv, line 2", "4 cells", "header has 3", "a delimiter at the end counts"],
+    ),
+    (
+        "another Unicode form",
+        lambda r: write(
+            r / "participants.tsv", "participant_id\tage\tsex\nsub-01\t50\tF\nsub-02\t60\tM\nsub-\uff10\uff11\t60\tM\n"
+        ),
+        [r"'sub-\uff10\uff11'", "for sub-01"],
+    ),
+    (
         "repeated column",
         participants("participant_id\tage\tage\nsub-01\t50\t50\n"),
         ["participants.tsv", "column age", "more than once", "Rename"],

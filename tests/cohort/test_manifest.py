@@ -243,7 +243,7 @@ def test_undecodable_scans_stay_in_the_manifest_and_are_no_duplicates(frame: pd.
 
 def test_ids_that_differ_in_spelling_alone_are_refused_joined_or_distinct(frame: pd.DataFrame) -> None:
     frame["subject_id"] = frame["subject_id"].replace({"sub-03": "SUB-02", "sub-04": "sub-2"})
-    with pytest.raises(UserError, match=r"'SUB-02', 'sub-02', 'sub-2'.*alike_ids: join.*alike_ids: distinct"):
+    with pytest.raises(UserError, match=r"SUB-02, sub-02, sub-2\..*alike_ids: join.*alike_ids: distinct"):
         build(frame)
     manifest, card = build(frame, alike_ids="join")
     assert card["united_subjects"] == [["SUB-02", "sub-02", "sub-2"]]

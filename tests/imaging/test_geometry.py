@@ -9,9 +9,12 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 
+from meddiff_steps.config import Preprocess
 from meddiff_steps.imaging.geometry import ANGLE_TOLERANCE_DEG, SHIFT_TOLERANCE, SIZE_TOLERANCE
+from meddiff_steps.imaging.preprocess import other_spaces, preprocess_shard
 from meddiff_steps.imaging.reading import Image, ScanError, read_image
 
 VOLUME = np.arange(8 * 9 * 10, dtype=np.int16).reshape(8, 9, 10)
@@ -95,6 +98,22 @@ def test_what_agrees_is_read(
 ) -> None:
     image = read_image(written(tmp_path / "a.nii.gz", sform, codes=codes, kind=kind, **fields))
     assert np.array_equal(image.array, VOLUME) and np.allclose(image.affine, sform, atol=1e-5)  # type: ignore[arg-type]
+
+
+def test_two_spaces_are_told(tmp_path: Path) -> None:
+    for sform, codes in ((AFFINE, (4, 1)), (turned(30), (2, 0)), (turned(0.5), (1, 1))):
+        assert read_image(written(tmp_path / "a.nii", sform, codes=codes)).two_spaces is None
+    rows = []
+    for i, sform in enumerate((AFFINE, turned(12), moved(6))):
+        path = written(tmp_path / f"{i}.nii", sform, codes=(2, 1))
+        rows.append({"scan_id": f"sub-{i}", "subject_id": f"sub-{i}", "path": str(path)})
+    settings = Preprocess.model_validate({"shape": (8, 8, 8), "spacing_mm": 3.0})
+    table = preprocess_shard(pd.DataFrame(rows), settings, tmp_path / "s.arrow")
+    assert table["two_spaces"].isna().tolist() == [True, False, False]
+    assert "sub-1, whose sform (code 2) and qform (code 1) are 12.0 degrees and 0.0 voxels apart" in (
+        other_spaces(table) or ""
+    )
+    assert "2 of 3 scans" in (other_spaces(table) or "") and other_spaces(table[:1]) is None
 
 
 def test_a_qform_alone_says_where_voxels_lie(tmp_path: Path) -> None:
