@@ -81,8 +81,8 @@ def background_of(path: Path, image: Image, setting: Setting, inside: np.ndarray
     image
         As it was read, not masked.
     setting
-        `nonzero`: what surrounds the head (`surrounding_value`); `ct`: air, of an image in Hounsfield units; `all`:
-        nothing, but for what the format or the mask says.
+        `nonzero`: what surrounds the head (`surrounding_value`); `ct`: air and any other padding, of an image in
+        Hounsfield units; `all`: nothing, but for what the format or the mask says.
     inside
         Bool, of the image's shape: what a mask leaves.
 
@@ -91,9 +91,15 @@ def background_of(path: Path, image: Image, setting: Setting, inside: np.ndarray
     ScanError
         Nothing counts, or `ct` is asked of an image that is not in Hounsfield units.
     """
-    array, origin, value = image.array, None, None
-    fill = float(array.min())
+    array, origin, fill = image.array, None, float(image.array.min())
     foreground = np.ones((1,) * array.ndim, dtype=bool)
+    value = None if setting == "all" else surrounding_value(array)
+    if value is not None:
+        foreground, origin = ~_surroundings(array, value), "surroundings"
+    elif setting == "nonzero" and fill >= 0:
+        foreground, origin, value = array != 0, "zero", 0.0
+    elif setting == "nonzero":
+        origin = "unknown"
     if setting == "ct":
         if fill > SOME_AIR_HU:
             raise ScanError(
@@ -102,15 +108,7 @@ def background_of(path: Path, image: Image, setting: Setting, inside: np.ndarray
                 f"the darkest value is {fill:g}, expected air of about {AIR_HU:g} HU. Apply the rescale slope and"
                 " intercept, or set preprocess.foreground to what the images are.",
             )
-        foreground, origin, fill = array > DENSER_THAN_AIR_HU, "air", AIR_HU
-    elif setting == "nonzero":
-        value = surrounding_value(array)
-        if value is not None:
-            foreground, origin = ~_surroundings(array, value), "surroundings"
-        elif fill >= 0:
-            foreground, origin, value = array != 0, "zero", 0.0
-        else:
-            origin = "unknown"
+        foreground, origin, fill = foreground & (array > DENSER_THAN_AIR_HU), "air", AIR_HU
     if image.blank is not None:
         foreground, origin = foreground & ~image.blank, origin or "format"
     if inside is not None:
@@ -137,13 +135,18 @@ def _same(values: np.ndarray, value: float, array: np.ndarray) -> np.ndarray:
 
 
 def _surroundings(array: np.ndarray, value: float) -> np.ndarray:
-    """What has the surrounding value; of a white one only what reaches the faces, for tissue may be white, too."""
+    """What has the surrounding value; only what reaches the faces where it is not the darkest, for then tissue may have
+    it, too: white in a picture on white, 0 HU in CT that is padded with 0.
+    """
     same = _same(array, value, array)
-    if value < array.max():
+    if value <= array.min():
         return same
-    faces = np.ones(array.shape, dtype=bool)
-    faces[(slice(1, -1),) * array.ndim] = False
-    return np.asarray(ndimage.binary_propagation(faces & same, mask=same))
+    parts, count = ndimage.label(same)
+    reaches = np.zeros(count + 1, dtype=bool)
+    for axis in range(array.ndim):
+        reaches[np.take(parts, [0, -1], axis)] = True
+    reaches[0] = False
+    return reaches[parts]
 
 
 def head_of(image: Image, setting: Setting) -> Image | None:

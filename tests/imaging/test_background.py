@@ -81,6 +81,17 @@ def test_a_voxel_of_0_HU_is_tissue(tmp_path: Path) -> None:
     assert facts["background"] is None and facts["foreground_share"] == 1
 
 
+@pytest.mark.parametrize("foreground", ["nonzero", "ct"])
+def test_a_voxel_of_0_HU_is_tissue_where_0_is_the_padding(tmp_path: Path, foreground: str) -> None:
+    """As resampling writes it: 0 outside of the field of view, air within."""
+    values = ct(noise=12)
+    outside = sum((g - (n - 1) / 2) ** 2 for g, n in zip(np.indices(SHAPE)[:2], SHAPE, strict=False)) > 13**2
+    values[outside] = 0
+    image, _ = processed(tmp_path, values, foreground=foreground, percentiles=(1, 99))
+    assert not image[outside].any() and image[INSIDE & (values == 0)].min() > 0.3
+    assert image[INSIDE & (values == 0)].mean() == pytest.approx(image[INSIDE & (values == 1)].mean(), abs=0.05)
+
+
 @pytest.mark.parametrize("padding", [-1000, -2000, -3024])
 def test_padding_and_noise_of_air_move_no_grey_value_of_ct(tmp_path: Path, padding: int) -> None:
     values = ct(noise=12)
