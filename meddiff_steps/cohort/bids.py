@@ -423,9 +423,12 @@ def _nothing_matches(root: Path, folders: list[str], source: BidsSource) -> User
     wanted = f"cohort.datatype {source.datatype!r}, cohort.suffix {source.suffix!r}"
     wanted += f" and cohort.entities {source.entities}" if source.entities else ""
     if not everything:
+        other = Counter("".join(path.suffixes).lower() for folder in folders for path in (root / folder).rglob("*.*"))
+        seen = shorten([f"{ending} ({count})" for ending, count in other.most_common()])
         return UserError(
-            f"{root}: no .nii or .nii.gz image in any of the {len(folders)} sub-* directories. Check that the images"
-            " were downloaded."
+            f"{root}: no .nii or .nii.gz image in any of the {len(folders)} sub-* directories. "
+            + (f"Seen: {seen}. Convert the images to NIfTI, or c" if seen else "C")
+            + "heck that they were downloaded (with DataLad, `datalad get`)."
         )
     kinds = Counter(f"{image.datatype}/{image.name.suffix}" for image in everything)
     seen = shorten([f"{kind} ({count})" for kind, count in kinds.most_common()], 10)

@@ -432,6 +432,9 @@ def test_a_dataset_without_images_says_so(tmp_path: Path) -> None:
     (tmp_path / "sub-01/anat").mkdir(parents=True)
     with pytest.raises(UserError, match=r"no \.nii or \.nii\.gz image in any of the 1 sub-\* directories.*downloaded"):
         read(tmp_path)
+    touch(tmp_path / "sub-01/anat/sub-01_T1w.mgz")
+    with pytest.raises(UserError, match=r"Seen: \.mgz \(1\)\. Convert the images to NIfTI"):
+        read(tmp_path)
 
 
 def test_reading_takes_far_less_than_a_millisecond_per_subject(tmp_path: Path) -> None:
