@@ -211,6 +211,8 @@ def build_manifest(
     united = sorted(subjects for subjects in shared if len(subjects) > 1)
     for subjects in united:
         log.warning("subjects %s share an identical image and go to one split", shorten(subjects))
+    for names in same:
+        log.warning("subjects %s are one person and go to one split (cohort.alike_ids: join)", shorten(names))
     united = sorted([*united, *same])
     assigned = assign_splits(typed["subject_id"], united, splits, seed)
     typed["split"] = typed["subject_id"].map(assigned)

@@ -12,7 +12,9 @@ from meddiff_steps.imaging.reading import Image, ScanError
 
 #: Share of a mask or label map that lies on the head (of the head in it, where it is larger than the head) below which
 #: it belongs to another place or scan, and below which it is worth a warning.
-OFF_HEAD, NOTEWORTHY_OFF_HEAD = 0.5, 0.8
+OFF_HEAD, NOTEWORTHY_OFF_HEAD = 0.5, 0.9
+#: For a structure of less than this share of the head, a voxel around it counts, too: it may lie at the surface.
+SMALL = 0.1
 #: A mask of less than the one or more than the other times the cohort's median volume is worth a warning.
 NOTEWORTHY_VOLUME = (0.5, 2.0)
 
@@ -70,7 +72,7 @@ def on_head(path: Path, head: Image | None, mask: Image, mask_path: Path) -> flo
     path, mask, mask_path
         As of `mask_on`.
     head
-        As of `background.head_of`; a voxel around it counts as head, so that small structures at its surface do.
+        As of `background.head_of`.
 
     Raises
     ------
@@ -83,8 +85,9 @@ def on_head(path: Path, head: Image | None, mask: Image, mask_path: Path) -> flo
     volume = float(np.count_nonzero(mask.array > 0))  # what lies beyond the scan is not on the head
     if head.affine is not None and mask.affine is not None:
         volume *= _voxel_mm3(mask.affine) / _voxel_mm3(head.affine)
-    shared = np.count_nonzero(inside & ndimage.binary_dilation(head.array))
-    share = float(min(1.0, shared / max(1.0, min(volume, float(np.count_nonzero(head.array))))))
+    size = float(np.count_nonzero(head.array))
+    place = ndimage.binary_dilation(head.array) if volume < SMALL * size else head.array
+    share = float(min(1.0, np.count_nonzero(inside & place) / max(1.0, min(volume, size))))
     if share < OFF_HEAD:
         raise ScanError(
             path,

@@ -178,6 +178,13 @@ def _preprocess(
     if mask_path is not None:
         mask = (Path(mask_path), read_image(mask_path, allow_constant=True))
         inside = mask_on(path, scan, mask[1], mask[0])
+        if scan.affine is not None and inside.all():
+            raise ScanError(
+                path,
+                "mask leaves nothing out",
+                f"the mask {mask[0]} covers every voxel of the scan, expected a brain without what is around it. Make"
+                " it again, or leave preprocess.brain_mask out.",
+            )
         facts |= {"mask_ml": millilitres(mask[1]), "mask_on_head": on_head(path, head, mask[1], mask[0])}
     background = background_of(path, scan, config.foreground, inside)
     facts |= background.facts()

@@ -50,7 +50,7 @@ def test_a_mask_has_a_volume_and_lies_on_the_head(scan: Path, tmp_path: Path) ->
     _, facts = preprocess_scan(scan, config(), mask)
     assert facts["mask_ml"] == pytest.approx(ball(9).sum() * 0.064) and facts["mask_on_head"] == 1
     _, facts = preprocess_scan(scan, config(), save(mask, ball(9).astype(np.uint8), shifted(28)))
-    assert 0.5 < facts["mask_on_head"] < 0.8
+    assert 0.5 < facts["mask_on_head"] < 0.9
 
 
 @pytest.mark.parametrize("kind", ["brain_mask", "mask", "labels"])
@@ -72,6 +72,12 @@ def test_what_is_far_off_the_head_leaves_the_scan_out(
 def test_an_inverted_mask_is_beside_the_head(scan: Path, tmp_path: Path) -> None:
     with pytest.raises(ScanError, match=r"% of .*mask\.nii\.gz lies on the head, expected at least 50%"):
         preprocess_scan(scan, config(), save(tmp_path / "mask.nii.gz", (~ball(10)).astype(np.uint8)))
+
+
+def test_a_mask_of_everything_masks_nothing(scan: Path, tmp_path: Path) -> None:
+    with pytest.raises(ScanError, match=r"mask\.nii\.gz covers every voxel") as caught:
+        preprocess_scan(scan, config(), save(tmp_path / "mask.nii.gz", np.ones(SHAPE, np.uint8)))
+    assert caught.value.reason == "mask leaves nothing out"
 
 
 def test_small_large_and_empty_label_maps_are_what_they_are(scan: Path, tmp_path: Path) -> None:
@@ -98,7 +104,7 @@ def test_what_is_partly_off_and_masks_of_another_size_are_told(scan: Path, tmp_p
     settings = config(brain_mask=str(tmp_path / "m/{subject_id}.nii.gz"))
     table = preprocess_shard(pd.DataFrame(rows), settings, tmp_path / "s.arrow")
     told = misplaced(table) or ""
-    assert "mask_on_head: below 0.8 in 1 scans, least in sub-3" in told
+    assert "mask_on_head: below 0.9 in 1 scans, least in sub-3" in told
     assert "mask_ml: 1 masks" in told and "sub-2 first" in told
     assert misplaced(table.drop(index=[2, 3])) is None
     assert misplaced(preprocess_shard(pd.DataFrame(rows), config(), tmp_path / "s.arrow")) is None
