@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from pydantic import ValidationError
 
+from meddiff_steps.cohort.identity import identity_key
 from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate, Covariate, Covariates
 from meddiff_steps.core.errors import UserError
 
@@ -217,8 +218,11 @@ class _Levels:
             return None
         level = self.by_number.get(float(text)) if _is_number(text) else None
         if level is None:
-            near = [known for known in sorted(self.levels) if known.lower() == text.lower()]
-            raise ValueError(self.expected + (f"; did you mean {near[0]!r}? Capitals count" if near else ""))
+            near = [known for known in sorted(self.levels) if identity_key(known) == identity_key(text)]
+            raise ValueError(
+                self.expected
+                + (f"; did you mean {near[0]!r}? Capitals count, and so does the Unicode form" if near else "")
+            )
         return level
 
 

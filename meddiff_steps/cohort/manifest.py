@@ -24,10 +24,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from meddiff_steps.cohort.covariates import RESERVED, check_names, describe, parse_covariates, shorten
+from meddiff_steps.cohort.identity import alike, shown
 from meddiff_steps.cohort.splits import SPLITS, assign_splits, split_balance
 from meddiff_steps.cohort.table import image_extension
 from meddiff_steps.config import CategoricalCovariate, Covariates, Splits
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.pointers import not_fetched
 
 log = logging.getLogger(__name__)
 
@@ -99,15 +101,12 @@ def _digest_all(paths: list[str], threads: int) -> list[FileDigest]:
         )
     problems: list[str] = []
     for path in paths:
-        if not os.path.exists(path):
-            annexed = (
-                " (a link to nothing: with git-annex or DataLad, run `datalad get` first)"
-                if os.path.islink(path)
-                else ""
-            )
-            problems.append(f"{path}: not there{annexed}")
-        elif os.path.isdir(path):
+        if os.path.isdir(path):
             problems.append(f"{path}: a directory, expected an image file")
+        elif told := not_fetched(path):
+            problems.append(f"{path}: not there ({told})")
+        elif not os.path.exists(path):
+            problems.append(f"{path}: not there")
         elif not os.access(path, os.R_OK):
             problems.append(f"{path}: no permission to read it")
     digests: list[FileDigest] = []
@@ -143,7 +142,14 @@ def _digest_all(paths: list[str], threads: int) -> list[FileDigest]:
 
 
 def build_manifest(
-    frame: pd.DataFrame, covariates: Covariates, splits: Splits, seed: str, threads: int = 1, *, source: Source
+    frame: pd.DataFrame,
+    covariates: Covariates,
+    splits: Splits,
+    seed: str,
+    threads: int = 1,
+    *,
+    source: Source,
+    alike_ids: str = "refuse",
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The manifest of a cohort and its card.
 
@@ -157,6 +163,8 @@ def build_manifest(
         Files hashed at once.
     source
         Where the scans come from; `simulated` marks the card.
+    alike_ids
+        Subjects whose ids differ in spelling alone (`identity_key`): `refuse`, `join` in one split, or `distinct`.
 
     Returns
     -------
@@ -170,7 +178,8 @@ def build_manifest(
     Raises
     ------
     UserError
-        A covariate value is wrong, a scan id occurs twice, a file cannot be read, or a split stays empty.
+        A covariate value is wrong, a scan id occurs twice, ids of subjects are alike, a file cannot be read, or a split
+        stays empty.
     """
     typed = parse_covariates(frame, covariates).sort_values(
         "scan_id", ignore_index=True
@@ -180,7 +189,15 @@ def build_manifest(
         raise UserError(
             f"scan_id {shorten(repeated)} occurs more than once. Rename the files so that each scan has its own name."
         )
-    assign_splits(typed["subject_id"], [], splits, seed)  # an empty split is usually known before hashing, too
+    same = [] if alike_ids == "distinct" else alike(typed["subject_id"])
+    if same and alike_ids == "refuse":
+        found = "; ".join(shorten([shown(name) for name in names]) for names in same[:5])
+        raise UserError(
+            f"{len(same)} subject(s) have ids that differ in spelling alone: {found}. If each is one person, write the"
+            " id in one way, or set cohort.alike_ids: join, which keeps the spellings in one split; if they are"
+            " different people, set cohort.alike_ids: distinct."
+        )
+    assign_splits(typed["subject_id"], same, splits, seed)  # an empty split is usually known before hashing, too
 
     digests = _digest_all(typed["path"].tolist(), threads)
     typed["sha256"] = [d.sha256 for d in digests]
@@ -194,6 +211,9 @@ def build_manifest(
     united = sorted(subjects for subjects in shared if len(subjects) > 1)
     for subjects in united:
         log.warning("subjects %s share an identical image and go to one split", shorten(subjects))
+    for names in same:
+        log.warning("subjects %s are one person and go to one split (cohort.alike_ids: join)", shorten(names))
+    united = sorted([*united, *same])
     assigned = assign_splits(typed["subject_id"], united, splits, seed)
     typed["split"] = typed["subject_id"].map(assigned)
     manifest = typed[[*RESERVED, *covariates]]

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import stat
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import pandas as pd
 import pyarrow as pa
 
 from meddiff_steps.cohort.covariates import cell_text, is_null, require_columns, shorten
+from meddiff_steps.cohort.identity import identity_key
 from meddiff_steps.config import Covariates, TableSource
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.pointers import not_fetched
 
 #: Image formats that a table may name, longest extension first.
 IMAGE_EXTENSIONS = (".nii.gz", ".nii", ".png", ".jpeg", ".jpg", ".dcm")
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_TOO_FEW = "Fill the row; write n/a where a value is missing."
+_TOO_MANY = (
+    "Remove what is too much (a delimiter at the end counts, too), or name the column (R writes names of rows without"
+    " one: row.names = FALSE)."
+)
+_TAB_CELL = re.compile(r'(?:^|\t)(?:"((?:[^"]|"")*)"(?=\t|$)|([^\t]*))')
 
 
 def image_extension(path: str) -> str | None:
@@ -31,46 +41,39 @@ def image_extension(path: str) -> str | None:
     return next((extension for extension in IMAGE_EXTENSIONS if path.lower().endswith(extension)), None)
 
 
-def read_delimited(path: Path, delimiter: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a delimited text file, every cell as text, blank lines skipped.
+def read_delimited(path: Path, delimiter: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Header of a delimited text file, and its rows with their lines, every cell as text.
 
-    Cells between commas may be quoted, without line breaks inside; between tabs a quote is a character like any other,
-    as in BIDS.
+    Blank lines, and rows whose cells are all empty, are skipped.  A cell may be quoted, with "" for a quote inside, but
+    not go over several lines.  Between tabs, as BIDS has it, quotes are needed around a tab alone, and one that does
+    not enclose a cell is a character like any other.
 
     Raises
     ------
     UserError
-        The file is missing, unreadable, empty, a quote is not closed on its line, or a row is longer or shorter than
-        the header.
+        The file is missing, not fetched, unreadable, empty, a quote is not closed on its line, or a row is longer or
+        shorter than the header.
     """
-    first = 1  # line where the row that is being read begins
+    if told := not_fetched(path):
+        raise UserError(f"{path}: is {told}.")
+    header: list[str] = []
+    rows = []
     try:
-        with open(path, encoding="utf-8-sig", newline="") as stream:
-            lines = csv.reader(
-                stream,
-                delimiter=delimiter,
-                strict=True,
-                quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL,
-            )
-            header: list[str] = []
-            rows = []
-            for row in lines:
-                begun, first = first, lines.line_num + 1
-                if lines.line_num > begun:  # else an open quote would swallow the rows after it
-                    raise UserError(_open_quote(path, begun, f"a cell goes on to line {lines.line_num}"))
+        with open(path, encoding="utf-8-sig", newline="" if delimiter == "," else None) as stream:
+            for line, row in _comma_rows(path, stream) if delimiter == "," else _tab_rows(stream):
                 if not header:
                     header = [name.strip() for name in row]
                     if not any(header):
                         break
                     continue
-                if not row or row == [""]:
+                if not any(cell.strip() for cell in row):
                     continue
                 if len(row) != len(header):
                     raise UserError(
-                        f"{path}, line {lines.line_num}: {len(row)} cells, but the header has {len(header)}. Fill the"
-                        " row; write n/a where a value is missing."
+                        f"{path}, line {line}: {len(row)} cells, but the header has {len(header)}. "
+                        + (_TOO_FEW if len(row) < len(header) else _TOO_MANY)
                     )
-                rows.append(row)
+                rows.append((line, row))
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such table. Check the path in the study; relative paths start at the working directory."
@@ -79,8 +82,6 @@ def read_delimited(path: Path, delimiter: str) -> tuple[list[str], list[list[str
         raise UserError(f"{path} is a directory, expected a table. Name the file itself.") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text table in UTF-8 ({error.reason}). Save it as UTF-8.") from None
-    except csv.Error as error:
-        raise UserError(_open_quote(path, first, str(error))) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read as a table ({error}). Check its permissions and its format.") from None
     if not any(header):
@@ -89,6 +90,41 @@ def read_delimited(path: Path, delimiter: str) -> tuple[list[str], list[list[str
     if repeated:
         raise UserError(f"{path}: column {shorten(repeated)} occurs more than once. Rename or remove one.")
     return header, rows
+
+
+def _comma_rows(path: Path, stream: TextIO) -> Iterator[tuple[int, list[str]]]:
+    """Lines and cells of a table between commas."""
+    first = 1  # line where the row that is being read begins
+    lines = csv.reader(stream, strict=True)
+    try:
+        for row in lines:
+            if lines.line_num > first:  # an open quote would swallow the rows after it
+                raise UserError(_open_quote(path, first, f"a cell goes on to line {lines.line_num}"))
+            yield first, row
+            first = lines.line_num + 1
+    except csv.Error as error:
+        raise UserError(_open_quote(path, first, str(error))) from None
+
+
+def _tab_rows(stream: TextIO) -> Iterator[tuple[int, list[str]]]:
+    """Lines and cells of a table between tabs; where quotes would give another number of cells than the header has,
+    and the tabs alone the right one, the quotes are characters.
+    """
+    width = None
+    for number, line in enumerate(stream, 1):
+        text = line.rstrip("\n")
+        cells, plain = tab_cells(text), text.split("\t")
+        yield number, plain if len(cells) != width == len(plain) else cells
+        width = width or len(cells)
+
+
+def tab_cells(line: str) -> list[str]:
+    """The cells of a line between tabs, without the quotes that enclose a cell.
+
+    >>> tab_cells('sub-01\\t"moved\\ta lot"\\t5" tall\\t"a ""b"" c"')
+    ['sub-01', 'moved\\ta lot', '5" tall', 'a "b" c']
+    """
+    return [quoted.replace('""', '"') or plain for quoted, plain in _TAB_CELL.findall(line)]
 
 
 def _open_quote(path: Path, line: int, found: str) -> str:
@@ -110,8 +146,10 @@ def load_table(path: Path) -> pd.DataFrame:
     kind = path.suffix.lower()
     if kind in DELIMITERS:
         header, rows = read_delimited(path, DELIMITERS[kind])
-        frame = pd.DataFrame(rows, columns=pd.Index(header), dtype="object")
+        frame = pd.DataFrame([row for _, row in rows], columns=pd.Index(header), dtype="object")
     elif kind == ".parquet":
+        if told := not_fetched(path):
+            raise UserError(f"{path}: is {told}.")
         if not path.is_file():
             raise UserError(
                 f"{path}: no such table, or not a file. Check the path in the study; relative paths start at the"
@@ -207,9 +245,13 @@ def _check_paths(table: Path, column: str, paths: Sequence[str]) -> None:
                 folders.append(path)
         except OSError:
             absent.append(path)
+    if linked := [f"{path} is {told}" for path in absent if (told := not_fetched(path))]:
+        raise UserError(f"{where}: {len(linked)} image(s) are not there: {linked[0]}.")
     if absent:
+        near = next((found for path in absent if (found := _near(path))), None)
+        hint = f"There is {near}: capitals, zeros, accents and slashes count. " if near else ""
         raise UserError(
-            f"{where}: {len(absent)} of {len(paths)} images are not there: {shorten(absent)}. "
+            f"{where}: {len(absent)} of {len(paths)} images are not there: {shorten(absent)}. {hint}"
             "Correct the paths, or set cohort.root to the directory they start at (the table's own by default)."
         )
     if folders:
@@ -217,6 +259,16 @@ def _check_paths(table: Path, column: str, paths: Sequence[str]) -> None:
             f"{where}: {len(folders)} path(s) are directories: {shorten(folders)}. Name the image files; convert a"
             " DICOM series to NIfTI first."
         )
+
+
+def _near(path: str) -> str | None:
+    """A file whose name differs in spelling alone from that of one that is not there."""
+    folder, name = os.path.split(path.replace("\\", "/"))  # of Windows
+    try:
+        found = next((other for other in sorted(os.listdir(folder)) if identity_key(other) == identity_key(name)), None)
+    except OSError:
+        return None
+    return found and os.path.join(folder, found)
 
 
 def _scan_ids(table: Path, listed: Sequence[str]) -> list[str]:

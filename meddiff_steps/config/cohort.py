@@ -1,10 +1,29 @@
 """Sections `cohort` and `splits`: where real scans come from, and which subjects are kept for what."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from meddiff_steps.config.base import PATH, Fraction, LocalPath, PositiveFloat, PositiveInt, Section
+
+
+def _as_text(value: Any) -> Any:
+    """A label of BIDS that looks like a number, for example a run, is text."""
+    if isinstance(value, list):
+        return [_as_text(item) for item in value]
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Label = str | None
+Labels = Annotated[Label | Annotated[list[Label], Field(min_length=1)], BeforeValidator(_as_text)]
+
+AlikeIds = Annotated[
+    Literal["refuse", "join", "distinct"],
+    Field(
+        description="Ids that differ only in capitals, leading zeros, number format or Unicode form (`sub-1` and "
+        "`sub-01`): `refuse` stops, `join` takes them for one person, who is in one split, `distinct` for several."
+    ),
+]
 
 
 class SimulatedSource(Section):
@@ -33,7 +52,12 @@ class BidsSource(Section):
     )
     datatype: str = Field("anat", description="Folder of a subject or session that its images lie in.")
     suffix: str = Field("T1w", description="Last part of image names, which says what they show: sub-01_T1w.nii.gz.")
-    entities: dict[str, str] = Field({}, description="Entities an image name must carry, for example {acq: mprage}.")
+    entities: dict[str, Labels] = Field(
+        {},
+        description="Entities that an image name must carry, for example {acq: mprage}; null where it must not carry "
+        "one ({space: null}), a list where several will do. Runs, echoes and other indices compare as numbers.",
+    )
+    alike_ids: AlikeIds = "refuse"
 
 
 class TableSource(Section):
@@ -48,6 +72,7 @@ class TableSource(Section):
     root: Annotated[str | None, PATH] = Field(
         None, description="Directory that relative image paths start at; the table's own by default."
     )
+    alike_ids: AlikeIds = "refuse"
 
 
 CohortSource = Annotated[SimulatedSource | BidsSource | TableSource, Field(discriminator="source")]

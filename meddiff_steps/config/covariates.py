@@ -49,6 +49,12 @@ class CategoricalCovariate(Section):
     def _levels_are_unique(cls, value: list[str]) -> list[str]:
         if len(set(value)) != len(value):
             raise ValueError(f"levels must be distinct, found {value}")
+        for level in value:
+            if level == "n/a" or level != level.strip() or len(level.splitlines()) != 1:
+                raise ValueError(
+                    f"{level!r} cannot be a level: n/a and an empty cell are missing values, and cells of tables have"
+                    " no blanks around them and no line breaks"
+                )
         return value
 
 

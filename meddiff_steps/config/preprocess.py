@@ -100,10 +100,11 @@ class Preprocess(Section):
         description="Brings every scan into the pose of a template, in whose middle the grid then lies, whatever "
         "`center`. Off by default; leave it off where the cohort is registered already.",
     )
-    foreground: Literal["nonzero", "all"] = Field(
+    foreground: Literal["nonzero", "all", "ct"] = Field(
         "nonzero",
-        description="Voxels that intensity percentiles are taken over. `all` where 0 is a grey value like others "
-        "(radiographs).",
+        description="Voxels that intensity percentiles are taken over. `nonzero`: all but what surrounds the head, "
+        "which is mostly 0; `ct`: what is denser than air, of scans in Hounsfield units; `all` where there is no "
+        "background (radiographs).",
     )
     percentiles: tuple[float, float] = Field((0.0, 99.5), description="Mapped to 0 and 1; values outside are clipped.")
     brain_mask: Annotated[str | None, PATH] = Field(

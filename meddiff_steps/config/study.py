@@ -91,10 +91,10 @@ class Study(Section):
 #
 # Each says what is wrong, with its key.  None relies on another: all problems of a study are told at once.
 
-#: Columns of the manifest and the plan; no covariate can have their names.
+#: Columns of the manifest, the plan and the released table; no covariate can have their names.
 RESERVED_COLUMNS = frozenset(
     "scan_id subject_id session_id path sha256 content_sha256 split "
-    "sample_id group index attempt cohort_root noise_index seed_key shard".split()
+    "sample_id group index attempt cohort_root noise_index seed_key shard participant_id image".split()
 )
 
 

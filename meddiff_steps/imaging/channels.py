@@ -15,7 +15,9 @@ import pandas as pd
 
 from meddiff_steps.config import Channel, Preprocess
 from meddiff_steps.core.errors import UserError
-from meddiff_steps.imaging.intensity import apply_mask, dark_background, foreground_of, normalise
+from meddiff_steps.imaging.background import background_of
+from meddiff_steps.imaging.intensity import normalise
+from meddiff_steps.imaging.masks import mask_on, on_head
 from meddiff_steps.imaging.reading import Image, ScanError, read_image
 from meddiff_steps.imaging.resampling import (
     Placement,
@@ -59,12 +61,15 @@ def channel_facts(config: Preprocess) -> dict[str, str]:
 
     `channel_NAME_present`: false where an optional channel had no file and was stored as zeros.
     `channel_NAME_percentile_low`, `channel_NAME_percentile_high`, of contrasts: the grey levels that became 0 and 1.
+    `channel_NAME_on_head`, of masks and labels: as of `masks.on_head`.
     """
     columns = {}
     for name, channel in config.channels.items():
         columns[f"channel_{name}_present"] = "boolean"
         if channel.kind == "contrast":
             columns |= {f"channel_{name}_percentile_low": "float64", f"channel_{name}_percentile_high": "float64"}
+        else:
+            columns[f"channel_{name}_on_head"] = "float64"
     return columns
 
 
@@ -91,6 +96,7 @@ def preprocess_channel(
     placement: Placement,
     config: Preprocess,
     mask: tuple[Path, Image] | None = None,
+    head: Image | None = None,
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Bring one channel of a scan to the scan's target grid.
 
@@ -111,6 +117,8 @@ def preprocess_channel(
         The study's `preprocess` section.
     mask
         Path and image of the brain mask.
+    head
+        The scan's, as of `background.head_of`, that masks and labels are to lie on.
 
     Returns
     -------
@@ -126,7 +134,7 @@ def preprocess_channel(
         The file is missing and required, or cannot be used; its reason begins with the channel's name.
     """
     channel = config.channels[name]
-    present, low_high = True, {}
+    present, found = True, dict[str, float | None]()
     try:
         image = _read(name, channel, path)
         if image is None:
@@ -135,12 +143,13 @@ def preprocess_channel(
             _check_place(path, image, placement)
             if channel.kind == "contrast":
                 array, low, high = _contrast(path, image, placement, config, mask)
-                low_high = {f"channel_{name}_percentile_low": low, f"channel_{name}_percentile_high": high}
+                found = {f"channel_{name}_percentile_low": low, f"channel_{name}_percentile_high": high}
             else:
+                found = {f"channel_{name}_on_head": on_head(path, head, image, path)}
                 array = _labels(image, placement)
     except ScanError as error:
         raise ScanError(error.path, f"channel {name}: {error.reason}", f"(channel {name}) {error.detail}") from None
-    return array[np.newaxis].astype(STORED[channel.kind]), {f"channel_{name}_present": present, **low_high}
+    return array[np.newaxis].astype(STORED[channel.kind]), {f"channel_{name}_present": present, **found}
 
 
 def _read(name: str, channel: Channel, path: Path) -> Image | None:
@@ -207,10 +216,10 @@ def _check_place(path: Path, image: Image, placement: Placement) -> None:
 def _contrast(
     path: Path, image: Image, placement: Placement, config: Preprocess, mask: tuple[Path, Image] | None
 ) -> tuple[np.ndarray, float, float]:
-    if mask is not None:
-        image = apply_mask(path, image, mask[1], mask[0])
-    foreground = foreground_of(path, image.array, config)
-    image = dark_background(image, foreground)
+    inside_mask = None if mask is None else mask_on(path, image, mask[1], mask[0])
+    setting = "nonzero" if config.foreground == "ct" else config.foreground  # a channel may be of another modality
+    background = background_of(path, image, setting, inside_mask)
+    foreground, image = background.foreground, background.darkened(image)
     if image.affine is None:
         assert placement.box is not None, "a picture has a box"
         scaled, counted = scaled_picture(image.array, foreground, placement.box, placement.shape)

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from meddiff_steps.config import Preprocess
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.imaging.background import BACKGROUND_COLUMNS, background_of, head_of
 from meddiff_steps.imaging.channels import (
     channel_columns,
     channel_facts,
@@ -37,7 +38,8 @@ from meddiff_steps.imaging.channels import (
     filled_in,
     preprocess_channel,
 )
-from meddiff_steps.imaging.intensity import apply_mask, dark_background, foreground_of, normalise
+from meddiff_steps.imaging.intensity import normalise
+from meddiff_steps.imaging.masks import MASK_COLUMNS, mask_on, millilitres, on_head
 from meddiff_steps.imaging.reading import Image, ScanError, read_image
 from meddiff_steps.imaging.registration import REGISTRATION_COLUMNS, Pose, load_template, register
 from meddiff_steps.imaging.resampling import (
@@ -70,11 +72,14 @@ QC_COLUMNS = {
     "spacing_mm": "string",
     "orientation": "string",
     "scan_affine": "string",
+    "two_spaces": "string",
     "target_affine": "string",
     "picture_box": "string",
     "percentile_low": "float64",
     "percentile_high": "float64",
     "cut_off_share": "float64",
+    **BACKGROUND_COLUMNS,
+    **MASK_COLUMNS,
     **REGISTRATION_COLUMNS,
 }
 
@@ -112,7 +117,7 @@ def preprocess_image(
     UserError
         The template of the registration cannot be used.
     """
-    image, facts, _, _ = _preprocess(Path(path), config, mask_path, sha256)
+    image, facts, *_ = _preprocess(Path(path), config, mask_path, sha256)
     return image, facts
 
 
@@ -146,18 +151,20 @@ def preprocess_scan(
     UserError
         The template of the registration cannot be used.
     """
-    image, facts, placement, mask = _preprocess(Path(path), config, mask_path, sha256)
+    image, facts, placement, head, mask = _preprocess(Path(path), config, mask_path, sha256)
     arrays = {"image": image}
     for name, file in (channels or {}).items():
-        arrays[name], found = preprocess_channel(name, Path(file), placement, config, mask)
+        arrays[name], found = preprocess_channel(name, Path(file), placement, config, mask, head)
         facts |= found
     return arrays, facts
 
 
 def _preprocess(
     path: Path, config: Preprocess, mask_path: Path | None, sha256: str | None
-) -> tuple[np.ndarray, dict[str, Any], Placement, tuple[Path, Image] | None]:
-    """Image and facts as of `preprocess_image`, where the grid lies, and the mask if there is one."""
+) -> tuple[np.ndarray, dict[str, Any], Placement, Image | None, tuple[Path, Image] | None]:
+    """Image and facts as of `preprocess_image`, where the grid lies, the head where masks or labels are to lie on it,
+    and the mask if there is one.
+    """
     scan = read_image(path, sha256=sha256)
     wanted = len(config.shape)
     if scan.array.ndim != wanted:
@@ -165,17 +172,29 @@ def _preprocess(
         raise ScanError(path, "wrong dimension", f"a {scan.array.ndim}D image in a {wanted}D study. {remedy}")
     facts: dict[str, Any] = dict.fromkeys(name for name in QC_COLUMNS if name != "scan_id")
     facts |= {"path": str(path), "status": "ok", "shape": json.dumps(scan.array.shape)}
-    mask = None
+    drawn_on = mask_path is not None or any(c.kind != "contrast" for c in config.channels.values())
+    head = head_of(scan, config.foreground) if drawn_on else None
+    mask, inside = None, None
     if mask_path is not None:
         mask = (Path(mask_path), read_image(mask_path, allow_constant=True))
-        scan = apply_mask(path, scan, mask[1], mask[0])
-    foreground = foreground_of(path, scan.array, config)
-    scan = dark_background(scan, foreground)
+        inside = mask_on(path, scan, mask[1], mask[0])
+        if scan.affine is not None and inside.all():
+            raise ScanError(
+                path,
+                "mask leaves nothing out",
+                f"the mask {mask[0]} covers every voxel of the scan, expected a brain without what is around it. Make"
+                " it again, or leave preprocess.brain_mask out.",
+            )
+        facts |= {"mask_ml": millilitres(mask[1]), "mask_on_head": on_head(path, head, mask[1], mask[0])}
+    background = background_of(path, scan, config.foreground, inside)
+    facts |= background.facts()
+    foreground, scan = background.foreground, background.darkened(scan)
     if scan.affine is None:
         image, covered, counted, kept, placement = _fit_picture(scan.array, foreground, config)
         facts["picture_box"] = json.dumps(placement.box)
     else:
         facts["spacing_mm"] = json.dumps([round(float(s), 6) for s in nib.affines.voxel_sizes(scan.affine)])
+        facts["two_spaces"] = scan.two_spaces
         facts["orientation"] = "".join(nib.orientations.aff2axcodes(scan.affine))
         # To the last bit: what is restored has the scan's affine, not one that is nearly so.
         facts["scan_affine"] = json.dumps([float(v) for v in scan.affine.ravel()])
@@ -189,7 +208,7 @@ def _preprocess(
         facts["target_affine"] = json.dumps([round(float(v), 6) + 0.0 for v in placement.target.ravel()])
     facts["cut_off_share"] = 1.0 - kept
     image, facts["percentile_low"], facts["percentile_high"] = normalise(path, image, covered, counted, config)
-    return image[np.newaxis], facts, placement, mask
+    return image[np.newaxis], facts, placement, head, mask
 
 
 # ------------------------------------------------------------------------------------------------- geometry
@@ -334,6 +353,18 @@ def cut_off(quality: pd.DataFrame) -> str | None:
         f" foreground at the edge of the grid, {worst['scan_id']} most ({worst['cut_off_share']:.0%}): the grid of"
         " preprocess.shape and spacing_mm is too small for them, or preprocess.center: foreground would centre it"
         " better."
+    )
+
+
+def other_spaces(quality: pd.DataFrame) -> str | None:
+    """How many scans of a quality table have a sform of another space than their qform, in words; None if none has."""
+    found = quality[quality["two_spaces"].notna()]
+    if found.empty:
+        return None
+    first = found.iloc[0]
+    return (
+        f"{len(found)} of {(quality['status'] != 'left out').sum()} scans have a sform of another space than their"
+        f" qform, and the sform is used: {first['scan_id']}, whose {first['two_spaces']}, first"
     )
 
 

@@ -14,6 +14,7 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -21,9 +22,8 @@ from PIL import Image as PilImage
 from PIL import ImageOps
 
 from meddiff_steps.core.errors import UserError
-
-#: Voxel edges outside these limits (mm) are a wrong unit, not an image of a person.
-VOXEL_LIMITS_MM = (0.01, 100.0)
+from meddiff_steps.core.pointers import not_fetched
+from meddiff_steps.imaging.geometry import affine_problems, storage_problems, two_spaces
 
 _NIFTI_CLASSES: dict[int, type[nib.Nifti1Image]] = {348: nib.Nifti1Image, 540: nib.Nifti2Image}
 _PICTURE_FORMATS = ("PNG", "JPEG")
@@ -63,10 +63,17 @@ class Image:
         float32, (x, y, z) voxels along the file's axes, or (rows, columns) for a picture; finite.
     affine
         (4, 4) voxel index to mm in RAS+ world space; None for pictures.
+    blank
+        Bool, of the array's shape: what the file itself says shows nothing (transparent, padding); None where it says
+        nothing.
+    two_spaces
+        As of `geometry.two_spaces`.
     """
 
     array: np.ndarray
     affine: np.ndarray | None
+    blank: np.ndarray | None = None
+    two_spaces: str | None = None
 
 
 def read_image(path: Path, *, allow_constant: bool = False, sha256: str | None = None, labels: bool = False) -> Image:
@@ -89,7 +96,8 @@ def read_image(path: Path, *, allow_constant: bool = False, sha256: str | None =
     -------
     Image
         Volumes with the header's intensity scaling applied and trailing axes of length 1 dropped; pictures as grey
-        levels.
+        levels on black; padding of DICOM as dark as the darkest pixel, and what is stored inverted (MONOCHROME1) as it
+        is shown.
 
     Raises
     ------
@@ -98,7 +106,7 @@ def read_image(path: Path, *, allow_constant: bool = False, sha256: str | None =
         unknown format, of the wrong dimension, has voxels without size, does not say where left and right are, or holds
         values that are not finite or all the same, or labels are wanted and the picture can hold none.
     UserError
-        The file is DICOM and pydicom is not installed.
+        The content of the file was not fetched (git-annex, Git LFS), or it is DICOM and pydicom is not installed.
     """
     path = Path(path)
     content = _read_bytes(path)
@@ -115,7 +123,7 @@ def read_image(path: Path, *, allow_constant: bool = False, sha256: str | None =
     ):
         image = _decode_nifti(path, content)
     elif content[128:132] == b"DICM":
-        image = _decode_dicom(path)
+        image = _decode_dicom(path, labels)
     elif content[:8] == b"\x89PNG\r\n\x1a\n" or content[:3] == b"\xff\xd8\xff":
         image = _decode_picture(path, content, labels)
     else:
@@ -125,11 +133,17 @@ def read_image(path: Path, *, allow_constant: bool = False, sha256: str | None =
             f"starts with the bytes {content[:8].hex(' ')}; expected NIfTI, PNG, JPEG or DICOM. Convert it, for example"
             " with dcm2niix.",
         )
+    if image.blank is not None and image.blank.all():
+        raise ScanError(
+            path, "nothing visible", "all of it is transparent or padding: there is nothing to see. Export it again."
+        )
     _check_values(path, image.array, allow_constant)
     return image
 
 
 def _read_bytes(path: Path) -> bytes:
+    if told := not_fetched(path):  # nothing is wrong with the scan
+        raise UserError(f"{path}: {told}.")
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -175,11 +189,14 @@ def _decode_nifti(path: Path, content: bytes) -> Image:
             "the decompressed content is no NIfTI-1 or NIfTI-2 file. Convert it, for example with dcm2niix.",
         )
     try:
+        # As stored: nibabel repairs what it reads, sizes of 0 for example become 1 mm.
+        raw = kind.header_class(content[: kind.header_class.sizeof_hdr], check=False)
+        for reason, detail in storage_problems(raw, content):
+            raise ScanError(path, reason, detail)
         volume = kind.from_bytes(content)
-        # As stored: nibabel replaces sizes of 0 by 1 mm when it reads.
-        voxel_size = kind.header_class(content[: kind.header_class.sizeof_hdr], check=False)["pixdim"][1:4]
         shape, dtype = volume.shape, volume.get_data_dtype()
-        oriented = volume.header["sform_code"] > 0 or volume.header["qform_code"] > 0
+    except ScanError:
+        raise
     except Exception as error:  # noqa: BLE001 a damaged header can make nibabel raise nearly anything
         raise ScanError(
             path, "damaged header", f"the NIfTI header cannot be used ({error}). Convert the image again."
@@ -206,51 +223,16 @@ def _decode_nifti(path: Path, content: bytes) -> Image:
             "wrong data type",
             f"voxels of type {dtype}, expected real numbers. Convert colour or complex data to one channel.",
         )
-    affine = _check_affine(path, np.asarray(volume.affine, dtype=np.float64), np.abs(voxel_size))
-    if not oriented:  # nibabel would guess, and half of the guesses are mirror images
-        found = (
-            "qform_code and sform_code are 0 (as after a conversion from Analyze), expected one above 0: nothing says"
-            " where left and right are"
-        )
-        remedy = (
-            "Convert the original images again, or, if you know it, set the sform (fslorient -setsform and"
-            " -setsformcode 1, or nibabel's set_sform)"
-        )
-        raise ScanError(path, "no orientation", f"{found}. {remedy}.")
+    affine = np.asarray(volume.affine, dtype=np.float64)
+    for reason, detail in affine_problems(raw, affine):
+        raise ScanError(path, reason, detail)
     try:
         array = np.asarray(volume.get_fdata(dtype=np.float32, caching="unchanged")).reshape(shape)
     except Exception as error:  # noqa: BLE001 short reads and impossible offsets raise whatever they meet
         raise ScanError(
             path, "truncated file", f"the voxels cannot be read ({error}). Copy or convert the file again."
         ) from None
-    return Image(array, affine)
-
-
-def _check_affine(path: Path, affine: np.ndarray, voxel_size: np.ndarray) -> np.ndarray:
-    spacing = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
-    found = " x ".join(f"{s:g}" for s in spacing)
-    low, high = VOXEL_LIMITS_MM
-    if not np.isfinite(affine).all() or not voxel_size.min() > 0 or spacing.min() == 0:
-        sizes = " x ".join(f"{z:g}" for z in voxel_size)
-        raise ScanError(
-            path,
-            "voxels without size",
-            f"voxels of {sizes} mm in the header, {found} mm by the affine, expected all above 0. Repair pixdim, qform"
-            " and sform.",
-        )
-    if abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
-        raise ScanError(
-            path,
-            "singular affine",
-            "two axes of the affine point the same way, so the volume is flat. Repair qform and sform.",
-        )
-    if spacing.min() < low or spacing.max() > high:
-        raise ScanError(
-            path,
-            "implausible voxel size",
-            f"voxels of {found} mm, expected {low:g} to {high:g} mm. Write the affine in millimetres.",
-        )
-    return affine
+    return Image(array, affine, two_spaces=two_spaces(raw, affine))
 
 
 def _decode_picture(path: Path, content: bytes, labels: bool) -> Image:
@@ -262,14 +244,27 @@ def _decode_picture(path: Path, content: bytes, labels: bool) -> Image:
             grey = (
                 picture if picture.mode in ("L", "F", "I") or picture.mode.startswith("I;16") else picture.convert("L")
             )
-            array = np.asarray(grey, dtype=np.float32)
+            array, blank = np.asarray(grey, dtype=np.float32), None
+            if (opacity := _opacity(picture)) is not None:
+                array, blank = array * opacity, opacity == 0
     except ScanError:
         raise
     except Exception as error:  # noqa: BLE001 Pillow raises SyntaxError, struct.error and others
         raise ScanError(
             path, "damaged picture", f"the picture cannot be decoded ({error}). Copy or export it again."
         ) from None
-    return Image(array, None)
+    return Image(array, None, blank)
+
+
+def _opacity(picture: PilImage.Image) -> np.ndarray | None:
+    """float32 (rows, columns), 0 where a picture is transparent, to 1; None where it is nowhere."""
+    if not picture.has_transparency_data:
+        return None
+    if picture.mode.startswith("I"):  # Pillow converts 16 bits to no alpha; one grey level is transparent
+        opacity = (np.asarray(picture) != picture.info["transparency"]).astype(np.float32)
+    else:
+        opacity = np.asarray(picture.convert("RGBA").getchannel("A"), dtype=np.float32) / 255
+    return None if opacity.all() and opacity.min() == 1 else opacity
 
 
 def _indices(path: Path, picture: PilImage.Image, form: str | None) -> np.ndarray:
@@ -293,7 +288,7 @@ def _indices(path: Path, picture: PilImage.Image, form: str | None) -> np.ndarra
     return values
 
 
-def _decode_dicom(path: Path) -> Image:
+def _decode_dicom(path: Path, labels: bool) -> Image:
     if importlib.util.find_spec("pydicom") is None:
         raise UserError(
             f"{path}: is DICOM, and the package pydicom is not installed. Install it (pip install pydicom), or convert"
@@ -307,7 +302,8 @@ def _decode_dicom(path: Path) -> Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # every radiograph without a position in the patient would be warned about
             array = np.asarray(reader.get_data(dataset)[0], dtype=np.float32)
-        inverted = dataset.get("PhotometricInterpretation") == "MONOCHROME1"
+        photometric = dataset.get("PhotometricInterpretation")
+        blank = _padding(dataset)
     except Exception as error:  # noqa: BLE001 pydicom and its decoders raise many kinds
         raise ScanError(
             path,
@@ -321,8 +317,31 @@ def _decode_dicom(path: Path) -> Image:
             f"DICOM data of shape {array.shape}, expected one grey 2D image. Convert volumes to NIfTI, for example with"
             " dcm2niix.",
         )
-    # MONOCHROME1 shows small values bright; PNG and NIfTI never do.
-    return Image(array.max() + array.min() - array if inverted else array, None)
+    if photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        raise ScanError(
+            path,
+            "wrong data type",
+            f"PhotometricInterpretation {photometric}, expected grey levels (MONOCHROME1 or MONOCHROME2). Convert it to"
+            " a grey PNG.",
+        )
+    shown = array if blank is None else array[~blank]
+    if not labels and shown.size:
+        if photometric == "MONOCHROME1":  # shows small values bright; PNG and NIfTI never do
+            array = shown.max() + shown.min() - array
+        if blank is not None:
+            array = np.where(blank, array[~blank].min(), array)
+    return Image(array, None, blank)
+
+
+def _padding(dataset: Any) -> np.ndarray | None:
+    """Bool (rows, columns), True where a DICOM image says that a pixel is padding; None where none is."""
+    value = dataset.get("PixelPaddingValue")
+    if value is None:
+        return None
+    low, high = sorted((int(value), int(dataset.get("PixelPaddingRangeLimit", value))))
+    stored = np.asarray(dataset.pixel_array)
+    padding: np.ndarray = (stored >= low) & (stored <= high)
+    return padding if padding.any() else None
 
 
 def _check_values(path: Path, array: np.ndarray, allow_constant: bool) -> None:

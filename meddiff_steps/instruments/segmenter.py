@@ -31,7 +31,9 @@ from meddiff_steps import config
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json
 from meddiff_steps.core.random_streams import step_generator
-from meddiff_steps.imaging.reading import ScanError, read_image
+from meddiff_steps.imaging.background import head_of
+from meddiff_steps.imaging.masks import on_head
+from meddiff_steps.imaging.reading import Image, ScanError, read_image
 from meddiff_steps.imaging.selection import Images
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.models.weights import CARD, load_weights
@@ -134,7 +136,11 @@ def label_path(pattern: str, scan: Mapping[Any, Any]) -> Path:
 
 
 def label_shares(
-    path: Path, structures: Mapping[str, config.Structure], affine: np.ndarray, shape: Sequence[int]
+    path: Path,
+    structures: Mapping[str, config.Structure],
+    affine: np.ndarray,
+    shape: Sequence[int],
+    head: Image | None = None,
 ) -> np.ndarray:
     """Which part of each voxel of a grid belongs to each structure.
 
@@ -146,6 +152,8 @@ def label_shares(
         Labels of each.
     affine, shape
         The grid: affine (4, 4) in mm, and shape.
+    head
+        That the labels are to lie on, as of `background.head_of`.
 
     Returns
     -------
@@ -155,7 +163,7 @@ def label_shares(
     Raises
     ------
     ScanError
-        The file cannot be read.
+        The file cannot be read, or its labels lie beside the head.
     UserError
         It is no label map.
     """
@@ -167,6 +175,7 @@ def label_shares(
         raise UserError(
             f"{path}: values between whole numbers, expected labels. Give label maps that were not interpolated."
         )
+    on_head(path, head, labels, path)
     to_labels = np.linalg.inv(labels.affine) @ affine
     # Each voxel is sampled at `parts` places per axis, about one per voxel of the label map that it covers; its share
     # is their mean.
@@ -192,22 +201,21 @@ def labelled(
     """Scans that have a label map, and the shares of their voxels (`shares`), row by row; in a temporary file for as
     long as the block lasts.
 
-    Scans without a readable label map are left out with a warning.
+    Scans without a readable label map, or with one that lies beside the head, are left out with a warning.
     """
     with tempfile.TemporaryDirectory(prefix="meddiff-labels-") as folder:
-        path, kept = Path(folder) / "labels.arrow", []
+        path, kept, images = Path(folder) / "labels.arrow", [], scans.column()
         shape = (len(model.structures), *model.reduced_shape)
         with ShardWriter(path, {"shares": TensorColumn("float16", shape)}) as shard:
             for at, scan in enumerate(
                 tqdm(scans.table.to_dict("records"), desc="label maps", unit="scan", mininterval=5, file=sys.stderr)
             ):
                 try:
-                    affine = model.grid(affines[scan["scan_id"]])
-                    shard.append(
-                        shares=label_shares(
-                            label_path(settings.labels, scan), settings.structures, affine, model.reduced_shape
-                        )
-                    )
+                    affine = affines[scan["scan_id"]]
+                    head = head_of(Image(images[at : at + 1][0, 0], affine), "nonzero")
+                    labels = label_path(settings.labels, scan)
+                    grid = model.grid(affine)
+                    shard.append(shares=label_shares(labels, settings.structures, grid, model.reduced_shape, head))
                 except ScanError as error:
                     logger.warning("left out %s: %s", scan["scan_id"], error)
                     continue

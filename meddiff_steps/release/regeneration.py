@@ -324,11 +324,12 @@ def regenerate_more(
 def write_added(path: Path, added: Sequence[Added]) -> None:
     """A table of subjects that a release did not have, like participants.tsv, with the digests of their images."""
     names = sorted({name for one in added for name in one.covariates})
-    lines = [["participant_id", *names, "path", "sha256", "voxel_sha256", "seed_key"]]
+    rows = []
     for one in added:
         cells = [verify.cell(one.covariates[name]) for name in names]
-        lines.append([f"sub-{one.sample_id}", *cells, one.path, one.sha256, one.voxel_sha256, one.seed_key])
-    write_atomic(path, "".join("\t".join(line) + "\n" for line in lines).encode())
+        rows.append([f"sub-{one.sample_id}", *cells, one.path, one.sha256, one.voxel_sha256, one.seed_key])
+    table = pd.DataFrame(rows, columns=["participant_id", *names, "path", "sha256", "voxel_sha256", "seed_key"])
+    write_atomic(path, table.to_csv(sep="\t", index=False, lineterminator="\n").encode())
 
 
 def summary(comparisons: Sequence[Comparison]) -> dict[str, Any]:

@@ -59,7 +59,15 @@ def run(
         )
     log.info("%d scans of %d subjects", len(frame), frame["subject_id"].nunique())
 
-    manifest, summary = build_manifest(frame, study.covariates, study.splits, study.seed, threads, source=source.source)
+    manifest, summary = build_manifest(
+        frame,
+        study.covariates,
+        study.splits,
+        study.seed,
+        threads,
+        source=source.source,
+        alike_ids="distinct" if isinstance(source, SimulatedSource) else source.alike_ids,
+    )
     with atomic_path(out) as temporary:
         write_manifest(manifest, temporary)
     write_atomic(

@@ -12,8 +12,10 @@ import typer
 from meddiff_steps.config import load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path
+from meddiff_steps.imaging.background import uncertain
 from meddiff_steps.imaging.channels import absent_channels
-from meddiff_steps.imaging.preprocess import cut_off
+from meddiff_steps.imaging.masks import misplaced
+from meddiff_steps.imaging.preprocess import cut_off, other_spaces
 from meddiff_steps.imaging.registration import registered
 from meddiff_steps.steps import options
 
@@ -52,6 +54,12 @@ def run(
         logger.warning("%s Column cut_off_share of %s has all figures.", told, out)
     if told := absent_channels(table):
         logger.warning("%s. Columns channel_NAME_present of %s say for which.", told, out)
+    if told := other_spaces(table):
+        logger.warning("%s.", told)
+    if told := uncertain(table):
+        logger.warning("%s.", told)
+    if told := misplaced(table):
+        logger.warning("masks and label maps that may not fit: %s. Look at them, one over the other.", told)
     with atomic_path(out) as temporary:
         table.to_parquet(temporary, index=False)
 

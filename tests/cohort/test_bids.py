@@ -119,6 +119,112 @@ def test_other_files_are_no_images(name: str) -> None:
     assert BidsName.parse(name) is None
 
 
+# ------------------------------------------------------------------------------------------------ mixtures
+
+
+def test_run_numbers_compare_as_numbers_and_labels_as_text(root: Path) -> None:
+    (root / "sub-01/anat/sub-01_T1w.nii.gz").rename(root / "sub-01/anat/sub-01_run-01_T1w.nii.gz")
+    found = read(root, entities={"run": 1})["scan_id"].tolist()
+    assert found == ["sub-01_run-01", "sub-02_ses-2_acq-mprage_run-1"]
+    assert not BidsName("", {"acq": "01"}, "T1w").carries({"acq": "1"})
+
+
+def test_entities_ask_for_absence_and_for_several(root: Path) -> None:
+    assert read(root, entities={"acq": None})["scan_id"].tolist() == ["sub-01", "sub-02_ses-1"]
+    assert len(read(root, entities={"acq": [None, "mprage"]})) == 4
+    with pytest.raises(UserError, match=r"Entities of these: acq-mprage \(2\)"):
+        read(root, entities={"acq": ["spgr", "memprage"]})
+
+
+def test_labels_that_are_nearly_asked_for_are_told(root: Path) -> None:
+    with pytest.raises(UserError, match=r"Labels count to the letter: acq-mprage is not acq-MPRAGE\."):
+        read(root, entities={"acq": "MPRAGE"})
+    with pytest.raises(UserError, match=r"Labels count to the letter: ses-1 is not ses-01\."):
+        read(root, entities={"ses": "01"})
+
+
+def test_an_empty_root_was_not_fetched(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"directory is empty: with DataLad .*`datalad get -n`"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "space-MNI152NLin2009cAsym",
+        "desc-preproc",
+        "part-phase",
+        "rec-norm",
+        "echo-2",
+        "inv-1",
+        "ce-gad",
+        "acq-defaced",
+        "defaced",
+    ],
+)
+def test_images_of_several_kinds_are_not_mixed(root: Path, other: str) -> None:
+    """Beside each other in a session: two versions of one scan."""
+    touch(root / f"sub-01/anat/sub-01_{other}_T1w.nii.gz")
+    key, _, label = other.partition("-")
+    with pytest.raises(UserError) as refusal:
+        read(root)
+    assert f"  {key}: none (" in str(refusal.value) and f"{{{key}: null}}" in str(refusal.value)
+    assert read(root, entities={key: None})["scan_id"][0] == "sub-01"
+    kept = read(root, entities={key: [None, label]} | ({"acq": [None, "mprage", label]} if key == "acq" else {}))
+    assert len(kept) == 5 - 2 * (key == "acq" and label != "defaced")
+
+
+def test_kinds_that_lie_in_different_subjects_are_a_mixture_too(root: Path) -> None:
+    (root / "sub-01/anat/sub-01_T1w.nii.gz").rename(root / "sub-01/anat/sub-01_space-MNI_T1w.nii.gz")
+    with pytest.raises(UserError, match=r"space: none \(3\), 'MNI' \(1\)"):
+        read(root)
+
+
+def test_what_was_found_is_told_per_entity(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        read(root)
+    assert "entities of the 4 images: acq: none (2), 'mprage' (2); run: none (2), '1' (1), '2' (1)" in caplog.text
+
+
+# ------------------------------------------------------------------------------ ids, and files that look missing
+
+
+def test_tables_and_directories_spell_ids_alike_or_are_joined(root: Path) -> None:
+    write(root / "participants.tsv", "participant_id\tsex\tage\nsub-1\tF\t50\nsub-02\tM\t60\n")
+    write(root / "sub-02/sub-02_sessions.tsv", "session_id\tage\nses-01\t61\nses-02\t63\n")
+    with pytest.raises(UserError, match=r"participants\.tsv: 1 row.* sub-1 for sub-01.* leading zeros.*alike_ids"):
+        read(root)
+    assert read(root, alike_ids="join")["age"].tolist() == ["50", "61", "63", "63"]
+    with pytest.raises(UserError, match=r"lists ses-01, ses-02, but the directories are ses-1, ses-2"):
+        read(root, alike_ids="distinct")
+
+
+def test_capitals_of_extensions_do_not_matter(root: Path) -> None:
+    (root / "sub-01/anat/sub-01_T1w.nii.gz").rename(root / "sub-01/anat/sub-01_T1w.NII.GZ")
+    frame = read(root)
+    assert len(frame) == 4 and frame["path"][0].endswith("sub-01_T1w.NII.GZ") and frame["scan_id"][0] == "sub-01"
+
+
+def test_who_is_left_out_is_told_with_what_there_is_instead(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (root / "sub-01/anat/sub-01_T1w.nii.gz").rename(root / "sub-01/anat/sub-01_t1w.nii.gz")
+    with caplog.at_level(logging.WARNING):
+        read(root)
+    assert "Seen there: anat/T2w, anat/t1w, func/task-rest_bold" in caplog.text
+    for file in (root / "sub-01").rglob("*.nii.gz"):
+        file.unlink()
+    caplog.clear()
+    read(root)
+    assert "Their directories hold no image; with DataLad, run `datalad get`" in caplog.text
+
+
+def test_bids_quotes_around_cells_are_read(root: Path) -> None:
+    write(
+        root / "participants.tsv",
+        '"participant_id"\t"age"\tnote\t"sex"\n"sub-01"\t50\t"moved\ta lot"\t"F"\nsub-02\t60\t5" tall\tM\n\t\t\t\n',
+    )
+    assert read(root)["sex"].tolist() == ["F", "M", "M", "M"]
+
+
 def participants(text: str) -> Callable[[Path], object]:
     return lambda root: write(root / "participants.tsv", text)
 
@@ -149,7 +255,67 @@ SPOILT: list[tuple[str, Callable[[Path], object], list[str]]] = [
     (
         "participant without prefix",
         participants("participant_id\tage\tsex\n01\t50\tF\n"),
-        ["participants.tsv", "'01'", "Write sub-01"],
+        ["participants.tsv, line 2", "'01'", "Write sub-01"],
+    ),
+    (
+        "participant without prefix and zero",
+        participants("participant_id\tage\tsex\n1\t50\tF\n"),
+        ["participants.tsv, line 2", "'1'", "Write sub-01"],
+    ),
+    (
+        "row without participant",
+        participants("participant_id\tage\tsex\nsub-01\t50\tF\n\t60\tM\n"),
+        ["participants.tsv, line 3", "''", "remove the row"],
+    ),
+    (
+        "participant_id with capitals",
+        participants("Participant_ID\tage\tsex\nsub-01\t50\tF\n"),
+        ["no column 'participant_id'", "Rename 'Participant_ID'"],
+    ),
+    (
+        "Participants.tsv",
+        lambda r: (r / "participants.tsv").rename(r / "Participants.tsv"),
+        ["participants.tsv: not there", "There is Participants.tsv: rename it"],
+    ),
+    (
+        "participant twice, spelt in two ways",
+        participants("participant_id\tage\tsex\nsub-01\t50\tF\nsub-02\t60\tM\nsub-2\t61\tM\n"),
+        ["participants.tsv", "sub-2 for sub-02", "alike_ids"],
+    ),
+    (
+        "participants without directory, spelt in two ways",
+        participants("participant_id\tage\tsex\nsub-01\t50\tF\nsub-02\t60\tM\nsub-A\t61\tM\nsub-a\t61\tM\n"),
+        ["participants.tsv", "sub-A and sub-a differ in spelling alone"],
+    ),
+    (
+        "sessions spelt in another way",
+        sessions("session_id\tage\nses-01\t50\nses-02\t51\n"),
+        ["sub-02_sessions.tsv", "ses-01 for ses-1, ses-02 for ses-2", "alike_ids"],
+    ),
+    (
+        "sessions that do not exist",
+        sessions("session_id\tage\nses-baseline\t50\n"),
+        ["sub-02_sessions.tsv", "lists ses-baseline", "ses-1, ses-2", "as the directories are called"],
+    ),
+    (
+        "one run under two numbers",
+        lambda r: touch(r / "sub-02/ses-2/anat/sub-02_ses-2_acq-mprage_run-01_T1w.nii.gz"),
+        ["run-01 and sub-02_ses-2_acq-mprage_run-1", "one image", "Remove or rename"],
+    ),
+    (
+        "directory of a subject in capitals",
+        lambda r: (r / "sub-02").rename(r / "SUB-02"),
+        ["SUB-02", "capitals count", "Rename it sub-02"],
+    ),
+    (
+        "participants.tsv not fetched",
+        participants("/annex/objects/MD5E-s12--0123.tsv\n"),
+        ["participants.tsv", "pointer of git-annex", "datalad get"],
+    ),
+    (
+        "participants.tsv is a link to nothing",
+        lambda r: ((r / "participants.tsv").unlink(), (r / "participants.tsv").symlink_to(".git/annex/objects/x")),
+        ["participants.tsv", "link to nothing", "datalad get"],
     ),
     (
         "duplicate participant",
@@ -160,6 +326,18 @@ SPOILT: list[tuple[str, Callable[[Path], object], list[str]]] = [
         "short row",
         participants("participant_id\tage\tsex\nsub-01\t50\n"),
         ["participants.tsv, line 2", "2 cells", "header has 3", "n/a"],
+    ),
+    (
+        "long row",
+        participants("participant_id\tage\tsex\nsub-01\t50\tF\t\n"),
+        ["participants.tsv, line 2", "4 cells", "header has 3", "a delimiter at the end counts"],
+    ),
+    (
+        "another Unicode form",
+        lambda r: write(
+            r / "participants.tsv", "participant_id\tage\tsex\nsub-01\t50\tF\nsub-02\t60\tM\nsub-\uff10\uff11\t60\tM\n"
+        ),
+        [r"'sub-\uff10\uff11'", "for sub-01"],
     ),
     (
         "repeated column",
@@ -253,6 +431,9 @@ def test_a_dataset_without_images_says_so(tmp_path: Path) -> None:
         read(tmp_path)
     (tmp_path / "sub-01/anat").mkdir(parents=True)
     with pytest.raises(UserError, match=r"no \.nii or \.nii\.gz image in any of the 1 sub-\* directories.*downloaded"):
+        read(tmp_path)
+    touch(tmp_path / "sub-01/anat/sub-01_T1w.mgz")
+    with pytest.raises(UserError, match=r"Seen: \.mgz \(1\)\. Convert the images to NIfTI"):
         read(tmp_path)
 
 

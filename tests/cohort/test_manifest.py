@@ -241,6 +241,16 @@ def test_undecodable_scans_stay_in_the_manifest_and_are_no_duplicates(frame: pd.
     assert sorted(card["undecodable"]) == sorted(frame["scan_id"][:2]) and card["duplicates"] == []
 
 
+def test_ids_that_differ_in_spelling_alone_are_refused_joined_or_distinct(frame: pd.DataFrame) -> None:
+    frame["subject_id"] = frame["subject_id"].replace({"sub-03": "SUB-02", "sub-04": "sub-2"})
+    with pytest.raises(UserError, match=r"SUB-02, sub-02, sub-2\..*alike_ids: join.*alike_ids: distinct"):
+        build(frame)
+    manifest, card = build(frame, alike_ids="join")
+    assert card["united_subjects"] == [["SUB-02", "sub-02", "sub-2"]]
+    assert manifest[manifest["subject_id"].isin(["SUB-02", "sub-02", "sub-2"])]["split"].nunique() == 1
+    assert build(frame, alike_ids="distinct")[1]["united_subjects"] == []
+
+
 def remove(path: Path) -> None:
     path.unlink()
 
@@ -255,12 +265,25 @@ def dangling_link(path: Path) -> None:
     path.symlink_to("nowhere")
 
 
+def pointer(content: bytes) -> Callable[[Path], None]:
+    def spoil(path: Path) -> None:
+        path.write_bytes(content)
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
         (remove, "not there"),
         (make_directory, "a directory, expected an image file"),
         (dangling_link, "not there (a link to nothing: with git-annex"),
+        (
+            pointer(b"/annex/objects/MD5E-s6747706--db99fa.nii.gz\n"),
+            "a pointer of git-annex, not its content: run `datalad get",
+        ),
+        (pointer(b"../../.git/annex/objects/6k/q0/MD5E-s6.nii.gz"), "a pointer of git-annex"),
+        (pointer(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"), "run `git lfs pull`"),
     ],
 )
 def test_files_that_cannot_be_read_are_refused(

@@ -72,6 +72,27 @@ def test_between_tabs_a_quote_is_a_character_and_no_row_is_lost(tmp_path: Path) 
     assert load_table(tmp_path / "cohort.tsv")["note"].tolist() == ['"5 ft', "ok", '6"', '"x" y']
 
 
+def test_quotes_that_enclose_a_cell_between_tabs_are_no_part_of_it(tmp_path: Path) -> None:
+    """BIDS quotes cells that hold tabs, R and spreadsheets all; a pair that would swallow a tab is none."""
+    lines = ['"path"\t"note"', '0.png\t"a\tb"', '1.png\t"say ""no"""', '2.png\t""', '"3.png\t"', "\t", ""]
+    (tmp_path / "cohort.tsv").write_text("\n".join(lines))
+    assert load_table(tmp_path / "cohort.tsv").values.tolist() == [
+        ["0.png", "a\tb"],
+        ["1.png", 'say "no"'],
+        ["2.png", ""],
+        ['"3.png', '"'],
+    ]
+
+
+@pytest.mark.parametrize("ending", [".tsv", ".csv"])
+def test_what_pandas_writes_is_read(tmp_path: Path, ending: str) -> None:
+    """As the release writes participants.tsv."""
+    cells = ['rare, "odd"', '"', '""', 'a"b', '"a" b', "a\tb", "a,b", "5' 6\"", "n/a", "x"]
+    frame = pd.DataFrame({"path": [f"{i}.png" for i in range(len(cells))], "level": cells})
+    frame.to_csv(tmp_path / f"t{ending}", sep="\t" if ending == ".tsv" else ",", index=False, lineterminator="\n")
+    pd.testing.assert_frame_equal(load_table(tmp_path / f"t{ending}"), frame)
+
+
 def test_quoted_cells_between_commas(tmp_path: Path) -> None:
     (tmp_path / "cohort.csv").write_bytes(b'path,"note"\r\n"a,b.png","say ""no"""\r\n\r\nc.png,5" tall\r\n')
     assert load_table(tmp_path / "cohort.csv").values.tolist() == [["a,b.png", 'say "no"'], ["c.png", '5" tall']]
@@ -106,6 +127,32 @@ def test_equal_file_names_get_their_folder_in_front(folder: Path) -> None:
         rows.append({"path": f"{subject}/scan.nii.gz", "subject_id": subject, "age": 1, "abnormal": 0})
     pd.DataFrame(rows).to_csv(folder / "cohort.csv", index=False)
     assert read(folder)["scan_id"].tolist() == ["p1_scan", "p2_scan"]
+
+
+def test_a_path_that_is_nearly_there_is_told(folder: Path) -> None:
+    (folder / "images/a_000.png").rename(folder / "images/A_0.png")
+    with pytest.raises(UserError, match=r"There is .*images/A_0\.png: capitals, zeros, accents and slashes count"):
+        read(folder)
+
+
+def test_paths_of_windows_are_told(folder: Path) -> None:
+    spoilt_path("images\\\\a_001.PNG")(folder)
+    with pytest.raises(UserError, match=r"1 of 5 images are not there: .* There is .*images/a_001\.PNG"):
+        read(folder)
+
+
+def test_images_that_were_not_fetched_are_told_with_the_command(folder: Path) -> None:
+    (folder / "images/a_000.png").unlink()
+    (folder / "images/a_000.png").symlink_to("../.git/annex/objects/nowhere")
+    with pytest.raises(UserError, match=r"1 image\(s\) are not there: .*a_000\.png is a link to nothing.*datalad get"):
+        read(folder)
+
+
+@pytest.mark.parametrize("name", ["cohort.tsv", "cohort.csv", "cohort.parquet"])
+def test_a_table_that_was_not_fetched(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+    with pytest.raises(UserError, match="pointer of Git LFS.*git lfs pull"):
+        load_table(tmp_path / name)
 
 
 def text(content: str) -> Callable[[Path], object]:

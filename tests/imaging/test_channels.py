@@ -92,7 +92,9 @@ def test_shards_hold_every_channel_and_say_what_it_is(tmp_path: Path) -> None:
         "channel_t2_percentile_low",
         "channel_t2_percentile_high",
         "channel_lesion_present",
+        "channel_lesion_on_head",
         "channel_parts_present",
+        "channel_parts_on_head",
     ]
     assert list(table.columns) == [*QC_COLUMNS, *facts]
     assert table["channel_lesion_present"].tolist() == [True, False, True]

@@ -249,7 +249,7 @@ def test_dicom_without_pydicom_names_the_package(tmp_path: Path, monkeypatch: py
     assert not isinstance(caught.value, ScanError), "the machine is at fault, not the scan: the study stops"
 
 
-def write_dicom(path: Path, pixels: np.ndarray, photometric: str = "MONOCHROME2") -> None:
+def write_dicom(path: Path, pixels: np.ndarray, photometric: str = "MONOCHROME2", **fields: object) -> None:
     pydicom = pytest.importorskip("pydicom", reason="pydicom is not installed; it is needed for DICOM input only")
     meta = pydicom.dataset.FileMetaDataset()
     meta.MediaStorageSOPClassUID = pydicom.uid.UID("1.2.840.10008.5.1.4.1.1.1.1")
@@ -262,6 +262,8 @@ def write_dicom(path: Path, pixels: np.ndarray, photometric: str = "MONOCHROME2"
     dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, photometric
     dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, 12, 11, 0
     dataset.PixelData = pixels.astype("<u2").tobytes()
+    for name, value in fields.items():
+        setattr(dataset, name, value)
     dataset.save_as(path, enforce_file_format=True)
 
 
@@ -273,6 +275,54 @@ def test_dicom(tmp_path: Path) -> None:
     assert np.array_equal(read_image(tmp_path / "b.dcm").array, 11 - pixels.astype(np.float32)), (
         "dark is small, as everywhere else"
     )
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("padding", [0, 4095])
+def test_padding_of_dicom_is_background_and_moves_nothing(tmp_path: Path, photometric: str, padding: int) -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(1000, 2000, (16, 16)).astype(np.uint16)
+    write_dicom(tmp_path / "a.dcm", pixels, photometric)
+    plain = read_image(tmp_path / "a.dcm").array
+    pixels[:4] = padding
+    write_dicom(tmp_path / "b.dcm", pixels, photometric, PixelPaddingValue=padding)
+    image = read_image(tmp_path / "b.dcm")
+    assert image.blank is not None and image.blank[:4].all() and not image.blank[4:].any()
+    assert np.ptp(image.array[:4]) == 0 and image.array[0, 0] == image.array.min()
+    assert np.array_equal(np.argsort(image.array[4:].ravel()), np.argsort(plain[4:].ravel())), "bright stays bright"
+    pixels[:2] = 5
+    write_dicom(tmp_path / "c.dcm", pixels, photometric, PixelPaddingValue=5, PixelPaddingRangeLimit=0)
+    found = read_image(tmp_path / "c.dcm").blank
+    assert found is not None and found[:2].all() and found[2:4].all() == (padding == 0)
+
+
+def test_labels_are_not_inverted_and_indices_of_colours_are_no_grey_levels(tmp_path: Path) -> None:
+    pixels = np.arange(12, dtype=np.uint16).reshape(3, 4)
+    write_dicom(tmp_path / "a.dcm", pixels, "MONOCHROME1")
+    assert np.array_equal(read_image(tmp_path / "a.dcm", labels=True).array, pixels)
+    write_dicom(tmp_path / "b.dcm", pixels, "PALETTE COLOR")
+    with pytest.raises(ScanError, match="PALETTE COLOR, expected grey levels"):
+        read_image(tmp_path / "b.dcm")
+
+
+@pytest.mark.parametrize(
+    ("content", "remedy"),
+    [
+        (b"/annex/objects/MD5E-s6747706--db99.nii.gz\n", "datalad get"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
+        (None, "datalad get"),
+    ],
+)
+def test_a_file_that_was_not_fetched_stops_the_study(tmp_path: Path, content: bytes | None, remedy: str) -> None:
+    """Nothing is wrong with the scan, mask or channel, so it is not left out."""
+    path = tmp_path / "a.nii.gz"
+    if content is None:
+        path.symlink_to(".git/annex/objects/nowhere")
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=remedy) as caught:
+        read_image(path)
+    assert not isinstance(caught.value, ScanError)
 
 
 def test_damaged_dicom(tmp_path: Path) -> None:

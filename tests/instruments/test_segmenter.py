@@ -172,6 +172,17 @@ def test_the_step_learns_to_measure_volumes(root, tmp_path):
     assert np.corrcoef(volumes[:, 0], true)[0, 1] > 0.97 and np.abs(volumes[:, 0] - true).mean() < 0.15 * true.mean()
 
 
+def test_label_maps_beside_the_head_are_left_out(root, tmp_path):
+    """Every second one is moved by half a head: the network never sees it."""
+    for path in sorted((root / "labels").glob("*/*.nii.gz")):
+        stored, moved = nib.Nifti1Image.from_filename(path), int(path.name[4:6]) % 2
+        target = tmp_path / "labels" / path.parent.name / path.name
+        affine = stored.affine + np.array([[0, 0, 0, 9 * SPACING * moved]] + [[0] * 4] * 3)
+        written(target, np.asarray(stored.dataobj), affine)
+    card = trained(root, tmp_path / "out", labels=f"{tmp_path}/labels/{{subject_id}}/{{scan_id}}_dseg.nii.gz")
+    assert card["training_scans"] == 20 and card["held_out"]["scans"] == 0
+
+
 def test_the_same_study_trains_the_same_network(root, tmp_path):
     short = {"optimiser": {"steps": 4, "batch_size": 4, "learning_rate": 0.01, "warmup_steps": 2}}
     assert (

@@ -15,13 +15,17 @@ import pyarrow as pa
 import pytest
 from PIL import Image as PilImage
 
-from meddiff_steps.config import freeze, parse_study
+from meddiff_steps.cohort.bids import read_bids
+from meddiff_steps.cohort.manifest import build_manifest
+from meddiff_steps.cohort.table import load_table, read_table
+from meddiff_steps.config import BidsSource, Splits, TableSource, freeze, parse_study
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.encoding import read_mark, voxel_digest
 from meddiff_steps.imaging.reading import read_image
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.release import dataset as module
 from meddiff_steps.release.layout import image_path
+from meddiff_steps.release.regeneration import Added, write_added
 from meddiff_steps.steps import describe as describe_step
 from meddiff_steps.steps import images as images_step
 
@@ -252,6 +256,42 @@ def test_empty_shard(tmp_path: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------------- dataset
+
+
+@pytest.mark.parametrize("dims", [3, 2])
+def test_what_is_released_is_read_as_a_cohort(tmp_path: Path, dims: int) -> None:
+    """Levels as odd as a table can hold; volumes as a BIDS dataset, pictures as a table."""
+    levels = ['rare, "odd"', '"x"', "a\tb", "it's 5\""]
+    place = Workplace(tmp_path, dims)
+    place.study["covariates"] = place.study["covariates"] | {"dx": {"levels": levels}}
+    place.plan["dx"] = levels
+    root = place.run()
+    covariates = parse_study(place.study, "test").covariates
+    if dims == 3:
+        frame = read_bids(BidsSource.model_validate({"source": "bids", "root": str(root)}), covariates)
+    else:
+        source = {"source": "table", "table": str(root / "participants.tsv"), "path_column": "image"}
+        frame = read_table(TableSource.model_validate(source | {"subject_column": "participant_id"}), covariates)
+    manifest, card = build_manifest(
+        frame, covariates, Splits(train=0.5, val=0, calibration=0, test=0.5), "s", source="bids"
+    )
+    assert manifest["dx"].tolist() == levels and manifest["sex"].tolist()[:2] == ["F", "M"] and not card["undecodable"]
+    assert manifest["ventricles_ml"].tolist()[0] == pytest.approx(20.1235)
+    for path in manifest["path"]:
+        read_image(path)
+
+
+def test_a_table_of_added_subjects_is_read(tmp_path: Path) -> None:
+    levels = ['rare, "odd"', '"x"', "a\tb"]
+    write_added(
+        tmp_path / "added.tsv",
+        [
+            Added(f"syn{i}", f"images/syn{i}.png", 9, "a", "b", "c", {"dx": x, "age": 50.25})
+            for i, x in enumerate(levels)
+        ],
+    )
+    table = load_table(tmp_path / "added.tsv")
+    assert table["dx"].tolist() == levels and table["age"].tolist() == ["50.25"] * 3
 
 
 def test_dataset(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ class Context:
 
     spatial_dims: int
     embedder: Path | None = None
-    foreground: Literal["nonzero", "all"] = "nonzero"
+    foreground: Literal["nonzero", "all", "ct"] = "nonzero"
 
 
 def digest_of(*parts: Any) -> str:
