@@ -2,12 +2,14 @@
 import json
 import math
 import os
+import shlex
 import sys
 from functools import partial
 from os import environ
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.utils import update_config
 
 from meddiff_steps import config as study_config
 from meddiff_steps.core.code_digest import code_digest
@@ -32,6 +34,11 @@ SEALED = config.get("sealed")
 if isinstance(config.get("release"), str):
     raise WorkflowError("--config release=FOLDER is now sealed=FOLDER (renamed in 0.2.0).")
 SEALED_MODELS = config.get("models", str(Path(SEALED).parent)) if SEALED else None
+for key, folder in (("sealed", SEALED), ("models", SEALED_MODELS)):
+    try:
+        study_config.local_path(folder and str(folder))
+    except ValueError as error:
+        raise WorkflowError(f"--config {key}={folder}: {error}") from None
 # `count=400 group=syn`: more subjects of a group than the release has; the group may be left out if there is one alone.
 MORE_SUBJECTS = config.get("count") if SEALED else None
 
@@ -52,15 +59,19 @@ def read_study():
             raise UserError(
                 f"{published}: not there. Give --config sealed=FOLDER, the root of a release that has a ledger."
             )
-        return study_config.parse_study(json.loads(published.read_text()) | {"results": "regenerated"}, str(published))
-    if "study" in config:
-        return study_config.parse_study(dict(config), ", ".join(map(str, workflow.configfiles)) or "--config")
-    default = Path(workflow.basedir) / "config" / "config.yaml"
-    if config:
-        import yaml
-
-        return study_config.parse_study(yaml.safe_load(default.read_text()) | dict(config), f"{default} with --config")
-    return study_config.load_study(default)
+        ours = {"results": "regenerated", "storage": {}}
+        return study_config.parse_study(json.loads(published.read_text()) | ours, str(published))
+    # Not Snakemake's `config`, which takes the last of two keys and `no` for false.
+    files, content = list(workflow.overwrite_configfiles), {}
+    for file in files:
+        update_config(content, study_config.read_yaml(file))
+    given = study_config.given_on_command_line(dict(workflow.config_settings.config))
+    update_config(content, given)
+    if "study" not in content:
+        files.insert(0, Path(workflow.basedir) / "config" / "config.yaml")
+        content = study_config.read_yaml(files[0]) | content
+    origin = [*map(str, files), *(["--config"] if given else [])]
+    return study_config.parse_study(content, " with ".join(origin), files)
 
 
 try:
@@ -68,7 +79,7 @@ try:
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
-RESULTS = f"{STUDY.results}/{STUDY.study}"
+RESULTS = str(Path(STUDY.results, STUDY.study))
 if workflow.is_main_process:
     environ["MEDDIFF_STUDY"] = str(study_config.freeze(STUDY, None, Path(RESULTS, "config")))
 
@@ -265,7 +276,7 @@ def lasting(path):
 
 
 def arguments(step, extra, wildcards, input, output):
-    """`--name value` for every named input and output of a job of `step`, and for what `extra` adds.
+    """`--name value` for every named input and output of a job of `step`, and for what `extra` adds, quoted.
 
     A name is that of the step's option; a list is given one by one, but for the files of a folder (`core.folders`),
     which are given as the folder.  Inputs whose names begin with `after` are only waited for, and outputs `also` lie
@@ -278,7 +289,7 @@ def arguments(step, extra, wildcards, input, output):
         files = folders_of(step).get(name)
         if several and files:
             several = [several[0].removesuffix(files[0]).rstrip("/")]
-        words.extend(f"--{name.replace('_', '-')} {one}" for one in several)
+        words.extend(f"--{name.replace('_', '-')} {shlex.quote(str(one))}" for one in several)
 
     for name, value in [*input.items(), *output.items()]:
         if not name.startswith(("after", "also")):
@@ -305,7 +316,7 @@ def BY_SHARD(wildcards):
 
 
 # What every step is run by.
-STEP = "python -m meddiff_steps {params.step} --config {params.config} {params.options} 2>&1 | tee {log}"
+STEP = "python -m meddiff_steps {params.step} --config {params.config:q} {params.options} 2>&1 | tee {log:q}"
 STEP_WITH_THREADS = STEP.replace(" 2>&1", " --threads {threads} 2>&1")
 
 
@@ -319,7 +330,11 @@ def enlarged_group():
 
 def more_subjects():
     """What `count` adds to the command that makes a shard of a release again."""
-    return f"--count {enlarged_group().subjects} --group {enlarged_group().name}" if MORE_SUBJECTS is not None else ""
+    return (
+        [f"--count={enlarged_group().subjects}", f"--group={enlarged_group().name}"]
+        if MORE_SUBJECTS is not None
+        else []
+    )
 
 
 def made_again(wildcards):

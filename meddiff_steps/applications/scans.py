@@ -58,15 +58,11 @@ def sweep(
     UserError
         No covariate is named.
     """
-    if settings.covariate is None:
-        raise UserError(
-            "counterfactual.covariate: not set, so nothing is moved. Name a covariate, for example with --config"
-            f" 'counterfactual={{covariate: {next(iter(covariates))}}}'."
-        )
-    declared = covariates[settings.covariate]
+    moved = settings.moved
+    declared = covariates[moved]
     if settings.values:
         return list(settings.values)
     if isinstance(declared, config.CategoricalCovariate):
         return list(declared.levels)
-    low, high = training[settings.covariate].quantile(list(SWEEP_QUANTILES))
+    low, high = training[moved].quantile(list(SWEEP_QUANTILES))
     return [float(f"{value:.4g}") for value in np.linspace(low, high, settings.sweep_steps)]

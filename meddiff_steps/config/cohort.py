@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from meddiff_steps.config.base import PATH, Fraction, LocalPath, PositiveFloat, PositiveInt, Section
+from meddiff_steps.config.base import Fraction, LocalPath, NoOrLocalPath, PositiveFloat, PositiveInt, Section
 
 
 class SimulatedSource(Section):
@@ -45,7 +45,7 @@ class TableSource(Section):
     subject_column: str = Field(
         "subject_id", description="Column that says whom the image shows; splits are made by it."
     )
-    root: Annotated[str | None, PATH] = Field(
+    root: NoOrLocalPath = Field(
         None, description="Directory that relative image paths start at; the table's own by default."
     )
 
