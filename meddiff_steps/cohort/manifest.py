@@ -23,7 +23,7 @@ import pyarrow as pa
 from PIL import Image
 from tqdm import tqdm
 
-from meddiff_steps.cohort.covariates import RESERVED, check_names, describe, parse_covariates, shorten
+from meddiff_steps.cohort.covariates import RESERVED, CovariateEncoding, check_names, describe, parse_covariates, shorten
 from meddiff_steps.cohort.splits import SPLITS, assign_splits, split_balance
 from meddiff_steps.cohort.table import image_extension
 from meddiff_steps.config import CategoricalCovariate, Covariates, Splits
@@ -170,7 +170,8 @@ def build_manifest(
     Raises
     ------
     UserError
-        A covariate value is wrong, a scan id occurs twice, a file cannot be read, or a split stays empty.
+        A covariate value is wrong, a covariate does not vary over the training scans, a scan id occurs twice, a file
+        cannot be read, or a split stays empty.
     """
     typed = parse_covariates(frame, covariates).sort_values(
         "scan_id", ignore_index=True
@@ -180,7 +181,9 @@ def build_manifest(
         raise UserError(
             f"scan_id {shorten(repeated)} occurs more than once. Rename the files so that each scan has its own name."
         )
-    assign_splits(typed["subject_id"], [], splits, seed)  # an empty split is usually known before hashing, too
+    # An empty split, and a covariate that nothing can be learnt from, are usually known before hashing, too.
+    expected = assign_splits(typed["subject_id"], [], splits, seed)
+    CovariateEncoding.fit(typed.assign(split=typed["subject_id"].map(expected)), covariates)
 
     digests = _digest_all(typed["path"].tolist(), threads)
     typed["sha256"] = [d.sha256 for d in digests]
