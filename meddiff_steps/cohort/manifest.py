@@ -23,7 +23,14 @@ import pyarrow as pa
 from PIL import Image
 from tqdm import tqdm
 
-from meddiff_steps.cohort.covariates import RESERVED, CovariateEncoding, check_names, describe, parse_covariates, shorten
+from meddiff_steps.cohort.covariates import (
+    RESERVED,
+    CovariateEncoding,
+    check_names,
+    describe,
+    parse_covariates,
+    shorten,
+)
 from meddiff_steps.cohort.splits import SPLITS, assign_splits, split_balance
 from meddiff_steps.cohort.table import image_extension
 from meddiff_steps.config import CategoricalCovariate, Covariates, Splits

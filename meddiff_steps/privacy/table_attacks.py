@@ -80,8 +80,8 @@ def singling_out(
     Returns
     -------
     dict
-        The excess risk with its interval, and the two success rates `attack` and `control`; 0 where no predicate fits
-        one released subject alone, as among many subjects with labels only.
+        The excess risk with its interval, and the two success rates `attack` and `control`.  Where no predicate fits
+        one released subject alone, as among many subjects with labels only, all have failed.
     """
     names = list(covariates)
     medians = {
@@ -106,8 +106,8 @@ def singling_out(
 
         if matches(released) == 1:
             hits.append((matches(train) == 1, matches(others) == 1))
-    if not hits and len(released):
-        return {"value": 0.0, "low": 0.0, "high": 0.0, "n": 0}
+    if not hits and len(released):  # no predicate even names one released subject: all of them failed
+        hits = [(False, False)] * PREDICATES
     return _against_control(np.array(hits, dtype=bool).reshape(-1, 2).T)
 
 

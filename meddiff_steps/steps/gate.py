@@ -11,6 +11,7 @@ import typer
 from meddiff_steps.config import load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path, read_json
+from meddiff_steps.imaging.selection import none_accepted
 from meddiff_steps.steps import options
 
 
@@ -39,9 +40,7 @@ def run(
     table = pd.read_parquet(decisions)
     accepted = table.loc[table["decision"] == "accepted"].set_index("sample_id")
     if accepted.empty:
-        raise UserError(
-            f"{decisions}: no candidate was accepted, so there is nothing to release. {report} says what rejected them."
-        )
+        raise none_accepted(decisions, "release")
     planned = pd.read_parquet(plan)
     released = planned[planned["sample_id"].isin(accepted.index)].reset_index(drop=True)
     for column in ("attempt", "seed_key"):

@@ -38,7 +38,17 @@ def test_nearer_to_training_is_half_where_nothing_leaked():
     figure = attacks.nearer_to_training(rng.random((300, 90)), rng.random((300, 30)), 200, rng)
     assert figure["low"] < 0.5 < figure["high"]
     assert attacks.nearer_to_training(np.ones((10, 4)), np.ones((10, 3)), 20, rng)["value"] == 0.5
-    assert attacks.nearer_to_training(np.ones((10, 4)), np.zeros((10, 3)), 20, rng)["low"] == 1
+    assert attacks.nearer_to_training(np.ones((10, 4)), np.zeros((10, 3)), 20, rng)["value"] == 1
+    few = attacks.nearer_to_training(np.ones((10, 40)), np.zeros((10, 30)), 20, rng)
+    assert (few["value"], few["low"], few["high"]) == (1, pytest.approx(0.7), 1), "10 images, however many people"
+
+
+def test_few_people_who_are_told_apart_perfectly_leave_much_open():
+    found = attacks.membership(np.arange(12) < 8, -np.arange(12.0), [str(i) for i in range(12)], 100, "s", "few")
+    assert found["auc"]["value"] == 1 and found["auc"]["low"] < 0.5, "of 4 people on the smaller side"
+    assert found["tpr_at_0.01"]["value"] == 1 and found["tpr_at_0.01"]["low"] < 0.7
+    none = attacks.membership(np.arange(12) < 8, np.arange(12.0), [str(i) for i in range(12)], 100, "s", "few")
+    assert none["tpr_at_0.01"]["value"] == 0 and none["tpr_at_0.01"]["high"] > 0.3
 
 
 def test_the_interval_of_nearer_to_training_knows_that_people_were_drawn():
