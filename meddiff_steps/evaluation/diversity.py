@@ -176,7 +176,9 @@ def variety(
     for name, values in shares.items():
         units = sample.units if name in ("precision", "density") else reference.units
         boot = Bootstrap(units, resamples, seed, f"manifold {label} {name}")
-        found[name] = boot.figure(mean_of(values), 0 if name == "density" else boot.n)
+        # Density is no share, but where it is 0 for all, the share of images near any real one is.
+        share_of = 0 if name == "density" and np.any(values) else boot.n
+        found[name] = boot.figure(mean_of(values), share_of)
     return found | {"vendi": vendi_figure(sample, width)}
 
 
