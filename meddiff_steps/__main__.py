@@ -31,7 +31,7 @@ STEPS = {
     "filter": "reject and redraw images that are too near to a training scan",
     "privacy": "attack the cohort before and after the filter, and give the verdict",
     "neighbours": "show the released images most like training scans beside these; for the owner of the cohort alone",
-    "gate": "stop before the release if the verdict is FAIL",
+    "gate": "stop before the release if a privacy gate fails, or there is no filter that filters",
     "second_model": "make a training cohort of accepted synthetic images, for a second model",
     "images": "write one shard of synthetic images into the release",
     "describe": "complete the released dataset: participants, description, sidecars",

@@ -15,8 +15,9 @@ from meddiff_steps import config as study_config
 from meddiff_steps.core.code_digest import code_digest
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import hold
+from meddiff_steps.core.registries import DETECTORS
 from meddiff_steps.core.folders import NETWORK, TONE, folders_of
-from meddiff_steps.privacy.size import BYTES_PER_VALUE, batch_size
+from meddiff_steps.privacy.size import BYTES_PER_VALUE, batch_size, subjects_needed
 from meddiff_steps.synthesis.size import enlarged, plan_shards
 
 # Jobs run `python`; make that the interpreter that runs Snakemake, also when its environment was not activated.
@@ -368,6 +369,25 @@ def cohort_problem():
     return f"cohort.{named}: {where} is not there. Relative paths start at the working directory, {Path.cwd()}."
 
 
+def filter_problem():
+    """That the privacy filter will have no threshold, in words; None where it will, or nobody knows yet."""
+    needed = subjects_needed(STUDY.privacy.level, len(STUDY.privacy.detectors or DETECTORS.names()))
+    if Path(COHORT_CARD).is_file():
+        subjects = json.loads(Path(COHORT_CARD).read_text())["splits"]["calibration"]["subjects"]
+    elif STUDY.cohort.source == "simulated":
+        subjects = round(STUDY.cohort.subjects * STUDY.splits.calibration)
+    else:
+        return None
+    if SEALED or subjects >= needed:
+        return None
+    then = "the run stops before the release" if STUDY.privacy.enforce == "stop" else "the release will say so"
+    return (
+        f"privacy: the calibration split has {subjects} subjects, and the filter needs {needed} (privacy.level:"
+        f" {STUDY.privacy.level:g}). It will reject nothing, and {then} (privacy.enforce: {STUDY.privacy.enforce})."
+        " Raise splits.calibration, or the level."
+    )
+
+
 def template_problem():
     """What is wrong with where the template of the registration should be, in words; None if nothing is, or if scans
     were preprocessed already.
@@ -407,5 +427,5 @@ def cohort_tables():
 
 # A plan can be made without the scans, a run cannot.
 if workflow.is_main_process:
-    for problem in problems():
+    for problem in [*problems(), *filter(None, [filter_problem()])]:
         logger.warning(problem)

@@ -61,7 +61,7 @@ class Splits(Section):
     calibration: Fraction = Field(
         0.1,
         description="Subjects that the privacy filter takes its thresholds from. At the default `privacy.level` they "
-        "must be at least 59, or it rejects nothing.",
+        "must be at least 59, or it rejects nothing and the run stops before the release.",
     )
     test: Fraction = Field(0.1, description="Subjects that every figure is reported on; must be above 0.")
 

@@ -46,6 +46,8 @@ def excess_risk(attack: np.ndarray, control: np.ndarray) -> Figure:
     low = a - b - np.hypot(a - a_low, b_high - b)
     high = a - b + np.hypot(a_high - a, b - b_low)
     ends = [min(1.0, max(0.0, float(x) / scale)) for x in (a - b, low, high)]
+    if ends[2] == 0:  # surely none; what so few attempts leave open is said all the same
+        ends[2] = a_high - a
     return {"value": rounded(ends[0]), "low": rounded(ends[1]), "high": rounded(ends[2]), "n": len(attack)}
 
 
