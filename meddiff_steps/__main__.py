@@ -9,6 +9,7 @@ import sys
 
 from meddiff_steps import __version__
 from meddiff_steps.core.errors import EXIT_PREEMPTED, Preempted, UserError
+from meddiff_steps.core.text import printable_lines
 
 #: Every step with one line of help, in the order data flows.
 STEPS = {
@@ -99,7 +100,7 @@ def main() -> int:
     try:
         app(arguments[1:], prog_name=f"python -m meddiff_steps {name}")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable_lines(str(error))}", file=sys.stderr)
         return 2
     except Preempted as stopped:
         if not first_process():
