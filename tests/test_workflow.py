@@ -136,6 +136,31 @@ def test_what_cannot_be_done_is_refused_before_any_job(arguments, expected, tmp_
     assert expected in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("enforce", "subjects", "said"),
+    [
+        ("stop", 90, "the filter needs 59 (privacy.level: 0.05). It will reject nothing, and the run stops before the"),
+        ("report", 90, "It will reject nothing, and the release will say so (privacy.enforce: report)"),
+        ("stop", 900, ""),
+    ],
+)
+def test_a_dry_run_says_that_the_filter_will_have_no_threshold(enforce, subjects, said, tmp_path):
+    study = tiny_study.STUDY | {"privacy": {"enforce": enforce}}
+    study |= {"cohort": study["cohort"] | {"subjects": subjects}, "splits": {}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    command = ["snakemake", "-n", "cohort", "--directory", str(tmp_path), "--configfile", str(tmp_path / "study.yaml")]
+    done = run(*command)
+    assert done.returncode == 0
+    shown = done.stdout + done.stderr
+    assert said in shown if said else "reject nothing" not in shown
+    card = tmp_path / "results/tiny/cohort/card.json"
+    card.parent.mkdir(parents=True)
+    card.write_text(json.dumps({"splits": {"calibration": {"subjects": 3}}}))
+    done = run(*command)
+    shown = done.stdout + done.stderr
+    assert "the calibration split has 3 subjects" in shown, "what was read counts, not what was expected"
+
+
 def test_a_key_that_is_given_twice_is_refused_by_the_workflow(tmp_path):
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(tiny_study.STUDY) + "covariates: {sex: {levels: [no, yes]}}\n")
     done = run("snakemake", "-n", "--directory", str(tmp_path), "--configfile", str(tmp_path / "study.yaml"))

@@ -120,9 +120,10 @@ def rare_values(
 ) -> dict[str, Figure]:
     """Share of released numbers that are exactly those of a few training subjects (fewer than `FEW`), by covariate.
 
-    Covariates are drawn between training values and given with as many digits as mean something, so some meet a
-    training value by chance.  They are not moved away from it: a table that avoids the values of training subjects
-    would say which these are.  What chance gives is seen on `others`, who were never trained on.
+    Covariates are drawn between neighbouring training values and rounded to as many digits as mean something, so some
+    meet a training value, oftener than chance where neighbours are close.  They are not moved away from it: a table
+    that avoids the values of training subjects would say which these are.  What chance gives is seen on `others`, who
+    were never trained on.
 
     Returns
     -------

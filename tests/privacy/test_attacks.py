@@ -3,7 +3,8 @@ import pytest
 from scipy.stats import norm
 from sklearn.metrics import roc_curve
 
-from meddiff_steps.privacy import attacks
+from meddiff_steps.privacy import assessment, attacks
+from meddiff_steps.privacy.search import unit_rows
 
 
 def test_with_no_hit_the_interval_ends_at_the_rule_of_three():
@@ -103,3 +104,17 @@ def test_a_flag_rate_far_above_the_level_is_not_nominal():
     assert attacks.flag_rate_is_nominal(np.arange(100) < 7, 0.05)
     assert not attacks.flag_rate_is_nominal(np.arange(100) < 20, 0.05)
     assert not attacks.flag_rate_is_nominal(np.zeros(0, bool), 0.05)
+
+
+@pytest.mark.parametrize("released", [1, 2])
+def test_a_cohort_of_one_or_two_images_is_attacked_and_little_is_said(released):
+    rng = np.random.default_rng(0)
+
+    def people(count):
+        return assessment.RealScans({"learned": unit_rows(rng.normal(size=(count, 4)))}, np.arange(count).astype(str))
+
+    train, held, test = people(20), people(8), people(8)
+    found = assessment.attack({"learned": train.directions["learned"][:released]}, train, held, test, 100, "s")
+    assert ("density ratio, learned" in found["membership"]) == (released > 1)
+    near = found["nearer_to_training"]["learned"]
+    assert near["high"] - near["low"] > 0.5
