@@ -351,6 +351,25 @@ def made_again(wildcards):
     return expand(REGENERATED_SHARD, shard=[f"{entry['shard']:04d}" for entry in ledger["shards"]])
 
 
+def results_of_downstream_study(wildcards):
+    """What `snakemake augment` asks for."""
+    if not DOWNSTREAM_RESULTS:
+        raise WorkflowError(
+            "downstream.target: not set, so there is no downstream study. Name the categorical covariate that is to be"
+            " told from images."
+        )
+    return DOWNSTREAM_RESULTS
+
+
+def manifest_of_scans_to_move(wildcards):
+    """The manifest; without a covariate to move nothing is started for it."""
+    try:
+        STUDY.counterfactual.moved
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
+    return MANIFEST
+
+
 def cohort_problem():
     """What is wrong with where the scans should be, in words; None if nothing is, or if they are fetched or were read
     already.

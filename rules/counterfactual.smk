@@ -2,15 +2,6 @@
 # covariate moved, as a BIDS derivative (docs/counterfactual.md).
 
 
-def manifest_of_scans_to_move(wildcards):
-    """The manifest; without a covariate to move nothing is started for it."""
-    try:
-        STUDY.counterfactual.moved
-    except UserError as error:
-        raise WorkflowError(str(error)) from None
-    return MANIFEST
-
-
 rule counterfactual:
     input:
         manifest=manifest_of_scans_to_move,

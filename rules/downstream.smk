@@ -1,15 +1,5 @@
 # The downstream study. With downstream.target unset there is none of this. Only `downstream_test` is given the test
 # split.
-def results_of_downstream_study(wildcards):
-    """What `snakemake augment` asks for."""
-    if not DOWNSTREAM_RESULTS:
-        raise WorkflowError(
-            "downstream.target: not set, so there is no downstream study. Name the categorical covariate that is to be"
-            " told from images."
-        )
-    return DOWNSTREAM_RESULTS
-
-
 if STUDY.downstream.target:
     DESIGN = f"{DOWNSTREAM}/design.json"
     SAMPLES = f"{DOWNSTREAM}/samples.parquet"
