@@ -54,10 +54,10 @@ rule all:
 
 rule augment:
     input:
-        DOWNSTREAM_RESULTS,
+        results_of_downstream_study,
     localrule: True
     message:
-        f"The downstream study is in {(DOWNSTREAM_RESULTS or ['no file: downstream.target is not set'])[0]}"
+        "The downstream study is in {input[0]}"
 
 
 rule release:

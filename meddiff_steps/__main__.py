@@ -9,6 +9,7 @@ import sys
 
 from meddiff_steps import __version__
 from meddiff_steps.core.errors import EXIT_PREEMPTED, Preempted, UserError
+from meddiff_steps.core.text import printable_lines
 
 #: Every step with one line of help, in the order data flows.
 STEPS = {
@@ -31,7 +32,7 @@ STEPS = {
     "filter": "reject and redraw images that are too near to a training scan",
     "privacy": "attack the cohort before and after the filter, and give the verdict",
     "neighbours": "show the released images most like training scans beside these; for the owner of the cohort alone",
-    "gate": "stop before the release if the verdict is FAIL",
+    "gate": "stop before the release if a privacy gate fails, or there is no filter that filters",
     "second_model": "make a training cohort of accepted synthetic images, for a second model",
     "images": "write one shard of synthetic images into the release",
     "describe": "complete the released dataset: participants, description, sidecars",
@@ -99,7 +100,7 @@ def main() -> int:
     try:
         app(arguments[1:], prog_name=f"python -m meddiff_steps {name}")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable_lines(str(error))}", file=sys.stderr)
         return 2
     except Preempted as stopped:
         if not first_process():

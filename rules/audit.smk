@@ -26,5 +26,6 @@ rule audit:
     message:
         f"Auditing the release; the report is {RESULTS}/audit/audit.html"
     shell:
-        "python -m meddiff_steps audit {params.release} --private {input.private} --models {params.results} "
-        "--results {params.results} --json {log.json} --html {log.html} --threads {threads} 2>&1 | tee {log.text}"
+        "python -m meddiff_steps audit {params.release:q} --private {input.private:q} --models {params.results:q} "
+        "--results {params.results:q} --json {log.json:q} --html {log.html:q} --threads {threads} 2>&1 "
+        "| tee {log.text:q}"

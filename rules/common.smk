@@ -2,19 +2,22 @@
 import json
 import math
 import os
+import shlex
 import sys
 from functools import partial
 from os import environ
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.utils import update_config
 
 from meddiff_steps import config as study_config
 from meddiff_steps.core.code_digest import code_digest
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import hold
+from meddiff_steps.core.registries import DETECTORS
 from meddiff_steps.core.folders import NETWORK, TONE, folders_of
-from meddiff_steps.privacy.size import BYTES_PER_VALUE, batch_size
+from meddiff_steps.privacy.size import BYTES_PER_VALUE, batch_size, subjects_needed
 from meddiff_steps.synthesis.size import enlarged, plan_shards
 
 # Jobs run `python`; make that the interpreter that runs Snakemake, also when its environment was not activated.
@@ -32,6 +35,11 @@ SEALED = config.get("sealed")
 if isinstance(config.get("release"), str):
     raise WorkflowError("--config release=FOLDER is now sealed=FOLDER (renamed in 0.2.0).")
 SEALED_MODELS = config.get("models", str(Path(SEALED).parent)) if SEALED else None
+for key, folder in (("sealed", SEALED), ("models", SEALED_MODELS)):
+    try:
+        study_config.local_path(folder and str(folder))
+    except ValueError as error:
+        raise WorkflowError(f"--config {key}={folder}: {error}") from None
 # `count=400 group=syn`: more subjects of a group than the release has; the group may be left out if there is one alone.
 MORE_SUBJECTS = config.get("count") if SEALED else None
 
@@ -52,15 +60,19 @@ def read_study():
             raise UserError(
                 f"{published}: not there. Give --config sealed=FOLDER, the root of a release that has a ledger."
             )
-        return study_config.parse_study(json.loads(published.read_text()) | {"results": "regenerated"}, str(published))
-    if "study" in config:
-        return study_config.parse_study(dict(config), ", ".join(map(str, workflow.configfiles)) or "--config")
-    default = Path(workflow.basedir) / "config" / "config.yaml"
-    if config:
-        import yaml
-
-        return study_config.parse_study(yaml.safe_load(default.read_text()) | dict(config), f"{default} with --config")
-    return study_config.load_study(default)
+        ours = {"results": "regenerated", "storage": {}}
+        return study_config.parse_study(json.loads(published.read_text()) | ours, str(published))
+    # Not Snakemake's `config`, which takes the last of two keys and `no` for false.
+    files, content = list(workflow.overwrite_configfiles), {}
+    for file in files:
+        update_config(content, study_config.read_yaml(file))
+    given = study_config.given_on_command_line(dict(workflow.config_settings.config))
+    update_config(content, given)
+    if "study" not in content:
+        files.insert(0, Path(workflow.basedir) / "config" / "config.yaml")
+        content = study_config.read_yaml(files[0]) | content
+    origin = [*map(str, files), *(["--config"] if given else [])]
+    return study_config.parse_study(content, " with ".join(origin), files)
 
 
 try:
@@ -68,7 +80,7 @@ try:
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
-RESULTS = f"{STUDY.results}/{STUDY.study}"
+RESULTS = str(Path(STUDY.results, STUDY.study))
 if workflow.is_main_process:
     environ["MEDDIFF_STUDY"] = str(study_config.freeze(STUDY, None, Path(RESULTS, "config")))
 
@@ -265,7 +277,7 @@ def lasting(path):
 
 
 def arguments(step, extra, wildcards, input, output):
-    """`--name value` for every named input and output of a job of `step`, and for what `extra` adds.
+    """`--name value` for every named input and output of a job of `step`, and for what `extra` adds, quoted.
 
     A name is that of the step's option; a list is given one by one, but for the files of a folder (`core.folders`),
     which are given as the folder.  Inputs whose names begin with `after` are only waited for, and outputs `also` lie
@@ -278,7 +290,7 @@ def arguments(step, extra, wildcards, input, output):
         files = folders_of(step).get(name)
         if several and files:
             several = [several[0].removesuffix(files[0]).rstrip("/")]
-        words.extend(f"--{name.replace('_', '-')} {one}" for one in several)
+        words.extend(f"--{name.replace('_', '-')} {shlex.quote(str(one))}" for one in several)
 
     for name, value in [*input.items(), *output.items()]:
         if not name.startswith(("after", "also")):
@@ -305,7 +317,7 @@ def BY_SHARD(wildcards):
 
 
 # What every step is run by.
-STEP = "python -m meddiff_steps {params.step} --config {params.config} {params.options} 2>&1 | tee {log}"
+STEP = "python -m meddiff_steps {params.step} --config {params.config:q} {params.options} 2>&1 | tee {log:q}"
 STEP_WITH_THREADS = STEP.replace(" 2>&1", " --threads {threads} 2>&1")
 
 
@@ -319,7 +331,11 @@ def enlarged_group():
 
 def more_subjects():
     """What `count` adds to the command that makes a shard of a release again."""
-    return f"--count {enlarged_group().subjects} --group {enlarged_group().name}" if MORE_SUBJECTS is not None else ""
+    return (
+        [f"--count={enlarged_group().subjects}", f"--group={enlarged_group().name}"]
+        if MORE_SUBJECTS is not None
+        else []
+    )
 
 
 def made_again(wildcards):
@@ -333,6 +349,25 @@ def made_again(wildcards):
         return expand(REGENERATED_SHARD, shard=shard_names(plan_shards([enlarged_group()], STUDY.generate.shard_size)))
     ledger = json.loads(Path(SEALED, "provenance", "root.json").read_text())["ledger"]
     return expand(REGENERATED_SHARD, shard=[f"{entry['shard']:04d}" for entry in ledger["shards"]])
+
+
+def results_of_downstream_study(wildcards):
+    """What `snakemake augment` asks for."""
+    if not DOWNSTREAM_RESULTS:
+        raise WorkflowError(
+            "downstream.target: not set, so there is no downstream study. Name the categorical covariate that is to be"
+            " told from images."
+        )
+    return DOWNSTREAM_RESULTS
+
+
+def manifest_of_scans_to_move(wildcards):
+    """The manifest; without a covariate to move nothing is started for it."""
+    try:
+        STUDY.counterfactual.moved
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
+    return MANIFEST
 
 
 def cohort_problem():
@@ -351,6 +386,25 @@ def cohort_problem():
         return None
     where = getattr(source, named)
     return f"cohort.{named}: {where} is not there. Relative paths start at the working directory, {Path.cwd()}."
+
+
+def filter_problem():
+    """That the privacy filter will have no threshold, in words; None where it will, or nobody knows yet."""
+    needed = subjects_needed(STUDY.privacy.level, len(STUDY.privacy.detectors or DETECTORS.names()))
+    if Path(COHORT_CARD).is_file():
+        subjects = json.loads(Path(COHORT_CARD).read_text())["splits"]["calibration"]["subjects"]
+    elif STUDY.cohort.source == "simulated":
+        subjects = round(STUDY.cohort.subjects * STUDY.splits.calibration)
+    else:
+        return None
+    if SEALED or subjects >= needed:
+        return None
+    then = "the run stops before the release" if STUDY.privacy.enforce == "stop" else "the release will say so"
+    return (
+        f"privacy: the calibration split has {subjects} subjects, and the filter needs {needed} (privacy.level:"
+        f" {STUDY.privacy.level:g}). It will reject nothing, and {then} (privacy.enforce: {STUDY.privacy.enforce})."
+        " Raise splits.calibration, or the level."
+    )
 
 
 def template_problem():
@@ -392,5 +446,5 @@ def cohort_tables():
 
 # A plan can be made without the scans, a run cannot.
 if workflow.is_main_process:
-    for problem in problems():
+    for problem in [*problems(), *filter(None, [filter_problem()])]:
         logger.warning(problem)

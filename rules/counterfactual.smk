@@ -4,7 +4,7 @@
 
 rule counterfactual:
     input:
-        manifest=MANIFEST,
+        manifest=manifest_of_scans_to_move,
         qc=QC,
         images=COHORT_IMAGES,
         autoencoder=AUTOENCODER,

@@ -8,6 +8,8 @@ rule plan:
         f"{RESULTS}/logs/plan.log",
     benchmark:
         f"{RESULTS}/benchmarks/plan.tsv"
+    # Ahead of the trainings: a plan that cannot be is refused while nothing is lost.
+    priority: 100
     localrule: True
     conda:
         "../envs/meddiff.yaml"

@@ -29,8 +29,9 @@ if SEALED:
             "Making shard {wildcards.shard} of a release again"
         # Images that differ (exit code 1) are counted when all shards are there.
         shell:
-            "(python -m meddiff_steps regenerate {params.release} --models {params.models} --shard {wildcards.shard} "
-            "{params.more} --out {params.out} --json {output} --threads {threads} || [ $? -eq 1 ]) 2>&1 | tee {log}"
+            "(python -m meddiff_steps regenerate {params.release:q} --models {params.models:q} "
+            "--shard {wildcards.shard} {params.more:q} --out {params.out:q} --json {output:q} --threads {threads} "
+            "|| [ $? -eq 1 ]) 2>&1 | tee {log:q}"
 
 
 rule regenerate:
@@ -51,9 +52,9 @@ rule regenerate:
         mem_mb=memory(1500),
         runtime=minutes(10),
     params:
-        shards=lambda wildcards, input: " ".join(f"--shard {path}" for path in input.shards),
+        shards=lambda wildcards, input: [f"--shard={path}" for path in input.shards],
         code=code_digest("regenerated"),
     message:
         f"Comparing what was made again with the release; the images are in {RESULTS}/release"
     shell:
-        "python -m meddiff_steps regenerated {params.shards} --out {log.json} 2>&1 | tee {log.text}"
+        "python -m meddiff_steps regenerated {params.shards:q} --out {log.json:q} 2>&1 | tee {log.text:q}"

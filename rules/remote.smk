@@ -22,7 +22,7 @@ if STUDY.storage.cohort:
         message:
             f"Fetching the cohort from {STUDY.storage.cohort}"
         shell:
-            "(mkdir -p {params.root} && cp -r {input}/. {params.root}) 2>&1 | tee {log}"
+            "(mkdir -p {params.root:q} && cp -r {input:q}/. {params.root:q}) 2>&1 | tee {log:q}"
 
 
 if STUDY.storage.publish:
@@ -48,4 +48,4 @@ if STUDY.storage.publish:
         message:
             f"Publishing the release to {STUDY.storage.publish}"
         shell:
-            "(mkdir -p {output} && cp -r {params.release}/. {output}) 2>&1 | tee {log}"
+            "(mkdir -p {output:q} && cp -r {params.release:q}/. {output:q}) 2>&1 | tee {log:q}"

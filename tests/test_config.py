@@ -1,5 +1,6 @@
 import copy
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -173,6 +174,113 @@ def test_a_file_that_is_no_study_is_refused(tmp_path, content, expected):
     path.write_bytes(content)
     with pytest.raises(UserError, match=expected):
         config.load_study(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("seed: a\nstudy: x\nseed: b\n", "seed", (1, 3)),
+        ("covariates: {age: {unit: a, range: [0, 1]}}\nx: 1\ncovariates:\n  sex: {}\n", "covariates", (1, 3)),
+        ("covariates:\n  age: {}\n  sex: {}\n  age: {}\n", "age", (2, 4)),
+        ("plan:\n- {name: a,\n   name: b}\n", "name", (2, 3)),
+        ("plan: [{where: {age: 1,\n age: 2}}]\n", "age", (1, 2)),
+        ("seed: a\n'seed': b\n", "seed", (1, 2)),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused_with_both_lines(tmp_path, text, key, lines):
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"`{key}` is on line {lines[0]} and again on line {lines[1]}"):
+        config.load_study(path)
+
+
+def test_keys_may_be_taken_over_from_another_mapping(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text("a: {b: &one {x: 1, y: 2}}\nc: {<<: *one, y: 3}\nd: {<<: *one}\n")
+    assert config.read_yaml(path) == {"a": {"b": {"x": 1, "y": 2}}, "c": {"x": 1, "y": 3}, "d": {"x": 1, "y": 2}}
+
+
+WORDS = ["no", "NO", "yes", "on", "off", "y", "true", "1e3", "01", "1.50", "0x1F", "1_000", "12:30", "2024-01-31", ".5"]
+
+
+def written(tmp_path: Path, more: str = "") -> config.Study:
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in MINIMAL.items() if key != "covariates"}) + more)
+    return config.load_study(path)
+
+
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_a_level_is_what_was_written_with_or_without_quotes(tmp_path, quote):
+    """YAML 1.1, which Snakemake reads, takes `no` for false, `12:30` for 750 and `2024-01-31` for a date."""
+    levels = ", ".join(f"{quote}{word}{quote}" for word in WORDS)
+    study = written(tmp_path, f"covariates: {{a: {{levels: [{levels}]}}}}\nseed: {quote}no{quote}\n")
+    assert study.covariates["a"].levels == WORDS
+    assert study.seed == "no"
+
+
+def test_texts_may_look_like_numbers(tmp_path):
+    more = "covariates: {sex: {levels: [F, M]}}\nseed: 42\nrelease: {name: 1e3, licence: 007, date: 2026-01-31}\n"
+    study = written(tmp_path, more)
+    assert (study.seed, study.release.name, study.release.licence) == ("42", "1e3", "007")
+    assert study.release.date == "2026-01-31"
+
+
+def test_numbers_and_switches_are_read_as_yaml_has_them(tmp_path):
+    more = "covariates: {age: {unit: year, range: [0, 1.0e2]}}\nrelease: {models: yes, skull_stripped: off}\n"
+    more += "autoencoder: {optimiser: {learning_rate: 1e-4, steps: 010}}\ncompute: {compile: true}\n"
+    study = written(tmp_path, more)
+    assert study.covariates["age"].range == (0, 100)
+    assert study.release.models and not study.release.skull_stripped and study.compute.compile
+    assert (study.autoencoder.optimiser.learning_rate, study.autoencoder.optimiser.steps) == (1e-4, 10)
+
+
+def test_what_a_plan_asks_for_is_read_as_its_covariate_is_declared(tmp_path):
+    more = "covariates: {age: {unit: year, range: [0, 100]}, site: {levels: [01, no, 2]}}\n"
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        "study: x\ncohort: {source: simulated}\n" + more + "counterfactual: {covariate: age, values: [1e1, 20]}\n"
+        "plan: [{name: a, subjects: 1, where: {site: [no, 01], age: [10.50, 2e1]}},\n"
+        "{name: b, subjects: 1, covariates: grid, grid: {site: [01, 2]}, base: {age: 5.0}}]\n"
+    )
+    study = config.load_study(path)
+    assert study.plan[0].where == {"site": ["no", "01"], "age": [10.5, 20.0]}
+    assert (study.plan[1].grid, study.plan[1].base) == ({"site": ["01", "2"]}, {"age": 5.0})
+    assert study.counterfactual.values == [10.0, 20]
+
+
+def test_values_of_the_command_line_are_read_as_those_of_a_file():
+    """Snakemake gives what is below the first level as text."""
+    given = {"counterfactual": {"covariate": "age", "values": ["90", "14.50"], "num_inference_steps": "null"}}
+    study = config.parse_study(MINIMAL | config.given_on_command_line(given | {"seed": 2024}), "--config")
+    assert (study.counterfactual.values, study.counterfactual.num_inference_steps) == ([90, 14.5], None)
+    assert study.seed == "2024"
+
+
+def test_a_value_that_is_no_text_is_refused_with_its_line_and_how_to_write_it(tmp_path):
+    with pytest.raises(UserError, match=r"seed: (?s:.*)quotes(?s:.*)study.yaml, line (\d+)") as caught:
+        written(tmp_path, "covariates: {sex: {levels: [F, M]}}\nseed: {a: 1}\n")
+    line = int(re.search(r"line (\d+)", str(caught.value))[1])
+    assert (tmp_path / "study.yaml").read_text().splitlines()[line - 1].startswith("seed:")
+
+
+@pytest.mark.parametrize("path", ["", "~/x", "$HOME/x", "a/${USER}", "x{y}", "a\nb", "a\tb", "-x"])
+def test_a_path_that_shells_or_snakemake_would_read_as_something_else_is_refused(path):
+    for key in ("results", "autoencoder.perceptual.weights", "release.signing_key", "preprocess.registration.template"):
+        with pytest.raises(UserError, match=key):
+            config.parse_study(with_change(key, path), "study.yaml")
+
+
+@pytest.mark.parametrize(
+    "path", ["my results", "it's", 'a "b"', "a;b", "a$(b)", "a`b`", "a&b|c>d", "data$", "a*", "#a", "ü"]
+)
+def test_a_path_of_other_characters_stays_as_it_is(path):
+    assert config.parse_study(with_change("results", path), "study.yaml").results == path
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/a;b", "s3://bucket/{a}", "s3://bucket/$(a)", "s3://bucket/a\nb"])
+def test_a_bucket_is_named_by_safe_characters(place):
+    with pytest.raises(UserError, match="storage.publish"):
+        config.parse_study(with_change("storage.publish", place), "study.yaml")
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):

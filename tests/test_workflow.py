@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_study
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -97,6 +98,73 @@ def test_every_profile_plans_a_study_where_no_scheduler_is_installed(profile, ba
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^diffusion\s+1", done.stdout, re.M)
+
+
+def test_every_word_that_a_rule_gives_to_the_shell_is_quoted():
+    """`params.options` is quoted where it is made; a step, threads and a shard are never the user's words."""
+    plain = {"params.step", "params.options", "threads", "wildcards.shard"}
+    for path in (ROOT / "Snakefile", *sorted((ROOT / "rules").glob("*.smk"))):
+        text = path.read_text()
+        commands = re.findall(r"shell:\n((?: +\".*\"\n)+)", text) + re.findall(r"^STEP = (.*)$", text, re.M)
+        for word in re.findall(r"\{([^{}]+)\}", "".join(commands)):
+            assert word.endswith(":q") or word in plain, f"{path.name}: {word}"
+
+
+def test_paths_of_any_characters_reach_no_shell(tmp_path):
+    odd = 'o\'d "d" $(touch ran); touch ran; `touch ran` & x > ran'
+    study = tiny_study.STUDY | {"results": odd, "cohort": tiny_study.STUDY["cohort"] | {"subjects": 20}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    tiny_study.run(tmp_path, "--until", "cohort")
+    assert (tmp_path / odd / "tiny/cohort/manifest.parquet").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {".snakemake", "study.yaml", odd}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["counterfactual"], "counterfactual.covariate: not set"),
+        (["augment", "--config", "downstream={}"], "downstream.target: not set"),
+        (["regenerate", "--config", "sealed=~/release"], "begins with ~"),
+        (["regenerate", "--config", "sealed=release", "models=a{b}"], "has braces"),
+        (["all", "--config", "results=a{b}"], "results: the path has braces"),
+        (["all", "--config", "seed=True"], "Put it in quotes"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_any_job(arguments, expected, tmp_path):
+    done = run("snakemake", "-n", "--directory", str(tmp_path), *arguments)
+    assert done.returncode != 0
+    assert expected in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("enforce", "subjects", "said"),
+    [
+        ("stop", 90, "the filter needs 59 (privacy.level: 0.05). It will reject nothing, and the run stops before the"),
+        ("report", 90, "It will reject nothing, and the release will say so (privacy.enforce: report)"),
+        ("stop", 900, ""),
+    ],
+)
+def test_a_dry_run_says_that_the_filter_will_have_no_threshold(enforce, subjects, said, tmp_path):
+    study = tiny_study.STUDY | {"privacy": {"enforce": enforce}}
+    study |= {"cohort": study["cohort"] | {"subjects": subjects}, "splits": {}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    command = ["snakemake", "-n", "cohort", "--directory", str(tmp_path), "--configfile", str(tmp_path / "study.yaml")]
+    done = run(*command)
+    assert done.returncode == 0
+    shown = done.stdout + done.stderr
+    assert said in shown if said else "reject nothing" not in shown
+    card = tmp_path / "results/tiny/cohort/card.json"
+    card.parent.mkdir(parents=True)
+    card.write_text(json.dumps({"splits": {"calibration": {"subjects": 3}}}))
+    done = run(*command)
+    shown = done.stdout + done.stderr
+    assert "the calibration split has 3 subjects" in shown, "what was read counts, not what was expected"
+
+
+def test_a_key_that_is_given_twice_is_refused_by_the_workflow(tmp_path):
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(tiny_study.STUDY) + "covariates: {sex: {levels: [no, yes]}}\n")
+    done = run("snakemake", "-n", "--directory", str(tmp_path), "--configfile", str(tmp_path / "study.yaml"))
+    assert "key `covariates` is on line" in done.stdout + done.stderr
 
 
 def test_changed_tables_are_noticed_and_missing_ones_are_no_obstacle(tmp_path):

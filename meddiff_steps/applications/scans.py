@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 
 from meddiff_steps import config
+from meddiff_steps.cohort.learnt import LearntLevels, learnt
 from meddiff_steps.core.errors import UserError
 
-#: A sweep without values of its own runs between these quantiles of the training values: inside what the model has
-#: seen.
-SWEEP_QUANTILES = (0.03, 0.97)
+log = logging.getLogger(__name__)
 
 
 def chosen_scans(scans: pd.DataFrame, wanted: Sequence[str], most: int) -> pd.DataFrame:
@@ -56,17 +55,26 @@ def sweep(
     Raises
     ------
     UserError
-        No covariate is named.
+        No covariate is named, or a level that no training scan has.
     """
-    if settings.covariate is None:
-        raise UserError(
-            "counterfactual.covariate: not set, so nothing is moved. Name a covariate, for example with --config"
-            f" 'counterfactual={{covariate: {next(iter(covariates))}}}'."
-        )
-    declared = covariates[settings.covariate]
+    moved = settings.moved
+    known = learnt(training[moved], covariates[moved])
     if settings.values:
+        beyond = known.beyond(settings.values)
+        if beyond and isinstance(known, LearntLevels):
+            raise UserError(
+                f"counterfactual.values: {beyond} of {moved}, but the training scans only have {known}, so the model"
+                " has not learnt it. Ask for another level."
+            )
+        if beyond:
+            log.warning(
+                "counterfactual.values: %s of %s, but the training scans are %s: the model has not learnt it, and what"
+                " it draws there is an extrapolation",
+                beyond,
+                moved,
+                known,
+            )
         return list(settings.values)
-    if isinstance(declared, config.CategoricalCovariate):
-        return list(declared.levels)
-    low, high = training[settings.covariate].quantile(list(SWEEP_QUANTILES))
-    return [float(f"{value:.4g}") for value in np.linspace(low, high, settings.sweep_steps)]
+    if isinstance(known, LearntLevels):
+        return list(known.levels)
+    return [float(f"{value:.4g}") for value in known.sweep(settings.sweep_steps)]

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from meddiff_steps import config
+from meddiff_steps.cohort.covariates import shorten
 from meddiff_steps.core.errors import UserError
-from meddiff_steps.core.files import read_json
+from meddiff_steps.core.files import read_json, sha256_file
 from meddiff_steps.provenance import ledger, lineage, merkle, verify
 from meddiff_steps.release import seal, versions
 
@@ -160,7 +161,7 @@ def _parents(record: lineage.Record, records: dict[str, lineage.Record]) -> list
 
 
 def compare(first: Path, second: Path) -> list[str]:
-    """What differs between two releases, field by field; nothing for equal ones.
+    """What differs between two releases, field by field and file by file; nothing for equal ones.
 
     Ledgers are walked side by side in the order of sample ids, so that memory stays bounded.
 
@@ -193,7 +194,43 @@ def compare(first: Path, second: Path) -> list[str]:
         f"{key}: {count} of {shared} shared subjects differ ({examples[key]})"
         for key, count in sorted(fields.items(), key=lambda item: -item[1])
     ]
-    return lines + _code_differences(first, second)
+    return lines + _code_differences(first, second) + _file_differences(first, second)
+
+
+def _file_differences(first: Path, second: Path) -> list[str]:
+    """Files that differ as they lie there, whatever the ledgers say of them."""
+    sides = [_files(release) for release in (first, second)]
+    lines = [
+        f"files: {len(alone)} in the {which} alone ({shorten(alone)})"
+        for which, alone in (
+            ("first", sorted(sides[0].keys() - sides[1].keys())),
+            ("second", sorted(sides[1].keys() - sides[0].keys())),
+        )
+        if alone
+    ]
+    shared = sorted(sides[0].keys() & sides[1].keys())
+    changed = [name for name in shared if not _alike(sides[0][name], sides[1][name])]
+    if changed:
+        lines.append(f"files: {len(changed)} of {len(shared)} in both differ on disk ({shorten(changed)})")
+    return lines
+
+
+def _files(release: Path) -> dict[str, Path]:
+    """What lies in a release, by path within it; of folders their files."""
+    return {
+        path.relative_to(release).as_posix(): path
+        for path in release.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    }
+
+
+def _alike(first: Path, second: Path) -> bool:
+    """Whether two files are regular ones of the same bytes, or links to the same place."""
+    if first.is_symlink() or second.is_symlink():
+        return first.is_symlink() and second.is_symlink() and first.readlink() == second.readlink()
+    if not (first.is_file() and second.is_file()) or first.stat().st_size != second.stat().st_size:
+        return False
+    return sha256_file(first) == sha256_file(second)
 
 
 def _side_by_side(first: Path, second: Path) -> Iterator[tuple[str, ledger.Row | None, ledger.Row | None]]:

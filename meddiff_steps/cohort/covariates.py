@@ -327,8 +327,8 @@ class CovariateEncoding:
         Raises
         ------
         UserError
-            A covariate has no values, or a continuous one has fewer than two or does not vary, so nothing can be learnt
-            from it.
+            A covariate has no values, a continuous one has fewer than two, or one does not vary, so nothing can be
+            learnt from it.
         """
         rows = parse_covariates(frame[frame["split"] == "train"] if "split" in frame else frame, covariates)
         means: dict[str, float] = {}
@@ -347,6 +347,11 @@ class CovariateEncoding:
                         f" {remedy}"
                     )
                 unseen = [level for level in covariate.levels if level not in set(values)]
+                if len(set(values)) == 1:
+                    raise UserError(
+                        f"covariates.{name}: all {len(values)} training values are {values[0]}, so its effect cannot be"
+                        f" learnt. {remedy}"
+                    )
                 if unseen:
                     log.warning(
                         "covariates.%s: no training row has level %s; images asked for with it will not follow it",

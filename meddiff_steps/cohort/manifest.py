@@ -23,7 +23,14 @@ import pyarrow as pa
 from PIL import Image
 from tqdm import tqdm
 
-from meddiff_steps.cohort.covariates import RESERVED, check_names, describe, parse_covariates, shorten
+from meddiff_steps.cohort.covariates import (
+    RESERVED,
+    CovariateEncoding,
+    check_names,
+    describe,
+    parse_covariates,
+    shorten,
+)
 from meddiff_steps.cohort.identity import alike, shown
 from meddiff_steps.cohort.splits import SPLITS, assign_splits, split_balance
 from meddiff_steps.cohort.table import image_extension
@@ -178,8 +185,8 @@ def build_manifest(
     Raises
     ------
     UserError
-        A covariate value is wrong, a scan id occurs twice, ids of subjects are alike, a file cannot be read, or a split
-        stays empty.
+        A covariate value is wrong, a covariate does not vary over the training scans, a scan id occurs twice, ids of
+        subjects are alike, a file cannot be read, or a split stays empty.
     """
     typed = parse_covariates(frame, covariates).sort_values(
         "scan_id", ignore_index=True
@@ -197,7 +204,9 @@ def build_manifest(
             " id in one way, or set cohort.alike_ids: join, which keeps the spellings in one split; if they are"
             " different people, set cohort.alike_ids: distinct."
         )
-    assign_splits(typed["subject_id"], same, splits, seed)  # an empty split is usually known before hashing, too
+    # An empty split, and a covariate that nothing can be learnt from, are usually known before hashing, too.
+    expected = assign_splits(typed["subject_id"], same, splits, seed)
+    CovariateEncoding.fit(typed.assign(split=typed["subject_id"].map(expected)), covariates)
 
     digests = _digest_all(typed["path"].tolist(), threads)
     typed["sha256"] = [d.sha256 for d in digests]

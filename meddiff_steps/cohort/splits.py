@@ -97,14 +97,6 @@ def _split_at(fraction: float, splits: Splits) -> str:
     return SPLITS[-1]  # the shares may add up to 1 - 1e-6; test is never configured to 0
 
 
-def subjects_needed(level: float, detectors: int) -> int:
-    """Calibration subjects below which the privacy filter has no threshold, `level` being shared over `detectors`.
-
-    A conformal threshold at level a exists from 1 / a - 1 subjects on (`privacy.calibration.conformal_threshold`).
-    """
-    return math.ceil(detectors / level - 1 - 1e-9)
-
-
 def split_balance(manifest: pd.DataFrame, covariates: Covariates, splits: Splits) -> dict[str, Any]:
     """How the splits came out, for a card.
 

@@ -18,6 +18,7 @@ from meddiff_steps.config.base import (
     PositiveInt,
     Scalar,
     Section,
+    local_path,
 )
 from meddiff_steps.config.choices import (
     DenoiserName,
@@ -53,6 +54,7 @@ from meddiff_steps.config.stages import STAGES, TEXT_KEYS, freeze, load_stage, p
 from meddiff_steps.config.storage import S3, Storage
 from meddiff_steps.config.study import RESERVED_COLUMNS, Study
 from meddiff_steps.config.variants import Variants
+from meddiff_steps.config.yaml_files import given_on_command_line, read_yaml
 
 __all__ = [
     "MNI152",
@@ -127,13 +129,16 @@ __all__ = [
     "TableSource",
     "Variants",
     "freeze",
+    "given_on_command_line",
     "json_schema",
     "key_reference",
     "load_stage",
     "load_study",
+    "local_path",
     "parse_published",
     "parse_study",
     "part_of",
+    "read_yaml",
     "resolved",
     "stages_of",
     "without_paths",

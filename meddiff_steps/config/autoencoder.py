@@ -4,7 +4,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from meddiff_steps.config.base import PATH, Count, NetworkOptimiser, PositiveFloat, PositiveInt, Section, Weight
+from meddiff_steps.config.base import (
+    Count,
+    NetworkOptimiser,
+    NoOrLocalPath,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Weight,
+)
 from meddiff_steps.config.choices import FirstStageName
 
 
@@ -12,7 +20,7 @@ class Perceptual(Section):
     """Distance between feature maps of a network of your own (Zhang et al. 2018); nothing is downloaded."""
 
     weight: Weight = Field(0.0, description="Weight of the term beside the mean absolute error; 0 leaves it out.")
-    weights: Annotated[str | None, PATH] = Field(
+    weights: NoOrLocalPath = Field(
         None,
         description="Path of a TorchScript file: from images (b, 1, ...) in [0, 1] to feature maps (b, c, ...); "
         "needed when weight is above 0.",

@@ -1,10 +1,11 @@
 """What all sections share: their class, types of values, marks on keys, and a walk over all keys."""
 
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -31,14 +32,53 @@ TEXT = Mark("text")
 #: The key is a path on the user's machine, which nothing that is published may show.
 PATH = Mark("path")
 Text = Annotated[str, TEXT]
-LocalPath = Annotated[str, PATH]
+
+#: What only a shell expands, what Snakemake takes for a wildcard, and what no name of a file should hold.
+_NO_PATH = (
+    (r"^$", "is empty"),
+    (r"^~", "begins with ~, which only a shell expands"),
+    (r"\$[A-Za-z_{]", "has $, which only a shell expands"),
+    (r"^-", "begins with -, which programs take for an option"),
+    (r"[\x00-\x1f\x7f]", "has a line break, a tab or another control character"),
+)
+_BRACES = (r"[{}]", "has braces, which Snakemake takes for a wildcard")
+
+
+def _path(value: str | None, refused: tuple[tuple[str, str], ...]) -> str | None:
+    for pattern, problem in refused:
+        if value is not None and re.search(pattern, value):
+            raise ValueError(f"the path {problem}. Write it out, as `ls` shows it, or rename the folder")
+    return value
+
+
+def local_path(value: str | None) -> str | None:
+    """A path that means the same to everything that reads it, blanks and quotes included.
+
+    Raises
+    ------
+    ValueError
+        It does not.
+    """
+    return _path(value, (*_NO_PATH, _BRACES))
+
+
+def path_pattern(value: str | None) -> str | None:
+    """The same of a path with fields in braces."""
+    return _path(value, _NO_PATH)
+
+
+LocalPath = Annotated[str, PATH, Field(min_length=1), AfterValidator(local_path)]
+NoOrLocalPath = Annotated[str | None, PATH, AfterValidator(local_path)]
+PathPattern = Annotated[str, PATH, Field(min_length=1), AfterValidator(path_pattern)]
+NoOrPathPattern = Annotated[str | None, PATH, AfterValidator(path_pattern)]
 
 
 class Section(BaseModel):
     """A part of a study: unknown keys are refused, values cannot change after validation."""
 
-    # Built when first used: the workflow, parsed anew in every job, starts sooner.
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+    # Built when first used: the workflow, parsed anew in every job, starts sooner.  A number where a text is expected
+    # is its digits: `yaml_files` reads as numbers only what is written back just so.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, coerce_numbers_to_str=True)
 
 
 class Optimiser(Section):

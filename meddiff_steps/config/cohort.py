@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from meddiff_steps.config.base import PATH, Fraction, LocalPath, PositiveFloat, PositiveInt, Section
+from meddiff_steps.config.base import Fraction, LocalPath, NoOrLocalPath, PositiveFloat, PositiveInt, Section
 
 
 def _as_text(value: Any) -> Any:
@@ -69,7 +69,7 @@ class TableSource(Section):
     subject_column: str = Field(
         "subject_id", description="Column that says whom the image shows; splits are made by it."
     )
-    root: Annotated[str | None, PATH] = Field(
+    root: NoOrLocalPath = Field(
         None, description="Directory that relative image paths start at; the table's own by default."
     )
     alike_ids: AlikeIds = "refuse"
@@ -86,7 +86,7 @@ class Splits(Section):
     calibration: Fraction = Field(
         0.1,
         description="Subjects that the privacy filter takes its thresholds from. At the default `privacy.level` they "
-        "must be at least 59, or it rejects nothing.",
+        "must be at least 59, or it rejects nothing and the run stops before the release.",
     )
     test: Fraction = Field(0.1, description="Subjects that every figure is reported on; must be above 0.")
 

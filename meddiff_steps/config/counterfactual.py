@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from meddiff_steps.config.base import Name, PositiveInt, Scalar, Section, Weight
+from meddiff_steps.core.errors import UserError
 
 
 class Counterfactual(Section):
@@ -54,6 +55,22 @@ class Counterfactual(Section):
     interpolation_steps: Annotated[int, Field(ge=0)] = Field(
         0, description="Images between each of the scans and the next, as a picture; 0 makes none."
     )
+
+    @property
+    def moved(self) -> str:
+        """The covariate that is moved.
+
+        Raises
+        ------
+        UserError
+            None is named.
+        """
+        if self.covariate is None:
+            raise UserError(
+                "counterfactual.covariate: not set, so nothing is moved. Name a covariate of the study, for example"
+                " with --config 'counterfactual={covariate: age}'."
+            )
+        return self.covariate
 
     @model_validator(mode="after")
     def _values_need_a_covariate(self) -> Self:

@@ -8,6 +8,13 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from meddiff_steps.config.base import Name, Section, Text
 
 
+def level_text(level: Any) -> Any:
+    """A level that is written as a number, as text; anything else as it is."""
+    if isinstance(level, bool) or not isinstance(level, (int, float)):
+        return level
+    return str(int(level)) if float(level).is_integer() else repr(level)
+
+
 class ContinuousCovariate(Section):
     """A number with a unit, for example age in years."""
 
@@ -37,12 +44,7 @@ class CategoricalCovariate(Section):
     @field_validator("levels", mode="before")
     @classmethod
     def _levels_are_text(cls, value: Any) -> Any:
-        def text(level: Any) -> Any:
-            if isinstance(level, bool) or not isinstance(level, (int, float)):
-                return level
-            return str(int(level)) if float(level).is_integer() else repr(level)
-
-        return [text(level) for level in value] if isinstance(value, list) else value
+        return [level_text(level) for level in value] if isinstance(value, list) else value
 
     @field_validator("levels")
     @classmethod

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from meddiff_steps.config.base import Keys, fields_of
 from meddiff_steps.config.renamed import before_renaming, old_names, translated
 from meddiff_steps.config.study import Study
+from meddiff_steps.config.yaml_files import read_yaml, where_is
 from meddiff_steps.core.errors import UserError
 
 #: Parts of the places that pydantic names which are no keys: kinds of a section, and how a value was tried.
@@ -27,23 +27,13 @@ def load_study(path: Path) -> Study:
     Raises
     ------
     UserError
-        The file is missing, is no YAML mapping, or breaks a rule; every problem is listed with its key.
+        The file is missing, is no YAML mapping, or breaks a rule; every problem is listed with its key and line.
     """
-    try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such study file. Give a YAML file, for example config/config.yaml.") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a directory, expected a YAML file. Name the study file itself.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file ({error.reason}). A study is a YAML file in UTF-8.") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
-    return parse_study(raw, str(path))
+    return parse_study(read_yaml(path), str(path), [path])
 
 
-def parse_study(raw: Any, origin: str) -> Study:
-    """Validate an already parsed study; `origin` names it in error messages.
+def parse_study(raw: Any, origin: str, files: Sequence[Path] = ()) -> Study:
+    """Validate an already parsed study; `origin` names it in error messages, and `files` are where its keys stand.
 
     Raises
     ------
@@ -58,7 +48,7 @@ def parse_study(raw: Any, origin: str) -> Study:
     try:
         study = Study.model_validate(translated(raw) if problems else raw)
     except ValidationError as error:
-        problems += [line for problem in error.errors(include_url=False) for line in _explained(problem)]
+        problems += [line for problem in error.errors(include_url=False) for line in _explained(problem, files)]
     if problems:
         listed = "".join(f"\n  {problem}" for problem in problems)
         raise UserError(f"{origin}: {len(problems)} problem(s) in the study:{listed}")
@@ -80,8 +70,8 @@ def parse_published(content: Any, origin: str, version: str) -> Study:
     return parse_study(translated(content) if old else content, origin)
 
 
-def _explained(problem: ErrorDetails) -> Iterator[str]:
-    """A problem in words, after the key that it is about."""
+def _explained(problem: ErrorDetails, files: Sequence[Path]) -> Iterator[str]:
+    """A problem in words, after the key that it is about, and where that stands."""
     where = tuple(str(part) for i, part in enumerate(problem["loc"]) if not (i and _NO_KEYS.match(str(part))))
     if not where:  # a relation between sections, which names its keys itself
         yield from problem["msg"].removeprefix("Value error, ").split("\n")
@@ -93,8 +83,11 @@ def _explained(problem: ErrorDetails) -> Iterator[str]:
         )
     elif problem["type"] in ("union_tag_not_found", "union_tag_invalid"):
         message = "set `source` to bids, table or simulated"
+    elif problem["type"] == "string_type":
+        message += f'. Put it in quotes, as it is to be read: {where[-1]}: "..."'
     shown = problem["type"] != "missing" and isinstance(found, (str, int, float, bool, type(None)))
-    yield f"{'.'.join(where)}: {message}{f' (found {found!r})' if shown else ''}"
+    place = where_is(where, files)
+    yield f"{'.'.join(where)}: {message}{f' (found {found!r})' if shown else ''}{f' [{place}]' if place else ''}"
 
 
 def _meant(where: Keys) -> str:

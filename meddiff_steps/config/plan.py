@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from meddiff_steps.config.base import PATH, Alphanumeric, Name, PositiveInt, Scalar, Section
+from meddiff_steps.config.base import Alphanumeric, Name, NoOrLocalPath, PositiveInt, Scalar, Section
 
 Condition = Scalar | list[Scalar]
 
@@ -27,10 +27,10 @@ class PlanGroup(Section):
         description="Copula only. A level, a list of levels, a number, or [low, high]: every subject of the group "
         "fulfils it.",
     )
-    table: Annotated[str | None, PATH] = Field(
+    table: NoOrLocalPath = Field(
         None, description="Table only. CSV, TSV or Parquet with a column per covariate; empty cells are missing values."
     )
-    grid: dict[Name, list[Scalar]] = Field(
+    grid: dict[Name, Annotated[list[Scalar], Field(min_length=1)]] = Field(
         {}, description="Grid and counterfactual. Values per covariate; all combinations are planned."
     )
     base: dict[Name, Scalar] = Field(

@@ -5,7 +5,16 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from meddiff_steps.config.base import PATH, Fraction, LocalPath, Name, PositiveFloat, PositiveInt, Section
+from meddiff_steps.config.base import (
+    Fraction,
+    LocalPath,
+    Name,
+    NoOrPathPattern,
+    PathPattern,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
 
 #: What a path pattern can be filled in with, by scan.
 PATTERN_FIELDS = ("subject_id", "session_id", "scan_id")
@@ -29,8 +38,7 @@ SHARD_COLUMNS = frozenset(
 class Channel(Section):
     """A further image of each scan, brought to the same grid and stored beside it as a column of its own."""
 
-    path: LocalPath = Field(
-        min_length=1,
+    path: PathPattern = Field(
         description="Path pattern, with {subject_id}, {session_id} and {scan_id}; the image is in the same world "
         "space as the scan.",
     )
@@ -63,7 +71,7 @@ MNI152 = "mni152"
 class Registration(Section):
     """Every scan in the pose of a template: rotation and translation, or an affine transform, found anew for each."""
 
-    template: Annotated[str, PATH, Field(min_length=1)] = Field(
+    template: LocalPath = Field(
         MNI152,
         description="`mni152` (a brain without skull, in millimetres of MNI space), or the path of a 3D NIfTI volume "
         "that shows what the scans show.",
@@ -107,7 +115,7 @@ class Preprocess(Section):
         "background (radiographs).",
     )
     percentiles: tuple[float, float] = Field((0.0, 99.5), description="Mapped to 0 and 1; values outside are clipped.")
-    brain_mask: Annotated[str | None, PATH] = Field(
+    brain_mask: NoOrPathPattern = Field(
         None,
         description="Path pattern of a mask per scan, with {subject_id}, {session_id} and {scan_id}; voxels outside "
         "become 0.",

@@ -40,7 +40,9 @@ class Privacy(Section):
     """What may be released: every synthetic image is compared with every training scan."""
 
     enforce: Literal["stop", "report"] = Field(
-        "stop", description="`stop`: a verdict of FAIL ends the run before the release; `report`: it is only told."
+        "stop",
+        description="`stop`: a gate that fails, too few calibration subjects (NOT_CALIBRATED) or detectors that miss "
+        "planted copies end the run before the release; `report`: it is only told.",
     )
     level: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(
         0.05,
@@ -59,7 +61,7 @@ class Privacy(Section):
     )
     max_attempts: PositiveInt = Field(5, description="Draws per planned subject before it is given up as failed.")
     max_failed_share: Fraction = Field(
-        0.05, description="Gate: share of planned subjects that were given up as failed."
+        0.05, description="Gate: share of planned subjects that were given up as failed, or left out as doubles."
     )
     # The nearest two of the demo's 1,000 scans have 0.977, of 185 IXI brains at 4 mm 0.980; a scan and itself with
     # 3 % noise have 0.997.

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from meddiff_steps.config.base import PATH, TEXT, PositiveInt, Section, Text
+from meddiff_steps.config.base import TEXT, NoOrLocalPath, PositiveInt, Section, Text
 
 
 class Card(Section):
@@ -34,7 +34,7 @@ class Release(Section):
         True, description="Whether the images that the model learnt from show the brain only (BIDS SkullStripped)."
     )
     acknowledgements: Text = Field("", description="Acknowledgement that the source data ask for.")
-    signing_key: Annotated[str | None, PATH] = Field(
+    signing_key: NoOrLocalPath = Field(
         None, description="Path of a private key that `keygen` made; the release is then signed. Never published."
     )
     url: Text = Field("", description="Address at which the release will be found.")

@@ -4,7 +4,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from meddiff_steps.config.base import LocalPath, Name, Optimiser, PositiveInt, Section
+from meddiff_steps.config.base import Name, Optimiser, PathPattern, PositiveInt, Section
 
 
 class Structure(Section):
@@ -52,8 +52,7 @@ class Segmentation(Section):
     A second instrument beside the predictors.
     """
 
-    labels: LocalPath = Field(
-        min_length=1,
+    labels: PathPattern = Field(
         description="Path of a scan's label map, with {subject_id}, {session_id}, {scan_id} in it; same world space "
         "as the scan.",
     )

@@ -6,8 +6,8 @@ from pydantic import Field
 
 from meddiff_steps.config.base import Section
 
-#: A folder in a bucket.
-S3 = r"^s3://[a-z0-9][a-z0-9.-]+(/[^/]+)+$"
+#: A folder in a bucket, of the characters that S3 calls safe and a few more.
+S3 = r"^s3://[a-z0-9][a-z0-9.-]+(/[A-Za-z0-9 !_.*'()=+@-]+)+$"
 
 
 class Storage(Section):

@@ -1,7 +1,7 @@
 """A whole study: its sections, and what must hold between them."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationInfo, model_validator
 
@@ -10,7 +10,7 @@ from meddiff_steps.config.base import LocalPath, Scalar, Section, Text
 from meddiff_steps.config.cohort import BidsSource, CohortSource, Splits
 from meddiff_steps.config.compute import Compute
 from meddiff_steps.config.counterfactual import Counterfactual
-from meddiff_steps.config.covariates import CategoricalCovariate, ContinuousCovariate, Covariates
+from meddiff_steps.config.covariates import CategoricalCovariate, ContinuousCovariate, Covariates, level_text
 from meddiff_steps.config.decoder import Decoder
 from meddiff_steps.config.diffusion import Diffusion
 from meddiff_steps.config.downstream import Downstream
@@ -72,6 +72,11 @@ class Study(Section):
     compute: Compute = Field(Compute(), description="What the machine is asked for.")
     storage: Storage = Field(Storage(), description="What stays on disk, and where it goes.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _values_as_declared(cls, content: Any) -> Any:
+        return values_as_declared(content) if isinstance(content, Mapping) else content
+
     @model_validator(mode="after")
     def _consistent(self, info: ValidationInfo) -> Self:
         if info.context == ONE_SECTION:
@@ -85,6 +90,41 @@ class Study(Section):
     def spatial_dims(self) -> int:
         """2 or 3."""
         return len(self.preprocess.shape)
+
+
+def values_as_declared(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A study's content in which values that are asked for are numbers or text as their covariates are declared.
+
+    What a file or `--config` gives as text (`1e3`, `01`) can be either.
+    """
+    declared = content.get("covariates")
+    if not isinstance(declared, Mapping):
+        return content
+
+    def typed(name: Any, value: Any) -> Any:
+        if isinstance(value, list):
+            return [typed(name, one) for one in value]
+        covariate = declared.get(name)
+        if isinstance(covariate, CategoricalCovariate) or (isinstance(covariate, Mapping) and "levels" in covariate):
+            return level_text(value)
+        try:
+            return float(value) if covariate is not None and isinstance(value, str) else value
+        except ValueError:
+            return value
+
+    def group(given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        asked = {key: given[key] for key in ("where", "grid", "base") if isinstance(given.get(key), Mapping)}
+        return {**given, **{key: {name: typed(name, value) for name, value in asked[key].items()} for key in asked}}
+
+    plan, moved = content.get("plan"), content.get("counterfactual")
+    changed: dict[str, Any] = {}
+    if isinstance(plan, list):
+        changed["plan"] = [group(given) for given in plan]
+    if isinstance(moved, Mapping) and "values" in moved:
+        changed["counterfactual"] = {**moved, "values": typed(moved.get("covariate"), moved["values"])}
+    return {**content, **changed}
 
 
 # --------------------------------------------------------------------------- relations between sections

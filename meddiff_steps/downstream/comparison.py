@@ -72,9 +72,9 @@ class Draws:
             student.ppf(0.975, freedom) / norm.ppf(0.975)
         )
 
-    def figure(self, lowest: float = -1.0) -> Figure:
+    def figure(self, lowest: float = -1.0, share_of: int = 0) -> Figure:
         """With its interval, which ends at `lowest` and at 1: the sum of the parts may step beyond what is possible."""
-        return figure(self.value, np.clip(self.widened(), lowest, 1.0), self.n)
+        return figure(self.value, np.clip(self.widened(), lowest, 1.0), self.n, share_of)
 
     def minus(self, other: Draws) -> Draws:
         return Draws(
@@ -86,10 +86,12 @@ class Draws:
         )
 
     def p_value(self) -> float:
-        """Two-sided, of no difference: the level at which the percentile interval begins to leave 0 out."""
+        """Two-sided, of no difference: the level at which the percentile interval begins to leave 0 out; nan of a
+        difference that no resample changes.
+        """
         draws = self.widened()
         finite = draws[np.isfinite(draws)]
-        if not math.isfinite(self.value) or len(finite) == 0:
+        if not math.isfinite(self.value) or len(finite) == 0 or (self.value != 0 and np.ptp(finite) < 1e-9):
             return math.nan
         return min(1.0, 2.0 * (1 + min((finite <= 0).sum(), (finite >= 0).sum())) / (1 + len(finite)))
 
@@ -175,7 +177,7 @@ def verdict_text(word: Verdict, non_inferior: bool | None, arm: str, reference: 
     if word == "not evaluated":
         return (
             f"The difference of {arm} and {reference} has no interval: the test split holds too few subjects of one"
-            " class."
+            " class, or so few that no resample changes it."
         )
     loss = f"a loss of more than {margin:g} {'is' if non_inferior else 'cannot be'} excluded"
     if word == "harms":

@@ -14,7 +14,7 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.downstream.comparison import FIGURES, Draws, Resampling, verdict, verdict_text
 from meddiff_steps.statistics.bootstrap import Statistic, figure, rounded
 from meddiff_steps.statistics.differences import delong_difference, holm
-from meddiff_steps.statistics.measures import auc, auc_within, one_versus_rest
+from meddiff_steps.statistics.measures import auc, auc_within, one_versus_rest, smaller_side
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Scored:
     levels: np.ndarray
     subgroup: np.ndarray
     probability: Mapping[str, np.ndarray]
+
+    def rests_on(self, rows: np.ndarray | slice = slice(None)) -> int:
+        """Subjects of the rarest class among some rows: what their AUC rests on."""
+        levels, units = self.levels[rows], self.units[rows]
+        return min((smaller_side(levels == level, units) for level in np.unique(levels)), default=0)
 
 
 def scored(predictions: pd.DataFrame, tested_on: str, levels: Sequence[str]) -> Scored:
@@ -151,7 +156,10 @@ def measure(
                     for probability in _cells(data.probability[arm])
                 ]
             ).reshape(-1, seeds)
-        entry: dict[str, Any] = {name: draws[f"{arm}|{name}"].figure(lowest=0.0) for name in FIGURES}
+        entry: dict[str, Any] = {
+            name: draws[f"{arm}|{name}"].figure(0.0, data.rests_on() if name in ("auc", "auprc") else 0)
+            for name in FIGURES
+        }
         entry["seeds"] = [rounded(float(value)) for value in each.ravel()]
         entry["sd_over_seeds"] = rounded(float(np.std(each.mean(0), ddof=1))) if seeds > 1 else None
         if len(each) > 1:
@@ -177,7 +185,10 @@ def _group_figures(data: Scored, groups: Mapping[str, Draws]) -> dict[str, Any]:
     all arms share.
     """
     sizes = {name: len(set(data.units[data.subgroup == name])) for name in groups}
-    shown: dict[str, Any] = {name: replace(entry, n=sizes[name]).figure(lowest=0.0) for name, entry in groups.items()}
+    sides = {name: data.rests_on(data.subgroup == name) for name in groups}
+    shown: dict[str, Any] = {
+        name: replace(entry, n=sizes[name]).figure(0.0, sides[name]) for name, entry in groups.items()
+    }
     judged = {name: entry for name, entry in groups.items() if np.isfinite(entry.value)}
     if not judged:
         return {"groups": shown}
@@ -188,7 +199,7 @@ def _group_figures(data: Scored, groups: Mapping[str, Draws]) -> dict[str, Any]:
     smallest = min(sizes[name] for name in judged)
     return {
         "groups": shown,
-        "worst_group_auc": figure(float(values.min()), draws.min(0), smallest),
+        "worst_group_auc": figure(float(values.min()), draws.min(0), smallest, min(sides[name] for name in judged)),
         "gap": figure(float(np.ptp(values)), np.ptp(draws, axis=0), smallest),
     }
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from meddiff_steps.config import CategoricalCovariate, Covariates, Scalar
 from meddiff_steps.instruments.predictors import Predictors
 from meddiff_steps.statistics.bootstrap import Bootstrap, Figure
-from meddiff_steps.statistics.measures import auc, mean_of, pearson, slope
+from meddiff_steps.statistics.measures import auc, mean_of, pearson, slope, smaller_side
 
 
 def measure(
@@ -119,7 +119,9 @@ def figures(rows: pd.DataFrame, covariate: str, covariates: Covariates, *, resam
             column = f"{covariate}={level}"
             if column in moved:
                 hit = (moved["requested"] == level).to_numpy()
-                found["moved"][level] = {"auc": boot(moved, column).figure(auc(hit, moved[column].to_numpy()))}
+                statistic = auc(hit, moved[column].to_numpy())
+                rests_on = smaller_side(hit, moved["subject_id"])
+                found["moved"][level] = {"auc": boot(moved, column).figure(statistic, rests_on)}
     elif covariate in moved:
         requested, measured = moved["requested"].to_numpy(float), moved[covariate].to_numpy(float)
         base = returned[covariate].reindex(moved["scan_id"]).to_numpy(float)
@@ -145,7 +147,9 @@ def figures(rows: pd.DataFrame, covariate: str, covariates: Covariates, *, resam
     ceiling = boot(returned, "identity ceiling").figure(mean_of(returned["identity"].to_numpy(float)))
     found["identity"] = identity | {"ceiling": ceiling}
     if "recognised" in moved:
-        share = boot(moved, "recognised").figure(mean_of(moved["recognised"].to_numpy(float)))
-        kept = boot(returned, "recognised ceiling").figure(mean_of(returned["recognised"].to_numpy(float)))
+        share, kept = (
+            boot(part, label).figure(mean_of(part["recognised"].to_numpy(float)), part["subject_id"].nunique())
+            for part, label in ((moved, "recognised"), (returned, "recognised ceiling"))
+        )
         found["recognised"] = share | {"ceiling": kept}
     return found

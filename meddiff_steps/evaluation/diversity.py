@@ -142,6 +142,8 @@ def vendi_figure(sample: Sample, width: float) -> Figure:
         np.array([_vendi(kernel, (units != name) * 1.0) for name in names]) if len(names) > 1 else np.full(1, np.nan)
     )
     error = 1.96 * math.sqrt((len(names) - 1) / len(names) * float(np.sum(np.square(without - without.mean()))))
+    if error < 1e-9 * value:  # no image changes anything, as where all are alike
+        error = math.nan
     return {
         "value": rounded(value),
         "low": rounded(max(value - error, 1.0)),
@@ -174,7 +176,9 @@ def variety(
     for name, values in shares.items():
         units = sample.units if name in ("precision", "density") else reference.units
         boot = Bootstrap(units, resamples, seed, f"manifold {label} {name}")
-        found[name] = _surely(boot.figure(mean_of(values)), name)
+        # Density is no share, but where it is 0 for all, the share of images near any real one is.
+        share_of = 0 if name == "density" and np.any(values) else boot.n
+        found[name] = boot.figure(mean_of(values), share_of)
     return found | {"vendi": vendi_figure(sample, width)}
 
 
@@ -220,16 +224,6 @@ def diversity(samples: Mapping[str, Sample], *, neighbours: int, resamples: int,
         for name, figure in beside("reconstructions", "originals").items():
             out[name]["reconstructions"] = figure
     return out
-
-
-def _surely(entry: Figure, name: str) -> Figure:
-    """Resamples of a share of 0 or 1 are all alike, though another sample might differ: up to 3 / n by the rule of
-    three.
-    """
-    if name != "density" and entry["value"] in (0.0, 1.0) and entry["low"] is not None:
-        reach = rounded(min(1.0, 3.0 / entry["n"]))
-        entry |= {"high": reach} if entry["value"] == 0.0 else {"low": rounded(1.0 - (reach or 0.0))}
-    return entry
 
 
 # ----------------------------------------------------------------------------------- similarity of pairs

@@ -17,7 +17,7 @@ from scipy.stats import wasserstein_distance
 from meddiff_steps.config import CategoricalCovariate, Covariates
 from meddiff_steps.core.random_streams import philox
 from meddiff_steps.statistics.bootstrap import Bootstrap, Figure, Statistic, centred, figure
-from meddiff_steps.statistics.measures import auc, calibration_error, macro, mean_of, pearson, slope
+from meddiff_steps.statistics.measures import auc, calibration_error, macro, mean_of, pearson, slope, smaller_side
 
 #: Columns of a predictions table.  `unit` is what is resampled: the subject of a real scan, the noise of a synthetic
 #: one. Numbers have one row per image and level null; a label has a row per level (of two levels: the second), in which
@@ -151,9 +151,11 @@ def covariate_fidelity(
         categorical = isinstance(covariate, CategoricalCovariate)
         head = "auc" if categorical else "r"
         results: dict[str, dict[str, tuple[float, np.ndarray, int]]] = {}
+        sides: dict[str, int] = {}
         for kind in ("synthetic", "real"):
             part = rows[rows["kind"] == kind]
             statistics, units = _label_statistics(part) if categorical else _number_statistics(part)
+            sides[kind] = _smallest_side(part)
             boot = Bootstrap(units, resamples, seed, f"fidelity {kind}")
             results[kind] = {key: (*boot.draws(statistic), boot.n) for key, statistic in statistics.items()}
             if "ece" in statistics:  # a resample repeats images, which makes it look worse calibrated
@@ -165,7 +167,9 @@ def covariate_fidelity(
             else {"kind": "continuous", "unit": covariate.unit}
         )
         for key, drawn in results["synthetic"].items():
-            entry[key] = figure(*drawn) | {"ceiling": figure(*results["real"][key])}
+            rests_on = sides if key == "auc" else dict.fromkeys(sides, 0)
+            ceiling = figure(*results["real"][key], rests_on["real"])
+            entry[key] = figure(*drawn, rests_on["synthetic"]) | {"ceiling": ceiling}
         (value, draws, n), (best, bests, _) = results["synthetic"][head], results["real"][head]
         with np.errstate(divide="ignore", invalid="ignore"):
             entry["share_of_ceiling"] = figure(float(np.divide(value, best)), draws / bests, n)
@@ -329,6 +333,14 @@ def _number_statistics(rows: pd.DataFrame) -> tuple[dict[str, Statistic], np.nda
         "mae": mean_of(np.abs(error)),
         "bias": mean_of(error),
     }, units
+
+
+def _smallest_side(rows: pd.DataFrame) -> int:
+    """Units of the rarest side of all levels; 0 of a number, which has none."""
+    sides = [
+        smaller_side(part["requested_or_true"].to_numpy() > 0.5, part["unit"]) for _, part in rows.groupby("level")
+    ]
+    return min(sides, default=0)
 
 
 def _label_statistics(rows: pd.DataFrame) -> tuple[dict[str, Statistic], np.ndarray]:

@@ -17,7 +17,7 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.random_streams import philox
 from meddiff_steps.imaging.selection import Images
 from meddiff_steps.statistics.bootstrap import Bootstrap, Figure, figure, rounded
-from meddiff_steps.statistics.measures import auc
+from meddiff_steps.statistics.measures import auc, mean_of, smaller_side
 
 #: Columns of the answers; `certainty` runs from 0 (surely real) to 100 (surely synthetic), 50 is "cannot tell".
 ANSWERS = ("lineup", "reader", "image", "certainty")
@@ -104,7 +104,7 @@ def score(key: Mapping[str, Any], answers: pd.DataFrame) -> dict[str, Any]:
     right = decided["right"].to_numpy(dtype=float)
     out["all"] = {
         "answered": len(table),
-        "accuracy": weighed.figure(lambda weights: weights @ right / weights.sum(1)),
+        "accuracy": weighed.figure(mean_of(right), weighed.n),
         "auc": _auc(table),
     }
     return out
@@ -128,7 +128,8 @@ def _accuracy(right: int, answers: int) -> dict[str, Any]:
 
 def _auc(part: pd.DataFrame) -> Figure:
     boot = Bootstrap(part["image"].to_numpy(), RESAMPLES, "lineup", "auc")
-    return boot.figure(auc(part["truth"].to_numpy(), part["certainty"].to_numpy(dtype=float)))
+    truth = part["truth"].to_numpy()
+    return boot.figure(auc(truth, part["certainty"].to_numpy(dtype=float)), smaller_side(truth, part["image"]))
 
 
 def _checked(key: Mapping[str, Any], answers: pd.DataFrame, kinds: Mapping[int, bool]) -> pd.DataFrame:

@@ -42,6 +42,14 @@ class Column:
         return self.shards.tensors(self.name, self.rows[index])
 
 
+def none_accepted(origin: object, what: str) -> UserError:
+    """What to say where the privacy filter let no image pass; `what` there is nothing to do, for example "release"."""
+    return UserError(
+        f"{origin}: no candidate was accepted, so there is nothing to {what}. privacy/report.json says what rejected"
+        " them."
+    )
+
+
 @dataclass(frozen=True)
 class Images:
     """Some images and what is known of each.
@@ -91,6 +99,19 @@ class Images:
             table, on=key, how="left", validate="one_to_one"
         )
         return cls(shards, joined, key, unit, origin)
+
+    @classmethod
+    def accepted(cls, shards: Shards, planned: pd.DataFrame, origin: str, what: str) -> Self:
+        """Synthetic images that passed the filter; `what` is to be done with them.
+
+        Raises
+        ------
+        UserError
+            There is none, or as `of`.
+        """
+        if len(shards) == 0:
+            raise none_accepted(shards.origin, what)
+        return cls.of(shards, "sample_id", "seed_key", planned, origin)
 
     def __len__(self) -> int:
         return len(self.table)

@@ -182,6 +182,11 @@ class Shards:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    @property
+    def origin(self) -> str:
+        """Where they are, for messages."""
+        return f"{self._paths[0]}{f' and {len(self._paths) - 1} more' if len(self._paths) > 1 else ''}"
+
     def shape(self, column: str) -> tuple[int, ...]:
         """Shape of one tensor of `column`."""
         return tuple(self.schema.field(column).type.shape)

@@ -24,7 +24,7 @@ from meddiff_steps.privacy import attacks
 from meddiff_steps.privacy.detectors.base import Detector
 from meddiff_steps.privacy.search import QUERIES, nearest, nearest_earlier, nearest_of_each, unit_rows
 from meddiff_steps.privacy.size import batch_size
-from meddiff_steps.privacy.verdict import Gate, at_most, holds, verdict
+from meddiff_steps.privacy.verdict import FILTER_GATES, Gate, at_most, holds, verdict
 from meddiff_steps.statistics.bootstrap import Figure
 
 #: Images per set that the attacks look at, chosen by the hash of their id: intervals hardly narrow beyond.
@@ -41,6 +41,7 @@ BATCH_VALUES = 2**26
 
 #: Members and others whose denoising loss is computed, and the shares of the timesteps it is computed at.
 LOSS_SCANS = 96
+CALIBRATED, COPIES_FOUND = FILTER_GATES
 #: Detectors whose directions the density ratio may be taken in, the first that is chosen: those of few numbers.
 DENSITY_DETECTORS = ("learned", "aligned")
 LOSS_TIMES = (0.1, 0.25, 0.4)
@@ -88,7 +89,7 @@ def attack(
 
     Members are the training scans; others are the test scans, which nothing was fitted or calibrated on.  The
     calibration scans are the reference of the density ratio, which is left out where none of `DENSITY_DETECTORS` is
-    among the detectors.
+    among the detectors, and of one image, which has no density.
     """
     result: dict[str, Any] = {"nearer_to_training": {}, "authenticity": {}, "membership": {}}
     strangers = np.concatenate([calibration.subjects, test.subjects])
@@ -114,7 +115,7 @@ def attack(
         result["membership"][f"distance, {name}"] = attacks.membership(
             is_member, scores, list(who), resamples, seed, f"distance|{name}"
         )
-    for name in [name for name in DENSITY_DETECTORS if name in synthetic][:1]:
+    for name in [name for name in DENSITY_DETECTORS if len(synthetic.get(name, ())) > 1][:1]:
         tested = np.concatenate([train.directions[name][members], test.directions[name]])
         ratio = attacks.density_ratio(tested, synthetic[name], calibration.directions[name])
         result["membership"][f"density ratio, {name}"] = attacks.membership(
@@ -304,11 +305,11 @@ def gates(
     enough = {"value": calibration["subjects"], "n": calibration["subjects"]}
     found = [
         holds(
-            "calibrated",
+            CALIBRATED,
             True if calibrated else None,
             enough,
             calibration["needed"],
-            "too few calibration subjects to say what is too near",
+            "NOT_CALIBRATED: too few calibration subjects to say what is too near, so the filter rejected nothing",
         )
     ]
     if calibrated and before is not None:
@@ -318,7 +319,7 @@ def gates(
         weak = "DETECTOR_WEAK: copies of this kind would pass unseen, so that few flags mean little"
         found.append(
             holds(
-                "planted copies are found",
+                COPIES_FOUND,
                 recall["value"] >= settings.min_recall,
                 recall,
                 settings.min_recall,
@@ -359,7 +360,7 @@ def gates(
         for name, figure in table["inference"].items():
             meaning = "the released covariates give away one covariate of a training subject whose others are known"
             found.append(at_most(f"inference of {name}", figure, settings.max_table_risk, meaning))
-    share = counts["failed"] / max(1, counts["planned"])
+    share = (counts["failed"] + counts["duplicates"]) / max(1, counts["planned"])
     failed = {"value": share, "n": counts["planned"]}
     found.append(
         holds(
@@ -367,7 +368,7 @@ def gates(
             share <= settings.max_failed_share,
             failed,
             settings.max_failed_share,
-            "the filter rejects whole regions of the plan",
+            "the filter rejects whole regions of the plan, or images are near duplicates of each other",
         )
     )
     return found

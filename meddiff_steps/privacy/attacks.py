@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
 
-from meddiff_steps.statistics.bootstrap import Bootstrap, Figure, Statistic, centred, figure, rounded
-from meddiff_steps.statistics.measures import auc, mean_of
+from meddiff_steps.statistics.bootstrap import Bootstrap, Figure, Statistic, centred, figure, rounded, wilson
+from meddiff_steps.statistics.measures import auc, mean_of, smaller_side
 
 #: False-positive rates at which a membership attack is judged (Carlini et al. 2022: the average hides the few it
 #: exposes).
@@ -19,19 +20,12 @@ FALSE_POSITIVE_RATES = (0.01, 0.05, 0.10)
 PEOPLE_DRAWS = 200
 
 
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927); with no hit, its upper end is at least 3 / n (the rule of three)."""
-    if n == 0:
-        return 0.0, 1.0
-    interval = binomtest(hits, n).proportion_ci(method="wilson")
-    return float(interval.low), min(1.0, max(float(interval.high), 3.0 / n if hits == 0 else 0.0))
-
-
 def share(flags: np.ndarray) -> Figure:
     """Share of true values with its Wilson interval."""
-    hits, n = int(np.sum(flags)), len(flags)
-    low, high = wilson(hits, n)
-    return {"value": rounded(hits / n) if n else None, "low": rounded(low), "high": rounded(high), "n": n}
+    n = len(flags)
+    value = float(np.mean(flags)) if n else math.nan
+    low, high = wilson(value, n)
+    return {"value": rounded(value), "low": rounded(low), "high": rounded(high), "n": n}
 
 
 def excess_risk(attack: np.ndarray, control: np.ndarray) -> Figure:
@@ -47,11 +41,13 @@ def excess_risk(attack: np.ndarray, control: np.ndarray) -> Figure:
         Whether each attempt succeeded, bool.
     """
     a, b = float(np.mean(attack)), float(np.mean(control))
-    (a_low, a_high), (b_low, b_high) = (wilson(int(np.sum(x)), len(x)) for x in (attack, control))
+    (a_low, a_high), (b_low, b_high) = (wilson(share, len(x)) for share, x in ((a, attack), (b, control)))
     scale = max(1.0 - b, 1e-9)
     low = a - b - np.hypot(a - a_low, b_high - b)
     high = a - b + np.hypot(a_high - a, b - b_low)
     ends = [min(1.0, max(0.0, float(x) / scale)) for x in (a - b, low, high)]
+    if ends[2] == 0:  # surely none; what so few attempts leave open is said all the same
+        ends[2] = a_high - a
     return {"value": rounded(ends[0]), "low": rounded(ends[1]), "high": rounded(ends[2]), "n": len(attack)}
 
 
@@ -88,7 +84,7 @@ def nearer_to_training(
             generator.integers(training.shape[1], size=count), generator.integers(held_out.shape[1], size=count)
         )
         draws[i] = flags[generator.integers(images, size=images)].mean()
-    return figure(value, centred(value, draws, 0.0).clip(max=1.0), count)
+    return figure(value, centred(value, draws, 0.0).clip(max=1.0), count, share_of=min(count, images))
 
 
 def authenticity(to_training: np.ndarray, nearest: np.ndarray, among_training: np.ndarray) -> Figure:
@@ -138,9 +134,10 @@ def membership(
         Per scan: in the training set or not, the attacker's score, whose it is.
     """
     bootstrap = Bootstrap(list(subjects), resamples, seed, f"membership|{label}")
-    result: dict[str, Any] = {"auc": bootstrap.figure(auc(members, scores))}
+    result: dict[str, Any] = {"auc": bootstrap.figure(auc(members, scores), smaller_side(members, subjects))}
+    found = len(set(np.asarray(subjects, dtype=str)[members]))
     for rate in FALSE_POSITIVE_RATES:
-        result[f"tpr_at_{rate:g}"] = bootstrap.figure(true_positive_rate(members, scores, rate))
+        result[f"tpr_at_{rate:g}"] = bootstrap.figure(true_positive_rate(members, scores, rate), found)
     # The worst-off: members whom an attacker would find without accusing any of the others.
     worst = scores[members] > scores[~members].max(initial=-np.inf)
     return result | {

@@ -86,7 +86,7 @@ def calibrate(scores: Mapping[str, np.ndarray], groups: np.ndarray, level: float
     Returns
     -------
     Thresholds or None
-        None where there are too few calibration subjects for the level (`cohort.splits.subjects_needed`).
+        None where there are too few calibration subjects for the level (`privacy.size.subjects_needed`).
     """
     groups = np.asarray(groups, dtype=str)
     share = level / len(scores)

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from meddiff_steps.cohort.splits import subjects_needed
 from meddiff_steps.core.choice import chosen
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.random_streams import step_generator
@@ -29,7 +28,7 @@ from meddiff_steps.models.trained import load_first_stage
 from meddiff_steps.privacy.attacks import flag_rate_is_nominal, share
 from meddiff_steps.privacy.calibration import calibrate
 from meddiff_steps.privacy.detectors.base import Context, Detector, TrainingImages, references, score
-from meddiff_steps.privacy.size import batch_size
+from meddiff_steps.privacy.size import batch_size, subjects_needed
 
 #: Training scans that are copied for the positive controls, each in six ways.
 CONTROL_SCANS = 20

@@ -1,4 +1,6 @@
-"""How many images the detectors look at together; imports nothing heavy, for use while a workflow is parsed."""
+"""How many images the detectors look at together, and how many subjects they are calibrated on; imports nothing heavy,
+for use while a workflow is parsed.
+"""
 
 from __future__ import annotations
 
@@ -21,3 +23,11 @@ def batch_size(shape: Sequence[int]) -> int:
     (32, 13, 1)
     """
     return max(1, min(BATCH, BATCH_VALUES // math.prod(shape)))
+
+
+def subjects_needed(level: float, detectors: int) -> int:
+    """Calibration subjects below which the privacy filter has no threshold, `level` being shared over `detectors`.
+
+    A conformal threshold at level a exists from 1 / a - 1 subjects on (`privacy.calibration.conformal_threshold`).
+    """
+    return math.ceil(detectors / level - 1 - 1e-9)

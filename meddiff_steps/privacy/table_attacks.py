@@ -14,11 +14,14 @@ import pandas as pd
 
 from meddiff_steps.config import CategoricalCovariate, Covariates
 from meddiff_steps.core.random_streams import philox
-from meddiff_steps.privacy.attacks import excess_risk
+from meddiff_steps.privacy.attacks import excess_risk, share
 from meddiff_steps.statistics.bootstrap import Figure
 
 #: Predicates that are tried, and covariates that each combines.
 PREDICATES, COMBINED = 500, 3
+
+#: A number that fewer training subjects have is one that could point at somebody.
+FEW = 5
 
 #: A guess of a continuous covariate counts as right within this share of the true value.
 TOLERANCE = 0.05
@@ -37,8 +40,8 @@ def table_attacks(
     Returns
     -------
     dict
-        `singling_out` and, by covariate, `inference`; see `singling_out` and `infer_attribute`.  Empty without
-        subjects.
+        `singling_out` and, by covariate, `inference` and `rare_values`; see the functions of these names.  Empty
+        without subjects.
     """
     generator = philox(seed, "privacy/table")
     count = min(len(train), len(others))
@@ -52,6 +55,7 @@ def table_attacks(
     result: dict[str, Any] = {
         "singling_out": singling_out(released[names], members, strangers, covariates, generator),
         "inference": {},
+        "rare_values": rare_values(released, train, others, covariates),
     }
     if len(names) > 1:
         result["inference"] = {
@@ -80,8 +84,8 @@ def singling_out(
     Returns
     -------
     dict
-        The excess risk with its interval, and the two success rates `attack` and `control`; 0 where no predicate fits
-        one released subject alone, as among many subjects with labels only.
+        The excess risk with its interval, and the two success rates `attack` and `control`.  Where no predicate fits
+        one released subject alone, as among many subjects with labels only, all have failed.
     """
     names = list(covariates)
     medians = {
@@ -106,9 +110,34 @@ def singling_out(
 
         if matches(released) == 1:
             hits.append((matches(train) == 1, matches(others) == 1))
-    if not hits and len(released):
-        return {"value": 0.0, "low": 0.0, "high": 0.0, "n": 0}
+    if not hits and len(released):  # no predicate even names one released subject: all of them failed
+        hits = [(False, False)] * PREDICATES
     return _against_control(np.array(hits, dtype=bool).reshape(-1, 2).T)
+
+
+def rare_values(
+    released: pd.DataFrame, train: pd.DataFrame, others: pd.DataFrame, covariates: Covariates
+) -> dict[str, Figure]:
+    """Share of released numbers that are exactly those of a few training subjects (fewer than `FEW`), by covariate.
+
+    Covariates are drawn between neighbouring training values and rounded to as many digits as mean something, so some
+    meet a training value, oftener than chance where neighbours are close.  They are not moved away from it: a table
+    that avoids the values of training subjects would say which these are.  What chance gives is seen on `others`, who
+    were never trained on.
+
+    Returns
+    -------
+    dict
+        Per continuous covariate a share, and as `chance` the same of the others' values.
+    """
+    found = {}
+    for name, covariate in covariates.items():
+        if not isinstance(covariate, CategoricalCovariate):
+            held_by = train[name].value_counts()
+            rare = held_by.index[held_by < FEW]
+            drawn, unseen = (share(table[name].dropna().isin(rare).to_numpy()) for table in (released, others))
+            found[name] = drawn | {"chance": unseen}
+    return found
 
 
 def infer_attribute(

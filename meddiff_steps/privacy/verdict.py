@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -12,6 +12,10 @@ Outcome = Literal["PASS", "CONDITIONAL", "FAIL", "NOT_EVALUATED"]
 
 #: From best to worst; no gate makes up for another.
 SEVERITY: tuple[Outcome, ...] = ("PASS", "CONDITIONAL", "NOT_EVALUATED", "FAIL")
+
+
+#: Gates on the filter itself: where one of them could not be evaluated, there was no filter that filters.
+FILTER_GATES = ("calibrated", "planted copies are found")
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,17 @@ def holds(
     return Gate(
         name, figure, limit, "NOT_EVALUATED" if condition is None else "PASS" if condition else otherwise, meaning
     )
+
+
+def stopping(gates: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The gates of a report for which nothing is released: those that failed, and those that say that the filter is
+    none.
+    """
+    return [
+        gate
+        for gate in gates
+        if gate["outcome"] == "FAIL" or (gate["outcome"] == "NOT_EVALUATED" and gate["name"] in FILTER_GATES)
+    ]
 
 
 def verdict(gates: Iterable[Gate]) -> Outcome:

@@ -118,7 +118,8 @@ of each image."""
 def _figure(figure: Mapping[str, Any] | None) -> str:
     if not figure or figure.get("value") is None:
         return ""
-    interval = f" [{figure['low']:.3g}, {figure['high']:.3g}]" if "low" in figure and "high" in figure else ""
+    known = figure.get("low") is not None and figure.get("high") is not None
+    interval = f" [{figure['low']:.3g}, {figure['high']:.3g}]" if known else ""
     return f"{figure['value']:.3g}{interval}"
 
 

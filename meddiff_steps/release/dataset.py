@@ -28,6 +28,7 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import CHECKSUMS, sha256_file, write_atomic
 from meddiff_steps.imaging.encoding import PICTURE_SCALE, SYNTHETIC, VOLUME_SCALE, Grid, encode, read_mark, voxel_digest
 from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.privacy.verdict import stopping
 from meddiff_steps.release import card
 from meddiff_steps.release.layout import image_path
 
@@ -481,12 +482,13 @@ def _privacy(story: Story) -> str:
         )
     else:
         text += (
-            f" The filter had no thresholds: {calibration['needed']} unseen real subjects are needed for its level and"
-            f" there were {calibration['subjects']}."
+            f" The filter had no thresholds and rejected nothing: {calibration['needed']} unseen real subjects are"
+            f" needed for its level and there were {calibration['subjects']}."
         )
-    if story.privacy["verdict"] == "FAIL":
+    if bad := stopping(story.privacy.get("gates", [])):
+        why = "it failed" if story.privacy["verdict"] == "FAIL" else f"the filter is none ({bad[0]['name']})"
         text += (
-            " This dataset was written although it failed, because its study says so (privacy.enforce: report). It must"
+            f" This dataset was written although {why}, because its study says so (privacy.enforce: report). It must"
             " not be treated as anonymous."
         )
     return text + " A verdict is the outcome of stated tests, not a proof of anonymity."

@@ -10,6 +10,8 @@ import pandas as pd
 from meddiff_steps.config import Study
 from meddiff_steps.core.registries import DETECTORS
 from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.privacy.table_attacks import FEW
+from meddiff_steps.privacy.verdict import stopping
 from meddiff_steps.report import figures, tables
 from meddiff_steps.report import pictures as drawn
 from meddiff_steps.report.page import Headline, Picture, Section, Table
@@ -102,6 +104,13 @@ def privacy_section(report: Mapping[str, Any]) -> Section:
             f" needed for the level {calibration['level']:g}. Nothing was rejected for being too near to a training"
             " scan."
         )
+    if stopping(report["gates"]):
+        text.append(
+            "The run stops before the release (privacy.enforce: stop)."
+            if report["enforce"] == "stop"
+            else "There is a release all the same, because the study says so (privacy.enforce: report). It must not be"
+            " treated as anonymous."
+        )
     rows = [
         [gate["name"], interval(gate["figure"]), number(gate["limit"]), gate["outcome"]] for gate in report["gates"]
     ]
@@ -124,6 +133,13 @@ def privacy_section(report: Mapping[str, Any]) -> Section:
         text.append(
             f"Released against planned covariates: the largest drift is that of {largest}, {drift[largest]:+.3f}"
             " (standard deviations, or of a level's share)."
+        )
+    rare = report["attacks"].get("covariate_table", {}).get("rare_values", {})
+    if rare:
+        shares = ", ".join(f"{name} {percent(found)} ({percent(found['chance'])})" for name, found in rare.items())
+        text.append(
+            f"Released numbers that are exactly those of fewer than {FEW} training subjects: {shares}. In brackets, the"
+            " same of people who were never trained on: what chance gives."
         )
     loss = report["attacks"].get("denoising_loss")
     if loss:

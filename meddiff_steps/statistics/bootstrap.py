@@ -19,6 +19,8 @@ Statistic = Callable[[np.ndarray], np.ndarray]
 
 #: Weights held at once (elements); bounds the memory of a bootstrap over many rows.
 CHUNK = 2**22
+#: Standard deviations of a normal distribution on either side of its mean that hold 95 % of it.
+Z = 1.959963984540054
 #: Significant digits of every published figure: more would only show the rounding of the machine.
 DIGITS = 6
 
@@ -28,8 +30,26 @@ def rounded(value: float) -> float | None:
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
 
 
-def figure(value: float, draws: np.ndarray, n: int) -> Figure:
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share of `n` units (Wilson 1927); where it is 0 or 1, it reaches as far as 3 / n at least (the
+    rule of three).
+    """
+    if n == 0:
+        return 0.0, 1.0
+    square = Z**2 / n
+    middle, half = share + square / 2, math.sqrt(square * (share * (1 - share) + square / 4))
+    low, high = (max(0.0, middle - half) / (1 + square), min(1.0, (middle + half) / (1 + square)))
+    return (
+        min(low, max(0.0, 1.0 - 3.0 / n)) if share == 1.0 else low,
+        max(high, min(1.0, 3.0 / n)) if share == 0.0 else high,
+    )
+
+
+def figure(value: float, draws: np.ndarray, n: int, share_of: int = 0) -> Figure:
     """A measured figure with its 95 % percentile interval.
+
+    Resamples that are all alike, as of few images that are told apart perfectly, say nothing of how far another sample
+    would lie.  A share has Wilson's interval then, and anything else has none.
 
     Parameters
     ----------
@@ -39,6 +59,9 @@ def figure(value: float, draws: np.ndarray, n: int) -> Figure:
         The statistic of each resample, (resamples,).
     n
         Independent units (subjects, images) behind the figure.
+    share_of
+        Of a share, the units that it is a share of; of an AUC, which is a share of pairs, the units of its smaller
+        side.  0 for anything else.
 
     Returns
     -------
@@ -48,6 +71,8 @@ def figure(value: float, draws: np.ndarray, n: int) -> Figure:
     finite = draws[np.isfinite(draws)]
     known = math.isfinite(value) and n > 1 and 2 * len(finite) >= len(draws)
     low, high = np.percentile(finite, [2.5, 97.5]) if known else (math.nan, math.nan)
+    if known and rounded(float(low)) == rounded(float(high)):
+        low, high = wilson(float(value), share_of) if share_of else (math.nan, math.nan)
     return {"value": rounded(float(value)), "low": rounded(float(low)), "high": rounded(float(high)), "n": int(n)}
 
 
@@ -90,9 +115,9 @@ class Bootstrap:
             value = float(statistic(np.ones((1, self.rows)))[0])
             return value, np.concatenate([statistic(weights) for weights in self.weights()])
 
-    def figure(self, statistic: Statistic) -> Figure:
-        """The statistic with its interval."""
-        return figure(*self.draws(statistic), self.n)
+    def figure(self, statistic: Statistic, share_of: int = 0) -> Figure:
+        """The statistic with its interval; see `figure`."""
+        return figure(*self.draws(statistic), self.n, share_of)
 
 
 def centred(value: float, draws: np.ndarray, lowest: float = -math.inf) -> np.ndarray:

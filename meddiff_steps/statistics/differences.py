@@ -80,7 +80,9 @@ def delong_difference(
         math.sqrt(max(0.0, float(contrast @ covariance @ contrast))) if np.isfinite(covariance).all() else math.nan,
     )
     half = float(norm.ppf(0.975)) * error
-    p = 2.0 * float(norm.sf(abs(value) / error)) if error > 0 else 1.0 if error == 0 else math.nan
+    if error == 0:  # both tell all subjects apart, or none: nothing scatters that an interval could be made of
+        half = math.nan
+    p = 2.0 * float(norm.sf(abs(value) / error)) if error > 0 else 1.0 if value == 0 else math.nan
     subjects = len(set(map(str, units)))
     return {
         "difference": {

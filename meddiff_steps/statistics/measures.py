@@ -4,7 +4,8 @@ resample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,12 @@ def mean_of(values: np.ndarray) -> Statistic:
     """Mean of `values` (rows,)."""
     column = np.asarray(values, dtype=np.float64)
     return lambda weights: weights @ column / weights.sum(1)
+
+
+def smaller_side(labels: np.ndarray, units: Iterable[Any]) -> int:
+    """Units of the rarer of two boolean labels, columns (rows,): what an AUC rests on."""
+    labels, units = np.asarray(labels, dtype=bool), np.array(list(units), dtype=str)
+    return min(len(np.unique(units[side])) for side in (labels, ~labels))
 
 
 def _moments(x: np.ndarray, y: np.ndarray) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]:

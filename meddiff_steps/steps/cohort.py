@@ -12,12 +12,12 @@ import typer
 from meddiff_steps.cohort.bids import read_bids
 from meddiff_steps.cohort.covariates import check_names
 from meddiff_steps.cohort.manifest import build_manifest, write_manifest
-from meddiff_steps.cohort.splits import subjects_needed
 from meddiff_steps.cohort.table import read_table
 from meddiff_steps.config import BidsSource, Privacy, SimulatedSource, TableSource, load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path, write_atomic
 from meddiff_steps.core.registries import DETECTORS
+from meddiff_steps.privacy.size import subjects_needed
 from meddiff_steps.steps import options
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,8 @@ def run(
     if calibrating < needed:
         log.warning(
             "the calibration split has %d subjects; at the default privacy.level the privacy filter needs %d, and with"
-            " too few it rejects nothing. Raise splits.calibration, or privacy.level (docs/own-cohort.md).",
+            " too few it rejects nothing and the run stops before the release. Raise splits.calibration, or"
+            " privacy.level (docs/own-cohort.md).",
             calibrating,
             needed,
         )

@@ -55,7 +55,7 @@ def run(
             f"generated images have shape {synthetic.shape('image')}, preprocessed ones {real.shape('image')}. Both"
             " must come from this study."
         )
-    made = Images.of(synthetic, "sample_id", "seed_key", planned, f"{plan}")
+    made = Images.accepted(synthetic, planned, f"{plan}", "measure")
     if len(made) < len(planned):
         logger.warning("%d of %d planned subjects were generated; figures are about those", len(made), len(planned))
     context = Context(study.spatial_dims, embedder, study.preprocess.foreground)

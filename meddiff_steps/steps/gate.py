@@ -1,4 +1,4 @@
-"""Step `gate`: nothing is released without a verdict, and nothing after a FAIL unless the study says so."""
+"""Step `gate`: nothing is released after a FAIL, or without a filter that filters, unless the study says so."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import typer
 from meddiff_steps.config import load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path, read_json
+from meddiff_steps.imaging.selection import none_accepted
+from meddiff_steps.privacy.verdict import stopping
 from meddiff_steps.steps import options
 
 
@@ -24,24 +26,23 @@ def run(
     """Let the accepted subjects pass, or stop the run with what failed."""
     study = load_stage(config, "gate")
     result = read_json(report)
-    if result["verdict"] == "FAIL" and study.privacy.enforce == "stop":
-        bad = [gate for gate in result["gates"] if gate["outcome"] == "FAIL"]
-        failed = [
-            f"  {gate['name']}: {gate['figure'].get('value')} against {gate['limit']}; {gate['meaning']}"
+    if (bad := stopping(result["gates"])) and study.privacy.enforce == "stop":
+        reasons = [
+            f"  {gate['outcome']}, {gate['name']}: {gate['figure'].get('value')} against {gate['limit']};"
+            f" {gate['meaning']}"
             for gate in bad
         ]
         raise UserError(
-            f"{report}: the privacy verdict is FAIL, so nothing is released:\n"
-            + "\n".join(failed)
-            + "\nTrain on more subjects, for fewer steps, or with augmentation. To look at the cohort all the same, set"
-            " privacy.enforce: report; the release then says that it failed."
+            f"{report}: the privacy verdict is {result['verdict']}, so nothing is released:\n"
+            + "\n".join(reasons)
+            + "\nWhere it failed: train on more subjects, for fewer steps, or with scan variants. Where the filter had"
+            " too few subjects or misses copies: raise splits.calibration or privacy.level. To look at the cohort all"
+            " the same, set privacy.enforce: report; the release then says so."
         )
     table = pd.read_parquet(decisions)
     accepted = table.loc[table["decision"] == "accepted"].set_index("sample_id")
     if accepted.empty:
-        raise UserError(
-            f"{decisions}: no candidate was accepted, so there is nothing to release. {report} says what rejected them."
-        )
+        raise none_accepted(decisions, "release")
     planned = pd.read_parquet(plan)
     released = planned[planned["sample_id"].isin(accepted.index)].reset_index(drop=True)
     for column in ("attempt", "seed_key"):

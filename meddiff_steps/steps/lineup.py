@@ -38,7 +38,7 @@ def run(
     study = load_stage(config, "lineup")
     scans = read_manifest(manifest, study.covariates)
     real, _ = held_out(Images.of(Shards(images), "scan_id", "subject_id", scans, f"{manifest}"))
-    made = Images.of(Shards(generated), "sample_id", "seed_key", pd.read_parquet(plan), f"{plan}")
+    made = Images.accepted(Shards(generated), pd.read_parquet(plan), f"{plan}", "show")
     made = replace(made, table=drawn(made.table, study.plan))
     shown = choose(real, made, study.lineup.images, study.lineup.seed or study.seed)
     sources = {"real": real.shards, "synthetic": made.shards}

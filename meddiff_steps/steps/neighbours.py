@@ -14,9 +14,9 @@ from safetensors.numpy import load_file
 
 from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.config import load_stage
-from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json, write_atomic
 from meddiff_steps.core.registries import DETECTORS
+from meddiff_steps.imaging.selection import none_accepted
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.report import pictures
 from meddiff_steps.report.page import Section, render
@@ -48,7 +48,7 @@ def run(
     table = pd.read_parquet(decisions)
     accepted = table[(table["decision"] == "accepted") & table["sample_id"].isin(made.column("sample_id"))]
     if accepted.empty:
-        raise UserError(f"{decisions}: no image was accepted, so there is nothing to show. See privacy/report.json.")
+        raise none_accepted(decisions, "show")
     planned, scans = pd.read_parquet(plan), read_manifest(manifest, study.covariates)
     sections = []
     for name in card["detectors"]:

@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -19,6 +20,7 @@ from scipy.optimize import brentq
 from scipy.special import ndtr, ndtri
 from scipy.stats import rankdata
 
+from meddiff_steps.cohort.learnt import LearntNumber
 from meddiff_steps.config import ContinuousCovariate, Covariates
 from meddiff_steps.core.errors import UserError
 
@@ -37,7 +39,8 @@ RESOLUTION = 1e-5
 
 @dataclass(frozen=True)
 class ContinuousMargin:
-    """Empirical distribution of a number: quantiles are interpolated linearly between the training values.
+    """Empirical distribution of a number: quantiles are interpolated linearly between the training values.  A count, a
+    score or a setting keeps the values that it can have.
 
     Attributes
     ----------
@@ -51,10 +54,18 @@ class ContinuousMargin:
     values: np.ndarray
     range: tuple[float, float]
 
+    @cached_property
+    def scale(self) -> LearntNumber:
+        """The values that such a column can have."""
+        return LearntNumber(self.values)
+
     def quantile(self, z: np.ndarray) -> np.ndarray:
         """Values (n,) at standard normal scores `z` (n,)."""
         low, high = self.range
         drawn = np.interp(ndtr(z), np.linspace(0.0, 1.0, len(self.values)), self.values)
+        placed = self.scale.placed(drawn)
+        if placed is not None:
+            return placed
         return np.clip(np.round(drawn, -math.floor(math.log10((high - low) * RESOLUTION))), low, high)
 
     def score(self, value: float) -> float:

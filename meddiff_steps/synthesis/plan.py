@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from meddiff_steps.cohort.covariates import shorten
+from meddiff_steps.cohort.learnt import Learnt, LearntLevels, LearntNumber, learnt
 from meddiff_steps.config import CategoricalCovariate, Condition, Covariates, PlanGroup, Scalar
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.random_streams import batch_noise, noise, seed_key
-from meddiff_steps.synthesis.copula import CategoricalMargin, ContinuousMargin, GaussianCopula
+from meddiff_steps.synthesis.copula import GaussianCopula
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +76,8 @@ def build_plan(
     Raises
     ------
     UserError
-        A covariate has the name of a plan column, the copula cannot be fitted, conditions cannot be fulfilled, or a
-        table lacks rows or columns.
+        A covariate has the name of a plan column, the copula cannot be fitted, conditions cannot be fulfilled, a level
+        is asked for that no training row has, or a table lacks rows or columns.
     """
     reserved = [name for name in covariates if name in COLUMNS]
     if reserved:
@@ -89,15 +91,15 @@ def build_plan(
     parts = []
     for group in groups:
         if group.covariates == "table":
-            part = _from_table(group, covariates, (tables or {}).get(group.name))
+            part = _from_table(group, source, (tables or {}).get(group.name))
         elif group.covariates == "grid":
             part = _from_grid(group, source)
         elif group.covariates == "counterfactual":
             part = _counterfactual(group, source)
         else:
-            part = source.draw(
-                group, np.arange(group.subjects), _conditions(group.where, covariates, f"plan.{group.name}.where")
-            )
+            conditions = _conditions(group.where, covariates, f"plan.{group.name}.where")
+            source.check(group, conditions)
+            part = source.draw(group, np.arange(group.subjects), conditions)
         parts.append(_identify(group, part[list(covariates)], seed))
         log.info("group %s: %d subjects, covariates from %s", group.name, len(part), group.covariates)
     plan = pd.concat(parts, ignore_index=True)
@@ -186,6 +188,7 @@ class _Source:
 
     def __init__(self, covariates: Covariates, training: pd.DataFrame, seed: str) -> None:
         self.covariates, self.training, self.seed = covariates, training, seed
+        self.learnt = {name: learnt(training[name], covariate) for name, covariate in covariates.items()}
         self._copula: GaussianCopula | None = None
 
     @property
@@ -200,7 +203,6 @@ class _Source:
         Subject i takes the first of its candidates that fulfils the conditions.  Its candidates come from its streams
         `covariates/0`, `covariates/1`, ... of its group's root, `BLOCK` of them each.
         """
-        self._check_support(group, conditions)
         choosy = bool(conditions.ranges or conditions.levels)
         root, k = _root(self.seed, group), len(self.covariates)
         if choosy:
@@ -232,26 +234,72 @@ class _Source:
             parts.append(pd.concat([part for part in found.values() if len(part)]).sort_index())
         return pd.concat(parts, ignore_index=True)
 
-    def _check_support(self, group: PlanGroup, conditions: Conditions) -> None:
+    def check(self, group: PlanGroup, conditions: Conditions) -> None:
         """Refuse at once what no training scan comes near: the model has not learnt it either."""
-        for margin in self.copula.margins:
-            if isinstance(margin, CategoricalMargin):
-                wanted = conditions.levels.get(margin.name)
-                if wanted and not wanted & set(margin.levels):
-                    raise UserError(
-                        f"plan.{group.name}: {margin.name} should be {sorted(wanted)}, but the training rows only have"
-                        f" {list(margin.levels)}, so the model has not learnt it. Ask for another level, or add"
-                        " training scans with this one."
-                    )
-            elif isinstance(margin, ContinuousMargin) and margin.name in conditions.ranges:
-                low, high = conditions.ranges[margin.name]
-                first, last = margin.values[0], margin.values[-1]
-                if high < first or low > last:
-                    raise UserError(
-                        f"plan.{group.name}: {margin.name} should be in [{low:g}, {high:g}], but the training rows are"
-                        f" in [{first:g}, {last:g}], so the model has not learnt it. Ask for a range that overlaps, or"
-                        " add training scans."
-                    )
+        for name, value in conditions.points.items():
+            if self.learnt[name].beyond([value]):
+                raise UserError(self._unlearnt(group, name, f"{value:g}"))
+        for name, (low, high) in conditions.ranges.items():
+            values = _number(self.learnt[name]).values
+            if not len(values) or high < values[0] or low > values[-1]:
+                raise UserError(self._unlearnt(group, name, f"in [{low:g}, {high:g}]"))
+            if low < values[0] or high > values[-1]:
+                log.warning(
+                    "plan.%s: %s may be in [%g, %g], but the training rows are %s; nothing is planned outside of that",
+                    group.name,
+                    name,
+                    low,
+                    high,
+                    self.learnt[name],
+                )
+        for name, levels in conditions.levels.items():
+            missing = self.learnt[name].beyond(levels)
+            if len(missing) == len(levels):
+                raise UserError(self._unlearnt(group, name, f"{missing}"))
+            if missing:
+                log.warning(
+                    "plan.%s: %s may be %s, which no training row has; nothing is planned with it",
+                    group.name,
+                    name,
+                    missing,
+                )
+        self.mark(group, {name: [value] for name, value in conditions.points.items()})
+
+    def mark(self, group: PlanGroup, chosen: Mapping[str, Iterable[Any]]) -> None:
+        """Say which values that somebody chose no training scan comes near; refuse levels that none has.
+
+        Numbers beyond are an extrapolation; `evaluate` keeps them apart.
+        """
+        for name, values in chosen.items():
+            known, beyond = self.learnt[name], self.learnt[name].beyond(values)
+            if beyond and isinstance(known, LearntLevels):
+                raise UserError(self._unlearnt(group, name, f"{beyond}"))
+            if beyond:
+                log.warning(
+                    "plan.%s: %s is asked to be %s, but the training rows are %s: the model has not learnt it, and what"
+                    " it draws there is an extrapolation",
+                    group.name,
+                    name,
+                    shorten(f"{value:g}" for value in beyond),
+                    known,
+                )
+            between = known.between(values) if isinstance(known, LearntNumber) else []
+            if between:
+                log.warning(
+                    "plan.%s: %s is asked to be %s, which lies between the values that training rows have (%s)",
+                    group.name,
+                    name,
+                    shorten(f"{value:g}" for value in between),
+                    shorten(f"{value:g}" for value in np.unique(_number(known).values)),
+                )
+
+    def _unlearnt(self, group: PlanGroup, name: str, wanted: str) -> str:
+        known = self.learnt[name]
+        have = f"only have {known}" if isinstance(known, LearntLevels) else f"are {known}"
+        return (
+            f"plan.{group.name}: {name} should be {wanted}, but the training rows {have}, so the model has not learnt"
+            " it. Ask for what training scans have, or add such scans."
+        )
 
     def _unfulfilled(self, group: PlanGroup, conditions: Conditions, tries: int) -> str:
         exact = Conditions(
@@ -265,11 +313,16 @@ class _Source:
         )
 
 
-def _from_table(group: PlanGroup, covariates: Covariates, table: pd.DataFrame | None) -> pd.DataFrame:
+def _number(known: Learnt) -> LearntNumber:
+    assert isinstance(known, LearntNumber)
+    return known
+
+
+def _from_table(group: PlanGroup, source: _Source, table: pd.DataFrame | None) -> pd.DataFrame:
     """The user's own rows, the first `subjects` of them."""
     if table is None:
         raise ValueError(f"plan.{group.name}: tables has no entry for this group")
-    missing = [name for name in covariates if name not in table]
+    missing = [name for name in source.covariates if name not in table]
     if missing:
         raise UserError(
             f"plan.{group.name}.table {group.table}: no column for covariate {', '.join(missing)}. Add the column;"
@@ -280,11 +333,20 @@ def _from_table(group: PlanGroup, covariates: Covariates, table: pd.DataFrame | 
             f"plan.{group.name}: subjects is {group.subjects}, but {group.table} has {len(table)} rows, one per"
             " subject. Ask for fewer, or add rows."
         )
-    return table.iloc[: group.subjects]
+    rows = table.iloc[: group.subjects]
+    source.mark(group, {name: rows[name].dropna() for name in source.covariates})
+    return rows
+
+
+def _chosen(group: PlanGroup, covariates: Covariates) -> dict[str, list[float | str]]:
+    """The values of a grid and its base, by covariate."""
+    given = {**group.grid, **{name: [value] for name, value in group.base.items()}}
+    return {name: [_typed(name, value, covariates) for value in values] for name, values in given.items()}
 
 
 def _from_grid(group: PlanGroup, source: _Source) -> pd.DataFrame:
     """All combinations for subject 0, then all for subject 1, and so on; what is not fixed is drawn given what is."""
+    source.mark(group, _chosen(group, source.covariates))
     names = sorted(group.grid)
     combinations = list(itertools.product(*(group.grid[name] for name in names)))
     parts = []
@@ -300,6 +362,7 @@ def _counterfactual(group: PlanGroup, source: _Source) -> pd.DataFrame:
 
     What else is not fixed is drawn once per subject, by its own number, and does not follow the moved covariate.
     """
+    source.mark(group, _chosen(group, source.covariates))
     ((name, values),) = group.grid.items()
     subjects = _fill(group, source, np.arange(group.subjects), {**group.base}, unread=name)
     rows = subjects.iloc[np.repeat(np.arange(group.subjects), len(values))].reset_index(drop=True)

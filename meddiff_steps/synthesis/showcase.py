@@ -8,15 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from meddiff_steps.cohort.learnt import LearntNumber, learnt
 from meddiff_steps.config import ContinuousCovariate, Covariates
 from meddiff_steps.core.random_streams import noise, seed_key
 from meddiff_steps.synthesis.generate import CohortGenerator
 
 #: Subjects (rows) per panel.
 ROWS = 2
-
-#: A sweep runs between these quantiles of the training values: inside what the model has seen.
-SWEEP_QUANTILES = (0.03, 0.97)
 
 
 @dataclass(frozen=True)
@@ -47,12 +45,13 @@ def tiles(
     starts = [noise(seed_key(f"{seed}/showcase", row, 0, "noise"), latent_shape) for row in range(ROWS + 1)]
     found = []
     for name, covariate in covariates.items():
-        if isinstance(covariate, ContinuousCovariate):
-            low, high = training[name].quantile(list(SWEEP_QUANTILES))
-            values: list[object] = [round(float(v), 3) for v in np.linspace(low, high, steps)]
-            labels = [f"{v:.4g} {covariate.unit}" for v in values]
+        known = learnt(training[name], covariate)
+        values: list[object]
+        if isinstance(known, LearntNumber):
+            values = [round(float(v), 3) for v in known.sweep(steps)]
+            labels = [f"{v:.4g} {getattr(covariate, 'unit', '')}" for v in values]
         else:
-            values, labels = list(covariate.levels), list(covariate.levels)
+            values, labels = list(known.levels), list(known.levels)
         found += [
             Tile(f"sweep:{name}", row, position, labels[position], typical | {name: value}, starts[row])
             for row in range(ROWS)

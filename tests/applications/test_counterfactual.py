@@ -167,11 +167,25 @@ def test_scans_by_name_by_subject_or_of_the_test_split() -> None:
 
 
 def test_a_sweep_stays_inside_what_was_trained_on() -> None:
-    training = pd.DataFrame({"size": np.linspace(-10, 10, 101)})
+    training = pd.DataFrame({"size": np.linspace(-10, 10, 101), "sex": ["F", "M", None] * 33 + ["F", "M"]})
     values = sweep(Counterfactual(covariate="size", sweep_steps=3), COVARIATES, training)
     assert values == pytest.approx([-9.4, 0.0, 9.4], abs=1e-6)
     assert sweep(Counterfactual(covariate="size", values=[1, 2]), COVARIATES, training) == [1, 2]
     assert sweep(Counterfactual(covariate="sex"), COVARIATES, training) == ["F", "M"]
+    men = training.assign(sex="M")
+    assert sweep(Counterfactual(covariate="sex"), COVARIATES, men) == ["M"]
+    with pytest.raises(UserError, match="only have \\['M'\\], so the model has not learnt it"):
+        sweep(Counterfactual(covariate="sex", values=["F"]), COVARIATES, men)
+    points = training.assign(size=np.arange(101) % 11)
+    assert sweep(Counterfactual(covariate="size", sweep_steps=4), COVARIATES, points) == [0, 3, 7, 10]
+    fields = training.assign(size=np.where(np.arange(101) % 2, 1.5, 3.0))
+    assert sweep(Counterfactual(covariate="size", sweep_steps=5), COVARIATES, fields) == [1.5, 3.0]
+
+
+def test_values_outside_the_training_scans_are_told(caplog) -> None:
+    training = pd.DataFrame({"size": np.linspace(-10, 10, 101)})
+    assert sweep(Counterfactual(covariate="size", values=[0, 11]), COVARIATES, training) == [0, 11]
+    assert "[11.0] of size, but the training scans are in [-10, 10]: the model has not learnt it" in caplog.text
     with pytest.raises(UserError, match="not set, so nothing is moved"):
         sweep(Counterfactual(), COVARIATES, training)
 

@@ -162,7 +162,7 @@ def test_encoding_standardises_by_the_training_rows_and_keeps_missing_as_nan(man
 
 def test_fitting_does_not_depend_on_row_order(manifest: pd.DataFrame) -> None:
     generator = np.random.default_rng(0)
-    big = pd.DataFrame({"age": generator.uniform(18, 100, 1000), "sex": "F"})
+    big = pd.DataFrame({"age": generator.uniform(18, 100, 1000), "sex": ["F", "M"] * 500})
     assert CovariateEncoding.fit(big, BOTH) == CovariateEncoding.fit(big.sample(frac=1, random_state=1), BOTH)
 
 
@@ -215,6 +215,7 @@ def test_encoding_refuses_what_was_not_declared(manifest: pd.DataFrame, column: 
             r"covariates\.age: 1 of 3 training rows have a value, at least 2 are needed.*add training scans",
         ),
         ([50.0, 60.0, 70.0], [None, None, None], r"covariates\.sex: all 3 training rows are missing it.*Remove `sex`"),
+        ([50.0, 60.0, 70.0], ["F", "F", None], r"covariates\.sex: all 2 training values are F.*Remove `sex`"),
     ],
 )
 def test_fitting_refuses_what_cannot_be_learnt(ages: list[float], sexes: list[str | None], expected: str) -> None:
@@ -223,10 +224,10 @@ def test_fitting_refuses_what_cannot_be_learnt(ages: list[float], sexes: list[st
 
 
 def test_a_level_absent_from_training_is_a_warning(manifest: pd.DataFrame, caplog: pytest.LogCaptureFixture) -> None:
-    manifest.loc[2, "sex"] = "F"
+    three = CategoricalCovariate(levels=["F", "M", "X"])
     with caplog.at_level(logging.WARNING):
-        CovariateEncoding.fit(manifest, BOTH)
-    assert "covariates.sex: no training row has level M" in caplog.text
+        CovariateEncoding.fit(manifest, BOTH | {"sex": three})
+    assert "covariates.sex: no training row has level X" in caplog.text
 
 
 @pytest.mark.parametrize(

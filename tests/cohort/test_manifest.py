@@ -338,6 +338,10 @@ def test_wrong_values_and_repeated_ids_are_refused_before_anything_is_read(frame
     absent = frame.assign(path="nowhere.nii.gz")
     with pytest.raises(UserError, match=r"scan sub-\d\d, column age: found '200'"):
         build(absent.assign(age="200"))
+    with pytest.raises(UserError, match=r"covariates\.age: all \d+ training values are 50, so its effect cannot be"):
+        build(absent.assign(age="50"))
+    with pytest.raises(UserError, match=r"covariates\.sex: all \d+ training values are F"):
+        build(absent.assign(sex="F"))
     with pytest.raises(UserError, match=r"scan_id same occurs more than once\. Rename"):
         build(absent.assign(scan_id="same"))
     with pytest.raises(UserError, match=r"splits\.val is 0\.0001"):

@@ -178,11 +178,20 @@ def test_seeds_widen_the_interval() -> None:
     labels = np.arange(60) < 20
     steady = np.tile(rng.normal(size=60) + labels, (5, 1))
     shaken = steady + np.linspace(-1.2, 1.2, 5)[:, None] * labels
-    widths = [
-        (lambda f: f["high"] - f["low"])(difference(labels, arm, steady, "same").figure()) for arm in (steady, shaken)
-    ]
-    assert widths[0] == 0.0
-    assert widths[1] > 0.1
+    same, other = (difference(labels, arm, steady, "same") for arm in (steady, shaken))
+    assert same.figure() == {"value": 0.0, "low": None, "high": None, "n": 60}, "no resample differs"
+    assert same.p_value() == 1
+    assert other.figure()["high"] - other.figure()["low"] > 0.1
+
+
+def test_classifiers_that_never_err_on_few_subjects_say_nothing_certain() -> None:
+    labels = np.arange(6) < 3
+    right, wrong = np.tile(labels.astype(float), (5, 1)), np.tile(-labels.astype(float), (5, 1))
+    found = difference(labels, right, wrong, "few")
+    assert found.value == 1 and found.figure()["low"] is None and np.isnan(found.p_value())
+    exact = delong_difference(labels, right.T, wrong.T, np.arange(6))
+    assert exact["difference"]["value"] == 1 and exact["difference"]["low"] is None and exact["p"] is None
+    assert verdict(found.figure(), 0.02) == ("not evaluated", None)
 
 
 # ------------------------------------------------------------------------------------------ generator seeds

@@ -3,7 +3,8 @@ import pytest
 from scipy.stats import norm
 from sklearn.metrics import roc_curve
 
-from meddiff_steps.privacy import attacks
+from meddiff_steps.privacy import assessment, attacks
+from meddiff_steps.privacy.search import unit_rows
 
 
 def test_with_no_hit_the_interval_ends_at_the_rule_of_three():
@@ -38,7 +39,17 @@ def test_nearer_to_training_is_half_where_nothing_leaked():
     figure = attacks.nearer_to_training(rng.random((300, 90)), rng.random((300, 30)), 200, rng)
     assert figure["low"] < 0.5 < figure["high"]
     assert attacks.nearer_to_training(np.ones((10, 4)), np.ones((10, 3)), 20, rng)["value"] == 0.5
-    assert attacks.nearer_to_training(np.ones((10, 4)), np.zeros((10, 3)), 20, rng)["low"] == 1
+    assert attacks.nearer_to_training(np.ones((10, 4)), np.zeros((10, 3)), 20, rng)["value"] == 1
+    few = attacks.nearer_to_training(np.ones((10, 40)), np.zeros((10, 30)), 20, rng)
+    assert (few["value"], few["low"], few["high"]) == (1, pytest.approx(0.7), 1), "10 images, however many people"
+
+
+def test_few_people_who_are_told_apart_perfectly_leave_much_open():
+    found = attacks.membership(np.arange(12) < 8, -np.arange(12.0), [str(i) for i in range(12)], 100, "s", "few")
+    assert found["auc"]["value"] == 1 and found["auc"]["low"] < 0.5, "of 4 people on the smaller side"
+    assert found["tpr_at_0.01"]["value"] == 1 and found["tpr_at_0.01"]["low"] < 0.7
+    none = attacks.membership(np.arange(12) < 8, np.arange(12.0), [str(i) for i in range(12)], 100, "s", "few")
+    assert none["tpr_at_0.01"]["value"] == 0 and none["tpr_at_0.01"]["high"] > 0.3
 
 
 def test_the_interval_of_nearer_to_training_knows_that_people_were_drawn():
@@ -93,3 +104,17 @@ def test_a_flag_rate_far_above_the_level_is_not_nominal():
     assert attacks.flag_rate_is_nominal(np.arange(100) < 7, 0.05)
     assert not attacks.flag_rate_is_nominal(np.arange(100) < 20, 0.05)
     assert not attacks.flag_rate_is_nominal(np.zeros(0, bool), 0.05)
+
+
+@pytest.mark.parametrize("released", [1, 2])
+def test_a_cohort_of_one_or_two_images_is_attacked_and_little_is_said(released):
+    rng = np.random.default_rng(0)
+
+    def people(count):
+        return assessment.RealScans({"learned": unit_rows(rng.normal(size=(count, 4)))}, np.arange(count).astype(str))
+
+    train, held, test = people(20), people(8), people(8)
+    found = assessment.attack({"learned": train.directions["learned"][:released]}, train, held, test, 100, "s")
+    assert ("density ratio, learned" in found["membership"]) == (released > 1)
+    near = found["nearer_to_training"]["learned"]
+    assert near["high"] - near["low"] > 0.5

@@ -98,7 +98,12 @@ def outcome(card):
     if card["status"] == "CALIBRATED":
         copies = attacks.excess_risk(np.zeros(2000, bool), np.zeros(2000, bool))
     gates = audit.gates(
-        Privacy(level=0.2), card, copies, {"nearer_to_training": {}, "membership": {}}, {}, {"failed": 0, "planned": 2}
+        Privacy(level=0.2),
+        card,
+        copies,
+        {"nearer_to_training": {}, "membership": {}},
+        {},
+        {"failed": 0, "duplicates": 0, "planned": 2},
     )
     return verdict(gates), {gate.name: gate.outcome for gate in gates}
 

@@ -113,7 +113,7 @@ def test_attacks_gates_and_report_are_about_the_chosen_detectors(cohort, every, 
     card, _ = cohort.with_detectors(names, 0.2)
     assert card["detectors"] == names
     assert set(thresholds_of(card).overall) == set(names)
-    counts = {"failed": 0, "planned": 2}
+    counts = {"failed": 0, "duplicates": 0, "planned": 2}
     gates = audit.gates(Privacy(level=0.2), card, {"value": 0.0, "low": 0.0, "high": 0.01, "n": 9}, found, {}, counts)
     assert {gate.name for gate in gates} >= {f"nearer to training, {name}" for name in names} | {
         f"membership, {name}" for name in attacks

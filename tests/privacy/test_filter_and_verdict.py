@@ -129,7 +129,7 @@ def calibrated(recall=1.0, nominal=True):
 
 NOTHING_LEAKED = {"nearer_to_training": {}, "membership": {}}
 FEW = {"value": 0.0, "low": 0.0, "high": 0.02, "n": 200}
-ALL_FILLED = {"failed": 0, "planned": 200}
+ALL_FILLED = {"failed": 0, "duplicates": 0, "planned": 200}
 
 
 def outcome(calibration, before=FEW, counts=ALL_FILLED):
@@ -140,7 +140,7 @@ def outcome(calibration, before=FEW, counts=ALL_FILLED):
 def test_the_verdict_of_a_model_that_copies_is_fail():
     assert outcome(calibrated())[0] == "PASS"
     assert outcome(calibrated(), before={"value": 0.9, "low": 0.85, "high": 0.95, "n": 200})[0] == "FAIL"
-    assert outcome(calibrated(), counts={"failed": 20, "planned": 200})[0] == "FAIL"
+    assert outcome(calibrated(), counts={"failed": 20, "duplicates": 0, "planned": 200})[0] == "FAIL"
 
 
 def test_a_weak_detector_or_too_few_subjects_never_pass():
@@ -240,6 +240,46 @@ def test_duplicates_found_by_block_means_are_those_of_all_voxels(tmp_path, shape
     expected = sorted(f"s{i}" for i in range(80) if (correlation[i, :i] >= 0.99).any())
     assert 5 < len(expected) < 35
     assert audit.near_duplicates(Shards([tmp_path / "x.arrow"]), plan(80), 0.99) == expected
+
+
+@pytest.mark.parametrize("name", ["calibrated", "planted copies are found"])
+def test_without_a_filter_that_filters_nothing_is_released_by_accident(tmp_path, name):
+    missing = {"name": name, "figure": {"value": 7}, "limit": 59, "outcome": "NOT_EVALUATED", "meaning": "why"}
+    other = missing | {"name": "membership, latent"}
+    plan(2).to_parquet(tmp_path / "plan.parquet")
+    accepted = pd.DataFrame({"sample_id": ["s0", "s1"], "attempt": 0, "seed_key": ["a", "b"], "decision": "accepted"})
+    accepted.to_parquet(tmp_path / "decisions.parquet")
+
+    def run(gates: list, **privacy: str) -> int:
+        study = {
+            "study": "x",
+            "cohort": {"source": "simulated"},
+            "covariates": {"age": {"unit": "year", "range": [0, 100]}},
+            "plan": [{"name": "syn", "subjects": 2}],
+            "privacy": privacy,
+        }
+        write_json(tmp_path / "report.json", {"verdict": "NOT_EVALUATED", "gates": gates})
+        out = tmp_path / "released.parquet"
+        frozen = freeze(parse_study(study, "a"), "gate", tmp_path)
+        gate.run(frozen, tmp_path / "report.json", tmp_path / "decisions.parquet", tmp_path / "plan.parquet", out)
+        return len(pd.read_parquet(out))
+
+    with pytest.raises(UserError, match=rf"NOT_EVALUATED, {name}: 7 against 59; why(.|\n)*splits.calibration"):
+        run([missing])
+    assert run([missing], enforce="report") == 2
+    assert run([other]) == 2, "what could not be measured otherwise is told, and stops nothing"
+
+
+def test_doubles_do_not_fill_the_plan():
+    from meddiff_steps.config import Privacy
+
+    decisions = pd.DataFrame({"sample_id": [f"s{i}" for i in range(10)], "decision": "accepted", "reason": ""})
+    counts = audit.count(decisions, plan(10).assign(subgroup="all"), [f"s{i}" for i in range(1, 10)])
+    assert (counts["released"], counts["duplicates"], counts["failed"]) == (1, 9, 0)
+    card = {"status": "NOT_CALIBRATED", "subjects": 3, "needed": 59}
+    found = audit.gates(Privacy(), card, None, {"nearer_to_training": {}, "membership": {}}, {}, counts)
+    filled = next(gate for gate in found if gate.name == "planned subjects are filled")
+    assert filled.outcome == "FAIL" and filled.figure["value"] == 0.9
 
 
 def test_a_fail_stops_the_release_and_says_why(tmp_path):

@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from meddiff_steps.cohort.splits import subjects_needed
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.privacy import search
 from meddiff_steps.privacy.calibration import Thresholds, calibrate, conformal_threshold
 from meddiff_steps.privacy.search import nearest, unit_rows
+from meddiff_steps.privacy.size import subjects_needed
 
 
 def test_unit_rows_multiply_to_pearson():

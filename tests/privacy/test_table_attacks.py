@@ -4,7 +4,7 @@ import pytest
 
 from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate
 from meddiff_steps.privacy.assessment import covariate_drift
-from meddiff_steps.privacy.table_attacks import infer_attribute, singling_out, table_attacks
+from meddiff_steps.privacy.table_attacks import infer_attribute, rare_values, singling_out, table_attacks
 
 COVARIATES = {
     "age": ContinuousCovariate(unit="year", range=(0, 120)),
@@ -63,7 +63,19 @@ def test_where_labels_alone_are_released_nobody_can_be_singled_out():
     figure = singling_out(
         people(200, 0)[["sex"]], people(200, 1)[["sex"]], people(200, 2)[["sex"]], labels, np.random.default_rng(0)
     )
-    assert (figure["value"], figure["low"], figure["high"]) == (0, 0, 0)
+    assert (figure["value"], figure["low"], figure["n"]) == (0, 0, 500) and 0 < figure["high"] < 0.02
+
+
+def test_numbers_that_few_training_subjects_have_are_counted_beside_chance():
+    train, others = people(200, 1), people(200, 2)
+    copied = rare_values(train.iloc[:50], train, others, COVARIATES)
+    assert set(copied) == {"age", "brain_ml"} and copied["brain_ml"]["value"] > 0.9
+    assert copied["brain_ml"]["chance"]["value"] < 0.1 and copied["brain_ml"]["n"] == 50
+    common = train.assign(brain_ml=train["brain_ml"].round(-2))
+    assert rare_values(common.iloc[:50], common, others, COVARIATES)["brain_ml"]["value"] < 0.2, "held by many"
+    missing = train.assign(brain_ml=np.nan)
+    assert rare_values(missing, train, others, COVARIATES)["brain_ml"]["value"] is None
+    assert "rare_values" in table_attacks(people(50, 3), train, others, COVARIATES, "seed")
 
 
 def test_missing_values_are_values_and_missing_secrets_no_targets():

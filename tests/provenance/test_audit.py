@@ -211,6 +211,43 @@ def test_diff_names_the_field_that_differs(place, tmp_path):
     assert not any(line.startswith(("recipe.", "config generate")) for line in lines)
 
 
+def test_diff_sees_what_lies_on_disk_whatever_the_ledgers_say(place, tmp_path):
+    other = tmp_path / "release"
+    shutil.copytree(place.release, other)
+    image = next(other.rglob("*_T1w.nii.gz"))
+    image.write_bytes(image.read_bytes()[:-1] + b"x")
+    (other / "README").unlink()
+    (other / "more").mkdir()
+    (other / "more" / "notes\x1b[2J.txt").touch()
+    (other / "LICENSE").unlink()
+    (other / "LICENSE").symlink_to("CHANGES")
+    lines = story.compare(place.release, other)
+    shared = sum(path.is_file() for path in place.release.rglob("*")) - 1
+    assert lines == [
+        "files: 1 in the first alone (README)",
+        "files: 1 in the second alone (more/notes\x1b[2J.txt)",
+        f"files: 2 of {shared} in both differ on disk (LICENSE, {image.relative_to(other).as_posix()})",
+    ]
+
+
+def test_what_a_release_says_cannot_act_on_a_terminal(place, tmp_path):
+    other = tmp_path / "release"
+    shutil.copytree(place.release, other)
+    (other / "a\x1b]0;title\x07b\u202e").touch()
+    config = other / "provenance/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"title": "t\x1b[31m\r"}, ensure_ascii=False))
+    for arguments in (["diff", place.release, other], ["explain", "sub-nobody\x1b[1m", other]):
+        done = subprocess.run(
+            [sys.executable, "-m", "meddiff_steps", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
+        shown = done.stdout + done.stderr
+        assert all(c.isprintable() or c == "\n" for c in shown), shown
+        assert r"\x1b" in shown
+
+
 # ------------------------------------------------------------------------------------------------- lineage
 
 

@@ -180,15 +180,19 @@ def test_what_may_not_be_released_is_not_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("verdict", "status", "words"),
+    ("verdict", "status", "gate", "words"),
     [
-        ("PASS", "CALIBRATED", "Verdict: PASS. Every image was compared with every training scan by 2 detectors"),
-        ("FAIL", "CALIBRATED", "It must not be treated as anonymous"),
-        ("NOT_EVALUATED", "NOT_CALIBRATED", "39 unseen real subjects are needed for its level and there were 99"),
+        ("PASS", "CALIBRATED", None, "Verdict: PASS. Every image was compared with every training scan by 2 detectors"),
+        ("FAIL", "CALIBRATED", "membership, latent", "although it failed, because its study says so"),
+        ("NOT_EVALUATED", "NOT_CALIBRATED", None, "39 unseen real subjects are needed for its level and there were 99"),
+        ("NOT_EVALUATED", "NOT_CALIBRATED", "calibrated", "although the filter is none (calibrated), because its"),
     ],
 )
-def test_the_dataset_says_its_verdict(tmp_path: Path, verdict: str, status: str, words: str) -> None:
+def test_the_dataset_says_its_verdict(tmp_path: Path, verdict: str, status: str, gate: str | None, words: str) -> None:
     place = Workplace(tmp_path)
+    figure = {"value": 1.0, "low": None, "high": None, "n": 9}
+    failed = {"name": gate, "outcome": verdict, "figure": figure, "limit": 59, "meaning": ""}
+    place.privacy["gates"] = [failed] if gate else []
     place.privacy["verdict"] = verdict
     place.privacy["calibration"]["status"] = status
     root = place.run()

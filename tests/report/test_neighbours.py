@@ -85,7 +85,7 @@ def test_the_nearest_pairs_are_shown_and_the_page_says_that_it_is_private(
 
 def test_an_uncalibrated_filter_is_said_and_nothing_accepted_is_refused(study: Fabricated) -> None:
     assert "not calibrated" in write(study, status="NOT_CALIBRATED")[0].read_text()
-    with pytest.raises(UserError, match="no image was accepted"):
+    with pytest.raises(UserError, match="no candidate was accepted"):
         write(study, decision="rejected")
 
 

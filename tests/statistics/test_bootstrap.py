@@ -4,11 +4,12 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
 from meddiff_steps.core.random_streams import philox
-from meddiff_steps.statistics.bootstrap import Bootstrap, figure, rounded
-from meddiff_steps.statistics.measures import auc, macro, mean_of, pearson, slope
+from meddiff_steps.statistics.bootstrap import Bootstrap, figure, rounded, wilson
+from meddiff_steps.statistics.measures import auc, macro, mean_of, pearson, slope, smaller_side
 
 
 def test_statistics_agree_with_their_definitions_for_any_weights() -> None:
@@ -76,4 +77,36 @@ def test_draws_depend_on_seed_and_label_only(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_figures_are_rounded() -> None:
-    assert figure(1 / 3, np.full(10, 2 / 3), 5) == {"value": 0.333333, "low": 0.666667, "high": 0.666667, "n": 5}
+    found = figure(1 / 3, np.array([1 / 3, 2 / 3] * 50), 5)
+    assert found == {"value": 0.333333, "low": 0.333333, "high": 0.666667, "n": 5}
+
+
+@pytest.mark.parametrize("few", [2, 3, 8, 20])
+def test_few_units_that_are_told_apart_perfectly_have_no_interval_of_width_0(few: int) -> None:
+    labels = np.arange(2 * few) < few
+    for value, scores in ((1.0, labels.astype(float)), (0.0, -labels.astype(float)), (0.5, np.zeros(2 * few))):
+        found = Bootstrap(range(2 * few), 200, "s").figure(auc(labels, scores), smaller_side(labels, range(2 * few)))
+        assert found["value"] == value and found["high"] - found["low"] > min(0.7, 2 / few)
+        assert 0 <= found["low"] <= value <= found["high"] <= 1
+
+
+def test_what_is_no_share_has_no_interval_where_no_resample_differs() -> None:
+    found = Bootstrap(range(9), 200, "s").figure(mean_of(np.full(9, 3.25)))
+    assert found == {"value": 3.25, "low": None, "high": None, "n": 9}
+    assert figure(1.0, np.full(200, 1.0), 9, share_of=9)["low"] == pytest.approx(wilson(1.0, 9)[0], abs=1e-6)
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 3), (0, 50), (7, 20), (20, 20), (1, 1), (3, 4), (1000, 1000)])
+def test_the_interval_of_a_share_is_wilsons_and_no_narrower_than_the_rule_of_three(hits: int, n: int) -> None:
+    low, high = wilson(hits / n, n)
+    interval = binomtest(hits, n).proportion_ci(method="wilson")
+    assert low <= interval.low + 1e-12 and interval.high <= high + 1e-12
+    if 0 < hits < n:
+        assert (low, high) == pytest.approx((interval.low, interval.high))
+    assert hits or high >= min(1, 3 / n)
+    assert hits < n or low <= max(0, 1 - 3 / n)
+
+
+def test_the_smaller_side_is_counted_in_units() -> None:
+    assert smaller_side(np.array([True, True, True, False]), ["a", "a", "b", "c"]) == 1
+    assert smaller_side(np.array([True, True, False, False, False]), ["a", "b", "c", "d", "e"]) == 2

@@ -155,6 +155,80 @@ def test_conditions_that_cannot_be_fulfilled_are_refused(training, where, messag
         plan(training, group(where=where))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"where": {"diagnosis": ["other"]}},
+        {"where": {"age": 20}},
+        {"where": {"age": [20, 30]}},
+        {"covariates": "grid", "grid": {"diagnosis": ["case", "other"]}, "base": {"age": 50}},
+        {"covariates": "grid", "grid": {"age": [50]}, "base": {"diagnosis": "other"}},
+        {"covariates": "counterfactual", "grid": {"diagnosis": ["case", "other"]}},
+        {"covariates": "table", "table": "mine.csv"},
+    ],
+    ids=str,
+)
+def test_what_no_training_row_has_is_refused(training, settings):
+    table = pd.DataFrame({"age": [50.0] * 40, "volume": 20.0, "diagnosis": ["case"] * 39 + ["other"]})
+    with pytest.raises(UserError, match=r"plan.syn: (age|diagnosis) should be .*, so the model has not learnt it"):
+        plan(training, group(**settings), tables={"syn": table})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"covariates": "grid", "grid": {"age": [20, 95], "diagnosis": ["case"]}},
+        {"covariates": "grid", "grid": {"diagnosis": ["case"]}, "base": {"age": 95}},
+        {"covariates": "counterfactual", "grid": {"age": [50, 95]}},
+        {"covariates": "table", "table": "mine.csv"},
+    ],
+    ids=str,
+)
+def test_a_chosen_number_beyond_the_training_rows_is_said_to_be_an_extrapolation(training, settings, caplog):
+    table = pd.DataFrame({"age": [50.0] * 39 + [95.0], "volume": 20.0, "diagnosis": "case"})
+    plan(training, group(**settings), tables={"syn": table})
+    assert "95, but the training rows are in [44" in caplog.text and "is an extrapolation" in caplog.text
+
+
+def test_conditions_that_training_rows_fulfil_in_part_say_what_is_left_out(training, caplog):
+    rows = plan(training, group(where={"age": [20, 60], "diagnosis": ["case", "other"]}))
+    assert set(rows["diagnosis"]) == {"case"} and rows["age"].min() >= 44
+    assert "age may be in [20, 60], but the training rows are in [44" in caplog.text
+    assert "['other'], which no training row has" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("column", "possible"),
+    [
+        (lambda rng, n: rng.integers(20, 31, n), set(range(20, 31))),
+        (lambda rng, n: rng.integers(0, 2000, n), set(range(2000))),
+        (lambda rng, n: rng.choice([1.5, 3.0], n), {1.5, 3.0}),
+        (lambda rng, n: rng.choice([0, 0.5, 1, 2, 3], n), {0, 0.5, 1, 2, 3}),
+        (lambda rng, n: 5 * rng.integers(8, 20, n), set(range(40, 100, 5))),
+        (lambda rng, n: np.round(rng.uniform(1.5, 2.0, n), 2), {round(i / 100, 2) for i in range(150, 201)}),
+    ],
+    ids=["score", "count", "setting", "half points", "rounded to 5", "two decimals"],
+)
+def test_counts_scores_and_settings_keep_their_own_values(column, possible):
+    schema = TypeAdapter(Covariates).validate_python({"x": {"unit": "point", "range": [0, 2000]}})
+    values = column(np.random.default_rng(0), 200).astype(float)
+    rows = build_plan([group(subjects=300)], schema, pd.DataFrame({"x": values}), "seed", 100)
+    assert set(rows["x"]) <= possible and rows["x"].nunique() > 1
+    assert rows["x"].between(values.min(), values.max()).all()
+
+
+def test_a_chosen_value_between_those_that_there_are_is_told(caplog):
+    schema = TypeAdapter(Covariates).validate_python({"field": {"unit": "T", "range": [0, 10]}})
+    asked = group(covariates="grid", grid={"field": [1.5, 2]})
+    build_plan([asked], schema, pd.DataFrame({"field": [1.5, 3.0] * 20}), "seed", 100)
+    assert "field is asked to be 2, which lies between the values that training rows have (1.5, 3)" in caplog.text
+
+
+def test_a_fine_scale_stays_fine(training):
+    rows = plan(training.assign(age=training["age"].round(1)), group(subjects=300))
+    assert rows["age"].round(1).ne(rows["age"]).any()
+
+
 def test_grid_has_all_combinations_each_with_its_own_noise(training):
     rows = plan(
         training, group(subjects=5, covariates="grid", grid={"age": [50, 70], "diagnosis": ["control", "case"]})

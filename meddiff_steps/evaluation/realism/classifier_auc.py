@@ -12,7 +12,7 @@ from meddiff_steps.core.random_streams import philox
 from meddiff_steps.evaluation.realism.base import Draws, Sample, Scale, shared_units
 from meddiff_steps.statistics.bootstrap import Bootstrap, Figure
 from meddiff_steps.statistics.bootstrap import figure as with_interval
-from meddiff_steps.statistics.measures import auc
+from meddiff_steps.statistics.measures import auc, smaller_side
 
 ENTRY = {
     "order": 3,
@@ -54,4 +54,4 @@ def figure(synthetic: Sample, reference: Sample, scale: Scale, draws: Draws) -> 
             StandardScaler(), LogisticRegression(C=CLASSIFIER_C, max_iter=1000, class_weight="balanced")
         ).fit(features[fit], labels[fit])
         scores[check] = model.decision_function(features[check])
-    return boot.figure(auc(labels, scores))
+    return boot.figure(auc(labels, scores), smaller_side(labels, units))

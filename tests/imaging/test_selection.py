@@ -1,0 +1,29 @@
+"""Which images figures are about."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.imaging.selection import Images
+from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
+
+
+def shards(folder: Path, names: list[str]) -> Shards:
+    columns = {"sample_id": pa.string(), "image": TensorColumn("float16", (1, 4, 4))}
+    with ShardWriter(folder / "shard-0000.arrow", columns) as shard:
+        for name in names:
+            shard.append(sample_id=name, image=np.zeros((1, 4, 4)))
+    return Shards([folder / "shard-0000.arrow"])
+
+
+def test_where_the_filter_accepted_nothing_it_is_said_so(tmp_path: Path) -> None:
+    planned = pd.DataFrame({"sample_id": ["a", "b"], "seed_key": ["1", "2"]})
+    assert Images.accepted(shards(tmp_path, ["b"]), planned, "plan.parquet", "measure").ids == ["b"]
+    with pytest.raises(
+        UserError, match=r"shard-0000.arrow: no candidate was accepted, so there is nothing to measure\. privacy/report"
+    ):
+        Images.accepted(shards(tmp_path, []), planned, "plan.parquet", "measure")
