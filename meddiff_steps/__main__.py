@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
+# `python -m` looks into the current folder first, which may be a stranger's release: nothing of it is imported, unless
+# the package itself lies there.  (A package of our name would have been run by now; `-P` or the command prevents that.)
+if __name__ == "__main__" and not sys.flags.safe_path and sys.path[0] != os.path.dirname(os.path.dirname(__file__)):
+    sys.path.pop(0)
+
 import importlib
 import logging
 import signal
-import sys
 
 from meddiff_steps import __version__
 from meddiff_steps.core.errors import EXIT_PREEMPTED, Preempted, UserError

@@ -95,6 +95,31 @@ def quality(metrics: Mapping[str, Any]) -> str:
     return _table(("measured", "synthetic [95 % interval]", "held-out real"), rows)
 
 
+def figures_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the evaluation's metrics `quality` tells."""
+
+    def figure(found: Mapping[str, Any], beside: str = "") -> dict[str, Any]:
+        told = {name: found[name] for name in ("value", "low", "high") if name in found}
+        return told | ({beside: figure(found[beside])} if found.get(beside) else {})
+
+    covariates = {
+        name: {"kind": found["kind"], key: figure(found[key], "ceiling")}
+        for name, found in metrics.get("covariates", {}).items()
+        for key in ["auc" if found["kind"] == "categorical" else "r"]
+    }
+    bands = {
+        band: figure(found, "ceiling")
+        for band, found in metrics.get("spectrum", {}).get("synthetic", {}).items()
+        if band in _BANDS
+    }
+    realism = {
+        space: {"classifier_auc": figure(found["classifier_auc"], "floor")}
+        for space, found in metrics.get("realism", {}).items()
+        if found.get("classifier_auc")
+    }
+    return {"covariates": covariates, "spectrum": {"synthetic": bands}, "realism": realism}
+
+
 def blanks(card: Card) -> str:
     """What only the publisher can say; where he has not, a blank that says so and where to fill it in."""
     lines = []
@@ -107,8 +132,9 @@ def blanks(card: Card) -> str:
     return "\n".join(lines)
 
 
-CHECK = """`python3 -I provenance/verify.py .` checks with Python alone that every file is the one that was sealed; add
-`--key publisher.pub` if you have the publisher's public key. `ro-crate-metadata.json` and `croissant.json` describe the
+CHECK = """`python3 -I verify.py .` checks with Python alone that every file is the one that was sealed; add
+`--key publisher.pub` if you have the publisher's public key. Take verify.py from meddiff_steps: the one in provenance/
+may have been exchanged together with the rest. `ro-crate-metadata.json` and `croissant.json` describe the
 same for other programs."""
 CHECK_PART = """`sha256sum -c SHA256SUMS` checks the files of this dataset. It is a part of a cohort whose
 `provenance/root.json`, signed where there is a key, holds the digest of SHA256SUMS, and whose ledger holds the recipe
