@@ -101,12 +101,13 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     from meddiff_steps.provenance.record import first_process, recorded
+    from meddiff_steps.provenance.verify import shown
 
     app.command()(recorded(name, importlib.import_module(f"meddiff_steps.steps.{name}").run))
     try:
         app(arguments[1:], prog_name=f"python -m meddiff_steps {name}")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("\n".join(map(shown, f"error: {error}".splitlines())), file=sys.stderr)
         return 2
     except Preempted as stopped:
         if not first_process():

@@ -17,7 +17,7 @@ from meddiff_steps import __version__, config
 from meddiff_steps.audit.recipes import Tally
 from meddiff_steps.core.canonical import canonical_bytes
 from meddiff_steps.core.errors import UserError
-from meddiff_steps.privacy.verdict import SEVERITY
+from meddiff_steps.privacy.verdict import PLAIN, SEVERITY, within
 from meddiff_steps.provenance import lineage, verify
 from meddiff_steps.provenance.lineage import Record
 from meddiff_steps.provenance.verify import Check, judged
@@ -56,6 +56,9 @@ def _verdict_problems(release: Sealed) -> Iterator[str]:
     facts = described["Facts"]
     if {name: facts["privacy"][name] for name in ("verdict", "counts")} != said:
         yield f"{verify.DESCRIPTION} tells another verdict or other counts than root.json"
+    for gate in facts["privacy"]["gates"]:
+        if gate["name"] not in PLAIN and (found := within(gate["figure"], gate["limit"])) != gate["outcome"]:
+            yield f"{gate['name']}: {gate['outcome']}, by its interval and limit {found}"
     worst = max((SEVERITY.index(gate["outcome"]) for gate in facts["privacy"]["gates"]), default=None)
     if worst is not None and SEVERITY[worst] != said["verdict"]:
         yield f"the worst outcome of its tests is {SEVERITY[worst]}"
