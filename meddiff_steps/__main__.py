@@ -109,6 +109,9 @@ def main() -> int:
     except UserError as error:
         print("\n".join(map(shown, f"error: {error}".splitlines())), file=sys.stderr)
         return 2
+    except (RecursionError, MemoryError) as error:  # what a stranger wrote may be nested without end
+        print(f"error: {type(error).__name__}. What was read is not what this program writes.", file=sys.stderr)
+        return 2
     except Preempted as stopped:
         if not first_process():
             return 0  # a launcher that sees one process fail kills the others, which would hide the first one's status

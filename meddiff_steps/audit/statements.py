@@ -6,8 +6,8 @@ than a version that is not this one wrote, the check is a note: either program m
 
 from __future__ import annotations
 
+import datetime
 import hashlib
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +23,7 @@ from meddiff_steps.provenance.lineage import Record
 from meddiff_steps.provenance.verify import Check, judged
 from meddiff_steps.release import crate, croissant, seal, versions
 from meddiff_steps.release.dataset import Story, texts
+from meddiff_steps.release.facts import are_facts
 from meddiff_steps.release.sealed import Sealed
 
 #: Where the first of two models lies.
@@ -183,7 +184,7 @@ def check_metadata(release: Sealed) -> Check:
 def _published(release: Sealed) -> str:
     """The day of publication where the study leaves it open: that of the last image, in a record that is not public."""
     date = str(lineage.read_strictly(release.folder, croissant.NAME)["datePublished"])
-    if not re.fullmatch(r"(\d{4}-\d{2}-\d{2})?", date, re.ASCII):
+    if date and datetime.date.fromisoformat(date).isoformat() != date:
         raise ValueError(f"datePublished is {date[:40]!r}, which is no day")
     return date
 
@@ -211,6 +212,8 @@ def _texts(release: Sealed) -> Iterator[tuple[str, bytes]]:
     study = release.study
     assert study is not None
     described = lineage.read_strictly(release.folder, verify.DESCRIPTION, ascii_only=False)
+    if not are_facts(described["Facts"]):
+        raise ValueError(f"{verify.DESCRIPTION} holds more, or less, than facts")
     story = Story.of(study, described["Facts"], _sources(described))
     rows = list(release.released())
     plan = pd.DataFrame(

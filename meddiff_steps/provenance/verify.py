@@ -618,8 +618,11 @@ def _shard_problems(shards: list[Any], ledger: Ledger) -> list[str]:
     wrong: list[str] = []
     seen = [0] * len(ledger.leaves)
     left = len(seen)  # rows that no shard has named; more than there are need not be counted
-    for entry in shards:
+    for number, entry in enumerate(shards):
         try:
+            bounds = [bound for first, end in entry["ranges"] for bound in (first, end)]
+            if entry["shard"] != number or bounds != sorted(set(bounds)):
+                wrong.append(f"shard {entry['shard']}: another number than {number}, or ranges that meet")
             left -= sum(end - first if first <= end <= len(seen) else len(seen) + 1 for first, end in entry["ranges"])
             if left < 0:
                 return [*wrong, "shards that name rows twice, or rows that are not there"]

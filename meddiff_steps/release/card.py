@@ -95,31 +95,6 @@ def quality(metrics: Mapping[str, Any]) -> str:
     return _table(("measured", "synthetic [95 % interval]", "held-out real"), rows)
 
 
-def figures_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """What of the evaluation's metrics `quality` tells."""
-
-    def figure(found: Mapping[str, Any], beside: str = "") -> dict[str, Any]:
-        told = {name: found[name] for name in ("value", "low", "high") if name in found}
-        return told | ({beside: figure(found[beside])} if found.get(beside) else {})
-
-    covariates = {
-        name: {"kind": found["kind"], key: figure(found[key], "ceiling")}
-        for name, found in metrics.get("covariates", {}).items()
-        for key in ["auc" if found["kind"] == "categorical" else "r"]
-    }
-    bands = {
-        band: figure(found, "ceiling")
-        for band, found in metrics.get("spectrum", {}).get("synthetic", {}).items()
-        if band in _BANDS
-    }
-    realism = {
-        space: {"classifier_auc": figure(found["classifier_auc"], "floor")}
-        for space, found in metrics.get("realism", {}).items()
-        if found.get("classifier_auc")
-    }
-    return {"covariates": covariates, "spectrum": {"synthetic": bands}, "realism": realism}
-
-
 def blanks(card: Card) -> str:
     """What only the publisher can say; where he has not, a blank that says so and where to fill it in."""
     lines = []

@@ -174,7 +174,7 @@ class Story:
     sampler
         One phrase, for example "dpmpp, guidance scale 1".
     facts
-        See `facts_of`.
+        See `release.facts`.
     sources
         BIDS SourceDatasets entries, as far as known.
     distilled
@@ -225,48 +225,6 @@ class Story:
     @property
     def metrics(self) -> Mapping[str, Any] | None:
         return self.facts["metrics"]
-
-
-def facts_of(
-    cohort: Mapping[str, Any],
-    privacy: Mapping[str, Any] | None,
-    models: Mapping[str, Mapping[str, Any]],
-    metrics: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """What of cards and reports the texts of a dataset tell, and no more: it is published in dataset_description.json,
-    so that an audit can write the texts again.
-
-    Parameters
-    ----------
-    cohort
-        The cohort's card; `scans` and `subjects` (counts) and `simulated` (bool) are told.
-    privacy
-        The privacy report; `verdict`, `calibration`, `gates` and `counts` are told. None: not tested.
-    models
-        Cards of the models by name.
-    metrics
-        The evaluation's metrics. None: not measured.
-    """
-
-    def some(content: Mapping[str, Any], *names: str) -> dict[str, Any]:
-        return {name: content[name] for name in names if name in content}
-
-    told = None
-    if privacy is not None:
-        told = some(privacy, "verdict") | {
-            "counts": {name: count for name, count in privacy.get("counts", {}).items() if isinstance(count, int)},
-            "calibration": some(privacy["calibration"], "status", "detectors", "level", "subjects", "needed"),
-            "gates": [
-                some(gate, "name", "limit", "outcome") | {"figure": some(gate["figure"], "value", "low", "high")}
-                for gate in privacy.get("gates", [])
-            ],
-        }
-    return {
-        "cohort": some(cohort, "scans", "subjects", "simulated"),
-        "privacy": told,
-        "models": [{"name": name} | some(one, "parameters", "scans", "weights_sha256") for name, one in models.items()],
-        "metrics": None if metrics is None else card.figures_of(metrics),
-    }
 
 
 def complete_dataset(release: Path, plan: pd.DataFrame, images: pd.DataFrame, story: Story) -> Path:

@@ -160,7 +160,9 @@ SPELLINGS: dict[str, Callable[[bytes], bytes]] = {
     "a mark of byte order": lambda c: b"\xef\xbb\xbf" + c,
     "other blanks": lambda c: json.dumps(json.loads(c), sort_keys=True).encode(),
     "another order": lambda c: json.dumps(dict(reversed(json.loads(c).items())), indent=1).encode() + b"\n",
-    "letters as numbers": lambda c: c.replace(b"e", b"\\u0065", 1) if b'"e' not in c else c.replace(b'"e', b'"\\u0065', 1),
+    "letters as numbers": lambda c: (
+        c.replace(b"e", b"\\u0065", 1) if b'"e' not in c else c.replace(b'"e', b'"\\u0065', 1)
+    ),
     "a number that is none": lambda c: c.replace(b"{", b'{"x": NaN,', 1),
     "a number without end": lambda c: c.replace(b"{", b'{"x": 1e999,', 1),
     "a huge number": lambda c: c.replace(b"{", b'{"x": 1' + b"0" * 400 + b",", 1),
@@ -282,6 +284,24 @@ def _bomb(target: Target) -> None:
     reseal(target, bundle.TABLE)
 
 
+#: Said to have passed, though the limit lies in the interval.
+CONDITIONAL = {
+    "name": "membership, distance, aligned",
+    "limit": 0.6,
+    "outcome": "PASS",
+    "figure": {"value": 0.58, "low": 0.52, "high": 0.64},
+}
+
+
+def _facts(change: Callable[[dict[str, Any]], Any]) -> Callable[[bytes], bytes]:
+    def apply(content: bytes) -> bytes:
+        described = json.loads(content)
+        change(described["Facts"])
+        return verify.json_bytes(described, ascii_only=False)
+
+    return apply
+
+
 HIDDEN: dict[str, Attack] = {
     "machine and level in the header of the compression": Attack(
         lambda t: _repack(t, lambda c: c[:8] + b"JD" + c[10:]), 5, "bytes"
@@ -299,7 +319,9 @@ HIDDEN: dict[str, Attack] = {
     "a gap in the table": Attack(lambda t: _table(t, _gap), 0, "twins"),
     "bytes before the table": Attack(lambda t: _table(t, lambda c: c[:4] + b"Jane Doe" + c[4:]), 0, "twins"),
     "a table that says it is by another pyarrow, and holds more": Attack(
-        lambda t: _table(t, lambda c: _gap(re.sub(rb"arrow version [0-9]+", b"arrow version 77", c)) + c * 9), 0, "twins"
+        lambda t: _table(t, lambda c: _gap(re.sub(rb"arrow version [0-9]+", b"arrow version 77", c)) + c * 9),
+        0,
+        "twins",
     ),
     "a table that unpacks to much": Attack(_bomb, 0, "twins"),
     "line ends of Windows in participants.tsv": Attack(
@@ -332,10 +354,36 @@ HIDDEN: dict[str, Attack] = {
     "another .bidsignore": Attack(lambda t: rewrite(t, ".bidsignore", lambda c: b"*\n"), 4, "described"),
     "another program": Attack(lambda t: rewrite(t, bundle.VERIFIER, lambda c: b"print('all is well')"), 1, "verifier"),
     "a study of another name": Attack(
-        lambda t: t.edit(bundle.ROOT, lambda r: r.update(study="ukbiobank", signer=None))
-        or (t.folder / bundle.SIGNATURE).unlink(),
+        lambda t: (
+            t.edit(bundle.ROOT, lambda r: r.update(study="ukbiobank", signer=None))
+            or (t.folder / bundle.SIGNATURE).unlink()
+        ),
         4,
         "verdict",
+    ),
+    "more than facts": Attack(
+        lambda t: rewrite(t, verify.DESCRIPTION, _facts(lambda f: f.update(patients=["Jane Doe"]))), 4, "described"
+    ),
+    "more than a figure": Attack(
+        lambda t: rewrite(t, verify.DESCRIPTION, _facts(lambda f: f["cohort"].update(scans={"Jane": "Doe"}))),
+        4,
+        "described",
+    ),
+    "a better outcome of a test": Attack(
+        lambda t: rewrite(t, verify.DESCRIPTION, _facts(lambda f: f["privacy"]["gates"].append(CONDITIONAL))),
+        4,
+        "verdict",
+    ),
+    "another number of a shard": Attack(
+        lambda t: (t.edit(bundle.ROOT, lambda r: r["ledger"]["shards"][0].update(shard=7)), reseal(t)), 1, "shard-roots"
+    ),
+    "empty ranges of a shard": Attack(
+        lambda t: (t.edit(bundle.ROOT, lambda r: r["ledger"]["shards"][0]["ranges"].append([9, 9])), reseal(t)),
+        1,
+        "shard-roots",
+    ),
+    "no day": Attack(
+        lambda t: (t.edit(croissant.NAME, lambda c: c.update(datePublished="2026-13-77")), t.seal()), 4, "metadata"
     ),
     "another day": Attack(
         lambda t: (t.edit(croissant.NAME, lambda c: c.update(datePublished="Jane Doe")), t.seal()), 4, "metadata"
@@ -606,6 +654,15 @@ def test_a_model_that_does_not_load_ends_the_level_and_not_the_audit(place, tmp_
     write_json(card, {})
     report = audit(Request(place.release, models=tmp_path, sample=1))
     assert report.status(6) in ("NOT RUN", "FINDINGS") and not report.passed
+
+
+@pytest.mark.parametrize("field", ["num_inference_steps", "batch_size"])
+def test_a_recipe_that_nobody_could_draw_is_not_drawn(target, field):
+    rows = [row | {"recipe": row["recipe"] | {field: 10**9}} for row in target.rows()]
+    target.seal(rows)
+    report = audit(Request(target.folder, models=target.place.results, sample=1))
+    assert report.status(6) == "FINDINGS"
+    assert "more than anybody draws" in next(check.text for check in report.checks if check.level == 6)
 
 
 def test_a_level_that_stops_is_no_pass(place, monkeypatch):

@@ -25,7 +25,7 @@ from meddiff_steps import __version__, config
 from meddiff_steps.audit import chain, privacy, reexecution
 from meddiff_steps.audit import explain as story
 from meddiff_steps.audit.page import as_text
-from meddiff_steps.audit.request import Report, Request
+from meddiff_steps.audit.request import Request
 from meddiff_steps.audit.run import audit
 from meddiff_steps.core.canonical import canonical_bytes
 from meddiff_steps.core.errors import UserError
@@ -189,7 +189,9 @@ def test_weights_that_do_not_load_name_the_version_to_install(place, old, tmp_pa
     assert report.status(6) == "NOT RUN" and report.passed and INSTALL in checks(report, 6)["images"].text
     done = run("regenerate", old, "--models", models, "--out", tmp_path / "again")
     assert done.returncode == 2 and INSTALL in done.stderr and "Traceback" not in done.stderr
-    assert checks(audit(Request(old, version=OLD, models=tmp_path / "none")), 6)["models"].outcome == "finding", "wrong folder"
+    assert checks(audit(Request(old, version=OLD, models=tmp_path / "none")), 6)["models"].outcome == "finding", (
+        "wrong folder"
+    )
 
 
 class Near:
@@ -249,7 +251,9 @@ def test_a_config_that_only_its_own_version_reads_stops_the_audit(target):
     assert [report.status(level) for level in range(8)] == ["PASS"] * 4 + ["NOT RUN"] * 4
     assert all(INSTALL in check.text for check in report.checks if check.level > 3)
     assert as_text(report).splitlines()[-1] == "nothing found; L4, L5, L6, L7 did not run"
-    assert run("audit", target.folder, "--version", OLD).returncode == 2, "a script that looks at nothing but the exit code is not fooled"
+    assert run("audit", target.folder, "--version", OLD).returncode == 2, (
+        "a script that looks at nothing but the exit code is not fooled"
+    )
     with pytest.raises(versions.OtherVersion, match=INSTALL):
         open_release(target.folder)
 

@@ -875,7 +875,9 @@ def test_verify_accepts_the_clean_release(place, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     checks = json.loads(done.stdout)
     assert {check["level"] for check in checks} == {0, 1, 2}
-    assert [check["name"] for check in checks if check["outcome"] != "pass"] == ["verifier"], "it cannot vouch for itself"
+    assert [check["name"] for check in checks if check["outcome"] != "pass"] == ["verifier"], (
+        "it cannot vouch for itself"
+    )
     done = stand_alone(place.release, "--key", f"{place.key}.pub", "--json")
     assert {check["outcome"] for check in json.loads(done.stdout)} == {"pass"}
     assert hashlib.sha256((place.release / "provenance/root.json").read_bytes()).hexdigest() in done.stdout
