@@ -111,7 +111,7 @@ def _judge(results: list[Comparison], population: int, tolerance: int, seed: str
     ]
     if bad:
         return Check(6, "images", "finding", f"{text}, {len(bad)} are not", bad[:5])
-    bound = math.ceil(1000 * most_bad(population, len(results))) / 10  # rounded up: it is an upper bound
+    bound = math.ceil(round(1000 * most_bad(population, len(results)), 6)) / 10  # rounded up: it is an upper bound
     text += (
         f"; if nobody could foresee the seed, at most {bound:.1f} % of the {population} differ, with 95 % confidence"
     )

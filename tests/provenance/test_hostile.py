@@ -6,6 +6,7 @@ import base64
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -124,6 +125,7 @@ def test_the_bound_is_true_of_samples_as_they_are_drawn():
         all(int(row["sample_id"]) >= bad for row in choose(rows, 20, str(seed), "images")) for seed in range(2000)
     )
     assert clean / 2000 <= 0.05 + 3 * (0.05 * 0.95 / 2000) ** 0.5
+    assert math.ceil(round(1000 * most_bad(200, 20), 6)) / 10 == 13.0
     assert philox("a", "audit/images").integers(100) == philox("a", "audit/images").integers(100)
 
 
