@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
+# `python -m` looks into the current folder first, which may be a stranger's release: nothing of it is imported, unless
+# the package itself lies there.  (A package of our name would have been run by now; `-P` or the command prevents that.)
+if __name__ == "__main__" and not sys.flags.safe_path and sys.path[0] != os.path.dirname(os.path.dirname(__file__)):
+    sys.path.pop(0)
+
 import importlib
 import logging
 import signal
-import sys
 
 from meddiff_steps import __version__
 from meddiff_steps.core.errors import EXIT_PREEMPTED, Preempted, UserError
-from meddiff_steps.core.text import printable_lines
 
 #: Every step with one line of help, in the order data flows.
 STEPS = {
@@ -64,6 +70,9 @@ STEPS = {
     "keygen": "make a key to sign releases with",
 }
 
+#: Steps that read what a stranger wrote, which may be nested or repeated without end.
+READ_RELEASES = ("audit", "explain", "diff", "prove", "regenerate")
+
 
 def usage() -> str:
     width = max(map(len, STEPS)) + 2
@@ -95,12 +104,18 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     from meddiff_steps.provenance.record import first_process, recorded
+    from meddiff_steps.provenance.verify import shown
 
     app.command()(recorded(name, importlib.import_module(f"meddiff_steps.steps.{name}").run))
     try:
         app(arguments[1:], prog_name=f"python -m meddiff_steps {name}")
     except UserError as error:
-        print(f"error: {printable_lines(str(error))}", file=sys.stderr)
+        print("\n".join(map(shown, f"error: {error}".splitlines())), file=sys.stderr)
+        return 2
+    except (RecursionError, MemoryError) as error:
+        if name not in READ_RELEASES:
+            raise
+        print(f"error: {type(error).__name__}. What was read is not what this program writes.", file=sys.stderr)
         return 2
     except Preempted as stopped:
         if not first_process():

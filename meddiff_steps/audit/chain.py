@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from meddiff_steps import __version__
-from meddiff_steps.core.files import sha256_file
-from meddiff_steps.provenance import lineage
+from meddiff_steps.provenance import lineage, verify
 from meddiff_steps.provenance.ledger import WEIGHTS
 from meddiff_steps.provenance.lineage import Lineage, Record, step_of
 from meddiff_steps.provenance.verify import Check, judged
@@ -107,13 +107,14 @@ def _without_sources(found: Lineage) -> Iterator[str]:
 
 def _by_other_weights(release: Sealed, found: Lineage) -> Iterator[str]:
     """Runs that made or filtered the released images with other weights than the rows name."""
+    written = _weights_by_path(found)
     for record in _made_images(found):
         for kind in sorted({kind for kind, _ in release.weights}):
             read = {
                 (kind, digest)
                 for path in _paths(record, "inputs") & set(found.records)
                 if step_of(found.records[path]) == kind
-                for digest in _weights(found.records[path], path)
+                for digest in written.get(path, ())
             }
             if not read or not read <= set(release.weights):
                 named = ", ".join(sorted(digest[:16] for _, digest in read)) or "none"
@@ -131,13 +132,14 @@ def _made_images(found: Lineage) -> list[Record]:
     return [record for record in steps if id(record) in chosen]
 
 
-def _weights(record: Record, path: str) -> set[str]:
-    """Digests of the weights that a run wrote to `path`."""
-    return {
-        str(entry["weights_sha256"])
-        for entry in lineage.entries(record, "outputs")
-        if entry["path"] == path and "weights_sha256" in entry
-    }
+def _weights_by_path(found: Lineage) -> dict[str, set[str]]:
+    """Digests of the weights that runs wrote, by the file that they are in."""
+    weights: dict[str, set[str]] = {}
+    for record in found.steps():
+        for entry in lineage.entries(record, "outputs"):
+            if "weights_sha256" in entry and found.records.get(entry["path"]) is record:
+                weights.setdefault(entry["path"], set()).add(entry["weights_sha256"])
+    return weights
 
 
 def _written(record: Record) -> str:
@@ -146,9 +148,9 @@ def _written(record: Record) -> str:
 
 def _weight_problems(release: Sealed, found: Lineage) -> Iterator[str]:
     written: dict[str, set[str]] = {kind: set() for kind in WEIGHTS}
-    for path, record in found.records.items():
-        if (kind := step_of(record)) in written:
-            written[kind] |= _weights(record, path)
+    for path, digests in _weights_by_path(found).items():
+        if (kind := step_of(found.records[path])) in written:
+            written[kind] |= digests
     for (kind, digest), (first, count) in release.weights.items():
         if digest not in written[kind]:
             yield f"{kind} {digest[:16]} of {count} row(s), first {first}: no recorded training wrote it"
@@ -161,11 +163,14 @@ def _weight_problems(release: Sealed, found: Lineage) -> Iterator[str]:
 
 
 def _check_lock(release: Sealed, steps: list[Record]) -> Check:
-    locks = {record["environment"].get("lock_sha256") for record in steps} - {None}
-    path = release.folder / seal.LOCK
-    if not path.is_file():
-        return Check(3, "environment", "note", f"no {seal.LOCK}: versions are known from the records alone")
-    if locks and sha256_file(path) not in locks:
+    locks = {record["environment"].get("lock_sha256") for record in steps}
+    try:
+        digest = hashlib.sha256(verify.read_bytes(release.folder, seal.LOCK)).hexdigest()
+    except (OSError, ValueError) as error:
+        return Check(
+            3, "environment", "finding", f"{seal.LOCK} cannot be read ({error}): nobody can have these versions"
+        )
+    if digest not in locks:
         return Check(3, "environment", "finding", f"{seal.LOCK} is not the lock of any recorded run")
     return Check(3, "environment", "pass", f"{seal.LOCK} is the lock of the recorded runs")
 
@@ -173,7 +178,7 @@ def _check_lock(release: Sealed, steps: list[Record]) -> Check:
 def _code_notes(release: Sealed, steps: list[Record]) -> list[Check]:
     versions_of = Counter(str(record["code"].get("version")) for record in steps)
     commits = Counter(str(record["code"].get("commit"))[:12] for record in steps)
-    code = _code(release.root["software"].get("version"), versions_of, commits)
+    code = _code(release.root["software"]["version"], versions_of, commits)
     found = [] if code is None else [code]
     dirty = sorted({record["step"] for record in steps if record["code"].get("dirty")})
     if dirty:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import zlib
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from meddiff_steps import config
 from meddiff_steps.audit.progress import progress
 from meddiff_steps.imaging import encoding
+from meddiff_steps.provenance import verify
 from meddiff_steps.provenance.ledger import Row
 from meddiff_steps.provenance.verify import Check, judged
 from meddiff_steps.release.layout import Layout
@@ -27,6 +28,7 @@ SAID = {
         "thing(s) in images that no image is written with",
     ),
     "marks": ("every image and the dataset say that they are synthetic", "mark(s) are missing or wrong"),
+    "packing": ("every image is packed as this machine packs it", "image(s) hide something in their packing"),
     "twins": ("no two subjects show the same", "pair(s) of subjects show the same"),
 }
 
@@ -39,7 +41,8 @@ def check_content(release: Sealed) -> list[Check]:
     for row in progress(release.released(), count, "content"):
         images.look(row)
     images.wrong["marks"] += _dataset_marks(release.folder, study, images.folders or {""})
-    return [judged(5, name, images.wrong[name], good.format(count=count), bad) for name, (good, bad) in SAID.items()]
+    checks = [judged(5, name, images.wrong[name], good.format(count=count), bad) for name, (good, bad) in SAID.items()]
+    return [images.packing() or check if check.name == "packing" else check for check in checks]
 
 
 class _Images:
@@ -52,6 +55,7 @@ class _Images:
         self.wrong: dict[str, list[str]] = {name: [] for name in SAID}
         self.folders: set[str] = set()
         self._shown: dict[str, tuple[str, str]] = {}
+        self._packed: dict[bool, list[str]] = {True: [], False: []}
 
     def look(self, row: Row) -> None:
         """Add the image of a row."""
@@ -76,11 +80,31 @@ class _Images:
         self.wrong["format"] += [f"{name}: {problem}" for problem in _format_problems(image.stored)]
         if encoding.voxel_digest(image.stored, image.affine) != voxel_sha256:
             self.wrong["voxels"].append(name)
-        self.wrong["bytes"] += [f"{name}: {one}" for one in encoding.departures(image, self.grid, name, study)]
+        other = [f"{name}: {one}" for one in encoding.departures(image, self.grid, name, study)]
+        self.wrong["bytes"] += other
+        if not other:
+            try:
+                self._packed[not encoding.is_packed_otherwise(image, self.grid, name, study)].append(name)
+            except encoding.Undecodable as error:
+                self.wrong["packing"].append(f"{name}: {error}")
         if not image.description.startswith("SYNTHETIC"):
             self.wrong["marks"].append(f"{name}: the description is {image.description[:40]!r}")
         if image.mark is None or image.mark.get("sample_id") != name or image.mark.get("study") != study:
             self.wrong["marks"].append(f"{name}: the mark is {str(image.mark)[:200]!r}")
+
+    def packing(self) -> Check | None:
+        """When all images are there: what can be said where some, or all, are packed otherwise than here.
+
+        Where one image is packed as zlib of this machine packs it, zlib is not the reason why others are not.
+        """
+        as_here, otherwise = self._packed[True], self._packed[False]
+        if not otherwise or self.wrong["packing"]:
+            return None
+        if as_here:
+            text = f"{len(otherwise)} image(s) are packed otherwise than the other {len(as_here)}"
+            return Check(5, "packing", "finding", text, otherwise[:5])
+        text = f"zlib {zlib.ZLIB_RUNTIME_VERSION} of this machine packs all images otherwise, none much smaller"
+        return Check(5, "packing", "note", f"{text}: what shows is as it should be, the rest was not compared")
 
 
 def _format_problems(stored: np.ndarray) -> Iterator[str]:
@@ -100,7 +124,7 @@ def _dataset_marks(folder: Path, study: config.Study, datasets: Collection[str])
             wanted.append((sidecar, lambda content: content["Synthesis"]["Synthetic"]))
     for name, mark in wanted:
         try:
-            if mark(json.loads((folder / name).read_text(encoding="utf-8"))) is not True:
+            if mark(verify.load_json(verify.read_bytes(folder, name))) is not True:
                 yield f"{name}: does not say that it is synthetic"
         except (OSError, ValueError, KeyError, TypeError) as error:
             yield f"{name}: no mark ({type(error).__name__}: {error})"

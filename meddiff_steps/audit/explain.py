@@ -12,7 +12,7 @@ from typing import Any
 from meddiff_steps import config
 from meddiff_steps.cohort.covariates import shorten
 from meddiff_steps.core.errors import UserError
-from meddiff_steps.core.files import read_json, sha256_file
+from meddiff_steps.core.files import sha256_file
 from meddiff_steps.provenance import ledger, lineage, merkle, verify
 from meddiff_steps.release import seal, versions
 
@@ -35,7 +35,7 @@ def find(release: Path, subject: str) -> tuple[int, bytes, ledger.Row, list[byte
         raise UserError(f"{path}: not there. Give the root of a release that has a ledger.")
     leaves: list[bytes] = []
     found: tuple[int, bytes, ledger.Row] | None = None
-    for place, (content, row) in enumerate(ledger.read_lines(path)):
+    for place, (content, row) in enumerate(ledger.read_lines(release)):
         leaves.append(merkle.leaf_hash(content))
         if row.get("sample_id") == subject.removeprefix("sub-"):
             found = (place, content, row)
@@ -85,7 +85,7 @@ def explain(release: Path, subject: str) -> list[str]:
         ),
         None,
     )
-    records = lineage.read_records(release / seal.RECORDS)
+    records = lineage.read_published(release)
     lines = [f"{row['sample_id']}: {row['privacy']['decision']} after {row['privacy']['attempts']} attempt(s)"]
     image = row["image"]
     if image:
@@ -234,7 +234,7 @@ def _alike(first: Path, second: Path) -> bool:
 
 
 def _side_by_side(first: Path, second: Path) -> Iterator[tuple[str, ledger.Row | None, ledger.Row | None]]:
-    streams = [(row for _, row in ledger.read_lines(release / seal.LINES)) for release in (first, second)]
+    streams = [(row for _, row in ledger.read_lines(release)) for release in (first, second)]
     a, b = (next(stream, None) for stream in streams)
     while a is not None or b is not None:
         if b is None or (a is not None and a["sample_id"] < b["sample_id"]):
@@ -262,7 +262,7 @@ def _leaves(a: Any, b: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _config_differences(first: Path, second: Path) -> list[str]:
-    configs = [read_json(release / seal.CONFIG) for release in (first, second)]
+    configs = [lineage.read_strictly(release, seal.CONFIG) for release in (first, second)]
     made = [_version(release) for release in (first, second)]
     if made[0] != made[1]:  # keys had other names
         configs = [_as_today(content, version) for content, version in zip(configs, made, strict=True)]
@@ -270,8 +270,10 @@ def _config_differences(first: Path, second: Path) -> list[str]:
 
 
 def _version(release: Path) -> str:
-    software = read_json(release / seal.ROOT).get("software")
-    return versions.stated(software.get("version") if isinstance(software, dict) else None)
+    try:
+        return versions.stated(verify.read_root(release)["software"]["version"])
+    except verify.Unreadable as error:
+        raise UserError(f"{release}: {error}. Run `audit` first.") from None
 
 
 def _as_today(content: dict[str, Any], version: str) -> dict[str, Any]:
@@ -286,7 +288,7 @@ def _code_differences(first: Path, second: Path) -> list[str]:
     """Steps whose code or surroundings differ; what their inputs and outputs are follows from the rest."""
     found: dict[str, list[dict[str, Any]]] = {}
     for side, release in enumerate((first, second)):
-        for record in lineage.read_records(release / seal.RECORDS).values():
+        for record in lineage.read_published(release).values():
             found.setdefault(lineage.step_of(record), [{}, {}])[side] = {
                 "code": record["code"],
                 "environment": record["environment"],

@@ -5,8 +5,9 @@ Keys and noise are computed again; no model is needed.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from meddiff_steps import config
@@ -49,6 +50,7 @@ class Tally:
     def __init__(self, study: config.Study) -> None:
         self.study = study
         self.groups = {group.name: group for group in study.plan}
+        self._fixed = {group.name: fixed_values(group) for group in study.plan}
         self.wrong: dict[str, list[str]] = {name: [] for name in SAID}
         self.decisions: Counter[str] = Counter()
         self.outcomes: dict[str, Outcome] = {}
@@ -69,7 +71,7 @@ class Tally:
             return
         self._look_at_recipe(row)
         problems = {
-            "covariates": covariate_problems(row, group, self.study.covariates),
+            "covariates": covariate_problems(row, group, self.study.covariates, self._fixed[group.name]),
             "attempts": _attempt_problems(row, self.study.privacy.max_attempts),
         }
         for check, found in problems.items():
@@ -86,7 +88,7 @@ class Tally:
 
     def _look_at_key(self, row: ledger.Row, group: config.PlanGroup) -> None:
         name = row["sample_id"]
-        points = len(next(iter(group.grid.values()))) if group.covariates == "counterfactual" else 1
+        points = len(next(iter(group.grid.values()))) or 1 if group.covariates == "counterfactual" else 1
         if (
             row["cohort_root"] != f"{self.study.seed}/{row['group']}"
             or row["noise_index"] != row["index"] // points
@@ -169,8 +171,30 @@ def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     )
 
 
-def covariate_problems(row: ledger.Row, group: config.PlanGroup, covariates: config.Covariates) -> Iterator[str]:
-    """Which covariates of a row the study could not have asked for."""
+class Values:
+    """Values that a plan fixes, in the order in which one is found quickly among many."""
+
+    def __init__(self, values: Sequence[config.Scalar]) -> None:
+        self._texts = {value if isinstance(value, str) else f"{value:g}" for value in values}
+        self._numbers = sorted({float(value) for value in values if not isinstance(value, str)})
+
+    def __contains__(self, value: Any) -> bool:
+        if isinstance(value, str):
+            return value in self._texts
+        place = bisect_left(self._numbers, value)
+        return any(_same(value, wanted) for wanted in self._numbers[max(0, place - 1) : place + 1])
+
+
+def fixed_values(group: config.PlanGroup) -> dict[str, Values]:
+    """By covariate, what a group of the plan allows of it."""
+    fixed = {name: [value] for name, value in group.base.items()} | group.grid
+    return {name: Values(values) for name, values in fixed.items()}
+
+
+def covariate_problems(
+    row: ledger.Row, group: config.PlanGroup, covariates: config.Covariates, fixed: Mapping[str, Values]
+) -> Iterator[str]:
+    """Which covariates of a row the study could not have asked for; `fixed` is `fixed_values` of its group."""
     values = row["covariates"]
     if set(values) != set(covariates):
         yield f"covariates {sorted(values)}, declared {sorted(covariates)}"
@@ -182,9 +206,8 @@ def covariate_problems(row: ledger.Row, group: config.PlanGroup, covariates: con
             continue
         if name in group.where and not _fulfils(value, group.where[name], categorical):
             yield f"{name} = {value!r}, asked for {group.where[name]}"
-        fixed = group.grid.get(name, [group.base[name]] if name in group.base else None)
-        if fixed is not None and not any(_same(value, wanted) for wanted in fixed):
-            yield f"{name} = {value!r}, asked for one of {fixed}"
+        if name in fixed and value not in fixed[name]:
+            yield f"{name} = {value!r}, which is not what the plan fixes"
 
 
 def _is_allowed(value: Any, name: str, covariate: Any, group: config.PlanGroup) -> bool:
@@ -207,7 +230,7 @@ def _fulfils(value: Any, condition: Any, categorical: bool) -> bool:
         return _same(value, condition)
     if categorical:
         return any(_same(value, wanted) for wanted in condition)
-    return condition[0] <= value <= condition[1]
+    return len(condition) == 2 and condition[0] <= value <= condition[1]
 
 
 def _attempt_problems(row: ledger.Row, most: int) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,6 +68,8 @@ def check_reexecution(release: Sealed, models: Path, sample: int, seed: str, thr
     again = remake(rows, study, models, threads, release.version)
     try:
         results = [compare(row, image, release.folder, study)[0] for row, image in again]
+        if sorted(result.sample_id for result in results) != [row["sample_id"] for row in rows]:
+            raise UserError(f"of {len(rows)} images {len(results)} were made again")
     except versions.OtherVersion as error:
         yield Check(6, "images", "not run", str(error))
         return
@@ -108,6 +111,8 @@ def _judge(results: list[Comparison], population: int, tolerance: int, seed: str
     ]
     if bad:
         return Check(6, "images", "finding", f"{text}, {len(bad)} are not", bad[:5])
-    bound = 100 * most_bad(population, len(results))
-    text += f"; so with 95 % confidence at most {bound:.1f} % of the {population} differ"
+    bound = math.ceil(round(1000 * most_bad(population, len(results)), 6)) / 10  # rounded up: it is an upper bound
+    text += (
+        f"; if nobody could foresee the seed, at most {bound:.1f} % of the {population} differ, with 95 % confidence"
+    )
     return Check(6, "images", "pass", text)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from meddiff_steps import __version__
 from meddiff_steps.provenance.verify import Check
 
 LEVELS = ("form", "integrity", "completeness", "lineage", "recipes", "content", "re-execution", "privacy")
@@ -28,7 +30,10 @@ class Request:
     results
         The study's folder with the real scans, for L7.
     sample, seed
-        Images that L6 and L7 look at, and what they are drawn by.
+        Images that L6 and L7 look at, and what they are drawn by; by default something new, which no publisher could
+        foresee.
+    version
+        The version of this package that sealed the release, as the auditor knows it; this one by default.
     hash_images
         Whether L1 reads the images; without, L5 does not run either.
     threads
@@ -41,7 +46,8 @@ class Request:
     models: Path | None = None
     results: Path | None = None
     sample: int = 20
-    seed: str = "audit"
+    seed: str = field(default_factory=lambda: secrets.token_hex(16))
+    version: str = __version__
     hash_images: bool = True
     threads: int = 1
 
@@ -55,8 +61,7 @@ class Report:
     release, sha256
         Root of the release, and the SHA-256 of its root.json, which stands for it.
     stopped
-        Whether this version of the package could not read what another one sealed, so that levels that need nothing
-        but the release did not run.
+        Whether levels that need nothing but the release did not run to their end.
     """
 
     release: str

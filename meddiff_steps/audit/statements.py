@@ -6,25 +6,28 @@ than a version that is not this one wrote, the check is a note: either program m
 
 from __future__ import annotations
 
+import datetime
 import hashlib
-import itertools
-from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator
 from typing import Any
+
+import pandas as pd
 
 from meddiff_steps import __version__, config
 from meddiff_steps.audit.recipes import Tally
 from meddiff_steps.core.canonical import canonical_bytes
 from meddiff_steps.core.errors import UserError
-from meddiff_steps.core.files import read_json
-from meddiff_steps.privacy.verdict import SEVERITY
-from meddiff_steps.provenance import verify
+from meddiff_steps.privacy.verdict import PLAIN, SEVERITY, within
+from meddiff_steps.provenance import lineage, verify
 from meddiff_steps.provenance.lineage import Record
 from meddiff_steps.provenance.verify import Check, judged
 from meddiff_steps.release import crate, croissant, seal, versions
-from meddiff_steps.release.dataset import config_texts
-from meddiff_steps.release.layout import Layout
+from meddiff_steps.release.dataset import Story, texts
+from meddiff_steps.release.facts import are_facts
 from meddiff_steps.release.sealed import Sealed
+
+#: Where the first of two models lies.
+FIRST_MODEL = "teacher/"
 
 # ------------------------------------------------------------------------------------------------ verdict
 
@@ -37,21 +40,33 @@ def check_verdict(release: Sealed, tally: Tally) -> Check:
 
 def _verdict(release: Sealed) -> str:
     """The verdict as it can be shown: a stranger wrote it."""
-    said = str(release.root["privacy"].get("verdict"))
+    said = release.root["privacy"]["verdict"]
     return said if said in SEVERITY else repr(said[:40])
 
 
 def _verdict_problems(release: Sealed) -> Iterator[str]:
     study, said = release.study, release.root["privacy"]
     assert study is not None
-    if said.get("verdict") == "FAIL" and study.privacy.enforce == "stop":
+    if said["verdict"] == "FAIL" and study.privacy.enforce == "stop":
         yield "the verdict is FAIL and privacy.enforce is stop, but there is a release"
-    try:
-        described = str(read_json(release.folder / verify.DESCRIPTION).get("Description"))
-    except UserError as error:
-        described = str(error)
-    if f"Verdict: {said.get('verdict')}." not in described:
-        yield f"{verify.DESCRIPTION} does not say the verdict that root.json says, {str(said.get('verdict'))[:40]!r}"
+    described = lineage.read_strictly(release.folder, verify.DESCRIPTION, ascii_only=False)
+    if f"Verdict: {said['verdict']}." not in str(described.get("Description")):
+        yield f"{verify.DESCRIPTION} does not say the verdict that root.json says, {said['verdict'][:40]!r}"
+    if release.is_other:
+        return
+    facts = described["Facts"]
+    if {name: facts["privacy"][name] for name in ("verdict", "counts")} != said:
+        yield f"{verify.DESCRIPTION} tells another verdict or other counts than root.json"
+    for gate in facts["privacy"]["gates"]:
+        if gate["name"] not in PLAIN and (found := within(gate["figure"], gate["limit"])) != gate["outcome"]:
+            yield f"{gate['name']}: {gate['outcome']}, by its interval and limit {found}"
+    worst = max((SEVERITY.index(gate["outcome"]) for gate in facts["privacy"]["gates"]), default=None)
+    if worst is not None and SEVERITY[worst] != said["verdict"]:
+        yield f"the worst outcome of its tests is {SEVERITY[worst]}"
+    told = {card["weights_sha256"] for card in facts["models"]}
+    named = {digest for kind, digest in release.weights if kind != "tone"}
+    if told != named:
+        yield f"{verify.DESCRIPTION} tells of other models than the rows name"
 
 
 def _count_problems(release: Sealed, tally: Tally) -> Iterator[str]:
@@ -65,10 +80,12 @@ def _count_problems(release: Sealed, tally: Tally) -> Iterator[str]:
         "candidates": candidates,
         "rejected": candidates - decisions["released"] - decisions["duplicate"],
     }
-    counts = release.root["privacy"].get("counts")
-    for name, number in found.items():
-        if (told := counts.get(name) if isinstance(counts, dict) else None) != number:
-            yield f"{number} {name} by the ledger, {str(told)[:40]!r} by the privacy report"
+    counts = release.root["privacy"]["counts"]
+    for name in sorted({*found, *counts}):
+        if found.get(name) != counts.get(name):
+            yield f"{found.get(name)} {name} by the ledger, {counts.get(name)} by the privacy report"
+    if release.root["study"] != release.config["study"]:
+        yield f"root.json is of study {release.root['study'][:40]!r}, the config of {release.config['study']!r}"
 
 
 # ----------------------------------------------------------------------------------------------- settings
@@ -81,8 +98,12 @@ def check_settings(release: Sealed) -> Check:
     they read cannot be told from what was published.
     """
     wrong, unknown = [], []
+    seen: dict[tuple[str, str, bool], list[tuple[list[str], str]] | None] = {}
     for path, record in release.records.items():
-        known = _could_have_read(release, path, record)
+        kind = record["step"], record["code"]["version"], path.startswith(FIRST_MODEL)
+        if kind not in seen:
+            seen[kind] = _could_have_read(release, path, record)
+        known = seen[kind]
         text = f"{path} (step {record['step']})"
         if known is None:
             unknown.append(text)
@@ -124,7 +145,7 @@ def _could_have_read(release: Sealed, path: str, record: Record) -> list[tuple[l
 def _contents(release: Sealed, path: str) -> Iterator[dict[str, Any]]:
     """The published study, and for what the first of two models drew, the same with its plan."""
     yield release.config
-    if not path.startswith("teacher/"):
+    if not path.startswith(FIRST_MODEL):
         return
     section = release.config.get("second_model", release.config.get("distill"))
     subjects = section.get("subjects") if isinstance(section, dict) else None
@@ -143,17 +164,14 @@ def check_metadata(release: Sealed) -> Check:
     same.
     """
     files, name = release.root["files"], "metadata"
-    if not {croissant.NAME, crate.NAME} & set(files):
-        text = f"no {croissant.NAME} and no {crate.NAME}: sealed by a version that did not write them"
-        return Check(4, name, "note", text)
     wrong = []
     try:
-        date = str(release.config["release"]["date"] or read_json(release.folder / croissant.NAME)["datePublished"])
+        date = release.config["release"]["date"] or _published(release)
         sealed, heads = release.root["ledger"], release.root["inputs"]
         for file, content in seal.metadata(release.folder, sealed, heads, files, date, release.version):
-            if read_json(release.folder / file) != content:
+            if verify.read_bytes(release.folder, file) != verify.json_bytes(content):
                 wrong.append(f"{file}: says something else than the release")
-    except (UserError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         wrong.append(f"cannot be made again ({type(error).__name__}: {error})")
     if wrong and release.is_other:
         text = f"{croissant.NAME} and {crate.NAME} are not as version {__version__} would write them"
@@ -163,43 +181,62 @@ def check_metadata(release: Sealed) -> Check:
     )
 
 
+def _published(release: Sealed) -> str:
+    """The day of publication where the study leaves it open: that of the last image, in a record that is not public."""
+    date = str(lineage.read_strictly(release.folder, croissant.NAME)["datePublished"])
+    if date and datetime.date.fromisoformat(date).isoformat() != date:
+        raise ValueError(f"datePublished is {date[:40]!r}, which is no day")
+    return date
+
+
 def check_described(release: Sealed) -> Check:
-    """What explains tables and images follows from the config; made again, it is the same."""
-    study, name = release.study, "described"
-    assert study is not None
-    written = release.records.get("release/dataset_description.json")
-    version = versions.stated(written["code"].get("version") if written else None)
-    texts = config_texts(study, version)
-    wrong = list(_other_texts(release.folder, _folders(release), texts))
-    if wrong and version != __version__:
-        return _noted(
-            name, f"dictionaries and licence are not as version {__version__} would write them", version, wrong
-        )
-    return judged(
-        4,
-        name,
-        wrong,
-        f"{', '.join(texts)} follow from the config",
-        "file(s) say something else than the config",
-    )
+    """Texts, tables and dictionaries of the datasets follow from the config, the ledger and the facts of
+    dataset_description.json; written again, they are the same.
+    """
+    name = "described"
+    wrong: list[str] = []
+    count = 0
+    try:
+        for file, content in _texts(release):
+            count += 1
+            if verify.read_bytes(release.folder, file, max(len(content), verify.MOST)) != content:
+                wrong.append(f"{file}: says something else than config, ledger and facts")
+    except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        wrong.append(f"cannot be written again ({type(error).__name__}: {error})")
+    if wrong and release.is_other:
+        return _noted(name, f"texts are not as version {__version__} would write them", release.version, wrong)
+    return judged(4, name, wrong, f"{count} texts follow from config, ledger and facts", "problem(s) with texts")
 
 
-def _folders(release: Sealed) -> list[str]:
-    """Folders of the datasets; planned ones whose subjects all failed are not there."""
+def _texts(release: Sealed) -> Iterator[tuple[str, bytes]]:
     study = release.study
     assert study is not None
-    layout = Layout.of(study.spatial_dims, study.plan, study.release)
-    return sorted({verify.placed(row["image"]["path"])[0] for row in release.released()} if layout.size else {""})
+    described = lineage.read_strictly(release.folder, verify.DESCRIPTION, ascii_only=False)
+    if not are_facts(described["Facts"]):
+        raise ValueError(f"{verify.DESCRIPTION} holds more, or less, than facts")
+    story = Story.of(study, described["Facts"], _sources(described))
+    rows = list(release.released())
+    plan = pd.DataFrame(
+        [{"sample_id": row["sample_id"], **row["covariates"]} for row in rows],
+        columns=["sample_id", *study.covariates],
+        dtype=object,
+    )
+    images = pd.DataFrame(
+        [(row["sample_id"], row["image"]["path"], row["image"]["sha256"]) for row in rows],
+        columns=["sample_id", "path", "sha256"],
+    )
+    yield from texts(plan, images, story)
+    if study.spatial_dims == 3 and "BIDSVersion" in described:
+        yield ".bidsignore", seal.IGNORED
 
 
-def _other_texts(release: Path, folders: Iterable[str], texts: dict[str, bytes]) -> Iterator[str]:
-    for place, (file, content) in itertools.product(folders, texts.items()):
-        path = release / place / file
-        try:
-            if path.stat().st_size != len(content) or path.read_bytes() != content:
-                yield f"{PurePosixPath(place, file)}: says something else than the config"
-        except OSError as error:
-            yield f"{PurePosixPath(place, file)}: {error.strerror}"
+def _sources(described: dict[str, Any]) -> list[dict[str, str]]:
+    """Addresses of the source cohort, of the form in which `describe` writes them; no other text."""
+    sources = described.get("SourceDatasets", [])
+    for entry in sources:
+        if not {"DOI", "URL"} & entry.keys() <= entry.keys() <= {"DOI", "URL", "Version"}:
+            raise ValueError(f"SourceDatasets holds {sorted(entry)}")
+    return sources
 
 
 def _noted(name: str, text: str, version: str, examples: list[str]) -> Check:

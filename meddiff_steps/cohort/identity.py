@@ -47,7 +47,7 @@ def shown(name: str) -> str:
     >>> shown("P7"), shown("Ren\u00e9")
     ('P7', "Ren\u00e9 ('Ren\\\\xe9')")
     """
-    return name if name.isascii() else f"{name} ({ascii(name)})"
+    return name if name.isascii() else f"{name} ({name!a})"
 
 
 def alike(names: Iterable[str]) -> list[list[str]]:

@@ -44,7 +44,7 @@ from meddiff_steps.config.loading import load_study, parse_published, parse_stud
 from meddiff_steps.config.plan import Condition, PlanGroup
 from meddiff_steps.config.preprocess import MNI152, Channel, Preprocess, Registration
 from meddiff_steps.config.privacy import Embedder, EmbedderOptimiser, Privacy
-from meddiff_steps.config.publishing import PATH_KEYS, without_paths
+from meddiff_steps.config.publishing import PATH_KEYS, published, without_paths
 from meddiff_steps.config.reference import json_schema, key_reference
 from meddiff_steps.config.release import Card, Release
 from meddiff_steps.config.sampler_study import SamplerStudy
@@ -138,6 +138,7 @@ __all__ = [
     "parse_published",
     "parse_study",
     "part_of",
+    "published",
     "read_yaml",
     "resolved",
     "stages_of",

@@ -6,6 +6,7 @@ from typing import Any
 
 from meddiff_steps.config.base import PATH, marked, replaced
 from meddiff_steps.config.preprocess import MNI152
+from meddiff_steps.config.stages import STAGES, part_of, resolved
 from meddiff_steps.config.study import Study
 
 #: Keys whose values are paths on the user's machine; `without_paths` blanks them in everything that is published.
@@ -17,3 +18,8 @@ NAMES = frozenset([MNI152])
 def without_paths(content: dict[str, Any]) -> dict[str, Any]:
     """A study, or the part of it that a stage may read, as published: paths of the user's machine are "(path)"."""
     return replaced(content, PATH_KEYS, "(path)", but=NAMES)
+
+
+def published(study: Study) -> dict[str, Any]:
+    """A study as a release holds it."""
+    return without_paths(part_of(resolved(study.model_dump(mode="json")), STAGES["ledger"]))

@@ -47,12 +47,23 @@ class Gate:
         return asdict(self) | {"passed": self.passed}
 
 
+#: Gates on plain conditions; the outcome of every other one follows from its interval and limit.
+PLAIN = frozenset(
+    ["calibrated", "planted copies are found", "strangers are not flagged", "planned subjects are filled"]
+)
+
+
 def at_most(name: str, figure: Figure, limit: float, meaning: str) -> Gate:
     """A gate on a figure that should be small."""
+    return Gate(name, figure, limit, within(figure, limit), meaning)
+
+
+def within(figure: Mapping[str, Any], limit: float) -> Outcome:
+    """Whether the interval of a figure is within a limit."""
     low, high = figure.get("low"), figure.get("high")
     if low is None or high is None:
-        return Gate(name, figure, limit, "NOT_EVALUATED", meaning)
-    return Gate(name, figure, limit, "PASS" if high <= limit else "FAIL" if low > limit else "CONDITIONAL", meaning)
+        return "NOT_EVALUATED"
+    return "PASS" if high <= limit else "FAIL" if low > limit else "CONDITIONAL"
 
 
 def holds(

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from meddiff_steps.config import CategoricalCovariate, Covariates
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path
 from meddiff_steps.privacy.calibration import Thresholds
-from meddiff_steps.provenance import merkle
+from meddiff_steps.provenance import merkle, verify
 from meddiff_steps.provenance.columns import canonical_lines
 
 SCHEMA = "meddiff/ledger/v1"
@@ -245,8 +244,10 @@ def private_tables(
 # ----------------------------------------------------------------------------------------------------- files
 
 
-def public_schema(covariates: Covariates) -> pa.Schema:
-    """Columns of ledger.parquet; rows read back from it are the canonical objects again."""
+def public_schema(covariates: Covariates, without: Collection[str] = ()) -> pa.Schema:
+    """Columns of ledger.parquet, but for fields of a recipe that its version did not know; rows read back from it are
+    the canonical objects again.
+    """
     kinds = [
         (name, pa.string() if isinstance(covariate, CategoricalCovariate) else pa.float64())
         for name, covariate in covariates.items()
@@ -255,6 +256,7 @@ def public_schema(covariates: Covariates) -> pa.Schema:
     recipe: list[tuple[str, pa.DataType]] = [(name, pa.string()) for name in names]
     recipe += [("num_inference_steps", pa.int64()), ("guidance_scale", pa.float64()), ("batch_size", pa.int64())]
     recipe += [("drawing_steps", pa.int64()), ("guidance_interval", pa.list_(pa.float64()))]
+    recipe = [(name, kind) for name, kind in recipe if name not in without]
     image = [(name, pa.string()) for name in ("path", "sha256", "voxel_sha256")] + [("bytes", pa.int64())]
     columns = [(name, pa.string()) for name in ("sample_id", "group", "cohort_root", "seed_key", "noise_sha256")]
     columns += [(name, pa.int64()) for name in ("index", "noise_index", "attempt")]
@@ -312,28 +314,22 @@ def as_tables(rows: Iterable[Row], schema: pa.Schema) -> Iterator[pa.Table]:
         yield pa.Table.from_pylist(chunk, schema=schema)
 
 
-def read_lines(path: Path) -> Iterator[tuple[bytes, Row]]:
-    """Each line of a ledger, as bytes (what is hashed) and as an object.
+def read_lines(release: Path) -> Iterator[tuple[bytes, Row]]:
+    """Each line of a release's ledger, as bytes (what is hashed) and as an object.
 
     Raises
     ------
     UserError
-        A line is no JSON object.
+        There is no ledger, a line is too long, or one is no row.
     """
-    with open(path, "rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            content = line.removesuffix(b"\n")
-            try:
-                row = json.loads(content)
-            except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"{path}, line {number}: not JSON ({error}). The file was changed; get the release again."
-                ) from None
-            if not isinstance(row, dict):
-                raise UserError(
-                    f"{path}, line {number}: expected an object. The file was changed; get the release again."
-                )
+    try:
+        for number, content, row in verify.rows(release):
+            problem = "not JSON, or a key twice" if row is None else verify.row_problem(row)
+            if problem:
+                raise verify.Unreadable(f"line {number} of {verify.LINES}: {problem}")
             yield content, row
+    except verify.Unreadable as error:
+        raise UserError(f"{release}: {error}. The file was changed; get the release again.") from None
 
 
 def read_tables(path: Path) -> Iterator[pa.Table]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json
+from meddiff_steps.provenance import verify
 from meddiff_steps.provenance.record import SCHEMA, record_path
 
 Record = dict[str, Any]
+#: Where a release has its records.
+FOLDER = "provenance/records"
 
 
 def entries(record: Record, side: str) -> Iterator[dict[str, Any]]:
@@ -21,42 +24,52 @@ def entries(record: Record, side: str) -> Iterator[dict[str, Any]]:
         yield from files
 
 
+_FILE = {"path": str, "bytes": verify.COUNT, "sha256": verify.DIGEST}
+_NONE = type(None)
+_FORM = {
+    "schema": SCHEMA,
+    "step": str,
+    "parameters": verify.Each((bool, int, float, str)),
+    "inputs": verify.Each(list),
+    "outputs": verify.Each(list),
+    "config": {"sections": [str], "sha256": verify.DIGEST},
+    "code": {
+        "version": str,
+        "digest": str,
+        "commit": (str, _NONE),
+        "dirty": (bool, _NONE),
+        "diff_sha256": (verify.DIGEST, _NONE),
+    },
+    "environment": dict,
+}
+
+
 def check_record(record: Any, name: str) -> None:
     """Refuse what is no record of this schema.
 
     Raises
     ------
     UserError
-        A field is missing or of another type.
+        A field is missing, unknown, or of another type, or it names no output.
     """
-    kinds = {
-        "schema": str,
-        "step": str,
-        "parameters": dict,
-        "inputs": dict,
-        "outputs": dict,
-        "config": dict,
-        "code": dict,
-        "environment": dict,
-    }
-    wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]
-    if wrong or record["schema"] != SCHEMA:
+    form = _FORM | ({"volatile": dict} if "volatile" in record else {})
+    wrong = list(verify.unlike(record, form)) or [
+        *_wrong_files(record),
+        *verify.unlike(record["environment"].get("lock_sha256"), (verify.DIGEST, _NONE), "environment.lock_sha256."),
+    ]
+    if wrong:
         raise UserError(
-            f"{name}: not a run record ({', '.join(wrong) or record['schema']}). Get the release again, or run the"
-            " workflow again."
+            f"{name}: not a run record ({', '.join(wrong[:5])}). Get the release again, or run the workflow again."
         )
+
+
+def _wrong_files(record: Record) -> Iterator[str]:
     for side in ("inputs", "outputs"):
-        for files in record[side].values():
-            for entry in files if isinstance(files, list) else [None]:
-                if not (
-                    isinstance(entry, dict)
-                    and isinstance(entry.get("path"), str)
-                    and isinstance(entry.get("sha256"), str)
-                ):
-                    raise UserError(
-                        f"{name}: {side} must list files with path and sha256. Get the release again, or run the"
-                        " workflow again."
-                    )
+        for entry in entries(record, side):
+            weighed = isinstance(entry, dict) and "weights_sha256" in entry
+            yield from verify.unlike(entry, _FILE | ({"weights_sha256": verify.DIGEST} if weighed else {}), f"{side}.")
+    if not any(record["outputs"].values()):
+        yield "outputs"
 
 
 #: What steps of earlier versions are called today; the records of old releases name them as they were.
@@ -156,6 +169,8 @@ def trace(heads: Mapping[str, str], producer: Any) -> Lineage:
     """
     found = Lineage()
     done: set[str] = set()
+    #: Each run, and SHA-256 by path of what it wrote: looked up once per file, not searched.
+    runs: dict[int, tuple[Record, dict[str, str]]] = {}
     for head, digest in heads.items():
         # (path, digest, is it left again): a depth-first walk without recursion.
         stack: list[tuple[str, str, bool]] = [(head, digest, False)]
@@ -170,11 +185,9 @@ def trace(heads: Mapping[str, str], producer: Any) -> Lineage:
                 found.cyclic.append(path)
                 continue
             record = found.records.get(path) or producer(path)
-            written = (
-                next((entry["sha256"] for entry in entries(record, "outputs") if entry["path"] == path), None)
-                if record
-                else None
-            )
+            if record is not None and id(record) not in runs:
+                runs[id(record)] = record, {entry["path"]: entry["sha256"] for entry in entries(record, "outputs")}
+            written = runs[id(record)][1].get(path) if record is not None else None
             if record is None or written is None:
                 found.missing.append(path)
                 continue
@@ -182,8 +195,9 @@ def trace(heads: Mapping[str, str], producer: Any) -> Lineage:
                 found.stale.append((path, wanted, written))
             if path in done:
                 continue
-            for entry in entries(record, "outputs"):
-                found.records.setdefault(entry["path"], record)
+            if path not in found.records:
+                for name in runs[id(record)][1]:
+                    found.records.setdefault(name, record)
             above.add(path)
             stack.append((path, wanted, True))
             stack += [
@@ -217,19 +231,19 @@ def study_records(results: Path) -> Any:
     return producer
 
 
-def read_records(folder: Path) -> dict[str, Record]:
+def read_records(folder: Path, read: Callable[[Path], Record] = read_json) -> dict[str, Record]:
     """Record by the path of each of its outputs, of all records under a folder.
 
     Raises
     ------
     UserError
-        A file is no record, or two records claim the same output.
+        A file is no record, or two records claim the same output; or see `read`.
     """
     found: dict[str, Record] = {}
     for path in sorted(folder.rglob("*.json")):
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
-        record = read_json(path)
+        record = read(path)
         check_record(record, str(path))
         for entry in entries(record, "outputs"):
             if entry["path"] in found:
@@ -239,3 +253,38 @@ def read_records(folder: Path) -> dict[str, Record]:
                 )
             found[entry["path"]] = record
     return found
+
+
+def read_published(release: Path) -> dict[str, Record]:
+    """Records of a release, which are written in one way and named for their first output; see `read_records`.
+
+    Raises
+    ------
+    UserError
+        One of them is written otherwise, or named for something else.
+    """
+    folder = release / FOLDER
+
+    def read(path: Path) -> Record:
+        record = read_strictly(release, path.relative_to(release).as_posix())
+        check_record(record, str(path))
+        first = next(entries(record, "outputs"))["path"]
+        if path.relative_to(folder).as_posix() != f"{first}.json" or "volatile" in record:
+            raise UserError(f"{path}: not the published record of {first}. Get the release again.")
+        return record
+
+    return read_records(folder, read)
+
+
+def read_strictly(release: Path, name: str, ascii_only: bool = True) -> dict[str, Any]:
+    """`verify.read_json`.
+
+    Raises
+    ------
+    UserError
+        The file cannot be read, or is not written in the one way that files of a release are.
+    """
+    try:
+        return verify.read_json(release, name, ascii_only)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{release / name}: {error}. Run `audit` on the release, or get it again.") from None

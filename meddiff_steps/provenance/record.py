@@ -277,17 +277,20 @@ def _git() -> dict[str, Any]:
     return {"commit": commit.strip() if commit else None, "dirty": dirty, "diff_sha256": changes}
 
 
-def lock_file() -> Path | None:
-    """The lock of the environment, where the package runs from its checkout."""
+@functools.cache
+def lock() -> bytes:
+    """The lock of the environment where the package runs from its checkout, else all that is installed."""
     path = PACKAGE_ROOT / "envs" / "requirements.lock"
-    return path if path.is_file() else None
+    if path.is_file():
+        return path.read_bytes()
+    installed = {f"{found.name}=={found.version}" for found in importlib.metadata.distributions()}
+    return "".join(f"{one}\n" for one in sorted(installed)).encode()
 
 
 @functools.cache
 def environment() -> dict[str, Any]:
     """What a result can depend on beside code and settings: versions, processor, accelerator, torch's switches."""
     versions = {name: _version(name) for name in PACKAGES}
-    lock = lock_file()
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -295,7 +298,7 @@ def environment() -> dict[str, Any]:
         "libc": "-".join(platform.libc_ver()),
         "cpu": _cpu(),
         "packages": {name: version for name, version in versions.items() if version},
-        "lock_sha256": sha256_file(lock) if lock else None,
+        "lock_sha256": hashlib.sha256(lock()).hexdigest(),
         "variables": {
             k: v
             for k, v in sorted(os.environ.items())

@@ -107,8 +107,9 @@ def blanks(card: Card) -> str:
     return "\n".join(lines)
 
 
-CHECK = """`python3 -I provenance/verify.py .` checks with Python alone that every file is the one that was sealed; add
-`--key publisher.pub` if you have the publisher's public key. `ro-crate-metadata.json` and `croissant.json` describe the
+CHECK = """`python3 -I verify.py .` checks with Python alone that every file is the one that was sealed; add
+`--key publisher.pub` if you have the publisher's public key. Take verify.py from meddiff_steps: the one in provenance/
+may have been exchanged together with the rest. `ro-crate-metadata.json` and `croissant.json` describe the
 same for other programs."""
 CHECK_PART = """`sha256sum -c SHA256SUMS` checks the files of this dataset. It is a part of a cohort whose
 `provenance/root.json`, signed where there is a key, holds the digest of SHA256SUMS, and whose ledger holds the recipe

@@ -7,16 +7,16 @@ The dataset says that it is synthetic in its sidecar, tables, description and RE
 from __future__ import annotations
 
 import hashlib
-import json
+import itertools
 import logging
 import re
 import shutil
 import sys
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 import numpy as np
 import pandas as pd
@@ -25,10 +25,11 @@ from tqdm import tqdm
 from meddiff_steps import __version__
 from meddiff_steps.config import CategoricalCovariate, Covariates, Release, Study
 from meddiff_steps.core.errors import UserError
-from meddiff_steps.core.files import CHECKSUMS, sha256_file, write_atomic
+from meddiff_steps.core.files import CHECKSUMS, write_atomic
 from meddiff_steps.imaging.encoding import PICTURE_SCALE, SYNTHETIC, VOLUME_SCALE, Grid, encode, read_mark, voxel_digest
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.privacy.verdict import stopping
+from meddiff_steps.provenance import verify
 from meddiff_steps.release import card
 from meddiff_steps.release.layout import image_path
 
@@ -173,18 +174,12 @@ class Story:
         Shape and spacing of the images.
     sampler
         One phrase, for example "dpmpp, guidance scale 1".
-    card
-        The cohort's card; `scans` and `subjects` (counts) and `simulated` (bool) are read.
+    facts
+        See `release.facts`.
     sources
         BIDS SourceDatasets entries, as far as known.
-    privacy
-        The privacy report; `verdict`, `enforce`, `calibration`, `gates` and `counts` are read. None: not tested.
-    models
-        Cards of the models by name.
     distilled
         second_model.subjects.
-    metrics
-        The evaluation's metrics. None: not measured.
     """
 
     study: str
@@ -193,12 +188,44 @@ class Story:
     covariates: Covariates
     grid: Grid
     sampler: str
-    card: dict[str, Any]
+    facts: Mapping[str, Any]
     sources: Sequence[dict[str, str]] = ()
-    privacy: dict[str, Any] | None = None
-    models: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     distilled: int = 0
-    metrics: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, study: Study, facts: Mapping[str, Any], sources: Sequence[dict[str, str]] = ()) -> Self:
+        """What a study, and what was measured in it, have to tell."""
+        steps = study.generate.num_inference_steps
+        return cls(
+            study=study.study,
+            title=study.title,
+            config=study.release,
+            covariates=study.covariates,
+            grid=Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm),
+            sampler=(
+                f"{study.generate.sampler}{f', {steps} steps' if steps else ''}, guidance scale"
+                f" {study.generate.guidance_scale:g}"
+            ),
+            facts=facts,
+            sources=sources,
+            distilled=study.second_model.subjects,
+        )
+
+    @property
+    def card(self) -> Mapping[str, Any]:
+        return self.facts["cohort"]
+
+    @property
+    def privacy(self) -> Mapping[str, Any] | None:
+        return self.facts["privacy"]
+
+    @property
+    def models(self) -> Mapping[str, Any]:
+        return {one["name"]: one for one in self.facts["models"]}
+
+    @property
+    def metrics(self) -> Mapping[str, Any] | None:
+        return self.facts["metrics"]
 
 
 def complete_dataset(release: Path, plan: pd.DataFrame, images: pd.DataFrame, story: Story) -> Path:
@@ -235,14 +262,26 @@ def complete_dataset(release: Path, plan: pd.DataFrame, images: pd.DataFrame, st
     description = release / "dataset_description.json"
     description.unlink(missing_ok=True)  # while the parts change there is no whole
     _remove_stale(release, set(images["path"]), story.study)
-    parts = _parts(plan, images, story)
-    _remove_tables(release, set(parts))
-    for folder, (members, written) in parts.items():
-        _write_dataset(release / folder, members, written, story, Part(folder, len(plan)) if folder else None)
-    if "" not in parts:
-        _write_texts(release, len(plan), story, None, list(parts))
-        _write_json(description, _description(story, None, list(parts)))
+    folders = set(_parts(plan, images, story))
+    _remove_tables(release, folders)
+    for folder, suffix in itertools.product(folders, SUFFIXES):
+        (release / folder / f"{suffix}.json").unlink(missing_ok=True)  # the sidecar of an earlier suffix
+    for name, content in texts(plan, images, story):
+        write_atomic(release / name, content)
     return description
+
+
+def texts(plan: pd.DataFrame, images: pd.DataFrame, story: Story) -> Iterator[tuple[str, bytes]]:
+    """Name in the release and content of every file of its datasets but the images; the description of all comes last.
+
+    Parameters are those of `complete_dataset`; of `images`, sample_id, path and sha256 are read.
+    """
+    parts = _parts(plan, images, story)
+    for folder, (members, written) in parts.items():
+        found = _dataset_texts(members, written, story, Part(folder, len(plan)) if folder else None)
+        yield from ((f"{folder}/{name}" if folder else name, content) for name, content in found.items())
+    if "" not in parts:
+        yield from _common_texts(len(plan), story, None, list(parts)).items()
 
 
 @dataclass(frozen=True)
@@ -266,36 +305,35 @@ def _parts(plan: pd.DataFrame, images: pd.DataFrame, story: Story) -> dict[str, 
     return {str(folder): (plan[folders == folder], images[folders == folder]) for folder in sorted(set(folders))}
 
 
-def _write_dataset(root: Path, plan: pd.DataFrame, images: pd.DataFrame, story: Story, part: Part | None) -> None:
+def _dataset_texts(plan: pd.DataFrame, images: pd.DataFrame, story: Story, part: Part | None) -> dict[str, bytes]:
     """Everything but the images of one dataset; a part of a release also gets checksums, since the release's seal lies
     elsewhere.
     """
     volumes = len(story.grid.shape) == 3
-    write_atomic(root / "participants.tsv", _participants(plan, images, story.covariates, volumes).encode())
-    _write_json(root / "participants.json", _participants_dictionary(story.covariates, volumes))
+    found = {
+        "participants.tsv": _participants(plan, images, story.covariates, volumes),
+        "participants.json": _json(_participants_dictionary(story.covariates, volumes)),
+    }
     if volumes:
-        for suffix in SUFFIXES:
-            (root / f"{suffix}.json").unlink(missing_ok=True)  # the sidecar of an earlier suffix
-        _write_json(root / f"{story.config.suffix}.json", _sidecar(story.study, story.config, __version__))
-    _write_texts(root, len(plan), story, part, [])
-    _write_json(root / "dataset_description.json", _description(story, part, []))
+        found[f"{story.config.suffix}.json"] = _json(_sidecar(story.study, story.config))
+    if volumes and part is not None:
+        found[".bidsignore"] = f"/{CHECKSUMS}\n".encode()
+    found |= _common_texts(len(plan), story, part, [])
     if part is not None:
-        names = ["participants.tsv", "participants.json", *TEXTS, "dataset_description.json"]
-        if volumes:
-            write_atomic(root / ".bidsignore", f"/{CHECKSUMS}\n".encode())
-            names += [f"{story.config.suffix}.json", ".bidsignore"]
-        digests = {name: sha256_file(root / name) for name in names} | dict(
-            zip(images["path"], images["sha256"], strict=True)
-        )
-        write_atomic(
-            root / CHECKSUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())).encode()
-        )
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
+        digests |= dict(zip(images["path"], images["sha256"], strict=True))
+        found[CHECKSUMS] = verify.checksum_bytes(digests.items())
+    return found
 
 
-def _write_texts(root: Path, subjects: int, story: Story, part: Part | None, datasets: Sequence[str]) -> None:
-    write_atomic(root / "README", _readme(subjects, story, part, datasets).encode())
-    write_atomic(root / "CHANGES", f"{VERSION}\n  - First release: {subjects} synthetic subjects.\n".encode())
-    write_atomic(root / "LICENSE", _licence(story.config).encode())
+def _common_texts(subjects: int, story: Story, part: Part | None, datasets: Sequence[str]) -> dict[str, bytes]:
+    """What a dataset and a release of several have alike."""
+    return {
+        "README": _readme(subjects, story, part, datasets).encode(),
+        "CHANGES": f"{VERSION}\n  - First release: {subjects} synthetic subjects.\n".encode(),
+        "LICENSE": _licence(story.config).encode(),
+        "dataset_description.json": _json(_description(story, part, datasets)),
+    }
 
 
 def _remove_tables(release: Path, wanted: set[str]) -> None:
@@ -363,21 +401,15 @@ def _remove_stale(release: Path, wanted: set[str], study: str) -> None:
         logger.warning("removed %d image(s) of an earlier plan: %s", len(stale), _shorten(stale))
 
 
-def _participants(plan: pd.DataFrame, images: pd.DataFrame, covariates: Covariates, volumes: bool) -> str:
+def _participants(plan: pd.DataFrame, images: pd.DataFrame, covariates: Covariates, volumes: bool) -> bytes:
     table = plan.sort_values("sample_id", ignore_index=True)
     columns = {"participant_id": [f"sub-{s}" for s in table["sample_id"]]}
     if not volumes:
         paths = dict(zip(images["sample_id"], images["path"], strict=True))
         columns["image"] = [paths[s] for s in table["sample_id"]]
     for name in covariates:
-        columns[name] = [_cell(value) for value in table[name]]
-    return pd.DataFrame(columns).to_csv(sep="\t", index=False, lineterminator="\n")
-
-
-def _cell(value: Any) -> str:
-    if pd.isna(value):
-        return "n/a"
-    return value if isinstance(value, str) else f"{float(value):.6g}"
+        columns[name] = [verify.cell(None if pd.isna(value) else value) for value in table[name]]
+    return verify.table_bytes([list(columns), *zip(*columns.values(), strict=True)])
 
 
 def _participants_dictionary(covariates: Covariates, volumes: bool) -> dict[str, Any]:
@@ -404,20 +436,7 @@ def _participants_dictionary(covariates: Covariates, volumes: bool) -> dict[str,
     return fields
 
 
-def config_texts(study: Study, version: str = __version__) -> dict[str, bytes]:
-    """Dictionaries and licence of every dataset of a study, by name, as `complete_dataset` writes them: they follow
-    from the study and the version of this package alone.
-    """
-    volumes = study.spatial_dims == 3
-    found = {
-        "participants.json": _json(_participants_dictionary(study.covariates, volumes)),
-        "LICENSE": _licence(study.release).encode(),
-    }
-    sidecar = _sidecar(study.study, study.release, version)
-    return found | ({f"{study.release.suffix}.json": _json(sidecar)} if volumes else {})
-
-
-def _sidecar(study: str, config: Release, version: str) -> dict[str, Any]:
+def _sidecar(study: str, config: Release) -> dict[str, Any]:
     # Under one key of its own: BIDS-Prov (BEP028) will give GeneratedBy in sidecars another meaning.
     return {
         "Description": SYNTHETIC,
@@ -427,7 +446,7 @@ def _sidecar(study: str, config: Release, version: str) -> dict[str, Any]:
             "Study": study,
             "DigitalSourceType": "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia",
             "Software": "meddiff_steps",
-            "SoftwareVersion": version,
+            "SoftwareVersion": __version__,
             "IntensityUnits": f"arbitrary; 0 to {VOLUME_SCALE}",
         },
     }
@@ -447,6 +466,8 @@ def _description(story: Story, part: Part | None, datasets: Sequence[str]) -> di
         "Keywords": ["synthetic", "generative model", "latent diffusion"],
         "Synthetic": True,
     }
+    if part is None:
+        fields["Facts"] = story.facts
     if datasets:
         fields["Datasets"] = list(datasets)  # and no claim to be BIDS: each of them is
     elif len(story.grid.shape) == 3:
@@ -568,12 +589,8 @@ def _licence(config: Release) -> str:
     )
 
 
-def _write_json(path: Path, value: Any) -> None:
-    write_atomic(path, _json(value))
-
-
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
+    return verify.json_bytes(value, ascii_only=False)
 
 
 def _shorten(names: Sequence[str]) -> str:

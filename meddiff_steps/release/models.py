@@ -40,7 +40,7 @@ def pack(models: Mapping[str, Path], release: Path, folder: Path, title: str, pr
     UserError
         The ledger is empty, or names other weights.
     """
-    first = next(ledger.read_lines(release / seal.LINES), None)
+    first = next(ledger.read_lines(release), None)
     if first is None:
         raise UserError(f"{release / seal.LINES}: no rows, so no weights to pack.")
     if "decoder" not in models:  # that of an earlier model

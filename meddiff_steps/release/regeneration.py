@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +37,10 @@ from meddiff_steps.synthesis.plan import build_plan, draws
 #: Largest difference of a stored value (1000 or 255 is full scale) at which an image counts as the same on another
 #: machine. Rounding in another order moved images of the demo by at most 1.
 TOLERANCE = {3: 5, 2: 2}
+
+
+#: Most steps of a recipe and most values of a batch that are drawn again: many times what any machine takes.
+MOST_STEPS, MOST_VALUES = 10_000, 1 << 31
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,14 @@ def remake(
     if any(row["recipe"] != recipe for row in rows):
         raise UserError(
             "the rows do not share one recipe, so one model cannot have made them all. Run `audit` on the release."
+        )
+    if (
+        recipe["num_inference_steps"] > MOST_STEPS
+        or recipe["batch_size"] * math.prod(study.preprocess.shape) > MOST_VALUES
+    ):
+        raise UserError(
+            f"{recipe['num_inference_steps']} steps in batches of {recipe['batch_size']} are more than anybody draws."
+            " Run `audit` on the release."
         )
     places = find_models(models, recipe)
     with versions.explained(version, PURPOSE):

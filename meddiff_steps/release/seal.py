@@ -17,7 +17,6 @@ again.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,23 +26,20 @@ from typing import Any
 from meddiff_steps import __version__
 from meddiff_steps.config import without_paths
 from meddiff_steps.core.errors import UserError
-from meddiff_steps.core.files import read_json, sha256_file, write_atomic, write_json
+from meddiff_steps.core.files import sha256_file, write_atomic, write_json
 from meddiff_steps.core.random_streams import SCHEME as SEED_SCHEME
 from meddiff_steps.provenance import ledger, lineage, merkle, record, signature, verify
 from meddiff_steps.provenance.ledger import Written
+from meddiff_steps.provenance.lineage import read_strictly as read
 from meddiff_steps.release import crate, croissant, published
 from meddiff_steps.release.published import Published
 
-SCHEMA = "meddiff/release/v1"
 FOLDER = "provenance"
-ROOT, SIGNATURE = f"{FOLDER}/root.json", f"{FOLDER}/root.dsse.json"
-LINES, TABLE = f"{FOLDER}/ledger.jsonl", published.TABLE
-CONFIG, LOCK, RECORDS, VERIFIER = (
-    f"{FOLDER}/config.json",
-    f"{FOLDER}/requirements.lock",
-    f"{FOLDER}/records",
-    f"{FOLDER}/verify.py",
-)
+ROOT, SIGNATURE, LINES, TABLE = verify.ROOT, verify.SIGNATURE, verify.LINES, published.TABLE
+CONFIG, LOCK, VERIFIER, RECORDS = verify.CONFIG, verify.LOCK, verify.VERIFIER, lineage.FOLDER
+
+#: What the BIDS validator is to leave alone in a release that is one dataset.
+IGNORED = "".join(f"/{name}\n" for name in (FOLDER, croissant.NAME, crate.NAME)).encode()
 
 
 @dataclass(frozen=True)
@@ -61,14 +57,14 @@ class Facts:
     results
         The study's folder, with the records.
     lock
-        Lock of the environment, if there is one.
+        Lock of the environment.
     """
 
     config: dict[str, Any]
     privacy: dict[str, Any]
     heads: Mapping[str, str]
     results: Path
-    lock: Path | None
+    lock: bytes
 
 
 def prepare(release: Path) -> None:
@@ -121,13 +117,10 @@ def complete(
         written = next(lineage.entries(found, "outputs"))["path"]
         write_json(release / RECORDS / f"{written}.json", record.public(found))
     write_json(release / CONFIG, study)
-    if facts.lock is not None:
-        write_atomic(release / LOCK, facts.lock.read_bytes())
+    write_atomic(release / LOCK, facts.lock)
     write_atomic(release / VERIFIER, Path(verify.__file__).read_bytes())
-    if "BIDSVersion" in json.loads((release / "dataset_description.json").read_text(encoding="utf-8")):
-        write_atomic(
-            release / ".bidsignore", "".join(f"/{name}\n" for name in (FOLDER, croissant.NAME, crate.NAME)).encode()
-        )
+    if "BIDSVersion" in read(release, verify.DESCRIPTION, ascii_only=False):
+        write_atomic(release / ".bidsignore", IGNORED)
     sealed = {
         "schema": ledger.SCHEMA,
         "scheme": merkle.SCHEME,
@@ -142,7 +135,7 @@ def complete(
         write_json(release / name, content)
         files[name] = _entry(release / name)
     root = {
-        "schema": SCHEMA,
+        "schema": verify.ROOT_SCHEMA,
         "study": study["study"],
         "software": {"name": "meddiff_steps", "version": __version__},
         "seed": {"scheme": SEED_SCHEME, "root": study["seed"], "numbers": ledger.NOISE_NUMBERS},
@@ -163,10 +156,7 @@ def complete(
     }
     write_json(release / ROOT, root)
     if key is not None:
-        dependencies = {**facts.heads, "config.json": sha256_file(release / CONFIG)}
-        statement = signature.statement(
-            {ROOT: sha256_file(release / ROOT), LINES: sha256_file(release / LINES)}, study, dependencies
-        )
+        statement = verify.statement(root, sha256_file(release / ROOT), study)
         write_json(release / SIGNATURE, signature.sign(statement, key))
     return root
 
@@ -202,9 +192,9 @@ def metadata(
     UserError
         Description, config or a record cannot be read.
     """
-    description, study = read_json(release / "dataset_description.json"), read_json(release / CONFIG)
+    description, study = read(release, verify.DESCRIPTION, ascii_only=False), read(release, CONFIG)
     yield croissant.NAME, croissant.build(Published(description, study, date, sealed, heads, files, version))
-    records = {name: read_json(release / name) for name in files if name.startswith(f"{RECORDS}/")}
+    records = {name: read(release, name) for name in files if name.startswith(f"{RECORDS}/")}
     whole = Published(description, study, date, sealed, heads, {**files, ROOT: {}}, version)
     yield crate.NAME, crate.build(whole, records)
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from meddiff_steps import __version__, config
 from meddiff_steps.core.errors import UserError
-from meddiff_steps.core.files import read_json, sha256_file
+from meddiff_steps.core.files import sha256_file
 from meddiff_steps.provenance import ledger, lineage, verify
 from meddiff_steps.release import seal, versions
 
@@ -30,7 +28,7 @@ class Sealed:
     Attributes
     ----------
     version
-        The version of this package that sealed it, as it says.
+        The version of this package by whose rules it is read: by default the one that it says sealed it.
     study
         The published study, with the names of today; None where it is not one, or where this version cannot read it.
     config
@@ -46,23 +44,22 @@ class Sealed:
         `HELD`.
     """
 
-    def __init__(self, folder: Path, root: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, root: dict[str, Any], version: str | None = None) -> None:
         self.folder, self.root = folder, root
         self.sha256 = sha256_file(folder / seal.ROOT)
-        self.version = versions.stated(root["software"].get("version"))
+        self.version = version or versions.stated(root["software"]["version"])
         self.problems: list[str] = []
         self.unread: str | None = None
         self.study: config.Study | None = None
         self.config: dict[str, Any] = {}
         self.records: dict[str, lineage.Record] = {}
-        self.weights: dict[tuple[str, str], tuple[str, int]] = {}
         try:
-            self.config = read_json(folder / seal.CONFIG)
+            self.config = lineage.read_strictly(folder, seal.CONFIG)
             self.study = self._read_study()
         except UserError as error:
             self.problems.append(str(error))
         try:
-            self.records = lineage.read_records(folder / seal.RECORDS)
+            self.records = lineage.read_published(folder)
         except UserError as error:
             self.problems.append(str(error))
 
@@ -76,7 +73,10 @@ class Sealed:
         since then (or was made to look so) keeps no row and no image from being checked.
         """
         try:
-            return config.parse_published(self.config, seal.CONFIG, self.version)
+            study = config.parse_published(self.config, seal.CONFIG, self.version)
+            if not self.is_other and config.published(study) != self.config:
+                raise UserError(f"{seal.CONFIG}: not as a study is published: values are missing or of another type")
+            return study
         except UserError as error:
             if not self.is_other or not set(HELD) - LATER <= set(self.config):
                 raise
@@ -89,21 +89,20 @@ class Sealed:
             self.unread = str(error)
             return None
 
-    def count_weights(self, table: pa.Table) -> None:
-        """Note which weights the rows of a table name: (kind, digest) -> first subject and number of rows."""
-        names, recipes = table["sample_id"].to_pylist(), table["recipe"].combine_chunks()
-        present = {recipes.type.field(i).name for i in range(recipes.type.num_fields)}
-        for kind in (kind for kind in ledger.WEIGHTS if kind in present):
-            digests = pc.struct_field(recipes, kind)
-            for entry in pc.value_counts(digests.drop_null()).to_pylist():
-                first, count = self.weights.get(
-                    (kind, digest := str(entry["values"])), (names[pc.index(digests, entry["values"]).as_py()], 0)
-                )
-                self.weights[kind, digest] = (first, count + entry["counts"])
+    @cached_property
+    def weights(self) -> dict[tuple[str, str], tuple[str, int]]:
+        """Which weights the rows name: (kind, digest) -> first subject and number of rows."""
+        found: dict[tuple[str, str], tuple[str, int]] = {}
+        for row in self.rows():
+            for kind in ledger.WEIGHTS:
+                if (digest := row["recipe"].get(kind)) is not None:
+                    first, count = found.get((kind, digest), (row["sample_id"], 0))
+                    found[kind, digest] = (first, count + 1)
+        return found
 
     def rows(self) -> Iterator[ledger.Row]:
         """Rows of the ledger, one at a time."""
-        for _, row in ledger.read_lines(self.folder / seal.LINES):
+        for _, row in ledger.read_lines(self.folder):
             yield row
 
     def released(self) -> Iterator[ledger.Row]:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from meddiff_steps import __version__
 from meddiff_steps.audit.page import as_html, as_text
 from meddiff_steps.audit.request import Request
 from meddiff_steps.audit.run import audit
@@ -32,8 +33,12 @@ def run(
     ] = None,
     sample: Annotated[int, typer.Option(min=1, help="images that L6 and L7 look at")] = 20,
     seed: Annotated[
-        str, typer.Option(help="what those images are drawn by; choose one that the publisher could not know")
-    ] = "audit",
+        str | None,
+        typer.Option(help="what those images are drawn by, to draw the same ones again; by default something new"),
+    ] = None,
+    version: Annotated[
+        str, typer.Option(help="version of this package that sealed the release, as you know it from elsewhere")
+    ] = __version__,
     images: Annotated[
         bool, typer.Option(help="read the images; without, L1 looks at sizes only and L5 does not run")
     ] = True,
@@ -44,10 +49,15 @@ def run(
     """Check a release: form, integrity and signature, completeness, lineage, recipes, content, and with --models and
     --results also by making images again and comparing with the real scans again.
 
-    Exit code 0: nothing found; 1: findings; 2: could not run, which includes a release of
-    another version of this package whose config this one cannot read.  A level that could not run says so and why.
+    Exit code 0: nothing found; 1: findings; 2: could not run, which includes a level that could not end.  A level that
+    could not run says so and why.  Run it as an installed command, or as `python -P -m meddiff_steps`, and nothing
+    that lies in the current folder is run.
     """
-    report = audit(Request(release, key, private, models, results, sample, seed, images, threads))
+    drawn = {} if seed is None else {"seed": seed}
+    asked = Request(
+        release, key, private, models, results, sample, hash_images=images, threads=threads, version=version, **drawn
+    )
+    report = audit(asked)
     if json is not None:
         write_json(json, report.to_json())
     if html is not None:

@@ -13,9 +13,9 @@ import typer
 from meddiff_steps.config import BidsSource, Study, load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json
-from meddiff_steps.imaging.encoding import Grid
 from meddiff_steps.models.weights import CARD
 from meddiff_steps.release.dataset import Story, complete_dataset
+from meddiff_steps.release.facts import facts_of
 from meddiff_steps.steps import options
 
 logger = logging.getLogger(__name__)
@@ -44,28 +44,13 @@ def run(
             f"--out {out}: expected a path that ends in dataset_description.json. Its folder is the dataset."
         )
     study = load_stage(config, "describe")
-    steps = study.generate.num_inference_steps
-    story = Story(
-        study=study.study,
-        title=study.title,
-        config=study.release,
-        covariates=study.covariates,
-        grid=Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm),
-        sampler=(
-            f"{study.generate.sampler}{f', {steps} steps' if steps else ''}, guidance scale"
-            f" {study.generate.guidance_scale:g}"
-        ),
-        card=read_json(cohort / CARD),
-        sources=_sources(study),
-        privacy=read_json(privacy),
-        models={
-            "autoencoder": read_json(autoencoder / CARD),
-            **({"drawing decoder": read_json(decoder / CARD)} if decoder else {}),
-            "diffusion model": read_json(diffusion / CARD),
-        },
-        distilled=study.second_model.subjects,
-        metrics=read_json(metrics) if metrics else None,
-    )
+    cards = {
+        "autoencoder": read_json(autoencoder / CARD),
+        **({"drawing decoder": read_json(decoder / CARD)} if decoder else {}),
+        "diffusion model": read_json(diffusion / CARD),
+    }
+    told = facts_of(read_json(cohort / CARD), read_json(privacy), cards, read_json(metrics) if metrics else None)
+    story = Story.of(study, told, _sources(study))
     tables = pd.concat([pd.read_parquet(path) for path in images], ignore_index=True)
     complete_dataset(out.parent, pd.read_parquet(released), tables, story)
     logger.info("%s: %d synthetic subjects", out.parent, len(tables))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from meddiff_steps.audit.explain import compare
-from meddiff_steps.core.text import printable
+from meddiff_steps.provenance.verify import shown
 
 
 def run(
@@ -21,5 +21,5 @@ def run(
     Exit code 0: the same; 1: they differ; 2: could not run.
     """
     lines = compare(first, second)
-    print("\n".join(map(printable, lines)) if lines else "no difference")
+    print("\n".join(map(shown, lines)) if lines else "no difference")
     raise typer.Exit(1 if lines else 0)

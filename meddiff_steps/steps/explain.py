@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from meddiff_steps.audit.explain import explain
-from meddiff_steps.core.text import printable
+from meddiff_steps.provenance.verify import shown
 
 
 def run(
@@ -19,4 +19,4 @@ def run(
 
     Tells what the release says; whether that is so is what `audit` checks.
     """
-    print("\n".join(map(printable, explain(release, subject))))
+    print("\n".join(map(shown, explain(release, subject))))

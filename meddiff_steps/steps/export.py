@@ -10,8 +10,7 @@ import pandas as pd
 import typer
 
 from meddiff_steps.config import load_stage
-from meddiff_steps.provenance.ledger import read_parquet
-from meddiff_steps.release.seal import TABLE
+from meddiff_steps.provenance.ledger import read_lines
 from meddiff_steps.release.webdataset import write_tar
 from meddiff_steps.steps import options
 
@@ -30,5 +29,5 @@ def run(
     """
     study, release = load_stage(config, "export"), root.parents[1]
     members = set(pd.read_parquet(images, columns=["sample_id"])["sample_id"])
-    rows = [row for row in read_parquet(release / TABLE) if row["sample_id"] in members]
+    rows = [row for _, row in read_lines(release) if row["sample_id"] in members]
     logger.info("%s: %d images", out, write_tar(rows, release, out, study.study))

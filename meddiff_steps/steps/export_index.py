@@ -11,8 +11,7 @@ import typer
 from meddiff_steps.config import load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import sha256_file
-from meddiff_steps.provenance.ledger import Row, read_parquet
-from meddiff_steps.release.seal import TABLE
+from meddiff_steps.provenance.ledger import Row, read_lines
 from meddiff_steps.release.webdataset import MANIFEST, write_index
 from meddiff_steps.steps import options
 
@@ -41,7 +40,7 @@ def run(
         for table, tar in zip(images, tars, strict=True)
         for name in pd.read_parquet(table, columns=["sample_id"])["sample_id"]
     }
-    for row in read_parquet(release / TABLE):
+    for _, row in read_lines(release):
         if row["sample_id"] in place:
             members[place[row["sample_id"]]].append(row)
     write_index(members, out.parent, sha256_file(root), study.release.name, study.release.licence)

@@ -17,7 +17,7 @@ from meddiff_steps.core.folders import TONE
 from meddiff_steps.models.weights import CARD
 from meddiff_steps.privacy.calibration import thresholds_of
 from meddiff_steps.provenance import ledger
-from meddiff_steps.provenance.record import lock_file
+from meddiff_steps.provenance.record import lock
 from meddiff_steps.release import seal
 from meddiff_steps.steps import options
 
@@ -83,7 +83,7 @@ def run(
         privacy=read_json(privacy),
         heads={_name(path, folder): sha256_file(path) for path in read},
         results=folder,
-        lock=lock_file(),
+        lock=lock(),
     )
     shard_of = dict(zip(planned["sample_id"].map(str), planned["shard"], strict=True))
     root = seal.complete(release, public, hidden, shard_of, set(tables["path"]), facts)

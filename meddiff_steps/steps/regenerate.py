@@ -9,6 +9,7 @@ import typer
 
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import write_json
+from meddiff_steps.provenance.verify import shown
 from meddiff_steps.release.regeneration import (
     Added,
     as_text,
@@ -76,5 +77,5 @@ def run(
             "subjects": [vars(c) for c in comparisons],
         }
         write_json(json, content | ({} if count is None else {"added": [vars(one) for one in added]}))
-    print("\n".join(as_text(comparisons, environment, added)))
+    print("\n".join(map(shown, as_text(comparisons, environment, added))))
     raise typer.Exit(1 if found["verdicts"]["differs"] + found["verdicts"]["missing"] else 0)

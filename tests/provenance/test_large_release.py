@@ -311,14 +311,14 @@ ATTACKS = {
 }
 SEALED_AGAIN = {
     "a subject moved to another dataset": Attack(lambda t: _move(t, True), 5, "format"),
-    "a subject in two datasets": Attack(lambda t: _double(t, True), 2, "one-image-each"),
+    "a subject in two datasets": Attack(lambda t: _double(t, True), 2, "no-strangers"),
     "a subject in two tables": Attack(lambda t: _double(t, True), 2, "participants"),
     "a dataset forgotten": Attack(lambda t: _remove(t, True), 2, "indices"),
     "a checksum that is not the image's": Attack(_checksum, 2, "datasets"),
-    "an image sealed like a text": Attack(_slip_in_as_a_file, 2, "one-image-each"),
-    "a dataset without licence": Attack(lambda t: _drop_file(t, "LICENSE"), 2, "datasets"),
-    "a dataset without description": Attack(lambda t: _drop_file(t, "dataset_description.json"), 2, "datasets"),
-    "a table of no dataset": Attack(_table_of_all, 2, "participants"),
+    "an image sealed like a text": Attack(_slip_in_as_a_file, 2, "no-strangers"),
+    "a dataset without licence": Attack(lambda t: _drop_file(t, "LICENSE"), 2, "no-missing"),
+    "a dataset without description": Attack(lambda t: _drop_file(t, "dataset_description.json"), 2, "no-missing"),
+    "a table of no dataset": Attack(_table_of_all, 2, "no-strangers"),
     "datasets that the description does not name": Attack(
         lambda t: (t.edit("dataset_description.json", lambda c: c["Datasets"].pop()), t.seal()), 2, "datasets"
     ),

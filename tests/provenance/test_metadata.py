@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from tiny_release import Place
 
+from meddiff_steps.core.files import write_json
+from meddiff_steps.provenance import verify
 from meddiff_steps.release import crate, croissant, seal
 from meddiff_steps.release.published import Published
 
@@ -91,7 +93,9 @@ def test_the_crate_validator_accepts_the_release(validator, place, copied, tmp_p
     assert crate.PROFILE.rsplit("/", 1)[1] == "0.5" and "process-run-crate-0.5" in json.dumps(found)
     description = json.loads((copied / "dataset_description.json").read_text())
     del description["Authors"]
-    (copied / "dataset_description.json").write_text(json.dumps(description | {"License": "Ask us"}))
+    (copied / "dataset_description.json").write_bytes(
+        verify.json_bytes(description | {"License": "Ask us"}, ascii_only=False)
+    )
     describe(copied)
     assert judged(copied)["passed"]
     (copied / "participants.tsv").unlink()
@@ -190,11 +194,10 @@ def test_what_the_publisher_states_is_in_the_metadata(tmp_path, place):
         "url": "https://example.org/cohort",
         "card": study["release"]["card"] | {"intended_use": "Teaching.", "not_for": "Diagnosis."},
     }
-    (release / seal.CONFIG).write_text(json.dumps(study))
+    write_json(release / seal.CONFIG, study)
     description = json.loads((release / "dataset_description.json").read_text())
-    (release / "dataset_description.json").write_text(
-        json.dumps(description | {"SourceDatasets": [{"DOI": "doi:10.5281/zenodo.1"}]})
-    )
+    sources = {"SourceDatasets": [{"DOI": "doi:10.5281/zenodo.1"}]}
+    (release / "dataset_description.json").write_bytes(verify.json_bytes(description | sources, ascii_only=False))
     describe(release)
     content = json.loads((release / croissant.NAME).read_text())
     assert content["url"] == "https://example.org/cohort" and content["datePublished"] == "2026-01-31"

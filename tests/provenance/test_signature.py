@@ -23,9 +23,12 @@ def key(tmp_path_factory):
     return path
 
 
-STATEMENT = signature.statement(
-    {"provenance/root.json": "ab" * 32}, {"seed": "x", "count": 2**53, "scale": 1.5}, {"plan.parquet": "cd" * 32}
-)
+ROOT = {
+    "inputs": {"plan.parquet": "cd" * 32},
+    "files": {verify.LINES: {"sha256": "ef" * 32}, verify.CONFIG: {"sha256": "01" * 32}},
+    "software": {"version": "0.1"},
+}
+STATEMENT = verify.statement(ROOT, "ab" * 32, {"seed": "x", "count": 2**53, "scale": 1.5})
 
 
 def test_securesystemslib_accepts_the_envelope_and_refuses_a_changed_one(key):
@@ -45,11 +48,8 @@ def test_securesystemslib_accepts_the_envelope_and_refuses_a_changed_one(key):
 
 
 def test_the_pre_authentication_encoding_of_the_dsse_protocol():
-    # https://github.com/secure-systems-lab/dsse/blob/master/protocol.md, test vectors.
-    assert (
-        signature.pre_authentication("http://example.com/HelloWorld", b"hello world")
-        == b"DSSEv1 29 http://example.com/HelloWorld 11 hello world"
-    )
+    # https://github.com/secure-systems-lab/dsse/blob/master/protocol.md
+    assert verify.pre_authentication(b"hello world") == b"DSSEv1 28 application/vnd.in-toto+json 11 hello world"
 
 
 def test_the_statement_has_the_form_of_in_toto_and_slsa():
@@ -57,30 +57,22 @@ def test_the_statement_has_the_form_of_in_toto_and_slsa():
         STATEMENT["_type"] == "https://in-toto.io/Statement/v1"
         and STATEMENT["predicateType"] == "https://slsa.dev/provenance/v1"
     )
-    assert STATEMENT["subject"] == [{"name": "provenance/root.json", "digest": {"sha256": "ab" * 32}}]
+    assert STATEMENT["subject"][0] == {"name": "provenance/root.json", "digest": {"sha256": "ab" * 32}}
     predicate = STATEMENT["predicate"]
     assert set(predicate) == {"buildDefinition", "runDetails"} and predicate["runDetails"]["builder"]["id"]
     assert set(predicate["buildDefinition"]) == {"buildType", "externalParameters", "resolvedDependencies"}
 
 
-def test_signing_is_deterministic_and_verifies(key):
+def test_signing_is_deterministic_and_both_programs_accept_it(key):
     private = signature.load_private(key)
-    assert signature.sign(STATEMENT, private) == signature.sign(STATEMENT, private)
-    assert (
-        signature.verify(signature.sign(STATEMENT, private), signature.load_public(key.with_name("key.pem.pub")))
-        == STATEMENT
-    )
-
-
-@pytest.mark.parametrize(
-    "change", [{"payloadType": "text/plain"}, {"signatures": []}, {"payload": "***"}, {"payload": "e30="}]
-)
-def test_a_changed_envelope_is_refused(key, change):
-    private = signature.load_private(key)
-    with pytest.raises(UserError):
-        signature.verify(signature.sign(STATEMENT, private) | change, private.public_key())
-    with pytest.raises(UserError):
-        signature.verify([], private.public_key())
+    envelope = signature.sign(STATEMENT, private)
+    assert envelope == signature.sign(STATEMENT, private)
+    public, signed = signature.load_public(key.with_name("key.pem.pub")), envelope["signatures"][0]["sig"]
+    message = verify.pre_authentication(base64.b64decode(envelope["payload"]))
+    for valid in (signature.valid, verify.ed25519_valid):
+        assert valid(public, message, base64.b64decode(signed))
+        assert not valid(public, message + b"x", base64.b64decode(signed))
+        assert not valid(public, message, b"")
 
 
 def test_a_key_is_private_and_never_overwritten(key):
@@ -94,7 +86,7 @@ def test_what_is_no_key_is_refused(tmp_path, key):
         signature.load_private(tmp_path / "none.pem")
     with pytest.raises(UserError, match="not usable"):
         signature.load_private(key.with_name("key.pem.pub"))
-    with pytest.raises(UserError, match="not a public key"):
+    with pytest.raises(UserError, match="public key"):
         signature.load_public(key)
     other = generate_ec(SECP256R1())
     pem = other.private_bytes(
@@ -106,7 +98,7 @@ def test_what_is_no_key_is_refused(tmp_path, key):
     (tmp_path / "ec.pub").write_bytes(
         other.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     )
-    with pytest.raises(UserError, match="expected an ed25519 key"):
+    with pytest.raises(UserError, match="not an ed25519 public key"):
         signature.load_public(tmp_path / "ec.pub")
     with pytest.raises(verify.Unreadable, match="not an ed25519 public key"):
         verify.read_public_key(tmp_path / "ec.pub")
@@ -148,6 +140,6 @@ def test_both_implementations_name_a_key_alike(key):
     public = key.with_name("key.pem.pub")
     raw = verify.read_public_key(public)
     assert (
-        signature.key_id(signature.load_public(public))
+        verify.key_id(signature.load_public(public))
         == hashlib.sha256(bytes.fromhex("302a300506032b6570032100") + raw).hexdigest()
     )

@@ -357,7 +357,7 @@ def test_the_card_holds_figures_and_blanks(tmp_path: Path) -> None:
         and "release.card.contact in the study]" in readme
         and readme.count("[NOT STATED") == 4
     )
-    assert "provenance/verify.py" in readme and "first model" not in readme
+    assert "verify.py" in readme and "first model" not in readme
     place.metrics, place.study["second_model"], place.drawing = {}, {"subjects": 50}, False
     place.complete()
     readme = (place.release / "README").read_text()
