@@ -236,7 +236,7 @@ def test_what_a_release_says_cannot_act_on_a_terminal(place, tmp_path):
     shutil.copytree(place.release, other)
     (other / "a\x1b]0;title\x07b\u202e").touch()
     config = other / "provenance/config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"title": "t\x1b[31m\r"}, ensure_ascii=False))
+    write_json(config, json.loads(config.read_text()) | {"title": "t\x1b[31m\r"})
     for arguments in (["diff", place.release, other], ["explain", "sub-nobody\x1b[1m", other]):
         done = subprocess.run(
             [sys.executable, "-m", "meddiff_steps", *map(str, arguments)],

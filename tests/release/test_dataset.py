@@ -277,7 +277,7 @@ def test_what_is_released_is_read_as_a_cohort(tmp_path: Path, dims: int) -> None
         source = {"source": "table", "table": str(root / "participants.tsv"), "path_column": "image"}
         frame = read_table(TableSource.model_validate(source | {"subject_column": "participant_id"}), covariates)
     manifest, card = build_manifest(
-        frame, covariates, Splits(train=0.5, val=0, calibration=0, test=0.5), "s", source="bids"
+        frame, covariates, Splits(train=0.75, val=0, calibration=0, test=0.25), "u", source="bids"
     )
     assert manifest["dx"].tolist() == levels and manifest["sex"].tolist()[:2] == ["F", "M"] and not card["undecodable"]
     assert manifest["ventricles_ml"].tolist()[0] == pytest.approx(20.1235)
