@@ -392,7 +392,10 @@ def filter_problem():
     """That the privacy filter will have no threshold, in words; None where it will, or nobody knows yet."""
     needed = subjects_needed(STUDY.privacy.level, len(STUDY.privacy.detectors or DETECTORS.names()))
     if Path(COHORT_CARD).is_file():
-        subjects = json.loads(Path(COHORT_CARD).read_text())["splits"]["calibration"]["subjects"]
+        try:
+            subjects = json.loads(Path(COHORT_CARD).read_text())["splits"]["calibration"]["subjects"]
+        except (ValueError, KeyError):  # the step that reads it says what is wrong with it
+            return None
     elif STUDY.cohort.source == "simulated":
         subjects = round(STUDY.cohort.subjects * STUDY.splits.calibration)
     else:
