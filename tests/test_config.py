@@ -517,6 +517,17 @@ def test_old_names_are_read_in_releases_of_old_versions_alone():
         config.parse_published(OLD | {"downstream": {}}, "config.json", "0.1.0")
 
 
+def test_keys_that_are_gone_are_told_of_study_files_and_refused_in_releases(tmp_path, caplog):
+    study = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    expected = config.parse_study(study, "a")
+    study["diffusion"] = study["diffusion"] | {"component_steps": 5}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    assert config.load_study(tmp_path / "study.yaml") == expected
+    assert "diffusion.component_steps: this key is gone" in caplog.text
+    with pytest.raises(UserError, match=r"diffusion\.component_steps: this key is gone"):
+        config.parse_published(study, "config.json", "0.2.0")
+
+
 def test_what_steps_of_earlier_versions_read_is_known():
     old = config.stages_of("0.1.0")
     assert old["autoencoder"] == ("seed", "augmentation", "autoencoder", "compute")

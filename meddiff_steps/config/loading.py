@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,10 +13,12 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from meddiff_steps.config.base import Keys, fields_of
-from meddiff_steps.config.renamed import before_renaming, old_names, translated
+from meddiff_steps.config.renamed import before_renaming, keys_gone, old_names, translated, without_gone
 from meddiff_steps.config.study import Study
 from meddiff_steps.config.yaml_files import read_yaml, where_is
 from meddiff_steps.core.errors import UserError
+
+log = logging.getLogger(__name__)
 
 #: Parts of the places that pydantic names which are no keys: kinds of a section, and how a value was tried.
 _NO_KEYS = re.compile(r"(continuous|categorical|simulated|bids|table)$|(tuple|function)\b")
@@ -35,6 +38,9 @@ def load_study(path: Path) -> Study:
 def parse_study(raw: Any, origin: str, files: Sequence[Path] = ()) -> Study:
     """Validate an already parsed study; `origin` names it in error messages, and `files` are where its keys stand.
 
+    Keys that are gone change nothing: somebody's own `files` may still hold them, which is told. Of what this package
+    wrote itself they are refused.
+
     Raises
     ------
     UserError
@@ -42,7 +48,12 @@ def parse_study(raw: Any, origin: str, files: Sequence[Path] = ()) -> Study:
     """
     if not isinstance(raw, dict):
         raise UserError(f"{origin}: expected a mapping of sections, found {type(raw).__name__}. See config/README.md.")
-    problems = list(old_names(raw))
+    gone = list(keys_gone(raw))
+    for line in gone if files else ():
+        log.warning("%s: %s", origin, line)
+    if files and gone:
+        raw = without_gone(raw)
+    problems = [*old_names(raw), *([] if files else gone)]
     if isinstance(raw.get("release"), str):
         raw = {name: section for name, section in raw.items() if name != "release"}
     try:

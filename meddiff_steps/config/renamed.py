@@ -38,7 +38,7 @@ def name_today(keys: Keys) -> Keys:
 
 
 def old_names(raw: Mapping[str, Any]) -> Iterator[str]:
-    """Every old key that is in a study, with its name of today or what is in its place."""
+    """Every old key that is in a study, with its name of today."""
     since = f"(renamed in {SINCE[0]}.{SINCE[1]}.0)"
     for section in raw:
         if (section,) not in RENAMED:
@@ -47,11 +47,20 @@ def old_names(raw: Mapping[str, Any]) -> Iterator[str]:
         for key in below if isinstance(below, Mapping) and below else [None]:
             kind, keys = ("section", (section,)) if key is None else ("key", (section, str(key)))
             yield f"{'.'.join(keys)}: this {kind} is now {'.'.join(name_today(keys))} {since}"
+    if isinstance(raw.get("release"), str):
+        yield f"release: a sealed release to make again is now given as `--config sealed=FOLDER` {since}"
+
+
+def keys_gone(raw: Mapping[str, Any]) -> Iterator[str]:
+    """Every key in a study that there is no more, with what is in its place."""
     for (section, key), instead in REMOVED.items():
         if isinstance(raw.get(section), Mapping) and key in raw[section]:
             yield f"{section}.{key}: this key is gone: {instead}. Leave it out (removed in {SINCE[0]}.{SINCE[1]}.0)"
-    if isinstance(raw.get("release"), str):
-        yield f"release: a sealed release to make again is now given as `--config sealed=FOLDER` {since}"
+
+
+def without_gone(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A study without keys that are gone."""
+    return {section: _without_removed(section, below) for section, below in content.items()}
 
 
 def translated(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,7 +77,7 @@ def translated(content: Mapping[str, Any]) -> dict[str, Any]:
             found[today] = {name_today((section, key))[-1]: value for key, value in below.items()}
         else:
             found[today] = below
-    return {section: _without_removed(section, below) for section, below in found.items()}
+    return without_gone(found)
 
 
 def _without_removed(section: str, below: Any) -> Any:
