@@ -123,6 +123,7 @@ class Place:
                 "autoencoder": {
                     "channels": [16, 16] if setting.quick else [32, 64],
                     "latent_channels": 4 if setting.quick else 12,
+                    "equivariance_weight": 0.25,
                     "norm_num_groups": 8 if setting.quick else 16,
                     "optimiser": {
                         "steps": steps,

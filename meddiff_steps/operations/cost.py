@@ -27,8 +27,10 @@ from meddiff_steps.diffusion.guidance import is_within
 from meddiff_steps.diffusion.sampling import levels_of
 from meddiff_steps.diffusion.schedules import NoiseProcess
 from meddiff_steps.models.denoiser.base import Denoiser
+from meddiff_steps.models.denoiser.effects import feature_count
 from meddiff_steps.models.drawing.base import build as build_decoder
 from meddiff_steps.models.first_stage.base import build
+from meddiff_steps.models.latent_statistics import FOLDS
 from meddiff_steps.operations.status import newest_study, seconds, stage_of
 from meddiff_steps.synthesis.grey_levels import IMAGES as TONE_IMAGES
 from meddiff_steps.synthesis.size import plan_shards, planned_subjects
@@ -82,7 +84,7 @@ class Estimate:
 def forward_flops(study: Study) -> tuple[float, float, float, float]:
     """Floating-point operations per image of encoder, decoder, denoiser and a step of the drawing decoder, forward."""
     dims, shape = study.spatial_dims, study.preprocess.shape
-    levels = [len(c.levels) if isinstance(c, CategoricalCovariate) else 0 for c in study.covariates.values()]
+    levels = _levels(study)
     with torch.device("meta"):
         autoencoder = build(study.autoencoder, dims)
         image = torch.empty(1, 1, *shape)
@@ -98,6 +100,11 @@ def forward_flops(study: Study) -> tuple[float, float, float, float]:
                 drawer = build_decoder(study.decoder, (1, *shape))
                 drawer.step(image)
     return tuple(counter.get_total_flops() for counter in (encoding, decoding, denoising, drawing))
+
+
+def _levels(study: Study) -> list[int]:
+    """Per covariate: the number of levels, or 0 for a continuous one."""
+    return [len(c.levels) if isinstance(c, CategoricalCovariate) else 0 for c in study.covariates.values()]
 
 
 def work(study: Study, scans: int) -> dict[str, Work]:
@@ -142,6 +149,7 @@ def work(study: Study, scans: int) -> dict[str, Work]:
             (scans - train) * voxels,
         ),
         "latents": Work(study.preprocess.shards, encoder * encoded, "FLOP", True, "latents", encoded * latent),
+        "scale": Work(1, 2.0 * decoder * (FOLDS + 1) * feature_count(_levels(study)), "FLOP", True),
         "diffusion": Work(1, denoiser * TRAINING * second.steps * second.batch_size, "FLOP", True),
         "tone": Work(1, TONE_IMAGES * (passes * denoiser + drawn), "FLOP", True),
         "embedder": Work(1, embedding * voxels, "voxel"),
