@@ -19,6 +19,8 @@ from meddiff_steps.core.errors import UserError
 log = logging.getLogger(__name__)
 
 CHECKSUMS = "SHA256SUMS"
+#: Bytes of a JSON object.  Cards and figures have less than a hundredth; more would only fill the memory.
+LARGEST_JSON = 2**27
 #: Access that new files get; asked once, because asking means setting it.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -76,9 +78,11 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises
     ------
     UserError
-        The file is missing or is no JSON object.
+        The file is missing, larger than any that a step writes, or is no JSON object.
     """
     try:
+        if (size := Path(path).stat().st_size) > LARGEST_JSON:
+            raise ValueError(f"{size:,} bytes, and no step writes more than {LARGEST_JSON:,}")
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}). Delete it and run the workflow again.") from None

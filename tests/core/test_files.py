@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from meddiff_steps.core.errors import UserError
-from meddiff_steps.core.files import atomic_path, hold, write_atomic
+from meddiff_steps.core.files import LARGEST_JSON, atomic_path, hold, read_json, write_atomic
 
 
 def test_a_failed_writer_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -65,3 +65,14 @@ def test_where_locks_are_unknown_work_goes_on(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("fcntl.flock", refuse)
     hold(tmp_path / ".lock").close()
     assert "only one run works here" in caplog.text
+
+
+def test_json_that_no_step_wrote_is_not_read(tmp_path):
+    path = tmp_path / "card.json"
+    with open(path, "wb") as file:
+        file.truncate(LARGEST_JSON + 1)  # takes no space
+    with pytest.raises(UserError, match=r"card\.json: not readable as JSON \(134,217,729 bytes"):
+        read_json(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="not readable as JSON"):
+        read_json(path)
