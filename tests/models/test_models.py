@@ -258,6 +258,22 @@ def test_what_is_read_from_a_difference_is_drawn_as_precisely():
     assert np.corrcoef(read, age - size)[0, 1] > 0.98
 
 
+def test_covariates_are_read_from_images_too_through_the_decoder():
+    """Nothing of the feature is in these latents; in images it is, along what the decoder makes of one direction."""
+    rng = np.random.default_rng(0)
+    x, features, basis = rng.normal(size=(200, 12)), rng.normal(size=(200, 1)), rng.normal(size=(12, 8))
+    fitted = fit_effects(
+        lambda row: x[row].reshape(3, 4),
+        features,
+        np.ones_like(features, bool),
+        np.arange(200),
+        lambda row: np.full((1, 8), features[row, 0], np.float32),
+        lambda latents: (latents.flatten(1) @ torch.from_numpy(basis).float())[:, None],
+    )
+    pulled = basis.sum(1) / np.linalg.norm(basis.sum(1))
+    assert np.linalg.norm(fitted["readout"].reshape(2, 12) @ pulled) == pytest.approx(1.0, abs=1e-4)
+
+
 def test_features_of_a_level_that_nobody_has_can_be_inverted():
     features = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]] * 5)
     known = np.ones_like(features, dtype=bool)
