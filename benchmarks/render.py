@@ -12,6 +12,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from meddiff_steps.core.files import atomic_path, read_json, write_atomic
 
@@ -119,20 +120,12 @@ def lines(result: Result) -> list[str]:
 
 
 def page(results: Path, docs: Path) -> Path:
-    """Write the page and its figure; returns the page's path.
-
-    Raises
-    ------
-    FileNotFoundError
-        There are no results.
-    """
+    """Write the page and its figure; returns the page's path.  Without results, the page says how they are made."""
     found = [read_json(path) for path in sorted(results.glob("*.json"))]
     found = [result for result in found if "rows" in result or "curves" in result]
-    if not found:
-        raise FileNotFoundError(f"{results}: holds no results. Run `python -m benchmarks run` first.")
-    picture = docs / "images" / "benchmarks.png"
-    with atomic_path(picture) as path:
-        _draw(found, path)
+    if found:
+        with atomic_path(docs / "images" / "benchmarks.png") as path:
+            _draw(found, path)
     write_atomic(docs / "benchmarks.md", (_text(found).rstrip() + "\n").encode())
     return docs / "benchmarks.md"
 
@@ -147,6 +140,17 @@ def _text(found: Sequence[Result]) -> str:
         "# Benchmarks",
         "**Made with `--quick`: the figures mean nothing.**" if quick else "",
         _INTRODUCTION,
+        *(_figures(found, rows) if found else [_NONE]),
+        "## What is compared",
+        _COMPARED,
+        *(["## Machine and versions", _machines(found)] if found else []),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _figures(found: Sequence[Result], rows: Sequence[Row]) -> list[str]:
+    """All sections that have figures."""
+    return [
         "## Side by side",
         _table(rows),
         "![Ratios with intervals, held-out figures against seconds, growth of cost](images/benchmarks.png)",
@@ -159,13 +163,13 @@ def _text(found: Sequence[Result]) -> str:
         _floors(rows),
         "## How cost grows",
         _growth(found),
-        "## What was compared",
-        _COMPARED,
-        "## Machine and versions",
-        _machines(found),
     ]
-    return "\n\n".join(part for part in parts if part)
 
+
+_NONE = """\
+**No figures yet.** Those of version 0.1 were of other networks, and some of its comparisons were unfair to the peers;
+they were taken off this page.\
+"""
 
 _INTRODUCTION = """\
 <!-- Made by `make bench` from benchmarks/results/*.json. Do not edit: change benchmarks/render.py. -->
@@ -190,9 +194,9 @@ _COMPARED = """\
   step. The cached peer is MAISI's (`generation/maisi`): latents are encoded once, and a rectified flow is learnt. Each
   trains at the rate of its own script, which the notes name. Further `CacheDataset` and `PersistentDataset` over
   `.nii.gz`, `DDIMScheduler` and `RFlowScheduler`, decoding one by one, MS-SSIM over all ordered pairs.
-- **Two kinds of ours.** "As studies have it" has the networks of the demo (`config/config.yaml`): lighter than the
-  peers', so that a ratio is the gain of networks and training together. "The peer's network in our training" has
-  `AutoencoderKL` and `DiffusionModelUNet` of the peers' sizes (weights within a quarter, which a test checks): its
+- **Two kinds of ours.** "As studies have it" has the networks of the demo (`config/config.yaml`), which are others
+  than the peers', so that a ratio is the gain of networks and training together. "The peer's network in our training"
+  has `AutoencoderKL` and `DiffusionModelUNet` of the peers' sizes (weights within a quarter, which a test checks): its
   ratio is the gain of the training alone. Latent grid, batch and noise schedule are the same everywhere.
 - **Precision**: ours is what `compute.precision: auto` means on the machine, bf16 where the processor multiplies that
   fast; the peers' is fp32, as in their scripts on a processor, whose autocast is for GPUs.
@@ -417,7 +421,7 @@ def _machines(found: Sequence[Result]) -> str:
         load = m.get("load_before", [""])[0]
         cells = [
             result["name"],
-            result.get("date", ""),
+            result.get("date", "") + (", beside other work" if result.get("busy") else ""),
             device,
             m.get("threads", ""),
             load,
@@ -436,10 +440,10 @@ def _machines(found: Sequence[Result]) -> str:
 def _draw(found: Sequence[Result], path: Path) -> None:
     rows = [row for result in found for row in result.get("rows", []) if "ratio" in row and row["ratio"]["value"]]
     curves = [curve for result in found for curve in result.get("curves", [])]
-    height = max(0.34 * len(rows) + 1.2, 2.6 * -(-len(curves) // 2), 3.0)
+    height = max(0.4 * len(rows) + 1.2, 2.6 * -(-len(curves) // 2), 3.0)
     with mpl.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
-        canvas = Canvas(figsize=(14, height), layout="constrained")
-        left, right = canvas.subfigures(1, 2, width_ratios=(1.0, 1.1)) if curves else (canvas.subfigures(1, 1), None)
+        canvas = Canvas(figsize=(15, height), layout="constrained")
+        left, right = canvas.subfigures(1, 2, width_ratios=(1.2, 1.0)) if curves else (canvas.subfigures(1, 1), None)
         _forest(left.subplots(), rows)
         if right is not None:
             axes = np.atleast_1d(right.subplots(-(-len(curves) // 2), 2)).ravel()
@@ -467,14 +471,13 @@ def _forest(axis: Axes, rows: Sequence[Row]) -> None:
             ha="center",
             fontsize=7,
         )
-    axis.set_yticks(range(len(rows)), [f"{_short(row['what'])}, {row['size']}" for row in reversed(rows)])
+    axis.set_yticks(range(len(rows)), [textwrap.fill(f"{r['what']}, {r['size']}", 56) for r in reversed(rows)])
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("times faster than the peers (bar: 95 % interval; thin line: range)")
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 52 else text[:50] + "..."
 
 
 def _curve(axis: Axes, curve: dict[str, Any]) -> None:

@@ -18,10 +18,13 @@ from typing import Any
 
 import torch
 from monai.inferers import LatentDiffusionInferer
+from safetensors.torch import load_file, save_file
 
 from benchmarks import measure, peer
 from benchmarks.places import SEED, OurTraining, Place, Setting, latent_data, load_weights, save_weights, write_latents
 from meddiff_steps import config
+from meddiff_steps.core.files import atomic_path
+from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.drawing.base import DrawingDecoder
 from meddiff_steps.models.first_stage.base import FirstStage
 from meddiff_steps.models.trained import TrainedModel
@@ -36,13 +39,16 @@ from meddiff_steps.training.tasks.diffusion import DiffusionTask
 STEPS = {"autoencoder": {"32x40x32": (3, 7), "64x64x64": (1, 5)}, "diffusion": {"32x40x32": (5, 7), "64x64x64": (2, 5)}}
 QUICK_STEPS = (1, 1)
 #: Seconds of training behind each curve of held-out PSNR, at the smallest size.
-BUDGETS = {"ours": 60.0, "same": 90.0, "peer": 120.0, "raised": 180.0}
+BUDGETS = {"ours": 45.0, "same": 60.0, "peer": 90.0, "raised": 150.0}
 QUICK_BUDGET = 0.2
 #: Held-out scans at most that a look is at: a look costs what a training step does.
 JUDGED_SCANS = 3
 #: How far below the best that a peer reached a level lies at which seconds are compared, in dB: on the last decibels a
 #: training spends most of its time, and a benchmark does not wait for them.
 SHORT_OF_BEST = 3.0
+
+#: Weights of our autoencoder, on which all that follows is made.
+FIRST = "ours-autoencoder.safetensors"
 
 #: How ours trains, for a table.
 OURS_SAID = "Muon at {rate:g}, {warmup} steps of warm-up, cosine decay, clipping, averaged weights"
@@ -224,7 +230,7 @@ def _autoencoder_reach(place: Place) -> tuple[list[dict[str, Any]], dict[str, An
     for side in sides.values():
         side.look()
     race(list(sides.values()))
-    save_weights(average, place.folder / "ours-autoencoder.safetensors")
+    save_weights(average, place.folder / FIRST)
     reached = reaches(sides, names, place.size.name, mean, "val PSNR (dB)")
     return reached, curves(sides, names, mean, f"autoencoder {place.size.name}", "held-out PSNR (dB)")
 
@@ -396,13 +402,19 @@ def _first_stage(place: Place) -> FirstStage:
     training = _our_autoencoder(place, place.study.autoencoder)
     task = training.task
     assert isinstance(task, AutoencoderTask)
-    if not load_weights(task.average, place.folder / "ours-autoencoder.safetensors"):
+    if not load_weights(task.average, place.folder / FIRST):
         for _ in range(2 if place.setting.quick else 40):
             training.step()
-        save_weights(task.average, place.folder / "ours-autoencoder.safetensors")
+        save_weights(task.average, place.folder / FIRST)
     average = task.average
     assert isinstance(average, FirstStage)
     return average
+
+
+def _newer(place: Place, name: str) -> bool:
+    """Whether a file of the work folder is there, and of the autoencoder that is there."""
+    path, first = place.folder / name, place.folder / FIRST
+    return path.exists() and first.exists() and path.stat().st_mtime_ns >= first.stat().st_mtime_ns
 
 
 @torch.no_grad()
@@ -414,7 +426,18 @@ def _latents(place: Place, first: FirstStage) -> LatentData:
     ]
     shards = write_latents(place.folder / "ours-latents.arrow", means)
     with torch.enable_grad():
-        return latent_data(place, shards, first.decode)
+        data = latent_data(place, shards, first.decode)
+    with atomic_path(place.folder / "ours-prior.safetensors") as path:
+        save_file(data.prior, path)
+    return data
+
+
+def _kept_latents(place: Place, first: FirstStage) -> LatentData:
+    """The same, from the work folder where they are there."""
+    if not all(_newer(place, name) for name in ("ours-latents.arrow", "ours-prior.safetensors")):
+        return _latents(place, first)
+    shards, prior = Shards([place.folder / "ours-latents.arrow"]), load_file(place.folder / "ours-prior.safetensors")
+    return LatentData(shards, prior, place.covariates, place.rows("train"), place.rows("val"))
 
 
 def our_model(place: Place, seconds: float) -> TrainedModel:
@@ -423,7 +446,7 @@ def our_model(place: Place, seconds: float) -> TrainedModel:
     """
     first = _first_stage(place)
     settings = place.study.diffusion
-    task = _task(place, settings, _latents(place, first))
+    task = _task(place, settings, _kept_latents(place, first))
     denoiser = task.modules["average"]
     _trained(OurTraining(task, settings.optimiser, seconds), place, "ours-diffusion", seconds)
     return TrainedModel(first, denoiser, task.card, place.fabric)
@@ -450,8 +473,8 @@ def our_decoder(place: Place, first_stage: FirstStage, seconds: float) -> Drawin
 
 def _trained(training: OurTraining, place: Place, name: str, seconds: float) -> None:
     """Train for some seconds, its whole schedule, where weights of this name are not there yet."""
-    average, path = training.task.modules["average"], place.folder / f"{name}.safetensors"
-    if not load_weights(average, path):
+    average, file = training.task.modules["average"], f"{name}.safetensors"
+    if not (_newer(place, file) and load_weights(average, place.folder / file)):
         while training.spent < seconds:
             training.step()
-        save_weights(average, path)
+        save_weights(average, place.folder / file)

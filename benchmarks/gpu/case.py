@@ -206,11 +206,16 @@ class Case:
 
     @cached_property
     def model(self) -> Path:
-        """Folder with autoencoder/ and diffusion/, as a job of `generate` loads them."""
-        first, denoiser, card, _ = self.networks()
+        """Folder with autoencoder/, diffusion/ and, where the study has one, decoder/, as a job of `generate` loads
+        them.
+        """
+        first, denoiser, card, decoder = self.networks()
         facts = {"settings": self.first.model_dump(mode="json"), "latent_shape": list(self.latent_shape)}
         save_image_network(first, self.folder / "autoencoder", (1, *self.shape), facts)
         save_denoiser(denoiser, card, self.folder / "diffusion", {})
+        if decoder is not None:
+            facts = {"settings": self.study.decoder.model_dump(mode="json")}
+            save_image_network(decoder, self.folder / "decoder", (1, *self.shape), facts)
         return self.folder
 
 

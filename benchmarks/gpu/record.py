@@ -23,7 +23,7 @@ from meddiff_steps.core.files import write_json
 #: Dense bf16 rate of the data sheet, FLOP/s, by what the name of the device begins with (NVIDIA's data sheets, SXM).
 NOMINAL = {"NVIDIA H100 PCIe": 756e12, "NVIDIA H100": 989.4e12, "NVIDIA H200": 989.4e12, "NVIDIA A100": 312e12}
 #: Share of all time that is for making networks and compiling them; the rest is for timing them.
-PREPARING = 0.45
+PREPARING = 0.6
 
 
 class OutOfTime(Exception):

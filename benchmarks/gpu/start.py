@@ -16,7 +16,7 @@ from typing import Any
 
 
 def job_start(study: str, folder: Path, device: str, limit: float) -> dict[str, float]:
-    """Seconds of a job's parts, in a fresh process; `folder` has autoencoder/ and diffusion/.
+    """Seconds of a job's parts, in a fresh process; `folder` has autoencoder/, diffusion/ and maybe decoder/.
 
     Raises
     ------
@@ -64,7 +64,10 @@ def main(study: str, folder: Path, device: str) -> dict[str, Any]:
     fabric = make_fabric(compute, threads=torch.get_num_threads())
     torch.zeros(1, device=fabric.device)
     done("device")
-    model = TrainedModel.load(folder / "autoencoder", folder / "diffusion", fabric, compute, toned=False)
+    decoder = folder / "decoder" if (folder / "decoder").is_dir() else None
+    model = TrainedModel.load(
+        folder / "autoencoder", folder / "diffusion", fabric, compute, decoder=decoder, toned=False
+    )
     done("loading")
     settings = study_of(study).generate
     generator = CohortGenerator(model, settings)

@@ -15,7 +15,7 @@ from monai.inferers import LatentDiffusionInferer
 
 from benchmarks import data, measure, peer, render, training
 from benchmarks.places import MEDIUM, SMALL, TINY, Setting, ellipsoids
-from benchmarks.sampling import Judge, Samplers
+from benchmarks.sampling import Judge, Samplers, as_real
 from meddiff_steps import config
 from meddiff_steps.core.files import read_json, write_json
 from meddiff_steps.imaging.preprocess import preprocess_image
@@ -310,10 +310,34 @@ def test_the_page_says_what_the_files_say(tmp_path):
 def test_the_committed_page_is_that_of_the_committed_results(tmp_path):
     root = Path(__file__).parents[2]
     results = root / "benchmarks/results"
-    if not any(results.glob("*.json")):
-        pytest.skip("no results are committed")
     assert not any(read_json(path).get("quick") for path in results.glob("*.json"))
     assert render.page(results, tmp_path).read_text() == (root / "docs/benchmarks.md").read_text()
+
+
+def test_a_page_without_results_says_so(tmp_path):
+    (tmp_path / "results").mkdir()
+    text = render.page(tmp_path / "results", tmp_path / "docs").read_text()
+    assert "**No figures yet.**" in text and "## What is compared" in text
+    assert "images/benchmarks.png" not in text and not (tmp_path / "docs/images").exists()
+
+
+def test_work_beside_it_is_told(tmp_path):
+    row = {"what": "loader", "size": "1x1x1", "unit": "1/s", "ours": {"value": 2.0}, "peer": {"value": 1.0}}
+    row |= {"ratio": {"value": 2.0}}
+    write_json(tmp_path / "results/some.json", {"name": "some", "date": "today", "rows": [row], "busy": True})
+    assert "| some | today, beside other work |" in render.page(tmp_path / "results", tmp_path / "docs").read_text()
+
+
+@pytest.mark.parametrize(
+    ("distances", "level", "steps"),
+    [
+        ({4: 9.0, 8: 5.0, 16: 4.0}, 5.0, 8),
+        ({4: 4.0, 8: 6.0, 16: 4.0}, 5.0, 16),
+        ({4: 4.0, 8: 3.0, 16: 5.1}, 5.0, None),
+    ],
+)
+def test_no_lucky_number_of_steps_counts(distances, level, steps):
+    assert as_real(distances, level) == steps
 
 
 @pytest.mark.parametrize(

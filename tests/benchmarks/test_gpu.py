@@ -99,6 +99,12 @@ def test_a_jobs_start_is_taken_apart(rehearsed):
 # -------------------------------------------------------------------------------------------------------- time
 
 
+def test_what_compiles_is_prepared_last():
+    """Its time may not suffice, and the plain way must have been timed by then."""
+    names = [side.name for side in gpu._ours(lambda compiled: works, 1, 1.0)]
+    assert names == ["ours eager", "ours compiled"]
+
+
 def test_shares_are_no_more_than_there_is():
     assert sum(share for _, _, share in gpu.PARTS) <= 1 + 1e-9
     assert sum(share for _, _, share in gpu.QUICK_PARTS) <= 1 + 1e-9
