@@ -88,12 +88,14 @@ lock:
 # the folder WHEELS.
 OUT ?= results/bench-gpu
 MINUTES ?= 9
+# Parts that are measured alone, with all of the time: make bench-gpu ONLY="ukb sampling,start"
+ONLY ?=
 bench-gpu:
 	@$(PYTHON) -c "import torch; torch.cuda.is_available() or exit('No GPU is visible to $(PYTHON); see docs/gpu.md')"
 	@mkdir -p build/gpu
 	@needed="$$(PYTHONPATH=build/gpu $(PYTHON) benchmarks/gpu_packages.py)"; test -z "$$needed" || \
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --target build/gpu $(if $(WHEELS),--no-index --find-links $(WHEELS)) $$needed
-	PYTHONPATH=build/gpu:. $(PYTHON) -m benchmarks.gpu --minutes $(MINUTES) --out $(OUT)
+	PYTHONPATH=build/gpu:. TORCHINDUCTOR_CACHE_DIR=build/compiled $(PYTHON) -m benchmarks.gpu --minutes $(MINUTES) --out $(OUT) --only "$(ONLY)"
 
 clean:
 	rm -rf $(VENV) build results .snakemake

@@ -12,7 +12,8 @@ import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,56 +54,66 @@ class Clock:
 
 @dataclass
 class Turns:
-    """Seconds per unit of work of two sides that took turns.
+    """Seconds per unit of work of sides that took turns, by their names.
 
     Attributes
     ----------
-    ours, peer
-        Wall seconds per unit, one per turn.
-    ours_cpu, peer_cpu
-        Processor seconds per unit, all threads together.
+    wall
+        Seconds of the wall, one per turn.
+    cpu
+        Seconds of the processor, all threads together.
     """
 
-    ours: list[float] = field(default_factory=list)
-    peer: list[float] = field(default_factory=list)
-    ours_cpu: list[float] = field(default_factory=list)
-    peer_cpu: list[float] = field(default_factory=list)
+    wall: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    cpu: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, side: str, clock: Clock, units: float) -> None:
-        """Note one turn of `ours` or `peer`, in which it did `units` units of work."""
-        getattr(self, side).append(clock.wall / units)
-        getattr(self, f"{side}_cpu").append(clock.cpu / units)
+        """Note one turn of a side, in which it did `units` units of work."""
+        self.wall[side].append(clock.wall / units)
+        self.cpu[side].append(clock.cpu / units)
 
-    def row(self, what: str, size: str, unit: str, **more: Any) -> dict[str, Any]:
-        """A row of a result: how many units per second each side does, and the ratio, above 1 where ours is faster."""
-        count = min(len(self.ours), len(self.peer))
-        ours, peer = np.array(self.ours[:count]), np.array(self.peer[:count])
+    def row(
+        self, what: str, size: str, unit: str, *, ours: str = "ours", peer: str = "peer", **more: Any
+    ) -> dict[str, Any]:
+        """A row of a result: how many units per second two of the sides do, and the ratio, above 1 where the first is
+        faster.
+        """
+        count = min(len(self.wall[ours]), len(self.wall[peer]))
+        mine, other = np.array(self.wall[ours][:count]), np.array(self.wall[peer][:count])
         return {
             "what": what,
             "size": size,
             "unit": unit,
-            "ours": median_figure(1.0 / ours, what),
-            "peer": median_figure(1.0 / peer, what),
+            "ours": median_figure(1.0 / mine, what),
+            "peer": median_figure(1.0 / other, what),
             "ratio": (
-                median_figure(peer / ours, what)
-                | {"range": [rounded(float((peer / ours).min())), rounded(float((peer / ours).max()))]}
+                median_figure(other / mine, what)
+                | {"range": [rounded(float((other / mine).min())), rounded(float((other / mine).max()))]}
             ),
-            "ratio_cpu": median_figure(np.array(self.peer_cpu[:count]) / np.maximum(self.ours_cpu[:count], 1e-9), what),
+            "ratio_cpu": median_figure(
+                np.array(self.cpu[peer][:count]) / np.maximum(self.cpu[ours][:count], 1e-9), what
+            ),
         } | more
 
 
 def take_turns(ours: Callable[[], float], peer: Callable[[], float], turns: int, warm_up: bool = True) -> Turns:
-    """Run both sides `turns` times, alternating which goes first; each call returns how many units of work it did.
+    """`rounds` of two sides."""
+    return rounds({"ours": ours, "peer": peer}, turns, warm_up)
+
+
+def rounds(sides: Mapping[str, Callable[[], float]], turns: int, warm_up: bool = True) -> Turns:
+    """Run all sides `turns` times, another one first each time; each call returns how many units of work it did.
 
     A warm-up call of each is not counted: it fills caches and lets libraries choose their kernels.
     """
-    sides = {"ours": ours, "peer": peer}
+    names = list(sides)
     if warm_up:
         for run in sides.values():
             run()
     found = Turns()
     for turn in range(turns):
-        for side in ("ours", "peer") if turn % 2 == 0 else ("peer", "ours"):
+        first = turn % len(names)
+        for side in names[first:] + names[:first]:
             clock = Clock()
             with clock.running():
                 units = sides[side]()

@@ -1,24 +1,27 @@
 """The peers' way, against MONAI's public API as its tutorials use it: what our side is measured beside.
 
-Followed are Project-MONAI/tutorials `generation/3d_ldm` (`train_autoencoder.py`, `train_diffusion.py`), the
-classifier-free-guidance tutorial, and, for sampling and diversity, Warvito/generative_brain: an autoencoder that sees
-full resolution, fp32, contiguous memory, every image encoded again at every diffusion step, data read from `.nii.gz` by
-`CacheDataset` or `PersistentDataset`, `DDIMScheduler` with two passes per step, volumes decoded one by one, MS-SSIM
-over all ordered pairs.
+Two peers train a diffusion model.  One is the tutorial as it is (Project-MONAI/tutorials `generation/3d_ldm`): an
+autoencoder that sees full resolution, every image encoded again at every step, contiguous memory.  The other caches
+latents and learns a rectified flow, as MAISI's tutorial does (`generation/maisi`); it is the stronger one.  Each has
+the learning rate, the loss and the precision of its own script (`Recipe`).  Data are read from `.nii.gz` by
+`CacheDataset` or `PersistentDataset`; samplers are `DDIMScheduler` and `RFlowScheduler`, with two passes per step where
+there is guidance and one where there is none, volumes decoded one by one; diversity is MS-SSIM over all ordered pairs,
+as in Warvito/generative_brain.
 
-A fair copy: networks are sized by the study's own settings (`autoencoder_widths`), batch, steps, learning rate, loss
-terms, noise schedule and data are those of our side.  Where the tutorials do something slow that has no bearing on the
-method, it is left out, in their favour: anomaly detection during training, TensorBoard at every step, perceptual loss
-and discriminator (our side has neither by default).  `clip_sample` is off, since its default clips latents to +-1.
+A fair copy: networks are sized by the study's own settings (`autoencoder_widths`); batch, noise schedule and data are
+those of our side.  What the tutorials do that is slow and has no bearing on the method is left out, in their favour:
+anomaly detection during training, TensorBoard at every step, perceptual loss and discriminator (our side has neither
+by default), latents as `.nii.gz` (here they lie in memory).  `clip_sample` is off, since its default clips latents to
++-1.
 
 Every function takes the device and the sizes; nothing here reads or sets a global.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
 
@@ -28,7 +31,7 @@ from monai.data import CacheDataset, DataLoader, Dataset, PersistentDataset
 from monai.inferers import DiffusionInferer, LatentDiffusionInferer
 from monai.metrics import MultiScaleSSIMMetric, SSIMMetric
 from monai.networks.nets import AutoencoderKL, DiffusionModelUNet
-from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
+from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, RFlowScheduler
 from monai.transforms import (
     CenterSpatialCropd,
     Compose,
@@ -52,8 +55,39 @@ Device = torch.device | str
 NULL_CONDITION = -1.0
 
 
-#: Learning rate of their Adam: that of ours for AdamW.
-LEARNING_RATE = 1e-3
+@dataclass(frozen=True)
+class Recipe:
+    """How a peer's script trains.
+
+    Attributes
+    ----------
+    source
+        The script.
+    learning_rate
+        Of Adam.  Constant here: the scripts' schedules only lower it, after more steps than are run.
+    half
+        Whether the step runs under float16 autocast with a GradScaler on a GPU; on a processor all of them run in
+        float32, for their autocast is CUDA's.
+    """
+
+    source: str
+    learning_rate: float
+    half: bool
+
+    @property
+    def said(self) -> str:
+        """For a table."""
+        rate = f"{self.learning_rate:.0e}".replace("e-0", "e-")
+        return f"{self.source}: Adam at {rate}, no warm-up, no clipping, no averaged weights"
+
+
+#: The scripts' own settings, of Project-MONAI/tutorials at b3c6c99: `config_train_32g.json` and
+#: `config_maisi_diff_model.json`.
+AUTOENCODER = Recipe("3d_ldm/train_autoencoder.py", 1e-5, half=False)
+DIFFUSION = Recipe("3d_ldm/train_diffusion.py", 1e-5, half=True)
+CACHED = Recipe("maisi/diff_model_train.py", 1e-4, half=True)
+#: The first at a rate at which it learns something in the minutes of a benchmark: that of ours where it has AdamW.
+AUTOENCODER_RAISED = replace(AUTOENCODER, learning_rate=1e-3)
 
 
 def unet_settings(settings: config.Diffusion) -> config.Diffusion:
@@ -78,6 +112,17 @@ def autoencoder_widths(settings: config.Autoencoder) -> tuple[int, ...]:
     return tuple(settings.channels) if settings.stem == "none" else (settings.channels[0] // 2, *settings.channels)
 
 
+def same_network(settings: config.Autoencoder) -> config.Autoencoder:
+    """Our section with the peer's network: AutoencoderKL of the same widths, whose first level is at full
+    resolution.
+    """
+    channels = list(autoencoder_widths(settings))
+    groups = min(settings.norm_num_groups, channels[0])
+    return settings.model_copy(
+        update={"network": "kl", "stem": "none", "channels": channels, "norm_num_groups": groups}
+    )
+
+
 def peer_autoencoder(settings: config.Autoencoder, device: Device, spatial_dims: int = 3) -> AutoencoderKL:
     """MONAI's AutoencoderKL for images (b, 1, *spatial), sized like the study's first stage, without attention (as in
     the tutorials).
@@ -98,7 +143,7 @@ def peer_autoencoder(settings: config.Autoencoder, device: Device, spatial_dims:
 
 
 def peer_optimiser(network: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    """Adam at a constant rate, as in the tutorials (their schedules change it after 100 epochs)."""
+    """Adam at a constant rate, as in the tutorials for as long as is measured here."""
     return torch.optim.Adam(network.parameters(), lr=learning_rate)
 
 
@@ -192,6 +237,39 @@ def peer_context(covariates: np.ndarray, device: Device) -> Tensor:
     return torch.from_numpy(np.nan_to_num(covariates, nan=0.0).astype(np.float32))[:, None].to(device)
 
 
+class Precision:
+    """Autocast and loss scaling of a script, where the device has what it asks for.
+
+    Parameters
+    ----------
+    half
+        Of the recipe; on a processor it is not heeded.
+    """
+
+    def __init__(self, device: Device, half: bool) -> None:
+        self.device = torch.device(device).type
+        self.half = half and self.device == "cuda"
+        self.scaler = torch.amp.GradScaler(self.device, enabled=self.half)
+
+    def autocast(self) -> torch.autocast:
+        """float16, the default of `torch.amp.autocast("cuda")`."""
+        return torch.autocast(self.device, dtype=torch.float16 if self.half else None, enabled=self.half)
+
+    def update(self, loss: Tensor, optimiser: torch.optim.Optimizer) -> None:
+        """One step down `loss`, scaled where it has to be."""
+        self.scaler.scale(loss).backward()
+        self.scaler.step(optimiser)
+        self.scaler.update()
+
+
+def dropped(context: Tensor, share: float) -> Tensor:
+    """Context (b, 1, k), a share of whose rows became `NULL_CONDITION`, drawn anew (the guidance tutorial: 0.15)."""
+    if not share:
+        return context
+    chosen = torch.rand((len(context), 1, 1), device=context.device) < share
+    return torch.where(chosen, torch.full_like(context, NULL_CONDITION), context)
+
+
 def peer_diffusion_step(
     network: DiffusionModelUNet,
     autoencoder: AutoencoderKL,
@@ -200,34 +278,27 @@ def peer_diffusion_step(
     images: Tensor,
     context: Tensor,
     latent_shape: Sequence[int],
-    condition_dropout: float = 0.0,
-    autocast: torch.dtype | None = None,
+    precision: Precision,
 ) -> float:
-    """One update on images (b, 1, *spatial), which the inferer encodes first; returns the loss (a synchronisation).
+    """One update of the tutorial on images (b, 1, *spatial), which the inferer encodes first; returns the loss (a
+    synchronisation).
 
     Parameters
     ----------
     inferer
         Holds `peer_scheduler` and the scale factor.
     context
-        From `peer_context`.
+        From `peer_context`, or `dropped`.
     latent_shape
         (c, *spatial).
-    condition_dropout
-        Share of rows whose context becomes `NULL_CONDITION` (the guidance tutorial uses 0.15).
-    autocast
-        None for fp32; a half-precision type runs the step under autocast (without loss scaling, which bfloat16 does not
-        need).
     """
     network.train()
     autoencoder.eval()
     optimiser.zero_grad(set_to_none=True)
-    noise = torch.randn((len(images), *latent_shape), dtype=images.dtype).to(images.device)
-    timesteps = torch.randint(0, inferer.scheduler.num_train_timesteps, (len(images),), device=images.device).long()
-    if condition_dropout:
-        dropped = torch.rand((len(context), 1, 1), device=context.device) < condition_dropout
-        context = torch.where(dropped, torch.full_like(context, NULL_CONDITION), context)
-    with torch.autocast(images.device.type, dtype=autocast) if autocast else contextlib.nullcontext():
+    with precision.autocast():
+        noise = torch.randn((len(images), *latent_shape), dtype=images.dtype).to(images.device)
+        count = inferer.scheduler.num_train_timesteps
+        timesteps = torch.randint(0, count, (len(images),), device=images.device).long()
         predicted = inferer(
             inputs=images,
             autoencoder_model=autoencoder,
@@ -237,15 +308,33 @@ def peer_diffusion_step(
             condition=context,
         )
         loss = functional.mse_loss(predicted.float(), noise.float())
-    loss.backward()
-    optimiser.step()
+    precision.update(loss, optimiser)
     return loss.item()
 
 
-def peer_ddim(
-    settings: config.Diffusion, num_inference_steps: int, device: Device, prediction_type: str = "epsilon"
-) -> DDIMScheduler:
-    """MONAI's DDIMScheduler, set to a number of steps, unclipped."""
+def peer_cached_step(
+    network: DiffusionModelUNet,
+    scheduler: RFlowScheduler,
+    optimiser: torch.optim.Optimizer,
+    latents: Tensor,
+    context: Tensor,
+    precision: Precision,
+) -> float:
+    """One update of MAISI's on cached latents (b, c, *spatial), scaled already; L1 of the flow's velocity."""
+    network.train()
+    optimiser.zero_grad(set_to_none=True)
+    with precision.autocast():
+        noise = torch.randn(latents.shape, device=latents.device)
+        timesteps = scheduler.sample_timesteps(latents)
+        noisy = scheduler.add_noise(original_samples=latents, noise=noise, timesteps=timesteps)
+        predicted = network(x=noisy, timesteps=timesteps, context=context)
+        loss = functional.l1_loss(predicted.float(), (latents - noise).float())
+    precision.update(loss, optimiser)
+    return loss.item()
+
+
+def peer_ddim(settings: config.Diffusion, num_inference_steps: int, prediction_type: str = "epsilon") -> DDIMScheduler:
+    """MONAI's DDIMScheduler, set to a number of steps, unclipped; its tables stay on the host, as the inferer wants."""
     scheduler = DDIMScheduler(
         num_train_timesteps=settings.num_train_timesteps,
         schedule="scaled_linear_beta",
@@ -255,7 +344,17 @@ def peer_ddim(
         prediction_type=prediction_type,
     )
     scheduler.set_timesteps(num_inference_steps=num_inference_steps)
-    scheduler.timesteps = scheduler.timesteps.to(device)
+    return scheduler
+
+
+def peer_flow(settings: config.Diffusion, num_inference_steps: int | None = None) -> RFlowScheduler:
+    """MONAI's scheduler of rectified flows with uniform times, set to a number of steps where it is to sample.
+
+    MAISI's shift of times is left out: it is for images larger than 32^3 cells, and would shift the other way here.
+    """
+    scheduler = RFlowScheduler(num_train_timesteps=settings.num_train_timesteps, use_discrete_timesteps=False)
+    if num_inference_steps is not None:
+        scheduler.set_timesteps(num_inference_steps=num_inference_steps)
     return scheduler
 
 
@@ -263,14 +362,14 @@ def peer_ddim(
 def peer_sample(
     network: nn.Module,
     decode: Callable[[Tensor], Tensor],
-    scheduler: DDIMScheduler,
+    scheduler: DDIMScheduler | RFlowScheduler,
     noise: Tensor,
     context: Tensor,
     guidance_scale: float | None,
     null: float = NULL_CONDITION,
 ) -> Tensor:
-    """Images (b, 1, *spatial): DDIM with both passes of guidance at every step, whatever its scale, then decoding one
-    by one.
+    """Images (b, 1, *spatial): a scheduler's steps, both passes of guidance at each where there is guidance, then
+    decoding one by one.
 
     Parameters
     ----------
@@ -280,11 +379,11 @@ def peer_sample(
         Latents (1, c, *spatial) to an image; of a peer `lambda z: autoencoder.decode_stage_2_outputs(z /
         scale_factor)`.
     scheduler
-        From `peer_ddim`.
+        From `peer_ddim` or `peer_flow`.
     noise, context
         (b, c, *spatial) and (b, 1, k).
     guidance_scale
-        None leaves out the unconditional pass (the tutorials never do where there is guidance).
+        None: no guidance, and one pass per step.
     null
         What stands for no condition.
     """

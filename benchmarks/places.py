@@ -31,7 +31,7 @@ from meddiff_steps.imaging.preprocess import preprocess_shard
 from meddiff_steps.imaging.shards import Shards, ShardWriter
 from meddiff_steps.imaging.shards import TensorColumn as Column
 from meddiff_steps.models.denoiser.effects import covariate_features
-from meddiff_steps.models.latent_statistics import Standardisation, fit_effects, measure_standardisation
+from meddiff_steps.models.latent_statistics import fit_effects, measure_standardisation
 from meddiff_steps.simulation.brains import simulate_cohort
 from meddiff_steps.training.latent_data import LatentData
 from meddiff_steps.training.loop import Task, learning_rate_scale, update_average
@@ -142,7 +142,13 @@ class Place:
                         "ema_decay": 0.99,
                     },
                 },
+                "decoder": {
+                    "channels": 8 if setting.quick else 48,
+                    "num_res_blocks": 1 if setting.quick else 3,
+                    "optimiser": {"steps": 2 * steps, "batch_size": 4, "warmup_steps": 1 if setting.quick else 30},
+                },
                 "plan": [{"name": "syn", "subjects": max(20, size.test)}],
+                "generate": {"guidance_scale": 1.5, "num_inference_steps": 16},
                 "compute": {"device": "cpu"},
             },
             "the benchmarks",
@@ -245,17 +251,10 @@ def write_latents(path: Path, means: Sequence[np.ndarray], log_variances: Sequen
     return Shards([path])
 
 
-def latent_data(
-    place: Place, shards: Shards, decode: Callable[[Tensor], Tensor], scale: float | None = None
-) -> LatentData:
-    """Standardisation and covariates' effects as the step `scale` fits them; `decode` gives images of latents.
-
-    `scale` replaces the deviation: by that of a peer, so that both sides see the same noise.
-    """
+def latent_data(place: Place, shards: Shards, decode: Callable[[Tensor], Tensor]) -> LatentData:
+    """Standardisation and covariates' effects as the step `scale` fits them; `decode` gives images of latents."""
     rows = place.rows("train")
     standardise = measure_standardisation(shards.tensor("mean", int(row)) for row in rows)
-    if scale is not None:
-        standardise = Standardisation(standardise.offset, np.full_like(standardise.scale, scale))
     values, known = covariate_features(torch.from_numpy(place.covariates[rows]), place.encoding.level_counts)
     offset, size = torch.from_numpy(standardise.offset), float(standardise.scale)
     effects = fit_effects(

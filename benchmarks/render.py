@@ -12,6 +12,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from meddiff_steps.core.files import atomic_path, read_json, write_atomic
 
@@ -54,19 +55,23 @@ def _named(start: str, *sizes: str) -> Callable[[Row], bool]:
 
 #: Aims of the processor; those of the GPU have rows of their own with `aim`, `aim_text` and `aim_reached`.
 AIMS = (
-    Aim("diffusion training throughput, CPU, 64x64x64", "tutorial way", 3.0, _named("diffusion training", "64x64x64")),
-    Aim("autoencoder seconds to equal PSNR, CPU", "tutorial way", 4.0, _named("autoencoder: seconds")),
     Aim(
-        "sampling seconds per volume at equal quality",
-        "DDIM-200 with two passes",
-        10.0,
-        _named("sampling beside DDIM-200"),
+        "diffusion training throughput, CPU, 64x64x64",
+        "the tutorial, which encodes at every step",
+        3.0,
+        _named("diffusion training, ours as studies have it, beside the tutorial", "64x64x64"),
     ),
     Aim(
-        "sampling seconds per volume at equal quality",
-        "DDIM-50 with two passes",
+        "unguided sampling at equal Frechet distance",
+        "DDIM-200, unguided",
+        10.0,
+        _named("unguided sampling beside DDIM-200"),
+    ),
+    Aim(
+        "unguided sampling at equal Frechet distance",
+        "DDIM-50, unguided",
         3.0,
-        _named("sampling beside DDIM-50"),
+        _named("unguided sampling beside DDIM-50"),
     ),
     Aim(
         "loader after the first epoch, images",
@@ -115,20 +120,12 @@ def lines(result: Result) -> list[str]:
 
 
 def page(results: Path, docs: Path) -> Path:
-    """Write the page and its figure; returns the page's path.
-
-    Raises
-    ------
-    FileNotFoundError
-        There are no results.
-    """
+    """Write the page and its figure; returns the page's path.  Without results, the page says how they are made."""
     found = [read_json(path) for path in sorted(results.glob("*.json"))]
     found = [result for result in found if "rows" in result or "curves" in result]
-    if not found:
-        raise FileNotFoundError(f"{results}: holds no results. Run `python -m benchmarks run` first.")
-    picture = docs / "images" / "benchmarks.png"
-    with atomic_path(picture) as path:
-        _draw(found, path)
+    if found:
+        with atomic_path(docs / "images" / "benchmarks.png") as path:
+            _draw(found, path)
     write_atomic(docs / "benchmarks.md", (_text(found).rstrip() + "\n").encode())
     return docs / "benchmarks.md"
 
@@ -143,34 +140,47 @@ def _text(found: Sequence[Result]) -> str:
         "# Benchmarks",
         "**Made with `--quick`: the figures mean nothing.**" if quick else "",
         _INTRODUCTION,
+        *(_figures(found, rows) if found else [_NONE]),
+        "## What is compared",
+        _COMPARED,
+        *(["## Machine and versions", _machines(found)] if found else []),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _figures(found: Sequence[Result], rows: Sequence[Row]) -> list[str]:
+    """All sections that have figures."""
+    return [
         "## Side by side",
         _table(rows),
         "![Ratios with intervals, held-out figures against seconds, growth of cost](images/benchmarks.png)",
         _FIGURE,
+        *_reached([entry for result in found for entry in result.get("reached", [])]),
+        *_realism([entry for result in found for entry in result.get("realism", [])]),
         "## Aims",
         _aims(found, rows),
         "## Distance to the floor",
         _floors(rows),
         "## How cost grows",
         _growth(found),
-        "## What was compared",
-        _COMPARED,
-        "## Machine and versions",
-        _machines(found),
     ]
-    return "\n\n".join(part for part in parts if part)
 
+
+_NONE = """\
+**No figures yet.** Those of version 0.1 were of other networks, and some of its comparisons were unfair to the peers;
+they were taken off this page.\
+"""
 
 _INTRODUCTION = """\
 <!-- Made by `make bench` from benchmarks/results/*.json. Do not edit: change benchmarks/render.py. -->
 
-What a user of MONAI's own latent-diffusion tutorials would run, beside what this workflow does: on the same subjects,
-the same machine, and with networks of the same size. Both sides take turns in one process. A ratio above 1 means that
-ours is faster; it is the median over turns, in brackets its 95 % bootstrap interval over turns. A single turn has no
-interval. Absolute times are of a shared machine and mean little.
+What a user of MONAI's own latent-diffusion tutorials would run, beside what this workflow does: on the same subjects
+and the same machine. Sides take turns in one process. A ratio above 1 means that ours is faster; it is the median over
+turns, in brackets its 95 % bootstrap interval over turns. A single turn has no interval. Absolute times are of a shared
+machine and mean little.
 
 `make bench` repeats everything in about half an hour on two cores; `python -m benchmarks run NAME` repeats one
-comparison.\
+comparison. What a GPU does is in [gpu.md](gpu.md).\
 """
 
 _FIGURE = """\
@@ -179,22 +189,25 @@ growth of cost with its exponents.\
 """
 
 _COMPARED = """\
-- **The peers' way** is in `benchmarks/peer.py`, written against MONAI's public API as its tutorials use it:
-  `AutoencoderKL` at full resolution, fp32, every image encoded again at every diffusion step, `CacheDataset` and
-  `PersistentDataset` over `.nii.gz`, `DDIMScheduler` with two passes per step, decoding one by one, MS-SSIM over all
-  ordered pairs. Both sides have the same latent grid, batch size and noise schedule. The peers' networks are theirs,
-  sized by the keys that ours have; a test checks that they are our `kl` and `unet` (weights within a quarter).
+- **The peers' way** is in `benchmarks/peer.py`, written against MONAI's public API as its tutorials use it. The
+  tutorial (`generation/3d_ldm`) has `AutoencoderKL` at full resolution and encodes every image again at every diffusion
+  step. The cached peer is MAISI's (`generation/maisi`): latents are encoded once, and a rectified flow is learnt. Each
+  trains at the rate of its own script, which the notes name. Further `CacheDataset` and `PersistentDataset` over
+  `.nii.gz`, `DDIMScheduler` and `RFlowScheduler`, decoding one by one, MS-SSIM over all ordered pairs.
+- **Two kinds of ours.** "As studies have it" has the networks of the demo (`config/config.yaml`), which are others
+  than the peers', so that a ratio is the gain of networks and training together. "The peer's network in our training"
+  has `AutoencoderKL` and `DiffusionModelUNet` of the peers' sizes (weights within a quarter, which a test checks): its
+  ratio is the gain of the training alone. Latent grid, batch and noise schedule are the same everywhere.
 - **Precision**: ours is what `compute.precision: auto` means on the machine, bf16 where the processor multiplies that
-  fast; the peers' is fp32, as in their scripts on a processor.
+  fast; the peers' is fp32, as in their scripts on a processor, whose autocast is for GPUs.
 - **In the peers' favour**: no anomaly detection, perceptual loss, discriminator or TensorBoard, which their scripts
-  have; the narrowest full-resolution level; images held in memory while
-  diffusion trains; sampling in batches, not one by one.
-- **On our clock**: encoding the cohort once and fitting the effects of covariates. Both sides of the diffusion race
-  learn the latents of the peer's autoencoder at one noise scale, so that one loss judges both.
-- **Sampling** has one trained model on both sides, ours; what differs is the sampler, the second pass and the decoding.
-  Ours counts with the fewest steps whose Frechet distance to held-out scans is not above the peer's. At guidance scale
-  1 the second pass cancels, so the peer's realism is measured without it and its time with it. KID is of all features,
-  standardised by training scans; 0 is one distribution.
+  have; the narrowest full-resolution level; images and latents held in memory while diffusion trains; sampling in
+  batches, not one by one. Ours has loss terms that theirs has not.
+- **Not compared**: losses of diffusion models. Both would have to learn the same latents, and ours begins with the
+  effects of covariates in closed form.
+- **Sampling** has one trained model on both sides, ours, also as a rectified flow (the same noise levels by other
+  names); what differs is the sampler and the decoding. Both sides are guided alike: not at all, one pass per step, or
+  by the demo's scale, two passes. KID is of all features, standardised by training scans; 0 is one distribution.
 - **Data** are simulated heads (`meddiff_steps.simulation.brains`); nothing here says how good images of real people
   are.\
 """
@@ -214,20 +227,12 @@ def _table(rows: Iterable[Row]) -> str:
 
 def _notes(row: Row) -> str:
     notes = []
-    if "level" in row:
-        notes.append(
-            f"level {number(row['level'])}; best reached: ours {number(row['reached']['ours'])}, peer"
-            f" {number(row['reached']['peer'])}"
-        )
     if "steps" in row:
-        notes.append(f"steps: ours {row['steps']['ours']}, DDIM {row['steps']['peer']}")
+        notes.append(f"steps: ours {row['steps']['ours']}, peer {row['steps']['peer']}")
     if "realism" in row:
-        known = {side: judged for side, judged in row["realism"].items() if judged}
         notes.append(
             "Frechet: "
-            + ", ".join(
-                f"{side} {number(judged['frechet'])} (KID {number(judged['kid'])})" for side, judged in known.items()
-            )
+            + ", ".join(f"{side} {_figure(row['realism'][side]['frechet'])}" for side in ("ours", "peer", "floor"))
         )
     for key, title in (
         ("kibibytes_per_scan", "KiB per scan"),
@@ -249,7 +254,51 @@ def _notes(row: Row) -> str:
 
 
 def _figure(entry: dict[str, Any]) -> str:
+    """A figure with its interval, where it has one."""
+    if entry.get("low") is None:
+        return number(entry["value"])
     return f"{number(entry['value'])} [{number(entry['low'])}, {number(entry['high'])}]"
+
+
+def _reached(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """The section on what autoencoders reach, if anything is known."""
+    if not entries:
+        return []
+    mean, level = entries[0]["mean_image"], entries[0]["level"]
+    said = (
+        f"The mean training image has {number(mean)} dB on held-out scans at {entries[0]['size']}: what a network gives"
+        " that has learnt nothing about a subject."
+    )
+    said += (
+        " The level lies 3 dB below the best of the peers."
+        if level is not None
+        else " Within these minutes no peer came 3 dB above it, so no seconds to a common level are told."
+    )
+    out = ["| training | by | starts at | best | within | seconds to the level |", "|---|---|---|---|---|---|"]
+    for entry in entries:
+        seconds = "-" if level is None else number(entry["seconds_to_level"])
+        if level is not None and entry["seconds_to_level"] == 0:
+            seconds = "there before the first step"
+        reached = "-" if level is None else f"{seconds} ({number(level)} dB)"
+        out.append(
+            f"| {entry['side']} | {entry['settings']} | {number(entry['start'])} dB | {number(entry['best'])} dB |"
+            f" {number(entry['minutes'])} min | {reached} |"
+        )
+    return ["## What an autoencoder reaches", textwrap.fill(said, WIDTH), "\n".join(out)]
+
+
+def _realism(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """The section on how real samples are, if anything is known."""
+    if not entries:
+        return []
+    said = (
+        f"Distances of {entries[0]['images']} images to as many held-out scans, with 95 % bootstrap intervals over"
+        " images. As many training scans give the floor, the best that there is to get; what lies within its interval"
+        " cannot be told from it. One model, trained for a minute, serves all samplers."
+    )
+    out = ["| what | size | Frechet distance | KID |", "|---|---|---|---|"]
+    out += [f"| {e['what']} | {e['size']} | {_figure(e['frechet'])} | {_figure(e['kid'])} |" for e in entries]
+    return ["## How real the samples are", textwrap.fill(said, WIDTH), "\n".join(out)]
 
 
 def _aims(found: Sequence[Result], rows: Sequence[Row]) -> str:
@@ -372,7 +421,7 @@ def _machines(found: Sequence[Result]) -> str:
         load = m.get("load_before", [""])[0]
         cells = [
             result["name"],
-            result.get("date", ""),
+            result.get("date", "") + (", beside other work" if result.get("busy") else ""),
             device,
             m.get("threads", ""),
             load,
@@ -391,10 +440,10 @@ def _machines(found: Sequence[Result]) -> str:
 def _draw(found: Sequence[Result], path: Path) -> None:
     rows = [row for result in found for row in result.get("rows", []) if "ratio" in row and row["ratio"]["value"]]
     curves = [curve for result in found for curve in result.get("curves", [])]
-    height = max(0.34 * len(rows) + 1.2, 2.6 * -(-len(curves) // 2), 3.0)
+    height = max(0.4 * len(rows) + 1.2, 2.6 * -(-len(curves) // 2), 3.0)
     with mpl.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
-        canvas = Canvas(figsize=(14, height), layout="constrained")
-        left, right = canvas.subfigures(1, 2, width_ratios=(1.0, 1.1)) if curves else (canvas.subfigures(1, 1), None)
+        canvas = Canvas(figsize=(15, height), layout="constrained")
+        left, right = canvas.subfigures(1, 2, width_ratios=(1.2, 1.0)) if curves else (canvas.subfigures(1, 1), None)
         _forest(left.subplots(), rows)
         if right is not None:
             axes = np.atleast_1d(right.subplots(-(-len(curves) // 2), 2)).ravel()
@@ -422,14 +471,13 @@ def _forest(axis: Axes, rows: Sequence[Row]) -> None:
             ha="center",
             fontsize=7,
         )
-    axis.set_yticks(range(len(rows)), [f"{_short(row['what'])}, {row['size']}" for row in reversed(rows)])
+    axis.set_yticks(range(len(rows)), [textwrap.fill(f"{r['what']}, {r['size']}", 56) for r in reversed(rows)])
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("times faster than the peers (bar: 95 % interval; thin line: range)")
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 52 else text[:50] + "..."
 
 
 def _curve(axis: Axes, curve: dict[str, Any]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -130,6 +131,25 @@ def make_fabric(compute: Compute, threads: int, processes: int = 1) -> Fabric:
             given_gpus(),
         )
     return fabric
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """float32 stays float32 in here, whatever surrounds it: no autocast, and no TF32 on a GPU.
+
+    Networks may round what they multiply: to bfloat16 under autocast, and else to the 10 bits of TF32, in products
+    because `make_fabric` allows it, in convolutions because cuDNN does.  The switches are those of the whole process;
+    what is begun in the block keeps what they were there, and they are put back however it ends.  Also a decorator.
+    """
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def to_channels_last(module: nn.Module, spatial_dims: int) -> None:

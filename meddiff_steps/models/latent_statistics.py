@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from meddiff_steps.compute.device import full_float32
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.models.first_stage.base import halved
 
@@ -96,6 +97,7 @@ SMALLEST_SHARE = 1e-3
 SMALLEST_VARIANCE = 1e-4
 
 
+@full_float32()
 def fit_effects(
     draw: Callable[[int], np.ndarray],
     features: np.ndarray,

@@ -11,16 +11,19 @@ import numpy as np
 import pytest
 import torch
 from lightning_fabric import Fabric
+from monai.networks.nets import PatchDiscriminator
 from torch import Tensor, nn
+from torch.nn import functional
 
 from meddiff_steps import config
 from meddiff_steps.compute import compilation
 from meddiff_steps.compute import device as backend
 from meddiff_steps.compute.precision import Bf16Inside
 from meddiff_steps.core.errors import UserError
-from meddiff_steps.core.registries import DENOISERS, FIRST_STAGES
+from meddiff_steps.core.registries import DENOISERS, DRAWING_DECODERS, FIRST_STAGES
 from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.models.denoiser.base import Denoiser
+from meddiff_steps.models.drawing.base import DrawingDecoder
 from meddiff_steps.models.drawing.base import build as build_drawing
 from meddiff_steps.models.first_stage.base import FirstStage
 from meddiff_steps.models.first_stage.base import build as build_first_stage
@@ -59,6 +62,14 @@ def denoiser(request: pytest.FixtureRequest) -> Denoiser:
 def autoencoder(request: pytest.FixtureRequest) -> FirstStage:
     model = moved(lambda: build_first_stage(settings_of(AUTOENCODER, network=request.param), 3))
     assert isinstance(model, FirstStage)
+    return model
+
+
+@pytest.fixture(scope="module", params=DRAWING_DECODERS.names())
+def drawing(request: pytest.FixtureRequest) -> DrawingDecoder:
+    settings = config.Decoder(network=request.param, channels=8, num_res_blocks=1)
+    model = moved(lambda: build_drawing(settings, (1, 8, 8, 8)))
+    assert isinstance(model, DrawingDecoder)
     return model
 
 
@@ -127,8 +138,8 @@ def test_a_compiled_autoencoder_is_the_same_function(autoencoder, eager_backend)
     assert max(relative(a, b) for a, b in zip(found, plain, strict=True) if b.norm()) < 1e-5
 
 
-def test_a_compiled_drawing_decoder_is_the_same_function(eager_backend):
-    model = moved(lambda: build_drawing(config.Decoder(channels=8, num_res_blocks=1), (1, 8, 8, 8))).eval()
+def test_a_compiled_drawing_decoder_is_the_same_function(drawing, eager_backend):
+    model = copy.deepcopy(drawing)
     decoded, noise = torch.rand(2, 1, 8, 8, 8), torch.randn(2, 1, 8, 8, 8)
     with torch.no_grad():
         plain = model.draw(decoded, noise, 3)
@@ -136,6 +147,26 @@ def test_a_compiled_drawing_decoder_is_the_same_function(eager_backend):
         assert compilation.speed_up(fast.costly, config.Compute(compile=True), cpu(), training=False)
         assert relative(fast.draw(decoded, noise, 3), plain) < 1e-5
     assert len(eager_backend) == 1
+
+
+def test_a_compiled_drawing_decoder_learns_as_the_plain_one(drawing, eager_backend):
+    """On a crop, with its coordinates, as `DecoderTask` calls it."""
+    x, timesteps, decoded = torch.randn(2, 8, 3, 3, 3), CALL[0], torch.randn(2, 8, 3, 3, 3)
+    inputs = x, timesteps, decoded, drawing.place([1, 0, 1], [3, 3, 3]).expand(2, -1, -1, -1, -1)
+    plain = output_and_gradients(drawing, *inputs)
+    fast = copy.deepcopy(drawing)
+    assert compilation.speed_up(fast.costly, config.Compute(compile=True), cpu(), training=True)
+    found = output_and_gradients(fast, *inputs)
+    assert len(found) == len(plain) > 10
+    assert max(relative(a, b) for a, b in zip(found, plain, strict=True) if b.norm()) < 1e-5
+
+
+def test_a_compiled_discriminator_is_one_graph_and_the_same_function(eager_backend):
+    model = moved(lambda: PatchDiscriminator(3, 4, in_channels=1, num_layers_d=2, norm="INSTANCE"))
+    image = torch.rand(1, 1, 16, 16, 16)
+    plain = model(image)[-1].detach()
+    assert compilation.speed_up([model], config.Compute(compile=True), cpu(), training=True)
+    assert relative(model(image)[-1], plain) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -235,6 +266,67 @@ def test_the_effects_of_covariates_are_exact_in_bf16(denoiser):
         assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
+def test_a_drawing_decoder_in_bf16_stays_within_one_percent(drawing):
+    seen, place = torch.randn(2, 8, 4, 4, 4), drawing.place().expand(2, -1, -1, -1, -1)
+    inputs = torch.randn(2, 8, 4, 4, 4), CALL[0], seen, place
+    plain = drawing(*inputs)
+    found = cpu("bf16-mixed").setup(copy.deepcopy(drawing))(*inputs)
+    assert found.dtype == torch.float32
+    assert 0 < relative(found, plain) < 0.01
+
+
+def test_what_is_drawn_in_bf16_is_what_is_drawn_but_for_rounding(drawing):
+    """The sampler's state stays float32: only the network rounds, and errors do not add up over steps."""
+    model = copy.deepcopy(drawing).eval()
+    model.deviation.fill_(0.05)
+    decoded, noise = torch.rand(1, 1, 8, 8, 8), torch.randn(1, 1, 8, 8, 8)
+    with torch.no_grad():
+        plain = model.draw(decoded, noise, 10)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model.draw(decoded, noise, 10)
+    assert found.dtype == torch.float32
+    assert (plain - decoded).std() > 0.01
+    assert 0 < relative(found, plain) < 0.01
+
+
+def test_attention_is_fused_and_what_the_formula_says(monkeypatch):
+    """MONAI's blocks by torch's fused kernels, in bfloat16 under autocast, beside its own softmax of products."""
+    settings = settings_of(DIFFUSION, network="unet", attention_levels=[True, True])
+    fused = moved(lambda: Denoiser(settings, (4, 4, 4, 4), [0, 2]))
+    plain = copy.deepcopy(fused)
+    attending = [m for m in plain.modules() if getattr(m, "use_flash_attention", False)]
+    assert attending
+    for module in attending:
+        module.use_flash_attention = False
+    x = torch.randn(2, 4, 4, 4, 4)
+    assert relative(fused(x, *CALL), plain(x, *CALL)) < 1e-5
+    seen = []
+    attend = functional.scaled_dot_product_attention
+
+    def watched(query: Tensor, *rest: Any, **options: Any) -> Tensor:
+        made = attend(query, *rest, **options)
+        seen.append(made.dtype)
+        return made
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", watched)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        rounded = fused(x, *CALL)
+    assert set(seen) == {torch.bfloat16}
+    assert 0 < relative(rounded, plain(x, *CALL)) < 0.01
+
+
+def test_weights_cast_once_give_the_same_bits_in_every_network(autoencoder, drawing):
+    z, decoded, noise = torch.randn(1, 4, 2, 2, 2), torch.rand(1, 1, 8, 8, 8), torch.randn(1, 1, 8, 8, 8)
+    first, drawer = copy.deepcopy(autoencoder), copy.deepcopy(drawing)
+    for model, networks in ((first, first.costly.values()), (drawer, drawer.costly)):
+        compilation.cast_products(networks, torch.bfloat16)
+        assert any(weight.dtype == torch.bfloat16 for weight in model.parameters())
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(first.decode(z), autoencoder.decode(z))
+        assert torch.equal(first.encode(decoded).mean, autoencoder.encode(decoded).mean)
+        assert torch.equal(drawer.draw(decoded, noise, 2), drawing.draw(decoded, noise, 2))
+
+
 def test_weights_cast_once_give_the_same_bits(denoiser):
     def weight(model: Denoiser) -> Tensor:
         return next(m.weight for m in model.costly[0].modules() if isinstance(m, nn.Conv3d))
@@ -279,6 +371,26 @@ def test_recomputed_blocks_of_the_autoencoder_change_nothing_and_a_copy_is_its_o
         for parameter in kept.parameters():
             parameter.zero_()
     assert torch.equal(copied(image, *NOISE)[0], plain[0])
+
+
+def denoiser_of(network: str, **changes: Any) -> nn.Module:
+    return moved(lambda: Denoiser(settings_of(DIFFUSION, network=network, **changes), (4, 4, 4, 4), [0, 2], variants=3))
+
+
+@pytest.mark.parametrize("network", DENOISERS.names())
+def test_recomputed_blocks_of_the_denoiser_change_nothing(network):
+    x = torch.randn(2, 4, 4, 4, 4)
+    plain = output_and_gradients(denoiser_of(network), x, *CALL)
+    found = output_and_gradients(denoiser_of(network, gradient_checkpointing=True), x, *CALL)
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+
+
+def test_recomputed_blocks_can_be_compiled(eager_backend):
+    x, fast = torch.randn(2, 4, 4, 4, 4), denoiser_of("resnet", gradient_checkpointing=True)
+    plain = output_and_gradients(denoiser_of("resnet"), x, *CALL)
+    assert compilation.speed_up(fast.costly, config.Compute(compile=True), cpu(), training=True)
+    found = output_and_gradients(fast, x, *CALL)
+    assert max(relative(a, b) for a, b in zip(found, plain, strict=True) if b.norm()) < 1e-5
 
 
 def test_the_optimiser_is_the_plain_one_on_a_processor():

@@ -1,10 +1,130 @@
-"""Gradients of convolutions in bfloat16 on a processor."""
+"""What is computed in which type: gradients of convolutions in bfloat16, and what must stay float32 under autocast."""
 
+from __future__ import annotations
+
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from meddiff_steps import config
-from meddiff_steps.compute.device import adamw, make_fabric
+from meddiff_steps.compute.device import adamw, full_float32, make_fabric
+from meddiff_steps.diffusion.conditioning import Condition
+from meddiff_steps.models.denoiser.base import Denoiser
+from meddiff_steps.models.latent_statistics import fit_effects
+
+#: Whatever may run on tensor cores, or calls what does.
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "mv", "dot", "linalg_", "cholesky", "convolution", "einsum")
+
+
+class Products(TorchDispatchMode):
+    """Writes down every product below autocast: its name, the types that it multiplies, and what TF32 may do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, set[torch.dtype], str, bool]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if any(name.removeprefix("_").startswith(product) for product in PRODUCTS):
+            dtypes = {value.dtype for value in args if isinstance(value, Tensor) and value.is_floating_point()}
+            tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+            self.seen.append((name, dtypes, torch.get_float32_matmul_precision(), tf32))
+        return func(*args, **(kwargs or {}))
+
+    def exact(self) -> bool:
+        """Whether there were any, none of them rounds, and on a GPU none would."""
+        kept = {torch.float32, torch.float64}
+        return bool(self.seen) and all(
+            dtypes <= kept and precision == "highest" and not tf32 for _, dtypes, precision, tf32 in self.seen
+        )
+
+
+@pytest.fixture
+def denoiser(monkeypatch) -> Denoiser:
+    """As a study trains it: the default network, effects and readout as after `scale`, and TF32 where there is any."""
+    before = torch.get_float32_matmul_precision()
+    make_fabric(config.Compute(device="cpu"), threads=1)
+    torch.manual_seed(0)
+    settings = config.Diffusion(channels=[16], num_res_blocks=1)
+    model = Denoiser(settings, (4, 4, 4, 4), [0, 2])
+    with torch.no_grad():
+        for weight in model.network.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    model.effects.effects.copy_(0.3 * torch.randn_like(model.effects.effects))
+    rows = torch.linalg.qr(torch.randn(256, len(model.effects.readout)))[0].T
+    model.effects.readout.copy_(rows.reshape(model.effects.readout.shape))
+    model.effects.readout_deviations.fill_(0.5)
+    yield model
+    torch.set_float32_matmul_precision(before)
+
+
+INPUT = (torch.tensor([10.0, 900.0]), Condition(torch.tensor([[0.503, 0.0], [float("nan"), 1.0]])))
+
+
+def test_the_closed_form_prior_never_rounds_what_it_multiplies(denoiser):
+    """Neither to bfloat16 nor, on a GPU, to TF32, which `make_fabric` allows for everything else."""
+    assert torch.get_float32_matmul_precision() == "high"
+    x, levels = torch.randn(2, 4, 4, 4, 4), denoiser.process.alpha_sigma(INPUT[0])
+    for call in (
+        lambda: denoiser.effects(x, *levels, INPUT[1].covariates),
+        lambda: denoiser.effects.outside_readout(x),
+    ):
+        with torch.autocast("cpu", torch.bfloat16), Products() as products:
+            call()
+        assert products.exact(), products.seen
+    with torch.autocast("cpu", torch.bfloat16), Products() as everything:
+        denoiser(x, *INPUT)
+    assert any(torch.bfloat16 in dtypes for _, dtypes, _, _ in everything.seen)  # the network does round
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_in_bf16_a_network_still_adds_nothing_along_the_readout(denoiser):
+    x, (timesteps, condition) = torch.randn(2, 4, 4, 4, 4), INPUT
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        found = denoiser(x, timesteps, condition)
+    known = denoiser.effects(x, *denoiser.process.alpha_sigma(timesteps), condition.covariates)
+    added = (found - denoiser.process.target(known.clean, known.noise, timesteps)).flatten(1)
+    rows = denoiser.effects.readout.flatten(1)
+    assert added.norm() > 0.1
+    assert (added @ rows.T).norm() < 1e-5 * added.norm()
+
+
+def test_effects_are_fitted_without_rounding():
+    """Through a decoder that would: on a GPU convolutions round by default."""
+    rng = np.random.default_rng(0)
+    latents = rng.standard_normal((12, 1, 4, 4), dtype=np.float32)
+    features = latents[:, 0, :2, 0] + 0.1 * rng.standard_normal((12, 2), dtype=np.float32)
+    decoder = torch.nn.ConvTranspose2d(1, 1, 2, 2).requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16), Products() as products:
+        fit_effects(
+            lambda row: latents[row],
+            features,
+            np.ones_like(features, bool),
+            np.arange(12),
+            lambda row: np.kron(latents[row], np.ones((1, 2, 2), np.float32)),
+            decoder,
+        )
+    assert "convolution" in {name for name, *_ in products.seen}
+    assert products.exact(), products.seen
+
+
+def test_switches_are_put_back_whatever_happens():
+    def switches():
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.is_autocast_enabled("cpu")
+
+    before = switches()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ZeroDivisionError):
+        outside = switches()
+        try:
+            with full_float32():
+                assert switches() == ("highest", False, False)
+                assert not torch.backends.cuda.matmul.allow_tf32
+                raise ZeroDivisionError
+        finally:
+            assert switches() == outside
+    assert switches() == before
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from meddiff_steps.compute.device import full_float32
 from meddiff_steps.models.latent_statistics import READERS
 
 #: Where the second feature of a continuous covariate turns from a parabola to straight tails, in standard deviations.
@@ -73,8 +74,7 @@ class CovariateEffects(nn.Module):
         self.register_buffer("readout", torch.zeros(READERS * features, *latent_shape))
         self.register_buffer("readout_deviations", torch.ones(READERS * features))
 
-    @torch.autocast("cuda", enabled=False)
-    @torch.autocast("cpu", enabled=False)
+    @full_float32()
     def forward(self, x: Tensor, alpha: Tensor, sigma: Tensor, covariates: Tensor) -> Estimate:
         """Posterior means under x0 ~ N(m, R + effects^T C effects), R the covariance of the rest.
 
@@ -116,6 +116,7 @@ class CovariateEffects(nn.Module):
             surprise=self._scaled(centred, power.rsqrt(), along.rsqrt()).reshape(x.shape),
         )
 
+    @full_float32()
     def outside_readout(self, learnt: Tensor) -> Tensor:
         """What a network adds, (b, c, *spatial), without its part along the readout."""
         flat = learnt.flatten(1)

@@ -1,0 +1,1 @@
+"""Ours on a GPU beside the peers' way: `make bench-gpu`, or `python -m benchmarks.gpu --help`."""
