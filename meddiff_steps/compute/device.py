@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -130,6 +131,21 @@ def make_fabric(compute: Compute, threads: int, processes: int = 1) -> Fabric:
             given_gpus(),
         )
     return fabric
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products and convolutions of float32 numbers in float32, on a GPU too, where `make_fabric` lets them be rounded
+    to TF32 (10 bits of the fraction).
+    """
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def to_channels_last(module: nn.Module, spatial_dims: int) -> None:
