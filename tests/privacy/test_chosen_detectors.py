@@ -40,6 +40,8 @@ class Calibrated(Cohort):
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory: pytest.TempPathFactory) -> Calibrated:
     made = Calibrated(tmp_path_factory.mktemp("cohort"), strangers(len(SPLITS)), SPLITS)
+    flipped = made.study.variants.model_copy(update={"flip": True})  # `latent` sees mirror images, whoever is beside it
+    made.study = made.study.model_copy(update={"variants": flipped})
     made.train_embedder()
     return made
 
