@@ -179,7 +179,7 @@ def _nearest_donors(targets: pd.DataFrame, donors: pd.DataFrame, covariates: Cov
     missing one the distance is 1, of two missing ones 0.
     """
     pairs: list[tuple[bool, np.ndarray, np.ndarray, float]] = []
-    for name in donors:
+    for name in map(str, donors):
         spread = 1.0
         if is_level := isinstance(covariates[name], CategoricalCovariate):
             codes = pd.factorize(pd.concat([targets[name], donors[name]], ignore_index=True))[0].astype(float)
