@@ -2,7 +2,7 @@ rule audit:
     input:
         root=LEDGER,
         private=PRIVATE_LEDGER,
-        models=[*AUTOENCODER, *DECODER, *RELEASED_MODEL, REFERENCE],
+        models=[*AUTOENCODER, *DECODER, *RELEASED_MODEL, REFERENCE, REFERENCE_SCANS],
     output:
         touch(f"{RESULTS}/audit/passed"),
     log:

@@ -166,6 +166,7 @@ GENERATED = f"{RESULTS}/generated/shard-{{shard}}.arrow"
 EMBEDDER = network(f"{RESULTS}/instruments/embedder")
 SEGMENTER = network(f"{RESULTS}/instruments/segmenter") if STUDY.segmentation else []
 REFERENCE = f"{RESULTS}/privacy/reference.safetensors"
+REFERENCE_SCANS = f"{RESULTS}/privacy/reference-scans.arrow"
 CALIBRATION = f"{RESULTS}/privacy/calibration.json"
 FILTERED = f"{RESULTS}/filtered/shard-{{shard}}.arrow"
 DECISIONS_SHARD = f"{RESULTS}/privacy/decisions/shard-{{shard}}.parquet"
@@ -245,6 +246,8 @@ MOST_GROWTH = 4
 # well.
 DETECTING = BYTES_PER_VALUE * batch_size(STUDY.preprocess.shape)
 DRAWING_AND_DETECTING = max(DETECTING, 600 * STUDY.generate.batch_size)
+# Directions of training scans are taken from their latents, where the detector `latent` is chosen.
+DETECTED_LATENTS = "latent" in (STUDY.privacy.detectors or DETECTORS.names())
 GPUS = 0 if STUDY.compute.device == "cpu" else STUDY.compute.devices
 
 

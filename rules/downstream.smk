@@ -196,6 +196,7 @@ if STUDY.downstream.target and STUDY.downstream.generator_seeds > 1:
             decoder=DECODER,
             diffusion=GENERATOR_MODEL,
             reference=REFERENCE,
+            reference_scans=REFERENCE_SCANS,
             calibration=CALIBRATION,
         output:
             out=GENERATOR["filtered"],

@@ -29,8 +29,10 @@ rule calibrate:
         autoencoder=AUTOENCODER,
         scale=LATENT_SCALE,
         embedder=EMBEDDER,
+        latents=expand(LATENTS, shard=COHORT_SHARDS) if DETECTED_LATENTS else [],
     output:
         reference=REFERENCE,
+        reference_scans=REFERENCE_SCANS,
         out=CALIBRATION,
     log:
         f"{RESULTS}/logs/calibrate.log",
@@ -42,6 +44,7 @@ rule calibrate:
     resources:
         mem_mb=memory(4000, DETECTING + 1200),  # and 20 scans, copied in 7 ways
         runtime=minutes(720),
+        gpu=min(GPUS, 1),
     params:
         **run_step("calibrate"),
     message:
@@ -60,6 +63,7 @@ rule filter:
         decoder=DECODER,
         diffusion=RELEASED_MODEL,
         reference=REFERENCE,
+        reference_scans=REFERENCE_SCANS,
         calibration=CALIBRATION,
     output:
         out=passing("filtered", FILTERED),
@@ -76,9 +80,7 @@ rule filter:
         runtime=minutes(720),
         gpu=min(GPUS, 1),
     params:
-        # Not an input: every change of a scan makes `reference` anew. As inputs, 400 jobs x 128 shards were half of the
-        # time to plan.
-        **run_step("filter", shard=BY_SHARD, images=COHORT_IMAGES),
+        **run_step("filter", shard=BY_SHARD),
     message:
         "Filtering shard {wildcards.shard}"
     shell:
@@ -99,6 +101,7 @@ rule privacy:
         decoder=DECODER,
         diffusion=RELEASED_MODEL,
         reference=REFERENCE,
+        reference_scans=REFERENCE_SCANS,
         calibration=CALIBRATION,
     output:
         out=PRIVACY_REPORT,
@@ -113,6 +116,7 @@ rule privacy:
     resources:
         mem_mb=memory(8000, DETECTING),
         runtime=minutes(720),
+        gpu=min(GPUS, 1),
     params:
         **run_step("privacy"),
     message:

@@ -48,6 +48,7 @@ if STUDY.second_model.subjects:
             decoder=DECODER,
             diffusion=DIFFUSION,
             reference=REFERENCE,
+            reference_scans=REFERENCE_SCANS,
             calibration=CALIBRATION,
         output:
             out=passing("filtered", TEACHER_FILTERED),
@@ -73,6 +74,7 @@ if STUDY.second_model.subjects:
             decoder=DECODER,
             diffusion=DIFFUSION,
             reference=REFERENCE,
+            reference_scans=REFERENCE_SCANS,
             calibration=CALIBRATION,
         output:
             out=TEACHER_REPORTS[0],

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from meddiff_steps import __version__
 from meddiff_steps.audit.reexecution import choose
+from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json, sha256_file
 from meddiff_steps.imaging import encoding
@@ -31,7 +32,7 @@ from meddiff_steps.release.sealed import Sealed
 ROUNDING = 0.002
 
 
-def check_privacy(release: Sealed, results: Path, sample: int, seed: str) -> Iterator[Check]:
+def check_privacy(release: Sealed, results: Path, sample: int, seed: str, threads: int) -> Iterator[Check]:
     """Score `sample` released images, drawn by `seed`, against all training scans of a study's folder, and hold them to
     its limits.
     """
@@ -47,7 +48,7 @@ def check_privacy(release: Sealed, results: Path, sample: int, seed: str) -> Ite
         yield from _check_report(release, results)
     try:
         with versions.explained(release.version, "to compare with scans again"):
-            yield _check_images(release, rows, results)
+            yield _check_images(release, rows, results, threads)
     except versions.OtherVersion as error:
         yield Check(7, "images", "not run", str(error))
 
@@ -61,12 +62,18 @@ def _stale(release: Sealed, results: Path) -> list[str]:
     )
 
 
-def _check_images(release: Sealed, rows: list[Row], results: Path) -> Check:
+def _check_images(release: Sealed, rows: list[Row], results: Path, threads: int) -> Check:
+    study = release.study
+    assert study is not None
     try:
         calibration = read_json(results / "privacy/calibration.json")
         thresholds = thresholds_of(calibration)
         detectors = load_detectors(
-            _files(results), load_file(results / "privacy/reference.safetensors"), calibration["detectors"]
+            _files(results),
+            load_file(results / "privacy/reference.safetensors"),
+            calibration["detectors"],
+            calibration["mirrors"],
+            make_fabric(study.compute.model_copy(update={"device": "auto"}), threads),
         )
     except (UserError, OSError, KeyError) as error:
         advice = "" if not release.is_other else f"; {versions.advice(release.version, 'to compare with scans again')}"
@@ -145,7 +152,7 @@ def _check_report(release: Sealed, results: Path) -> Iterator[Check]:
 
 def _files(results: Path) -> ReferenceFiles:
     return ReferenceFiles(
-        sorted((results / "preprocessed").glob("shard-*.arrow")),
+        results / "privacy/reference-scans.arrow",
         results / "autoencoder",
         results / "latents/scale.safetensors",
         results / "instruments/embedder",

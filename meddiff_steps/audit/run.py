@@ -136,4 +136,4 @@ def _privacy(release: Sealed, request: Request) -> Iterator[Check]:
     else:
         from meddiff_steps.audit.privacy import check_privacy
 
-        yield from check_privacy(release, request.results, request.sample, request.seed)
+        yield from check_privacy(release, request.results, request.sample, request.seed, request.threads)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,17 +11,13 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn import functional
-from tqdm import tqdm
 
 from meddiff_steps.config import CategoricalCovariate, Covariates, Privacy
 from meddiff_steps.core.random_streams import batch_noise
 from meddiff_steps.diffusion.conditioning import Condition
-from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.trained import TrainedModel
 from meddiff_steps.privacy import attacks
-from meddiff_steps.privacy.detectors.base import Detector
-from meddiff_steps.privacy.search import QUERIES, nearest, nearest_earlier, nearest_of_each, unit_rows
+from meddiff_steps.privacy.search import nearest, nearest_of_each
 from meddiff_steps.privacy.size import batch_size
 from meddiff_steps.privacy.verdict import FILTER_GATES, Gate, at_most, holds, verdict
 from meddiff_steps.statistics.bootstrap import Figure
@@ -31,13 +26,6 @@ from meddiff_steps.statistics.bootstrap import Figure
 MAX_IMAGES = 5000
 #: People of either side that `nearer_to_training` takes, at random.
 MAX_PEOPLE = 1000
-
-#: Longest side at which all synthetic images are compared with each other, and the nearest others of each that are
-#: looked at in full.
-COARSE_SIDE = {2: 32, 3: 12}
-NEIGHBOURS = 8
-#: Values of images read at once.
-BATCH_VALUES = 2**26
 
 #: Members and others whose denoising loss is computed, and the shares of the timesteps it is computed at.
 LOSS_SCANS = 96
@@ -53,17 +41,6 @@ def sample(ids: Sequence[str], most: int = MAX_IMAGES) -> np.ndarray:
         return np.arange(len(ids))
     digests = [hashlib.sha256(name.encode()).digest() for name in ids]
     return np.sort(sorted(range(len(ids)), key=digests.__getitem__)[:most])
-
-
-def directions(detectors: list[Detector], shards: Shards, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Per detector: directions of the images of `rows`, (n, d)."""
-    parts: dict[str, list[np.ndarray]] = {detector.name: [] for detector in detectors}
-    size = batch_size(shards.shape("image"))
-    for start in range(0, len(rows), size):
-        images = torch.from_numpy(shards.tensors("image", rows[start : start + size]))
-        for detector in detectors:
-            parts[detector.name].append(detector.vectors(images))
-    return {name: np.concatenate(values) for name, values in parts.items()}
 
 
 @dataclass(frozen=True)
@@ -84,12 +61,13 @@ def attack(
     test: RealScans,
     resamples: int,
     seed: str,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """All attacks that need the synthetic images alone.
 
     Members are the training scans; others are the test scans, which nothing was fitted or calibrated on.  The
     calibration scans are the reference of the density ratio, which is left out where none of `DENSITY_DETECTORS` is
-    among the detectors, and of one image, which has no density.
+    among the detectors, and of one image, which has no density.  The nearest are searched on `device`.
     """
     result: dict[str, Any] = {"nearer_to_training": {}, "authenticity": {}, "membership": {}}
     strangers = np.concatenate([calibration.subjects, test.subjects])
@@ -104,14 +82,15 @@ def attack(
             some = np.isin(owners, generator.permutation(np.unique(owners))[:MAX_PEOPLE])
             sides.append(nearest_of_each(images, vectors[some], owners[some]))
         result["nearer_to_training"][name] = attacks.nearer_to_training(sides[0], sides[1], resamples, generator)
-        among = nearest(train.directions[name], train.directions[name], 2)[0][:, -1]
+        known = torch.from_numpy(train.directions[name]).to(device)
+        among = nearest(train.directions[name], known, 2)[0][:, -1]
         for label, x in (("synthetic", images), ("held_out", test.directions[name])):
-            similarity, index = nearest(x, train.directions[name])
+            similarity, index = nearest(x, known)
             result["authenticity"].setdefault(name, {})[label] = attacks.authenticity(
                 similarity[:, 0], index[:, 0], among
             )
         tested = np.concatenate([train.directions[name][members], test.directions[name]])
-        scores = nearest(tested, images)[0][:, 0]
+        scores = nearest(tested, torch.from_numpy(images).to(device))[0][:, 0]
         result["membership"][f"distance, {name}"] = attacks.membership(
             is_member, scores, list(who), resamples, seed, f"distance|{name}"
         )
@@ -151,65 +130,6 @@ def denoising_losses(model: TrainedModel, latents: Tensor, condition: Condition)
             error = predicted - process.target(x0, eps, timesteps)
             losses[part] += error.square().flatten(1).mean(1).cpu().numpy()
     return losses / len(LOSS_TIMES)
-
-
-def near_duplicates(shards: Shards, planned: pd.DataFrame, limit: float) -> list[str]:
-    """Synthetic images that are the same as one earlier in the plan, of other noise: a Pearson correlation of all
-    voxels of at least `limit`.
-
-    Block means find who may be: they are a projection, which never moves two images apart, so a pair that is further
-    apart by them than the limit allows is none.  Memory is some kilobytes per image, whatever its size.  The 8 nearest
-    earlier ones of every image are looked at, so that of many that are the same the first alone remains, in whatever
-    shards they lie.
-
-    Subjects of a counterfactual group share their noise on purpose and are not compared with each other.
-
-    Returns
-    -------
-    list
-        Their sample ids, sorted.
-    """
-    ids = shards.column("sample_id")
-    if len(ids) < 2:
-        return []
-    rows = pd.Index(planned["sample_id"]).get_indexer(ids).argsort()  # of the shards, in the order of the plan
-    origin = (
-        planned.set_index("sample_id")
-        .loc[np.array(ids)[rows], ["cohort_root", "noise_index"]]
-        .astype(str)
-        .agg("/".join, axis=1)
-        .to_numpy()
-    )
-    shape = shards.shape("image")
-    batches = shards.batches("image", max(1, min(256, BATCH_VALUES // int(np.prod(shape)))))
-    coarse = np.concatenate([_block_means(unit_rows(images).reshape(images.shape)) for _, images in batches])
-    norms = np.linalg.norm(coarse, axis=1)
-    coarse /= np.maximum(norms, 1e-12)[:, None]
-    coarse, norms = coarse[rows], norms[rows]
-    dropped = []
-    with tqdm(total=len(ids), desc="looking for duplicates", unit="image", mininterval=5, file=sys.stderr) as progress:
-        for start in range(0, len(ids), QUERIES):
-            similarity, index = nearest_earlier(coarse, start, min(start + QUERIES, len(ids)), NEIGHBOURS)
-            for place, (near, found) in enumerate(zip(similarity, index, strict=True), start):
-                apart = norms[place] ** 2 + norms[found] ** 2 - 2 * norms[place] * norms[found] * near
-                # 1e-4: what single precision may have added.
-                for other in found[(apart <= 2 * (1 - limit) + 1e-4) & (origin[found] != origin[place])]:
-                    one, two = unit_rows(shards.tensors("image", rows[[place, other]]))
-                    if one @ two >= limit:
-                        dropped.append(ids[rows[place]])
-                        break
-            progress.update(len(index))
-    return sorted(dropped)
-
-
-def _block_means(images: np.ndarray) -> np.ndarray:
-    """Means over cubes, scaled so that distances shrink at most: float32 (n, d) for (n, 1, *spatial)."""
-    dims = images.ndim - 2
-    factor = -(-max(images.shape[2:]) // COARSE_SIDE[dims])
-    if factor > min(images.shape[2:]):
-        return images.reshape(len(images), -1)
-    pool = functional.avg_pool3d if dims == 3 else functional.avg_pool2d
-    return (pool(torch.from_numpy(images), factor).flatten(1) * factor ** (dims / 2)).numpy()
 
 
 def count(decisions: pd.DataFrame, planned: pd.DataFrame, duplicates: Sequence[str]) -> dict[str, Any]:

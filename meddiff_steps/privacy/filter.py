@@ -76,15 +76,13 @@ def judge(
     pending: list[tuple[tuple[str, int, str], np.ndarray]] = []
 
     def flush() -> Iterator[Candidate]:
-        stack = np.stack([image for _, image in pending]).astype(np.float32)
-        finite = np.isfinite(stack).all(tuple(range(1, stack.ndim)))
-        real = finite & (
-            np.ptp(np.where(finite.reshape(-1, *[1] * (stack.ndim - 1)), stack, 0).reshape(len(stack), -1), axis=1)
-            > 1e-6
-        )
-        similarity, nearest = score(
-            detectors, torch.from_numpy(np.where(real.reshape(-1, *[1] * (stack.ndim - 1)), stack, 0))
-        )
+        stack = np.stack([image for _, image in pending]).astype(np.float32, copy=False)
+        values = tuple(range(1, stack.ndim))
+        low, high = stack.min(values), stack.max(values)  # not finite where one value is not
+        with np.errstate(invalid="ignore"):
+            real = np.isfinite(low) & np.isfinite(high) & (high - low > 1e-6)
+        stack[~real] = 0
+        similarity, nearest = score(detectors, torch.from_numpy(stack))
         owners = np.array([groups[key[0]] for key, _ in pending])
         flags = thresholds.flags(similarity, owners) if thresholds else {}
         for i, ((sample_id, attempt, key), image) in enumerate(pending):

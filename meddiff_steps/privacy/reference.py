@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -15,20 +16,33 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from meddiff_steps.compute.compilation import cast_weights
+from meddiff_steps.compute.device import to_channels_last
 from meddiff_steps.core.choice import chosen
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.random_streams import step_generator
 from meddiff_steps.core.registries import DETECTORS
 from meddiff_steps.imaging.perturbations import perturbed_copies
-from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.instruments.embedder import load_embedder
-from meddiff_steps.models.first_stage.base import reconstruct
+from meddiff_steps.models.first_stage.base import FirstStage, reconstruct
 from meddiff_steps.models.latent_statistics import Standardisation
 from meddiff_steps.models.trained import load_first_stage
 from meddiff_steps.privacy.attacks import flag_rate_is_nominal, share
 from meddiff_steps.privacy.calibration import calibrate
-from meddiff_steps.privacy.detectors.base import Context, Detector, TrainingImages, references, score
+from meddiff_steps.privacy.detectors.base import (
+    Context,
+    Detector,
+    TrainingImages,
+    batches,
+    directions,
+    reduced,
+    score,
+)
 from meddiff_steps.privacy.size import batch_size, subjects_needed
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 #: Training scans that are copied for the positive controls, each in six ways.
 CONTROL_SCANS = 20
@@ -36,9 +50,17 @@ CONTROL_SCANS = 20
 
 @dataclass(frozen=True)
 class ReferenceFiles:
-    """The files that the detectors are built from."""
+    """The files that the detectors are built from.
 
-    images: Sequence[Path]
+    Attributes
+    ----------
+    scans
+        The training scans, `reduced`, as `write_scans` wrote them.
+    autoencoder, scale, embedder
+        The networks, and how latents are standardised.
+    """
+
+    scans: Path
     autoencoder: Path
     scale: Path
     embedder: Path
@@ -62,33 +84,74 @@ def make_detectors(context: Context, names: Sequence[str] | None = None) -> list
     return [DETECTORS.load(name).build(context) for name in chosen(DETECTORS, names, "privacy.detectors")]
 
 
+def write_scans(shards: Shards, rows: np.ndarray, path: Path) -> np.ndarray:
+    """Write the training scans as detectors compare them (`base.reduced`), in the order of `rows`, and return their
+    mean at full size, float32 (1, *spatial).
+    """
+    total = np.zeros(shards.shape("image"))
+    shape = (1, *reduced(torch.zeros(1, *shards.shape("image"))).shape[2:])
+    with ShardWriter(path, {"image": TensorColumn("float16", shape)}) as writer:
+        for _, images in batches(shards, rows):
+            total += images.sum(0, dtype=torch.float64).numpy()
+            for scan in reduced(images).numpy():
+                writer.append(image=scan)
+    return (total / len(rows)).astype(np.float32)
+
+
 def build_reference(
-    files: ReferenceFiles, training_rows: np.ndarray, names: Sequence[str] | None = None
+    files: ReferenceFiles,
+    shards: Shards,
+    training_rows: np.ndarray,
+    names: Sequence[str] | None = None,
+    latents: Callable[[], Iterable[np.ndarray]] | None = None,
+    fabric: Fabric | None = None,
 ) -> dict[str, np.ndarray]:
     """Mean training image, rows of the training scans, and their directions under each detector of `names` (None: all).
+
+    Writes `files.scans`, too.
+
+    Parameters
+    ----------
+    shards
+        Preprocessed scans.
+    latents
+        Gives the most probable latents of the scans of `training_rows`, in order, where they were kept.
+    fabric
+        Device and precision; None: the processor, float32.
 
     Raises
     ------
     UserError
         As `make_detectors`.
     """
-    training = TrainingImages(Shards(files.images), training_rows)
-    total = np.zeros(training.shards.shape("image"))
-    for batch in training.batches():
-        total += batch.sum(0, dtype=torch.float64).numpy()
-    mean = (total / len(training)).astype(np.float32)
-    detectors = make_detectors(_context(files, training, {}, mean), names)
-    tensors: dict[str, np.ndarray] = {"mean": mean, "rows": training_rows.astype(np.int64)}
-    return tensors | {detector.name: references(detector, training) for detector in detectors}
+    mean = write_scans(shards, training_rows, files.scans)
+    context = replace(_context(files, {"mean": mean}, fabric), latents=latents)
+    chosen_names = chosen(DETECTORS, names, "privacy.detectors")
+    found: dict[str, np.ndarray] = {}
+    for name in chosen_names:
+        known = getattr(DETECTORS.load(name), "known", lambda context: None)(context)
+        if known is not None:
+            found[name] = known
+    others = [name for name in chosen_names if name not in found]
+    found |= directions(make_detectors(context, others) if others else [], shards, training_rows)
+    return {"mean": mean, "rows": training_rows.astype(np.int64)} | {name: found[name] for name in chosen_names}
 
 
-def load_detectors(files: ReferenceFiles, reference: Mapping[str, np.ndarray], names: Sequence[str]) -> list[Detector]:
+def load_detectors(
+    files: ReferenceFiles,
+    reference: Mapping[str, np.ndarray],
+    names: Sequence[str],
+    mirrors: bool = True,
+    fabric: Fabric | None = None,
+) -> list[Detector]:
     """Detectors with the reference that `build_reference` made of them.
 
     Parameters
     ----------
-    names
-        Those that the calibration card lists: what is not calibrated has no threshold.
+    names, mirrors
+        As the calibration card says: what is not calibrated has no threshold.
+    fabric
+        Device and precision; None: the processor, float32.
 
     Raises
     ------
@@ -101,25 +164,48 @@ def load_detectors(files: ReferenceFiles, reference: Mapping[str, np.ndarray], n
             f"the reference has no directions under the detector {missing[0]}, which the calibration lists: they are of"
             " different runs. Run the step `calibrate` again."
         )
-    training = TrainingImages(Shards(files.images), reference["rows"])
-    return make_detectors(_context(files, training, reference, reference["mean"]), names)
+    return make_detectors(replace(_context(files, reference, fabric), mirrors=mirrors), names)
 
 
-def _context(
-    files: ReferenceFiles, training: TrainingImages, vectors: Mapping[str, np.ndarray], mean: np.ndarray
-) -> Context:
+def encodes_mirrors(flip: bool, names: Sequence[str]) -> bool:
+    """Whether mirror images are encoded by the autoencoder, at the cost of the images themselves.
+
+    Where training scans were mirrored (`flip`), or where no detector is chosen that sees mirrored copies at hardly any
+    cost.
+    """
+    return flip or not {"aligned", "learned"} & set(names)
+
+
+def _context(files: ReferenceFiles, reference: Mapping[str, np.ndarray], fabric: Fabric | None) -> Context:
+    device = torch.device("cpu") if fabric is None else fabric.device
+
     def standardisation() -> Standardisation[Tensor]:
         tensors = load_file(files.scale)
-        return Standardisation(tensors["offset"], tensors["scale"])
+        return Standardisation(tensors["offset"].to(device), tensors["scale"].to(device))
 
+    scans = Shards([files.scans])
     return Context(
-        mean,
-        training,
-        embedder=lambda: load_embedder(files.embedder),
-        first_stage=lambda: load_first_stage(files.autoencoder)[0],
+        reference["mean"],
+        TrainingImages(scans, np.arange(len(scans))),
+        embedder=lambda: load_embedder(files.embedder).to(device),
+        first_stage=lambda: placed_first_stage(files.autoencoder, fabric),
         standardisation=standardisation,
-        directions=vectors,
+        directions={name: vectors for name, vectors in reference.items() if name not in ("mean", "rows")},
+        device=device,
+        autocast=nullcontext if fabric is None else fabric.autocast,
     )
+
+
+def placed_first_stage(folder: Path, fabric: Fabric | None) -> FirstStage:
+    """The autoencoder where and as the step `latents` has it, but never compiled: few images a job would not pay for
+    that.
+    """
+    first_stage, card = load_first_stage(folder)
+    if fabric is not None:
+        to_channels_last(first_stage, len(card["image_shape"]) - 1)
+        fabric.to_device(first_stage)
+        cast_weights(first_stage.costly.values(), fabric)
+    return first_stage
 
 
 def score_scans(
@@ -127,9 +213,10 @@ def score_scans(
 ) -> dict[str, np.ndarray]:
     """Per detector: similarity of each scan to its nearest training scan, (len(rows),)."""
     parts: list[dict[str, np.ndarray]] = []
-    size = batch_size(shards.shape("image"))
-    for start in tqdm(range(0, len(rows), size), desc=label, mininterval=5, file=sys.stderr):
-        parts.append(score(detectors, torch.from_numpy(shards.tensors("image", rows[start : start + size])))[0])
+    with tqdm(total=len(rows), desc=label, unit="scan", mininterval=5, file=sys.stderr) as progress:
+        for _, images in batches(shards, np.asarray(rows)):
+            parts.append(score(detectors, images)[0])
+            progress.update(len(images))
     return {
         detector.name: np.concatenate([part[detector.name] for part in parts]) if parts else np.zeros(0)
         for detector in detectors
@@ -157,17 +244,22 @@ def any_flag(flags: Mapping[str, np.ndarray]) -> np.ndarray:
 
 def calibration_card(
     files: ReferenceFiles,
+    shards: Shards,
     reference: Mapping[str, np.ndarray],
     table: pd.DataFrame,
     groups: pd.Series,
     level: float,
     seed: str,
     names: Sequence[str] | None = None,
+    flip: bool = False,
+    fabric: Fabric | None = None,
 ) -> dict[str, Any]:
     """Thresholds from the calibration split, and both controls.
 
     Parameters
     ----------
+    shards
+        Preprocessed scans.
     table
         One row per preprocessed scan: row (in the shards), subject_id, split.
     groups
@@ -176,17 +268,22 @@ def calibration_card(
         Of the study.
     names
         Detectors that share the level, as for `build_reference`; None: all.
+    flip
+        Whether training scans were mirrored.
+    fabric
+        Device and precision; None: the processor, float32.
 
     Returns
     -------
     dict
-        status (`CALIBRATED` or `NOT_CALIBRATED`), level, detectors, subjects, needed, thresholds, groups, and under
-        `controls`:
+        status (`CALIBRATED` or `NOT_CALIBRATED`), level, detectors, mirrors (whether the autoencoder also encodes
+        mirror images), subjects, needed, thresholds, groups, and under `controls`:
         positive (recall per kind of copy), negative (share of unseen real subjects flagged, and whether that is
         nominal).
     """
-    shards, names = Shards(files.images), chosen(DETECTORS, names, "privacy.detectors")
-    detectors = load_detectors(files, reference, names)
+    names = chosen(DETECTORS, names, "privacy.detectors")
+    mirrors = encodes_mirrors(flip, names)
+    detectors = load_detectors(files, reference, names, mirrors, fabric)
 
     def of(split: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
         scans = table[table["split"] == split]
@@ -195,8 +292,8 @@ def calibration_card(
         )
 
     scores, subjects = of("calibration")
-    card: dict[str, Any] = {"status": "NOT_CALIBRATED", "level": level, "detectors": names, "subjects": len(subjects)}
-    card["needed"] = subjects_needed(level, len(names))
+    card: dict[str, Any] = {"status": "NOT_CALIBRATED", "level": level, "detectors": names, "mirrors": mirrors}
+    card |= {"subjects": len(subjects), "needed": subjects_needed(level, len(names))}
     thresholds = calibrate(scores, groups.reindex(subjects).to_numpy(), level) if len(subjects) else None
     if thresholds is None:
         return card
@@ -212,7 +309,8 @@ def calibration_card(
     positive = {}
     originals = step_generator(seed, "privacy/controls", 0).permutation(reference["rows"])[:CONTROL_SCANS]
     owner = groups.reindex(table.set_index("row").loc[originals, "subject_id"]).to_numpy()
-    for kind, copies in _copies(files, torch.from_numpy(shards.tensors("image", originals)), seed).items():
+    images = torch.from_numpy(shards.tensors("image", originals))
+    for kind, copies in _copies(files.autoencoder, fabric, images, seed).items():
         found = thresholds.flags(score(detectors, copies)[0], owner)
         positive[kind] = share(any_flag(found)) | {
             "by_detector": {name: float(np.mean(values)) for name, values in found.items()}
@@ -221,12 +319,12 @@ def calibration_card(
 
 
 @torch.no_grad()
-def _copies(files: ReferenceFiles, images: Tensor, seed: str) -> dict[str, Tensor]:
+def _copies(autoencoder: Path, fabric: Fabric | None, images: Tensor, seed: str) -> dict[str, Tensor]:
     """Each image reconstructed by the autoencoder, and changed in the ways of `perturbed_copies`."""
-    autoencoder, _ = load_first_stage(files.autoencoder)
-    copies = {
-        "reconstructed": torch.cat(
-            [reconstruct(autoencoder, part) for part in images.split(batch_size(images.shape[1:]))]
-        )
-    }
+    first_stage = placed_first_stage(autoencoder, fabric)
+    made = []
+    with nullcontext() if fabric is None else fabric.autocast():
+        for part in images.split(batch_size(images.shape[1:])):
+            made.append(reconstruct(first_stage, part if fabric is None else fabric.to_device(part)).cpu())
+    copies = {"reconstructed": torch.cat(made)}
     return copies | perturbed_copies(images, step_generator(seed, "privacy/copies", 0))

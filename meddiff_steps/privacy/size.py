@@ -1,5 +1,5 @@
-"""How many images the detectors look at together, and how many subjects they are calibrated on; imports nothing heavy,
-for use while a workflow is parsed.
+"""How many images the detectors look at together, how large, and how many subjects they are calibrated on; imports
+nothing heavy, for use while a workflow is parsed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ BATCH_VALUES = 2**23
 #: detectors need less.
 BYTES_PER_VALUE = 800
 
+#: Voxels up to which images are compared voxel by voxel as they are, and to which larger ones are reduced: 20 training
+#: scans are read for every image, of 11 MB each at 160 x 224 x 160 voxels.
+COMPARED_VOXELS = 2**18
+
 
 def batch_size(shape: Sequence[int]) -> int:
     """Images of `shape` held at once: 32, fewer of large ones, at least 1.
@@ -23,6 +27,19 @@ def batch_size(shape: Sequence[int]) -> int:
     (32, 13, 1)
     """
     return max(1, min(BATCH, BATCH_VALUES // math.prod(shape)))
+
+
+def reduction(shape: Sequence[int]) -> tuple[int, ...]:
+    """Sides of the blocks by whose means images of `shape` (*spatial) are compared: as small as leaves at most
+    `COMPARED_VOXELS`.
+
+    >>> reduction((32, 40, 32)), reduction((80, 96, 80)), reduction((160, 224, 160)), reduction((1024, 1024))
+    ((1, 1, 1), (2, 2, 2), (3, 3, 3), (2, 2))
+    """
+    side = 1
+    while math.prod(n // min(side, n) for n in shape) > COMPARED_VOXELS:
+        side += 1
+    return tuple(min(side, n) for n in shape)
 
 
 def subjects_needed(level: float, detectors: int) -> int:

@@ -23,6 +23,9 @@ PREDICATES, COMBINED = 500, 3
 #: A number that fewer training subjects have is one that could point at somebody.
 FEW = 5
 
+#: Distances between people and synthetic subjects that are held at once.
+BLOCK_DISTANCES = 2**21
+
 #: A guess of a continuous covariate counts as right within this share of the true value.
 TOLERANCE = 0.05
 
@@ -159,22 +162,45 @@ def infer_attribute(
         targets = table[table[secret].notna()]
         if donors.empty or targets.empty:
             return _against_control(np.zeros((2, 0), dtype=bool))
-        distance = np.zeros((len(targets), len(donors)))
-        for name in known:
-            a, b = targets[name].to_numpy()[:, None], donors[name].to_numpy()[None]
-            missing = pd.isna(a) | pd.isna(b)
-            if isinstance(covariates[name], CategoricalCovariate):
-                apart = (a != b).astype(float)
-            else:
-                spread = float(np.nanmax(b.astype(float)) - np.nanmin(b.astype(float))) if not pd.isna(b).all() else 0.0
-                apart = np.minimum(np.abs(a.astype(float) - b.astype(float)) / (spread or 1.0), 1.0)
-            distance += np.where(missing, pd.isna(a) != pd.isna(b), apart)
-        guess, truth = donors[secret].to_numpy()[distance.argmin(1)], targets[secret].to_numpy()
+        nearest = _nearest_donors(targets[known], donors[known], covariates)
+        guess, truth = donors[secret].to_numpy()[nearest], targets[secret].to_numpy()
         if isinstance(covariates[secret], CategoricalCovariate):
             rates.append(guess == truth)
         else:
             rates.append(np.abs(guess.astype(float) - truth.astype(float)) <= TOLERANCE * np.abs(truth.astype(float)))
     return _against_control(rates)
+
+
+def _nearest_donors(targets: pd.DataFrame, donors: pd.DataFrame, covariates: Covariates) -> np.ndarray:
+    """Row of the nearest donor of each target, the first of equally near ones, (len(targets),); a block of targets at a
+    time.
+
+    Gower 1971: levels are apart or not, numbers by their share of the donors' range, at most 1; of a value and a
+    missing one the distance is 1, of two missing ones 0.
+    """
+    pairs: list[tuple[bool, np.ndarray, np.ndarray, float]] = []
+    for name in map(str, donors):
+        spread = 1.0
+        if is_level := isinstance(covariates[name], CategoricalCovariate):
+            codes = pd.factorize(pd.concat([targets[name], donors[name]], ignore_index=True))[0].astype(float)
+            codes[codes < 0] = np.nan
+            a, b = codes[: len(targets)], codes[len(targets) :]
+        else:
+            a, b = targets[name].to_numpy(float), donors[name].to_numpy(float)
+            if not np.isnan(b).all():
+                spread = float(np.nanmax(b) - np.nanmin(b)) or 1.0
+        pairs.append((is_level, a, b, spread))
+    nearest = np.zeros(len(targets), np.int64)
+    size = max(1, BLOCK_DISTANCES // len(donors))
+    for start in range(0, len(targets), size):
+        part = slice(start, start + size)
+        distance = np.zeros((len(targets[part]), len(donors)))
+        for is_level, values, b, spread in pairs:
+            a = values[part, None]
+            apart = (a != b).astype(float) if is_level else np.minimum(np.abs(a - b) / spread, 1.0)
+            distance += np.where(np.isnan(a) | np.isnan(b), np.isnan(a) != np.isnan(b), apart)
+        nearest[part] = distance.argmin(1)
+    return nearest
 
 
 def _against_control(rates: Any) -> Figure:

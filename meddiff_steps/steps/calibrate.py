@@ -5,16 +5,17 @@ private.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import pandas as pd
-import torch
 import typer
 from safetensors.numpy import save_file
 
 from meddiff_steps.cohort.manifest import read_manifest
+from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path, write_json
@@ -33,23 +34,28 @@ def run(
     scale: options.Scale,
     embedder: options.Embedder,
     reference: Annotated[Path, typer.Option(help="directions of the training scans to write (safetensors)")],
+    reference_scans: Annotated[Path, typer.Option(help="training scans as they are compared, to write (Arrow)")],
     out: Annotated[Path, typer.Option(help="thresholds and controls to write (JSON)")],
+    latents: Annotated[
+        list[Path] | None, typer.Option(help="latent shard; repeat for all of them. Left out, scans are encoded again")
+    ] = None,
     threads: options.Threads = 1,
 ) -> None:
     """Measure how near unseen real subjects come to the training set, and whether planted copies would be found."""
     study = load_stage(config, "calibrate")
-    torch.set_num_threads(threads)
-    shards = Shards(images)
+    fabric = make_fabric(study.compute, threads)
+    shards, names = Shards(images), study.privacy.detectors
     scans = read_manifest(manifest).set_index("scan_id").loc[shards.column("scan_id")].reset_index()
     table = pd.DataFrame({"row": np.arange(len(scans)), "subject_id": scans["subject_id"], "split": scans["split"]})
-    files = ReferenceFiles(images, autoencoder, scale, embedder)
+    files = ReferenceFiles(reference_scans, autoencoder, scale, embedder)
     training = table.loc[table["split"] == "train", "row"].to_numpy()
     if len(training) == 0:
         raise UserError(
             f"{manifest}: no preprocessed scan is in the train split, so there is nothing to compare with. Check splits"
             " and preprocessed/qc.parquet."
         )
-    tensors = build_reference(files, training, study.privacy.detectors)
+    known = _known(latents, scans["scan_id"].iloc[training].tolist()) if latents else None
+    tensors = build_reference(files, shards, training, names, known, fabric)
     with atomic_path(reference) as path:
         save_file(tensors, path)
     subgroup = study.privacy.subgroup
@@ -58,7 +64,8 @@ def run(
         if subgroup
         else pd.Series("all", index=scans["subject_id"].unique())
     )
-    card = calibration_card(files, tensors, table, groups, study.privacy.level, study.seed, study.privacy.detectors)
+    level, flip = study.privacy.level, study.variants.flip
+    card = calibration_card(files, shards, tensors, table, groups, level, study.seed, names, flip, fabric)
     write_json(out, card)
     if card["status"] != "CALIBRATED":
         log.warning(
@@ -67,3 +74,17 @@ def run(
             card["needed"],
             card["level"],
         )
+
+
+def _known(paths: list[Path], ids: Sequence[str]) -> Callable[[], Iterator[np.ndarray]]:
+    """Gives the latents that were kept of scans as they are, in the order of `ids`."""
+    shards = Shards(paths)
+    rows = zip(shards.column("scan_id"), shards.column("variant"), strict=True)
+    place = {scan: row for row, (scan, variant) in enumerate(rows) if variant == 0}
+    missing = [scan for scan in ids if scan not in place]
+    if missing:
+        raise UserError(
+            f"{shards.origin}: no latents of {missing[0]}, and of {len(missing)} training scans in all. Give all shards"
+            " that the step `latents` wrote of these images, or none, and scans are encoded again."
+        )
+    return lambda: (shards.tensor("mean", place[scan]) for scan in ids)

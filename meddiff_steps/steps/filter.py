@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import typer
@@ -13,9 +15,10 @@ from safetensors.numpy import load_file
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import load_stage
 from meddiff_steps.core.files import atomic_path, read_json
-from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
+from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn, in_background
 from meddiff_steps.models.trained import TrainedModel
 from meddiff_steps.privacy.calibration import thresholds_of
+from meddiff_steps.privacy.duplicates import block_means
 from meddiff_steps.privacy.filter import fill
 from meddiff_steps.privacy.reference import ReferenceFiles, load_detectors
 from meddiff_steps.steps import options
@@ -27,12 +30,12 @@ def run(
     plan: options.Plan,
     shard: options.Shard,
     generated: Annotated[Path, typer.Option(help="its generated images (Arrow)")],
-    images: options.Images,
     autoencoder: options.Autoencoder,
     diffusion: options.Diffusion,
     scale: options.Scale,
     embedder: options.Embedder,
     reference: options.Reference,
+    reference_scans: options.ReferenceScans,
     calibration: options.Calibration,
     out: Annotated[Path, typer.Option(help="accepted images to write (Arrow)")],
     decisions: Annotated[Path, typer.Option(help="decision on every candidate to write (Parquet); private")],
@@ -48,23 +51,24 @@ def run(
         zip(subjects["sample_id"], subjects[subgroup].astype(str) if subgroup else ["all"] * len(subjects), strict=True)
     )
     limits = read_json(calibration)
-    files = ReferenceFiles(images, autoencoder, scale, embedder)
-    detectors = load_detectors(files, load_file(reference), limits["detectors"])
-    model = TrainedModel.load(autoencoder, diffusion, fabric, study.compute, decoder=decoder)
-    generator = CohortGenerator(model, study.generate)
+    files = ReferenceFiles(reference_scans, autoencoder, scale, embedder)
+    detectors = load_detectors(files, load_file(reference), limits["detectors"], limits["mirrors"], fabric)
     drawn = Shards([generated])
-    first = ((name, drawn.tensor("image", row)) for row, name in enumerate(drawn.column("sample_id")))
+    first = ((name, drawn.tensors("image", [row])[0]) for row, name in enumerate(drawn.column("sample_id")))
+
+    @cache
+    def generator() -> CohortGenerator:
+        """The trained model, which is loaded when the first image is rejected."""
+        return CohortGenerator(
+            TrainedModel.load(autoencoder, diffusion, fabric, study.compute, decoder=decoder), study.generate
+        )
+
     rows = []
-    columns = {
-        "sample_id": pa.string(),
-        "attempt": pa.int64(),
-        "image": TensorColumn("float16", model.image_shape),
-    }
-    with ShardWriter(out, columns) as writer:
+    with ShardWriter(out, columns(drawn.shape("image"))) as writer, in_background(partial(_write, writer)) as write:
         for candidate in fill(
             subjects,
             first,
-            lambda again: generator.images(again, f"shard {shard}, again"),
+            lambda again: generator().images(again, f"shard {shard}, again"),
             groups,
             detectors,
             thresholds_of(limits),
@@ -72,6 +76,24 @@ def run(
         ):
             rows.append(candidate.row())
             if candidate.decision == "accepted":
-                writer.append(sample_id=candidate.sample_id, attempt=candidate.attempt, image=candidate.image)
+                write(sample_id=candidate.sample_id, attempt=candidate.attempt, image=candidate.image)
     with atomic_path(decisions) as path:
         pd.DataFrame(rows).to_parquet(path, index=False)
+
+
+def columns(shape: tuple[int, ...]) -> dict[str, pa.DataType | TensorColumn]:
+    """Of a shard of accepted images of `shape`, (1, *spatial)."""
+    means = block_means(np.zeros((1, *shape), np.float32)).shape[1:]
+    return {
+        "sample_id": pa.string(),
+        "attempt": pa.int64(),
+        "image": TensorColumn("float16", shape),
+        "block_means": TensorColumn("float32", means),
+    }
+
+
+def _write(writer: ShardWriter, sample_id: str, attempt: int, image: np.ndarray) -> None:
+    """Keep an image, and what near duplicates are looked for by, so that nobody reads all images once more for that."""
+    kept = image.astype(np.float16)
+    means = block_means(kept.astype(np.float32)[None])[0]
+    writer.append(sample_id=sample_id, attempt=attempt, image=kept, block_means=means)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import pandas as pd
 import typer
-from safetensors.numpy import load_file
+from safetensors import safe_open
 
 from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.config import load_stage
@@ -44,7 +44,10 @@ def run(
     """
     study = load_stage(config, "neighbours")
     card, real, made = read_json(calibration), Shards(images), Shards(filtered)
-    names = [str(real.column("scan_id")[row]) for row in load_file(reference)["rows"]]
+    with safe_open(reference, framework="numpy") as tensors:
+        rows = tensors.get_tensor("rows")  # and not the directions, which may be gigabytes
+    ids = real.column("scan_id")
+    names = [str(ids[row]) for row in rows]
     table = pd.read_parquet(decisions)
     accepted = table[(table["decision"] == "accepted") & table["sample_id"].isin(made.column("sample_id"))]
     if accepted.empty:

@@ -20,6 +20,9 @@ Decoder = Annotated[
 Diffusion = Annotated[Path, typer.Option(help="folder diffusion/: model, card.json, and tone of what it generates")]
 Embedder = Annotated[Path, typer.Option(help="folder of the copy detector: model.safetensors and card.json")]
 Reference = Annotated[Path, typer.Option(help="privacy/reference.safetensors")]
+ReferenceScans = Annotated[
+    Path, typer.Option(help="privacy/reference-scans.arrow: the training scans as they are compared")
+]
 Calibration = Annotated[Path, typer.Option(help="privacy/calibration.json")]
 Plan = Annotated[Path, typer.Option(help="plan.parquet")]
 Shard = Annotated[int, typer.Option(help="number of the shard")]

@@ -14,21 +14,24 @@ import typer
 from safetensors.numpy import load_file
 
 from meddiff_steps.cohort.manifest import read_manifest
-from meddiff_steps.compute.device import make_fabric
-from meddiff_steps.config import Compute, Study, load_stage
+from meddiff_steps.compute.device import full_float32, make_fabric
+from meddiff_steps.config import Study, load_stage
 from meddiff_steps.core.files import atomic_path, read_json, write_json
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.trained import TrainedModel
 from meddiff_steps.privacy import assessment, attacks
+from meddiff_steps.privacy.detectors.base import directions
+from meddiff_steps.privacy.duplicates import near_duplicates
 from meddiff_steps.privacy.reference import ReferenceFiles, load_detectors
+from meddiff_steps.privacy.size import batch_size
 from meddiff_steps.privacy.table_attacks import table_attacks
 from meddiff_steps.steps import options
 
 log = logging.getLogger(__name__)
 
-#: Losses of scans are compared to the last digit, so the networks run in full precision.
-EXACT = Compute(device="cpu", precision="32-true", compile=False)
-#: Scans encoded at once.
+#: What the losses of scans are computed in, since they are compared to the last digit.
+EXACT = {"precision": "32-true", "compile": False}
+#: Scans encoded at once, fewer where they are large.
 ENCODED = 16
 
 
@@ -45,6 +48,7 @@ def run(
     scale: options.Scale,
     embedder: options.Embedder,
     reference: options.Reference,
+    reference_scans: options.ReferenceScans,
     calibration: options.Calibration,
     decisions: Annotated[Path, typer.Option(help="decision on every candidate to write (Parquet); private")],
     out: Annotated[Path, typer.Option(help="report to write (JSON)")],
@@ -54,11 +58,11 @@ def run(
     """Attack the cohort before and after the filter, and say whether it may be released."""
     study = load_stage(config, "privacy")
     settings = study.privacy
-    torch.set_num_threads(threads)
+    fabric = make_fabric(study.compute, threads)
     shards, before, after = Shards(images), Shards(generated), Shards(filtered)
     tensors, card = load_file(reference), read_json(calibration)
-    files = ReferenceFiles(images, autoencoder, scale, embedder)
-    detectors = load_detectors(files, tensors, card["detectors"])
+    files = ReferenceFiles(reference_scans, autoencoder, scale, embedder)
+    detectors = load_detectors(files, tensors, card["detectors"], card["mirrors"], fabric)
     scans = read_manifest(manifest).set_index("scan_id").loc[shards.column("scan_id")].reset_index()
 
     def split(name: str) -> tuple[np.ndarray, assessment.RealScans]:
@@ -66,23 +70,22 @@ def run(
         known = (
             {detector.name: tensors[detector.name] for detector in detectors}
             if name == "train"
-            else assessment.directions(detectors, shards, rows)
+            else directions(detectors, shards, rows)
         )
         return rows, assessment.RealScans(known, scans["subject_id"].to_numpy()[rows])
 
     (train_rows, train), (_, held), (test_rows, test) = split("train"), split("calibration"), split("test")
     planned = pd.read_parquet(plan)
     planned["subgroup"] = planned[settings.subgroup].astype(str) if settings.subgroup else "all"
-    duplicates = assessment.near_duplicates(after, planned, settings.duplicate_correlation)
+    duplicates = near_duplicates(after, planned, settings.duplicate_correlation)
     sets = {}
     for label, drawn, left_out in (("before", before, []), ("after", after, duplicates)):
         ids = np.array(drawn.column("sample_id"))
         kept = np.flatnonzero(~np.isin(ids, left_out))
         rows = kept[assessment.sample(ids[kept].tolist())]
         if len(rows) and len(held) and len(test):
-            sets[label] = assessment.attack(
-                assessment.directions(detectors, drawn, rows), train, held, test, settings.bootstrap, study.seed
-            )
+            made = directions(detectors, drawn, rows)
+            sets[label] = assessment.attack(made, train, held, test, settings.bootstrap, study.seed, fabric.device)
 
     table = pd.concat([pd.read_parquet(path) for path in shard_decisions], ignore_index=True)
     counts = assessment.count(table, planned, duplicates)
@@ -100,7 +103,9 @@ def run(
         shards,
         train_rows,
         test_rows,
-        lambda: TrainedModel.load(autoencoder, diffusion, make_fabric(EXACT, threads), decoder=decoder),
+        lambda: TrainedModel.load(
+            autoencoder, diffusion, make_fabric(study.compute.model_copy(update=EXACT), threads), decoder=decoder
+        ),
     )
     accepted = set(table.loc[table["decision"] == "accepted", "sample_id"]) - set(duplicates)
     released = planned[planned["sample_id"].isin(accepted)]
@@ -154,9 +159,10 @@ def _loss_attack(
     members, others = train[: assessment.LOSS_SCANS], test[: assessment.LOSS_SCANS]
     if len(members) < 2 or len(others) < 2:
         return None
-    rows, model = np.concatenate([members, others]), load()
-    parts = [model.encode(shards.tensors("image", rows[i : i + ENCODED])) for i in range(0, len(rows), ENCODED)]
-    losses = assessment.denoising_losses(model, torch.cat(parts), model.condition(scans.iloc[rows]))
+    rows, model, size = np.concatenate([members, others]), load(), min(ENCODED, batch_size(shards.shape("image")))
+    with full_float32():
+        parts = [model.encode(shards.tensors("image", rows[i : i + size])) for i in range(0, len(rows), size)]
+        losses = assessment.denoising_losses(model, torch.cat(parts), model.condition(scans.iloc[rows]))
     is_member = np.arange(len(rows)) < len(members)
     return attacks.membership(
         is_member, -losses, scans["subject_id"].iloc[rows].tolist(), study.privacy.bootstrap, study.seed, "loss"

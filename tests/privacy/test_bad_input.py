@@ -87,6 +87,7 @@ class Cohort:
             scale=folder / "scale.safetensors",
             embedder=folder / "embedder",
             reference=folder / "reference.safetensors",
+            reference_scans=folder / "reference-scans.arrow",
             out=card,
         )
         return read_json(card)

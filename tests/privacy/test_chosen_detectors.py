@@ -13,7 +13,7 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.privacy import assessment as audit
 from meddiff_steps.privacy.calibration import thresholds_of
-from meddiff_steps.privacy.detectors.base import score
+from meddiff_steps.privacy.detectors.base import directions, score
 from meddiff_steps.privacy.reference import ReferenceFiles, load_detectors
 
 EVERY = ["aligned", "learned", "latent"]
@@ -34,12 +34,14 @@ class Calibrated(Cohort):
             "scale": f / "scale.safetensors",
             "embedder": f / "embedder",
         }
-        return ReferenceFiles(images=[self.images], **paths | changes)
+        return ReferenceFiles(**{"scans": f / "reference-scans.arrow"} | paths | changes)
 
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory: pytest.TempPathFactory) -> Calibrated:
     made = Calibrated(tmp_path_factory.mktemp("cohort"), strangers(len(SPLITS)), SPLITS)
+    flipped = made.study.variants.model_copy(update={"flip": True})  # `latent` sees mirror images, whoever is beside it
+    made.study = made.study.model_copy(update={"variants": flipped})
     made.train_embedder()
     return made
 
@@ -103,9 +105,9 @@ def test_attacks_gates_and_report_are_about_the_chosen_detectors(cohort, every, 
 
     def scans(split):
         rows = np.flatnonzero(splits == split)
-        return audit.RealScans(audit.directions(detectors, shards, rows), rows.astype(str))
+        return audit.RealScans(directions(detectors, shards, rows), rows.astype(str))
 
-    made = audit.directions(detectors, shards, np.arange(20, 60))
+    made = directions(detectors, shards, np.arange(20, 60))
     found = audit.attack(made, scans("train"), scans("calibration"), scans("test"), 50, "seed")
     assert list(found["nearer_to_training"]) == list(found["authenticity"]) == names
     attacks = [f"distance, {name}" for name in names] + ([f"density ratio, {density}"] if density else [])

@@ -10,6 +10,7 @@ from meddiff_steps.core.random_streams import seed_key
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.privacy import assessment as audit
 from meddiff_steps.privacy.calibration import Thresholds
+from meddiff_steps.privacy.duplicates import near_duplicates
 from meddiff_steps.privacy.filter import fill
 from meddiff_steps.privacy.search import unit_rows
 from meddiff_steps.privacy.verdict import at_most, holds, verdict
@@ -172,7 +173,7 @@ def test_near_duplicates_are_found_but_not_among_counterfactuals(tmp_path):
         for i, picture in enumerate(images):
             shard.append(sample_id=f"s{i}", image=picture)
     planned = plan(6).assign(noise_index=[0, 1, 2, 3, 4, 1])
-    assert audit.near_duplicates(Shards([tmp_path / "x.arrow"]), planned, 0.99) == ["s4"]
+    assert near_duplicates(Shards([tmp_path / "x.arrow"]), planned, 0.99) == ["s4"]
 
 
 def test_of_many_that_are_the_same_the_first_of_the_plan_remains_in_whatever_shards_they_lie(tmp_path):
@@ -192,7 +193,7 @@ def test_of_many_that_are_the_same_the_first_of_the_plan_remains_in_whatever_sha
             for i in part:
                 shard.append(sample_id=names[i], image=images[i])
     copies = sorted(names[:60], key=lambda name: int(name[1:]))
-    found = audit.near_duplicates(Shards([tmp_path / f"{number}.arrow" for number in range(3)]), plan(600), 0.99)
+    found = near_duplicates(Shards([tmp_path / f"{number}.arrow" for number in range(3)]), plan(600), 0.99)
     assert found == sorted(copies[1:])
 
 
@@ -239,7 +240,7 @@ def test_duplicates_found_by_block_means_are_those_of_all_voxels(tmp_path, shape
     correlation = np.corrcoef(images.reshape(80, -1))
     expected = sorted(f"s{i}" for i in range(80) if (correlation[i, :i] >= 0.99).any())
     assert 5 < len(expected) < 35
-    assert audit.near_duplicates(Shards([tmp_path / "x.arrow"]), plan(80), 0.99) == expected
+    assert near_duplicates(Shards([tmp_path / "x.arrow"]), plan(80), 0.99) == expected
 
 
 @pytest.mark.parametrize("name", ["calibrated", "planted copies are found"])

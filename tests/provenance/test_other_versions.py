@@ -205,7 +205,7 @@ class Near:
 
 def test_limits_are_those_of_the_detectors_of_then(place, old, monkeypatch, tmp_path):
     monkeypatch.setattr(privacy, "load_file", lambda path: {})
-    monkeypatch.setattr(privacy, "load_detectors", lambda files, reference, names: [Near()])
+    monkeypatch.setattr(privacy, "load_detectors", lambda *given: [Near()])
     monkeypatch.setattr(privacy, "_stale", lambda release, results: [])
     found = checks(audit(Request(old, version=OLD, results=place.results)), 7)["images"]
     assert found.outcome == "note" and INSTALL in found.text and found.examples

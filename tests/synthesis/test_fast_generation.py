@@ -109,7 +109,7 @@ def test_slabs_give_what_the_whole_gives_at_seams_as_elsewhere(decoder, planes):
     assert (decoder.decode(z, planes) - whole).abs().max() < 1e-5 * max(1.0, float(whole.abs().max()))
 
 
-def test_a_block_never_holds_more_than_a_slab_in_full_precision(decoder):
+def test_a_block_never_holds_more_than_a_slab_in_full_float32(decoder):
     sizes = []
     for block in decoder.net.decoder.modules():
         if isinstance(block, AEKLResBlock):

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from meddiff_steps.imaging.perturbations import flip
-from meddiff_steps.privacy.detectors.base import Context, Detector, TrainingImages, parts_of
+from meddiff_steps.privacy.detectors.base import Context, Detector, TrainingImages, parts_of, reduced
 from meddiff_steps.privacy.search import nearest, unit_rows
 from meddiff_steps.privacy.size import batch_size
 
@@ -19,10 +19,11 @@ ENTRY = {
     "misses": "copies that were rotated, warped, or moved by more than a voxel.",
 }
 
-#: The aligned detector compares at this size first, and its best candidates at full size.
+#: The aligned detector compares at this size first, and its best candidates as they are, or reduced to
+#: `privacy.size.COMPARED_VOXELS`.
 ALIGNED_SIDE = {2: 32, 3: 16}
 CANDIDATES = 20  # halved between the image and its mirror image
-MAX_SHIFT = 1  # voxels, along every axis
+MAX_SHIFT = 1  # voxels of what is compared, along every axis
 
 #: Where the mean training image is darker than this, nobody has anatomy.
 BACKGROUND = 0.05
@@ -38,22 +39,31 @@ class Aligned:
     correlation, and the highest SSIM inside the mask (Wang et al. 2004) is the similarity.  On registered brains this
     finds copies better than any embedding (DeepSSIM, arXiv 2509.16582, table 2), as long as they were not rotated.
     Only what lies inside the extent of the image counts, so that a copy whose borders were cut off is compared by what
-    is left.
+    is left.  Large images are compared by block means (`base.reduced`).
 
     Parameters
     ----------
     mean
         Mean training image, (1, *spatial); it gives the mask and is taken off before correlating.
     training
-        The training scans at full size, as they are numbered in `references`.
+        The training scans, `reduced`, as they are numbered in `references`.
+    references
+        Their directions, (m, d).
     """
 
     name = "aligned"
 
-    def __init__(self, mean: np.ndarray, training: TrainingImages, references: np.ndarray | None = None) -> None:
-        self.mean, self.training = torch.from_numpy(mean)[None], training
-        self.dims = mean.ndim - 1
-        self.factors = [min(-(-max(mean.shape) // ALIGNED_SIDE[self.dims]), n) for n in mean.shape[1:]]
+    def __init__(
+        self,
+        mean: np.ndarray,
+        training: TrainingImages,
+        references: np.ndarray | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.mean, self.training, self.device = reduced(torch.from_numpy(mean)[None]).to(device), training, device
+        shape = self.mean.shape[2:]
+        self.dims = len(shape)
+        self.factors = [min(-(-max(shape) // ALIGNED_SIDE[self.dims]), n) for n in shape]
         self.mask = self.mean > BACKGROUND
         if not bool(self.mask.any()):
             self.mask = torch.ones_like(self.mask)
@@ -62,19 +72,24 @@ class Aligned:
         self.box = (slice(None), slice(None), *(slice(max(0, a - WINDOW // 2), b + WINDOW // 2) for a, b in ends))
         filled = self._pool(self.mask.float())
         self.coarse_mask = filled > (0.5 if bool((filled > 0.5).any()) else 0.0)  # thin structures fill no cell by half
-        self.references = np.zeros((0, 0), np.float32) if references is None else references
+        #: A GPU holds them once, and is not given them again for every search.
+        self.references: np.ndarray | Tensor = (
+            np.zeros((0, 0), np.float32) if references is None else torch.from_numpy(references).to(device)
+        )
 
     def _pool(self, images: Tensor) -> Tensor:
         return (functional.avg_pool3d if self.dims == 3 else functional.avg_pool2d)(images, self.factors)
 
     def vectors(self, images: Tensor) -> np.ndarray:
+        images = reduced(images.to(self.device))
         return self._vectors(images, extent(images))
 
     def _vectors(self, images: Tensor, seen: Tensor) -> np.ndarray:
-        return unit_rows(self._pool((images - self.mean) * (self.mask * seen))[:, self.coarse_mask[0]].numpy())
+        return unit_rows(self._pool((images - self.mean) * (self.mask * seen))[:, self.coarse_mask[0]].cpu().numpy())
 
     @torch.no_grad()
     def similarity(self, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        images = reduced(images.to(self.device))
         score, index = np.full(len(images), -1.0), np.zeros(len(images), np.int64)
         shifts = torch.cartesian_prod(*[torch.arange(-MAX_SHIFT, MAX_SHIFT + 1)] * self.dims).tolist()
         variants = np.arange(2 * len(shifts))  # the image at every shift, then its mirror image
@@ -85,10 +100,10 @@ class Aligned:
             whole = torch.stack([both, extent(both)], 1)
             vectors = np.concatenate([self._vectors(*_moved(whole, part, shifts)) for part in parts_of(variants, size)])
             found = np.unique(nearest(vectors[unmoved], self.references, CANDIDATES // 2)[1])
-            best = (vectors @ self.references[found].T).argmax(0)
+            best = (vectors @ torch.as_tensor(self.references[found]).cpu().numpy().T).argmax(0)
             values = np.concatenate(
                 [
-                    self._ssim(moved, torch.from_numpy(self.training[found[part]]), seen)
+                    self._ssim(moved, torch.from_numpy(self.training[found[part]]).to(self.device), seen)
                     for part in parts_of(np.arange(len(found)), size)
                     for moved, seen in [_moved(whole, best[part], shifts)]
                 ]
@@ -103,7 +118,7 @@ class Aligned:
         trim = [slice((n - m) // 2, (n - m) // 2 + m) for n, m in zip(a.shape[2:], values.shape[2:], strict=True)]
         # A window that reaches over a cut compares anatomy with nothing.
         inside = self.mask[self.box][(slice(None), slice(None), *trim)] * (window_mean(seen, window) > 1.0 - 1e-4)
-        return ((values * inside).flatten(1).sum(1) / inside.flatten(1).sum(1).clamp_min(1.0)).numpy()
+        return ((values * inside).flatten(1).sum(1) / inside.flatten(1).sum(1).clamp_min(1.0)).cpu().numpy()
 
 
 def _moved(whole: Tensor, variants: np.ndarray, shifts: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -159,4 +174,4 @@ def ssim_map(a: Tensor, b: Tensor, window: int) -> Tensor:
 
 def build(context: Context) -> Detector:
     """`Aligned` with the mean training image."""
-    return Aligned(context.mean, context.training, context.directions.get("aligned"))
+    return Aligned(context.mean, context.training, context.directions.get("aligned"), context.device)

@@ -5,27 +5,30 @@ in different ways: the aligned one misses what was rotated, the learned one may 
 one sees only what the autoencoder kept.
 
 A detector (`privacy.detectors`) is a module of this package: `ENTRY` says what it is and `build(context)` makes it;
-`privacy.reference` builds those that are chosen.
+`privacy.reference` builds those that are chosen.  A module whose directions of the training scans are known without
+looking at these gives them as `known(context)`, (m, d).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.first_stage.base import FirstStage
 from meddiff_steps.models.latent_statistics import Standardisation
-from meddiff_steps.privacy.size import batch_size
+from meddiff_steps.privacy.size import batch_size, reduction
 
 
 class Detector(Protocol):
-    """`vectors` are compared by cosine; `similarity` is what thresholds apply to."""
+    """`vectors` are compared by cosine; `similarity` is what thresholds apply to.  Images may lie on any device."""
 
     name: str
 
@@ -50,8 +53,8 @@ class TrainingImages:
         return self.shards.tensors("image", self.rows[index])
 
     def batches(self) -> Iterator[Tensor]:
-        for rows in parts_of(self.rows, batch_size(self.shards.shape("image"))):
-            yield torch.from_numpy(self.shards.tensors("image", rows))
+        for _, images in batches(self.shards, self.rows):
+            yield images
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,25 @@ class Context:
     mean
         Mean training image, float32 (1, *spatial).
     training
-        The training scans.
+        The training scans, `reduced`.
     embedder
-        Gives the learned embedding, (b, 1, *spatial) to (b, d).
+        Gives the learned embedding, (b, 1, *spatial) to (b, d), on the device.
     first_stage
-        Gives the autoencoder.
+        Gives the autoencoder, on the device.
     standardisation
         Gives how its latents are standardised.
     directions
         Of the training scans by the name of the detector, as `references` gave them before, (m, d); a detector without
         finds nothing.
+    device
+        Where networks and searches run.
+    autocast
+        Makes what the autoencoder computes in the study's precision in.
+    mirrors
+        Whether detectors to which the mirror image of an image costs as much as the image itself look at it, too.
+    latents
+        Gives the autoencoder's most probable latents of every training scan in order, (c, *spatial) each, where they
+        were kept.
     """
 
     mean: np.ndarray
@@ -82,6 +94,10 @@ class Context:
     first_stage: Callable[[], FirstStage]
     standardisation: Callable[[], Standardisation[Tensor]]
     directions: Mapping[str, np.ndarray]
+    device: torch.device | str = "cpu"
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext
+    mirrors: bool = True
+    latents: Callable[[], Iterable[np.ndarray]] | None = None
 
 
 def parts_of(numbers: np.ndarray, size: int) -> list[np.ndarray]:
@@ -89,18 +105,39 @@ def parts_of(numbers: np.ndarray, size: int) -> list[np.ndarray]:
     return np.split(numbers, range(size, len(numbers), size))
 
 
+def batches(shards: Shards, rows: np.ndarray) -> Iterator[tuple[slice, Tensor]]:
+    """The images of `rows`, (b, 1, *spatial) each, as many at once as detectors take, and which of `rows` they are."""
+    size = batch_size(shards.shape("image"))
+    for start in range(0, len(rows), size):
+        part = slice(start, min(start + size, len(rows)))
+        yield part, torch.from_numpy(shards.tensors("image", rows[part]))
+
+
+def reduced(images: Tensor) -> Tensor:
+    """Images (b, 1, *spatial) as they are compared voxel by voxel: block means (`privacy.size.reduction`), or
+    themselves.
+    """
+    sides = reduction(images.shape[2:])
+    if max(sides) == 1:
+        return images
+    return (functional.avg_pool3d if images.ndim == 5 else functional.avg_pool2d)(images, sides)
+
+
+def directions(detectors: Sequence[Detector], shards: Shards, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Per detector: directions of the images of `rows`, (len(rows), d); each image is read once."""
+    found = {detector.name: np.zeros((0, 0), np.float32) for detector in detectors}
+    for part, images in batches(shards, rows):
+        for detector in detectors:
+            vectors = detector.vectors(images)
+            if part.start == 0:  # filled in place: a list of parts would need twice the memory
+                found[detector.name] = np.empty((len(rows), vectors.shape[1]), np.float32)
+            found[detector.name][part] = vectors
+    return found
+
+
 def references(detector: Detector, training: TrainingImages) -> np.ndarray:
     """Directions of all training scans, (m, d)."""
-    directions, filled = np.zeros((0, 0), np.float32), 0
-    for images in training.batches():
-        vectors = detector.vectors(images)
-        if not filled:
-            directions = np.empty(
-                (len(training), vectors.shape[1]), np.float32
-            )  # filled in place: a list of parts would need twice the memory
-        directions[filled : filled + len(vectors)] = vectors
-        filled += len(vectors)
-    return directions
+    return directions([detector], training.shards, training.rows)[detector.name]
 
 
 def score(detectors: Sequence[Detector], images: Tensor) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

@@ -21,4 +21,4 @@ ENTRY = {
 
 def build(context: Context) -> Detector:
     """`Embedding` by the study's embedder."""
-    return Embedding("learned", context.embedder(), context.directions.get("learned"))
+    return Embedding("learned", context.embedder(), context.directions.get("learned"), context.device)
