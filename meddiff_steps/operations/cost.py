@@ -256,6 +256,11 @@ def wasted(found: Iterable[Estimate], share: float = 0.2) -> list[Estimate]:
     return [one for one in found if one.jobs > 1 and one.start_share > share]
 
 
+def too_long(found: Iterable[Estimate]) -> list[Estimate]:
+    """Stages of which a job takes longer than its rule asks for."""
+    return [one for one in found if 60 * one.hours_each > REQUESTS[one.stage].minutes]
+
+
 def as_json(study: Study, scans: int, found: Sequence[Estimate]) -> dict[str, Any]:
     """All of it as one object."""
     groups = {name: together(one for one in found if one.group == name) for name in GROUPS}

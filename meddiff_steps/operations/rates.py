@@ -41,15 +41,15 @@ PROCESSOR: dict[str, Unit] = {
     "scan listed": Unit(3e-4, shared=True),
     "voxel hashed": Unit(2e-9, shared=True),
     "scan registered": Unit(0.45, shared=True),
-    "scan resampled, voxel": Unit(4e-7, shared=True),
+    "voxel unpacked": Unit(2.6e-8, shared=True),
+    "voxel resampled": Unit(3.4e-8, shared=True),
     "voxel simulated": Unit(4.6e-7, shared=True),
     "voxel read": Unit(5e-10),
     "voxel stored": Unit(1.2e-8),
     "voxel copied": Unit(4e-10),
-    "voxel in a loss": Unit(5e-8, shared=True),
     "voxel augmented": Unit(1.1e-7, shared=True),
     "voxel reduced": Unit(1.9e-8, shared=True),
-    "voxel compared": Unit(4e-8, shared=True),
+    "voxel compared": Unit(8e-8, shared=True),
     "voxel measured": Unit(3e-8, shared=True),
     "voxel described": Unit(1.1e-6),
     "voxel blurred": Unit(3.2e-7),
@@ -57,7 +57,7 @@ PROCESSOR: dict[str, Unit] = {
     "voxel checked": Unit(6e-8, shared=True),
     "normal number": Unit(1.3e-8),
     "product": Unit(8e-12, shared=True),
-    "resample": Unit(5e-3),
+    "resample": Unit(1.1e-3),
     "subject planned": Unit(1e-4),
     "subject attacked": Unit(1e-3),
     "subject described": Unit(1e-4),
@@ -88,6 +88,8 @@ class Request:
     ----------
     cores
         `threads` of the rule.
+    minutes
+        `runtime`.
     megabytes
         Whatever the images.
     bytes_per_voxel
@@ -95,6 +97,7 @@ class Request:
     """
 
     cores: int
+    minutes: int
     megabytes: int
     bytes_per_voxel: Callable[[Study], float] = lambda study: 0.0
 
@@ -116,27 +119,27 @@ def _either(study: Study) -> float:
 
 
 REQUESTS: dict[str, Request] = {
-    "simulate": Request(2, 3000),
-    "cohort": Request(8, 2000),
-    "preprocess": Request(2, 2000, lambda study: 64 * 4),
-    "autoencoder": Request(8, 2500, lambda study: 2000 * study.autoencoder.optimiser.batch_size),
-    "decoder": Request(8, 2500, lambda study: 600 * study.decoder.optimiser.batch_size),
-    "latents": Request(8, 2000, lambda study: 600 * study.latents.batch_size),
-    "scale": Request(8, 6000, lambda study: 2000),
-    "diffusion": Request(8, 4000, lambda study: 200 * study.diffusion.optimiser.batch_size),
-    "tone": Request(8, 2500, _drawing),
-    "embedder": Request(8, 2000, lambda study: 40 * study.privacy.embedder.optimiser.batch_size),
-    "calibrate": Request(8, 4000, lambda study: _detecting(study) + 1200),
-    "plan": Request(1, 1500),
-    "generate": Request(8, 2500, _drawing),
-    "filter": Request(8, 4000, _either),
-    "privacy": Request(8, 8000, _detecting),
-    "evaluate": Request(8, 6000, lambda study: 100),
-    "showcase": Request(8, 2500, _drawing),
-    "images": Request(1, 1500, lambda study: 64 * 4),
-    "describe": Request(1, 1500),
-    "ledger": Request(1, 2000),
-    "report": Request(1, 3000),
-    "neighbours": Request(1, 3000),
-    "audit": Request(8, 4000, _either),
+    "simulate": Request(2, 60, 3000),
+    "cohort": Request(8, 120, 2000),
+    "preprocess": Request(2, 120, 2000, lambda study: 64 * 4),
+    "autoencoder": Request(8, 2880, 2500, lambda study: 2000 * study.autoencoder.optimiser.batch_size),
+    "decoder": Request(8, 2880, 2500, lambda study: 600 * study.decoder.optimiser.batch_size),
+    "latents": Request(8, 240, 2000, lambda study: 600 * study.latents.batch_size),
+    "scale": Request(8, 120, 6000, lambda study: 2000),
+    "diffusion": Request(8, 4320, 4000, lambda study: 200 * study.diffusion.optimiser.batch_size),
+    "tone": Request(8, 240, 2500, _drawing),
+    "embedder": Request(8, 720, 2000, lambda study: 40 * study.privacy.embedder.optimiser.batch_size),
+    "calibrate": Request(8, 720, 4000, lambda study: _detecting(study) + 1200),
+    "plan": Request(1, 30, 1500),
+    "generate": Request(8, 480, 2500, _drawing),
+    "filter": Request(8, 720, 4000, _either),
+    "privacy": Request(8, 720, 8000, _detecting),
+    "evaluate": Request(8, 240, 6000, lambda study: 100),
+    "showcase": Request(8, 60, 2500, _drawing),
+    "images": Request(1, 120, 1500, lambda study: 64 * 4),
+    "describe": Request(1, 30, 1500),
+    "ledger": Request(1, 60, 2000),
+    "report": Request(1, 30, 3000),
+    "neighbours": Request(1, 30, 3000),
+    "audit": Request(8, 240, 4000, _either),
 }

@@ -32,7 +32,7 @@ from meddiff_steps.models.denoiser.effects import feature_count
 from meddiff_steps.models.drawing.base import build as build_decoder
 from meddiff_steps.models.first_stage.base import build
 from meddiff_steps.models.latent_statistics import FOLDS, MAX_READOUT_ROWS
-from meddiff_steps.privacy.assessment import COARSE_SIDE, LOSS_SCANS, LOSS_TIMES, MAX_IMAGES, MAX_PEOPLE
+from meddiff_steps.privacy.assessment import LOSS_SCANS, LOSS_TIMES, MAX_IMAGES, MAX_PEOPLE
 from meddiff_steps.privacy.detectors.aligned import ALIGNED_SIDE, CANDIDATES
 from meddiff_steps.privacy.reference import CONTROL_SCANS
 from meddiff_steps.synthesis.grey_levels import IMAGES as TONE_IMAGES
@@ -46,10 +46,14 @@ Group = Literal["preparation", "training", "after_training"]
 
 #: Forward and backward pass over the forward pass; and where features are computed again on the way back.
 TRAINING, RECOMPUTED = 3.0, 4.0
+#: Voxels of a scan as it is stored, where only the cohort knows: a head at 1 mm, a radiograph.
+HEAD_VOXELS = {2: 2**20, 3: 2**23}
 #: Ways in which the scans of the positive controls are copied.
 CONTROL_COPIES = 7
-#: Longest side of the grid on which the detector `aligned` compares its candidates.
-COMPARED_SIDE = 64
+#: Voxels up to which the detector `aligned` compares images with its candidates as they are; larger ones are reduced.
+COMPARED_VOXELS = 2**18
+#: Longest side at which all synthetic images are compared with each other.
+COARSE_SIDE = {2: 32, 3: 12}
 #: Images that an audit makes again, and as many that it looks at with the copy detectors.
 AUDITED = 20
 #: Kinds of images that evaluation compares, and ways in which it spoils scans.
@@ -109,6 +113,18 @@ def covariate_levels(study: Study) -> list[int]:
 
 def forward_flops(study: Study) -> Flops:
     """What one pass of each of a study's networks takes."""
+    sections = (study.preprocess.shape, study.autoencoder, study.diffusion, study.decoder, covariate_levels(study))
+    key = repr(sections)
+    if key not in _COUNTED:
+        _COUNTED[key] = _forward_flops(study)
+    return _COUNTED[key]
+
+
+#: Networks that were counted, which takes a second or two for large ones.
+_COUNTED: dict[str, Flops] = {}
+
+
+def _forward_flops(study: Study) -> Flops:
     dims, shape, levels = study.spatial_dims, study.preprocess.shape, covariate_levels(study)
     adversarial = study.autoencoder.adversarial
 
@@ -218,11 +234,14 @@ class Counter:
 
     def _before(self) -> dict[str, Work]:
         study, scans = self.study, self.scans
-        prepared = {"scan resampled, voxel": scans * self.voxels}
+        stored = (
+            math.prod(study.cohort.shape) if study.cohort.source == "simulated" else HEAD_VOXELS[study.spatial_dims]
+        )
+        prepared = {"voxel unpacked": scans * stored, "voxel resampled": scans * self.voxels}
         if study.preprocess.registration is not None:
             prepared["scan registered"] = scans
         found = {
-            "cohort": Work("preparation", 1, units={"scan listed": scans, "voxel hashed": scans * self.voxels}),
+            "cohort": Work("preparation", 1, units={"scan listed": scans, "voxel hashed": scans * stored}),
             "preprocess": Work(
                 "preparation",
                 study.preprocess.shards,
@@ -258,7 +277,7 @@ class Counter:
                     times(looked_at, self.returned),
                     {"discriminator trained": judged * flops.discriminator} if settings.adversarial.weight else {},
                 ),
-                {"voxel read": (images + looked_at) * voxels, "voxel in a loss": images * voxels},
+                {"voxel read": (images + looked_at) * voxels},
                 networks=2 + bool(settings.adversarial.weight),
                 training=True,
                 bytes=4.0 * held_out * voxels,
@@ -407,10 +426,11 @@ class Counter:
         flops = {"encoder": images * self.flops.encoder, "embedder": images * self.flops.embedder}
         units = {"voxel read": images * self.voxels, "voxel reduced": images * self.voxels}
         if judged:
-            compared = math.prod(_grid(self.study.preprocess.shape, COMPARED_SIDE))
+            shape = self.study.preprocess.shape
+            side = next(n for n in range(1, max(shape) + 1) if _blocks(shape, n) <= COMPARED_VOXELS)
             units |= {
                 "product": 2.0 * images * self.train * self.directions,
-                "voxel compared": images * CANDIDATES * compared,
+                "voxel compared": images * CANDIDATES * _blocks(shape, side),
             }
         return flops, units
 
@@ -530,14 +550,14 @@ def validations(settings: NetworkOptimiser) -> int:
     return 1 + math.ceil(settings.steps / settings.validate_every)
 
 
-def _grid(shape: tuple[int, ...], side: int) -> list[int]:
-    """Of blocks, as large as it takes for the longest side to have at most `side` of them."""
-    factor = -(-max(shape) // side)
-    return [max(1, n // factor) for n in shape]
+def _blocks(shape: tuple[int, ...], side: int) -> int:
+    """Whole blocks of so many voxels a side in a grid, at least one along each axis."""
+    return math.prod(max(1, n // side) for n in shape)
 
 
-def _reduced(shape: tuple[int, ...], side: int) -> int:
-    return math.prod(_grid(shape, side))
+def _reduced(shape: tuple[int, ...], longest: int) -> int:
+    """Blocks, as large as it takes for the longest side to have at most `longest` of them."""
+    return _blocks(shape, -(-max(shape) // longest))
 
 
 def work(study: Study, scans: int) -> dict[str, Work]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,18 @@ import typer
 
 from meddiff_steps.config import Study, load_study
 from meddiff_steps.core.errors import UserError
-from meddiff_steps.operations.cost import GROUPS, Estimate, Machine, as_json, estimates, together, wall_hours, wasted
+from meddiff_steps.operations.cost import (
+    GROUPS,
+    Estimate,
+    Machine,
+    as_json,
+    estimates,
+    together,
+    too_long,
+    wall_hours,
+    wasted,
+)
+from meddiff_steps.operations.rates import REQUESTS
 from meddiff_steps.operations.work import forward_flops
 from meddiff_steps.synthesis.size import planned_subjects
 
@@ -62,6 +74,12 @@ def run(
     print("; ".join(rates))
     print("\n".join(_table(found)))
     print(f"from start to end with {jobs} jobs at a time: {wall_hours(found, jobs):.1f} hours")
+    for one in too_long(found):
+        minutes = REQUESTS[one.stage].minutes
+        print(
+            f"{one.stage}: a job takes {one.hours_each:.1f} hours, and its rule asks for {minutes / 60:g}. Let it ask"
+            f" for more: --set-resources {one.stage}:runtime={math.ceil(90 * one.hours_each)}"
+        )
     for one in wasted(found):
         print(
             f"{one.stage}: its {one.jobs} jobs start and compile for {one.start_share:.0%} of their time; fewer and"
