@@ -130,7 +130,8 @@ def test_a_study_is_estimated_to_cost_what_it_did(study):
     """Measured by itself, so that nothing is extrapolated."""
     results = study / "results/tiny"
     found = {
-        one.stage: one for one in estimates(load_study(study / "study.yaml"), STUDY["cohort"]["subjects"], Machine(), results)
+        one.stage: one
+        for one in estimates(load_study(study / "study.yaml"), STUDY["cohort"]["subjects"], Machine(), results)
     }
     assert {
         "simulate",
