@@ -48,6 +48,8 @@ def measure(subjects: int, folder: Path) -> Planned:
     """Plan the study with so many synthetic subjects."""
     study = yaml.safe_load(STUDY.read_text())
     study["plan"][0]["subjects"] = subjects
+    # Many small jobs, as a study of larger cohorts has.
+    study["generate"]["shard_size"], study["preprocess"]["shards"] = 250, 128
     study["results"] = str(folder / "results")
     path = folder / f"{subjects}.yaml"
     path.write_text(yaml.safe_dump(study))

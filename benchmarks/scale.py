@@ -17,8 +17,10 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -99,11 +101,13 @@ def memory_of(process: int) -> float:
     return next((float(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM:")), 0.0)
 
 
-def measure(subjects: int, folder: Path, cores: int) -> Run:
-    """Run the workflow for so many subjects in an empty folder, and read what its jobs took."""
+def measure(subjects: int, folder: Path, cores: int, changes: Mapping[str, Any] = MappingProxyType({})) -> Run:
+    """Run the workflow for so many subjects in an empty folder, and read what its jobs took; `changes` are sections in
+    place of those of `STUDY`.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    study = STUDY | {"study": "scale", "plan": [{"name": "syn", "subjects": subjects}]}
+    study = STUDY | {"study": "scale", "plan": [{"name": "syn", "subjects": subjects}]} | dict(changes)
     (folder / "study.yaml").write_text(yaml.safe_dump(study))
     environment = {key: value for key, value in os.environ.items() if key != "MEDDIFF_STUDY"} | {
         "PYTHONPATH": str(ROOT),

@@ -84,6 +84,10 @@ RESULTS = str(Path(STUDY.results, STUDY.study))
 if workflow.is_main_process:
     environ["MEDDIFF_STUDY"] = str(study_config.freeze(STUDY, None, Path(RESULTS, "config")))
 
+# What torch compiles for one job, the others find: entries are named by what they are made of and appear under their
+# names when they are complete, so that jobs may share the folder. Deleting it costs compiling again.
+environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(RESULTS, ".cache", "compiled").resolve()))
+
 
 # Snakemake's own lock knows the files of runs that were started in the same folder; this one, two runs that were not.
 RUN_LOCK = []

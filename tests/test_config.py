@@ -403,7 +403,9 @@ def test_what_runs_again_after_an_edit(tmp_path, path, value, expected):
 
 
 def test_every_key_reaches_a_stage_or_is_about_what_happens_beside_them(tmp_path):
-    """What no stage is given does nothing; only storage and requests for copies are the workflow's own."""
+    """What no stage is given does nothing; only storage, requests for copies and what a plan of its cost reckons with
+    are nobody's.
+    """
     given = {entry for entries in config.STAGES.values() for entry in entries}
     unread = {
         f"{section}.{key}" if hasattr(field.annotation, "model_fields") else section
@@ -411,7 +413,9 @@ def test_every_key_reaches_a_stage_or_is_about_what_happens_beside_them(tmp_path
         for key in getattr(field.annotation, "model_fields", [""])
         if not {section, f"{section}.{key}"} & given
     }
-    assert unread == {"release.exports", "release.models", *(f"storage.{key}" for key in config.Storage.model_fields)}
+    of_sections = {f"storage.{key}" for key in config.Storage.model_fields}
+    of_sections |= {f"cost.{key}" for key in config.Cost.model_fields}
+    assert unread == {"release.exports", "release.models", *of_sections}
 
 
 @pytest.mark.parametrize("stage", config.STAGES)

@@ -20,7 +20,7 @@ from tiny_study import CONTRACT, ENVIRONMENT, LEAN, ROOT, STUDY, digests, made_l
 
 from meddiff_steps.config import load_study
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.operations.cost import estimates
+from meddiff_steps.operations.cost import Machine, estimates
 from meddiff_steps.operations.status import seconds
 
 
@@ -130,7 +130,8 @@ def test_a_study_is_estimated_to_cost_what_it_did(study):
     """Measured by itself, so that nothing is extrapolated."""
     results = study / "results/tiny"
     found = {
-        one.stage: one for one in estimates(load_study(study / "study.yaml"), STUDY["cohort"]["subjects"], results)
+        one.stage: one
+        for one in estimates(load_study(study / "study.yaml"), STUDY["cohort"]["subjects"], Machine(), results)
     }
     assert {
         "simulate",

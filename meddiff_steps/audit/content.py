@@ -11,6 +11,7 @@ import numpy as np
 
 from meddiff_steps import config
 from meddiff_steps.audit.progress import progress
+from meddiff_steps.core.pool import in_order
 from meddiff_steps.imaging import encoding
 from meddiff_steps.provenance import verify
 from meddiff_steps.provenance.ledger import Row
@@ -33,20 +34,23 @@ SAID = {
 }
 
 
-def check_content(release: Sealed) -> list[Check]:
-    """Every image is decoded; it says that it is synthetic, and is what the ledger says it shows."""
+def check_content(release: Sealed, threads: int = 1) -> list[Check]:
+    """Every image is decoded, `threads` at a time; it says that it is synthetic, and is what the ledger says it
+    shows.
+    """
     study, count = release.study, release.root["ledger"]["released"]
     assert study is not None
     images = _Images(release.folder, study)
-    for row in progress(release.released(), count, "content"):
-        images.look(row)
+    looked_at = in_order(lambda row: (row, *images.look(row)), release.released(), threads)
+    for row, problems, packed in progress(looked_at, count, "content"):
+        images.add(row, problems, packed)
     images.wrong["marks"] += _dataset_marks(release.folder, study, images.folders or {""})
     checks = [judged(5, name, images.wrong[name], good.format(count=count), bad) for name, (good, bad) in SAID.items()]
     return [images.packing() or check if check.name == "packing" else check for check in checks]
 
 
 class _Images:
-    """Released images, looked at one by one: what is wrong with them, and the folders of their datasets."""
+    """Released images: what is wrong with them, and the folders of their datasets."""
 
     def __init__(self, release: Path, study: config.Study) -> None:
         self.release, self.study = release, study
@@ -57,8 +61,40 @@ class _Images:
         self._shown: dict[str, tuple[str, str]] = {}
         self._packed: dict[bool, list[str]] = {True: [], False: []}
 
-    def look(self, row: Row) -> None:
-        """Add the image of a row."""
+    def look(self, row: Row) -> tuple[list[tuple[str, str]], bool | None]:
+        """What is wrong with the image of a row, as (check, what), and whether it is packed as this machine packs it;
+        None where that was not looked at.
+        """
+        place = row["image"]["path"]
+        try:
+            image = encoding.decode(self.release / place, self.grid)
+        except encoding.Undecodable as error:
+            kind = "format" if isinstance(error, encoding.OtherForm) else "decodes"
+            return [(kind, f"{place}: {error}")], None
+        return self._look_at(image, row["sample_id"], row["image"]["voxel_sha256"])
+
+    def _look_at(
+        self, image: encoding.Decoded, name: str, voxel_sha256: str
+    ) -> tuple[list[tuple[str, str]], bool | None]:
+        study, packed = self.study.study, None
+        wrong = [("format", f"{name}: {problem}") for problem in _format_problems(image.stored)]
+        if encoding.voxel_digest(image.stored, image.affine) != voxel_sha256:
+            wrong.append(("voxels", name))
+        other = [("bytes", f"{name}: {one}") for one in encoding.departures(image, self.grid, name, study)]
+        wrong += other
+        if not other:
+            try:
+                packed = not encoding.is_packed_otherwise(image, self.grid, name, study)
+            except encoding.Undecodable as error:
+                wrong.append(("packing", f"{name}: {error}"))
+        if not image.description.startswith("SYNTHETIC"):
+            wrong.append(("marks", f"{name}: the description is {image.description[:40]!r}"))
+        if image.mark is None or image.mark.get("sample_id") != name or image.mark.get("study") != study:
+            wrong.append(("marks", f"{name}: the mark is {str(image.mark)[:200]!r}"))
+        return wrong, packed
+
+    def add(self, row: Row, problems: list[tuple[str, str]], packed: bool | None) -> None:
+        """Add what `look` found in the image of a row, and look at it beside the others."""
         name, place = row["sample_id"], row["image"]["path"]
         other, key = self._shown.setdefault(row["image"]["voxel_sha256"], (name, row["seed_key"]))
         # Counterfactual images of one subject may be equal: their covariate then does nothing.
@@ -67,30 +103,10 @@ class _Images:
         self.folders.add(self.layout.folder(row["group"], row["index"]))
         if place != self.layout.path(name, row["group"], row["index"]):
             self.wrong["format"].append(f"{name}: lies at {place}")
-        try:
-            image = encoding.decode(self.release / place, self.grid)
-        except encoding.Undecodable as error:
-            kind = "format" if isinstance(error, encoding.OtherForm) else "decodes"
-            self.wrong[kind].append(f"{place}: {error}")
-            return
-        self._look_at(image, name, row["image"]["voxel_sha256"])
-
-    def _look_at(self, image: encoding.Decoded, name: str, voxel_sha256: str) -> None:
-        study = self.study.study
-        self.wrong["format"] += [f"{name}: {problem}" for problem in _format_problems(image.stored)]
-        if encoding.voxel_digest(image.stored, image.affine) != voxel_sha256:
-            self.wrong["voxels"].append(name)
-        other = [f"{name}: {one}" for one in encoding.departures(image, self.grid, name, study)]
-        self.wrong["bytes"] += other
-        if not other:
-            try:
-                self._packed[not encoding.is_packed_otherwise(image, self.grid, name, study)].append(name)
-            except encoding.Undecodable as error:
-                self.wrong["packing"].append(f"{name}: {error}")
-        if not image.description.startswith("SYNTHETIC"):
-            self.wrong["marks"].append(f"{name}: the description is {image.description[:40]!r}")
-        if image.mark is None or image.mark.get("sample_id") != name or image.mark.get("study") != study:
-            self.wrong["marks"].append(f"{name}: the mark is {str(image.mark)[:200]!r}")
+        for check, what in problems:
+            self.wrong[check].append(what)
+        if packed is not None:
+            self._packed[packed].append(name)
 
     def packing(self) -> Check | None:
         """When all images are there: what can be said where some, or all, are packed otherwise than here.

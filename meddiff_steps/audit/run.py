@@ -64,7 +64,7 @@ def audit(request: Request) -> Report:
         return report
     _run(report, 4, lambda: _rows_and_statements(release, request))
     if request.hash_images:
-        _run(report, 5, lambda: content.check_content(release))
+        _run(report, 5, lambda: content.check_content(release, request.threads))
     else:
         report.skip(range(5, 6), "the images were not to be read")
     _run(report, 6, lambda: _re_execution(release, request))

@@ -31,6 +31,7 @@ from meddiff_steps.config.choices import (
 )
 from meddiff_steps.config.cohort import BidsSource, CohortSource, SimulatedSource, Splits, TableSource
 from meddiff_steps.config.compute import Compute
+from meddiff_steps.config.cost import Cost
 from meddiff_steps.config.counterfactual import Counterfactual
 from meddiff_steps.config.covariates import CategoricalCovariate, ContinuousCovariate, Covariate, Covariates
 from meddiff_steps.config.decoder import Decoder, DecoderOptimiser
@@ -78,6 +79,7 @@ __all__ = [
     "Compute",
     "Condition",
     "ContinuousCovariate",
+    "Cost",
     "Counterfactual",
     "Covariate",
     "Covariates",

@@ -124,7 +124,9 @@ class Preprocess(Section):
         {}, description="Further images of each scan, by the name of their column: other contrasts, masks, label maps."
     )
     shards: Annotated[int, Field(ge=1, le=10_000)] = Field(
-        2, description="Files, and so jobs, that the scans are divided into; about one per 200 scans."
+        2,
+        description="Files, and so jobs, that the scans are divided into; about one per 500 scans, or per 2,000 "
+        "where a GPU encodes them.",
     )
     max_failed_share: Fraction = Field(0.05, description="More left-out scans than this stop the study.")
 

@@ -36,8 +36,8 @@ _GRID = ("preprocess.shape", "preprocess.spacing_mm")
 #: Over how many jobs the trainings are spread is nothing to the steps around them.
 _DESIGN = _keys("downstream", Downstream, "jobs")
 #: What is done with a finished release: asking for a copy, for counterfactuals of scans, or for a blind test does not
-#: seal it again.
-_AFTERWARDS = ("release", "storage", "counterfactual", "lineup")
+#: seal it again, nor does what was reckoned before.
+_AFTERWARDS = ("release", "storage", "counterfactual", "lineup", "cost")
 
 #: What each stage may read, and therefore what makes it run again when it changes.
 #:

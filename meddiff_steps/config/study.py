@@ -9,6 +9,7 @@ from meddiff_steps.config.autoencoder import Autoencoder
 from meddiff_steps.config.base import LocalPath, Scalar, Section, Text
 from meddiff_steps.config.cohort import BidsSource, CohortSource, Splits
 from meddiff_steps.config.compute import Compute
+from meddiff_steps.config.cost import Cost
 from meddiff_steps.config.counterfactual import Counterfactual
 from meddiff_steps.config.covariates import CategoricalCovariate, ContinuousCovariate, Covariates, level_text
 from meddiff_steps.config.decoder import Decoder
@@ -71,6 +72,7 @@ class Study(Section):
     release: Release = Field(Release(), description="The synthetic cohort as a BIDS dataset.")
     compute: Compute = Field(Compute(), description="What the machine is asked for.")
     storage: Storage = Field(Storage(), description="What stays on disk, and where it goes.")
+    cost: Cost = Field(Cost(), description="What `plan-cost` reckons with.")
 
     @model_validator(mode="before")
     @classmethod

@@ -1,230 +1,289 @@
-"""What a study will cost, from what another one did cost.
+"""What a study will cost: its work (`operations.work`) at the rates of a machine.
 
-Every stage has an amount of work that follows from the study alone: floating-point operations of its networks, or
-voxels that it touches.  A finished study tells how fast a machine does each stage's work (its benchmarks, its files on
-disk); dividing the one by the other estimates the next study on such a machine.  Operations are counted by torch on
-networks without data, so the largest networks are counted in seconds.
+Rates are assumed (`operations.rates`), or taken from a finished study: how long its stages took, beside what its own
+work would take at the assumed rates, says by how much such a machine is faster or slower at each of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from meddiff_steps.config import CategoricalCovariate, Study
+from meddiff_steps.config import Compute, Study
 from meddiff_steps.core.errors import UserError
-from meddiff_steps.core.registries import default_steps, evaluations
-from meddiff_steps.diffusion.conditioning import Condition
-from meddiff_steps.diffusion.guidance import is_within
-from meddiff_steps.diffusion.sampling import levels_of
-from meddiff_steps.diffusion.schedules import NoiseProcess
-from meddiff_steps.models.denoiser.base import Denoiser
-from meddiff_steps.models.denoiser.effects import feature_count
-from meddiff_steps.models.drawing.base import build as build_decoder
-from meddiff_steps.models.first_stage.base import build
-from meddiff_steps.models.latent_statistics import FOLDS
-from meddiff_steps.operations.status import newest_study, seconds, stage_of
-from meddiff_steps.synthesis.grey_levels import IMAGES as TONE_IMAGES
-from meddiff_steps.synthesis.size import plan_shards, planned_subjects
-from meddiff_steps.training.tasks.decoder import CROPS_PER_IMAGE
+from meddiff_steps.operations.rates import (
+    COMPILE_S,
+    COMPILED_BEFORE_S,
+    CORE_FLOPS,
+    LIGHT_START_S,
+    PROCESSOR,
+    REQUESTS,
+    START_S,
+)
+from meddiff_steps.operations.status import gpus_of, newest_study, ran_without_gpu, seconds, stage_of
+from meddiff_steps.operations.work import Group, Work, work
+from meddiff_steps.synthesis.size import planned_subjects
 
-#: Seconds that a job takes before it begins to work: Python, torch and MONAI are loaded.
-START_S = 8.0
-#: Forward and backward pass over the forward pass.
-TRAINING = 3.0
-#: Images that the evaluation measures at most, of either kind.
-MEASURED = 5_000
+#: Stages before the trainings, these, and those from trained models to an audited release.
+GROUPS: tuple[Group, ...] = ("preparation", "training", "after_training")
+#: A stage that started and did next to nothing is taken to have worked for this share of its time, so that no rate is
+#: infinite.
+LEAST_WORK = 0.25
+#: FLOP/s of a GPU by which a stage is compared with itself, where nobody says how many it does.
+NOMINAL = 1e14
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a stage has to do.
+class Machine:
+    """What jobs run on.
 
     Attributes
     ----------
-    jobs
-        How many jobs share it.
-    amount, unit
-        All of them together.
-    gpu
-        Whether the stage asks for a GPU.
-    folder
-        Where in the results its files lie, None where they are small.
-    voxels
-        Voxels (or latent values) in these files.
+    flops
+        FLOP/s that a GPU sustains on the study's networks; None where jobs have none.
+    cores
+        Of a job at most.
     """
 
-    jobs: int
-    amount: float
-    unit: Literal["FLOP", "voxel", "row"]
-    gpu: bool = False
-    folder: str | None = None
-    voxels: float = 0.0
+    flops: float | None = None
+    cores: int = 8
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """One stage of the study that is planned: jobs, hours of one job, and bytes it leaves on disk."""
+    """One stage of the study that is planned.
+
+    Attributes
+    ----------
+    stage, group
+        Its name, and whether it comes before, in or after the trainings.
+    jobs
+        How many there are.
+    hours_each
+        From start to end of one.
+    gpus, cores, memory
+        That one holds meanwhile; memory in megabytes (2**20 bytes), at the first attempt.
+    start_share
+        Of its time, in which it starts and compiles.
+    disk
+        Bytes that the stage leaves.
+    flops
+        Of all its networks.
+    measured
+        Whether its rate is that of a finished study.
+    """
 
     stage: str
+    group: Group
     jobs: int
     hours_each: float
-    gpu: bool
+    gpus: int
+    cores: int
+    memory: int
+    start_share: float
     disk: float
+    flops: float
+    measured: bool
+
+    @property
+    def hours(self) -> float:
+        return self.jobs * self.hours_each
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.hours * self.gpus
+
+    @property
+    def core_hours(self) -> float:
+        return self.hours * self.cores
 
 
-def forward_flops(study: Study) -> tuple[float, float, float, float]:
-    """Floating-point operations per image of encoder, decoder, denoiser and a step of the drawing decoder, forward."""
-    dims, shape = study.spatial_dims, study.preprocess.shape
-    levels = _levels(study)
-    with torch.device("meta"):
-        autoencoder = build(study.autoencoder, dims)
-        image = torch.empty(1, 1, *shape)
-        with FlopCounterMode(display=False) as encoding:
-            latent = autoencoder.encode(image).mode()
-        with FlopCounterMode(display=False) as decoding:
-            autoencoder.decode(latent)
-        denoiser = Denoiser(study.diffusion, latent.shape[1:], levels)
-        with FlopCounterMode(display=False) as denoising:
-            denoiser(latent, torch.empty(1), Condition(torch.empty(1, len(levels))))
-        with FlopCounterMode(display=False) as drawing:
-            if study.decoder.network:
-                drawer = build_decoder(study.decoder, (1, *shape))
-                drawer.step(image)
-    return tuple(counter.get_total_flops() for counter in (encoding, decoding, denoising, drawing))
+def compiled(networks: int, training: bool, compute: Compute, on_gpu: bool) -> int:
+    """How many of a job's networks are compiled."""
+    return networks if on_gpu and (compute.compile is True or (training and compute.compile == "auto")) else 0
 
 
-def _levels(study: Study) -> list[int]:
-    """Per covariate: the number of levels, or 0 for a continuous one."""
-    return [len(c.levels) if isinstance(c, CategoricalCovariate) else 0 for c in study.covariates.values()]
+def start_seconds(one: Work, study: Study, on_gpu: bool) -> float:
+    """Of a job, before it works; what the first of several compiled, the others find compiled."""
+    count = compiled(one.networks, one.training, study.compute, on_gpu)
+    first = COMPILE_S * count / one.jobs
+    return (START_S if one.flops else LIGHT_START_S) + first + COMPILED_BEFORE_S * count * (one.jobs - 1) / one.jobs
 
 
-def work(study: Study, scans: int) -> dict[str, Work]:
-    """The work of every stage that takes long, by the name that its benchmarks have.
-
-    Parameters
-    ----------
-    study
-        The study.
-    scans
-        In its cohort.
-    """
-    encoder, decoder, denoiser, drawing = forward_flops(study)
-    voxels, planned = math.prod(study.preprocess.shape), planned_subjects(study.plan)
-    latent = study.autoencoder.latent_channels * voxels / study.autoencoder.downsampling**study.spatial_dims
-    train, shards = study.splits.train * scans, plan_shards(study.plan, study.generate.shard_size)
-    first, second = study.autoencoder.optimiser, study.diffusion.optimiser
-    settings = study.generate
-    passes = passes_per_sample(study)
-    drawn = (decoder + settings.drawing_steps * drawing) if study.decoder.network else decoder
-    third = study.decoder.optimiser
-    crops = third.steps * third.batch_size
-    coarse = 2**-study.spatial_dims if study.autoencoder.equivariance_weight else 0
-    crop = math.prod(min(study.decoder.crop, n) for n in study.preprocess.shape) / voxels
-    encoded = scans + train * (study.variants.count - 1)
-    embedding = 2 * study.privacy.embedder.optimiser.steps * study.privacy.embedder.optimiser.batch_size
-    # Predictors look at all; feature spaces at four kinds of images, once more for each point of the curve, and at
-    # scans that are spoilt in five ways.
-    compared = 4 * min(study.evaluate.max_images, planned, scans) * (1 + len(study.evaluate.cutoffs))
-    evaluated = min(planned, MEASURED) + min(scans, MEASURED) + compared + 5 * study.evaluate.sanity_images
-    stages = {
-        "preprocess": Work(
-            study.preprocess.shards, scans * voxels, "voxel", folder="preprocessed", voxels=scans * voxels
-        ),
-        "autoencoder": Work(
-            1,
-            TRAINING * first.steps * first.batch_size * (encoder + decoder * (1 + coarse))
-            + (encoder + decoder) * (scans - train),
-            "FLOP",
-            True,
-            "autoencoder",
-            (scans - train) * voxels,
-        ),
-        "latents": Work(study.preprocess.shards, encoder * encoded, "FLOP", True, "latents", encoded * latent),
-        "scale": Work(1, 2.0 * decoder * (FOLDS + 1) * feature_count(_levels(study)), "FLOP", True),
-        "diffusion": Work(1, denoiser * TRAINING * second.steps * second.batch_size, "FLOP", True),
-        "tone": Work(1, TONE_IMAGES * (passes * denoiser + drawn), "FLOP", True),
-        "embedder": Work(1, embedding * voxels, "voxel"),
-        "calibrate": Work(1, scans * voxels, "voxel", folder="privacy", voxels=scans * voxels),
-        "generate": Work(shards, planned * (passes * denoiser + drawn), "FLOP", True, "generated", planned * voxels),
-        "filter": Work(shards, planned * voxels, "voxel", True, "filtered", planned * voxels),
-        "privacy": Work(1, (planned + scans) * voxels, "voxel"),
-        "evaluate": Work(1, evaluated * voxels, "voxel", folder="evaluation"),
-        "images": Work(shards, planned * voxels, "voxel", folder="release", voxels=planned * voxels),
-        "ledger": Work(1, planned, "row"),
-    }
-    if study.decoder.network:
-        decoded = crops / CROPS_PER_IMAGE * (encoder + decoder)
-        amount = crops * TRAINING * crop * drawing + decoded
-        stages["decoder"] = Work(1, amount, "FLOP", True, "decoder", (scans - train) * voxels)
-    if study.cohort.source == "simulated":
-        stages["simulate"] = Work(1, scans * voxels, "voxel", folder="cohort", voxels=scans * voxels)
-    return stages
+def working_seconds(stage: str, one: Work, machine: Machine, gpus: int) -> float:
+    """Of a job, in which it works: networks and processor after each other, which is an upper bound."""
+    cores = min(REQUESTS[stage].cores, machine.cores)
+    if gpus and machine.flops:
+        networks = sum(one.flops.values()) / (gpus * machine.flops)
+    else:
+        networks = sum(amount / CORE_FLOPS[name] for name, amount in one.flops.items()) / cores
+    units = ((PROCESSOR[name], amount) for name, amount in one.units.items())
+    beside = sum(unit.seconds * amount / (cores if unit.shared else 1) for unit, amount in units)
+    return (networks + beside) / one.jobs
 
 
-def passes_per_sample(study: Study) -> float:
-    """Passes of the denoiser for one image; guidance takes a second one at the levels where it acts."""
-    settings = study.generate
-    steps = settings.num_inference_steps or default_steps(settings.sampler, study.diffusion.num_train_timesteps)
-    count = evaluations(settings.sampler, steps)
-    if settings.guidance_scale in (0, 1):
-        return count
-    levels = levels_of(settings.sampler, NoiseProcess.of(study.diffusion), steps)
-    ratios = [s / a if a else math.inf for a, s in zip(levels.alpha[:-1], levels.sigma[:-1], strict=True)]
-    return count * (1 + float(np.mean([is_within(settings.guidance_interval, ratio) for ratio in ratios])))
-
-
-def estimates(study: Study, scans: int, measured: Path) -> Iterator[Estimate]:
-    """What each stage will take on a machine like the one that ran another study.
+def estimates(study: Study, scans: int, machine: Machine, measured: Path | None = None) -> Iterator[Estimate]:
+    """What each stage will take.
 
     Parameters
     ----------
     study, scans
         The study that is planned, and the scans in its cohort.
+    machine
+        Where it will run.
     measured
-        Results folder of a finished study.
+        Results folder of a finished study that ran there.  Stages that had no GPU there, and will have one here, stay
+        as `machine` does them.
 
     Raises
     ------
     UserError
         The folder holds no finished study.
     """
-    manifest = measured / "cohort/manifest.parquet"
+    factors: dict[str, Factor] = {}
+    disks: dict[str, float] = {}
+    if measured is not None:
+        if machine.flops is None and not ran_without_gpu(measured) and study.compute.device != "cpu":
+            machine = replace(machine, flops=NOMINAL)
+        factors, disks = measured_factors(measured, machine), measured_bytes(measured)
+    for stage, one in work(study, scans).items():
+        gpus = gpus_of(stage, study) if machine.flops else 0
+        factor = factors.get(stage)
+        if factor is not None and factor.on_gpu != (gpus > 0):
+            factor = None
+        start = start_seconds(one, study, gpus > 0) if factor is None else factor.start
+        working = working_seconds(stage, one, machine, gpus) * (1.0 if factor is None else factor.working)
+        disk = one.bytes * disks.get(one.folder or "", 1.0)
+        yield Estimate(
+            stage,
+            one.group,
+            one.jobs,
+            (start + working) / 3600,
+            gpus,
+            min(REQUESTS[stage].cores, machine.cores),
+            REQUESTS[stage].memory(study),
+            start / (start + working),
+            disk,
+            sum(one.flops.values()),
+            factor is not None,
+        )
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What a finished study says of a stage: seconds in which a job starts, by how much work takes longer than at the
+    assumed rates, and whether that was on a GPU.
+    """
+
+    start: float
+    working: float
+    on_gpu: bool
+
+
+def finished(folder: Path) -> tuple[Study, dict[str, Work]]:
+    """A finished study and its work.
+
+    Raises
+    ------
+    UserError
+        There is none in the folder.
+    """
+    manifest = folder / "cohort/manifest.parquet"
     if not manifest.is_file():
         raise UserError(
-            f"{measured}: no cohort/manifest.parquet, expected the results of a finished study to measure by, such as"
+            f"{folder}: no cohort/manifest.parquet, expected the results of a finished study to measure by, such as"
             " results/demo."
         )
-    known = work(newest_study(measured), pq.read_metadata(manifest).num_rows)
+    study = newest_study(folder)
+    return study, work(study, pq.read_metadata(manifest).num_rows)
+
+
+def measured_seconds(folder: Path) -> dict[str, list[float]]:
+    """Seconds of every job of a study, by stage."""
     took: dict[str, list[float]] = {}
-    for benchmark in sorted((measured / "benchmarks").rglob("*.tsv")):
-        took.setdefault(stage_of(benchmark.relative_to(measured / "benchmarks")), []).append(seconds(benchmark))
-    for stage, planned in work(study, scans).items():
-        if stage not in known or not took.get(stage):
+    for benchmark in sorted((folder / "benchmarks").rglob("*.tsv")):
+        took.setdefault(stage_of(benchmark.relative_to(folder / "benchmarks")), []).append(seconds(benchmark))
+    return took
+
+
+def measured_factors(folder: Path, machine: Machine) -> dict[str, Factor]:
+    """What a finished study says of its stages."""
+    study, known = finished(folder)
+    had_gpu, found = not ran_without_gpu(folder), {}
+    for stage, took in measured_seconds(folder).items():
+        one = known.get(stage)
+        mean = sum(took) / len(took)
+        if one is None or not mean:
             continue
-        before, times = known[stage], took[stage]
-        # What starting took is not work; of a short job, a quarter at least is taken for work, so that no rate is
-        # infinite.
-        start = min(START_S, 0.75 * sum(times) / len(times))
-        rate = before.amount / (sum(times) - start * len(times))
-        disk = 0.0
-        if planned.folder is not None and before.voxels:
-            disk = (
-                planned.voxels
-                * sum(path.stat().st_size for path in (measured / planned.folder).rglob("*") if path.is_file())
-                / before.voxels
-            )
-        yield Estimate(stage, planned.jobs, (start + planned.amount / planned.jobs / rate) / 3600, planned.gpu, disk)
+        gpus = gpus_of(stage, study) if had_gpu and machine.flops else 0
+        start = min(start_seconds(one, study, gpus > 0), (1 - LEAST_WORK) * mean)
+        found[stage] = Factor(start, (mean - start) / working_seconds(stage, one, machine, gpus), gpus > 0)
+    return found
 
 
-def wall_hours(found: list[Estimate], at_once: int) -> float:
+def measured_bytes(folder: Path) -> dict[str, float]:
+    """What the folders of a finished study hold, over what they should."""
+    _, known = finished(folder)
+    return {
+        one.folder: sum(path.stat().st_size for path in (folder / one.folder).rglob("*") if path.is_file()) / one.bytes
+        for one in known.values()
+        if one.folder and one.bytes
+    }
+
+
+def wall_hours(found: Sequence[Estimate], at_once: int) -> float:
     """Hours from start to end when `at_once` jobs run at a time and stages wait for each other."""
     return sum(math.ceil(one.jobs / at_once) * one.hours_each for one in found)
+
+
+def together(found: Iterable[Estimate]) -> dict[str, float]:
+    """Sums over stages: hours of GPUs and of cores that jobs hold, and bytes on disk."""
+    found = list(found)
+    return {
+        "gpu_hours": sum(one.gpu_hours for one in found),
+        "core_hours": sum(one.core_hours for one in found),
+        "disk_bytes": sum(one.disk for one in found),
+    }
+
+
+def wasted(found: Iterable[Estimate], share: float = 0.2) -> list[Estimate]:
+    """Stages of several jobs that start for more than a share of their time: fewer, larger jobs would spare it."""
+    return [one for one in found if one.jobs > 1 and one.start_share > share]
+
+
+def too_long(found: Iterable[Estimate]) -> list[Estimate]:
+    """Stages of which a job takes longer than its rule asks for."""
+    return [one for one in found if 60 * one.hours_each > REQUESTS[one.stage].minutes]
+
+
+def as_json(study: Study, scans: int, found: Sequence[Estimate]) -> dict[str, Any]:
+    """All of it as one object."""
+    groups = {name: together(one for one in found if one.group == name) for name in GROUPS}
+    return {
+        "study": study.study,
+        "scans": scans,
+        "subjects": planned_subjects(study.plan),
+        "stages": [
+            {
+                "stage": one.stage,
+                "group": one.group,
+                "jobs": one.jobs,
+                "hours_each": one.hours_each,
+                "gpu_hours": one.gpu_hours,
+                "core_hours": one.core_hours,
+                "memory_mb": one.memory,
+                "start_share": one.start_share,
+                "disk_bytes": one.disk,
+                "tflop": one.flops / 1e12,
+                "measured": one.measured,
+            }
+            for one in found
+        ],
+        **groups,
+        "together": together(found),
+    }

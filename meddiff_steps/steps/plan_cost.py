@@ -2,59 +2,128 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from meddiff_steps.config import load_study
+from meddiff_steps.config import Study, load_study
 from meddiff_steps.core.errors import UserError
-from meddiff_steps.operations.cost import estimates, wall_hours
-from meddiff_steps.operations.status import ran_without_gpu
+from meddiff_steps.operations.cost import (
+    GROUPS,
+    Estimate,
+    Machine,
+    as_json,
+    estimates,
+    together,
+    too_long,
+    wall_hours,
+    wasted,
+)
+from meddiff_steps.operations.rates import REQUESTS
+from meddiff_steps.operations.work import forward_flops
 from meddiff_steps.synthesis.size import planned_subjects
 
 
 def run(
     config: Annotated[Path, typer.Argument(help="study (YAML)")],
     measured: Annotated[
-        Path,
+        Path | None,
         typer.Option(
-            help="results of a finished study on the machine that will run this one; its benchmarks and files are read"
+            help="results of a finished study on the machine that will run this one: its benchmarks and files give the"
+            " rates"
         ),
-    ],
-    scans: Annotated[int | None, typer.Option(help="scans in the cohort; may be left out for a simulated one")] = None,
+    ] = None,
+    tflops: Annotated[
+        float | None,
+        typer.Option(help="TFLOP/s that a GPU sustains on the networks; `cost.tflops` of the study when left out"),
+    ] = None,
+    scans: Annotated[
+        int | None, typer.Option(min=1, help="scans in the cohort; `cost.scans` of the study when left out")
+    ] = None,
+    cores: Annotated[int, typer.Option(min=1, help="cores of a job at most; rules ask for 8")] = 8,
     jobs: Annotated[int, typer.Option(min=1, help="jobs at a time")] = 1,
+    as_object: Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")] = False,
 ) -> None:
-    """Estimate hours, GPU-hours and disk of every stage from what another study took.
+    """Estimate hours of GPUs and cores, jobs, memory and disk of every stage.
 
-    Run a small study first, on the same kind of machine: its rates carry over as far as its networks and images are
-    alike. Larger networks use a GPU better than small ones, so that times measured on small ones are upper bounds
-    there.
+    The work is counted from the study: floating-point operations of its networks, voxels and subjects elsewhere. With
+    --tflops a GPU does the networks at that rate; without, processors do, at rates that were measured on one. With
+    --measured the rates are those of a finished study; of one that ran without a GPU, for stages that have none.
     """
     study = load_study(config)
-    if scans is None:
-        if study.cohort.source != "simulated":
-            raise UserError(f"{config}: its cohort is not read here; say how many scans it has with --scans.")
-        scans = study.cohort.subjects
-    found = list(estimates(study, scans, measured))
-    print(
-        f"{study.study}: {scans:,} scans in, {planned_subjects(study.plan):,} synthetic subjects out; measured by"
-        f" {measured}"
-    )
-    if ran_without_gpu(measured):
-        print("measured without a GPU: GPU-hours are hours of such a processor, and say nothing of a GPU")
-    print(f"{'stage':<14}{'jobs':>6}{'hours each':>12}{'hours':>10}{'GPU-hours':>11}{'disk, GB':>10}")
-    for one in found:
-        hours = one.jobs * one.hours_each
-        print(
-            f"{one.stage:<14}{one.jobs:>6}{one.hours_each:>12.2f}{hours:>10.2f}{hours if one.gpu else 0:>11.2f}"
-            f"{one.disk / 1e9:>10.2f}"
+    rate = tflops or study.cost.tflops
+    if rate is None and measured is None and study.compute.device == "cuda":
+        raise UserError(
+            f"{config}: compute.device is cuda, and nothing says how fast a GPU is. Give --tflops (the rate that it"
+            " sustains, some tenths of what its data sheet says), or --measured with results from such a machine."
         )
-    hours, gpu = (
-        sum(one.jobs * one.hours_each for one in found if one.gpu or everything) for everything in (True, False)
-    )
-    print(
-        f"{'together':<14}{sum(one.jobs for one in found):>6}{'':>12}{hours:>10.2f}{gpu:>11.2f}"
-        f"{sum(one.disk for one in found) / 1e9:>10.2f}"
-    )
+    machine = Machine(rate * 1e12 if rate and study.compute.device != "cpu" else None, cores)
+    count = _scans(config, study, scans)
+    found = list(estimates(study, count, machine, measured))
+    if as_object:
+        print(json.dumps(as_json(study, count, found), indent=1))
+        return
+    print(f"{study.study}: {count:,} scans in, {planned_subjects(study.plan):,} synthetic subjects out")
+    passes = vars(forward_flops(study))
+    print("TFLOP of one pass: " + ", ".join(f"{name} {value / 1e12:.3g}" for name, value in passes.items() if value))
+    rates = [f"networks at {machine.flops / 1e12:g} TFLOP/s of a GPU" if machine.flops else "networks on processors"]
+    rates += [f"stages marked * as {measured} was measured"] if measured else []
+    print("; ".join(rates))
+    print("\n".join(_table(found)))
     print(f"from start to end with {jobs} jobs at a time: {wall_hours(found, jobs):.1f} hours")
+    for one in too_long(found):
+        minutes = REQUESTS[one.stage].minutes
+        print(
+            f"{one.stage}: a job takes {one.hours_each:.1f} hours, and its rule asks for {minutes / 60:g}. Let it ask"
+            f" for more: --set-resources {one.stage}:runtime={math.ceil(90 * one.hours_each)}"
+        )
+    for one in wasted(found):
+        print(
+            f"{one.stage}: its {one.jobs} jobs start and compile for {one.start_share:.0%} of their time; fewer and"
+            f" larger ones would not ({SIZED_BY.get(one.stage, 'generate.shard_size')})"
+        )
+
+
+#: Keys that say how large the jobs of a stage are, where it is not `generate.shard_size`.
+SIZED_BY = dict.fromkeys(("preprocess", "latents"), "preprocess.shards")
+
+
+def _scans(config: Path, study: Study, given: int | None) -> int:
+    found = given or study.cost.scans
+    if found is None and study.cohort.source == "simulated":
+        found = study.cohort.subjects
+    if found is None:
+        raise UserError(
+            f"{config}: its cohort is not read here; say how many scans it has with --scans, or write it into the study"
+            " as cost.scans."
+        )
+    return found
+
+
+def _table(found: list[Estimate]) -> list[str]:
+    """A line per stage, and sums."""
+    lines = [
+        f"{'stage':<14}{'jobs':>7}{'hours each':>12}{'GPU-hours':>11}{'core-hours':>12}{'PFLOP':>10}{'memory, GB':>12}"
+        f"{'disk, GB':>10}"
+    ]
+
+    def sums(label: str, some: list[Estimate]) -> str:
+        whole = together(some)
+        return (
+            f"{label:<14}{sum(one.jobs for one in some):>7}{'':>12}{whole['gpu_hours']:>11.2f}"
+            f"{whole['core_hours']:>12.1f}{sum(one.flops for one in some) / 1e15:>10.4g}"
+            f"{max((one.memory for one in some), default=0) / 1024:>12.1f}{whole['disk_bytes'] / 1e9:>10.2f}"
+        )
+
+    for label in GROUPS:
+        some = [one for one in found if one.group == label]
+        for one in some:
+            lines.append(
+                f"{one.stage + ' *' * one.measured:<14}{one.jobs:>7}{one.hours_each:>12.3f}{one.gpu_hours:>11.2f}"
+                f"{one.core_hours:>12.1f}{one.flops / 1e15:>10.4g}{one.memory / 1024:>12.1f}{one.disk / 1e9:>10.2f}"
+            )
+        lines.append(sums(f"= {label.replace('_', ' ')}"[:14], some))
+    return [*lines, sums("= together", found)]

@@ -54,7 +54,7 @@ def estimated_hours(results: Path, measured: Path) -> dict[str, tuple[int, float
     """
     import pyarrow.parquet as pq
 
-    from meddiff_steps.operations.cost import estimates  # loads torch
+    from meddiff_steps.operations.cost import Machine, estimates  # loads torch
 
     manifest = results / "cohort/manifest.parquet"
     if not manifest.is_file():
@@ -62,5 +62,5 @@ def estimated_hours(results: Path, measured: Path) -> dict[str, tuple[int, float
             f"{manifest}: not there yet, so the number of scans is not known. Ask again after the stage `cohort`, or"
             " use plan-cost."
         )
-    found = estimates(newest_study(results), pq.read_metadata(manifest).num_rows, measured)
+    found = estimates(newest_study(results), pq.read_metadata(manifest).num_rows, Machine(), measured)
     return {one.stage: (one.jobs, one.jobs * one.hours_each) for one in found}

@@ -668,7 +668,7 @@ def test_a_recipe_that_nobody_could_draw_is_not_drawn(target, field):
 
 
 def test_a_level_that_stops_is_no_pass(place, monkeypatch):
-    monkeypatch.setattr("meddiff_steps.audit.content.check_content", lambda release: 1 / 0)
+    monkeypatch.setattr("meddiff_steps.audit.content.check_content", lambda release, threads: 1 / 0)
     report = audit(Request(place.release))
     assert report.status(5) == "NOT RUN" and not report.found and not report.passed
     assert "ZeroDivisionError" in next(check.text for check in report.checks if check.level == 5)

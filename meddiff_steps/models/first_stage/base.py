@@ -106,6 +106,16 @@ class FirstStage(nn.Module, ABC):
         return made, small, posterior.mean, posterior.log_variance
 
 
+def widest(channels: Sequence[int], spatial_dims: int) -> float:
+    """Channels of the largest tensor of a first stage with so many `channels` per level, as if it lay at the resolution
+    of the first level.
+
+    On the way up, a level has the channels of the one below before it has its own.
+    """
+    pairs = zip(channels, [*channels[1:], 0], strict=True)
+    return max(max(pair) / 2 ** (spatial_dims * level) for level, pair in enumerate(pairs))
+
+
 def halved(x: Tensor, size: Sequence[int] | None = None) -> Tensor:
     """x (b, c, *spatial) at half the resolution, or at `size`, by means of the voxels that a new one covers."""
     size = [max(1, n // 2) for n in x.shape[2:]] if size is None else list(size)

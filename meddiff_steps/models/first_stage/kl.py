@@ -7,8 +7,9 @@ from monai.networks.nets.autoencoderkl import AEKLResBlock
 from torch import Tensor, nn
 
 from meddiff_steps import config
+from meddiff_steps.compute.large_tensors import in_parts
 from meddiff_steps.compute.recompute import recompute
-from meddiff_steps.models.first_stage.base import FirstStage, Posterior
+from meddiff_steps.models.first_stage.base import FirstStage, Posterior, widest
 from meddiff_steps.models.first_stage.slabs import decode_in_slabs
 from meddiff_steps.models.first_stage.stem import Stem
 
@@ -58,6 +59,7 @@ class Autoencoder(FirstStage):
         if settings.gradient_checkpointing:
             recompute([block for block in self.net.modules() if isinstance(block, AEKLResBlock)])
         self.downsampling = settings.downsampling
+        self.widest = widest(settings.channels, spatial_dims)
 
     @property
     def costly(self) -> dict[str, nn.Module]:
@@ -70,13 +72,19 @@ class Autoencoder(FirstStage):
         The log-variance is read before MONAI turns it into a standard deviation: squaring that in half
         precision underflows and makes the KL infinite.
         """
-        features = self.net.encoder(self.stem(images * 2.0 - 1.0))
+        blocks = self.stem(images * 2.0 - 1.0)
+        features = in_parts(self.net.encoder, blocks, self.widest * blocks[0, 0].numel())
         mean = self.net.quant_conv_mu(features).float()
         return Posterior(mean, self.net.quant_conv_log_sigma(features).float().clamp(*LOG_VARIANCE_RANGE))
 
     def decode(self, latents: Tensor, slab: int | None = None) -> Tensor:
-        decoder, post = self.net.decoder, self.net.post_quant_conv
-        decoded = self.net.decode(latents) if slab is None else decode_in_slabs(decoder, post(latents), slab)
+        decoder, z = self.net.decoder, self.net.post_quant_conv(latents)
+        finest = latents[0, 0].numel() * (self.downsampling // self.stem.factor) ** (latents.ndim - 2)
+        decoded = in_parts(
+            lambda part: decoder(part) if slab is None else decode_in_slabs(decoder, part, slab),
+            z,
+            self.widest * finest,
+        )
         return (self.stem.inverse(decoded).float() + 1.0) / 2.0
 
 

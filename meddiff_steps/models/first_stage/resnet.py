@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from meddiff_steps import config
+from meddiff_steps.compute.large_tensors import in_parts
 from meddiff_steps.compute.recompute import recompute
 from meddiff_steps.models.blocks import ChannelNorm, ResidualBlock, by_slabs, convolution
-from meddiff_steps.models.first_stage.base import FirstStage, Posterior
+from meddiff_steps.models.first_stage.base import FirstStage, Posterior, widest
 from meddiff_steps.models.first_stage.stem import Stem
 
 ENTRY = {
@@ -40,6 +41,7 @@ class Autoencoder(FirstStage):
         super().__init__()
         self.stem = Stem(spatial_dims, settings.stem)
         self.downsampling = settings.downsampling
+        self.widest = widest(settings.channels, spatial_dims)
         widths, image = settings.channels, self.stem.channels(1)
         encoder: list[nn.Module] = [convolution(spatial_dims, image, widths[0])]
         for level, width in enumerate(widths):
@@ -68,12 +70,14 @@ class Autoencoder(FirstStage):
 
     def encode(self, images: Tensor) -> Posterior:
         """Latents of images (b, 1, *spatial) in [0, 1]."""
-        features = self.encoder(self.stem(images * 2.0 - 1.0)).float()
+        blocks = self.stem(images * 2.0 - 1.0)
+        features = in_parts(self.encoder, blocks, self.widest * blocks[0, 0].numel()).float()
         return Posterior(functional.layer_norm(features, features.shape[1:]))
 
     def decode(self, latents: Tensor, slab: int | None = None) -> Tensor:
         if slab is None:
-            decoded = self.decoder(latents)
+            finest = latents[0, 0].numel() * (self.downsampling // self.stem.factor) ** (latents.ndim - 2)
+            decoded = in_parts(self.decoder, latents, self.widest * finest)
         else:
             cells = -(-slab // self.downsampling)
             decoded = by_slabs(self.decoder, [latents], cells, self._reach, self.downsampling // self.stem.factor)

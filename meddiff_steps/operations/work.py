@@ -1,0 +1,565 @@
+"""How much work every stage of a study is, counted from the study alone.
+
+Networks are counted in floating-point operations, by torch, on networks without data (`flops`), so that the largest
+are counted in seconds.  What a processor does beside them is counted in units that grow with it: voxels that are read,
+numbers that are drawn, voxels that are packed.  How long a unit takes is in `operations.rates`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from monai.networks.nets import PatchDiscriminator
+from torch.utils.flop_counter import FlopCounterMode
+
+from meddiff_steps.config import CategoricalCovariate, NetworkOptimiser, Study
+from meddiff_steps.core.registries import default_steps, evaluations
+from meddiff_steps.diffusion.conditioning import Condition
+from meddiff_steps.diffusion.guidance import is_within
+from meddiff_steps.diffusion.sampling import levels_of
+from meddiff_steps.diffusion.schedules import NoiseProcess
+from meddiff_steps.evaluation.metrics import MAX_HELD_OUT, MAX_SYNTHETIC
+from meddiff_steps.evaluation.reconstructions import MAX_RECONSTRUCTIONS
+from meddiff_steps.instruments.embedder import DIM, Embedder
+from meddiff_steps.instruments.predictors import MAX_TRAINING_SCANS
+from meddiff_steps.models.denoiser.base import Denoiser
+from meddiff_steps.models.denoiser.effects import feature_count
+from meddiff_steps.models.drawing.base import build as build_decoder
+from meddiff_steps.models.first_stage.base import build
+from meddiff_steps.models.latent_statistics import FOLDS, MAX_READOUT_ROWS
+from meddiff_steps.privacy.assessment import LOSS_SCANS, LOSS_TIMES, MAX_IMAGES, MAX_PEOPLE
+from meddiff_steps.privacy.detectors.aligned import ALIGNED_SIDE, CANDIDATES
+from meddiff_steps.privacy.reference import CONTROL_SCANS
+from meddiff_steps.synthesis.grey_levels import IMAGES as TONE_IMAGES
+from meddiff_steps.synthesis.showcase import ROWS as SHOWCASE_ROWS
+from meddiff_steps.synthesis.size import plan_shards, planned_subjects
+from meddiff_steps.training.tasks import autoencoder as autoencoder_task
+from meddiff_steps.training.tasks import decoder as decoder_task
+from meddiff_steps.training.tasks.diffusion import VALIDATION_LATENTS
+
+Group = Literal["preparation", "training", "after_training"]
+
+#: Forward and backward pass over the forward pass; and where features are computed again on the way back.
+TRAINING, RECOMPUTED = 3.0, 4.0
+#: Voxels of a scan as it is stored, where only the cohort knows: a head at 1 mm, a radiograph.
+HEAD_VOXELS = {2: 2**20, 3: 2**23}
+#: Ways in which the scans of the positive controls are copied.
+CONTROL_COPIES = 7
+#: Voxels up to which the detector `aligned` compares images with its candidates as they are; larger ones are reduced.
+COMPARED_VOXELS = 2**18
+#: Longest side at which all synthetic images are compared with each other.
+COARSE_SIDE = {2: 32, 3: 12}
+#: Images that an audit makes again, and as many that it looks at with the copy detectors.
+AUDITED = 20
+#: Kinds of images that evaluation compares, and ways in which it spoils scans.
+KINDS, SPOILT = 4, 5
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one pass forward, per image (a multiplication and an addition are two)."""
+
+    encoder: float
+    decoder: float
+    denoiser: float
+    drawing: float
+    embedder: float
+    discriminator: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage has to do.
+
+    Attributes
+    ----------
+    group
+        Whether it comes before the trainings, is one, or comes after them.
+    jobs
+        How many jobs share the work.
+    flops
+        Of networks, by network, all jobs together.
+    units
+        Of the processor beside them, by their names in `rates.PROCESSOR`, all jobs together.
+    networks
+        Networks that a job compiles where the study compiles.
+    training
+        Whether these are trained, which is when `compute.compile: auto` compiles.
+    bytes
+        That it leaves on disk.
+    folder
+        Where in the results they lie, None where they are few.
+    """
+
+    group: Group
+    jobs: int
+    flops: Mapping[str, float] = field(default_factory=dict)
+    units: Mapping[str, float] = field(default_factory=dict)
+    networks: int = 0
+    training: bool = False
+    bytes: float = 0.0
+    folder: str | None = None
+
+
+def covariate_levels(study: Study) -> list[int]:
+    """Per covariate: the number of levels, or 0 for a continuous one."""
+    return [len(c.levels) if isinstance(c, CategoricalCovariate) else 0 for c in study.covariates.values()]
+
+
+def forward_flops(study: Study) -> Flops:
+    """What one pass of each of a study's networks takes."""
+    sections = (study.preprocess.shape, study.autoencoder, study.diffusion, study.decoder, covariate_levels(study))
+    key = repr(sections)
+    if key not in _COUNTED:
+        _COUNTED[key] = _forward_flops(study)
+    return _COUNTED[key]
+
+
+#: Networks that were counted, which takes a second or two for large ones.
+_COUNTED: dict[str, Flops] = {}
+
+
+def _forward_flops(study: Study) -> Flops:
+    dims, shape, levels = study.spatial_dims, study.preprocess.shape, covariate_levels(study)
+    adversarial = study.autoencoder.adversarial
+
+    def counted(run: object) -> float:
+        with FlopCounterMode(display=False) as counter:
+            run()  # type: ignore[operator]
+        return float(counter.get_total_flops())
+
+    with torch.device("meta"):
+        first_stage, image = build(study.autoencoder, dims), torch.empty(1, 1, *shape)
+        latent = first_stage.encode(image).mode()
+        denoiser = Denoiser(study.diffusion, latent.shape[1:], levels)
+        return Flops(
+            encoder=counted(lambda: first_stage.encode(image)),
+            decoder=counted(lambda: first_stage.decode(latent)),
+            denoiser=counted(lambda: denoiser(latent, torch.empty(1), Condition(torch.empty(1, len(levels))))),
+            drawing=counted(lambda: build_decoder(study.decoder, (1, *shape)).step(image))
+            if study.decoder.network
+            else 0.0,
+            embedder=counted(lambda: Embedder(shape)(image)),
+            discriminator=counted(
+                lambda: PatchDiscriminator(
+                    dims, adversarial.channels, in_channels=1, num_layers_d=adversarial.layers, norm="INSTANCE"
+                )(image)
+            )
+            if adversarial.weight
+            else 0.0,
+        )
+
+
+def passes_per_sample(study: Study) -> float:
+    """Passes of the denoiser for one image; guidance takes a second one at the levels where it acts."""
+    settings = study.generate
+    steps = settings.num_inference_steps or default_steps(settings.sampler, study.diffusion.num_train_timesteps)
+    count = evaluations(settings.sampler, steps)
+    if settings.guidance_scale in (0, 1):
+        return count
+    levels = levels_of(settings.sampler, NoiseProcess.of(study.diffusion), steps)
+    ratios = [s / a if a else math.inf for a, s in zip(levels.alpha[:-1], levels.sigma[:-1], strict=True)]
+    return count * (1 + float(np.mean([is_within(settings.guidance_interval, ratio) for ratio in ratios])))
+
+
+def added(*parts: Mapping[str, float]) -> dict[str, float]:
+    """Sums by name."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: sum(part.get(name, 0.0) for part in parts) for name in names}
+
+
+def times(count: float, part: Mapping[str, float]) -> dict[str, float]:
+    """So many times what one takes."""
+    return {name: count * value for name, value in part.items()}
+
+
+class Counter:
+    """Counts a study.
+
+    Parameters
+    ----------
+    study
+        The study.
+    scans
+        In its cohort.
+    """
+
+    def __init__(self, study: Study, scans: int) -> None:
+        self.study, self.scans = study, scans
+        shape, dims = study.preprocess.shape, study.spatial_dims
+        self.voxels = math.prod(shape)
+        self.shards, self.planned = plan_shards(study.plan, study.generate.shard_size), planned_subjects(study.plan)
+        self.latent = study.autoencoder.latent_channels * self.voxels / study.autoencoder.downsampling**dims
+        self.flops = forward_flops(study)
+        splits = study.splits
+        self.train, self.val, self.calibration, self.test = (
+            share * scans for share in (splits.train, splits.val, splits.calibration, splits.test)
+        )
+        self.coarse = _reduced(shape, ALIGNED_SIDE[dims])
+        #: Numbers of the directions of an image, of all detectors.
+        self.directions = self.latent + DIM + self.coarse
+        #: One image as `generate` makes it, and as the autoencoder gives it back.
+        draws = study.generate.drawing_steps if study.decoder.network else 0
+        self.image = {"denoiser": passes_per_sample(study) * self.flops.denoiser, **self._decoded(draws)}
+        self.returned = {"encoder": self.flops.encoder, "decoder": self.flops.decoder}
+        #: What comes with an image that is drawn: its noise, and that it is stored.
+        drawn = self.latent + (self.voxels if study.decoder.network else 0)
+        self.made = {"normal number": drawn, "voxel stored": self.voxels}
+
+    def _decoded(self, draws: int) -> dict[str, float]:
+        return {"decoder": self.flops.decoder, **({"drawing": draws * self.flops.drawing} if draws else {})}
+
+    def stages(self) -> dict[str, Work]:
+        """Every stage that takes long, by the name that its benchmarks have."""
+        found = {
+            **self._before(),
+            **self._trainings(),
+            **self._latents(),
+            **self._generation(),
+            **self._privacy(),
+            **self._release(),
+        }
+        order = (
+            "simulate cohort preprocess autoencoder decoder latents scale diffusion tone embedder calibrate plan"
+            " generate filter privacy evaluate showcase images describe ledger report neighbours audit"
+        ).split()
+        return {name: found[name] for name in order if name in found}
+
+    # --------------------------------------------------------------------------------------- before and trainings
+
+    def _before(self) -> dict[str, Work]:
+        study, scans = self.study, self.scans
+        stored = (
+            math.prod(study.cohort.shape) if study.cohort.source == "simulated" else HEAD_VOXELS[study.spatial_dims]
+        )
+        prepared = {"voxel unpacked": scans * stored, "voxel resampled": scans * self.voxels}
+        if study.preprocess.registration is not None:
+            prepared["scan registered"] = scans
+        found = {
+            "cohort": Work("preparation", 1, units={"scan listed": scans, "voxel hashed": scans * stored}),
+            "preprocess": Work(
+                "preparation",
+                study.preprocess.shards,
+                units=prepared,
+                bytes=2.0 * scans * self.voxels,
+                folder="preprocessed",
+            ),
+        }
+        if study.cohort.source == "simulated":
+            voxels = scans * math.prod(study.cohort.shape)
+            found["simulate"] = Work(
+                "preparation", 1, units={"voxel simulated": voxels}, bytes=0.6 * voxels, folder="cohort"
+            )
+        return found
+
+    def _trainings(self) -> dict[str, Work]:
+        study, flops, voxels = self.study, self.flops, self.voxels
+        settings, second = study.autoencoder, study.diffusion
+        first, third, contrast = settings.optimiser, study.decoder.optimiser, study.privacy.embedder.optimiser
+        coarse = 2**-study.spatial_dims if settings.equivariance_weight else 0
+        images = first.steps * first.batch_size
+        trained = {"encoder trained": flops.encoder, "decoder trained": flops.decoder * (1 + coarse)}
+        held_out = min(MAX_RECONSTRUCTIONS, self.val + self.test)
+        looked_at = validations(first) * min(autoencoder_task.VALIDATION_SCANS, self.val) + held_out
+        # A judge is asked with the reconstruction, through which gradients go back, and learns from both images.
+        judged = max(0, first.steps - settings.adversarial.start_step) * first.batch_size * (2 + 2 * TRAINING)
+        found = {
+            "autoencoder": Work(
+                "training",
+                1,
+                added(
+                    times(images * (RECOMPUTED if settings.gradient_checkpointing else TRAINING), trained),
+                    times(looked_at, self.returned),
+                    {"discriminator trained": judged * flops.discriminator} if settings.adversarial.weight else {},
+                ),
+                {"voxel read": (images + looked_at) * voxels},
+                networks=2 + bool(settings.adversarial.weight),
+                training=True,
+                bytes=4.0 * held_out * voxels,
+                folder="autoencoder",
+            ),
+            "diffusion": Work(
+                "training",
+                1,
+                {
+                    "denoiser trained": flops.denoiser
+                    * (
+                        second.optimiser.steps
+                        * second.optimiser.batch_size
+                        * (RECOMPUTED if second.gradient_checkpointing else TRAINING)
+                        + validations(second.optimiser) * min(VALIDATION_LATENTS, self.val)
+                    )
+                },
+                {"normal number": second.optimiser.steps * second.optimiser.batch_size * self.latent},
+                networks=1,
+                training=True,
+            ),
+            "embedder": Work(
+                "training",
+                1,
+                {"embedder trained": 2 * TRAINING * contrast.steps * contrast.batch_size * flops.embedder},
+                {
+                    "voxel read": contrast.steps * min(contrast.batch_size, self.train) * voxels,
+                    "voxel augmented": 2
+                    * contrast.steps
+                    * min(contrast.batch_size, self.train)
+                    * _reduced(study.preprocess.shape, 32 if study.spatial_dims == 3 else 64),
+                },
+            ),
+        }
+        if study.decoder.network:
+            crops = third.steps * third.batch_size
+            share = math.prod(min(study.decoder.crop, n) for n in study.preprocess.shape) / voxels
+            of_image = decoder_task.CROPS_PER_IMAGE
+            checks = validations(third) * min(decoder_task.VALIDATION_SCANS, self.val)
+            measured = min(decoder_task.MEASURED_SCANS, self.train) + checks
+            drawn = min(decoder_task.GREY_LEVEL_SCANS, self.train) + held_out
+            found["decoder"] = Work(
+                "training",
+                1,
+                added(
+                    {"drawing trained": TRAINING * crops * share * flops.drawing},
+                    times(crops / of_image + measured + drawn, self.returned),
+                    {
+                        "drawing": (drawn * decoder_task.RECONSTRUCTION_STEPS + checks * of_image * share)
+                        * flops.drawing
+                    },
+                ),
+                {
+                    "voxel read": (crops / of_image + measured + drawn) * voxels,
+                    "normal number": (crops * share + drawn) * voxels,
+                },
+                networks=1,
+                training=True,
+                bytes=4.0 * held_out * voxels,
+                folder="decoder",
+            )
+        return found
+
+    # ------------------------------------------------------------------------------------------ latents, generation
+
+    def _latents(self) -> dict[str, Work]:
+        study, flops = self.study, self.flops
+        count = self.scans * study.variants.count
+        columns = 2 if study.autoencoder.network == "kl" else 1
+        features = feature_count(covariate_levels(study))
+        rows = min(self.train, MAX_READOUT_ROWS)
+        # The image half of the readout looks at half the resolution.
+        width = self.latent + self.voxels / 2**study.spatial_dims
+        return {
+            "latents": Work(
+                "after_training",
+                study.preprocess.shards,
+                {"encoder": flops.encoder * count},
+                {"voxel read": count * self.voxels, "voxel stored": count * columns * self.latent},
+                networks=1,
+                bytes=2.0 * columns * count * self.latent,
+                folder="latents",
+            ),
+            "scale": Work(
+                "after_training",
+                1,
+                {"decoder trained": flops.decoder * (1 + (FOLDS + 1) * features)},
+                {
+                    "voxel read": 3 * self.train * self.latent + rows * self.voxels,
+                    "product": 2 * rows**2 * width + 2 * (FOLDS + 1) * features * rows * width,
+                    "voxel copied": (FOLDS + 1) * rows * width,
+                },
+            ),
+            "tone": Work(
+                "after_training",
+                1,
+                times(self._padded(min(TONE_IMAGES, self.train)), self.image),
+                added(times(min(TONE_IMAGES, self.train), self.made), {"voxel read": TONE_IMAGES * self.voxels}),
+                networks=self._sampled,
+            ),
+        }
+
+    @property
+    def _sampled(self) -> int:
+        """Networks that images are made with."""
+        return 2 + bool(self.study.decoder.network)
+
+    def _padded(self, images: float) -> float:
+        """Images that are made for so many: batches are filled."""
+        size = self.study.generate.batch_size
+        return math.ceil(images / size) * size
+
+    def _generation(self) -> dict[str, Work]:
+        study = self.study
+        tiles = SHOWCASE_ROWS * (
+            study.evaluate.sweep_steps + sum(n or study.evaluate.sweep_steps for n in covariate_levels(study))
+        )
+        whole, rest = divmod(self.planned, study.generate.shard_size)
+        padded = whole * self._padded(study.generate.shard_size) + self._padded(rest)
+        return {
+            "plan": Work("after_training", 1, units={"subject planned": self.planned}),
+            "generate": Work(
+                "after_training",
+                self.shards,
+                times(padded, self.image),
+                times(self.planned, self.made),
+                networks=self._sampled,
+                bytes=2.0 * self.planned * self.voxels,
+                folder="generated",
+            ),
+            "showcase": Work(
+                "after_training",
+                1,
+                times(self._padded(tiles), self.image),
+                times(tiles, self.made),
+                networks=self._sampled,
+            ),
+        }
+
+    # --------------------------------------------------------------------------------------------------- privacy
+
+    def _looked_at(self, images: float, judged: bool) -> tuple[dict[str, float], dict[str, float]]:
+        """What the copy detectors do for images: their directions, and where they are `judged` also the search for the
+        nearest scan and the comparison with the candidates.
+        """
+        flops = {"encoder": images * self.flops.encoder, "embedder": images * self.flops.embedder}
+        units = {"voxel read": images * self.voxels, "voxel reduced": images * self.voxels}
+        if judged:
+            shape = self.study.preprocess.shape
+            side = next(n for n in range(1, max(shape) + 1) if _blocks(shape, n) <= COMPARED_VOXELS)
+            units |= {
+                "product": 2.0 * images * self.train * self.directions,
+                "voxel compared": images * CANDIDATES * _blocks(shape, side),
+            }
+        return flops, units
+
+    def _privacy(self) -> dict[str, Work]:
+        study, planned, voxels = self.study, self.planned, self.voxels
+        unseen, copied = self.calibration + self.test, CONTROL_SCANS * CONTROL_COPIES
+        flops, units = self._looked_at(unseen + copied, judged=True)
+        found = {
+            "calibrate": Work(
+                "after_training",
+                1,
+                added(flops, {"embedder": self.train * self.flops.embedder}, times(CONTROL_SCANS, self._decoded(0))),
+                added(
+                    units,
+                    {
+                        "voxel read": self.train * (2 * voxels + self.latent),
+                        "voxel reduced": self.train * voxels,
+                        "voxel augmented": copied * voxels,
+                    },
+                ),
+                networks=1,
+                bytes=4.0 * self.train * self.directions,
+                folder="privacy",
+            )
+        }
+        # The level is the share of images that the filter takes for copies of nobody.
+        again = study.privacy.level * planned
+        flops, units = self._looked_at(planned + again, judged=True)
+        found["filter"] = Work(
+            "after_training",
+            self.shards,
+            added(flops, times(again, self.image)),
+            added(units, times(again, self.made), {"voxel stored": planned * voxels}),
+            networks=1 + self._sampled,
+            bytes=2.0 * planned * voxels,
+            folder="filtered",
+        )
+        released = min(MAX_IMAGES, planned)
+        flops, units = self._looked_at(unseen + 2 * released, judged=False)
+        scans = min(LOSS_SCANS, self.train) + min(LOSS_SCANS, self.test)
+        members = self.test + max(self.test, min(self.train, 4 * self.test))
+        pairs = released * (min(self.train, MAX_PEOPLE) + min(unseen, MAX_PEOPLE) + self.train + members)
+        pairs += self.train**2 + self.test * self.train
+        coarse = _reduced(study.preprocess.shape, COARSE_SIDE[study.spatial_dims])
+        found["privacy"] = Work(
+            "after_training",
+            1,
+            added(
+                flops,
+                {"encoder": scans * self.flops.encoder, "denoiser": scans * len(LOSS_TIMES) * self.flops.denoiser},
+            ),
+            added(
+                units,
+                {
+                    "voxel read": (planned + scans) * voxels,
+                    "voxel reduced": planned * voxels,
+                    "product": 2 * 2 * pairs * self.directions + planned**2 * coarse,
+                    "subject attacked": planned,
+                    "resample": 12.0 * study.privacy.bootstrap,
+                },
+            ),
+            networks=1,
+        )
+        return found
+
+    # --------------------------------------------------------------------------- evaluation, release and audit
+
+    def _release(self) -> dict[str, Work]:
+        study, planned, voxels = self.study, self.planned, self.voxels
+        evaluate = study.evaluate
+        learnt = min(self.train, MAX_TRAINING_SCANS)
+        compared = min(evaluate.max_images, planned, self.train)
+        measured = min(planned, MAX_SYNTHETIC) + min(self.val + self.calibration + self.test, MAX_HELD_OUT)
+        shown = min(MAX_RECONSTRUCTIONS, self.val + self.test)
+        spoilt = SPOILT * min(evaluate.sanity_images, shown)
+        flops, units = self._looked_at(AUDITED, judged=True)
+        return {
+            "evaluate": Work(
+                "after_training",
+                1,
+                {"embedder": (KINDS * compared + spoilt) * self.flops.embedder},
+                {
+                    "voxel measured": (2 * learnt + measured) * voxels,
+                    "voxel described": (KINDS * compared + spoilt) * voxels,
+                    "voxel blurred": KINDS * len(evaluate.cutoffs) * compared * voxels,
+                    "product": 2.0 * (2 * learnt) ** 2 * min(1e5, voxels) + 40.0 * (2 * learnt) ** 3,
+                    "resample": 12.0 * (evaluate.realism_bootstrap + evaluate.permutations),
+                },
+                folder="evaluation",
+            ),
+            "images": Work(
+                "after_training",
+                self.shards,
+                units={"voxel packed": planned * voxels},
+                bytes=0.6 * planned * voxels,
+                folder="release",
+            ),
+            "describe": Work("after_training", 1, units={"subject described": planned}),
+            "ledger": Work("after_training", 1, units={"subject sealed": planned}),
+            "report": Work("after_training", 1, units={"voxel read": 500.0 * voxels}),
+            "neighbours": Work("after_training", 1, units={"voxel read": 100.0 * voxels}),
+            "audit": Work(
+                "after_training",
+                1,
+                added(flops, times(self._padded(AUDITED) * 2, self.image)),
+                added(
+                    units,
+                    {"voxel checked": planned * voxels, "subject sealed": planned},
+                ),
+                networks=1 + self._sampled,
+            ),
+        }
+
+
+def validations(settings: NetworkOptimiser) -> int:
+    """How often a training looks at held-out scans: before the first step, every so many, and after the last."""
+    return 1 + math.ceil(settings.steps / settings.validate_every)
+
+
+def _blocks(shape: tuple[int, ...], side: int) -> int:
+    """Whole blocks of so many voxels a side in a grid, at least one along each axis."""
+    return math.prod(max(1, n // side) for n in shape)
+
+
+def _reduced(shape: tuple[int, ...], longest: int) -> int:
+    """Blocks, as large as it takes for the longest side to have at most `longest` of them."""
+    return _blocks(shape, -(-max(shape) // longest))
+
+
+def work(study: Study, scans: int) -> dict[str, Work]:
+    """The work of every stage that takes long, by the name that its benchmarks have; `scans` are in the cohort."""
+    return Counter(study, scans).stages()
