@@ -19,7 +19,7 @@ import torch
 
 from meddiff_steps.config import Sampler, Study
 from meddiff_steps.config import SamplerStudy as Settings
-from meddiff_steps.core.registries import SAMPLERS, evaluations, samplers_of
+from meddiff_steps.core.registries import SAMPLERS, evaluations, is_of_students, samplers_of
 from meddiff_steps.evaluation.fidelity import covariate_fidelity, predictions_table
 from meddiff_steps.evaluation.metrics import MAX_HELD_OUT, measure
 from meddiff_steps.evaluation.realism import frechet, kid
@@ -33,16 +33,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Point:
-    """One way to sample."""
+    """One way to sample: the diffusion model itself, or a student, with a sampler of students."""
 
     sampler: Sampler
     num_inference_steps: int
     guidance_scale: float
 
     @property
+    def of_student(self) -> bool:
+        """Whether a student draws."""
+        return is_of_students(self.sampler)
+
+    @property
     def passes(self) -> int:
         """Network passes per image."""
-        return evaluations(self.sampler, self.num_inference_steps) * (1 if self.guidance_scale in (0.0, 1.0) else 2)
+        single = self.of_student or self.guidance_scale in (0.0, 1.0)
+        return evaluations(self.sampler, self.num_inference_steps) * (1 if single else 2)
 
 
 def points(settings: Settings, prediction_type: str) -> list[Point]:
@@ -54,6 +60,17 @@ def points(settings: Settings, prediction_type: str) -> list[Point]:
         for scale in settings.guidance_scales
         for steps in sorted(settings.num_inference_steps)
     ]
+
+
+def student_points(method: Sampler, num_inference_steps: int, guidance_scale: float) -> list[Point]:
+    """Ways to draw from a student that was distilled for so many steps at this guidance.
+
+    `consistency` can be drawn from in fewer steps, too.
+    """
+    counts = [num_inference_steps]
+    while method == "consistency" and counts[0] % 2 == 0:
+        counts.insert(0, counts[0] // 2)
+    return [Point(method, steps, guidance_scale) for steps in counts]
 
 
 def choice(entries: Sequence[Mapping[str, Any]]) -> int | None:

@@ -12,7 +12,7 @@ from meddiff_steps import config
 from meddiff_steps.core.registries import DENOISERS
 from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.diffusion.schedules import NoiseProcess
-from meddiff_steps.models.denoiser.effects import CovariateEffects
+from meddiff_steps.models.denoiser.effects import CovariateEffects, Estimate
 from meddiff_steps.models.latent_statistics import Standardisation
 
 
@@ -88,10 +88,14 @@ class Denoiser(nn.Module):
         """x (b, c, *spatial), timesteps (b,) -> (b, c, *spatial) float32; of the network, or of its `guide`."""
         network = self.guide if guide else self.network
         assert network is not None, "this model keeps no guide"
-        alpha, sigma = self.process.alpha_sigma(timesteps)
-        known = self.effects(x, alpha, sigma, condition.covariates)
+        known = self.known(x, timesteps, condition)
         learnt = self.effects.outside_readout(network(known.surprise, timesteps, condition).float())
         return self.process.target(known.clean, known.noise, timesteps) + self.gain(timesteps, x.ndim) * learnt
+
+    def known(self, x: Tensor, timesteps: Tensor, condition: Condition) -> Estimate:
+        """What needs no training."""
+        alpha, sigma = self.process.alpha_sigma(timesteps)
+        return self.effects(x, alpha, sigma, condition.covariates)
 
     def gain(self, timesteps: Tensor, ndim: int) -> Tensor:
         """What a unit of the network's output adds to the prediction, float32 (b, 1, ...) with `ndim` axes."""

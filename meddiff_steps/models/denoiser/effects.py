@@ -121,6 +121,34 @@ class CovariateEffects(nn.Module):
         flat = learnt.flatten(1)
         return self._scaled(flat, flat.new_ones(1, 1), flat.new_zeros(1, 1)).reshape(learnt.shape)
 
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
+    def path(self, surprise: Tensor, alpha: Tensor, sigma: Tensor, alpha_next: Tensor, sigma_next: Tensor) -> Tensor:
+        """What to add to the posterior mean of x0, (b, c, *spatial), for one step of DDIM to be exact for the rest.
+
+        Along a direction of deviation r, the probability flow keeps (x - alpha m) / sqrt(alpha^2 r^2 + sigma^2), which
+        is the surprise (Song et al. 2021b, equation 13, solved for a Gaussian).  So the state at the next level, and
+        with it the x0 on the straight way there, is known; at (1, 0), clean latents, that is m + r times the surprise.
+
+        Parameters
+        ----------
+        surprise
+            Of an `Estimate` at this level.
+        alpha, sigma, alpha_next, sigma_next
+            Amplitudes here and at the next level, float64 (b,).
+        """
+        alpha, sigma, alpha_next, sigma_next = (a.double()[:, None] for a in (alpha, sigma, alpha_next, sigma_next))
+        shrink = sigma_next / sigma
+
+        def added(deviation: Tensor) -> Tensor:
+            square = deviation.double().square()
+            here = (alpha.square() * square + sigma.square()).sqrt()
+            there = (alpha_next.square() * square + sigma_next.square()).sqrt()
+            return ((there - shrink * here) / (alpha_next - shrink * alpha) - alpha * square / here).float()
+
+        flat = surprise.flatten(1)
+        return self._scaled(flat, added(self.deviation), added(self.readout_deviations)).reshape(surprise.shape)
+
     def _scaled(self, x: Tensor, everywhere: Tensor, along: Tensor) -> Tensor:
         """x (b, D), multiplied by `everywhere` (b, 1), along the readout by `along` (b, F or 1) instead."""
         rows = self.readout.flatten(1)
