@@ -36,7 +36,7 @@ class FewStep(Section):
         4, description="Steps that the student is for. `progressive` knows no other number."
     )
     teacher_steps: Annotated[int, Field(ge=2, le=64)] = Field(
-        16,
+        32,
         description="Steps of the teacher that it learns from: `num_inference_steps` doubled, once or several times.",
     )
     optimiser: FewStepOptimiser = Field(FewStepOptimiser(), description="Training of the student.")

@@ -76,7 +76,8 @@ STAGES: dict[str, tuple[str, ...]] = {
     "evaluate": ("seed", "covariates", *_UNITS, "plan", "evaluate", *_GRID, "preprocess.foreground"),
     "sampler_study": (
         *("seed", "covariates", *_UNITS, "plan", "generate", "sampler_study", "compute"),
-        *(f"evaluate.{key}" for key in ("bootstrap", "realism_bootstrap", "permutations", "metrics", "spaces")),
+        *(f"evaluate.{key}" for key in ("bootstrap", "realism_bootstrap", "permutations")),
+        *(f"evaluate.{key}" for key in ("neighbours", "metrics", "spaces")),
     ),
     "lineup": ("study", "title", "seed", "cohort", "covariates", "plan", "lineup"),
     "showcase": ("seed", "covariates", *_UNITS, "generate", "evaluate.sweep_steps", "compute"),

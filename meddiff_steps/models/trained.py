@@ -28,7 +28,7 @@ from meddiff_steps.diffusion.inversion import Inversion, invert
 from meddiff_steps.diffusion.sampling import sample
 from meddiff_steps.diffusion.schedules import NoiseProcess
 from meddiff_steps.models.denoiser.base import Denoiser
-from meddiff_steps.models.denoiser.student import Distilled, Student, check_sampler
+from meddiff_steps.models.denoiser.student import Distilled, check_sampler
 from meddiff_steps.models.drawing.base import DrawingDecoder
 from meddiff_steps.models.drawing.base import build as build_decoder
 from meddiff_steps.models.first_stage.base import FirstStage, Posterior, build
@@ -125,15 +125,8 @@ class DenoiserCard:
 
     def build(self) -> Denoiser:
         """The denoiser with fresh weights."""
-        arguments = (
-            self.settings,
-            self.latent_shape,
-            self.encoding.level_counts,
-            self.variants,
-            self.maps,
-            self.tokens,
-        )
-        return Student(self.few_step.steps, *arguments) if self.few_step else Denoiser(*arguments)
+        levels, steps = self.encoding.level_counts, self.few_step.steps if self.few_step else None
+        return Denoiser(self.settings, self.latent_shape, levels, self.variants, self.maps, self.tokens, steps)
 
 
 def save_image_network(

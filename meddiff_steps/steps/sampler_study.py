@@ -20,12 +20,15 @@ from meddiff_steps.evaluation.realism.base import MIN_IMAGES
 from meddiff_steps.evaluation.sampler_study import Point, compare, points, student_points
 from meddiff_steps.imaging.selection import Images, drawn
 from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.instruments.feature_spaces.assemble import spaces
 from meddiff_steps.instruments.feature_spaces.base import Context
-from meddiff_steps.instruments.feature_spaces.random import build as random_space
 from meddiff_steps.models.trained import TrainedModel
 from meddiff_steps.report.figures import sampler_study
 from meddiff_steps.steps import options
 from meddiff_steps.synthesis.generate import CohortGenerator
+
+#: Feature spaces that need no network of the study's; the first decides.
+SPACES = ("random", "radiomics", "structure")
 
 
 def run(
@@ -76,7 +79,7 @@ def run(
     cohort = Images.of(
         Shards(images), "scan_id", "subject_id", read_manifest(manifest, study.covariates), f"{manifest}"
     )
-    results = compare(draw, ways, subjects, cohort, random_space(Context(model.spatial_dims)), study)
+    results = compare(draw, ways, subjects, cohort, spaces(SPACES, Context(model.spatial_dims)), study)
     results |= {"batch_size": study.generate.batch_size, "threads": threads, "device": str(model.fabric.device)}
     write_atomic(figure, sampler_study(results))
     write_json(out, results)

@@ -1,21 +1,14 @@
-"""A denoiser that was distilled to take a few long steps."""
+"""What a student of the diffusion model was distilled for."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
-
-import torch
-from torch import Tensor
 
 from meddiff_steps import config
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.registries import is_of_students
-from meddiff_steps.diffusion.conditioning import Condition
-from meddiff_steps.models.denoiser.base import Denoiser
-from meddiff_steps.models.denoiser.effects import Estimate
 
 
 @dataclass(frozen=True)
@@ -96,38 +89,3 @@ def check_sampler(distilled: Distilled | None, settings: config.Generate) -> Non
                 f"generate.{key}: found {asked[key]}, but this student was distilled for {value}. Ask for that, or"
                 " distil anew."
             )
-
-
-class Student(Denoiser):
-    """The network of a teacher, with a closed form for long steps.
-
-    What is known without training is not the posterior mean of x0, which only short steps may follow, but the x0 that
-    leads to the next of `steps` levels (`diffusion.levels.halving_timesteps`) on the exact path of the Gaussian rest
-    (`CovariateEffects.path`).  So a student that has learnt nothing draws latents of the right mean and spread in one
-    step, and covariates along the readout keep their spread.  Its weights are named as those of `Denoiser`.
-
-    Parameters
-    ----------
-    steps
-        Levels; 1 leads from any level to clean latents.
-    settings, latent_shape, levels, variants, maps, tokens
-        As of `Denoiser`.
-    """
-
-    def __init__(self, steps: int, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self.steps = steps
-
-    def known(self, x: Tensor, timesteps: Tensor, condition: Condition) -> Estimate:
-        alpha, sigma = self.process.alpha_sigma(timesteps)
-        sigma = sigma.clamp_min(1e-6)  # a flow ends at 0
-        found = super().known(x, timesteps, condition)
-        angle = self._next(torch.atan2(sigma, alpha))
-        added = self.effects.path(found.surprise, alpha, sigma, angle.cos(), angle.sin())
-        ratio = (alpha / sigma).float().reshape(-1, *[1] * (x.ndim - 1))
-        return replace(found, clean=found.clean + added, noise=found.noise - ratio * added)
-
-    def _next(self, angle: Tensor) -> Tensor:
-        """arctan(sigma / alpha) of the level that follows; a path does not depend on how amplitudes are scaled."""
-        level = (self.steps * (1.0 - angle * 2 / math.pi)).round().clamp(0, self.steps - 1)
-        return math.pi / 2 * (1.0 - (level + 1) / self.steps)

