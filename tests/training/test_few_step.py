@@ -178,6 +178,26 @@ def test_a_student_that_has_learnt_nothing_draws_the_gaussian_that_is_known(pred
     torch.testing.assert_close(outside, 0.8 * from_outside, **tolerance)
 
 
+@pytest.mark.parametrize("known", [0.7, float("nan")])
+def test_what_is_not_known_of_a_subject_varies(known):
+    """In one step, too: a student draws all of the prior of those whose covariate is missing."""
+    denoiser = random_denoiser(card_of()).taking(1)
+    denoiser.network.net.last.weight.zero_()
+    denoiser.network.net.last.bias.zero_()
+    noise = torch.eye(math.prod(SHAPE)).reshape(-1, *SHAPE)
+    noise = torch.cat([torch.zeros(1, *SHAPE), noise])
+    condition = Condition(torch.full((len(noise), 1), known))
+    with torch.no_grad():
+        x = sample(denoiser, noise, condition, denoiser.process, "progressive", num_inference_steps=1).flatten(1)
+    drawn = (x[1:] - x[0]).T  # a linear map of the noise
+    effects, rows = denoiser.effects.effects.flatten(1), denoiser.effects.readout.flatten(1)
+    _, covariance = denoiser.effects.features_given(condition.covariates[:1])
+    expected = 0.64 * torch.eye(len(drawn)) + effects.T @ covariance[0] @ effects
+    expected += rows.T @ torch.diag(denoiser.effects.readout_deviations.square() - 0.64) @ rows
+    torch.testing.assert_close(drawn @ drawn.T, expected, rtol=0.03, atol=0.03)
+    assert (float(expected.trace()) > 21.0) == math.isnan(known)
+
+
 def test_of_many_steps_a_student_is_the_denoiser_that_it_was(fabric):
     """The path of a short step begins in the direction of the posterior mean."""
     card = card_of()

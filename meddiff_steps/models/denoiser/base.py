@@ -103,7 +103,7 @@ class Denoiser(nn.Module):
         """What needs no training: the posterior mean, which short steps may follow.
 
         With `steps`, the x0 that leads to the next of so many levels (`diffusion.levels.halving_timesteps`) on the
-        exact path of the Gaussian rest (`CovariateEffects.path`).  So a student that has learnt nothing draws latents
+        exact path under the same prior (`CovariateEffects.path`).  So a student that has learnt nothing draws latents
         of the right mean and spread in one step, and covariates along the readout keep their spread.
         """
         alpha, sigma = self.process.alpha_sigma(timesteps)
@@ -114,9 +114,9 @@ class Denoiser(nn.Module):
         # The level that follows, as arctan(sigma / alpha): a path does not depend on how amplitudes are scaled.
         level = (self.steps * (1.0 - torch.atan2(sigma, alpha) * 2 / math.pi)).round().clamp(0, self.steps - 1)
         angle = math.pi / 2 * (1.0 - (level + 1) / self.steps)
-        added = self.effects.path(found.surprise, alpha, sigma, angle.cos(), angle.sin())
-        ratio = (alpha / sigma).float().reshape(-1, *[1] * (x.ndim - 1))
-        return replace(found, clean=found.clean + added, noise=found.noise - ratio * added)
+        clean = self.effects.path(x, alpha, sigma, angle.cos(), angle.sin(), condition.covariates)
+        alpha, sigma = (a.float().reshape(-1, *[1] * (x.ndim - 1)) for a in (alpha, sigma))
+        return replace(found, clean=clean, noise=(x.float() - alpha * clean) / sigma)
 
     def taking(self, steps: int) -> Self:
         """The same weights, not copied, with the closed form for so many steps; of many steps it is what it was."""

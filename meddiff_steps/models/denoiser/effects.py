@@ -123,31 +123,48 @@ class CovariateEffects(nn.Module):
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
-    def path(self, surprise: Tensor, alpha: Tensor, sigma: Tensor, alpha_next: Tensor, sigma_next: Tensor) -> Tensor:
-        """What to add to the posterior mean of x0, (b, c, *spatial), for one step of DDIM to be exact for the rest.
+    def path(
+        self, x: Tensor, alpha: Tensor, sigma: Tensor, alpha_next: Tensor, sigma_next: Tensor, covariates: Tensor
+    ) -> Tensor:
+        """The x0, (b, c, *spatial), by which one step of DDIM from x is exact under the prior of `forward`.
 
-        Along a direction of deviation r, the probability flow keeps (x - alpha m) / sqrt(alpha^2 r^2 + sigma^2), which
-        is the surprise (Song et al. 2021b, equation 13, solved for a Gaussian).  So the state at the next level, and
-        with it the x0 on the straight way there, is known; at (1, 0), clean latents, that is m + r times the surprise.
+        Along a direction of variance v, the probability flow keeps (x - alpha m) / sqrt(alpha^2 v + sigma^2) (Song et
+        al. 2021b, equation 13, solved for a Gaussian).  So the state at the next level, and with it the x0 on the
+        straight way there, is known; at (1, 0), clean latents, it is m + sqrt(v) times what is kept.
 
         Parameters
         ----------
-        surprise
-            Of an `Estimate` at this level.
+        x
+            (b, c, *spatial).
         alpha, sigma, alpha_next, sigma_next
             Amplitudes here and at the next level, float64 (b,).
+        covariates
+            As of `forward`.
         """
-        alpha, sigma, alpha_next, sigma_next = (a.double()[:, None] for a in (alpha, sigma, alpha_next, sigma_next))
-        shrink = sigma_next / sigma
+        here, noise, there, rest = (a.double()[:, None] for a in (alpha, sigma, alpha_next, sigma_next))
+        shrink = rest / noise
 
-        def added(deviation: Tensor) -> Tensor:
-            square = deviation.double().square()
-            here = (alpha.square() * square + sigma.square()).sqrt()
-            there = (alpha_next.square() * square + sigma_next.square()).sqrt()
-            return ((there - shrink * here) / (alpha_next - shrink * alpha) - alpha * square / here).float()
+        def gain(variance: Tensor) -> Tensor:
+            """Of x0 - m, by x - alpha m."""
+            kept = ((there.square() * variance + rest.square()) / (here.square() * variance + noise.square())).sqrt()
+            return (kept - shrink) / (there - shrink * here)
 
-        flat = surprise.flatten(1)
-        return self._scaled(flat, added(self.deviation), added(self.readout_deviations)).reshape(surprise.shape)
+        effects, rows = self.effects.flatten(1), self.readout.flatten(1)
+        # All directions in which the variance is not that of the rest, and the covariance there
+        basis = torch.linalg.qr(torch.cat([rows, effects]).T)[0].T
+        square = self.deviation.double().square()
+        mean, covariance = self.features_given(covariates)
+        along, spread = (basis @ rows.T).double(), (basis @ effects.T).double()
+        extra = (along * (self.readout_deviations.double().square() - square)) @ along.T
+        inside = square * torch.eye(len(basis), device=x.device, dtype=torch.float64) + extra
+        variances, axes = torch.linalg.eigh(inside + spread @ covariance.double() @ spread.T)
+        prior = mean @ effects
+        centred = x.float().flatten(1) - here.float() * prior
+        seen = centred @ basis.T
+        gains = gain(variances.clamp_min(0.0)) - gain(square.expand(1, 1))
+        moved = (axes @ (gains * (axes.mT @ seen.double()[..., None])[..., 0])[..., None])[..., 0]
+        clean = prior + gain(square.expand(1, 1)).float() * centred + moved.float() @ basis
+        return clean.reshape(x.shape)
 
     def _scaled(self, x: Tensor, everywhere: Tensor, along: Tensor) -> Tensor:
         """x (b, D), multiplied by `everywhere` (b, 1), along the readout by `along` (b, F or 1) instead."""
