@@ -19,6 +19,7 @@ include: "rules/autoencoder.smk"
 include: "rules/decoder.smk"
 include: "rules/latents.smk"
 include: "rules/diffusion.smk"
+include: "rules/few_step.smk"
 include: "rules/generate.smk"
 include: "rules/privacy.smk"
 include: "rules/release.smk"
@@ -45,7 +46,7 @@ rule all:
         # Weights, too: Snakemake makes a missing file again only if something that is not there yet needs it.
         AUTOENCODER,
         DECODER,
-        DIFFUSION,
+        DIFFUSION[:2],
         RELEASED_MODEL,
     localrule: True
     message:

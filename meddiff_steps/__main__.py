@@ -30,6 +30,7 @@ STEPS = {
     "latents": "encode one shard of scans",
     "scale": "measure the scale of the training latents, and how they depend on covariates",
     "diffusion": "train the covariate-conditioned latent diffusion model (resumable)",
+    "few_step": "distil the diffusion model into a student that draws in a few steps (resumable)",
     "tone": "fit the grey levels of generated images",
     "embedder": "train the learned copy detector",
     "calibrate": "measure how near unseen real subjects come to the training set",

@@ -162,8 +162,13 @@ RECONSTRUCTIONS = f"{RESULTS}/{'decoder' if DECODER else 'autoencoder'}/reconstr
 LATENTS = f"{RESULTS}/latents/shard-{{shard}}.arrow"
 LATENT_SCALE = f"{RESULTS}/latents/scale.safetensors"
 DIFFUSION = generator(f"{RESULTS}/diffusion")
-# The model that makes what is released: the one trained on real scans, or a second one that never saw them.
-RELEASED_FOLDER = f"{RESULTS}/second_model/diffusion" if STUDY.second_model.subjects else f"{RESULTS}/diffusion"
+STUDENT = generator(f"{RESULTS}/few_step") if STUDY.few_step.method else []
+# The model that makes what is released: the one trained on real scans, a second one that never saw them, or a student.
+RELEASED_FOLDER = f"{RESULTS}/diffusion"
+if STUDY.second_model.subjects:
+    RELEASED_FOLDER = f"{RESULTS}/second_model/diffusion"
+elif STUDY.student_draws:
+    RELEASED_FOLDER = f"{RESULTS}/few_step"
 RELEASED_MODEL = generator(RELEASED_FOLDER)
 PLAN = f"{RESULTS}/plan.parquet"
 GENERATED = f"{RESULTS}/generated/shard-{{shard}}.arrow"

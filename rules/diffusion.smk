@@ -46,7 +46,7 @@ rule tone:
         runtime=minutes(240),
         gpu=min(GPUS, 1),
     params:
-        **run_step("tone"),
+        **run_step("tone", STUDY.drawn_by_teacher()),
     message:
         "Fitting the grey levels of generated images"
     shell:

@@ -63,7 +63,8 @@ rule sampler_study:
         plan=PLAN,
         autoencoder=AUTOENCODER,
         decoder=DECODER,
-        diffusion=RELEASED_MODEL,
+        diffusion=DIFFUSION if STUDENT else RELEASED_MODEL,
+        few_step=STUDENT,
     output:
         out=report(
             f"{RESULTS}/sampler_study/results.json", caption="../workflow/report/sampler_study.rst", category="Figures"

@@ -117,6 +117,31 @@ def test_what_an_optimiser_leaves_out_keeps_the_default_of_its_network():
             "generate.sampler: flow cannot sample a model with diffusion.prediction_type: v_pred",
         ),
         ("generate.guidance_scale", -1, "guidance_scale"),
+        ("generate.sampler", "progressive", "few_step.method is None; set few_step.method: progressive"),
+        ("", {"few_step": {"method": "progressive"}, "second_model": {"subjects": 9}}, "a second model has no student"),
+        ("few_step.teacher_steps", 12, "num_inference_steps=4 doubled once or several times, found 12"),
+        (
+            "",
+            {"few_step": {"method": "consistency"}, "generate": {"sampler": "progressive"}},
+            "few_step.method is consistency",
+        ),
+        (
+            "",
+            {
+                "few_step": {"method": "progressive"},
+                "generate": {"sampler": "progressive", "num_inference_steps": 2},
+            },
+            "the student is for few_step.num_inference_steps: 4, found 2",
+        ),
+        (
+            "",
+            {
+                "few_step": {"method": "consistency"},
+                "generate": {"sampler": "consistency", "num_inference_steps": 3},
+            },
+            "3 does not divide it",
+        ),
+        ("sampler_study.samplers", ["consistency"], "sampler_study.samplers: consistency cannot sample"),
         ("plan", [], "plan"),
         ("plan.0.where", {"height": 3}, "no such covariate"),
         ("plan.0.where", {"sex": "X"}, "is not one of"),
@@ -360,6 +385,7 @@ def test_freezing_is_content_addressed(tmp_path):
     assert config.freeze(before, None, tmp_path) == config.freeze(before, None, tmp_path)
 
 
+GUIDED = {"few_step"}
 GENERATED = {"tone", "generate", "filter", "describe", "sampler_study", "showcase", "ledger"}
 DOWNSTREAM = {f"downstream_{name}" for name in ("design", "plan", "data", "train", "test")}
 
@@ -374,7 +400,8 @@ DOWNSTREAM = {f"downstream_{name}" for name in ("design", "plan", "data", "train
             "years",
             {"neighbours", "describe", "evaluate", "sampler_study", "showcase", "counterfactual", "report", "ledger"},
         ),
-        ("generate.guidance_scale", 2.0, GENERATED),
+        ("generate.guidance_scale", 2.0, GENERATED | GUIDED),
+        ("few_step.teacher_steps", 8, {"few_step", "ledger"}),
         ("generate.num_inference_steps", 20, set()),  # what the default sampler takes anyway
         ("generate.num_inference_steps", 21, GENERATED),
         ("variants.count", 2, {"autoencoder", "decoder", "latents", "ledger"}),
@@ -454,6 +481,8 @@ def test_what_a_study_leaves_open_is_decided_when_it_is_frozen(tmp_path):
 
     assert steps("generate") == {"generate": 20}
     assert steps(None) == {"generate": 20, "counterfactual": 75}
+    student = {"generate": {"sampler": "progressive"}, "few_step": {"method": "progressive", "num_inference_steps": 2}}
+    assert steps("generate", **student) == {"generate": 2}
     assert steps("ledger", generate={"sampler": "ddpm"}, diffusion={"num_train_timesteps": 500}) == {"generate": 500}
     flow = {"diffusion": {"prediction_type": "flow"}, "generate": {"num_inference_steps": 7}}
     assert steps("counterfactual", **flow) == {"counterfactual": 50}

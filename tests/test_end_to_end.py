@@ -278,6 +278,37 @@ def test_a_second_model_learns_from_accepted_synthetic_images_alone(study, tmp_p
 
 
 @pytest.mark.slow
+def test_a_student_draws_a_cohort_that_can_be_audited_and_made_again(study, tmp_path):
+    folder = Path(shutil.copytree(study, tmp_path / "copy"))
+    optimiser = {"steps": 20, "batch_size": 4, "checkpoint_every": 5, "learning_rate": 1e-3}
+    student = {"method": "consistency", "num_inference_steps": 2, "teacher_steps": 4, "optimiser": optimiser}
+    generate = STUDY["generate"] | {"sampler": "consistency"}
+    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY | {"few_step": student, "generate": generate}))
+    run(folder)
+    results = folder / "results/tiny"
+    before, after = digests(study), digests(folder)
+    assert after["diffusion/model.safetensors"] == before["diffusion/model.safetensors"]
+    assert after["diffusion/tone.safetensors"] == before["diffusion/tone.safetensors"]
+    weights = json.loads((results / "few_step/card.json").read_text())["weights_sha256"]
+    rows = [json.loads(line) for line in (results / "release/provenance/ledger.jsonl").read_text().splitlines()]
+    recipes = [row["recipe"] for row in rows if row["recipe"]]
+    assert {(r["diffusion"], r["sampler"], r["num_inference_steps"], r["guidance_scale"]) for r in recipes} == {
+        (weights, "consistency", 2, 1.5)
+    }
+    for models in ("model-release", "."):
+        command = [sys.executable, "-m", "meddiff_steps", "audit", str(results / "release")]
+        done = subprocess.run([*command, "--models", str(results / models)], env=ENVIRONMENT, capture_output=True)
+        assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
+    for explained in ("few_step", "diffusion"):
+        assert explained in run_explain(results / "release", next(r for r in rows if r["recipe"])["sample_id"])
+
+
+def run_explain(release: Path, subject: str) -> str:
+    command = [sys.executable, "-m", "meddiff_steps", "explain", subject, str(release)]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.slow
 def test_killed_runs_finish_with_the_same_bytes(study, tmp_path):
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(LEAN))
     results = tmp_path / "results/tiny"

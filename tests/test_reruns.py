@@ -86,7 +86,7 @@ CODE: dict[str, tuple[str, str, str, set[str]]] = {
     ),
     "a constant of the optimiser": (
         *("training/optimisers.py", "WEIGHT_DECAY = 0.01", "WEIGHT_DECAY = 0.02"),
-        {"autoencoder", "decoder", "diffusion"},
+        {"autoencoder", "decoder", "diffusion", "few_step"},
     ),
     "a constant of the grey levels, from which costs are estimated": (
         *("synthesis/grey_levels.py", "IMAGES = 64", "IMAGES = 32"),
@@ -149,7 +149,10 @@ STUDIES: dict[str, tuple[Any, set[str]]] = {
     "decoder.channels": (32, {"decoder"}),
     "diffusion.levels.mean": (0.0, {"diffusion"}),
     "generate.drawing_steps": (20, {"tone", "generate", "filter", "describe", "showcase", "sampler_study"}),
-    "generate.guidance_scale": (2.0, {"tone", "generate", "filter", "describe", "showcase", "sampler_study"}),
+    "generate.guidance_scale": (
+        2.0,
+        {"few_step", "tone", "generate", "filter", "describe", "showcase", "sampler_study"},
+    ),
     "privacy.level": (0.2, {"calibrate", "privacy"}),
     "release.licence": ("CC-BY-4.0", {"describe", "export", "export_index"}),
 }

@@ -72,6 +72,33 @@ def test_no_rule_of_many_jobs_reads_all_shards_of_another_stage():
     assert {"preprocess", "latents", "generate", "filter", "images", "export", "downstream_filter"} <= many
 
 
+@pytest.mark.parametrize(
+    ("sampler", "target", "expected"),
+    [
+        ("consistency", "all", {"few_step", "few_step_tone"}),
+        ("dpmpp", "all", {"tone"}),
+        ("dpmpp", "sampler_study", {"few_step", "few_step_tone", "tone"}),
+        ("consistency", "counterfactual", {"tone"}),
+    ],
+)
+def test_a_student_is_distilled_for_whom_it_draws(sampler, target, expected, tmp_path):
+    study = tiny_study.LEAN | {
+        "few_step": {"method": "consistency"},
+        "generate": tiny_study.STUDY["generate"] | {"sampler": sampler},
+        "counterfactual": {"covariate": "age", "values": [50]},
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    arguments = ["--directory", str(tmp_path), "--configfile", str(tmp_path / "study.yaml")]
+    done = run("snakemake", "-n", "-p", target, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    planned = set(re.findall(r"^(\w+) +\d+$", done.stdout, re.M))
+    assert planned & {"few_step", "few_step_tone", "tone"} == expected
+    drawn_by = set(re.findall(r"meddiff_steps generate .*--diffusion (\S+)", done.stdout))
+    assert drawn_by == (
+        {f"results/tiny/{'few_step' if sampler == 'consistency' else 'diffusion'}"} if target == "all" else set()
+    )
+
+
 @pytest.fixture
 def bare_path(tmp_path) -> str:
     """A PATH with a shell and this Python, where no scheduler can be found."""
@@ -320,7 +347,7 @@ def test_rules_that_run_the_detectors_ask_for_memory_by_voxels():
 
 def test_several_gpus_are_asked_for_on_one_node():
     several = {name for name, body in gpu_rules().items() if re.search(r"^ +gpu=GPUS,", body, re.M)}
-    assert several == {"autoencoder", "decoder", "diffusion"}
+    assert several == {"autoencoder", "decoder", "diffusion", "few_step"}
     assert all(re.search(r"^ +nodes=1,", gpu_rules()[name], re.M) for name in several)
 
 
@@ -332,6 +359,7 @@ def test_exactly_the_rules_that_run_networks_ask_for_a_gpu():
         "scale",
         "decoder",
         "diffusion",
+        "few_step",
         "tone",
         "generate",
         "calibrate",

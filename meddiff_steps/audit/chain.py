@@ -10,7 +10,7 @@ from typing import Any
 from meddiff_steps import __version__
 from meddiff_steps.provenance import lineage, verify
 from meddiff_steps.provenance.ledger import WEIGHTS
-from meddiff_steps.provenance.lineage import Lineage, Record, step_of
+from meddiff_steps.provenance.lineage import Lineage, Record, kind_of, step_of
 from meddiff_steps.provenance.verify import Check, judged
 from meddiff_steps.release import seal, versions
 from meddiff_steps.release.sealed import Sealed
@@ -113,7 +113,7 @@ def _by_other_weights(release: Sealed, found: Lineage) -> Iterator[str]:
             read = {
                 (kind, digest)
                 for path in _paths(record, "inputs") & set(found.records)
-                if step_of(found.records[path]) == kind
+                if kind_of(found.records[path]) == kind
                 for digest in written.get(path, ())
             }
             if not read or not read <= set(release.weights):
@@ -149,7 +149,7 @@ def _written(record: Record) -> str:
 def _weight_problems(release: Sealed, found: Lineage) -> Iterator[str]:
     written: dict[str, set[str]] = {kind: set() for kind in WEIGHTS}
     for path, digests in _weights_by_path(found).items():
-        if (kind := step_of(found.records[path])) in written:
+        if (kind := kind_of(found.records[path])) in written:
             written[kind] |= digests
     for (kind, digest), (first, count) in release.weights.items():
         if digest not in written[kind]:

@@ -38,6 +38,7 @@ from meddiff_steps.config.decoder import Decoder, DecoderOptimiser
 from meddiff_steps.config.diffusion import Diffusion, DiffusionOptimiser, NoiseLevels
 from meddiff_steps.config.downstream import Arm, Classifier, ClassifierOptimiser, Downstream, Primary, Shift
 from meddiff_steps.config.evaluate import Evaluate, FeatureNetwork
+from meddiff_steps.config.few_step import FewStep, FewStepOptimiser
 from meddiff_steps.config.generate import Generate
 from meddiff_steps.config.latents import Latents
 from meddiff_steps.config.lineup import Lineup
@@ -96,6 +97,8 @@ __all__ = [
     "Evaluate",
     "FeatureNetwork",
     "FeatureSpaceName",
+    "FewStep",
+    "FewStepOptimiser",
     "FirstStageName",
     "Fraction",
     "Generate",

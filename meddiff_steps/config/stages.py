@@ -20,7 +20,7 @@ from meddiff_steps.config.study import ONE_SECTION, Study
 from meddiff_steps.core.canonical import canonical_json
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import write_atomic
-from meddiff_steps.core.registries import default_steps
+from meddiff_steps.core.registries import default_steps, is_of_students
 
 
 def _keys(section: str, model: type[BaseModel], *left_out: str) -> tuple[str, ...]:
@@ -53,6 +53,10 @@ STAGES: dict[str, tuple[str, ...]] = {
     "latents": ("seed", "variants", "latents", "compute"),
     "scale": ("covariates", "compute"),
     "diffusion": ("seed", "covariates", "diffusion", "compute"),
+    "few_step": (
+        *("seed", "few_step", "compute"),
+        *(f"generate.{key}" for key in ("guidance", "guidance_scale", "guidance_interval")),
+    ),
     "tone": ("seed", "covariates", "generate", "compute"),
     "embedder": ("seed", "privacy.embedder"),
     "calibrate": ("seed", "privacy.level", "privacy.detectors", "privacy.subgroup", "variants.flip", "compute"),
@@ -72,7 +76,8 @@ STAGES: dict[str, tuple[str, ...]] = {
     "evaluate": ("seed", "covariates", *_UNITS, "plan", "evaluate", *_GRID, "preprocess.foreground"),
     "sampler_study": (
         *("seed", "covariates", *_UNITS, "plan", "generate", "sampler_study", "compute"),
-        *(f"evaluate.{key}" for key in ("bootstrap", "realism_bootstrap", "permutations", "metrics", "spaces")),
+        *(f"evaluate.{key}" for key in ("bootstrap", "realism_bootstrap", "permutations")),
+        *(f"evaluate.{key}" for key in ("neighbours", "metrics", "spaces")),
     ),
     "lineup": ("study", "title", "seed", "cohort", "covariates", "plan", "lineup"),
     "showcase": ("seed", "covariates", *_UNITS, "generate", "evaluate.sweep_steps", "compute"),
@@ -140,10 +145,16 @@ def resolved(content: dict[str, Any]) -> dict[str, Any]:
     A new default thus reruns the studies that left it open, and a release says how its images were really made.
     """
     diffusion = content["diffusion"]
+
+    def usual(sampler: str) -> int:
+        if is_of_students(sampler):
+            return int(content["few_step"]["num_inference_steps"])
+        return default_steps(sampler, diffusion["num_train_timesteps"])
+
     inverted = "flow" if diffusion["prediction_type"] == "flow" else "ddim"
     samplers = {"generate": content["generate"]["sampler"], "counterfactual": inverted}
     filled = {
-        section: content[section] | {"num_inference_steps": default_steps(sampler, diffusion["num_train_timesteps"])}
+        section: content[section] | {"num_inference_steps": usual(sampler)}
         for section, sampler in samplers.items()
         if content[section]["num_inference_steps"] is None
     }

@@ -16,6 +16,7 @@ from meddiff_steps.config.decoder import Decoder
 from meddiff_steps.config.diffusion import Diffusion
 from meddiff_steps.config.downstream import Downstream
 from meddiff_steps.config.evaluate import Evaluate
+from meddiff_steps.config.few_step import FewStep
 from meddiff_steps.config.generate import Generate
 from meddiff_steps.config.latents import Latents
 from meddiff_steps.config.lineup import Lineup
@@ -28,7 +29,7 @@ from meddiff_steps.config.second_model import SecondModel
 from meddiff_steps.config.segmentation import Segmentation
 from meddiff_steps.config.storage import Storage
 from meddiff_steps.config.variants import Variants
-from meddiff_steps.core.registries import samplers_of
+from meddiff_steps.core.registries import is_of_students, samplers_of
 
 #: Context of a validation that reads one section back: what relates it to others was checked when the study was read.
 ONE_SECTION = {"relations": False}
@@ -55,6 +56,7 @@ class Study(Section):
     variants: Variants = Field(Variants(), description="Changed copies of training scans.")
     latents: Latents = Field(Latents(), description="Encoded scans.")
     diffusion: Diffusion = Field(Diffusion(), description="The model that draws latents.")
+    few_step: FewStep = Field(FewStep(), description="A student that draws in a few steps. Off by default.")
     plan: list[PlanGroup] = Field(min_length=1, description="Which synthetic subjects are made, in groups.")
     generate: Generate = Field(Generate(), description="How images are drawn.")
     privacy: Privacy = Field(Privacy(), description="What may be released.")
@@ -92,6 +94,23 @@ class Study(Section):
     def spatial_dims(self) -> int:
         """2 or 3."""
         return len(self.preprocess.shape)
+
+    @property
+    def student_draws(self) -> bool:
+        """Whether the cohort is drawn by a student (section `few_step`)."""
+        return is_of_students(self.generate.sampler)
+
+    def drawn_by_teacher(self) -> Self:
+        """The study whose images the diffusion model draws itself."""
+        return self._drawn_with(Generate().sampler) if self.student_draws else self
+
+    def drawn_by_student(self) -> Self:
+        """The study whose images its student draws; itself where there is none, or where it is so."""
+        return self if self.student_draws or not self.few_step.method else self._drawn_with(self.few_step.method)
+
+    def _drawn_with(self, sampler: str) -> Self:
+        changes = {"sampler": sampler, "num_inference_steps": None}
+        return self.model_copy(update={"generate": self.generate.model_copy(update=changes)})
 
 
 def values_as_declared(content: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -259,8 +278,9 @@ def _requests(study: Study) -> Iterator[str]:
 def _samplers(study: Study) -> Iterator[str]:
     kind = study.diffusion.prediction_type
     able = samplers_of(kind)
-    named = [("generate.sampler", study.generate.sampler)]
-    named += [("sampler_study.samplers", sampler) for sampler in study.sampler_study.samplers or []]
+    named = [("sampler_study.samplers", sampler) for sampler in study.sampler_study.samplers or []]
+    if not study.student_draws:
+        named.append(("generate.sampler", study.generate.sampler))
     for where, sampler in named:
         if sampler not in able:
             yield (
@@ -274,6 +294,37 @@ def _guide(study: Study) -> Iterator[str]:
         yield (
             "generate.guidance: autoguidance needs the weights of an early part of the training; set"
             " diffusion.guide_share (0.2, say), or take classifier_free"
+        )
+
+
+def _student(study: Study) -> Iterator[str]:
+    student, generate = study.few_step, study.generate
+    if student.method is not None and study.second_model.subjects:
+        yield (
+            "few_step.method: a second model has no student; leave few_step.method out, or set second_model.subjects: 0"
+        )
+    if not study.student_draws:
+        return
+    if student.method != generate.sampler:
+        yield (
+            f"generate.sampler: {generate.sampler} draws from a student, and few_step.method is {student.method}; set"
+            f" few_step.method: {generate.sampler}, or take another sampler"
+        )
+    steps = generate.num_inference_steps
+    if generate.sampler == "progressive" and steps not in (None, student.num_inference_steps):
+        yield (
+            f"generate.num_inference_steps: the student is for few_step.num_inference_steps: "
+            f"{student.num_inference_steps}, found {steps}; set both to one number"
+        )
+    if generate.sampler == "consistency" and steps is not None and student.teacher_steps % steps:
+        yield (
+            f"generate.num_inference_steps: the student knows the levels of few_step.teacher_steps: "
+            f"{student.teacher_steps}, of which every n-th is taken; {steps} does not divide it"
+        )
+    if study.downstream.target is not None and study.downstream.retrain:
+        yield (
+            "downstream.retrain: further models are trained and have no student; set it to false, or take a"
+            " generate.sampler that draws from the diffusion model itself"
         )
 
 
@@ -315,6 +366,7 @@ RELATIONS: tuple[Callable[[Study], Iterator[str]], ...] = (
     _requests,
     _samplers,
     _guide,
+    _student,
     _decoder,
     _shifted_levels,
     _groups_of_arms,

@@ -15,6 +15,7 @@ READ: Mapping[str, tuple[str, ...]] = {
     "autoencoder": NETWORK,
     "decoder": NETWORK,
     "diffusion": (*NETWORK, *TONE),
+    "few_step": (*NETWORK, *TONE),
     "embedder": NETWORK,
     "segmenter": NETWORK,
 }
@@ -23,6 +24,7 @@ OF_STEP: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "autoencoder": {"out": (*NETWORK, "history.parquet", "reconstructions.arrow")},
     "decoder": {"out": (*NETWORK, "history.parquet", "reconstructions.arrow")},
     "diffusion": {"out": (*NETWORK, "history.parquet")},
+    "few_step": {"diffusion": NETWORK, "out": (*NETWORK, "history.parquet")},
     "tone": {"diffusion": NETWORK, "out": TONE},
     "embedder": {"out": NETWORK},
     "segmenter": {"out": NETWORK},

@@ -83,7 +83,16 @@ def evaluations(sampler: str, num_inference_steps: int) -> int:
     return counts[formula]
 
 
-def samplers_of(prediction_type: str) -> tuple[str, ...]:
-    """The samplers that can sample a model of this prediction type."""
+def samplers_of(prediction_type: str, *, of_students: bool = False) -> tuple[str, ...]:
+    """The samplers that can sample a model of this prediction type; or a student distilled from one (`few_step`)."""
     kind = "flow" if prediction_type == "flow" else "variance_preserving"
-    return tuple(name for name in SAMPLERS.names() if kind in SAMPLERS.entry(name)["processes"])
+    return tuple(
+        name
+        for name in SAMPLERS.names()
+        if kind in SAMPLERS.entry(name)["processes"] and is_of_students(name) == of_students
+    )
+
+
+def is_of_students(sampler: str) -> bool:
+    """Whether a sampler draws from models that were distilled for it, and from no other."""
+    return bool(SAMPLERS.entry(sampler).get("of_students", False))

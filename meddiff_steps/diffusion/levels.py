@@ -143,6 +143,16 @@ def karras_timesteps(process: NoiseProcess, steps: int) -> np.ndarray:
     return np.array([process.timestep_at(r / (1 + r) if process.is_flow else r) for r in ratios])
 
 
+def halving_timesteps(process: NoiseProcess, steps: int) -> np.ndarray:
+    """Timesteps (steps,), falling, of equal steps of the angle arctan(sigma / alpha), which end at clean latents.
+
+    Of the levels of 2n steps every second one is a level of n steps, as progressive distillation needs (Salimans and Ho
+    2022, whose alpha is cos(pi / 2 * t)).  No other levels than those up to MAX_RATIO.
+    """
+    angle = np.pi / 2 * (1.0 - np.arange(steps) / steps)
+    return process.timesteps_at(np.log(np.tan(angle).clip(0.0, MAX_RATIO)))
+
+
 def flow_timesteps(process: NoiseProcess, steps: int) -> np.ndarray:
     """Equidistant timesteps (steps,) of a rectified flow, from pure noise to one step before clean."""
     return process.num_train_timesteps * np.linspace(1.0, 1.0 / steps, steps)

@@ -136,7 +136,7 @@ def levels_of(
 ) -> Levels:
     """Levels of a run; arguments and exceptions as in `sample`."""
     able = samplers_of(process.prediction_type)
-    if sampler not in able:
+    if sampler not in (*able, *samplers_of(process.prediction_type, of_students=True)):
         SAMPLERS.entry(sampler)  # says so where there is no such sampler at all
         raise UserError(
             f"sampler {sampler!r} cannot sample a model with prediction_type: {process.prediction_type}; "

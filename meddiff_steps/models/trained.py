@@ -19,6 +19,7 @@ from meddiff_steps import config
 from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.compute.compilation import cast_weights, speed_up
 from meddiff_steps.compute.device import channels_last, to_channels_last, to_device
+from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json
 from meddiff_steps.core.folders import TONE
 from meddiff_steps.diffusion.conditioning import Condition
@@ -27,6 +28,7 @@ from meddiff_steps.diffusion.inversion import Inversion, invert
 from meddiff_steps.diffusion.sampling import sample
 from meddiff_steps.diffusion.schedules import NoiseProcess
 from meddiff_steps.models.denoiser.base import Denoiser
+from meddiff_steps.models.denoiser.student import Distilled, check_sampler
 from meddiff_steps.models.drawing.base import DrawingDecoder
 from meddiff_steps.models.drawing.base import build as build_decoder
 from meddiff_steps.models.first_stage.base import FirstStage, Posterior, build
@@ -86,6 +88,8 @@ class DenoiserCard:
         Numbers that describe a variant of a training image.
     maps, tokens
         Channels of every map and width of every kind of token that it is told.
+    few_step
+        What it was distilled for, where it is a student.
     """
 
     settings: config.Diffusion
@@ -94,6 +98,7 @@ class DenoiserCard:
     variants: int
     maps: Mapping[str, int] = field(default_factory=dict)
     tokens: Mapping[str, int] = field(default_factory=dict)
+    few_step: Distilled | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -103,6 +108,7 @@ class DenoiserCard:
             "encoding": self.encoding.to_json(),
             "maps": dict(self.maps),
             "tokens": dict(self.tokens),
+            **({"few_step": self.few_step.to_json()} if self.few_step else {}),
         }
 
     @classmethod
@@ -114,12 +120,13 @@ class DenoiserCard:
             card["variants"],
             card.get("maps", {}),
             card.get("tokens", {}),
+            Distilled.from_json(card["few_step"]) if "few_step" in card else None,
         )
 
     def build(self) -> Denoiser:
         """The denoiser with fresh weights."""
-        levels = self.encoding.level_counts
-        return Denoiser(self.settings, self.latent_shape, levels, self.variants, self.maps, self.tokens)
+        levels, steps = self.encoding.level_counts, self.few_step.steps if self.few_step else None
+        return Denoiser(self.settings, self.latent_shape, levels, self.variants, self.maps, self.tokens, steps)
 
 
 def save_image_network(
@@ -331,21 +338,29 @@ class TrainedModel:
         """Standardised latents (b, c, *spatial) from noise, or from the state `x` at timestep `start`.
 
         Sampler, steps and guidance scale are those of the study's `generate` section; else as
-        `diffusion.sampling.sample`.
+        `diffusion.sampling.sample`.  A student has the guidance in its weights and takes one pass per step.
+
+        Raises
+        ------
+        UserError
+            The model is a student that was distilled for something else, or the sampler is of students and it is none.
         """
+        student = self.card.few_step
+        check_sampler(student, settings)
+        steps, guided = settings.num_inference_steps, student is None
         return sample(
             self.denoise,
             self._inside(x),
             condition,
             self.process,
             settings.sampler,
-            num_inference_steps=settings.num_inference_steps,
+            num_inference_steps=student.num_inference_steps if student and steps is None else steps,
             start=start,
             stop=stop,
             guidance=guidance,
-            guidance_scale=settings.guidance_scale,
+            guidance_scale=settings.guidance_scale if guided else 1.0,
             guidance_interval=settings.guidance_interval,
-            guide=partial(self.denoise, guide=True) if settings.guidance == "autoguidance" else None,
+            guide=partial(self.denoise, guide=True) if guided and settings.guidance == "autoguidance" else None,
             step_noise=step_noise,
             on_step=on_step,
         )
@@ -361,7 +376,15 @@ class TrainedModel:
         iterations: int = 3,
         on_step: Callable[[int, Tensor], None] | None = None,
     ) -> Inversion:
-        """The states from which `ddim` (or `flow`) makes `latents`; as `diffusion.inversion.invert`."""
+        """The states from which `ddim` (or `flow`) makes `latents`; as `diffusion.inversion.invert`.
+
+        Raises
+        ------
+        UserError
+            The model is a student, whose long steps cannot be taken back.
+        """
+        if self.card.few_step is not None:
+            raise UserError("a student cannot be inverted. Give the folder of its teacher, diffusion/.")
         return invert(
             self.denoise,
             latents,

@@ -21,11 +21,12 @@ PLAN_STAGES = ("generate", "filter", "images", "export", "regenerate", "teacher/
 #: not say `compute.device: cpu`.
 GPU_STAGES = frozenset(
     "autoencoder decoder latents scale diffusion tone generate filter sampler_study showcase audit segmenter"
-    " counterfactual downstream/train regenerate teacher/generate teacher/filter second_model/latents"
+    " few_step few_step/tone counterfactual downstream/train regenerate teacher/generate teacher/filter"
+    " second_model/latents"
     " second_model/scale second_model/diffusion second_model/tone downstream/generate downstream/filter"
     " downstream/diffusion downstream/tone".split()
 )
-TRAININGS = ("autoencoder", "decoder", "diffusion", "second_model/diffusion", "downstream/diffusion")
+TRAININGS = ("autoencoder", "decoder", "diffusion", "few_step", "second_model/diffusion", "downstream/diffusion")
 #: How a log ends whose step has given up; a step that was killed from outside says nothing.
 LAST_WORDS = re.compile(r"^(error: |Traceback |[\w.]+Error\b)|asked to stop \(SIGTERM\)", re.M)
 #: Bytes at the end of a log in which they are looked for.

@@ -95,6 +95,16 @@ def step_of(record: Record) -> str:
     return RENAMED.get(step, step)
 
 
+def kind_of(record: Record) -> str:
+    """What a recipe calls the weights that a run wrote: by its step, but that a student takes its teacher's place.
+
+    >>> kind_of({"step": "few_step"}), kind_of({"step": "tone"})
+    ('diffusion', 'tone')
+    """
+    step = step_of(record)
+    return "diffusion" if step == "few_step" else step
+
+
 #: Steps whose settings may name files from outside the study: tables, masks, weights, labels.  What all others read, a
 #: run wrote.
 FROM_OUTSIDE = frozenset({"cohort", "preprocess", "autoencoder", "plan", "segmenter", "measure"})
@@ -107,12 +117,13 @@ SOURCES: dict[str, tuple[frozenset[str], ...]] = {
         "latents": "autoencoder preprocess|filter",
         "decoder": "cohort preprocess autoencoder",
         "diffusion": "cohort|second_model latents",
-        "tone": "cohort|second_model autoencoder diffusion",
+        "few_step": "cohort latents diffusion",
+        "tone": "cohort|second_model autoencoder diffusion|few_step",
         "second_model": "plan filter|privacy",
         "calibrate": "autoencoder preprocess",
         "plan": "cohort",
-        "generate": "plan autoencoder diffusion",
-        "filter": "plan generate calibrate autoencoder diffusion",
+        "generate": "plan autoencoder diffusion|few_step",
+        "filter": "plan generate calibrate autoencoder diffusion|few_step",
         "privacy": "plan filter",
         "gate": "plan privacy",
         "images": "filter gate",

@@ -73,7 +73,8 @@ def find_models(folder: Path, recipe: Mapping[str, str]) -> dict[str, Path]:
     UserError
         One of them is not there, or has other weights.
     """
-    generators = [folder / "second_model/diffusion", folder / "distilled/diffusion", folder / "diffusion"]
+    names = ("few_step", "second_model/diffusion", "distilled/diffusion", "diffusion")
+    generators = [folder / name for name in names]
     places = {"autoencoder": [folder / "autoencoder"], "diffusion": generators}
     if recipe.get("decoder"):
         places["decoder"] = [folder / "decoder"]

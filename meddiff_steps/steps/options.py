@@ -18,6 +18,9 @@ Decoder = Annotated[
     Path | None, typer.Option(help="folder decoder/: model.safetensors and card.json; left out where there is none")
 ]
 Diffusion = Annotated[Path, typer.Option(help="folder diffusion/: model, card.json, and tone of what it generates")]
+FewStep = Annotated[
+    Path | None, typer.Option(help="folder few_step/, as diffusion/, of a student; left out where there is none")
+]
 Embedder = Annotated[Path, typer.Option(help="folder of the copy detector: model.safetensors and card.json")]
 Reference = Annotated[Path, typer.Option(help="privacy/reference.safetensors")]
 ReferenceScans = Annotated[

@@ -17,15 +17,18 @@ from meddiff_steps.config import load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import write_atomic, write_json
 from meddiff_steps.evaluation.realism.base import MIN_IMAGES
-from meddiff_steps.evaluation.sampler_study import Point, compare, points
+from meddiff_steps.evaluation.sampler_study import Point, compare, points, student_points
 from meddiff_steps.imaging.selection import Images, drawn
 from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.instruments.feature_spaces.assemble import spaces
 from meddiff_steps.instruments.feature_spaces.base import Context
-from meddiff_steps.instruments.feature_spaces.random import build as random_space
 from meddiff_steps.models.trained import TrainedModel
 from meddiff_steps.report.figures import sampler_study
 from meddiff_steps.steps import options
 from meddiff_steps.synthesis.generate import CohortGenerator
+
+#: Feature spaces that need no network of the study's; the first decides.
+SPACES = ("random", "radiomics", "structure")
 
 
 def run(
@@ -38,10 +41,11 @@ def run(
     out: Annotated[Path, typer.Option(help="figures of every point to write (JSON)")],
     figure: Annotated[Path, typer.Option(help="picture to write (PNG)")],
     decoder: options.Decoder = None,
+    few_step: options.FewStep = None,
     threads: options.Threads = 1,
 ) -> None:
-    """Draw the same planned subjects with every sampler, number of steps and guidance scale, and measure quality and
-    seconds.
+    """Draw the same planned subjects with every sampler, number of steps and guidance scale, and by the student where
+    there is one; measure quality and seconds.
 
     Seconds are of this machine, at the study's batch size, decoding included; all else repeats.
     """
@@ -55,9 +59,18 @@ def run(
     model = TrainedModel.load(
         autoencoder, diffusion, make_fabric(study.compute, threads), study.compute, decoder=decoder
     )
-    generator = CohortGenerator(model, study.generate)
+    drawing = {False: CohortGenerator(model, study.generate)}
+    ways = points(study.sampler_study, model.process.prediction_type)
+    if few_step is not None:
+        student = TrainedModel.load(autoencoder, few_step, model.fabric, study.compute, decoder=decoder)
+        drawing[True] = CohortGenerator(student, study.generate)
+        made = student.card.few_step
+        if made is None:
+            raise UserError(f"--few-step {few_step}: no student. Give the folder that the step few_step wrote.")
+        ways += student_points(made.method, made.num_inference_steps, made.guidance_scale)
 
     def draw(point: Point, rows: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
+        generator = drawing[point.of_student]
         generator.settings = study.generate.model_copy(update=asdict(point))
         return generator.images(
             rows, f"{point.sampler}, {point.num_inference_steps} steps, guidance {point.guidance_scale:g}"
@@ -66,8 +79,7 @@ def run(
     cohort = Images.of(
         Shards(images), "scan_id", "subject_id", read_manifest(manifest, study.covariates), f"{manifest}"
     )
-    ways = points(study.sampler_study, model.process.prediction_type)
-    results = compare(draw, ways, subjects, cohort, random_space(Context(model.spatial_dims)), study)
+    results = compare(draw, ways, subjects, cohort, spaces(SPACES, Context(model.spatial_dims)), study)
     results |= {"batch_size": study.generate.batch_size, "threads": threads, "device": str(model.fabric.device)}
     write_atomic(figure, sampler_study(results))
     write_json(out, results)

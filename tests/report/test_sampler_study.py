@@ -76,12 +76,16 @@ def test_a_sampler_that_leaves_noise_behind_is_told_from_one_that_does_not(study
             yield row["sample_id"], np.clip(image + rng.normal(0, 0.8 / point.num_inference_steps, image.shape), 0, 1)
 
     ways = [Point("dpmpp", 4, 1.0), Point("dpmpp", 1000, 1.0)]
-    found = compare(draw, ways, subjects, cohort, random_space(Context(3)), study.study)
+    found = compare(draw, ways, subjects, cohort, [random_space(Context(3))], study.study)
     few, many = found["points"]
     assert found["images"] == 30
     assert few["frechet"]["low"] > many["frechet"]["high"]
     assert few["kid"]["low"] > few["kid"]["floor"]["high"]
     assert many["frechet"]["low"] < many["frechet"]["floor"]["high"]
+    there = many["spaces"]["random"]
+    assert there["frechet"] == many["frechet"] and few["spaces"]["random"]["frechet"] == few["frechet"]
+    assert few["spaces"]["random"]["precision"]["high"] < there["precision"]["low"]
+    assert set(there) == {"frechet", "precision", "recall"} and 0 < there["recall"]["ceiling"]["value"] <= 1
     assert many["covariates"]["size"]["r"]["value"] > 0.97
     assert many["covariates"]["size"]["r"]["value"] > few["covariates"]["size"]["r"]["value"]
     assert many["covariates"]["size"]["r"]["ceiling"]["n"] >= 40
@@ -143,6 +147,7 @@ def test_the_step_compares_samplers_of_a_model(study: Fabricated, models: dict[s
         ("heun", 2, 3, 10),
     ]
     assert (found["images"], found["batch_size"], found["device"]) == (20, 8, "cpu")
+    assert all(set(point["spaces"]) == {"random", "radiomics", "structure"} for point in found["points"])
     assert (study.root / "samplers.png").read_bytes().startswith(b"\x89PNG")
     again = run(study, models, "-again")
     for results in (found, again):

@@ -1,6 +1,6 @@
 """Samplers: a file each, which says at its top what it is (`ENTRY`) and holds a solver short enough to check by eye.
 
-Beside its ENTRY (`core.registries`) a file has
+Beside its ENTRY (`core.registries`; with `"of_students": True` it draws from students alone, see `few_step`) a file has
 
 `timesteps`
     timesteps(process, steps) -> the levels of a full run, falling; of `diffusion.levels`, for example;

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +15,7 @@ from meddiff_steps import config
 from meddiff_steps.core.registries import DENOISERS
 from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.diffusion.schedules import NoiseProcess
-from meddiff_steps.models.denoiser.effects import CovariateEffects
+from meddiff_steps.models.denoiser.effects import CovariateEffects, Estimate
 from meddiff_steps.models.latent_statistics import Standardisation
 
 
@@ -35,6 +38,8 @@ class Denoiser(nn.Module):
         Per covariate: the number of levels, or 0 for a continuous one.
     variants
         Numbers that describe a variant of a training image, which the network is told (`Condition.variant`).
+    steps
+        Of a student (`few_step`): levels, from each of which it leads to the next; 1 leads from any to clean latents.
     maps, tokens
         Channels of every map and width of every kind of token that conditions may hold, by name.
     """
@@ -50,8 +55,10 @@ class Denoiser(nn.Module):
         variants: int = 0,
         maps: Mapping[str, int] | None = None,
         tokens: Mapping[str, int] | None = None,
+        steps: int | None = None,
     ) -> None:
         super().__init__()
+        self.steps = steps
         self.process = NoiseProcess.of(settings)
         # How latents were standardised travels with the weights, so that it cannot be lost or mistyped.
         self.register_buffer("offset", torch.zeros(1, *latent_shape))
@@ -88,10 +95,34 @@ class Denoiser(nn.Module):
         """x (b, c, *spatial), timesteps (b,) -> (b, c, *spatial) float32; of the network, or of its `guide`."""
         network = self.guide if guide else self.network
         assert network is not None, "this model keeps no guide"
-        alpha, sigma = self.process.alpha_sigma(timesteps)
-        known = self.effects(x, alpha, sigma, condition.covariates)
+        known = self.known(x, timesteps, condition)
         learnt = self.effects.outside_readout(network(known.surprise, timesteps, condition).float())
         return self.process.target(known.clean, known.noise, timesteps) + self.gain(timesteps, x.ndim) * learnt
+
+    def known(self, x: Tensor, timesteps: Tensor, condition: Condition) -> Estimate:
+        """What needs no training: the posterior mean, which short steps may follow.
+
+        With `steps`, the x0 that leads to the next of so many levels (`diffusion.levels.halving_timesteps`) on the
+        exact path under the same prior (`CovariateEffects.path`).  So a student that has learnt nothing draws latents
+        of the right mean and spread in one step, and covariates along the readout keep their spread.
+        """
+        alpha, sigma = self.process.alpha_sigma(timesteps)
+        found = self.effects(x, alpha, sigma, condition.covariates)
+        if self.steps is None:
+            return found
+        sigma = sigma.clamp_min(1e-6)  # a flow ends at 0
+        # The level that follows, as arctan(sigma / alpha): a path does not depend on how amplitudes are scaled.
+        level = (self.steps * (1.0 - torch.atan2(sigma, alpha) * 2 / math.pi)).round().clamp(0, self.steps - 1)
+        angle = math.pi / 2 * (1.0 - (level + 1) / self.steps)
+        clean = self.effects.path(x, alpha, sigma, angle.cos(), angle.sin(), condition.covariates)
+        alpha, sigma = (a.float().reshape(-1, *[1] * (x.ndim - 1)) for a in (alpha, sigma))
+        return replace(found, clean=clean, noise=(x.float() - alpha * clean) / sigma)
+
+    def taking(self, steps: int) -> Self:
+        """The same weights, not copied, with the closed form for so many steps; of many steps it is what it was."""
+        made = copy.copy(self)
+        made.steps = steps
+        return made
 
     def gain(self, timesteps: Tensor, ndim: int) -> Tensor:
         """What a unit of the network's output adds to the prediction, float32 (b, 1, ...) with `ndim` axes."""

@@ -122,6 +122,51 @@ class CovariateEffects(nn.Module):
         flat = learnt.flatten(1)
         return self._scaled(flat, flat.new_ones(1, 1), flat.new_zeros(1, 1)).reshape(learnt.shape)
 
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
+    def path(
+        self, x: Tensor, alpha: Tensor, sigma: Tensor, alpha_next: Tensor, sigma_next: Tensor, covariates: Tensor
+    ) -> Tensor:
+        """The x0, (b, c, *spatial), by which one step of DDIM from x is exact under the prior of `forward`.
+
+        Along a direction of variance v, the probability flow keeps (x - alpha m) / sqrt(alpha^2 v + sigma^2) (Song et
+        al. 2021b, equation 13, solved for a Gaussian).  So the state at the next level, and with it the x0 on the
+        straight way there, is known; at (1, 0), clean latents, it is m + sqrt(v) times what is kept.
+
+        Parameters
+        ----------
+        x
+            (b, c, *spatial).
+        alpha, sigma, alpha_next, sigma_next
+            Amplitudes here and at the next level, float64 (b,).
+        covariates
+            As of `forward`.
+        """
+        here, noise, there, rest = (a.double()[:, None] for a in (alpha, sigma, alpha_next, sigma_next))
+        shrink = rest / noise
+
+        def gain(variance: Tensor) -> Tensor:
+            """Of x0 - m, by x - alpha m."""
+            kept = ((there.square() * variance + rest.square()) / (here.square() * variance + noise.square())).sqrt()
+            return (kept - shrink) / (there - shrink * here)
+
+        effects, rows = self.effects.flatten(1), self.readout.flatten(1)
+        # All directions in which the variance is not that of the rest, and the covariance there
+        basis = torch.linalg.qr(torch.cat([rows, effects]).T)[0].T
+        square = self.deviation.double().square()
+        mean, covariance = self.features_given(covariates)
+        along, spread = (basis @ rows.T).double(), (basis @ effects.T).double()
+        extra = (along * (self.readout_deviations.double().square() - square)) @ along.T
+        inside = square * torch.eye(len(basis), device=x.device, dtype=torch.float64) + extra
+        variances, axes = torch.linalg.eigh(inside + spread @ covariance.double() @ spread.T)
+        prior = mean @ effects
+        centred = x.float().flatten(1) - here.float() * prior
+        seen = centred @ basis.T
+        gains = gain(variances.clamp_min(0.0)) - gain(square.expand(1, 1))
+        moved = (axes @ (gains * (axes.mT @ seen.double()[..., None])[..., 0])[..., None])[..., 0]
+        clean = prior + gain(square.expand(1, 1)).float() * centred + moved.float() @ basis
+        return clean.reshape(x.shape)
+
     def _scaled(self, x: Tensor, everywhere: Tensor, along: Tensor) -> Tensor:
         """x (b, D), multiplied by `everywhere` (b, 1), along the readout by `along` (b, F or 1) instead."""
         rows = self.readout.flatten(1)
