@@ -64,7 +64,7 @@ class Recipe:
     source
         The script.
     learning_rate
-        Of Adam.  Constant here: the scripts' schedules only lower it, after more steps than are run.
+        Of Adam.  Constant here: the scripts' schedules lower it over far more steps than are run.
     half
         Whether the step runs under float16 autocast with a GradScaler on a GPU; on a processor all of them run in
         float32, for their autocast is CUDA's.
@@ -81,8 +81,7 @@ class Recipe:
         return f"{self.source}: Adam at {rate}, no warm-up, no clipping, no averaged weights"
 
 
-#: The scripts' own settings, of Project-MONAI/tutorials at b3c6c99: `config_train_32g.json` and
-#: `config_maisi_diff_model.json`.
+#: The scripts' own settings, from Project-MONAI/tutorials' `config_train_32g.json` and `config_maisi_diff_model.json`.
 AUTOENCODER = Recipe("3d_ldm/train_autoencoder.py", 1e-5, half=False)
 DIFFUSION = Recipe("3d_ldm/train_diffusion.py", 1e-5, half=True)
 CACHED = Recipe("maisi/diff_model_train.py", 1e-4, half=True)
