@@ -95,7 +95,7 @@ bench-gpu:
 	@mkdir -p build/gpu
 	@needed="$$(PYTHONPATH=build/gpu $(PYTHON) benchmarks/gpu_packages.py)"; test -z "$$needed" || \
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --target build/gpu $(if $(WHEELS),--no-index --find-links $(WHEELS)) $$needed
-	PYTHONPATH=build/gpu:. TORCHINDUCTOR_CACHE_DIR=build/compiled $(PYTHON) -m benchmarks.gpu --minutes $(MINUTES) --out $(OUT) --only "$(ONLY)"
+	PYTHONPATH=build/gpu:. TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/compiled $(PYTHON) -m benchmarks.gpu --minutes $(MINUTES) --out $(OUT) --only "$(ONLY)"
 
 clean:
 	rm -rf $(VENV) build results .snakemake

@@ -1,5 +1,5 @@
-"""Prints, as pip wants them, the packages that `gpu.py` needs and this Python has not, at the versions of the lock:
-`make bench-gpu` installs them.
+"""Prints, as pip wants them, the packages that `benchmarks.gpu` needs and this Python has not, at the versions of the
+lock: `make bench-gpu` installs them.
 
 Needs nothing but Python.  torch is never among them: the machine brings the one that fits its driver.
 """

@@ -64,7 +64,7 @@ class Recipe:
     source
         The script.
     learning_rate
-        Of Adam.  Constant here: the scripts' schedules only lower it, after more steps than are run.
+        Of Adam.  Constant here: the scripts' schedules lower it over far more steps than are run.
     half
         Whether the step runs under float16 autocast with a GradScaler on a GPU; on a processor all of them run in
         float32, for their autocast is CUDA's.
@@ -81,8 +81,7 @@ class Recipe:
         return f"{self.source}: Adam at {rate}, no warm-up, no clipping, no averaged weights"
 
 
-#: The scripts' own settings, of Project-MONAI/tutorials at b3c6c99: `config_train_32g.json` and
-#: `config_maisi_diff_model.json`.
+#: The scripts' own settings, from Project-MONAI/tutorials' `config_train_32g.json` and `config_maisi_diff_model.json`.
 AUTOENCODER = Recipe("3d_ldm/train_autoencoder.py", 1e-5, half=False)
 DIFFUSION = Recipe("3d_ldm/train_diffusion.py", 1e-5, half=True)
 CACHED = Recipe("maisi/diff_model_train.py", 1e-4, half=True)
@@ -90,13 +89,25 @@ CACHED = Recipe("maisi/diff_model_train.py", 1e-4, half=True)
 AUTOENCODER_RAISED = replace(AUTOENCODER, learning_rate=1e-3)
 
 
+#: UNets of the tutorials: the smallest, and that of `config_train_32g.json` for studies whose own network is as wide as
+#: the second says.
+SMALL_UNET = {"channels": [32, 64], "attention_levels": [False, True], "num_res_blocks": 1}
+LARGE_UNET = {
+    "channels": [256, 256, 512],
+    "attention_levels": [False, True, True],
+    "num_res_blocks": 2,
+    "num_head_channels": 64,
+    "norm_num_groups": 32,
+}
+WIDE = 128
+
+
 def unet_settings(settings: config.Diffusion) -> config.Diffusion:
-    """By which their UNet is sized: a study's section if it has a UNet, else that of the smallest of the tutorials."""
+    """By which their UNet is sized: a study's section if it has a UNet, else that of a tutorial."""
     if settings.network == "unet":
         return settings
-    return settings.model_copy(
-        update={"network": "unet", "channels": [32, 64], "attention_levels": [False, True], "num_res_blocks": 1}
-    )
+    chosen = LARGE_UNET if settings.channels[0] >= WIDE else SMALL_UNET
+    return settings.model_copy(update={"network": "unet", **chosen})
 
 
 # ------------------------------------------------------------------------------------------------ first stage

@@ -294,7 +294,7 @@ def _realism(entries: Sequence[dict[str, Any]]) -> list[str]:
     said = (
         f"Distances of {entries[0]['images']} images to as many held-out scans, with 95 % bootstrap intervals over"
         " images. As many training scans give the floor, the best that there is to get; what lies within its interval"
-        " cannot be told from it. One model, trained for a minute, serves all samplers."
+        " cannot be told from it. One model, trained for less than a minute, serves all samplers."
     )
     out = ["| what | size | Frechet distance | KID |", "|---|---|---|---|"]
     out += [f"| {e['what']} | {e['size']} | {_figure(e['frechet'])} | {_figure(e['kid'])} |" for e in entries]

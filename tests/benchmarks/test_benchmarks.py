@@ -58,6 +58,16 @@ def test_a_fair_copy_has_our_sizes(size, tmp_path):
     assert mine == other  # as many convolutions, as wide
 
 
+def test_a_wide_study_is_compared_with_a_wide_tutorial():
+    """Of config/studies/ixi_2mm.yaml, whose network has 192 channels."""
+    study = config.load_study(Path(__file__).parents[2] / "config/studies/ixi_2mm.yaml")
+    with torch.device("meta"):
+        network = peer.peer_unet(study.diffusion, 16, 4, "meta")
+        made = network(torch.zeros(1, 16, 20, 24, 20), torch.zeros(1), torch.zeros(1, 1, 4))
+    assert made.shape == (1, 16, 20, 24, 20)
+    assert weights(network) > 1e8
+
+
 def test_both_sides_see_the_same_images(setting):
     """The peers' transforms and ours give the same picture, so that both learn the same thing."""
     ellipsoids(setting.work, 1, TINY)

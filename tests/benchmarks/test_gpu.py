@@ -180,7 +180,7 @@ def test_a_side_that_fails_or_hangs_costs_nobody_else_a_figure(tmp_path):
         time.sleep(30)
 
     sides = [
-        Side("peer", no_memory, 4),
+        Side("peer", no_memory, 1),
         Side("ours compiled", hangs, 4),
         Side("peer other", works, 4),
         Side("ours eager", works, 4, operations=1e6),
