@@ -72,7 +72,7 @@ def _check_images(release: Sealed, rows: list[Row], results: Path, threads: int)
             _files(results),
             load_file(results / "privacy/reference.safetensors"),
             calibration["detectors"],
-            calibration["mirrors"],
+            calibration.get("mirrors", True),  # cards that do not say so are older: they always were
             make_fabric(study.compute.model_copy(update={"device": "auto"}), threads),
         )
     except (UserError, OSError, KeyError) as error:
