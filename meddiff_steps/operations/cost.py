@@ -266,7 +266,7 @@ def too_long(found: Iterable[Estimate]) -> list[Estimate]:
 
 def as_json(study: Study, scans: int, found: Sequence[Estimate]) -> dict[str, Any]:
     """All of it as one object."""
-    groups = {name: together(one for one in found if one.group == name) for name in GROUPS}
+    groups: dict[str, Any] = {name: together(one for one in found if one.group == name) for name in GROUPS}
     return {
         "study": study.study,
         "scans": scans,
