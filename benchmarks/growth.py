@@ -204,7 +204,7 @@ def main() -> int:
         "points": [],
         "left_out": [],
     }
-    series = [
+    series: list[list[tuple[int, int, dict[str, Any]]]] = [
         [(side**3, *sized(side)) for side in arguments.sides],
         [(subjects, subjects, {}) for subjects in arguments.subjects],
     ]

@@ -60,7 +60,7 @@ STEPS = {
     "showcase": "sample the sweeps and interpolations that the report shows",
     "counterfactual": "show a real scan with one covariate moved, on its own grid",
     "report": "write report.html",
-    "plan_cost": "estimate hours, GPU-hours and disk of a study from what another one took",
+    "plan_cost": "count what a study will cost: hours of GPUs and cores, jobs, memory and disk",
     "status": "how far a study is: jobs done, running and failed, hours used",
     "audit": "check a release, from its form to making images again",
     "regenerate": "make images of a release again from its ledger and its models: one subject, a shard, or all",

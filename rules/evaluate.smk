@@ -47,7 +47,7 @@ rule evaluate:
     threads: 8
     resources:
         mem_mb=memory(6000, 100),
-        runtime=minutes(240),
+        runtime=minutes(720),
     params:
         **run_step("evaluate"),
     message:

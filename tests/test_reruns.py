@@ -82,7 +82,7 @@ CODE: dict[str, tuple[str, str, str, set[str]]] = {
     ),
     "a constant of the training of the denoiser": (
         *("training/tasks/diffusion.py", "VALIDATION_LATENTS = 64", "VALIDATION_LATENTS = 32"),
-        {"diffusion"},
+        {"diffusion", "plan_cost", "status"},
     ),
     "a constant of the optimiser": (
         *("training/optimisers.py", "WEIGHT_DECAY = 0.01", "WEIGHT_DECAY = 0.02"),

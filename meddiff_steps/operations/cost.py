@@ -34,6 +34,8 @@ GROUPS: tuple[Group, ...] = ("preparation", "training", "after_training")
 #: A stage that started and did next to nothing is taken to have worked for this share of its time, so that no rate is
 #: infinite.
 LEAST_WORK = 0.25
+#: Share of the time of a stage, and hours of all its jobs, in which they start and compile: more of both is a waste.
+WASTE = (0.2, 0.5)
 #: FLOP/s of a GPU by which a stage is compared with itself, where nobody says how many it does.
 NOMINAL = 1e14
 
@@ -251,9 +253,10 @@ def together(found: Iterable[Estimate]) -> dict[str, float]:
     }
 
 
-def wasted(found: Iterable[Estimate], share: float = 0.2) -> list[Estimate]:
-    """Stages of several jobs that start for more than a share of their time: fewer, larger jobs would spare it."""
-    return [one for one in found if one.jobs > 1 and one.start_share > share]
+def wasted(found: Iterable[Estimate]) -> list[Estimate]:
+    """Stages of several jobs that start for too much of their time: fewer, larger jobs would spare it."""
+    share, hours = WASTE
+    return [one for one in found if one.jobs > 1 and one.start_share > share and one.start_share * one.hours > hours]
 
 
 def too_long(found: Iterable[Estimate]) -> list[Estimate]:
@@ -263,7 +266,7 @@ def too_long(found: Iterable[Estimate]) -> list[Estimate]:
 
 def as_json(study: Study, scans: int, found: Sequence[Estimate]) -> dict[str, Any]:
     """All of it as one object."""
-    groups = {name: together(one for one in found if one.group == name) for name in GROUPS}
+    groups: dict[str, Any] = {name: together(one for one in found if one.group == name) for name in GROUPS}
     return {
         "study": study.study,
         "scans": scans,

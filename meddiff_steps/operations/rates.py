@@ -134,7 +134,7 @@ REQUESTS: dict[str, Request] = {
     "generate": Request(8, 480, 2500, _drawing),
     "filter": Request(8, 720, 4000, _either),
     "privacy": Request(8, 720, 8000, _detecting),
-    "evaluate": Request(8, 240, 6000, lambda study: 100),
+    "evaluate": Request(8, 720, 6000, lambda study: 100),
     "showcase": Request(8, 60, 2500, _drawing),
     "images": Request(1, 120, 1500, lambda study: 64 * 4),
     "describe": Request(1, 30, 1500),

@@ -106,14 +106,14 @@ def _scans(config: Path, study: Study, given: int | None) -> int:
 def _table(found: list[Estimate]) -> list[str]:
     """A line per stage, and sums."""
     lines = [
-        f"{'stage':<14}{'jobs':>7}{'hours each':>12}{'GPU-hours':>11}{'core-hours':>12}{'PFLOP':>10}{'memory, GB':>12}"
+        f"{'stage':<17}{'jobs':>7}{'hours each':>12}{'GPU-hours':>11}{'core-hours':>12}{'PFLOP':>10}{'memory, GB':>12}"
         f"{'disk, GB':>10}"
     ]
 
     def sums(label: str, some: list[Estimate]) -> str:
         whole = together(some)
         return (
-            f"{label:<14}{sum(one.jobs for one in some):>7}{'':>12}{whole['gpu_hours']:>11.2f}"
+            f"{label:<17}{sum(one.jobs for one in some):>7}{'':>12}{whole['gpu_hours']:>11.2f}"
             f"{whole['core_hours']:>12.1f}{sum(one.flops for one in some) / 1e15:>10.4g}"
             f"{max((one.memory for one in some), default=0) / 1024:>12.1f}{whole['disk_bytes'] / 1e9:>10.2f}"
         )
@@ -122,8 +122,8 @@ def _table(found: list[Estimate]) -> list[str]:
         some = [one for one in found if one.group == label]
         for one in some:
             lines.append(
-                f"{one.stage + ' *' * one.measured:<14}{one.jobs:>7}{one.hours_each:>12.3f}{one.gpu_hours:>11.2f}"
+                f"{one.stage + ' *' * one.measured:<17}{one.jobs:>7}{one.hours_each:>12.3f}{one.gpu_hours:>11.2f}"
                 f"{one.core_hours:>12.1f}{one.flops / 1e15:>10.4g}{one.memory / 1024:>12.1f}{one.disk / 1e9:>10.2f}"
             )
-        lines.append(sums(f"= {label.replace('_', ' ')}"[:14], some))
+        lines.append(sums(f"= {label.replace('_', ' ')}", some))
     return [*lines, sums("= together", found)]

@@ -184,7 +184,7 @@ def test_the_published_scale_fits_into_a_day_of_a_gpu(published):
     assert 10 < after["gpu_hours"] <= 24 and 50 < after["core_hours"] <= 500
     stages = {one["stage"]: one for one in found["stages"]}
     assert stages["generate"]["tflop"] == pytest.approx(5.33e6, rel=0.01)
-    assert stages["generate"]["jobs"] == 50
+    assert stages["generate"]["jobs"] == 40
     assert after["gpu_hours"] == pytest.approx(
         sum(one["gpu_hours"] for one in found["stages"] if one["group"] == "after_training")
     )
@@ -253,7 +253,7 @@ def test_what_is_printed_is_one_object_or_a_table(capsys):
     plan_cost.run(path, tflops=400, scans=1000, jobs=50)
     text = capsys.readouterr().out
     assert "1,000 scans in, 100,000 synthetic subjects out" in text
-    assert re.search(r"^generate +50 ", text, re.M) and re.search(r"^= together ", text, re.M)
+    assert re.search(r"^generate +40 ", text, re.M) and re.search(r"^= together ", text, re.M)
     assert "from start to end with 50 jobs at a time" in text
 
 
