@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from meddiff_steps.cohort.manifest import write_manifest
 from meddiff_steps.core.files import atomic_path, write_json
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.models.denoiser.base import Denoiser
+from meddiff_steps.models.denoiser.student import Distilled
 from meddiff_steps.models.drawing.base import build as build_decoder
 from meddiff_steps.models.first_stage.base import build as build_first_stage
 from meddiff_steps.models.tone import ToneCurve
@@ -63,6 +65,8 @@ class Place:
         Whether there is a drawing decoder.
     toned
         Whether the grey levels of generated images are changed.
+    student
+        Whether a student of the diffusion model draws.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Place:
         limit: int = 1000,
         drawing: bool = True,
         toned: bool = True,
+        student: bool = False,
     ) -> None:
         self.toned = toned
         self.results = root / "results/tiny"
@@ -102,8 +107,9 @@ class Place:
                         "base": {"sex": "F"},
                     },
                 ],
+                "few_step": {"method": "consistency" if student else None, "num_inference_steps": 2},
                 "generate": {
-                    "sampler": "ddim",
+                    "sampler": "consistency" if student else "ddim",
                     "num_inference_steps": 2,
                     "drawing_steps": 2,
                     "batch_size": 4,
@@ -161,8 +167,9 @@ class Place:
             )
 
     def model_files(self) -> dict[str, Path]:
-        kinds = ("autoencoder", *(("decoder",) if self.study.decoder.network else ()), "diffusion")
-        return {kind: self.results / kind for kind in kinds}
+        kinds = ("autoencoder", *(("decoder",) if self.study.decoder.network else ()))
+        released = self.results / ("few_step" if self.study.student_draws else "diffusion")
+        return {kind: self.results / kind for kind in kinds} | {"diffusion": released}
 
     def make_models(self) -> None:
         root, study = self.results, self.study
@@ -245,11 +252,23 @@ class Place:
         )
         self.stand_in(
             "diffusion",
-            lambda: save_model(second, files["diffusion"], described),
+            lambda: save_model(second, root / "diffusion", described),
             manifest=manifest,
             latents=[latents],
-            out=files["diffusion"],
+            out=root / "diffusion",
         )
+        if study.student_draws:
+            distilled = Distilled.of(study.few_step, study.generate).to_json()
+            taught = copy.deepcopy(second)
+            taught.network.load_state_dict({name: 0.9 * value for name, value in second.network.state_dict().items()})
+            self.stand_in(
+                "few_step",
+                lambda: save_model(taught, files["diffusion"], described | {"few_step": distilled}),
+                manifest=manifest,
+                latents=[latents],
+                diffusion=root / "diffusion",
+                out=files["diffusion"],
+            )
         self.stand_in(
             "tone",
             lambda: save_tone(tone, files["diffusion"], {"images": 40, "used": True}),
