@@ -45,6 +45,7 @@ def result(job):
     return out.split()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(lacking_for_compiler("cpu") is not None, reason="no compiler")
 def test_jobs_that_begin_together_and_later_ones_share_what_was_compiled(tmp_path):
     together = [result(job) for job in [begin(tmp_path), begin(tmp_path)]]
