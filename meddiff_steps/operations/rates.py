@@ -58,6 +58,7 @@ PROCESSOR: dict[str, Unit] = {
     "normal number": Unit(1.3e-8),
     "product": Unit(8e-12, shared=True),
     "resample": Unit(1.1e-3),
+    "page drawn": Unit(9.0),
     "subject planned": Unit(1e-4),
     "subject attacked": Unit(1e-3),
     "subject described": Unit(1e-4),
