@@ -37,8 +37,10 @@ ROOT = Path(__file__).parents[1]
 SIDES, SUBJECTS = (32, 48, 64, 96), (1_000, 3_000, 10_000)
 #: Scans, and synthetic subjects at each of the sizes.
 SCANS, FEW = 60, 8
+#: As `rates` are measured: in bf16 where the processor has it.
+COMPUTE: dict[str, Any] = {"compute": {"device": "cpu"}}
 #: Networks of the demo, hardly trained.
-NETWORKS: dict[str, Any] = {
+NETWORKS: dict[str, Any] = COMPUTE | {
     "autoencoder": {
         "channels": [32, 64],
         "latent_channels": 12,
@@ -206,7 +208,7 @@ def main() -> int:
     }
     series: list[list[tuple[int, int, dict[str, Any]]]] = [
         [(side**3, *sized(side)) for side in arguments.sides],
-        [(subjects, subjects, {}) for subjects in arguments.subjects],
+        [(subjects, subjects, COMPUTE) for subjects in arguments.subjects],
     ]
     for points in series:
         before: tuple[int, float] | None = None

@@ -1,8 +1,10 @@
 """How fast a machine does what `operations.work` counts.
 
-One table for processors, measured by `python -m benchmarks.units` on two cores of an Intel Xeon (Sapphire Rapids, AMX)
-and checked against the stages of the demo (`tests/operations/test_cost.py`).  A GPU is one number, the rate that it
-sustains, since nobody has measured these networks on one: a sceptic gives a low one with `--tflops`.
+Processors: two cores of an Intel Xeon (Sapphire Rapids, AMX), networks in bf16.  Voxels, numbers and products are as
+`python -m benchmarks.units` measures them; registration, simulation, resamples, pictures of a report and networks that
+are trained as the stages of the demo took them (`tests/operations/test_cost.py` compares all of it with these); single
+subjects as `make scale` did 100,000 (docs/cluster.md).  A GPU is one number, the rate that it sustains, since nobody has
+measured these networks on one: a sceptic gives a low one with `--tflops`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from meddiff_steps.privacy.size import BYTES_PER_VALUE, batch_size
 
 #: Seconds that a job takes before it begins to work, with networks (torch and MONAI are loaded) and without.
 START_S, LIGHT_START_S = 4.0, 1.5
-#: Seconds that it takes on a GPU to compile a network, the first time and with what an earlier job compiled.
+#: Seconds that it takes on a GPU to compile a network, the first time and with what an earlier job compiled. Assumed:
+#: nobody has measured either on a GPU.
 COMPILE_S, COMPILED_BEFORE_S = 60.0, 20.0
 
 
@@ -58,6 +61,7 @@ PROCESSOR: dict[str, Unit] = {
     "normal number": Unit(1.3e-8),
     "product": Unit(8e-12, shared=True),
     "resample": Unit(1.1e-3),
+    "page drawn": Unit(9.0),
     "subject planned": Unit(1e-4),
     "subject attacked": Unit(1e-3),
     "subject described": Unit(1e-4),

@@ -530,7 +530,7 @@ class Counter:
             ),
             "describe": Work("after_training", 1, units={"subject described": planned}),
             "ledger": Work("after_training", 1, units={"subject sealed": planned}),
-            "report": Work("after_training", 1, units={"voxel read": 500.0 * voxels}),
+            "report": Work("after_training", 1, units={"page drawn": 1, "voxel read": 500.0 * voxels}),
             "neighbours": Work("after_training", 1, units={"voxel read": 100.0 * voxels}),
             "audit": Work(
                 "after_training",

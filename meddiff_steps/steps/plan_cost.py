@@ -114,7 +114,7 @@ def _table(found: list[Estimate]) -> list[str]:
         whole = together(some)
         return (
             f"{label:<17}{sum(one.jobs for one in some):>7}{'':>12}{whole['gpu_hours']:>11.2f}"
-            f"{whole['core_hours']:>12.1f}{sum(one.flops for one in some) / 1e15:>10.4g}"
+            f"{whole['core_hours']:>12.2f}{sum(one.flops for one in some) / 1e15:>10.4g}"
             f"{max((one.memory for one in some), default=0) / 1024:>12.1f}{whole['disk_bytes'] / 1e9:>10.2f}"
         )
 
@@ -123,7 +123,7 @@ def _table(found: list[Estimate]) -> list[str]:
         for one in some:
             lines.append(
                 f"{one.stage + ' *' * one.measured:<17}{one.jobs:>7}{one.hours_each:>12.3f}{one.gpu_hours:>11.2f}"
-                f"{one.core_hours:>12.1f}{one.flops / 1e15:>10.4g}{one.memory / 1024:>12.1f}{one.disk / 1e9:>10.2f}"
+                f"{one.core_hours:>12.2f}{one.flops / 1e15:>10.4g}{one.memory / 1024:>12.1f}{one.disk / 1e9:>10.2f}"
             )
         lines.append(sums(f"= {label.replace('_', ' ')}", some))
     return [*lines, sums("= together", found)]

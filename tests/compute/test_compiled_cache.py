@@ -45,11 +45,12 @@ def result(job):
     return out.split()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(lacking_for_compiler("cpu") is not None, reason="no compiler")
 def test_jobs_that_begin_together_and_later_ones_share_what_was_compiled(tmp_path):
     together = [result(job) for job in [begin(tmp_path), begin(tmp_path)]]
     later = result(begin(tmp_path))
-    assert later[1:] == ["1", "0"] and any(int(job[2]) for job in together)
+    assert int(later[1]) and later[2] == "0" and any(int(job[2]) for job in together)
     assert {job[0] for job in [*together, later]} == {later[0]}
 
 

@@ -40,6 +40,7 @@ DEMO: dict[str, float] = {
     "showcase": 12.5,
     "privacy": 17.9,
     "evaluate": 106.4,
+    "report": 10.9,
 }
 
 
