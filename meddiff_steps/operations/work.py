@@ -18,7 +18,8 @@ from monai.networks.nets import PatchDiscriminator
 from torch.utils.flop_counter import FlopCounterMode
 
 from meddiff_steps.config import CategoricalCovariate, NetworkOptimiser, Study
-from meddiff_steps.core.registries import default_steps, evaluations
+from meddiff_steps.core.choice import chosen
+from meddiff_steps.core.registries import DETECTORS, default_steps, evaluations
 from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.diffusion.guidance import is_within
 from meddiff_steps.diffusion.sampling import levels_of
@@ -34,7 +35,9 @@ from meddiff_steps.models.first_stage.base import build
 from meddiff_steps.models.latent_statistics import FOLDS, MAX_READOUT_ROWS
 from meddiff_steps.privacy.assessment import LOSS_SCANS, LOSS_TIMES, MAX_IMAGES, MAX_PEOPLE
 from meddiff_steps.privacy.detectors.aligned import ALIGNED_SIDE, CANDIDATES
-from meddiff_steps.privacy.reference import CONTROL_SCANS
+from meddiff_steps.privacy.duplicates import COARSE_SIDE
+from meddiff_steps.privacy.reference import CONTROL_SCANS, encodes_mirrors
+from meddiff_steps.privacy.size import reduction
 from meddiff_steps.synthesis.grey_levels import IMAGES as TONE_IMAGES
 from meddiff_steps.synthesis.showcase import ROWS as SHOWCASE_ROWS
 from meddiff_steps.synthesis.size import plan_shards, planned_subjects
@@ -50,10 +53,6 @@ TRAINING, RECOMPUTED = 3.0, 4.0
 HEAD_VOXELS = {2: 2**20, 3: 2**23}
 #: Ways in which the scans of the positive controls are copied.
 CONTROL_COPIES = 7
-#: Voxels up to which the detector `aligned` compares images with its candidates as they are; larger ones are reduced.
-COMPARED_VOXELS = 2**18
-#: Longest side at which all synthetic images are compared with each other.
-COARSE_SIDE = {2: 32, 3: 12}
 #: Images that an audit makes again, and as many that it looks at with the copy detectors.
 AUDITED = 20
 #: Kinds of images that evaluation compares, and ways in which it spoils scans.
@@ -201,6 +200,7 @@ class Counter:
             share * scans for share in (splits.train, splits.val, splits.calibration, splits.test)
         )
         self.coarse = _reduced(shape, ALIGNED_SIDE[dims])
+        self.compared = math.prod(n // side for n, side in zip(shape, reduction(shape), strict=True))
         #: Numbers of the directions of an image, of all detectors.
         self.directions = self.latent + DIM + self.coarse
         #: One image as `generate` makes it, and as the autoencoder gives it back.
@@ -420,17 +420,20 @@ class Counter:
     # --------------------------------------------------------------------------------------------------- privacy
 
     def _looked_at(self, images: float, judged: bool) -> tuple[dict[str, float], dict[str, float]]:
-        """What the copy detectors do for images: their directions, and where they are `judged` also the search for the
-        nearest scan and the comparison with the candidates.
+        """What the copy detectors do for images: their directions, and where they are `judged` also those of their
+        mirror images, the search for the nearest scan and the comparison with the candidates.
         """
-        flops = {"encoder": images * self.flops.encoder, "embedder": images * self.flops.embedder}
+        names = chosen(DETECTORS, self.study.privacy.detectors, "privacy.detectors")
+        mirrors = 1 + (judged and encodes_mirrors(self.study.variants.flip, names))
+        flops = {
+            "encoder": images * mirrors * self.flops.encoder * ("latent" in names),
+            "embedder": images * (1 + judged) * self.flops.embedder * ("learned" in names),
+        }
         units = {"voxel read": images * self.voxels, "voxel reduced": images * self.voxels}
         if judged:
-            shape = self.study.preprocess.shape
-            side = next(n for n in range(1, max(shape) + 1) if _blocks(shape, n) <= COMPARED_VOXELS)
             units |= {
                 "product": 2.0 * images * self.train * self.directions,
-                "voxel compared": images * CANDIDATES * _blocks(shape, side),
+                "voxel compared": images * CANDIDATES * self.compared,
             }
         return flops, units
 
@@ -451,8 +454,7 @@ class Counter:
                         "voxel augmented": copied * voxels,
                     },
                 ),
-                networks=1,
-                bytes=4.0 * self.train * self.directions,
+                bytes=4.0 * self.train * self.directions + 2.0 * self.train * self.compared,
                 folder="privacy",
             )
         }
@@ -463,8 +465,8 @@ class Counter:
             "after_training",
             self.shards,
             added(flops, times(again, self.image)),
-            added(units, times(again, self.made), {"voxel stored": planned * voxels}),
-            networks=1 + self._sampled,
+            added(units, times(again, self.made), {"voxel stored": planned * voxels, "voxel reduced": planned * voxels}),
+            networks=self._sampled,
             bytes=2.0 * planned * voxels,
             folder="filtered",
         )
@@ -485,8 +487,7 @@ class Counter:
             added(
                 units,
                 {
-                    "voxel read": (planned + scans) * voxels,
-                    "voxel reduced": planned * voxels,
+                    "voxel read": scans * voxels,
                     "product": 2 * 2 * pairs * self.directions + planned**2 * coarse,
                     "subject attacked": planned,
                     "resample": 12.0 * study.privacy.bootstrap,
@@ -550,14 +551,10 @@ def validations(settings: NetworkOptimiser) -> int:
     return 1 + math.ceil(settings.steps / settings.validate_every)
 
 
-def _blocks(shape: tuple[int, ...], side: int) -> int:
-    """Whole blocks of so many voxels a side in a grid, at least one along each axis."""
-    return math.prod(max(1, n // side) for n in shape)
-
-
 def _reduced(shape: tuple[int, ...], longest: int) -> int:
-    """Blocks, as large as it takes for the longest side to have at most `longest` of them."""
-    return _blocks(shape, -(-max(shape) // longest))
+    """Whole blocks, as large as it takes for the longest side to have at most `longest` of them."""
+    side = -(-max(shape) // longest)
+    return math.prod(max(1, n // side) for n in shape)
 
 
 def work(study: Study, scans: int) -> dict[str, Work]:
