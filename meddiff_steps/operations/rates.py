@@ -3,8 +3,8 @@
 Processors: two cores of an Intel Xeon (Sapphire Rapids, AMX), networks in bf16.  Voxels, numbers and products are as
 `python -m benchmarks.units` measures them; registration, simulation, resamples, pictures of a report and networks that
 are trained as the stages of the demo took them (`tests/operations/test_cost.py` compares all of it with these); single
-subjects as `make scale` did 100,000 (docs/cluster.md).  A GPU is one number, the rate that it sustains, since nobody has
-measured these networks on one: a sceptic gives a low one with `--tflops`.
+subjects as `make scale` did 100,000 (docs/cluster.md).  A GPU is one number, the rate that it sustains; nobody has
+measured these networks on one, and a sceptic gives a low one with `--tflops`.
 """
 
 from __future__ import annotations
