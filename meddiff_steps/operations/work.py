@@ -465,7 +465,9 @@ class Counter:
             "after_training",
             self.shards,
             added(flops, times(again, self.image)),
-            added(units, times(again, self.made), {"voxel stored": planned * voxels, "voxel reduced": planned * voxels}),
+            added(
+                units, times(again, self.made), {"voxel stored": planned * voxels, "voxel reduced": planned * voxels}
+            ),
             networks=self._sampled,
             bytes=2.0 * planned * voxels,
             folder="filtered",
