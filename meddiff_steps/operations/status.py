@@ -20,11 +20,11 @@ PLAN_STAGES = ("generate", "filter", "images", "export", "regenerate", "teacher/
 #: Stages whose jobs have a GPU each (`compute.devices` of them for the trainings of both models), where the study does
 #: not say `compute.device: cpu`.
 GPU_STAGES = frozenset(
-    "autoencoder decoder latents scale diffusion tone calibrate generate filter privacy sampler_study showcase audit segmenter"
-    " few_step few_step/tone counterfactual downstream/train regenerate teacher/generate teacher/filter teacher/privacy"
-    " second_model/latents"
-    " second_model/scale second_model/diffusion second_model/tone downstream/generate downstream/filter"
-    " downstream/diffusion downstream/tone".split()
+    "autoencoder decoder latents scale diffusion tone calibrate generate filter privacy sampler_study showcase audit"
+    " segmenter few_step few_step/tone counterfactual downstream/train regenerate"
+    " teacher/generate teacher/filter teacher/privacy"
+    " second_model/latents second_model/scale second_model/diffusion second_model/tone"
+    " downstream/generate downstream/filter downstream/diffusion downstream/tone".split()
 )
 TRAININGS = ("autoencoder", "decoder", "diffusion", "few_step", "second_model/diffusion", "downstream/diffusion")
 #: How a log ends whose step has given up; a step that was killed from outside says nothing.
