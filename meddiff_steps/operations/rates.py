@@ -131,6 +131,7 @@ REQUESTS: dict[str, Request] = {
     "latents": Request(8, 240, 2000, lambda study: 600 * study.latents.batch_size),
     "scale": Request(8, 120, 6000, lambda study: 2000),
     "diffusion": Request(8, 4320, 4000, lambda study: 200 * study.diffusion.optimiser.batch_size),
+    "few_step": Request(8, 2880, 4000, lambda study: 200 * study.few_step.optimiser.batch_size),
     "tone": Request(8, 240, 2500, _drawing),
     "embedder": Request(8, 720, 2000, lambda study: 40 * study.privacy.embedder.optimiser.batch_size),
     "calibrate": Request(8, 720, 4000, lambda study: _detecting(study) + 1200),

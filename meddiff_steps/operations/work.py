@@ -17,7 +17,7 @@ import torch
 from monai.networks.nets import PatchDiscriminator
 from torch.utils.flop_counter import FlopCounterMode
 
-from meddiff_steps.config import CategoricalCovariate, NetworkOptimiser, Study
+from meddiff_steps.config import CategoricalCovariate, FewStep, NetworkOptimiser, Study
 from meddiff_steps.core.choice import chosen
 from meddiff_steps.core.registries import DETECTORS, default_steps, evaluations
 from meddiff_steps.diffusion.conditioning import Condition
@@ -30,6 +30,7 @@ from meddiff_steps.instruments.embedder import DIM, Embedder
 from meddiff_steps.instruments.predictors import MAX_TRAINING_SCANS
 from meddiff_steps.models.denoiser.base import Denoiser
 from meddiff_steps.models.denoiser.effects import feature_count
+from meddiff_steps.models.denoiser.student import Distilled
 from meddiff_steps.models.drawing.base import build as build_decoder
 from meddiff_steps.models.first_stage.base import build
 from meddiff_steps.models.latent_statistics import FOLDS, MAX_READOUT_ROWS
@@ -43,6 +44,7 @@ from meddiff_steps.synthesis.showcase import ROWS as SHOWCASE_ROWS
 from meddiff_steps.synthesis.size import plan_shards, planned_subjects
 from meddiff_steps.training.tasks import autoencoder as autoencoder_task
 from meddiff_steps.training.tasks import decoder as decoder_task
+from meddiff_steps.training.tasks import few_step as few_step_task
 from meddiff_steps.training.tasks.diffusion import VALIDATION_LATENTS
 
 Group = Literal["preparation", "training", "after_training"]
@@ -157,6 +159,8 @@ def _forward_flops(study: Study) -> Flops:
 def passes_per_sample(study: Study) -> float:
     """Passes of the denoiser for one image; guidance takes a second one at the levels where it acts."""
     settings = study.generate
+    if study.student_draws:
+        return settings.num_inference_steps or study.few_step.num_inference_steps
     steps = settings.num_inference_steps or default_steps(settings.sampler, study.diffusion.num_train_timesteps)
     count = evaluations(settings.sampler, steps)
     if settings.guidance_scale in (0, 1):
@@ -225,8 +229,8 @@ class Counter:
             **self._release(),
         }
         order = (
-            "simulate cohort preprocess autoencoder decoder latents scale diffusion tone embedder calibrate plan"
-            " generate filter privacy evaluate showcase images describe ledger report neighbours audit"
+            "simulate cohort preprocess autoencoder decoder latents scale diffusion few_step tone embedder calibrate"
+            " plan generate filter privacy evaluate showcase images describe ledger report neighbours audit"
         ).split()
         return {name: found[name] for name in order if name in found}
 
@@ -339,7 +343,23 @@ class Counter:
                 bytes=4.0 * held_out * voxels,
                 folder="decoder",
             )
+        if study.few_step.method:
+            found["few_step"] = self._distillation(study.few_step, Distilled.of(study.few_step, study.generate))
         return found
+
+    def _distillation(self, settings: FewStep, distilled: Distilled) -> Work:
+        """Trainings one after the other; a teacher that is a student itself has its guidance in its weights."""
+        trainings, guided = len(few_step_task.stages(settings, distilled)), 1 + (distilled.guidance_scale not in (0, 1))
+        taught = 2 * guided + 2 * (trainings - 1) if distilled.method == "progressive" else trainings * (guided + 1)
+        latents = self.flops.denoiser * settings.optimiser.steps * settings.optimiser.batch_size
+        return Work(
+            "training",
+            1,
+            {"denoiser trained": latents * trainings * TRAINING, "denoiser": latents * taught},
+            {"normal number": trainings * settings.optimiser.steps * settings.optimiser.batch_size * self.latent},
+            networks=2,
+            training=True,
+        )
 
     # ------------------------------------------------------------------------------------------ latents, generation
 

@@ -120,6 +120,18 @@ def test_a_study_without_drawing_decoder_spares_its_work(demo):
     assert found["diffusion"] == before["diffusion"]
 
 
+def test_a_student_spares_guidance_and_steps_and_is_trained_for_it(demo):
+    student = changed(demo, "few_step", method="progressive", num_inference_steps=4, teacher_steps=16)
+    found, before = work(student, 1000), work(demo, 1000)
+    assert set(found) - set(before) == {"few_step"} and found["generate"] == before["generate"], "it draws nothing yet"
+    optimiser, one = student.few_step.optimiser, forward_flops(student).denoiser
+    latents = optimiser.steps * optimiser.batch_size * one
+    assert found["few_step"].flops["denoiser trained"] == pytest.approx(2 * 3 * latents)  # 8 steps, then 4
+    assert found["few_step"].flops["denoiser"] == pytest.approx((2 * 2 + 2) * latents)
+    draws = changed(student, "generate", sampler="progressive", num_inference_steps=None)
+    assert passes_per_sample(draws) == 4
+
+
 def test_gradient_checkpointing_costs_a_pass_forward_and_a_judge_what_it_is_asked(published):
     kept = changed(published, "autoencoder", gradient_checkpointing=False)
     one, other = (work(study, 1000)["autoencoder"].flops for study in (published, kept))
@@ -131,8 +143,9 @@ def test_gradient_checkpointing_costs_a_pass_forward_and_a_judge_what_it_is_aske
 def test_every_rate_and_request_that_is_counted_with_is_known():
     """And none is there in vain."""
     flops, units, stages = set(), set(), set()
-    for path in (ROOT / "config/config.yaml", ROOT / "config/studies/ukb.yaml"):
-        for stage, one in work(load_study(path), 1000).items():
+    studies = [load_study(ROOT / "config" / name) for name in ("config.yaml", "studies/ukb.yaml")]
+    for study in [*studies, changed(studies[0], "few_step", method="progressive")]:
+        for stage, one in work(study, 1000).items():
             stages.add(stage)
             flops |= one.flops.keys()
             units |= one.units.keys()
