@@ -73,7 +73,7 @@ class ExactNetwork(ResNet):
         alpha, sigma = (a.float().reshape(-1, *[1] * (x.ndim - 1)) for a in self.process.alpha_sigma(timesteps))
         power = alpha.square() + sigma.square()
         x = power.sqrt() * x
-        shift = condition.covariates[:, 0].reshape(alpha.shape)
+        shift = condition.covariates[:, 0].nan_to_num().reshape(alpha.shape)
         clean = shift + alpha * 0.25 / (alpha.square() * 0.25 + sigma.square()) * (x - alpha * shift)
         return (clean - alpha / power * x) * power.sqrt() / sigma
 
