@@ -8,15 +8,19 @@ from meddiff_steps.config.base import NetworkOptimiser, Section
 
 
 class FewStepOptimiser(NetworkOptimiser):
-    """Training of the student; of `progressive`, of each halving."""
+    """Training of the student: of each halving of `progressive`, of each doubling of `consistency`."""
 
     steps: Annotated[
         int,
-        Field(ge=1, description="Gradient steps; of `progressive`, those of each halving. Too few blur."),
+        Field(ge=1, description="Gradient steps of each halving or doubling. Too few blur."),
     ] = 1500
     batch_size: Annotated[
         int, Field(ge=1, description="Latents per gradient step, of all GPUs together. Bounds memory.")
     ] = 32
+    learning_rate: Annotated[
+        float,
+        Field(gt=0.0, description="Largest step size. A third of the teacher's: a student begins with its weights."),
+    ] = 1e-3
 
 
 class FewStep(Section):
@@ -29,7 +33,8 @@ class FewStep(Section):
     method: Literal["progressive", "consistency"] | None = Field(
         None,
         description="`progressive`: each halving learns to take two steps of the one before in one (Salimans and Ho "
-        "2022). `consistency`: every state leads to where its neighbour on the teacher's path does (Song et al. 2023); "
+        "2022). `consistency`: every state leads to where its neighbour on the teacher's path does (Song et al. 2023), "
+        "between ever more levels; "
         "one student for any number of steps. `null`: no student.",
     )
     num_inference_steps: Annotated[int, Field(ge=1, le=32)] = Field(

