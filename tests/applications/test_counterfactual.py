@@ -44,7 +44,7 @@ class Exact(TrainedModel):
             beta_end=0.0205,
             zero_terminal_snr=False,
         )
-        self.process = NoiseProcess.of(settings)
+        self.process, self.card = NoiseProcess.of(settings), SimpleNamespace(few_step=None)
         # Of mean 0 and spread 1, so that encoded sizes are sizes.
         training = pd.DataFrame({"size": [-1.0, 1.0] * 500, "sex": ["F", "M"] * 500})
         self.encoding = CovariateEncoding.fit(training, COVARIATES)
