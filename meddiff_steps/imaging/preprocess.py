@@ -31,6 +31,7 @@ from tqdm import tqdm
 from meddiff_steps.config import Preprocess
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.background import BACKGROUND_COLUMNS, background_of, head_of
+from meddiff_steps.imaging.bias_field import BIAS_FIELD_COLUMNS, corrected
 from meddiff_steps.imaging.channels import (
     channel_columns,
     channel_facts,
@@ -80,6 +81,7 @@ QC_COLUMNS = {
     "cut_off_share": "float64",
     **BACKGROUND_COLUMNS,
     **MASK_COLUMNS,
+    **BIAS_FIELD_COLUMNS,
     **REGISTRATION_COLUMNS,
 }
 
@@ -188,6 +190,9 @@ def _preprocess(
         facts |= {"mask_ml": millilitres(mask[1]), "mask_on_head": on_head(path, head, mask[1], mask[0])}
     background = background_of(path, scan, config.foreground, inside)
     facts |= background.facts()
+    if config.bias_field is not None:
+        scan, found = corrected(path, scan, background.foreground)
+        facts |= found
     foreground, scan = background.foreground, background.darkened(scan)
     if scan.affine is None:
         image, covered, counted, kept, placement = _fit_picture(scan.array, foreground, config)
@@ -207,7 +212,9 @@ def _preprocess(
         assert placement.target is not None, "a volume has an affine"
         facts["target_affine"] = json.dumps([round(float(v), 6) + 0.0 for v in placement.target.ravel()])
     facts["cut_off_share"] = 1.0 - kept
-    image, facts["percentile_low"], facts["percentile_high"] = normalise(path, image, covered, counted, config)
+    image, facts["percentile_low"], facts["percentile_high"] = normalise(
+        path, image, covered, counted, config.percentiles, config.window
+    )
     return image[np.newaxis], facts, placement, head, mask
 
 
@@ -230,8 +237,8 @@ def _fit_volume(
     """Resample a volume: the image, which of its voxels lie in the scan and in the foreground (both broadcast), share
     of foreground kept, and where the grid lies (turned as the template is, where there is a pose).
     """
-    assert scan.affine is not None and config.spacing_mm is not None
-    shape, spacing = config.shape, config.spacing_mm
+    assert scan.affine is not None and config.voxel_mm is not None
+    shape, spacing = config.shape, config.voxel_mm
     array, affine, to_ras = canonical(scan)
     if foreground.size > 1:
         foreground = nib.orientations.apply_orientation(foreground, to_ras)
@@ -239,10 +246,11 @@ def _fit_volume(
         target = pose.grid(shape, spacing)
         index_map = locate(affine, target, shape, sharp=True)
     else:
-        target = np.diag([spacing, spacing, spacing, 1.0])
+        target = np.diag([*spacing, 1.0])
         centre = nib.affines.apply_affine(affine, _centre(foreground, array.shape, config))
-        target[:3, 3] = centre - spacing * (np.array(shape) - 1) / 2
+        target[:3, 3] = centre - np.array(spacing) * (np.array(shape) - 1) / 2
         index_map, target = place(affine, target, shape)
+    index_map = index_map.by(config.interpolation)
     image = interpolated(array, index_map, shape)
     covered = inside(index_map.matrix, shape, array.shape)
     kept = foreground & inside(np.linalg.inv(index_map.matrix), array.shape, shape)
@@ -252,7 +260,9 @@ def _fit_volume(
         else float(np.broadcast_to(kept, array.shape).mean())
     )
     counted = covered & nearest(foreground, index_map.matrix, shape)
-    placement = Placement(shape, target, None, scan.array.shape, affine, index_map, registered=pose is not None)
+    placement = Placement(
+        shape, target, None, scan.array.shape, affine, index_map, pose is not None, config.interpolation
+    )
     return image, covered, counted, share, placement
 
 
@@ -271,7 +281,7 @@ def _fit_picture(
         start = np.floor(start)
     stop = start + extent
     box = (float(start[0]), float(start[1]), float(stop[0]), float(stop[1]))
-    image, counted = scaled_picture(array, foreground, box, config.shape)
+    image, counted = scaled_picture(array, foreground, box, config.shape, config.interpolation)
     rows, columns = (np.arange(n) + 0.5 for n in array.shape)
     kept = ((rows >= start[0]) & (rows <= stop[0]))[:, np.newaxis] & ((columns >= start[1]) & (columns <= stop[1]))
     share = (
