@@ -155,6 +155,11 @@ class Preprocess(Section):
         description="Path pattern of a mask per scan, with {subject_id}, {session_id} and {scan_id}; voxels outside "
         "become 0.",
     )
+    brain_extraction: Literal["deepbet"] | None = Field(
+        None,
+        description="`deepbet` takes the brain out of every T1w scan that shows a skull; scans that show a brain alone "
+        "stay as they are. Needs `pip install 'meddiff-steps[brain-extraction]'`. Masks of other tools: `brain_mask`.",
+    )
     channels: dict[Name, Channel] = Field(
         {}, description="Further images of each scan, by the name of their column: other contrasts, masks, label maps."
     )
@@ -189,6 +194,14 @@ class Preprocess(Section):
                 "bias_field corrects the receiving coil of MR volumes, found "
                 + ("foreground: ct" if len(self.shape) == 3 else f"the 2D shape {list(self.shape)}")
                 + "; leave preprocess.bias_field out"
+            )
+        if self.brain_extraction is not None and self.brain_mask is not None:
+            raise ValueError("brain_mask and brain_extraction both say what the brain is; give one of them")
+        if self.brain_extraction is not None and (len(self.shape) == 2 or self.foreground != "nonzero"):
+            raise ValueError(
+                "brain_extraction is for T1w volumes (foreground: nonzero), found "
+                + (f"foreground: {self.foreground}" if len(self.shape) == 3 else f"the 2D shape {list(self.shape)}")
+                + "; leave it out, or give masks of another tool as preprocess.brain_mask"
             )
         return self
 

@@ -47,7 +47,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "simulate": ("seed", "cohort"),
     "cohort": ("seed", "cohort", "covariates", "splits"),
     "preprocess": _PREPROCESSING,
-    "quality": ("preprocess.max_failed_share",),
+    "quality": ("preprocess.max_failed_share", "release.skull_stripped"),
     "autoencoder": ("seed", "variants", "autoencoder", "compute"),
     "decoder": ("seed", "variants", "decoder", "compute"),
     "latents": ("seed", "variants", "latents", "compute"),

@@ -13,6 +13,7 @@ from meddiff_steps.cohort.splits import shard_of
 from meddiff_steps.config import MNI152, Registration, load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path
+from meddiff_steps.imaging.brain_extraction import load_deepbet
 from meddiff_steps.imaging.preprocess import preprocess_shard
 from meddiff_steps.imaging.registration import load_template
 from meddiff_steps.steps import options
@@ -34,6 +35,8 @@ def run(
     study = load_stage(config, "preprocess")
     if study.preprocess.registration is not None:
         _check_template(study.preprocess.registration, template)
+    if study.preprocess.brain_extraction is not None:
+        load_deepbet()  # refuses before any scan is read
     if shard >= study.preprocess.shards:
         raise UserError(
             f"--shard {shard}: preprocess.shards is {study.preprocess.shards}, so shards are numbered 0 to"

@@ -17,6 +17,7 @@ from meddiff_steps.imaging.channels import absent_channels
 from meddiff_steps.imaging.masks import misplaced
 from meddiff_steps.imaging.preprocess import cut_off, other_spaces
 from meddiff_steps.imaging.registration import registered
+from meddiff_steps.imaging.skull import check_statement
 from meddiff_steps.steps import options
 
 logger = logging.getLogger(__name__)
@@ -27,9 +28,9 @@ def run(
     qc: Annotated[list[Path], typer.Option(help="Quality table of one shard; repeat for every shard.")],
     out: Annotated[Path, typer.Option(help="Table to write (preprocessed/qc.parquet).")],
 ) -> None:
-    """Merge the quality tables and stop if too many scans were left out.
+    """Merge the quality tables and stop if too many scans were left out, or if what is said of them is not so.
 
-    The limit is preprocess.max_failed_share.
+    The limit is preprocess.max_failed_share; the statement is release.skull_stripped.
     """
     study = load_stage(config, "quality")
     table = pd.concat([pd.read_parquet(path) for path in qc], ignore_index=True).sort_values(
@@ -60,6 +61,8 @@ def run(
         logger.warning("%s.", told)
     if told := misplaced(table):
         logger.warning("masks and label maps that may not fit: %s. Look at them, one over the other.", told)
+    if told := check_statement(table, study.release.skull_stripped):
+        logger.warning("%s. Look at them: columns head_ml and skull_valley of %s.", told, out)
     with atomic_path(out) as temporary:
         table.to_parquet(temporary, index=False)
 
