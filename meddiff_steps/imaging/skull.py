@@ -18,16 +18,16 @@ from meddiff_steps.imaging.background import Setting, head_of
 from meddiff_steps.imaging.reading import Image
 from meddiff_steps.imaging.resampling import canonical
 
-#: The measure is taken on every n-th voxel, so that these are about so many mm apart; scans of larger voxels do not show
-#: a skull that could be measured.
+#: The measure is taken on every n-th voxel, so that these are about so many mm apart; in scans of larger voxels a skull
+#: could not be told.
 STEP_MM, COARSEST_MM = 2.0, 6.0
 #: How deep (mm) it looks below the surface: beyond scalp and skull, which are 10 to 20 mm thick together.
 DEPTH_MM = 26.0
 #: Fewest voxels of a layer.
 LEAST_VOXELS = 50
 #: A valley deeper than this (as a share of bright tissue) is a skull: of 185 brains (IXI, T1w, 2 mm) none has one
-#: above 0, of 12 brains with lesions (T1w with and without contrast agent, T2w, FLAIR) the deepest is 0.08; heads made of
-#: IXI's brains with CSF, skull, scalp, neck and noise have 0.50 and more.
+#: above 0, of 12 images of brains with lesions (T1w with and without contrast agent, T2w, FLAIR) the deepest is 0.08;
+#: heads made of IXI's brains with CSF, skull, scalp, neck and noise have 0.50 and more.
 VALLEY = 0.25
 #: mL that no brain has; heads have 3,500 and more.
 MORE_THAN_A_BRAIN_ML = 2500.0
@@ -99,8 +99,8 @@ def check_statement(quality: pd.DataFrame, skull_stripped: bool) -> str | None:
     found = (
         f"release.skull_stripped is {str(skull_stripped).lower()}, but {len(against)} of {len(measured)} scans show"
         f" {'a head' if skull_stripped else 'a brain alone'}: {first['scan_id']} first ({first['head_ml']:.0f} mL of"
-        f" head, a valley of {first['skull_valley']:.2f} below its surface; a skull is one above {VALLEY:g}, or more than"
-        f" {MORE_THAN_A_BRAIN_ML:.0f} mL)"
+        f" head, a valley of {first['skull_valley']:.2f} below its surface; a skull is one above {VALLEY:g}, or more"
+        f" than {MORE_THAN_A_BRAIN_ML:.0f} mL)"
     )
     if 2 * len(against) < len(measured):
         return found

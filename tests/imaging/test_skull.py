@@ -77,12 +77,9 @@ def test_what_cannot_be_judged_is_not() -> None:
     values, _ = drawn(0)
     affine = affine_of("RAS", SPACING, SHAPE)
     coarse = Image(values[::4, ::4, ::4], affine @ np.diag([4, 4, 4, 1]))
-    for image, setting in (
-        (Image(values[:, :, 40], None), "nonzero"),
-        (Image(values, affine), "ct"),
-        (coarse, "nonzero"),
-    ):
-        assert set(skull_facts(image, setting).values()) == {None} and not shows_skull(skull_facts(image, setting))
+    picture, ct = Image(values[:, :, 40], None), Image(values, affine)
+    for facts in (skull_facts(picture, "nonzero"), skull_facts(ct, "ct"), skull_facts(coarse, "all")):
+        assert set(facts.values()) == {None} and not shows_skull(facts)
 
 
 @pytest.mark.skipif(not (DATA / "ixi").is_dir(), reason="IXI is not here")
@@ -151,8 +148,7 @@ def test_brains_are_taken_out_of_heads_alone(tmp_path: Path, stand: type[Stand])
     masked, others = preprocess_image(scan, config(**grid, brain_mask="x_{scan_id}"), mask)
     assert facts["brain_extraction"] == "deepbet 9.9" and others["brain_extraction"] is None
     assert np.array_equal(image, masked)
-    assert {k: v for k, v in facts.items() if k != "brain_extraction"} == others | {} or facts["mask_ml"] > 0
-    assert facts["mask_ml"] == others["mask_ml"] and facts["skull_valley"] < 0.1
+    assert facts == others | {"brain_extraction": "deepbet 9.9"} and facts["skull_valley"] < 0.1
 
     already = save(tmp_path / "brain.nii.gz", np.where(brain, values, 0), affine)
     image, facts = preprocess_image(already, config(**grid, brain_extraction="deepbet"))
@@ -196,5 +192,4 @@ def test_deepbet_finds_a_brain() -> None:
     assert mask is not None and facts["brain_extraction"].startswith("deepbet ")
     found = mask.array > 0
     dice = 2 * (found & brain).sum() / (found.sum() + brain.sum())
-    print("dice", dice)
-    assert dice > 0.85
+    assert dice > 0.95
