@@ -9,6 +9,7 @@ from meddiff_steps.config.base import (
     Fraction,
     LocalPath,
     Name,
+    NoOrLocalPath,
     NoOrPathPattern,
     PathPattern,
     PositiveInt,
@@ -162,6 +163,11 @@ class Preprocess(Section):
     )
     channels: dict[Name, Channel] = Field(
         {}, description="Further images of each scan, by the name of their column: other contrasts, masks, label maps."
+    )
+    exclude: NoOrLocalPath = Field(
+        None,
+        description="Table of scans that were looked at and are not to be learnt from: qc.tsv, with columns `scan_id` "
+        "and `decision` (`keep`, `exclude`). By default results/STUDY/qc.tsv, where it is there.",
     )
     shards: Annotated[int, Field(ge=1, le=10_000)] = Field(
         2, description="Files, and so jobs, that the scans are divided into; about one per 200 scans."

@@ -1,6 +1,6 @@
 """The field of the receiving coil: the smooth factor that brightens one part of an MR scan and darkens another.
 
-N4ITK (Tustison et al., IEEE Trans. Med. Imaging 29, 2010) through SimpleITK.  The field is estimated on a coarse copy,
+N4ITK (Tustison et al. 2010) through SimpleITK.  The field is estimated on a coarse copy,
 for it is smooth, and the scan's own voxels are divided by it.
 """
 

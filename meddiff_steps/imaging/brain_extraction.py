@@ -1,4 +1,4 @@
-"""Brains out of heads, through deepbet (Fisch et al., Computers in Biology and Medicine 2024): two 3D U-Nets for T1w
+"""Brains out of heads, through deepbet (Fisch et al. 2024): two 3D U-Nets for T1w
 scans of adults, whose weights (TorchScript, MIT licence) lie in its wheel, so that nothing is downloaded.
 
 It is an optional dependency: meddiff-steps[brain-extraction].  Masks of any other tool are `preprocess.brain_mask`.

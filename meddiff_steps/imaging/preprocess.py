@@ -34,6 +34,7 @@ import pandas as pd
 import pyarrow as pa
 from tqdm import tqdm
 
+from meddiff_steps.cohort.decisions import EXCLUDED
 from meddiff_steps.config import Preprocess
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.background import BACKGROUND_COLUMNS, background_of, head_of
@@ -339,7 +340,9 @@ def _fit_picture(
 # --------------------------------------------------------------------------------------------------- shards
 
 
-def preprocess_shard(rows: pd.DataFrame, config: Preprocess, out: Path, threads: int = 1) -> pd.DataFrame:
+def preprocess_shard(
+    rows: pd.DataFrame, config: Preprocess, out: Path, threads: int = 1, excluded: Mapping[str, str] | None = None
+) -> pd.DataFrame:
     """Preprocess scans and write them as one shard, in the order of `scan_id`.
 
     Parameters
@@ -354,6 +357,8 @@ def preprocess_shard(rows: pd.DataFrame, config: Preprocess, out: Path, threads:
         `preprocess_channel`.  The bytes do not depend on `threads`.
     threads
         Worker processes; each holds one scan at a time.
+    excluded
+        Scans that a person excluded, with a note on each: they are left out unread.
 
     Returns
     -------
@@ -372,8 +377,10 @@ def preprocess_shard(rows: pd.DataFrame, config: Preprocess, out: Path, threads:
         "image": TensorColumn("float16", (1, *config.shape)),
         **channel_columns(config),
     }
-    tasks = [_task(row, config) for row in rows.sort_values("scan_id").to_dict("records")]
-    table, took = [], CoreSeconds()
+    by_hand = rows["scan_id"].isin(list(excluded or {}))
+    tasks = [_task(row, config) for row in rows[~by_hand].sort_values("scan_id").to_dict("records")]
+    table: list[dict[str, Any]] = [_excluded(row, excluded or {}) for row in rows[by_hand].to_dict("records")]
+    took = CoreSeconds()
     with ShardWriter(out, columns) as shard:
         results = _in_order(_attempt, tasks, threads)
         for arrays, facts, seconds in tqdm(
@@ -386,11 +393,19 @@ def preprocess_shard(rows: pd.DataFrame, config: Preprocess, out: Path, threads:
             table.append(facts)
             for stage, number in seconds.items():
                 took[stage] = took.get(stage, 0.0) + number
-    if table:
-        means = ", ".join(f"{stage} {number / len(table):.2f}" for stage, number in took.items())
+    if tasks:
+        means = ", ".join(f"{stage} {number / len(tasks):.2f}" for stage, number in took.items())
         logger.info("seconds of a core per scan: %s", means)
     known = QC_COLUMNS | channel_facts(config)
-    return pd.DataFrame(table, columns=list(known)).astype(known)
+    return pd.DataFrame(table, columns=list(known)).astype(known).sort_values("scan_id", ignore_index=True)
+
+
+def _excluded(row: dict[Any, Any], notes: Mapping[str, str]) -> dict[str, Any]:
+    """Facts of a scan that a person excluded."""
+    scan_id, path = str(row["scan_id"]), str(row["path"])
+    note = notes[scan_id]
+    message = f"{path}: {EXCLUDED}{f' ({note})' if note else ''}. Take its row out of qc.tsv to bring it back."
+    return {"scan_id": scan_id, "path": path, "status": "left out", "reason": EXCLUDED, "message": message}
 
 
 def cut_off(quality: pd.DataFrame) -> str | None:

@@ -261,6 +261,19 @@ def register(path: Path, scan: Image, foreground: np.ndarray, config: Registrati
     return pose
 
 
+def template_on_grid(template: Template, shape: tuple[int, ...], voxel_mm: tuple[float, float, float]) -> np.ndarray:
+    """Where a template has its head on the grid of scans that are registered to it; bool (*shape)."""
+    coarse = template.coarse
+    assert coarse.affine is not None, "a volume has an affine"
+    lies = Pose(np.eye(4), 1.0, 1.0, template.centre).grid(shape, voxel_mm)
+    index_map = locate(coarse.affine, lies, shape)
+    values = np.where(
+        inside(index_map.matrix, shape, coarse.array.shape), interpolated(coarse.array, index_map, shape), 0
+    )
+    # Half of what counts as its foreground: interpolation blurs the outline by as much.
+    return values > 0.5 * np.percentile(coarse.array[coarse.array > 0], 50)
+
+
 def registered(quality: pd.DataFrame) -> str | None:
     """How the scans of a quality table lay, in words; None where none was registered, or nothing could be yet."""
     if "registration_rotation_deg" not in quality or quality["registration_rotation_deg"].isna().all():

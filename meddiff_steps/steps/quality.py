@@ -9,6 +9,7 @@ from typing import Annotated
 import pandas as pd
 import typer
 
+from meddiff_steps.cohort.decisions import EXCLUDED
 from meddiff_steps.config import load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path
@@ -39,11 +40,13 @@ def run(
     left_out = table[table["status"] == "left out"]
     if len(left_out) == len(table):
         raise UserError(f"preprocess: none of {len(table)} scans could be used.\n{_reasons(left_out)}")
-    share = len(left_out) / len(table)
+    by_hand = int((left_out["reason"] == EXCLUDED).sum())
+    failed = left_out[left_out["reason"] != EXCLUDED]
+    share = len(failed) / max(1, len(table) - by_hand)
     if share > study.preprocess.max_failed_share:
         raise UserError(
-            f"preprocess: {len(left_out)} of {len(table)} scans ({share:.1%}) were left out, more than"
-            f" preprocess.max_failed_share ({study.preprocess.max_failed_share:.1%}).\n{_reasons(left_out)}\nRepair"
+            f"preprocess: {len(failed)} of {len(table) - by_hand} scans ({share:.1%}) were left out, more than"
+            f" preprocess.max_failed_share ({study.preprocess.max_failed_share:.1%}).\n{_reasons(failed)}\nRepair"
             " these scans, take them out of the cohort, or raise the limit."
         )
     logger.info("%d of %d scans are usable", len(table) - len(left_out), len(table))
