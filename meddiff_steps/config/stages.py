@@ -47,7 +47,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "simulate": ("seed", "cohort"),
     "cohort": ("seed", "cohort", "covariates", "splits"),
     "preprocess": _PREPROCESSING,
-    "scan_pages": ("study", "title", "cohort", *_GRID, "preprocess.registration"),
+    "scan_pages": ("study", "cohort", *_GRID, "preprocess.registration"),
     "quality": ("preprocess.max_failed_share", "release.skull_stripped"),
     "autoencoder": ("seed", "variants", "autoencoder", "compute"),
     "decoder": ("seed", "variants", "decoder", "compute"),

@@ -54,7 +54,7 @@ def run(
             cards.append(card(row, names, jpeg, decisions.get(row["scan_id"])))
         page = render(
             cards,
-            title=study.title or study.study,
+            title=study.study,
             simulated=study.cohort.source == "simulated",
             page=number,
             pages=pages,
