@@ -25,6 +25,7 @@ STEPS = {
     "cohort": "read a cohort and write its manifest: scans, covariates, splits",
     "preprocess": "bring one shard of scans to the study's grid and intensity scale",
     "quality": "merge the quality tables and stop if too many scans were left out",
+    "scan_pages": "show all preprocessed scans, the oddest first, for a person to keep or exclude",
     "autoencoder": "train the autoencoder (resumable)",
     "decoder": "train the decoder that draws the detail which latents leave open (resumable)",
     "latents": "encode one shard of scans",

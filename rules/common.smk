@@ -152,6 +152,7 @@ COHORT_CARD = f"{RESULTS}/cohort/card.json"
 PREPROCESSED = f"{RESULTS}/preprocessed/shard-{{shard}}.arrow"
 QC_SHARD = f"{RESULTS}/preprocessed/qc/shard-{{shard}}.parquet"
 QC = f"{RESULTS}/preprocessed/qc.parquet"
+SCAN_PAGES = f"{RESULTS}/quality/index.html"
 AUTOENCODER = network(f"{RESULTS}/autoencoder")
 AUTOENCODER_CURVE = f"{RESULTS}/autoencoder/history.parquet"
 AUTOENCODER_RECONSTRUCTIONS = f"{RESULTS}/autoencoder/reconstructions.arrow"
@@ -239,6 +240,9 @@ COHORT_IMAGES = expand(PREPROCESSED, shard=COHORT_SHARDS)
 # The file that scans are registered to, where it is one of the user's.
 REGISTRATION = STUDY.preprocess.registration
 TEMPLATE = REGISTRATION.template if REGISTRATION and REGISTRATION.template != study_config.MNI152 else None
+# Scans that a person excluded: the study's table, or the one that lies with its results.
+DECIDED = STUDY.preprocess.exclude or f"{RESULTS}/qc.tsv"
+EXCLUDE = tables([DECIDED], QC) if STUDY.preprocess.exclude else [DECIDED] if Path(DECIDED).exists() else []
 
 
 wildcard_constraints:

@@ -2,6 +2,7 @@ rule preprocess:
     input:
         manifest=MANIFEST,
         template=tables([TEMPLATE] if TEMPLATE else [], QC),
+        exclude=EXCLUDE,
     output:
         out=PREPROCESSED,
         qc=QC_SHARD,
@@ -43,5 +44,33 @@ rule quality:
         **run_step("quality"),
     message:
         "Checking that enough scans could be preprocessed"
+    shell:
+        STEP
+
+
+# snakemake scan_pages: every scan as it was preprocessed, for a person to keep or exclude (docs/own-cohort.md). Private:
+# it shows scans of the cohort, and is no part of a release.
+rule scan_pages:
+    input:
+        qc=QC,
+        images=COHORT_IMAGES,
+        template=tables([TEMPLATE] if TEMPLATE else [], QC),
+        exclude=EXCLUDE,
+    output:
+        out=SCAN_PAGES,
+    log:
+        f"{RESULTS}/logs/scan_pages.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/scan_pages.tsv"
+    conda:
+        "../envs/meddiff.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory(2000),
+        runtime=minutes(60),
+    params:
+        **run_step("scan_pages"),
+    message:
+        f"Drawing all scans for people to look at: {SCAN_PAGES}"
     shell:
         STEP

@@ -347,6 +347,7 @@ def test_paths_and_texts_are_marked_where_they_are_declared():
         "cohort.table",
         "preprocess.brain_mask",
         "preprocess.registration.template",
+        "preprocess.exclude",
         "preprocess.channels.*.path",
         "autoencoder.perceptual.weights",
         "plan.table",
@@ -366,7 +367,8 @@ def test_no_path_is_published():
     )
     shown = config.without_paths(study)
     assert "/data" not in json.dumps(shown) and "/scratch" not in json.dumps(shown)
-    assert shown["preprocess"]["channels"]["t2"] == {"path": "(path)", "kind": "contrast", "required": True}
+    channel = {"path": "(path)", "kind": "contrast", "window": None, "required": True}
+    assert shown["preprocess"]["channels"]["t2"] == channel
     assert shown["preprocess"]["brain_mask"] is None
     assert config.without_paths(shown) == shown
 

@@ -1,7 +1,7 @@
 """What all sections share: their class, types of values, marks on keys, and a walk over all keys."""
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -13,10 +13,18 @@ Count = Annotated[int, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+#: mm along the axes of a 3D grid: one number for all three, or three.
+Spacing = PositiveFloat | tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 Alphanumeric = Annotated[str, Field(pattern=r"^[A-Za-z0-9]+$")]
 #: A value of a covariate: a number, or a level.
 Scalar = float | int | str
+
+
+def per_axis(spacing: float | Sequence[float]) -> tuple[float, float, float]:
+    """A `Spacing` along each of three axes."""
+    x, y, z = [spacing] * 3 if isinstance(spacing, (int, float)) else spacing
+    return x, y, z
 
 
 @dataclass(frozen=True)

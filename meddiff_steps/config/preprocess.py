@@ -9,11 +9,13 @@ from meddiff_steps.config.base import (
     Fraction,
     LocalPath,
     Name,
+    NoOrLocalPath,
     NoOrPathPattern,
     PathPattern,
-    PositiveFloat,
     PositiveInt,
     Section,
+    Spacing,
+    per_axis,
 )
 
 #: What a path pattern can be filled in with, by scan.
@@ -47,6 +49,11 @@ class Channel(Section):
         description="`contrast`: grey values, interpolated and scaled to [0, 1] like the scan; `mask`: 0 outside and "
         "1 inside; `labels`: whole numbers. Masks and labels take the nearest voxel.",
     )
+    window: tuple[float, float] | None = Field(
+        None,
+        description="Of a contrast: the grey values that become 0 and 1, in place of `preprocess.percentiles`. So one "
+        "CT may be given in several windows.",
+    )
     required: bool = Field(
         True, description="`true`: a scan without this image is left out of the study; `false`: it is filled with 0."
     )
@@ -62,6 +69,18 @@ class Channel(Section):
         if unknown:
             raise ValueError(f"a pattern has {', '.join(PATTERN_FIELDS)} in braces, found {unknown[0]!r}")
         return value
+
+    @model_validator(mode="after")
+    def _window_of_a_contrast(self) -> Self:
+        _check_window(self.window)
+        if self.window is not None and self.kind != "contrast":
+            raise ValueError(f"a window is of grey values, found kind: {self.kind}; leave `window` out")
+        return self
+
+
+def _check_window(window: tuple[float, float] | None) -> None:
+    if window is not None and not window[0] < window[1]:
+        raise ValueError(f"window must be [low, high] with low < high, found [{window[0]:g}, {window[1]:g}]")
 
 
 #: The template that comes with a package (nilearn); every other is a path.
@@ -97,8 +116,15 @@ class Preprocess(Section):
         description="Voxels (3D, axes left-right, posterior-anterior, inferior-superior) or pixels (2D, rows, "
         "columns). Divisible by the reduction of both networks; shape times spacing must hold every scan.",
     )
-    spacing_mm: PositiveFloat | None = Field(
-        5.0, description="Isotropic voxel size of the 3D grid in mm; null for 2D images."
+    spacing_mm: Spacing | None = Field(
+        5.0,
+        description="Voxel size of the 3D grid in mm: one number, or three along the axes of `shape` where slices are "
+        "thick; null for 2D images.",
+    )
+    interpolation: Literal["auto", "linear", "cubic", "nearest"] = Field(
+        "auto",
+        description="How grey values come to the grid. `auto`: linear, and cubic splines where a registered scan comes "
+        "to a grid that is as fine; `nearest` copies the nearest voxel and smooths nothing.",
     )
     center: Literal["image", "foreground"] = Field(
         "image", description="What the grid is centred on. `foreground` where scans show the head in different places."
@@ -115,13 +141,33 @@ class Preprocess(Section):
         "background (radiographs).",
     )
     percentiles: tuple[float, float] = Field((0.0, 99.5), description="Mapped to 0 and 1; values outside are clipped.")
+    window: tuple[float, float] | None = Field(
+        None,
+        description="Grey values that become 0 and 1 in every scan, in place of percentiles: of CT in Hounsfield "
+        "units, [0, 80] for brain. Null where grey values have no unit, as in MR.",
+    )
+    bias_field: Literal["n4"] | None = Field(
+        None,
+        description="`n4` divides each MR scan by the smooth field of its receiving coil (N4ITK) before all else; it "
+        "finds next to none where a scan was corrected already. Channels are left as they are.",
+    )
     brain_mask: NoOrPathPattern = Field(
         None,
         description="Path pattern of a mask per scan, with {subject_id}, {session_id} and {scan_id}; voxels outside "
         "become 0.",
     )
+    brain_extraction: Literal["deepbet"] | None = Field(
+        None,
+        description="`deepbet` takes the brain out of every T1w scan that shows a skull; scans that show a brain alone "
+        "stay as they are. Needs `pip install 'meddiff-steps[brain-extraction]'`. Masks of other tools: `brain_mask`.",
+    )
     channels: dict[Name, Channel] = Field(
         {}, description="Further images of each scan, by the name of their column: other contrasts, masks, label maps."
+    )
+    exclude: NoOrLocalPath = Field(
+        None,
+        description="Table of scans that were looked at and are not to be learnt from: qc.tsv, with columns `scan_id` "
+        "and `decision` (`keep`, `exclude`). By default results/STUDY/qc.tsv, where it is there.",
     )
     shards: Annotated[int, Field(ge=1, le=10_000)] = Field(
         2,
@@ -143,6 +189,7 @@ class Preprocess(Section):
         low, high = self.percentiles
         if not 0.0 <= low < high <= 100.0:
             raise ValueError(f"percentiles must be 0 <= low < high <= 100, found [{low:g}, {high:g}]")
+        _check_window(self.window)
         if (len(self.shape) == 3) != (self.spacing_mm is not None):
             raise ValueError("a 3D shape needs spacing_mm in millimetres, a 2D shape needs spacing_mm: null")
         if self.registration is not None and len(self.shape) == 2:
@@ -150,4 +197,23 @@ class Preprocess(Section):
                 "registration turns heads in space and needs a 3D shape with spacing_mm, found the 2D shape "
                 f"{list(self.shape)}; leave preprocess.registration out for pictures"
             )
+        if self.bias_field is not None and (len(self.shape) == 2 or self.foreground == "ct"):
+            raise ValueError(
+                "bias_field corrects the receiving coil of MR volumes, found "
+                + ("foreground: ct" if len(self.shape) == 3 else f"the 2D shape {list(self.shape)}")
+                + "; leave preprocess.bias_field out"
+            )
+        if self.brain_extraction is not None and self.brain_mask is not None:
+            raise ValueError("brain_mask and brain_extraction both say what the brain is; give one of them")
+        if self.brain_extraction is not None and (len(self.shape) == 2 or self.foreground != "nonzero"):
+            raise ValueError(
+                "brain_extraction is for T1w volumes (foreground: nonzero), found "
+                + (f"foreground: {self.foreground}" if len(self.shape) == 3 else f"the 2D shape {list(self.shape)}")
+                + "; leave it out, or give masks of another tool as preprocess.brain_mask"
+            )
         return self
+
+    @property
+    def voxel_mm(self) -> tuple[float, float, float] | None:
+        """`spacing_mm` along each axis of a 3D grid; None for 2D images."""
+        return None if self.spacing_mm is None else per_axis(self.spacing_mm)

@@ -38,7 +38,7 @@ def discriminability(
     found: Sequence[Measured],
     settings: Evaluate,
     spatial_dims: int,
-    spacing_mm: float | None,
+    voxel_mm: tuple[float, ...] | None,
     *,
     seed: str,
 ) -> dict[str, Any]:
@@ -49,8 +49,8 @@ def discriminability(
     ----------
     kinds, found
         Images, and their features in the spaces of the study (`likeness`).
-    spacing_mm
-        Of the grid; None in 2D.
+    voxel_mm
+        Of the grid, of which the coarsest axis counts; None in 2D.
 
     Returns
     -------
@@ -76,5 +76,6 @@ def discriminability(
             curve.append(
                 classifier_auc.figure(one.samples[kind], one.samples["held_out"], one.scale, replace(draws, label=kind))
             )
-    finest = [None if spacing_mm is None else float(f"{spacing_mm / (2 * (cutoff or 0.5)):.4g}") for cutoff in cutoffs]
+    coarsest = None if voxel_mm is None else max(voxel_mm)
+    finest = [None if coarsest is None else float(f"{coarsest / (2 * (cutoff or 0.5)):.4g}") for cutoff in cutoffs]
     return card | {"cutoffs_cycles_per_voxel": cutoffs, "finest_mm": finest} | curves

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -150,7 +151,7 @@ def evaluate(
         "realism": like,
         "diversity": various,
         "discriminability": discriminability(
-            kinds, found, study.evaluate, study.spatial_dims, study.preprocess.spacing_mm, seed=seed
+            kinds, found, study.evaluate, study.spatial_dims, study.preprocess.voxel_mm, seed=seed
         ),
         "sanity": sanity(spaces, kinds, found, study.evaluate, seed=seed),
         "predictors": predictors.card(),
@@ -188,8 +189,8 @@ def segmented(
     model: Segmenter, images: Images, kind: str, study: Study, trained: Mapping[str, tuple[float, float]]
 ) -> pd.DataFrame:
     """`fidelity.predictions_table` of volumes that a segmenter measures."""
-    assert study.preprocess.spacing_mm is not None
-    volumes = segmented_volumes(model, images, study.preprocess.spacing_mm**3 / 1000, f"segmenting {kind} images")
+    assert study.preprocess.voxel_mm is not None
+    volumes = segmented_volumes(model, images, math.prod(study.preprocess.voxel_mm) / 1000, f"segmenting {kind} images")
     return predictions_table(images.ids, images.units.tolist(), kind, images.table, volumes, study.covariates, trained)
 
 

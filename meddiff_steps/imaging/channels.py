@@ -100,9 +100,10 @@ def preprocess_channel(
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Bring one channel of a scan to the scan's target grid.
 
-    Contrasts are treated as the scan is: the brain mask, linear interpolation after a Gaussian, percentiles of their
-    own foreground.  A mask is 1 where more than half of a voxel is above 0 in the file; a voxel of a label map has the
-    label that fills most of it (`majority`).  The brain mask cuts neither.
+    Contrasts are treated as the scan is: the brain mask, the same interpolation, percentiles of their own foreground or
+    a window of their own; but for the field of the coil, which stays in them.  A mask is 1 where more than half of a
+    voxel is above 0 in the file; a voxel of a label map has the label that fills most of it (`majority`).  The brain
+    mask cuts neither.
 
     Parameters
     ----------
@@ -142,7 +143,7 @@ def preprocess_channel(
         else:
             _check_place(path, image, placement)
             if channel.kind == "contrast":
-                array, low, high = _contrast(path, image, placement, config, mask)
+                array, low, high = _contrast(path, image, placement, config, channel, mask)
                 found = {f"channel_{name}_percentile_low": low, f"channel_{name}_percentile_high": high}
             else:
                 found = {f"channel_{name}_on_head": on_head(path, head, image, path)}
@@ -214,23 +215,29 @@ def _check_place(path: Path, image: Image, placement: Placement) -> None:
 
 
 def _contrast(
-    path: Path, image: Image, placement: Placement, config: Preprocess, mask: tuple[Path, Image] | None
+    path: Path,
+    image: Image,
+    placement: Placement,
+    config: Preprocess,
+    channel: Channel,
+    mask: tuple[Path, Image] | None,
 ) -> tuple[np.ndarray, float, float]:
     inside_mask = None if mask is None else mask_on(path, image, mask[1], mask[0])
     setting = "nonzero" if config.foreground == "ct" else config.foreground  # a channel may be of another modality
     background = background_of(path, image, setting, inside_mask)
     foreground, image = background.foreground, background.darkened(image)
+    scale = (config.percentiles, channel.window)
     if image.affine is None:
         assert placement.box is not None, "a picture has a box"
-        scaled, counted = scaled_picture(image.array, foreground, placement.box, placement.shape)
-        return normalise(path, scaled, np.ones((1, 1), dtype=bool), counted, config)
+        scaled, counted = scaled_picture(image.array, foreground, placement.box, placement.shape, config.interpolation)
+        return normalise(path, scaled, np.ones((1, 1), dtype=bool), counted, *scale)
     array, affine, _ = canonical(image)
     if foreground.size > 1:
         foreground = canonical(Image(foreground, image.affine))[0]
     index_map = placement.map_to(affine)
     covered = inside(index_map.matrix, placement.shape, array.shape)
     counted = covered & nearest(foreground, index_map.matrix, placement.shape)
-    return normalise(path, interpolated(array, index_map, placement.shape), covered, counted, config)
+    return normalise(path, interpolated(array, index_map, placement.shape), covered, counted, *scale)
 
 
 def _labels(image: Image, placement: Placement) -> np.ndarray:

@@ -27,6 +27,7 @@ from PIL import Image as PilImage
 from PIL.PngImagePlugin import PngInfo
 
 from meddiff_steps.cohort.manifest import content_digest
+from meddiff_steps.config.base import Spacing, per_axis
 
 #: Stored value of an image value of 1.
 VOLUME_SCALE, PICTURE_SCALE = 1000, 255
@@ -49,18 +50,21 @@ _BESIDE = 1 << 16
 
 @dataclass(frozen=True)
 class Grid:
-    """What turns an array into a picture of something: spacing (mm; None for 2D) and shape without the channel axis."""
+    """What turns an array into a picture of something: spacing (mm, one number or three; None for 2D) and shape without
+    the channel axis.
+    """
 
     shape: tuple[int, ...]
-    spacing_mm: float | None
+    spacing_mm: Spacing | None
 
     @property
     def affine(self) -> np.ndarray | None:
         """(4, 4) RAS+ affine in mm of a 3D grid; the middle of the grid is the origin.  None for 2D."""
         if self.spacing_mm is None:
             return None
-        affine = np.diag([self.spacing_mm] * 3 + [1.0])
-        affine[:3, 3] = -self.spacing_mm * (np.array(self.shape) - 1) / 2
+        spacing = np.array(per_axis(self.spacing_mm))
+        affine = np.diag([*spacing, 1.0])
+        affine[:3, 3] = -spacing * (np.array(self.shape) - 1) / 2
         return affine
 
 

@@ -6,14 +6,19 @@ from pathlib import Path
 
 import numpy as np
 
-from meddiff_steps.config import Preprocess
 from meddiff_steps.imaging.reading import ScanError
 
 
 def normalise(
-    path: Path, image: np.ndarray, inside: np.ndarray, counted: np.ndarray, config: Preprocess
+    path: Path,
+    image: np.ndarray,
+    inside: np.ndarray,
+    counted: np.ndarray,
+    percentiles: tuple[float, float],
+    window: tuple[float, float] | None = None,
 ) -> tuple[np.ndarray, float, float]:
-    """Percentiles over `counted` on the target grid to 0 and 1, clipped; what is not `inside` (padding) to 0.
+    """Percentiles over `counted` on the target grid, or the ends of a window, to 0 and 1, clipped; what is not `inside`
+    (padding) to 0.
 
     Returns
     -------
@@ -25,7 +30,7 @@ def normalise(
     Raises
     ------
     ScanError
-        Nothing is counted, or both percentiles are the same.
+        Nothing is counted, both percentiles are the same, or nothing counted lies within the window.
     """
     values = image[np.broadcast_to(counted, image.shape)]
     if not values.size:
@@ -35,11 +40,16 @@ def normalise(
             "nothing of the scan lies in the target grid. Set preprocess.center: foreground, or enlarge"
             " preprocess.shape.",
         )
-    low, high = (float(v) for v in np.percentile(values, config.percentiles))
-    if not low < high:
-        found = (
-            f"percentiles {config.percentiles[0]:g} and {config.percentiles[1]:g} of the foreground are both {low:g}"
+    low, high = window or (float(v) for v in np.percentile(values, percentiles))
+    if window is not None and not ((values > low) & (values < high)).any():
+        raise ScanError(
+            path,
+            "nothing within the window",
+            f"grey values from {values.min():g} to {values.max():g}, expected some in the window {low:g} to {high:g}."
+            " Check that the scan is in the unit of the window (CT: Hounsfield units), or set another.",
         )
+    if not low < high:
+        found = f"percentiles {percentiles[0]:g} and {percentiles[1]:g} of the foreground are both {low:g}"
         raise ScanError(
             path,
             "no contrast",

@@ -5,6 +5,10 @@ and sits on the centre of the image or of its foreground.  Along an axis of a sc
 and already has the study's spacing the grid snaps to the voxels, so that the scan is cropped or padded, not blurred.
 Where the study registers its scans (`imaging.registration`) the grid lies along the axes of a template, in its middle.
 
+What a study asks for is done in this order: the brain is taken out (`brain_extraction`, or its mask), the background
+told, the field of the coil divided out (`bias_field`), the head registered, all on the scan's own voxels; then the one
+interpolation, and grey levels to [0, 1].
+
 The channels of a scan (`imaging.channels`) come to the same grid; `imaging.restoration` is the way back.
 """
 
@@ -18,8 +22,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import nibabel as nib
@@ -28,9 +34,12 @@ import pandas as pd
 import pyarrow as pa
 from tqdm import tqdm
 
+from meddiff_steps.cohort.decisions import EXCLUDED
 from meddiff_steps.config import Preprocess
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.background import BACKGROUND_COLUMNS, background_of, head_of
+from meddiff_steps.imaging.bias_field import BIAS_FIELD_COLUMNS, corrected
+from meddiff_steps.imaging.brain_extraction import EXTRACTION_COLUMNS, extracted
 from meddiff_steps.imaging.channels import (
     channel_columns,
     channel_facts,
@@ -54,6 +63,7 @@ from meddiff_steps.imaging.resampling import (
     scaled_picture,
 )
 from meddiff_steps.imaging.shards import ShardWriter, TensorColumn
+from meddiff_steps.imaging.skull import SKULL_COLUMNS, skull_facts
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +90,26 @@ QC_COLUMNS = {
     "cut_off_share": "float64",
     **BACKGROUND_COLUMNS,
     **MASK_COLUMNS,
+    **EXTRACTION_COLUMNS,
+    **SKULL_COLUMNS,
+    **BIAS_FIELD_COLUMNS,
     **REGISTRATION_COLUMNS,
 }
 
 #: Share of a scan's foreground outside the grid from which on it is worth a warning.
 NOTEWORTHY_CUT = 0.01
+
+
+class CoreSeconds(dict[str, float]):
+    """Seconds of a core by stage of preprocessing: `with seconds("grid"): ...` adds."""
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = process_time()
+        try:
+            yield
+        finally:
+            self[stage] = self.get(stage, 0.0) + process_time() - start
 
 
 def preprocess_image(
@@ -117,7 +142,7 @@ def preprocess_image(
     UserError
         The template of the registration cannot be used.
     """
-    image, facts, *_ = _preprocess(Path(path), config, mask_path, sha256)
+    image, facts, *_ = _preprocess(Path(path), config, mask_path, sha256, CoreSeconds())
     return image, facts
 
 
@@ -127,6 +152,7 @@ def preprocess_scan(
     mask_path: Path | None = None,
     sha256: str | None = None,
     channels: Mapping[str, Path] | None = None,
+    seconds: CoreSeconds | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Bring one scan and its channels to the study's grid.
 
@@ -136,6 +162,8 @@ def preprocess_scan(
         As of `preprocess_image`.
     channels
         The file of each channel of the config.
+    seconds
+        Is given what each stage took.
 
     Returns
     -------
@@ -151,32 +179,40 @@ def preprocess_scan(
     UserError
         The template of the registration cannot be used.
     """
-    image, facts, placement, head, mask = _preprocess(Path(path), config, mask_path, sha256)
+    seconds = CoreSeconds() if seconds is None else seconds
+    image, facts, placement, head, mask = _preprocess(Path(path), config, mask_path, sha256, seconds)
     arrays = {"image": image}
-    for name, file in (channels or {}).items():
-        arrays[name], found = preprocess_channel(name, Path(file), placement, config, mask, head)
-        facts |= found
+    with seconds("channels"):
+        for name, file in (channels or {}).items():
+            arrays[name], found = preprocess_channel(name, Path(file), placement, config, mask, head)
+            facts |= found
     return arrays, facts
 
 
 def _preprocess(
-    path: Path, config: Preprocess, mask_path: Path | None, sha256: str | None
+    path: Path, config: Preprocess, mask_path: Path | None, sha256: str | None, seconds: CoreSeconds
 ) -> tuple[np.ndarray, dict[str, Any], Placement, Image | None, tuple[Path, Image] | None]:
     """Image and facts as of `preprocess_image`, where the grid lies, the head where masks or labels are to lie on it,
     and the mask if there is one.
     """
-    scan = read_image(path, sha256=sha256)
+    with seconds("reading"):
+        scan = read_image(path, sha256=sha256)
     wanted = len(config.shape)
     if scan.array.ndim != wanted:
         remedy = "Leave it out of the cohort, or give preprocess.shape as many numbers as the images have axes."
         raise ScanError(path, "wrong dimension", f"a {scan.array.ndim}D image in a {wanted}D study. {remedy}")
     facts: dict[str, Any] = dict.fromkeys(name for name in QC_COLUMNS if name != "scan_id")
     facts |= {"path": str(path), "status": "ok", "shape": json.dumps(scan.array.shape)}
-    drawn_on = mask_path is not None or any(c.kind != "contrast" for c in config.channels.values())
+    mask = None if mask_path is None else (Path(mask_path), read_image(mask_path, allow_constant=True))
+    if config.brain_extraction is not None:
+        with seconds("brain extraction"):
+            brain, found = extracted(path, scan, config.foreground)
+        facts |= found
+        mask = None if brain is None else (path, brain)
+    drawn_on = mask is not None or any(c.kind != "contrast" for c in config.channels.values())
     head = head_of(scan, config.foreground) if drawn_on else None
-    mask, inside = None, None
-    if mask_path is not None:
-        mask = (Path(mask_path), read_image(mask_path, allow_constant=True))
+    inside = None
+    if mask is not None:
         inside = mask_on(path, scan, mask[1], mask[0])
         if scan.affine is not None and inside.all():
             raise ScanError(
@@ -188,7 +224,13 @@ def _preprocess(
         facts |= {"mask_ml": millilitres(mask[1]), "mask_on_head": on_head(path, head, mask[1], mask[0])}
     background = background_of(path, scan, config.foreground, inside)
     facts |= background.facts()
+    if config.bias_field is not None:
+        with seconds("bias field"):
+            scan, found = corrected(path, scan, background.foreground)
+        facts |= found
     foreground, scan = background.foreground, background.darkened(scan)
+    with seconds("skull"):
+        facts |= skull_facts(scan, config.foreground)
     if scan.affine is None:
         image, covered, counted, kept, placement = _fit_picture(scan.array, foreground, config)
         facts["picture_box"] = json.dumps(placement.box)
@@ -201,13 +243,17 @@ def _preprocess(
         pose = None
         if config.registration is not None:
             template = load_template(config.registration.template)
-            pose = register(path, scan, foreground, config.registration, template)
+            with seconds("registration"):
+                pose = register(path, scan, foreground, config.registration, template)
             facts |= pose.facts(template)
-        image, covered, counted, kept, placement = _fit_volume(scan, foreground, config, pose)
+        with seconds("grid"):
+            image, covered, counted, kept, placement = _fit_volume(scan, foreground, config, pose)
         assert placement.target is not None, "a volume has an affine"
         facts["target_affine"] = json.dumps([round(float(v), 6) + 0.0 for v in placement.target.ravel()])
     facts["cut_off_share"] = 1.0 - kept
-    image, facts["percentile_low"], facts["percentile_high"] = normalise(path, image, covered, counted, config)
+    image, facts["percentile_low"], facts["percentile_high"] = normalise(
+        path, image, covered, counted, config.percentiles, config.window
+    )
     return image[np.newaxis], facts, placement, head, mask
 
 
@@ -230,8 +276,8 @@ def _fit_volume(
     """Resample a volume: the image, which of its voxels lie in the scan and in the foreground (both broadcast), share
     of foreground kept, and where the grid lies (turned as the template is, where there is a pose).
     """
-    assert scan.affine is not None and config.spacing_mm is not None
-    shape, spacing = config.shape, config.spacing_mm
+    assert scan.affine is not None and config.voxel_mm is not None
+    shape, spacing = config.shape, config.voxel_mm
     array, affine, to_ras = canonical(scan)
     if foreground.size > 1:
         foreground = nib.orientations.apply_orientation(foreground, to_ras)
@@ -239,10 +285,11 @@ def _fit_volume(
         target = pose.grid(shape, spacing)
         index_map = locate(affine, target, shape, sharp=True)
     else:
-        target = np.diag([spacing, spacing, spacing, 1.0])
+        target = np.diag([*spacing, 1.0])
         centre = nib.affines.apply_affine(affine, _centre(foreground, array.shape, config))
-        target[:3, 3] = centre - spacing * (np.array(shape) - 1) / 2
+        target[:3, 3] = centre - np.array(spacing) * (np.array(shape) - 1) / 2
         index_map, target = place(affine, target, shape)
+    index_map = index_map.by(config.interpolation)
     image = interpolated(array, index_map, shape)
     covered = inside(index_map.matrix, shape, array.shape)
     kept = foreground & inside(np.linalg.inv(index_map.matrix), array.shape, shape)
@@ -252,7 +299,9 @@ def _fit_volume(
         else float(np.broadcast_to(kept, array.shape).mean())
     )
     counted = covered & nearest(foreground, index_map.matrix, shape)
-    placement = Placement(shape, target, None, scan.array.shape, affine, index_map, registered=pose is not None)
+    placement = Placement(
+        shape, target, None, scan.array.shape, affine, index_map, pose is not None, config.interpolation
+    )
     return image, covered, counted, share, placement
 
 
@@ -271,7 +320,7 @@ def _fit_picture(
         start = np.floor(start)
     stop = start + extent
     box = (float(start[0]), float(start[1]), float(stop[0]), float(stop[1]))
-    image, counted = scaled_picture(array, foreground, box, config.shape)
+    image, counted = scaled_picture(array, foreground, box, config.shape, config.interpolation)
     rows, columns = (np.arange(n) + 0.5 for n in array.shape)
     kept = ((rows >= start[0]) & (rows <= stop[0]))[:, np.newaxis] & ((columns >= start[1]) & (columns <= stop[1]))
     share = (
@@ -291,7 +340,9 @@ def _fit_picture(
 # --------------------------------------------------------------------------------------------------- shards
 
 
-def preprocess_shard(rows: pd.DataFrame, config: Preprocess, out: Path, threads: int = 1) -> pd.DataFrame:
+def preprocess_shard(
+    rows: pd.DataFrame, config: Preprocess, out: Path, threads: int = 1, excluded: Mapping[str, str] | None = None
+) -> pd.DataFrame:
     """Preprocess scans and write them as one shard, in the order of `scan_id`.
 
     Parameters
@@ -306,6 +357,8 @@ def preprocess_shard(rows: pd.DataFrame, config: Preprocess, out: Path, threads:
         `preprocess_channel`.  The bytes do not depend on `threads`.
     threads
         Worker processes; each holds one scan at a time.
+    excluded
+        Scans that a person excluded, with a note on each: they are left out unread.
 
     Returns
     -------
@@ -324,11 +377,13 @@ def preprocess_shard(rows: pd.DataFrame, config: Preprocess, out: Path, threads:
         "image": TensorColumn("float16", (1, *config.shape)),
         **channel_columns(config),
     }
-    tasks = [_task(row, config) for row in rows.sort_values("scan_id").to_dict("records")]
-    table = []
+    by_hand = rows["scan_id"].isin(list(excluded or {}))
+    tasks = [_task(row, config) for row in rows[~by_hand].sort_values("scan_id").to_dict("records")]
+    table: list[dict[str, Any]] = [_excluded(row, excluded or {}) for row in rows[by_hand].to_dict("records")]
+    took = CoreSeconds()
     with ShardWriter(out, columns) as shard:
         results = _in_order(_attempt, tasks, threads)
-        for arrays, facts in tqdm(
+        for arrays, facts, seconds in tqdm(
             results, total=len(tasks), desc="preprocess", unit="scan", mininterval=5, file=sys.stderr
         ):
             if arrays is None:
@@ -336,8 +391,21 @@ def preprocess_shard(rows: pd.DataFrame, config: Preprocess, out: Path, threads:
             else:
                 shard.append(scan_id=facts["scan_id"], **arrays)
             table.append(facts)
+            for stage, number in seconds.items():
+                took[stage] = took.get(stage, 0.0) + number
+    if tasks:
+        means = ", ".join(f"{stage} {number / len(tasks):.2f}" for stage, number in took.items())
+        logger.info("seconds of a core per scan: %s", means)
     known = QC_COLUMNS | channel_facts(config)
-    return pd.DataFrame(table, columns=list(known)).astype(known)
+    return pd.DataFrame(table, columns=list(known)).astype(known).sort_values("scan_id", ignore_index=True)
+
+
+def _excluded(row: dict[Any, Any], notes: Mapping[str, str]) -> dict[str, Any]:
+    """Facts of a scan that a person excluded."""
+    scan_id, path = str(row["scan_id"]), str(row["path"])
+    note = notes[scan_id]
+    message = f"{path}: {EXCLUDED}{f' ({note})' if note else ''}. Take its row out of qc.tsv to bring it back."
+    return {"scan_id": scan_id, "path": path, "status": "left out", "reason": EXCLUDED, "message": message}
 
 
 def cut_off(quality: pd.DataFrame) -> str | None:
@@ -387,20 +455,25 @@ def _task(row: dict[Any, Any], config: Preprocess) -> _Task:
     return _Task(str(row["scan_id"]), Path(str(row["path"])), config, mask_path, row.get("sha256"), channels)
 
 
-def _attempt(task: _Task) -> tuple[dict[str, np.ndarray] | None, dict[str, Any]]:
-    """The tensors of one scan as they are stored, and facts; or None and facts with the reason."""
+def _attempt(task: _Task) -> tuple[dict[str, np.ndarray] | None, dict[str, Any], CoreSeconds]:
+    """The tensors of one scan as they are stored, and facts; or None and facts with the reason; and what it took."""
+    seconds = CoreSeconds()
     try:
-        arrays, facts = preprocess_scan(task.path, task.config, task.mask_path, task.sha256, task.channels)
+        arrays, facts = preprocess_scan(task.path, task.config, task.mask_path, task.sha256, task.channels, seconds)
     except ScanError as error:
-        return None, {
-            "scan_id": task.scan_id,
-            "path": str(task.path),
-            "status": "left out",
-            "reason": error.reason,
-            "message": str(error),
-        }
+        return (
+            None,
+            {
+                "scan_id": task.scan_id,
+                "path": str(task.path),
+                "status": "left out",
+                "reason": error.reason,
+                "message": str(error),
+            },
+            seconds,
+        )
     arrays["image"] = arrays["image"].astype(np.float16)
-    return arrays, {"scan_id": task.scan_id, **facts}
+    return arrays, {"scan_id": task.scan_id, **facts}, seconds
 
 
 def _in_order(function: Callable[[_Task], Any], tasks: list[_Task], threads: int) -> Iterator[Any]:

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +27,7 @@ from scipy.linalg import polar
 from meddiff_steps.config import MNI152, Registration
 from meddiff_steps.core.canonical import canonical_json
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.imaging.itk import itk_image, one_itk_thread
 from meddiff_steps.imaging.reading import Image, ScanError, read_image
 from meddiff_steps.imaging.resampling import canonical, inside, interpolated, locate
 
@@ -183,10 +182,11 @@ class Pose:
         """How far the middle of the template is moved."""
         return float(np.linalg.norm(nib.affines.apply_affine(self.matrix, self.centre) - self.centre))
 
-    def grid(self, shape: tuple[int, ...], spacing_mm: float) -> np.ndarray:
+    def grid(self, shape: tuple[int, ...], voxel_mm: tuple[float, float, float]) -> np.ndarray:
         """Affine (4, 4) in the scan's world of a grid along the template's axes, in the middle of the template."""
-        grid = np.diag([spacing_mm] * 3 + [1.0])
-        grid[:3, 3] = self.centre - spacing_mm * (np.array(shape) - 1) / 2
+        spacing = np.array(voxel_mm)
+        grid = np.diag([*spacing, 1.0])
+        grid[:3, 3] = self.centre - spacing * (np.array(shape) - 1) / 2
         return self.matrix @ grid
 
     def facts(self, template: Template) -> dict[str, Any]:
@@ -222,9 +222,9 @@ def register(path: Path, scan: Image, foreground: np.ndarray, config: Registrati
         No transform was found, or it is not plausible.
     """
     coarse, _ = _coarse(scan, foreground)
-    fixed, moving = _itk(template.coarse), _itk(coarse)
+    fixed, moving = itk_image(template.coarse), itk_image(coarse)
     try:
-        with _one_itk_thread():
+        with one_itk_thread():
             similarity, metric = _similarity(fixed, moving)
             found: sitk.Similarity3DTransform | sitk.AffineTransform = similarity
             if config.transform == "affine":
@@ -261,6 +261,19 @@ def register(path: Path, scan: Image, foreground: np.ndarray, config: Registrati
     return pose
 
 
+def template_on_grid(template: Template, shape: tuple[int, ...], voxel_mm: tuple[float, float, float]) -> np.ndarray:
+    """Where a template has its head on the grid of scans that are registered to it; bool (*shape)."""
+    coarse = template.coarse
+    assert coarse.affine is not None, "a volume has an affine"
+    lies = Pose(np.eye(4), 1.0, 1.0, template.centre).grid(shape, voxel_mm)
+    index_map = locate(coarse.affine, lies, shape)
+    values = np.where(
+        inside(index_map.matrix, shape, coarse.array.shape), interpolated(coarse.array, index_map, shape), 0
+    )
+    # Half of what counts as its foreground: interpolation blurs the outline by as much.
+    return values > 0.5 * np.percentile(coarse.array[coarse.array > 0], 50)
+
+
 def registered(quality: pd.DataFrame) -> str | None:
     """How the scans of a quality table lay, in words; None where none was registered, or nothing could be yet."""
     if "registration_rotation_deg" not in quality or quality["registration_rotation_deg"].isna().all():
@@ -278,26 +291,6 @@ _REMEDY = (
     "Look at the scan: does it show a whole head, are its axes what its header says, and does the template show the"
     " same (with or without a skull)? Repair it, mask it (preprocess.brain_mask), or take it out of the cohort."
 )
-
-
-@contextmanager
-def _one_itk_thread() -> Iterator[None]:
-    """Whatever ITK begins here, filters within filters included, adds in one order."""
-    threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    try:
-        yield
-    finally:
-        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
-
-
-def _itk(image: Image) -> sitk.Image:
-    """An image whose axes lie along RAS+, for ITK; its world is RAS+, too, where files have LPS+."""
-    assert image.affine is not None, "a volume has an affine"
-    volume = sitk.GetImageFromArray(np.ascontiguousarray(image.array.T))  # ITK's first axis is NumPy's last
-    volume.SetSpacing(np.diag(image.affine)[:3].tolist())
-    volume.SetOrigin(image.affine[:3, 3].tolist())
-    return volume
 
 
 def _similarity(fixed: sitk.Image, moving: sitk.Image) -> tuple[sitk.Similarity3DTransform, float]:

@@ -7,8 +7,8 @@ values are copied and not interpolated.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
@@ -17,6 +17,15 @@ from scipy import ndimage, sparse
 
 from meddiff_steps.imaging.reading import Image
 
+#: As of the setting `preprocess.interpolation`: `auto` leaves a map as `place` and `locate` make it.
+Interpolation = Literal["auto", "linear", "cubic", "nearest"]
+_ORDERS = {"nearest": 0, "linear": 1, "cubic": 3}
+_PICTURE_FILTERS = {
+    "auto": PilImage.Resampling.BILINEAR,
+    "linear": PilImage.Resampling.BILINEAR,
+    "cubic": PilImage.Resampling.BICUBIC,
+    "nearest": PilImage.Resampling.NEAREST,
+}
 #: Displacement (voxels of the scan) anywhere in the target grid below which two grids count as the same.
 SNAP_TOLERANCE = 0.05
 #: A voxel belongs to a grid when its centre is within the grid's outer voxel faces; rounding must not decide.
@@ -42,7 +51,7 @@ class IndexMap:
     aligned
         Axis k of the grid lies along axis k of the image: `matrix` is diagonal but for its last column.
     order
-        Of the spline that interpolates where the map is not aligned: 1 is linear, 3 cubic.
+        Of the spline that interpolates: 0 takes the nearest voxel, 1 is linear, 3 cubic.
     """
 
     matrix: np.ndarray
@@ -59,6 +68,19 @@ class IndexMap:
     def steps(self) -> np.ndarray:
         """(n,) voxels of the image from one voxel of the grid to the next, of an aligned map."""
         return np.diag(self.matrix)[:-1]
+
+    @property
+    def copies(self) -> bool:
+        """Every voxel of the grid is one of the image: nothing is interpolated."""
+        whole = np.array_equal(self.starts, np.rint(self.starts)) and bool((self.steps == 1).all())
+        return self.aligned and whole and not self.sigmas.any()
+
+    def by(self, interpolation: Interpolation) -> IndexMap:
+        """The map with another interpolation; the nearest voxel is taken of what was not smoothed."""
+        if interpolation == "auto":
+            return self
+        order = _ORDERS[interpolation]
+        return replace(self, order=order, sigmas=self.sigmas if order else np.zeros_like(self.sigmas))
 
     def back(self) -> np.ndarray:
         """(n + 1, n + 1) from an index of the image to one of the grid; diagonal to the last bit where this is."""
@@ -96,6 +118,8 @@ class Placement:
         How the grid lies in the scan.
     registered
         The grid lies along the axes of a template, in the scan's world at any angle.
+    interpolation
+        Of grey values.
     """
 
     shape: tuple[int, ...]
@@ -105,6 +129,7 @@ class Placement:
     scan_affine: np.ndarray | None
     scan_map: IndexMap
     registered: bool = False
+    interpolation: Interpolation = "auto"
 
     def map_to(self, affine: np.ndarray | None) -> IndexMap:
         """How the grid lies in a volume with this affine (4, 4; axes along RAS+), or in the picture for None.
@@ -115,7 +140,7 @@ class Placement:
             return self.scan_map
         if np.allclose(np.linalg.inv(self.scan_affine) @ affine, np.eye(4), atol=1e-4):
             return self.scan_map
-        return locate(affine, self.target, self.shape, sharp=self.registered)
+        return locate(affine, self.target, self.shape, sharp=self.registered).by(self.interpolation)
 
 
 def canonical(image: Image) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -136,7 +161,7 @@ def place(affine: np.ndarray, target: np.ndarray, shape: Sequence[int]) -> tuple
     affine
         (4, 4) of the scan, its axes in the order and direction of RAS+.
     target
-        (4, 4) of the grid: its axes along RAS+, isotropic.
+        (4, 4) of the grid: its axes along RAS+.
     shape
         Of the grid.
 
@@ -225,12 +250,15 @@ def inside(matrix: np.ndarray, source: tuple[int, ...], target: tuple[int, ...])
 def interpolated(array: np.ndarray, index_map: IndexMap, shape: tuple[int, ...]) -> np.ndarray:
     """A volume (x, y, z) on a grid: the map's Gaussian, then linear interpolation or splines; float32 (*shape).
 
-    Beyond the volume: 0 where the map is aligned, else its outermost values.  What splines overshoot is cut to the
-    volume's range, and background stays what it is: where linear interpolation meets nothing else, so do splines.
+    Beyond the volume: 0 where the map is aligned and linear or takes the nearest voxel, else its outermost values.
+    What splines overshoot is cut to the volume's range, and background stays what it is: where linear interpolation
+    meets nothing else, so do splines.
     """
-    if index_map.aligned:
-        return separable(array, index_map.starts, index_map.steps, index_map.sigmas, shape)
     sigmas, matrix = index_map.sigmas, index_map.matrix
+    if index_map.order == 0:
+        return nearest_label(array, matrix, shape).astype(np.float32, copy=False)
+    if index_map.aligned and (index_map.order == 1 or index_map.copies):
+        return separable(array, index_map.starts, index_map.steps, index_map.sigmas, shape)
     smooth = ndimage.gaussian_filter(array, sigmas, mode="nearest") if sigmas.max() > 0 else array
     at: dict[str, Any] = {"offset": matrix[:3, 3], "output_shape": shape, "mode": "nearest", "output": np.float32}
     straight = ndimage.affine_transform(smooth, matrix[:3, :3], order=1, **at)
@@ -299,14 +327,18 @@ def nearest(foreground: np.ndarray, matrix: np.ndarray, shape: tuple[int, ...]) 
 
 
 def scaled_picture(
-    array: np.ndarray, foreground: np.ndarray, box: tuple[float, float, float, float], shape: tuple[int, ...]
+    array: np.ndarray,
+    foreground: np.ndarray,
+    box: tuple[float, float, float, float],
+    shape: tuple[int, ...],
+    interpolation: Interpolation = "auto",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A box (as of `Placement`) of a picture (rows, columns) on a grid, by a triangle filter as wide as a target pixel,
-    float32; and the foreground by nearest neighbour, bool.
+    """A box (as of `Placement`) of a picture (rows, columns) on a grid, by a filter as wide as a target pixel (a
+    triangle, or a cubic one), float32; and the foreground by nearest neighbour, bool.
     """
     left_first, to = (box[1], box[0], box[3], box[2]), (int(shape[1]), int(shape[0]))
     picture = PilImage.fromarray(np.ascontiguousarray(array))
-    image = np.asarray(picture.resize(to, PilImage.Resampling.BILINEAR, box=left_first), dtype=np.float32)
+    image = np.asarray(picture.resize(to, _PICTURE_FILTERS[interpolation], box=left_first), dtype=np.float32)
     if foreground.size == 1:
         return image, foreground
     counted = PilImage.fromarray(foreground.astype(np.uint8)).resize(to, PilImage.Resampling.NEAREST, box=left_first)

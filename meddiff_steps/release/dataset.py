@@ -528,8 +528,10 @@ def _readme(subjects: int, story: Story, part: Part | None, datasets: Sequence[s
         )
     else:
         path = image_path("ID", 3, story.config.suffix)
+        spacing = story.grid.spacing_mm
+        edges = " x ".join(f"{mm:g}" for mm in ([spacing] if isinstance(spacing, float | int) else spacing))
         layout = (
-            f"{path}: volumes of {size} voxels of {story.grid.spacing_mm:g} mm, axes left-right, posterior-anterior,"
+            f"{path}: volumes of {size} voxels of {edges} mm, axes left-right, posterior-anterior,"
             f" inferior-superior,\norigin in the middle of the grid, int16 from 0 to {VOLUME_SCALE} in arbitrary units."
             f" The layout is BIDS {BIDS_VERSION}, type derivative."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -35,8 +36,8 @@ def run(
     Label maps are files of the cohort, such as the derivatives of a BIDS dataset; `segmentation.labels` says where.
     """
     study = load_stage(config, "segmenter")
-    settings, spacing = study.segmentation, study.preprocess.spacing_mm
-    if settings is None or spacing is None:
+    settings, voxel_mm = study.segmentation, study.preprocess.voxel_mm
+    if settings is None or voxel_mm is None:
         raise UserError(
             "the study has no section `segmentation`, or no volumes: there is nothing to train. Leave this step out."
         )
@@ -69,6 +70,6 @@ def run(
         content |= {"training_scans": len(found), "steps": settings.optimiser.steps}
     with segmenter.labelled(held, affines, settings, model) as (found, labels):
         content["held_out"] = (
-            segmenter.agreement(model, found, labels, spacing**3 / 1000) if len(found) else {"scans": 0}
+            segmenter.agreement(model, found, labels, math.prod(voxel_mm) / 1000) if len(found) else {"scans": 0}
         )
     save_model(model, out, content)
