@@ -138,3 +138,19 @@ def test_run_says_what_is_wrong_with_a_study_before_snakemake_starts(tmp_path):
     (tmp_path / "bad.yaml").write_text("study: bad\nplann: []\n")
     done = meddiff("run", "bad.yaml", cwd=tmp_path)
     assert done.returncode == 2 and "Did you mean `plan`?" in done.stderr and "snakemake" not in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------- check
+
+
+def test_check_says_what_would_fail_and_what_jobs_ask_for(tmp_path):
+    study = STUDY.read_text().replace("../shared/data/ixi", "nowhere")
+    (tmp_path / "study.yaml").write_text(study)
+    done = meddiff("check", "study.yaml", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("FAIL    cohort: cohort.root: nowhere does not exist") for line in lines)
+    assert any(" jobs of " in line for line in lines), "Snakemake planned nothing"
+    assert any(line.startswith("ok      memory: ") or line.startswith("FAIL    memory: ") for line in lines)
+    assert lines[-1].endswith("1 would fail") or lines[-1].endswith("2 would fail")
+    assert not (tmp_path / "results").exists()

@@ -84,7 +84,11 @@ class Commands(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """A command that knows its line of help alone."""
-        return TyperCommand(cmd_name, short_help=COMMANDS[cmd_name], rich_markup_mode=None) if cmd_name in COMMANDS else None
+        return (
+            TyperCommand(cmd_name, short_help=COMMANDS[cmd_name], rich_markup_mode=None)
+            if cmd_name in COMMANDS
+            else None
+        )
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = args[0].replace("_", "-")

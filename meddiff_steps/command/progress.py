@@ -131,7 +131,9 @@ class Progress:
         if left is not None:
             parts.append(f"about {duration(left)} of work left")
         if running:
-            parts.append("running: " + ", ".join(running[:4]) + (f" and {len(running) - 4} more" if running[4:] else ""))
+            parts.append(
+                "running: " + ", ".join(running[:4]) + (f" and {len(running) - 4} more" if running[4:] else "")
+            )
         return f"[{'#' * filled}{'-' * (WIDTH - filled)}] {'; '.join(parts)}"
 
     def remaining(self) -> float | None:
@@ -140,8 +142,7 @@ class Progress:
             return None
         hours = sum(count * self.expected.get(rule, 0.0) for rule, count in self.waiting.items())
         begun = sum(
-            min((self.clock() - job.since) / 3600, self.expected.get(job.rule, 0.0))
-            for job in self.jobs.values()
+            min((self.clock() - job.since) / 3600, self.expected.get(job.rule, 0.0)) for job in self.jobs.values()
         )
         return 3600 * max(0.0, hours - begun)
 
