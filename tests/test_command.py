@@ -154,3 +154,16 @@ def test_check_says_what_would_fail_and_what_jobs_ask_for(tmp_path):
     assert any(line.startswith("ok      memory: ") or line.startswith("FAIL    memory: ") for line in lines)
     assert lines[-1].endswith("1 would fail") or lines[-1].endswith("2 would fail")
     assert not (tmp_path / "results").exists()
+
+
+# --------------------------------------------------------------------------------------------------- propose
+
+
+def test_propose_refuses_before_it_looks(tmp_path):
+    (tmp_path / "mine.yaml").touch()
+    done = meddiff("propose", str(tmp_path), "--out", str(tmp_path / "mine.yaml"))
+    assert done.returncode == 2 and "is there already" in done.stderr
+    done = meddiff("propose", str(tmp_path), "--entity", "desc", cwd=tmp_path)
+    assert done.returncode == 2 and "expected KEY=LABEL" in done.stderr
+    done = meddiff("propose", str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 2 and "participants.tsv" in done.stderr

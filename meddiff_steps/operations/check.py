@@ -268,8 +268,8 @@ def _grid(study: Study, found: Sequence[Header], spacing: float) -> Finding:
     middle = np.median(views, axis=0)
     said = (
         f"{_by(box)} mm, smaller than the field of view of scans ({_by(middle)} mm in the middle): heads must be"
-        " smaller than the grid. Headers do not say; cut_off_share of preprocessed/qc.parquet does after `meddiff run STUDY"
-        " quality`, and `meddiff propose` measures some."
+        " smaller than the grid. Headers do not say whether they are; `meddiff propose` measures some, and after"
+        " `meddiff run STUDY quality` cut_off_share in preprocessed/qc.parquet tells all."
     )
     return Finding("warning" if (box < SMALL_GRID * middle).any() else "ok", "grid", said)
 
