@@ -130,7 +130,7 @@ class Progress:
         left = self.remaining()
         if left is not None:
             parts.append(f"about {duration(left)} of work left")
-        if running:
+        if running and not self.terminal:  # which has a line for each
             parts.append(
                 "running: " + ", ".join(running[:4]) + (f" and {len(running) - 4} more" if running[4:] else "")
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -12,7 +13,7 @@ from typing import Annotated
 import typer
 
 import meddiff_steps
-from meddiff_steps.config import load_study
+from meddiff_steps.config import SimulatedSource, Study, load_study
 from meddiff_steps.core.errors import UserError
 
 #: Where the workflow lies, for packages that were installed without it.
@@ -35,13 +36,17 @@ def run(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="only say which jobs would run")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="say nothing but errors, and the end")] = False,
+    measured: Annotated[
+        Path | None,
+        typer.Option(help="results of a finished study on such a machine: says how much work is left"),
+    ] = None,
 ) -> None:
     """Run a study, or go on with it: what is done already is not done again.
 
     This starts Snakemake and prints the command, which does the same when it is typed.  What Snakemake can do besides
     is given to it after `--`.
     """
-    load_study(study)  # what is wrong with it is said at once
+    content = load_study(study)  # what is wrong with it is said at once
     wanted, extra = split_targets(targets or [])
     command = snakemake_command(study, wanted, extra, cores, profile, dry_run)
     print(f"$ {shlex.join(command)}", file=sys.stderr, flush=True)
@@ -49,8 +54,26 @@ def run(
         done = started(["-m", *command])
     else:
         shown = {"MEDDIFF_PROGRESS": "quiet" if quiet else "lines"}
+        if measured is not None:
+            shown["MEDDIFF_EXPECTED"] = json.dumps(hours_of_jobs(content, measured))
         done = started(["-m", "meddiff_steps.command.snakemake_with_progress", *command[1:]], shown)
     raise typer.Exit(done)
+
+
+def hours_of_jobs(study: Study, measured: Path) -> dict[str, float]:
+    """Hours of a job by rule, once the cohort is known; empty before."""
+    from meddiff_steps.operations.expected import expected
+
+    manifest = Path(study.results, study.study, "cohort/manifest.parquet")
+    if manifest.is_file():
+        import pyarrow.parquet as pq
+
+        scans = pq.read_metadata(manifest).num_rows
+    elif isinstance(study.cohort, SimulatedSource):
+        scans = study.cohort.subjects
+    else:
+        return {}
+    return {one.stage: one.hours_each for one in expected(study, scans, os.cpu_count() or 1, measured)}
 
 
 def started(arguments: list[str], environment: dict[str, str] | None = None) -> int:
