@@ -1,6 +1,7 @@
 """The command `meddiff`: what people type."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -167,3 +168,28 @@ def test_propose_refuses_before_it_looks(tmp_path):
     assert done.returncode == 2 and "expected KEY=LABEL" in done.stderr
     done = meddiff("propose", str(tmp_path), cwd=tmp_path)
     assert done.returncode == 2 and "participants.tsv" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ docs
+
+
+def sections() -> dict[str, str]:
+    parts = (ROOT / "docs/commands.md").read_text().split("\n## meddiff ")[1:]
+    return {part.split("\n", 1)[0]: part for part in parts}
+
+
+def test_the_page_has_every_command_and_no_other():
+    assert list(sections()) == list(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_page_has_every_option_and_no_other(name):
+    section, known = (
+        sections()[name],
+        {option for one in loaded(name).params for option in one.opts if option[0] == "-"},
+    )
+    told = {
+        word for line in section.splitlines() if line.startswith("| `-") for word in re.findall(r"`(-[-\w]+)`", line)
+    }
+    if f"`meddiff {name} --help` lists its options" not in section:
+        assert told == known

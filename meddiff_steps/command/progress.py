@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -170,7 +170,7 @@ class Progress:
         if self.total and not self.quiet and (self.terminal or force):
             self._erase()
             if self.terminal:
-                width = shutil.get_terminal_size().columns - 1
+                width = self.columns() - 1
                 lines = [*(self.of_job(job) for job in list(self.jobs.values())[:MOST]), self.bar()]
                 self.stream.write("\n".join(line[:width] for line in lines))
                 self.drawn = len(lines)
@@ -179,9 +179,16 @@ class Progress:
             self.drawn_at = self.clock()
         self.stream.flush()
 
+    def columns(self) -> int:
+        """Of the terminal that lines go to, which need not be standard output."""
+        try:
+            return os.get_terminal_size(self.stream.fileno()).columns or 80
+        except OSError:
+            return 80
+
     def of_job(self, job: Job) -> str:
         """`diffusion 00:12:30: diffusion: 12%|#2 | 1200/10000`."""
-        log = next((Path(log) for log in job.logs if Path(log).is_file()), None)
+        log = next((Path(log) for log in job.logs if Path(log).is_file() and Path(log).stat().st_size), None)
         return f"  {job.rule} {duration(self.clock() - job.since)}: {last_line(log) if log else job.what}"
 
     def close(self) -> None:
