@@ -31,10 +31,13 @@ def volume(path: Path, size=(8, 10, 6), spacing=(2.0, 2.0, 3.0), order=(0, 1, 2)
 @pytest.fixture
 def root(tmp_path):
     folder = tmp_path / "bids"
+    volume(tmp_path / "one.nii.gz")
+    content = (tmp_path / "one.nii.gz").read_bytes()
     rows = ["participant_id\tage\tsex"]
     for number in range(SUBJECTS):
         name = f"sub-{number:02d}"
-        volume(folder / name / "anat" / f"{name}_T1w.nii.gz")
+        (folder / name / "anat").mkdir(parents=True)
+        (folder / name / "anat" / f"{name}_T1w.nii.gz").write_bytes(content)
         rows.append(f"{name}\t{20 + number}\t{'FM'[number % 2]}")
     (folder / "participants.tsv").write_text("\n".join(rows) + "\n")
     return folder
