@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from meddiff_steps.config import Study
 
@@ -33,11 +34,11 @@ def expected(study: Study, scans: int, cores: int, measured: Path | None) -> lis
     """
     from meddiff_steps.operations import cost  # loads torch
 
-    machine = getattr(cost, "Machine", None)
+    machine, estimates = getattr(cost, "Machine", None), cast("Any", cost.estimates)
     if machine is not None:
-        found = cost.estimates(study, scans, machine(cores=min(8, cores)), measured)
+        found = estimates(study, scans, machine(cores=min(8, cores)), measured)
     elif measured is not None:
-        found = cost.estimates(study, scans, measured)
+        found = estimates(study, scans, measured)
     else:
         return []
     return [Expected(one.stage, one.jobs, one.hours_each, one.disk) for one in found]

@@ -315,12 +315,12 @@ def heads(paths: Sequence[str], told: Callable[[int, int], None]) -> Heads:
 
     if len(found["posed"]) < len(found["plain"]):
         return Heads(len(found["plain"]), box("plain"), False)
-    facts = [facts for _, facts in found["posed"]]
+    lay = [facts for _, facts in found["posed"]]
     alike, turned = (
-        float(np.median([one[f"registration_{name}"] for one in facts])) for name in ("correlation", "rotation_deg")
+        float(np.median([one[f"registration_{name}"] for one in lay])) for name in ("correlation", "rotation_deg")
     )
-    moves = np.array([np.reshape(json.loads(one["registration_matrix"]), (4, 4))[:3, 3] for one in facts])
-    result = Heads(len(facts), box("posed"), alike >= BRAIN, alike, turned, float(moves.std(axis=0).max()))
+    moves = np.array([np.reshape(json.loads(one["registration_matrix"]), (4, 4))[:3, 3] for one in lay])
+    result = Heads(len(lay), box("posed"), alike >= BRAIN, alike, turned, float(moves.std(axis=0).max()))
     return result if result.to_register else Heads(**{**vars(result), "extent": box("plain")})
 
 
