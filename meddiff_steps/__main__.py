@@ -10,12 +10,12 @@ import sys
 if __name__ == "__main__" and not sys.flags.safe_path and sys.path[0] != os.path.dirname(os.path.dirname(__file__)):
     sys.path.pop(0)
 
+import difflib
 import importlib
 import logging
 import signal
 
 from meddiff_steps import __version__
-from meddiff_steps.core.errors import EXIT_PREEMPTED, Preempted, UserError
 
 #: Every step with one line of help, in the order data flows.
 STEPS = {
@@ -72,9 +72,6 @@ STEPS = {
     "keygen": "make a key to sign releases with",
 }
 
-#: Steps that read what a stranger wrote, which may be nested or repeated without end.
-READ_RELEASES = ("audit", "explain", "diff", "prove", "regenerate")
-
 
 def usage() -> str:
     width = max(map(len, STEPS)) + 2
@@ -97,7 +94,9 @@ def main() -> int:
         return 0
     name = arguments[0].replace("-", "_")
     if name not in STEPS:
-        print(f"error: there is no step {name!r}.\n\n{usage()}", file=sys.stderr)
+        near = difflib.get_close_matches(name, STEPS, 1)
+        meant = f" Did you mean `{near[0]}`?" if near else ""
+        print(f"error: there is no step {name!r}.{meant}\n\n{usage()}", file=sys.stderr)
         return 2
     # The shell of a rule ignores SIGTERM, so that it outlives the step, and the step inherits that: undo it.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -105,26 +104,11 @@ def main() -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    from meddiff_steps.provenance.record import first_process, recorded
-    from meddiff_steps.provenance.verify import shown
+    from meddiff_steps.command.ending import exit_code
+    from meddiff_steps.provenance.record import recorded
 
     app.command()(recorded(name, importlib.import_module(f"meddiff_steps.steps.{name}").run))
-    try:
-        app(arguments[1:], prog_name=f"python -m meddiff_steps {name}")
-    except UserError as error:
-        print("\n".join(map(shown, f"error: {error}".splitlines())), file=sys.stderr)
-        return 2
-    except (RecursionError, MemoryError) as error:
-        if name not in READ_RELEASES:
-            raise
-        print(f"error: {type(error).__name__}. What was read is not what this program writes.", file=sys.stderr)
-        return 2
-    except Preempted as stopped:
-        if not first_process():
-            return 0  # a launcher that sees one process fail kills the others, which would hide the first one's status
-        print(stopped, file=sys.stderr)
-        return EXIT_PREEMPTED
-    return 0
+    return exit_code(lambda: app(arguments[1:], prog_name=f"python -m meddiff_steps {name}"), name)
 
 
 if __name__ == "__main__":

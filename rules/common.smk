@@ -3,6 +3,7 @@ import json
 import math
 import os
 import shlex
+import subprocess
 import sys
 from functools import partial
 from os import environ
@@ -124,6 +125,28 @@ onstart:
             raise WorkflowError("\n".join(problems()))
         refuse_protected()
         lock_results()
+
+
+def tell(variable, log):
+    """Run the command that the user wants run when it is over: mail, a message in a chat."""
+    command = environ.get(variable)
+    if command and workflow.is_main_process:
+        about = {
+            "MEDDIFF_NAME": STUDY.study,
+            "MEDDIFF_RESULTS": RESULTS,
+            "MEDDIFF_LOG": log if isinstance(log, str) else " ".join(log or []),
+        }
+        ended = subprocess.run(command, shell=True, env={**environ, **about}).returncode
+        if ended:
+            logger.warning(f"{variable}: ended with {ended}: {command}")
+
+
+onsuccess:
+    tell("MEDDIFF_ON_SUCCESS", log)
+
+
+onerror:
+    tell("MEDDIFF_ON_ERROR", log)
 
 
 def settings(stage, study=STUDY):

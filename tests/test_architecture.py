@@ -19,7 +19,7 @@ HOUSE = PACKAGE.parent / "docs/architecture.md"
 FLOORS = (
     *("core", "statistics", "config", "compute", "cohort", "simulation", "imaging", "diffusion", "models"),
     *("training", "synthesis", "instruments", "evaluation", "privacy", "downstream", "applications"),
-    *("provenance", "release", "audit", "report", "operations", "steps", "__main__"),
+    *("provenance", "release", "audit", "report", "operations", "steps", "command", "__main__"),
 )
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
@@ -93,12 +93,12 @@ def test_what_is_sealed_knows_nothing_of_who_looks_at_it(above, below):
     assert not [where for a, b, where in arrows() if (a, b) == (above, below)]
 
 
-def test_steps_alone_know_the_workflow():
+def test_steps_and_commands_alone_know_the_workflow():
     """A domain imports no step and no Snakemake."""
     wrong = [
         f"{path.relative_to(PACKAGE.parent)}:{line} imports {name}"
         for path in SOURCES
-        if part(path) not in ("steps", "__main__")
+        if part(path) not in ("steps", "command", "__main__")
         for line, name in imported(path)
         if name.startswith(("snakemake", "meddiff_steps.steps"))
     ]

@@ -54,7 +54,7 @@ def test_the_generated_files_have_not_drifted():
 
 
 def test_a_study_says_where_its_scans_come_from():
-    with pytest.raises(UserError, match="cohort: Field required"):
+    with pytest.raises(UserError, match="cohort: is missing, and has no default"):
         config.parse_study({key: value for key, value in MINIMAL.items() if key != "cohort"}, "study.yaml")
 
 
@@ -331,6 +331,42 @@ def test_all_problems_of_a_study_are_told_at_once():
     wrong["augment"] = {"target": "sex"}
     with pytest.raises(UserError, match=r"3 problem(?s:.*)split(?s:.*)privacy.subgroup: age is a number"):
         config.parse_study(wrong, "study.yaml")
+
+
+def test_a_misspelt_key_is_told_once_and_a_value_with_what_was_meant():
+    """Not also as the key that is missing for it, and not once for every kind of value that it could be."""
+    wrong = {
+        "study": "s",
+        "cohort": {"source": "bdis", "root": "x"},
+        "covariates": {"age": {"unit": "year", "rnage": [1, 90]}, "int": {"levels": ["a", "b"]}},
+        "plan": [{"name": "syn", "subject": 5}],
+        "generate": {"sampler": "dpmp"},
+        "compute": {"compile": "maybe"},
+    }
+    with pytest.raises(UserError) as caught:
+        config.parse_study(wrong, "study.yaml")
+    said = [line.strip() for line in str(caught.value).splitlines()[1:]]
+    assert [line.split(":")[0] for line in said] == [
+        "cohort",
+        "covariates.age.rnage",
+        "plan.0.subject",
+        "generate.sampler",
+        "compute.compile",
+    ]
+    assert "Did you mean `bids`? (found 'bdis')" in said[0]
+    assert "Did you mean `range`?" in said[1] and "Did you mean `subjects`?" in said[2]
+    assert "Did you mean `dpmpp`?" in said[3]
+    assert " or: " in said[4] and "'auto'" in said[4]
+
+
+def test_a_covariate_may_have_the_name_of_a_type():
+    with pytest.raises(UserError, match=r"\n  covariates\.int: give `levels`"):
+        config.parse_study(with_change("covariates.int", {}), "study.yaml")
+
+
+def test_a_covariate_that_the_plan_misspells_is_understood():
+    with pytest.raises(UserError, match="no such covariate(?s:.*)Did you mean `sex`?"):
+        config.parse_study(with_change("plan.0.where", {"sexx": "F"}), "study.yaml")
 
 
 # ------------------------------------------------------------------------------------------------- all keys

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 #: Parts of the places that pydantic names which are no keys: kinds of a section, and how a value was tried.
 _NO_KEYS = re.compile(r"(continuous|categorical|simulated|bids|table)$|(tuple|function)\b")
+_NO_KEY_AT_THE_END = re.compile(r"(bool|int|float|str|none|constrained-\w+)$|(literal|list|dict|nullable)\[")
 
 
 def load_study(path: Path) -> Study:
@@ -59,7 +60,7 @@ def parse_study(raw: Any, origin: str, files: Sequence[Path] = ()) -> Study:
     try:
         study = Study.model_validate(translated(raw) if problems else raw)
     except ValidationError as error:
-        problems += [line for problem in error.errors(include_url=False) for line in _explained(problem, files)]
+        problems += _listed(error.errors(include_url=False), files)
     if problems:
         listed = "".join(f"\n  {problem}" for problem in problems)
         raise UserError(f"{origin}: {len(problems)} problem(s) in the study:{listed}")
@@ -81,36 +82,86 @@ def parse_published(content: Any, origin: str, version: str) -> Study:
     return parse_study(translated(content) if old else content, origin)
 
 
-def _explained(problem: ErrorDetails, files: Sequence[Path]) -> Iterator[str]:
+def _listed(problems: Sequence[ErrorDetails], files: Sequence[Path]) -> Iterator[str]:
+    """Every problem in words, once: a key that is missing because it was misspelt is told where it was misspelt, and
+    a value that is none of several things, with all that it could be.
+    """
+    misspelt = {
+        (*where[:-1], meant)
+        for where in (_where(problem) for problem in problems if problem["type"] == "extra_forbidden")
+        if (meant := _beside(_keys(where)))
+    }
+    alternatives: dict[tuple[str, ...], list[str]] = {}
+    for problem in problems:
+        alternatives.setdefault(_where(problem), []).append(problem["msg"].removeprefix("Value error, "))
+    told: set[tuple[str, ...]] = set()
+    for problem in problems:
+        where = _where(problem)
+        if where and (where in told or (problem["type"] == "missing" and where in misspelt)):
+            continue
+        told.add(where)
+        yield from _explained(problem, where, " or: ".join(dict.fromkeys(alternatives[where])), files)
+
+
+def _where(problem: ErrorDetails) -> tuple[str, ...]:
+    """The names and numbers that lead to what a problem is about."""
+    parts = [str(part) for i, part in enumerate(problem["loc"]) if not (i and _NO_KEYS.match(str(part)))]
+    if len(parts) > 1 and problem["type"] != "covariate_kind" and _NO_KEY_AT_THE_END.match(parts[-1]):
+        parts.pop()
+    return tuple(parts)
+
+
+def _keys(where: Sequence[str]) -> Keys:
+    """The same without places in lists."""
+    return tuple(part for part in where if not part.isdigit())
+
+
+def _explained(problem: ErrorDetails, where: tuple[str, ...], message: str, files: Sequence[Path]) -> Iterator[str]:
     """A problem in words, after the key that it is about, and where that stands."""
-    where = tuple(str(part) for i, part in enumerate(problem["loc"]) if not (i and _NO_KEYS.match(str(part))))
     if not where:  # a relation between sections, which names its keys itself
         yield from problem["msg"].removeprefix("Value error, ").split("\n")
         return
-    found, message = problem.get("input"), problem["msg"].removeprefix("Value error, ")
+    found = problem.get("input")
     if problem["type"] == "extra_forbidden":
-        message = (
-            f"unknown key. {_meant(tuple(part for part in where if not part.isdigit()))}config/keys.md lists all keys"
-        )
+        message = f"unknown key. {_meant(_keys(where))}config/keys.md lists all keys"
     elif problem["type"] in ("union_tag_not_found", "union_tag_invalid"):
-        message = "set `source` to bids, table or simulated"
+        found = found.get("source") if isinstance(found, dict) else found
+        message = f"set `source` to bids, table or simulated{_near(found, ('bids', 'table', 'simulated'))}"
+    elif problem["type"] == "missing":
+        message = "is missing, and has no default"
+    elif problem["type"] == "literal_error":
+        message += _near(found, re.findall(r"'(\w+)'", message))
     elif problem["type"] == "string_type":
         message += f'. Put it in quotes, as it is to be read: {where[-1]}: "..."'
-    shown = problem["type"] != "missing" and isinstance(found, (str, int, float, bool, type(None)))
+    shown = problem["type"] not in ("missing", "union_tag_not_found") and isinstance(
+        found, (str, int, float, bool, type(None))
+    )
     place = where_is(where, files)
     yield f"{'.'.join(where)}: {message}{f' (found {found!r})' if shown else ''}{f' [{place}]' if place else ''}"
 
 
-def _meant(where: Keys) -> str:
-    """What an unknown key was probably to be: one of its section that is written alike, or its name elsewhere."""
-    known = [keys for keys, _ in fields_of(Study)]
+def _near(found: Any, choices: Sequence[str]) -> str:
+    """Which of some values was probably meant."""
+    close = difflib.get_close_matches(str(found), choices, 1)
+    return f". Did you mean `{close[0]}`?" if close else ""
+
+
+def _beside(where: Keys) -> str | None:
+    """The key of the same section that is written most like one that is unknown."""
     beside = {
         keys[-1]
-        for keys in known
+        for keys, _ in fields_of(Study)
         if len(keys) == len(where) and all(a in ("*", b) for a, b in zip(keys[:-1], where[:-1], strict=True))
     }
     close = difflib.get_close_matches(where[-1], beside, 1)
+    return close[0] if close else None
+
+
+def _meant(where: Keys) -> str:
+    """What an unknown key was probably to be: one of its section that is written alike, or its name elsewhere."""
+    close = _beside(where)
     if close:
-        return f"Did you mean `{close[0]}`? "
+        return f"Did you mean `{close}`? "
+    known = [keys for keys, _ in fields_of(Study)]
     elsewhere = [".".join(keys) for keys in known if keys[-1] == where[-1] and "*" not in keys]
     return f"Did you mean `{elsewhere[0]}`? " if len(elsewhere) == 1 else ""

@@ -1,5 +1,6 @@
 """A whole study: its sections, and what must hold between them."""
 
+import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Self
 
@@ -194,7 +195,9 @@ def _not_a_value(study: Study, name: str, values: Sequence[Scalar]) -> Iterator[
     """What is wrong with values that a covariate is asked to have."""
     covariate = study.covariates.get(name)
     if covariate is None:
-        yield f"no such covariate; declared are {sorted(study.covariates)}"
+        near = difflib.get_close_matches(name, study.covariates, 1)
+        meant = f" Did you mean `{near[0]}`?" if near else ""
+        yield f"no such covariate; declared are {sorted(study.covariates)}.{meant}"
         return
     for value in values:
         if isinstance(covariate, CategoricalCovariate):

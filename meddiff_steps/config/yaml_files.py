@@ -64,6 +64,11 @@ def _line(node: yaml.Node) -> int:
     return int(node.start_mark.line) + 1
 
 
+def parse_yaml(text: str) -> Any:
+    """The content of a study that is at hand as text; raises what YAML does."""
+    return yaml.load(text, Loader=_Loader)
+
+
 def read_yaml(path: Path) -> Any:
     """The content of a study file.
 
@@ -73,7 +78,7 @@ def read_yaml(path: Path) -> Any:
         The file is missing, no text, no YAML, or has a key twice.
     """
     try:
-        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+        return parse_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such study file. Give a YAML file, for example config/config.yaml.") from None
     except IsADirectoryError:

@@ -1,0 +1,82 @@
+"""`meddiff check`: what would go wrong in a run, and what it will take."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from meddiff_steps.command.dry_run import DryRun
+from meddiff_steps.config import Study, load_study
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.operations import check
+from meddiff_steps.operations.check import Finding
+from meddiff_steps.operations.expected import expected
+from meddiff_steps.operations.machine import free_bytes, this_machine
+
+#: Wide enough for the longest state.
+MARKS = {"ok": "ok      ", "warning": "warning ", "fail": "FAIL    "}
+
+
+def run(
+    study: Annotated[Path, typer.Argument(help="study (YAML)")],
+    measured: Annotated[
+        Path | None,
+        typer.Option(help="results of a finished study on the machine that will run this one, such as results/demo"),
+    ] = None,
+    elsewhere: Annotated[
+        bool, typer.Option("--elsewhere", help="jobs will run on a cluster: leave out what this machine has")
+    ] = False,
+) -> None:
+    """Say before hours are spent what would go wrong, and what the run will take.
+
+    Tables, file names and the headers of up to 100 scans are read, no image data.  Exit code 0: nothing would fail;
+    1: something would; 2: the study could not be read.
+    """
+    content = load_study(study)
+    counts = dict.fromkeys(MARKS, 0)
+    for finding in findings(content, study, measured, elsewhere):
+        counts[finding.state] += 1
+        print(f"{MARKS[finding.state]}{finding.topic}: {finding.text}", flush=True)
+    print(f"{study}: {counts['ok']} ok, {counts['warning']} to look at, {counts['fail']} would fail")
+    raise typer.Exit(1 if counts["fail"] else 0)
+
+
+def findings(study: Study, path: Path, measured: Path | None, elsewhere: bool) -> Iterator[Finding]:
+    """Everything that is known, in the order in which it is found out."""
+    with DryRun(path) as planned:  # Snakemake plans while scans are looked at
+        yield Finding("ok", "study", f"{path} can be read: {study.title or study.study}.")
+        told, cohort = check.cohort(study)
+        yield from told
+        scans = 0
+        if cohort is not None:
+            scans = len(cohort.frame) or cohort.subjects
+            if cohort.splits:
+                yield check.privacy(study, cohort.splits["calibration"])
+            if len(cohort.frame):
+                yield from check.images(study, check.headers(cohort.frame, _progress))
+                yield from check.beside(study, cohort.frame)
+        found = []
+        try:
+            found = expected(study, scans, this_machine().cores, measured) if scans else []
+        except UserError as error:
+            yield Finding("warning", "time", str(error))
+        else:
+            yield check.time(found, measured)
+        if scans and not elsewhere:
+            yield check.disk(study, scans, found, free_bytes(Path(study.results)))
+        try:
+            jobs = planned.jobs()
+        except UserError as error:
+            yield Finding("fail", "workflow", str(error))
+        else:
+            yield from check.needs(study, jobs, None if elsewhere else this_machine())
+
+
+def _progress(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\rheaders: {done} of {total}" if done < total else "\r\033[K")
+        sys.stderr.flush()

@@ -1,0 +1,220 @@
+"""How far a run is, from what Snakemake says happened: a line per job, and one bar for all of them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from meddiff_steps.operations.status import last_line, tail
+
+#: Characters of the bar.
+WIDTH = 30
+#: Seconds after which the bar is drawn anew on a terminal, and written again to a file.
+REDRAW_S, REPEAT_S = 1.0, 600.0
+#: Running jobs that have a line of their own on a terminal.
+MOST = 8
+
+
+@dataclass
+class Job:
+    """One that was announced, and when it began."""
+
+    rule: str
+    what: str
+    logs: list[str]
+    since: float
+
+
+@dataclass
+class Progress:
+    """The lines of a run.
+
+    On a terminal the bar stays on the last line; in a file it is written as a line of its own whenever a job ends.
+
+    Attributes
+    ----------
+    stream
+        Where lines go.
+    quiet
+        Only errors and the end.
+    expected
+        Hours of a job by rule, as far as they are known; of them the remaining time is made.
+    clock
+        Seconds.
+    """
+
+    stream: TextIO = sys.stderr
+    quiet: bool = False
+    expected: Mapping[str, float] = field(default_factory=dict)
+    clock: Callable[[], float] = time.monotonic
+    done: int = 0
+    total: int = 0
+    failed: int = 0
+    jobs: dict[int, Job] = field(default_factory=dict)
+    waiting: dict[str, int] = field(default_factory=dict)
+    drawn: int = 0
+    drawn_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.began = self.drawn_at = self.clock()
+        self.terminal = self.stream.isatty()
+
+    # ---------------------------------------------------------------------------------------------- events
+
+    def happened(self, event: str, said: Mapping[str, Any]) -> None:
+        """Take one of Snakemake's events (`snakemake_interface_logger_plugins.common.LogEvent`) with its fields."""
+        handler = getattr(self, f"_{event}", None)
+        if handler is not None:
+            handler(said)
+
+    def said(self, level: str, message: str) -> None:
+        """A message that is no event: warnings and errors are shown."""
+        if level in ("WARNING", "ERROR", "CRITICAL") and message not in ("", "None"):
+            self._line(message, always=True)
+
+    def _run_info(self, said: Mapping[str, Any]) -> None:
+        counts = {rule: count for rule, count in said["stats"].items() if rule != "total"}
+        self.total, self.waiting = sum(counts.values()), dict(counts)
+        self._line(f"{self.total} jobs: " + ", ".join(f"{n} {rule}" for rule, n in counts.items()))
+
+    def _job_info(self, said: Mapping[str, Any]) -> None:
+        """A job is announced when it is started, or handed to a cluster."""
+        logs = said.get("log") or []
+        job = Job(
+            said["rule_name"],
+            said.get("rule_msg") or said["rule_name"],
+            [logs] if isinstance(logs, str) else [*logs],
+            self.clock(),
+        )
+        self.jobs[said["jobid"]] = job
+        self._line(f"begins  {job.rule}: {job.what}")
+
+    def _job_finished(self, said: Mapping[str, Any]) -> None:
+        job = self.jobs.pop(said["job_id"], None)
+        self.done += 1
+        if job is not None:
+            self.waiting[job.rule] = max(0, self.waiting.get(job.rule, 1) - 1)
+            self._line(f"done    {job.rule}: {job.what} ({duration(self.clock() - job.since)})")
+        self._draw(force=True)
+
+    def _progress(self, said: Mapping[str, Any]) -> None:
+        self.done, self.total = said["done"], said["total"]
+
+    def _job_error(self, said: Mapping[str, Any]) -> None:
+        number = next((said[name] for name in ("jobid", "job_id") if name in said), None)
+        job = self.jobs.pop(number, None) if number is not None else None
+        self.failed += 1
+        name = job.rule if job else said.get("rule_name", "a job")
+        logs = job.logs if job else []
+        self._line(f"FAILED  {name}" + "".join(f"\n{last_lines(Path(log))}" for log in logs), always=True)
+
+    _group_error = _job_error
+
+    def _error(self, said: Mapping[str, Any]) -> None:
+        message = str(said.get("message") or said.get("msg") or "")
+        if message and message != "None":
+            self._line(message, always=True)
+
+    # ------------------------------------------------------------------------------------------------ text
+
+    def bar(self) -> str:
+        """`[####----] 12 of 40 jobs, 00:12:30; about 01:30:00 left; running: diffusion`."""
+        filled = int(WIDTH * self.done / self.total) if self.total else 0
+        running = sorted(job.rule for job in self.jobs.values())
+        parts = [f"{self.done} of {self.total} jobs, {duration(self.clock() - self.began)}"]
+        left = self.remaining()
+        if left is not None:
+            parts.append(f"about {duration(left)} of work left")
+        if running and not self.terminal:  # which has a line for each
+            parts.append(
+                "running: " + ", ".join(running[:4]) + (f" and {len(running) - 4} more" if running[4:] else "")
+            )
+        return f"[{'#' * filled}{'-' * (WIDTH - filled)}] {'; '.join(parts)}"
+
+    def remaining(self) -> float | None:
+        """Seconds that the jobs left would take one after the other, as expected; None where nothing is known."""
+        if not self.expected:
+            return None
+        hours = sum(count * self.expected.get(rule, 0.0) for rule, count in self.waiting.items())
+        begun = sum(
+            min((self.clock() - job.since) / 3600, self.expected.get(job.rule, 0.0)) for job in self.jobs.values()
+        )
+        return 3600 * max(0.0, hours - begun)
+
+    def tick(self) -> None:
+        """Show that time passes: called every second."""
+        if self.clock() - self.drawn_at >= (REDRAW_S if self.terminal else REPEAT_S):
+            self._draw(force=True)
+
+    def _line(self, text: str, always: bool = False) -> None:
+        if self.quiet and not always:
+            return
+        self._erase()
+        self.stream.write(f"{text}\n")
+        self._draw()
+
+    def _erase(self) -> None:
+        if self.drawn:
+            self.stream.write(f"\r\033[{self.drawn - 1}A\033[J" if self.drawn > 1 else "\r\033[J")
+            self.drawn = 0
+
+    def _draw(self, force: bool = False) -> None:
+        """On a terminal a line per running job with what its log says last, and the bar; in a file the bar alone, when
+        it is time.
+        """
+        if self.total and not self.quiet and (self.terminal or force):
+            self._erase()
+            if self.terminal:
+                width = self.columns() - 1
+                lines = [*(self.of_job(job) for job in list(self.jobs.values())[:MOST]), self.bar()]
+                self.stream.write("\n".join(line[:width] for line in lines))
+                self.drawn = len(lines)
+            else:
+                self.stream.write(f"{self.bar()}\n")
+            self.drawn_at = self.clock()
+        self.stream.flush()
+
+    def columns(self) -> int:
+        """Of the terminal that lines go to, which need not be standard output."""
+        try:
+            return os.get_terminal_size(self.stream.fileno()).columns or 80
+        except OSError:
+            return 80
+
+    def of_job(self, job: Job) -> str:
+        """`diffusion 00:12:30: diffusion: 12%|#2 | 1200/10000`."""
+        log = next((Path(log) for log in job.logs if Path(log).is_file() and Path(log).stat().st_size), None)
+        return f"  {job.rule} {duration(self.clock() - job.since)}: {last_line(log) if log else job.what}"
+
+    def close(self) -> None:
+        """The end: what was done, and what failed."""
+        self._erase()
+        if self.total:
+            failed = f", {self.failed} failed" if self.failed else ""
+            took = duration(self.clock() - self.began)
+            self.stream.write(f"{self.done} of {self.total} jobs done{failed} in {took}\n")
+            self.total = 0
+        self.stream.flush()
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds.
+
+    >>> duration(3725)
+    '01:02:05'
+    """
+    whole = int(seconds)
+    return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def last_lines(log: Path, count: int = 10) -> str:
+    """The end of a log, indented, after its name."""
+    if not log.is_file():
+        return f"  {log}: not there"
+    lines = tail(log).replace("\r", "\n").splitlines()
+    return "\n".join([f"  {log}:", *(f"    {line}" for line in lines[-count:])])

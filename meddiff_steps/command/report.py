@@ -1,0 +1,36 @@
+"""`meddiff report`: the page that a person looks at first."""
+
+from __future__ import annotations
+
+import webbrowser
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from meddiff_steps.config import load_study
+from meddiff_steps.core.errors import UserError
+
+
+def run(
+    study: Annotated[Path, typer.Argument(help="study (YAML), or its folder results/STUDY")],
+    open: Annotated[bool, typer.Option("--open", help="open it in the browser")] = False,
+) -> None:
+    """Print where the report of a study lies."""
+    page = results_of(study) / "report.html"
+    if not page.is_file():
+        raise UserError(
+            f"{page}: not there yet. `meddiff status {page.parent}` says how far the study is, `meddiff run STUDY.yaml`"
+            " makes it."
+        )
+    print(page)
+    if open and not webbrowser.open(page.resolve().as_uri()):
+        raise UserError(f"no browser could be started. Open {page.resolve()} by hand, or copy it: it is one file.")
+
+
+def results_of(study: Path) -> Path:
+    """The folder of a study's results: itself, or what its file says."""
+    if study.is_dir():
+        return study
+    content = load_study(study)
+    return Path(content.results, content.study)

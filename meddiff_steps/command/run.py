@@ -1,0 +1,155 @@
+"""`meddiff run`: Snakemake, with the study's file and the workflow where they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import meddiff_steps
+from meddiff_steps.config import SimulatedSource, Study, load_study
+from meddiff_steps.core.errors import UserError
+
+#: Where the workflow lies, for packages that were installed without it.
+WORKFLOW = "MEDDIFF_WORKFLOW"
+
+
+def run(
+    study: Annotated[Path, typer.Argument(help="study (YAML)")],
+    targets: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="what to make: all (default), quality, evaluate, augment, release, audit, ..., or a file; after --,"
+            " options of Snakemake"
+        ),
+    ] = None,
+    cores: Annotated[int | None, typer.Option(min=1, help="processor cores to use; all of them by default")] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(help="where jobs run: a Snakemake profile, for example slurm (docs/cluster.md)"),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="only say which jobs would run")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="say nothing but errors, and the end")] = False,
+    measured: Annotated[
+        Path | None,
+        typer.Option(help="results of a finished study on such a machine: says how much work is left"),
+    ] = None,
+) -> None:
+    """Run a study, or go on with it: what is done already is not done again.
+
+    This starts Snakemake and prints the command, which does the same when it is typed.  What Snakemake can do besides
+    is given to it after `--`.
+    """
+    content = load_study(study)  # what is wrong with it is said at once
+    wanted, extra = split_targets(targets or [])
+    command = snakemake_command(study, wanted, extra, cores, profile, dry_run)
+    print(f"$ {shlex.join(command)}", file=sys.stderr, flush=True)
+    if dry_run:
+        done = started(["-m", *command])
+    else:
+        shown = {"MEDDIFF_PROGRESS": "quiet" if quiet else "lines"}
+        if measured is not None:
+            shown["MEDDIFF_EXPECTED"] = json.dumps(hours_of_jobs(content, measured))
+        done = started(["-m", "meddiff_steps.command.snakemake_with_progress", *command[1:]], shown)
+    raise typer.Exit(done)
+
+
+def hours_of_jobs(study: Study, measured: Path) -> dict[str, float]:
+    """Hours of a job by rule, once the cohort is known; empty before."""
+    from meddiff_steps.operations.expected import expected
+
+    manifest = Path(study.results, study.study, "cohort/manifest.parquet")
+    if manifest.is_file():
+        import pyarrow.parquet as pq
+
+        scans = pq.read_metadata(manifest).num_rows
+    elif isinstance(study.cohort, SimulatedSource):
+        scans = study.cohort.subjects
+    else:
+        return {}
+    return {one.stage: one.hours_each for one in expected(study, scans, os.cpu_count() or 1, measured)}
+
+
+def started(arguments: list[str], environment: dict[str, str] | None = None) -> int:
+    """Run Python, which gets what a terminal sends to stop it, and is waited for."""
+    process = subprocess.Popen([sys.executable, *arguments], env={**os.environ, **(environment or {})})
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # Snakemake has it, too, and ends its jobs
+            continue
+
+
+def split_targets(words: list[str]) -> tuple[list[str], list[str]]:
+    """Targets, and what follows `--`: everything from the first option on.
+
+    >>> split_targets(["evaluate", "--rerun-incomplete", "--set-threads", "diffusion=1"])
+    (['evaluate'], ['--rerun-incomplete', '--set-threads', 'diffusion=1'])
+    """
+    first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    return words[:first], words[first:]
+
+
+def snakemake_command(
+    study: Path,
+    targets: list[str],
+    extra: list[str],
+    cores: int | None = None,
+    profile: str | None = None,
+    dry_run: bool = False,
+) -> list[str]:
+    """The command that runs a study, as one would type it here.
+
+    Raises
+    ------
+    UserError
+        The workflow is not found, or the profile.
+    """
+    snakefile = workflow_folder() / "Snakefile"
+    here = snakefile.resolve() == Path("Snakefile").resolve()
+    command = ["snakemake", *targets, *([] if here else ["--snakefile", str(snakefile)])]
+    if profile is not None:
+        command += ["--profile", profile_folder(profile, snakefile.parent)]
+    if cores is not None:
+        command += ["--cores", str(cores)]
+    elif profile is None and not dry_run:
+        command += ["--cores", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else "all")]
+    return [*command, *(["-n"] if dry_run else []), *extra, "--configfile", str(study)]
+
+
+def workflow_folder() -> Path:
+    """The folder with the Snakefile: of a checkout that the package lies in, or as the environment says.
+
+    Raises
+    ------
+    UserError
+        There is none.
+    """
+    asked = os.environ.get(WORKFLOW)
+    folder = Path(asked) if asked else Path(meddiff_steps.__file__).parents[1]
+    if (folder / "Snakefile").is_file() and (folder / "rules/common.smk").is_file():
+        return folder
+    raise UserError(
+        f"{folder}: no workflow here (Snakefile and rules/). "
+        + (
+            f"{WORKFLOW} is to name the folder of a checkout."
+            if asked
+            else "The package was installed without it, as a wheel is. Get the checkout of version"
+            f" {meddiff_steps.__version__} (git clone) and `pip install --no-deps --editable` it, or set {WORKFLOW} to"
+            " its folder."
+        )
+    )
+
+
+def profile_folder(profile: str, workflow: Path) -> str:
+    """A profile by its folder: as it was given, of the workflow, or one that Snakemake knows by name."""
+    for folder in (Path(profile), workflow / profile, workflow / "profiles" / profile):
+        if folder.is_dir() and any(folder.glob("*.yaml")):
+            return str(folder)
+    return profile

@@ -1,0 +1,106 @@
+"""Snakemake with the progress of `meddiff run`: what that starts, as a process of its own.
+
+Snakemake hands what happens, as events and not as text, to logger plugins (snakemake-interface-logger-plugins).  It
+finds plugins among installed packages, but none in a checkout, so ours is registered here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import types
+from contextlib import nullcontext
+from logging import LogRecord
+from pathlib import Path
+from typing import Any
+
+from snakemake.cli import main
+from snakemake_interface_logger_plugins.base import LogHandlerBase
+from snakemake_interface_logger_plugins.registry import LoggerPluginRegistry
+
+from meddiff_steps.command.progress import Progress
+
+#: What the handler is to do: `lines`, `quiet`, or `needs`, which writes what jobs ask for to the file NEEDS.
+MODE, NEEDS = "MEDDIFF_PROGRESS", "MEDDIFF_NEEDS"
+#: Hours of a job by rule (JSON), where they are known.
+EXPECTED = "MEDDIFF_EXPECTED"
+
+
+class LogHandler(LogHandlerBase):
+    """From Snakemake's events to lines."""
+
+    writes_to_stream = True
+    writes_to_file = False
+    has_filter = True
+    has_formatter = True
+    needs_rulegraph = False
+
+    def __post_init__(self) -> None:
+        self.mode = os.environ.get(MODE, "lines")
+        self.needs: list[dict[str, Any]] = []
+        expected = json.loads(os.environ.get(EXPECTED, "{}"))
+        self.progress = Progress(sys.stderr, quiet=self.mode == "quiet", expected=expected)
+        self.ended = threading.Event()
+        if self.mode == "lines":
+            threading.Thread(target=self.tick, daemon=True).start()
+
+    def tick(self) -> None:
+        while not self.ended.wait(1.0):
+            with self.lock or nullcontext():
+                self.progress.tick()
+
+    def emit(self, record: LogRecord) -> None:
+        event, said = str(getattr(record, "event", None) or ""), vars(record)
+        if self.mode == "needs":
+            if event == "job_info":
+                self.needs.append(needs_of(said))
+            elif record.levelname == "ERROR":
+                print(record.getMessage(), file=sys.stderr)
+            return
+        if event == "run_info":
+            silence_jobs()
+        if event:
+            self.progress.happened(event, said)
+        else:
+            self.progress.said(record.levelname, record.getMessage())
+
+    def close(self) -> None:
+        if not self.ended.is_set():
+            self.ended.set()
+            if self.mode == "needs":
+                Path(os.environ[NEEDS]).write_text(json.dumps(self.needs), encoding="utf-8")
+            else:
+                self.progress.close()
+        super().close()
+
+
+def silence_jobs() -> None:
+    """What jobs write to standard output, which is in their logs as well, would tear the bar."""
+    sys.stdout.flush()
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+
+
+def needs_of(said: dict[str, Any]) -> dict[str, Any]:
+    """What a job asks for: rule, threads, mem_mb, runtime (minutes) and GPUs."""
+    asked = said["resources"]
+    numbers = {name: asked.get(name) for name in ("mem_mb", "runtime", "gpu")}
+    return {
+        "rule": said["rule_name"],
+        "threads": said["threads"],
+        **{name: number if isinstance(number, int) else 0 for name, number in numbers.items()},
+    }
+
+
+def run(arguments: list[str]) -> None:
+    """Run Snakemake; ends the process with its exit code."""
+    plugin = types.ModuleType("snakemake_logger_plugin_meddiff")
+    plugin.LogHandler = LogHandler  # type: ignore[attr-defined]
+    LoggerPluginRegistry().register_plugin(plugin.__name__, plugin)
+    main([*arguments, "--logger", "meddiff"])
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

@@ -1,0 +1,376 @@
+"""What can be known of a study before hours are spent on it: its cohort, its grid, what its jobs ask for."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from meddiff_steps.cohort.bids import read_bids
+from meddiff_steps.cohort.covariates import CovariateEncoding, cell_text, is_null, parse_covariates, shorten
+from meddiff_steps.cohort.identity import alike, shown
+from meddiff_steps.cohort.splits import SPLITS, assign_splits
+from meddiff_steps.cohort.table import read_table
+from meddiff_steps.config import BidsSource, CategoricalCovariate, SimulatedSource, Study, TableSource
+from meddiff_steps.config.preprocess import MNI152
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.registries import DETECTORS
+from meddiff_steps.imaging.channels import filled_in
+from meddiff_steps.operations.expected import Expected, hours
+from meddiff_steps.operations.machine import Machine
+from meddiff_steps.operations.survey import Header, read_header, spread
+from meddiff_steps.privacy.size import subjects_needed
+from meddiff_steps.synthesis.size import planned_subjects
+
+State = Literal["ok", "warning", "fail"]
+
+#: Share of missing values from which little can be learnt of a covariate.
+MANY_MISSING = 0.5
+#: Of the field of view, what a grid shows at least; less is probably smaller than the head.
+SMALL_GRID = 0.7
+#: Voxels of scans may be larger than those of the grid by this factor before the grid is called finer than its data.
+FINER = 1.25
+#: Bytes that a voxel takes as it is kept (float16), and images kept per planned subject: drawn, accepted, released.
+BYTES_PER_VOXEL, KEPT_PER_SUBJECT = 2, 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One plain sentence about one topic, and whether something would go wrong."""
+
+    state: State
+    topic: str
+    text: str
+
+
+@dataclass
+class Cohort:
+    """What was read of a cohort: a row per scan with typed covariates and, if it could be made, `split`."""
+
+    frame: pd.DataFrame
+    subjects: int
+    splits: Mapping[str, int]
+
+
+class _Warnings(logging.Handler):
+    """Collects what readers warn of."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.found.append(record.getMessage())
+
+
+def cohort(study: Study) -> tuple[list[Finding], Cohort | None]:
+    """What the cohort's tables and folders say; images are not opened."""
+    source = study.cohort
+    if isinstance(source, SimulatedSource):
+        counts = {name: round(source.subjects * getattr(study.splits, name)) for name in SPLITS}
+        told = Finding("ok", "cohort", f"{source.subjects} simulated subjects will be made.")
+        return [told, _splits(counts)], Cohort(pd.DataFrame(), source.subjects, counts)
+    if isinstance(source, BidsSource) and study.storage.cohort and not Path(source.root).exists():
+        return [
+            Finding("ok", "cohort", f"fetched from {study.storage.cohort} when the run begins; not read here.")
+        ], None
+    log, warnings = logging.getLogger("meddiff_steps.cohort"), _Warnings()
+    log.addHandler(warnings)
+    propagated, log.propagate = log.propagate, False
+    try:
+        raw = read_table(source, study.covariates) if isinstance(source, TableSource) else None
+        if raw is None and isinstance(source, BidsSource):
+            raw = read_bids(source, study.covariates)
+    except UserError as error:
+        return [Finding("fail", "cohort", str(error))], None
+    finally:
+        log.removeHandler(warnings)
+        log.propagate = propagated
+    assert raw is not None
+    subjects = raw["subject_id"].nunique()
+    found = [Finding("ok", "cohort", f"{len(raw)} scans of {subjects} subjects.")]
+    found += [Finding("warning", "cohort", text) for text in warnings.found]
+    found += [finding for name in study.covariates for finding in _covariate(study, raw, name)]
+    repeated = sorted(set(raw["scan_id"][raw["scan_id"].duplicated()]))
+    if repeated:
+        found.append(Finding("fail", "cohort", f"scan_id {shorten(repeated)} occurs more than once."))
+    same = [] if source.alike_ids == "distinct" else alike(raw["subject_id"])
+    if same and source.alike_ids == "refuse":
+        listed = "; ".join(shorten([shown(name) for name in names]) for names in same[:3])
+        found.append(
+            Finding("fail", "cohort", f"ids differ in spelling alone: {listed}. Write them alike, or cohort.alike_ids.")
+        )
+    try:
+        assigned = assign_splits(raw["subject_id"], same, study.splits, study.seed)
+    except UserError as error:
+        return [*found, Finding("fail", "splits", str(error))], Cohort(raw, subjects, {})
+    raw["split"] = raw["subject_id"].map(assigned)
+    counts = Counter(assigned.values())
+    found.append(_splits({name: counts[name] for name in SPLITS}))
+    found += _learnable(study, raw)
+    found += _asked(study, raw)
+    return found, Cohort(raw, subjects, counts)
+
+
+def _splits(counts: Mapping[str, int]) -> Finding:
+    return Finding("ok", "splits", ", ".join(f"{counts[name]} {name}" for name in SPLITS) + " subjects.")
+
+
+def _covariate(study: Study, raw: pd.DataFrame, name: str) -> Iterator[Finding]:
+    """Values against what is declared: both ways."""
+    covariate, topic = study.covariates[name], f"covariates.{name}"
+    cells = [cell_text(value) for value in raw[name]]
+    levels = covariate.levels if isinstance(covariate, CategoricalCovariate) else []
+    given = [cell for cell in cells if cell in levels or not is_null(cell)]
+    counts = Counter(given)
+    strange = [f"{cell!r} ({count})" for cell, count in counts.most_common() if cell not in levels]
+    if levels and strange:
+        yield Finding(
+            "fail",
+            topic,
+            f"the data have {shorten(strange)}, which `levels` {levels} does not name. Add them there, or correct them"
+            " in the table (n/a where unknown).",
+        )
+        return
+    try:
+        parse_covariates(raw, {name: covariate})
+    except UserError as error:
+        yield Finding("fail", topic, " ".join(str(error).split("\n", 1)[-1].split()).removeprefix(f"{topic}: "))
+        return
+    missing = 1 - len(given) / len(cells)
+    absent = f"; {missing:.0%} missing" if missing else ""
+    if isinstance(covariate, CategoricalCovariate):
+        yield Finding("ok", topic, ", ".join(f"{counts[level]} {level}" for level in covariate.levels) + absent + ".")
+        nobody = [level for level in covariate.levels if not counts[level]]
+        if nobody:
+            yield Finding(
+                "warning", topic, f"no scan has {shorten(nobody)}, which is declared: nothing can be learnt of it."
+            )
+    elif given:
+        low, high = min(map(float, given)), max(map(float, given))
+        yield Finding("ok", topic, f"{low:g} to {high:g} {covariate.unit}, within the declared range{absent}.")
+    if missing > MANY_MISSING:
+        yield Finding("warning", topic, f"{missing:.0%} of its values are missing; little can be learnt of it.")
+
+
+def _learnable(study: Study, frame: pd.DataFrame) -> Iterator[Finding]:
+    for name, covariate in study.covariates.items():
+        try:
+            CovariateEncoding.fit(frame, {name: covariate})
+        except UserError as error:
+            # A value that cannot be read was told before.
+            if "do not fit what the study declares" not in str(error):
+                yield Finding("fail", f"covariates.{name}", str(error))
+
+
+def _asked(study: Study, frame: pd.DataFrame) -> Iterator[Finding]:
+    """Levels that the plan asks for and no training scan has."""
+    train = frame[frame["split"] == "train"]
+    for group in study.plan:
+        for name, wanted in group.where.items():
+            if isinstance(study.covariates.get(name), CategoricalCovariate):
+                seen = {cell_text(value) for value in train[name]}
+                for level in wanted if isinstance(wanted, list) else [wanted]:
+                    if str(level) not in seen:
+                        yield Finding(
+                            "fail", f"plan.{group.name}", f"asks for {name} {level}, which no training scan has."
+                        )
+
+
+def privacy(study: Study, calibration: int) -> Finding:
+    """What the filter can promise with so many calibration subjects."""
+    detectors = len(study.privacy.detectors or DETECTORS.names())
+    needed = subjects_needed(study.privacy.level, detectors)
+    if calibration >= needed:
+        return Finding(
+            "ok",
+            "privacy",
+            f"{calibration} calibration subjects, {needed} are needed: the filter takes at most"
+            f" {study.privacy.level:.0%} of strangers for copies.",
+        )
+    least = detectors / (calibration + 1)
+    remedy = (
+        f"raise privacy.level to {math.ceil(100 * least) / 100:g}, or splits.calibration"
+        if least < 0.5
+        else "raise splits.calibration"
+    )
+    then = "the run stops before the release" if study.privacy.enforce == "stop" else "the release will say so"
+    return Finding(
+        "fail" if study.privacy.enforce == "stop" else "warning",
+        "privacy",
+        f"{calibration} calibration subjects, and privacy.level {study.privacy.level:g} needs {needed}: the filter will"
+        f" reject nothing, and {then}. {remedy[0].upper()}{remedy[1:]}.",
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ images
+
+
+def headers(frame: pd.DataFrame, told: Callable[[int, int], None]) -> list[Header]:
+    """Headers of a sample of scans; `told` is called with how many of how many were read."""
+    paths = spread(frame["path"].tolist())
+    found = []
+    for number, path in enumerate(paths, 1):
+        found.append(read_header(path))
+        told(number, len(paths))
+    return found
+
+
+def images(study: Study, found: Sequence[Header]) -> Iterator[Finding]:
+    """Headers against the grid."""
+    bad = [header for header in found if header.problem]
+    good = [header for header in found if header.size]
+    if bad:
+        share = len(bad) / len(found)
+        state: State = "fail" if share > study.preprocess.max_failed_share else "warning"
+        named = "; ".join(f"{header.path}: {header.problem}" for header in bad[:3])
+        yield Finding(state, "scans", f"{len(bad)} of the {len(found)} that were looked at cannot be used: {named}")
+    if not good:
+        return
+    flat = [header for header in good if (len(header.size) == 2) != (study.spatial_dims == 2)]
+    if flat:
+        kind = "pictures" if len(flat[0].size) == 2 else "volumes"
+        yield Finding(
+            "fail",
+            "grid",
+            f"preprocess.shape has {study.spatial_dims} sides, but {flat[0].path} and others are {kind}.",
+        )
+        return
+    sizes = Counter(header.size for header in good)
+    common = ", ".join(f"{'x'.join(map(str, size))} ({count})" for size, count in sizes.most_common(3))
+    yield Finding("ok", "scans", f"headers of {len(found)} read; most common sizes: {common}.")
+    spacing = study.preprocess.spacing_mm
+    if spacing is not None:
+        yield _grid(study, good, spacing)
+        edges = np.median([header.spacing for header in good], axis=0)
+        if spacing * FINER < edges.max():
+            yield Finding(
+                "warning",
+                "grid",
+                f"voxels of {spacing:g} mm are finer than those of the scans ({_by(edges)} mm): detail that is not"
+                " there costs memory and time.",
+            )
+
+
+def _grid(study: Study, found: Sequence[Header], spacing: float) -> Finding:
+    box = np.multiply(study.preprocess.shape, spacing)
+    views = np.array([header.extent for header in found])
+    largest = views.max(axis=0)
+    if (box >= largest - spacing / 2).all():
+        return Finding("ok", "grid", f"{_by(box)} mm holds every field of view (largest {_by(largest)} mm).")
+    middle = np.median(views, axis=0)
+    said = (
+        f"{_by(box)} mm, smaller than the field of view of scans ({_by(middle)} mm in the middle): heads must be"
+        " smaller than the grid. Headers do not say whether they are; `meddiff propose` measures some, and after"
+        " `meddiff run STUDY quality` cut_off_share in preprocessed/qc.parquet tells all."
+    )
+    return Finding("warning" if (box < SMALL_GRID * middle).any() else "ok", "grid", said)
+
+
+def _by(numbers: Any) -> str:
+    return " x ".join(f"{number:.4g}" for number in numbers)
+
+
+def beside(study: Study, frame: pd.DataFrame) -> Iterator[Finding]:
+    """Files that a pattern names for each scan: masks, channels, label maps; and the template."""
+    patterns = {f"preprocess.channels.{name}": one.path for name, one in study.preprocess.channels.items()}
+    optional = {f"preprocess.channels.{name}" for name, one in study.preprocess.channels.items() if not one.required}
+    if study.preprocess.brain_mask:
+        patterns["preprocess.brain_mask"] = study.preprocess.brain_mask
+    if study.segmentation is not None:
+        patterns["segmentation.labels"] = study.segmentation.labels
+    rows = spread(frame.to_dict("records"))
+    for key, pattern in patterns.items():
+        try:
+            paths = [filled_in(pattern, row, key) for row in rows]
+        except UserError as error:
+            yield Finding("fail", key, str(error))
+            continue
+        absent = [path for path in paths if not path.exists()]
+        if not absent:
+            yield Finding("ok", key, f"there for all of the {len(paths)} scans that were looked at.")
+            continue
+        many = len(absent) / len(paths) > study.preprocess.max_failed_share and key not in optional
+        fails = many and (key != "segmentation.labels" or len(absent) == len(paths))
+        yield Finding("fail" if fails else "warning", key, f"not there for {len(absent)} of {len(paths)}: {absent[0]}")
+    registration = study.preprocess.registration
+    if registration is not None and registration.template != MNI152 and not Path(registration.template).is_file():
+        yield Finding("fail", "preprocess.registration.template", f"{registration.template} is not there.")
+
+
+# ----------------------------------------------------------------------------------------------------- machine
+
+
+def needs(study: Study, jobs: Sequence[Mapping[str, Any]], here: Machine | None) -> Iterator[Finding]:
+    """What jobs ask for (rule, threads, mem_mb, runtime, gpu) against this machine; `here` is None where they will
+    run elsewhere.
+    """
+    counts = Counter(job["rule"] for job in jobs)
+    yield Finding("ok", "jobs", f"{len(jobs)} jobs of {len(counts)} rules.")
+    most = max(jobs, key=lambda job: job["mem_mb"])
+    largest = f"{most['rule']} asks for the most, {most['mem_mb'] / 1024:.1f} GiB"
+    longest = max(jobs, key=lambda job: job["runtime"])
+    with_gpu = sorted({job["rule"] for job in jobs if job["gpu"]})
+    wanted = max((job["gpu"] for job in jobs), default=0)
+    if here is None:
+        yield Finding("ok", "memory", f"{largest}.")
+        yield Finding("ok", "limits", f"the longest job may take {longest['runtime'] / 60:g} h ({longest['rule']}).")
+        yield Finding("ok", "GPU", f"rules that ask for one: {', '.join(with_gpu) or 'none'}.")
+        return
+    enough = most["mem_mb"] <= here.memory_mb
+    yield Finding(
+        "ok" if enough else "fail",
+        "memory",
+        f"{largest}; this machine has {here.memory_mb / 1024:.1f} GiB."
+        + ("" if enough else " Take smaller batches or a coarser grid, or a larger machine (--elsewhere)."),
+    )
+    if not with_gpu:
+        yield Finding("ok", "GPU", "no rule asks for one.")
+    elif here.gpus >= wanted:
+        yield Finding("ok", "GPU", f"{here.gpus} here, for {', '.join(with_gpu)}.")
+    elif study.compute.device == "cuda":
+        yield Finding(
+            "fail",
+            "GPU",
+            f"compute.device is cuda, and {here.gpus} of {wanted} GPU(s) are here: {', '.join(with_gpu)}.",
+        )
+    else:
+        yield Finding(
+            "warning", "GPU", f"{here.gpus} of {wanted} here: {', '.join(with_gpu)} will run on processors, slowly."
+        )
+
+
+def time(found: Sequence[Expected], measured: Path | None) -> Finding:
+    """Hours, where they can be told."""
+    if not found:
+        return Finding("ok", "time", "not known; after `make demo` on this machine, --measured results/demo tells it.")
+    slowest = sorted(found, key=lambda one: -one.jobs * one.hours_each)[:3]
+    named = ", ".join(f"{one.stage} {one.jobs * one.hours_each:.1f}" for one in slowest)
+    by = f"as {measured} was measured" if measured else "at the rates of a processor core that plan-cost knows"
+    return Finding("ok", "time", f"about {hours(found):.1f} hours of jobs ({named}), {by}.")
+
+
+def disk(study: Study, scans: int, found: Sequence[Expected], free: int) -> Finding:
+    """Bytes that the results take against what is free: as expected, or at least what images alone take."""
+    voxels = math.prod(study.preprocess.shape)
+    images = (scans + KEPT_PER_SUBJECT * planned_subjects(study.plan)) * voxels * BYTES_PER_VOXEL
+    wanted = max(images, sum(one.disk for one in found))
+    sure = "about" if found else "at least"
+    enough = wanted <= free
+    return Finding(
+        "ok" if enough else "fail",
+        "disk",
+        f"{sure} {wanted / 1e9:.2f} GB for {study.results}/{study.study}; {free / 1e9:.1f} GB are free."
+        + (
+            ""
+            if enough
+            else " Point `results` at a larger disk, or delete shards as they are used (storage.temporary)."
+        ),
+    )

@@ -1,0 +1,42 @@
+"""What `plan-cost` expects, for those who ask for a study as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from meddiff_steps.config import Study
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Of a stage: its name, how many jobs it has, hours of one, bytes that it leaves."""
+
+    stage: str
+    jobs: int
+    hours_each: float
+    disk: float
+
+
+def expected(study: Study, scans: int, cores: int, measured: Path | None) -> list[Expected]:
+    """What every stage will take on a processor, or where a finished study was measured.
+
+    Parameters
+    ----------
+    study, scans
+        The study, and the scans in its cohort.
+    cores
+        Of the machine.
+    measured
+        Results of a finished study.
+    """
+    from meddiff_steps.operations.cost import Machine, estimates  # loads torch
+
+    found = estimates(study, scans, Machine(cores=min(8, cores)), measured)
+    return [Expected(one.stage, one.jobs, one.hours_each, one.disk) for one in found]
+
+
+def hours(found: Sequence[Expected]) -> float:
+    """Of all jobs, one after the other."""
+    return sum(one.jobs * one.hours_each for one in found)

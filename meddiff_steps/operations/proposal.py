@@ -1,0 +1,343 @@
+"""What a BIDS dataset says by itself about the study that is to be made of it: columns, splits, heads."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from meddiff_steps.cohort.covariates import RESERVED, cell_text, is_null
+from meddiff_steps.cohort.splits import SPLITS, assign_splits
+from meddiff_steps.config import (
+    MNI152,
+    CategoricalCovariate,
+    ContinuousCovariate,
+    Covariate,
+    Preprocess,
+    Registration,
+    Splits,
+)
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.registries import DETECTORS
+from meddiff_steps.imaging.preprocess import preprocess_image
+from meddiff_steps.imaging.reading import ScanError
+from meddiff_steps.operations.survey import spread
+from meddiff_steps.privacy.size import subjects_needed
+
+# ------------------------------------------------------------------------------------------------- covariates
+
+#: Covariates that are proposed; more are listed, to be taken instead.
+MOST = 6
+#: Values that few enough scans have to call them levels; a level needs so many scans, and so large a share.
+MOST_LEVELS, LEAST_OF_LEVEL, LEAST_SHARE = 8, 5, 0.02
+#: Whole numbers of so few values are levels (sex 1 and 2), not measurements.
+FEW_NUMBERS = 4
+#: Share of missing values from which a column is only listed, and correlation from which two say the same.
+MANY_MISSING, SAME = 0.5, 0.95
+#: Of the span of the values, added to either side of the range.
+MARGIN = 0.1
+#: Columns that come first, as they are often called.
+FIRST = ("age", "sex", "gender", "diagnosis", "group", "dx")
+UNITS = {"age": "year", "ml": "mL", "cm": "cm", "mm": "mm", "kg": "kg", "years": "year", "bmi": "kg/m2"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of participants.tsv as a covariate.
+
+    Attributes
+    ----------
+    name
+        Of the covariate, which is the column's where that can be one.
+    covariate
+        As it would be declared; None where it cannot.
+    why_not
+        Why it is only listed; None where it is proposed.
+    unsure
+        What the owner of the data is to look at.
+    """
+
+    name: str
+    column: str
+    covariate: Covariate | None
+    why_not: str | None = None
+    unsure: str | None = None
+
+
+def covariate_name(column: str) -> str:
+    """A name that a covariate may have.
+
+    >>> covariate_name("Total Brain (mL)"), covariate_name("2nd score"), covariate_name("session_id")
+    ('Total_Brain_mL', 'c_2nd_score', 'session_id_value')
+    """
+    name = re.sub(r"\W+", "_", column, flags=re.ASCII).strip("_") or "column"
+    name = name if name[0].isalpha() else f"c_{name}"
+    return f"{name}_value" if name in RESERVED else name
+
+
+def columns(cells: pd.DataFrame, sidecar: Mapping[str, Any]) -> list[Column]:
+    """Every column as a covariate: what is proposed first.
+
+    Parameters
+    ----------
+    cells
+        A row per scan and a column per column of participants.tsv, raw.
+    sidecar
+        participants.json.
+    """
+    found = [_column(str(name), cells[name].tolist(), sidecar.get(str(name)) or {}) for name in cells]
+    order = {name: place for place, name in enumerate(FIRST)}
+    found.sort(key=lambda one: (one.why_not is not None, order.get(one.column.lower(), len(order))))
+    taken: list[Column] = []
+    listed: list[Column] = []
+    for one in found:
+        twin = None if one.why_not else next((other for other in taken if _same(cells, one, other)), None)
+        if one.why_not:
+            listed.append(one)
+        elif twin is not None:
+            listed.append(_left_out(one, f"says nearly the same as {twin.name}"))
+        elif len(taken) == MOST:
+            listed.append(_left_out(one, f"{MOST} are enough to begin with"))
+        else:
+            taken.append(one)
+    return [*taken, *listed]
+
+
+def _left_out(one: Column, why: str) -> Column:
+    return Column(one.name, one.column, one.covariate, why, one.unsure)
+
+
+def _column(column: str, raw: Sequence[Any], says: Mapping[str, Any]) -> Column:
+    name, texts = covariate_name(column), [cell_text(cell) for cell in raw]
+    given = [text for text in texts if not is_null(text)]
+    missing = 1 - len(given) / len(texts)
+    counts = Counter(given)
+    description = str(says.get("Description", "")).replace("\n", " ").strip()
+    common: dict[str, Any] = {"column": None if name == column else column, "description": description}
+    if len(counts) < 2:
+        return Column(name, column, None, "has one value" if counts else "is empty")
+    numbers = _numbers(counts)
+    rare = [level for level, count in counts.items() if count < max(LEAST_OF_LEVEL, LEAST_SHARE * len(given))]
+    few = len(counts) <= FEW_NUMBERS and (numbers is None or all(number.is_integer() for number in numbers))
+    if numbers is not None and not few:
+        unit, sure = _unit(column, says)
+        why = f"{missing:.0%} of its values are missing" if missing > MANY_MISSING else None
+        low, high = _range(min(numbers), max(numbers))
+        covariate: Covariate = ContinuousCovariate(unit=unit, range=(low, high), **common)
+        return Column(name, column, covariate, why, None if sure else "which unit?")
+    if len(counts) > MOST_LEVELS:
+        return Column(name, column, None, f"has {len(counts)} different values, too many for levels")
+    if any(level != level.strip() or len(level.splitlines()) != 1 for level in counts):
+        return Column(name, column, None, "has values with line breaks")
+    levels = sorted(counts, key=(lambda text: float(text)) if numbers is not None else None)
+    why = f"{missing:.0%} of its values are missing" if missing > MANY_MISSING else None
+    if rare:
+        why = f"few scans have {', '.join(f'{level} ({counts[level]})' for level in rare[:3])}"
+    unsure = "better words than numbers: they appear in every figure" if numbers is not None else None
+    return Column(name, column, CategoricalCovariate(levels=levels, **common), why, unsure)
+
+
+def _numbers(counts: Mapping[str, int]) -> list[float] | None:
+    try:
+        numbers = [float(text) for text in counts if "_" not in text]
+    except ValueError:
+        return None
+    return numbers if len(numbers) == len(counts) and all(map(math.isfinite, numbers)) else None
+
+
+def _unit(column: str, says: Mapping[str, Any]) -> tuple[str, bool]:
+    if isinstance(says.get("Units"), str) and says["Units"].strip():
+        return says["Units"].strip(), True
+    last = re.split(r"[^a-z]+", column.lower())[-1]
+    return UNITS.get(last, "unknown"), last in UNITS
+
+
+def _range(low: float, high: float) -> tuple[float, float]:
+    """What is plausible, from what is there: a little more on either side, in round numbers.
+
+    >>> _range(20.17, 81.94), _range(0, 100), _range(974.2, 1709.0)
+    ((13.0, 89.0), (0.0, 110.0), (900.0, 1790.0))
+    """
+    span = high - low
+    step = 10.0 ** math.floor(math.log10(span) - 1)
+    least, most = low - MARGIN * span, high + MARGIN * span
+    if low >= 0:
+        least = max(0.0, least)
+    return float(f"{math.floor(least / step) * step:.10g}"), float(f"{math.ceil(most / step) * step:.10g}")
+
+
+def _same(cells: pd.DataFrame, one: Column, other: Column) -> bool:
+    if not (isinstance(one.covariate, ContinuousCovariate) and isinstance(other.covariate, ContinuousCovariate)):
+        return False
+    first, second = (pd.to_numeric(cells[column.column], errors="coerce") for column in (one, other))
+    return bool(abs(first.corr(second)) > SAME)
+
+
+# ----------------------------------------------------------------------------------------------------- splits
+
+
+@dataclass(frozen=True)
+class Division:
+    """Shares of subjects, how they come out, and what the privacy filter can do with them."""
+
+    splits: Splits
+    seed: str
+    counts: Mapping[str, int]
+    level: float | None
+    """None where there are too few subjects for any."""
+
+
+#: The level at which the filter is meant to work, and what is left out of training for it at most.
+LEVEL, MOST_CALIBRATING = 0.05, 0.2
+
+
+def division(subjects: Sequence[str], seed: str) -> Division:
+    """Splits in which the filter has the calibration subjects that it needs; where there are too few, a level for
+    those that there are.
+
+    Raises
+    ------
+    UserError
+        There are too few subjects for four splits.
+    """
+    many, detectors = len(set(subjects)) >= 300, len(DETECTORS.names())
+    needed, best = subjects_needed(LEVEL, detectors), None
+    for attempt in ("", "-2", "-3", "-4", "-5"):
+        for percent in range(10, round(100 * MOST_CALIBRATING) + 1):
+            val, test = (0.05, 0.1) if many else (0.1, 0.15)
+            train = round(1 - val - test - percent / 100, 2)
+            shares = Splits(train=train, val=val, calibration=percent / 100, test=test)
+            try:
+                counts = Counter(assign_splits(subjects, [], shares, seed + attempt).values())
+            except UserError:
+                continue
+            best = shares, seed + attempt, counts
+            if counts["calibration"] >= needed:
+                break
+        if best is not None:
+            break
+    if best is None:
+        raise UserError(
+            f"{len(set(subjects))} subjects are too few: none of several ways to divide them into {', '.join(SPLITS)}"
+            " leaves a subject in each. Add subjects."
+        )
+    shares, chosen, counts = best
+    level: float | None = LEVEL
+    if counts["calibration"] < needed:
+        least = math.ceil(100 * detectors / (counts["calibration"] + 1) - 1e-9) / 100
+        level = least if least < 0.5 else None
+    return Division(shares, chosen, {name: counts[name] for name in SPLITS}, level)
+
+
+# ------------------------------------------------------------------------------------------------------ heads
+
+#: Scans that are preprocessed to see how heads lie.
+LOOKED_AT = 8
+#: Voxels of the grid that they are looked at on, mm, and its sides: more than any head.
+LOOK_MM, LOOK_SHAPE = 4.0, (72, 72, 72)
+#: Correlation with a brain without skull after registration from which a scan shows one; and how little brains are
+#: turned (degrees) and scattered (mm) that a pipeline has put into one pose already.
+BRAIN, TURNED_DEG, SCATTERED_MM = 0.85, 3.0, 3.0
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How the heads of a sample lie.
+
+    Attributes
+    ----------
+    looked_at
+        How many could be read.
+    extent
+        (3,) mm that a box must have along left-right, posterior-anterior, inferior-superior to hold all of them, as
+        the grid will lie; up to two voxels of `LOOK_MM` more than they need.
+    brains
+        Whether they show brains without skull, by the correlation with a template.
+    correlation, turned, scattered
+        With the template (median); angle to its pose (median, degrees); standard deviation of translations (mm, along
+        the axis where it is largest).
+    """
+
+    looked_at: int
+    extent: tuple[float, float, float]
+    brains: bool
+    correlation: float = 0.0
+    turned: float = 0.0
+    scattered: float = 0.0
+
+    @property
+    def registered(self) -> bool:
+        """Whether a pipeline has put them into one pose already."""
+        return self.turned <= TURNED_DEG and self.scattered <= SCATTERED_MM
+
+    @property
+    def to_register(self) -> bool:
+        return self.brains and not self.registered
+
+
+def heads(paths: Sequence[str], told: Callable[[int, int], None]) -> Heads:
+    """Preprocess some scans as the study would, with and without registration, and see how large they are.
+
+    Raises
+    ------
+    UserError
+        None of them can be read.
+    """
+    chosen = spread(paths, LOOKED_AT)
+    pose = Registration.model_validate({"template": MNI152, "max_rotation_deg": 180, "min_correlation": 0})
+    plain = Preprocess(shape=LOOK_SHAPE, spacing_mm=LOOK_MM, center="foreground")
+    posed = plain.model_copy(update={"registration": pose})
+    found: dict[str, list[tuple[np.ndarray, dict[str, Any]]]] = {"plain": [], "posed": []}
+    problem = ""
+    for number, path in enumerate(chosen, 1):
+        for name, config in (("plain", plain), ("posed", posed)):
+            try:
+                image, facts = preprocess_image(Path(path), config)
+            except ScanError as error:
+                problem = str(error)
+                continue
+            found[name].append((_half_extent(image[0]), facts))
+        told(number, len(chosen))
+    if not found["plain"]:
+        raise UserError(f"none of {len(chosen)} scans can be read; the last one: {problem}")
+
+    def box(name: str) -> tuple[float, float, float]:
+        half = np.max([half for half, _ in found[name]], axis=0)
+        return tuple(float(2 * n * LOOK_MM) for n in half)  # type: ignore[return-value]
+
+    if len(found["posed"]) < len(found["plain"]):
+        return Heads(len(found["plain"]), box("plain"), False)
+    lay = [facts for _, facts in found["posed"]]
+    alike, turned = (
+        float(np.median([one[f"registration_{name}"] for one in lay])) for name in ("correlation", "rotation_deg")
+    )
+    moves = np.array([np.reshape(json.loads(one["registration_matrix"]), (4, 4))[:3, 3] for one in lay])
+    result = Heads(len(lay), box("posed"), alike >= BRAIN, alike, turned, float(moves.std(axis=0).max()))
+    return result if result.to_register else Heads(**{**vars(result), "extent": box("plain")})
+
+
+def _half_extent(image: np.ndarray) -> np.ndarray:
+    """(3,) voxels from the middle of an image to the farthest that is not background, along each axis."""
+    farthest = []
+    for axis in range(3):
+        occupied = np.flatnonzero(image.any(axis=tuple(other for other in range(3) if other != axis)))
+        middle = (image.shape[axis] - 1) / 2
+        farthest.append(max(middle - occupied[0], occupied[-1] - middle) + 0.5 if occupied.size else 0.5)
+    return np.array(farthest)
+
+
+def grid(extent: Sequence[float], spacing: float, divisor: int) -> tuple[int, int, int]:
+    """Voxels of the smallest box, with sides that a number divides, that holds an extent (mm).
+
+    >>> grid((140, 180, 144), 4, 8)
+    (40, 48, 40)
+    """
+    return tuple(divisor * math.ceil(mm / spacing / divisor - 1e-9) for mm in extent)  # type: ignore[return-value]

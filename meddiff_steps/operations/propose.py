@@ -1,0 +1,355 @@
+"""A commented study for a BIDS dataset, for its owner to edit."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from meddiff_steps import __version__
+from meddiff_steps.cohort.bids import EXTENSIONS, BidsName, read_bids
+from meddiff_steps.cohort.table import read_delimited
+from meddiff_steps.config import BidsSource, CategoricalCovariate, ContinuousCovariate, Study, parse_study
+from meddiff_steps.config.yaml_files import as_written, parse_yaml
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.operations.expected import expected, hours
+from meddiff_steps.operations.machine import Machine
+from meddiff_steps.operations.proposal import (
+    MOST,
+    Column,
+    Division,
+    Heads,
+    columns,
+    covariate_name,
+    division,
+    grid,
+    heads,
+)
+from meddiff_steps.operations.survey import read_header, spread
+
+log = logging.getLogger(__name__)
+
+#: Scans of one job of preprocessing, and synthetic subjects that are proposed at most.
+SCANS_PER_SHARD, MOST_SUBJECTS = 200, 1000
+#: What sides of the grid are divisible by; the networks need half of it.
+DIVISOR = 8
+#: Trainings are made shorter than the preset by this factor at most; longer only for more training scans than the
+#: preset was measured with, and by no more than this factor.
+SHORTEST, LONGEST, MEASURED_WITH = 0.25, 4.0, 125
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Networks and trainings that worked, and the voxels (mm) that they are for, the finest first."""
+
+    spacings: tuple[float, ...]
+    autoencoder: int
+    """Steps, as of the two others."""
+    autoencoder_batch: int
+    diffusion: int
+    diffusion_batch: int
+    channels: int
+    blocks: int
+    decoder: int
+    decoder_batch: int
+    hours: float | None
+    """On `cores` at the finest voxels, as measured on brains of 160 x 192 x 160 mm."""
+    cores: int = 2
+
+
+#: The shipped studies of IXI: at 4 mm on two cores (config/README.md), at 2 mm on a GPU.
+ON_CORES = Preset((4, 5, 6), 8000, 1, 6000, 4, 96, 4, 16000, 4, 1.0)
+ON_GPU = Preset((2, 3, 4), 8000, 8, 20000, 32, 192, 6, 12000, 16, None)
+
+
+def propose(
+    root: Path,
+    name: str,
+    machine: Machine,
+    allowed: float,
+    suffix: str | None = None,
+    entities: dict[str, Any] | None = None,
+    measured: Path | None = None,
+    told: Callable[[int, int], None] = lambda done, total: None,
+) -> str:
+    """The text of a study (YAML), which loads as it is.
+
+    Parameters
+    ----------
+    root
+        Of the BIDS dataset.
+    name
+        Of the study.
+    machine, allowed
+        What it will run on, and hours that it may take.
+    suffix, entities
+        Which images are meant, where the dataset has several.
+    measured
+        Results of a finished study on such a machine.
+    told
+        Called with how many scans of how many were looked at.
+
+    Raises
+    ------
+    UserError
+        The dataset cannot be read, holds several kinds of images, or has too few subjects or no covariate.
+    """
+    suffix = suffix or _suffix(root)
+    source = BidsSource.model_validate(
+        {"source": "bids", "root": str(root), "suffix": suffix, "entities": entities or {}}
+    )
+    table = root / "participants.tsv"
+    known = [column for column in read_delimited(table, "\t")[0] if column and column != "participant_id"]
+    # Raw cells of all columns, as the study would read them: what is declared of them does not matter here.
+    unread = {covariate_name(column): CategoricalCovariate(levels=["a", "b"], column=column) for column in known}
+    frame = read_bids(source, dict(unread))
+    cells = pd.DataFrame({column: frame[covariate_name(column)] for column in known})
+    found = columns(cells, _json(root / "participants.json"))
+    if not any(one.why_not is None for one in found):
+        raise UserError(
+            f"{table}: no column can be a covariate: {'; '.join(f'{one.column} {one.why_not}' for one in found)}. Add"
+            " one, age or sex, say."
+        )
+    parts = division(frame["subject_id"].tolist(), name)
+    lie = heads(frame["path"].tolist(), told)
+    native = [header.spacing for header in map(read_header, spread(frame["path"].tolist(), 20)) if header.spacing]
+    edge = float(np.median([max(spacing) for spacing in native])) if native else 1.0
+    preset = ON_GPU if machine.gpus else ON_CORES
+
+    def written(spacing: float, factor: float, told_hours: str) -> str:
+        return _text(name, source, len(frame), found, parts, lie, spacing, preset, factor, machine, told_hours)
+
+    spacings = [spacing for spacing in preset.spacings if spacing >= 0.95 * edge] or [float(round(edge))]
+    for spacing in spacings:
+        whole = _expected(written(spacing, 1.0, ""), len(frame), machine, preset, measured)
+        if whole is None or whole * SHORTEST <= allowed:
+            break
+    most = min(LONGEST, max(1.0, parts.counts["train"] / MEASURED_WITH))
+    factor = most if whole is None else min(most, max(SHORTEST, allowed / whole))
+    said = "how long it takes is not known before something was measured on such a GPU (meddiff plan-cost)"
+    if whole is not None:
+        whole = _expected(written(spacing, factor, ""), len(frame), machine, preset, measured) or 0.0
+        said = f"about {whole:.1f} hours on {machine.cores} cores; {allowed:g} were allowed"
+    text = written(spacing, factor, said)
+    parse_study(parse_yaml(text), "proposal")
+    return text
+
+
+def _expected(text: str, scans: int, machine: Machine, preset: Preset, measured: Path | None) -> float | None:
+    """Hours that a proposal takes: by plan-cost where it can tell, else by the preset's own."""
+    study: Study = parse_study(parse_yaml(text), "proposal")
+    if not machine.gpus or measured is not None:
+        found = expected(study, scans, machine.cores, measured)
+        if found:
+            return hours(found)
+    if preset.hours is None:
+        return None
+    shape = study.preprocess.shape
+    size = float(np.prod(shape)) / (40 * 48 * 40)
+    steps = study.decoder.optimiser.steps / preset.decoder
+    return preset.hours * steps * size * preset.cores / min(machine.cores, 8)
+
+
+# ------------------------------------------------------------------------------------------------------- text
+
+
+def _text(
+    name: str,
+    source: BidsSource,
+    scans: int,
+    found: Sequence[Column],
+    parts: Division,
+    lie: Heads,
+    spacing: float,
+    preset: Preset,
+    factor: float,
+    machine: Machine,
+    said: str,
+) -> str:
+    shape = grid(lie.extent, spacing, DIVISOR)
+
+    def steps(count: int) -> int:
+        return max(500, round(count * factor / 500) * 500)
+
+    kinds = f", entities: {flow(source.entities)}" if source.entities else ""
+    lines = [
+        f"# Proposed by meddiff {__version__} from {scans} scans. Read it, change what is wrong, then:",
+        f"#   meddiff check {name}.yaml",
+        f"#   meddiff run {name}.yaml quality      # reads and preprocesses scans, trains nothing",
+        f"#   meddiff run {name}.yaml",
+        "# Lines marked with <-- are yours to decide. What is left out keeps its default (config/keys.md).",
+        f"study: {flow(name)}",
+        f"title: {flow(f'{source.suffix} images of {Path(source.root).resolve().name}')}          # <--",
+        f"seed: {flow(parts.seed)}      # root of every random number; published with the cohort",
+        "",
+        "cohort:",
+        "  source: bids",
+        f"  root: {flow(source.root)}",
+        f"  suffix: {flow(source.suffix)}",
+        *([f"  entities: {flow(source.entities)}"] if kinds else []),
+        "",
+        "# What images are conditioned on, from participants.tsv. Ranges are those of the data and a little more;",
+        "# values outside are refused. <-- Which of them matter?",
+        "covariates:",
+        *[_covariate(one, "  ") for one in found if one.why_not is None],
+    ]
+    left = [one for one in found if one.why_not is not None]
+    if left:
+        lines.append(f"  # Not taken (at most {MOST} are):")
+        lines += [_covariate(one, "  # ") if one.covariate else f"  # {one.column}: {one.why_not}" for one in left]
+    counts = ", ".join(f"{count} {split}" for split, count in parts.counts.items())
+    lines += ["", f"# {sum(parts.counts.values())} subjects come out as {counts}."]
+    lines.append(f"splits: {flow(parts.splits.model_dump())}")
+    lines += _privacy(parts)
+    lines += [
+        "",
+        f"# {lie.looked_at} scans were looked at; a box of {_by(lie.extent)} mm holds all.",
+        *_pose(lie),
+        "preprocess:",
+        f"  shape: {flow(list(shape))}      # times spacing_mm: {_by([n * spacing for n in shape])} mm",
+        f"  spacing_mm: {flow(spacing)}",
+        "  center: foreground",
+        *(["  registration: {template: mni152}"] if lie.to_register else []),
+        f"  shards: {max(2 if scans > 50 else 1, round(scans / SCANS_PER_SHARD))}      # jobs; one per"
+        f" {SCANS_PER_SHARD} scans",
+        "",
+        "# Mirrored copies suit brains; not images in which left and right differ.",
+        "variants: {count: 4, flip: true, max_shift_voxels: 1}",
+        "",
+        f"# For {machine.gpus} GPU(s) and {machine.cores} cores: {said or '...'}.",
+        "autoencoder:",
+        "  latent_channels: 16",
+        f"  optimiser: {{steps: {steps(preset.autoencoder)}, batch_size: {preset.autoencoder_batch}, validate_every:"
+        " 1000}",
+        "",
+        "diffusion:",
+        f"  channels: [{preset.channels}]",
+        f"  num_res_blocks: {preset.blocks}",
+        f"  optimiser: {{steps: {steps(preset.diffusion)}, batch_size: {preset.diffusion_batch}, validate_every:"
+        " 1000}",
+        "",
+        "decoder:",
+        f"  optimiser: {{steps: {steps(preset.decoder)}, batch_size: {preset.decoder_batch}, validate_every: 2000}}",
+        "",
+        "plan:                               # <-- who is to be made",
+        f"  - {{name: syn, subjects: {min(MOST_SUBJECTS, scans)}}}",
+        "",
+        "generate: {sampler: dpmpp, guidance_scale: 1.5}",
+        "",
+        "release:",
+        f"  name: {flow(f'Synthetic {source.suffix} images learnt from {Path(source.root).resolve().name}')}     # <--",
+        "  authors: []                       # <-- names of its publishers",
+        "  licence: CC0                      # <-- what the terms of the source data allow",
+        *([f"  suffix: {source.suffix}"] if source.suffix in RELEASED and source.suffix != "T1w" else []),
+        *([] if lie.brains else ["  skull_stripped: false"]),
+        "  # acknowledgements: what the source data ask for",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _by(numbers: Sequence[float]) -> str:
+    return " x ".join(f"{number:.4g}" for number in numbers)
+
+
+#: Suffixes that a release may have (`config.release`).
+RELEASED = ("T1w", "T2w", "PDw", "FLAIR", "T2starw", "inplaneT1", "inplaneT2")
+
+
+def _covariate(one: Column, indent: str) -> str:
+    covariate = one.covariate
+    said: dict[str, Any] = {}
+    if isinstance(covariate, ContinuousCovariate):
+        said = {"unit": covariate.unit, "range": list(covariate.range)}
+    elif isinstance(covariate, CategoricalCovariate):
+        said = {"levels": covariate.levels}
+    if covariate is not None and covariate.column:
+        said["column"] = covariate.column
+    if covariate is not None and covariate.description:
+        said["description"] = covariate.description
+    notes = [note for note in (one.why_not, f"<-- {one.unsure}" if one.unsure else None) if note]
+    return f"{indent}{one.name}: {flow(said)}" + (f"      # {'; '.join(notes)}" if notes else "")
+
+
+def _privacy(parts: Division) -> list[str]:
+    count = parts.counts["calibration"]
+    if parts.level is None:
+        return [
+            f"# {count} calibration subjects are too few for any threshold: the filter rejects nothing, and the",
+            "# release says so. Do not publish images of real people that were made like this.",
+            "privacy: {enforce: report}",
+        ]
+    said = f"# With {count} calibration subjects the filter can have a threshold at {parts.level:.0%}"
+    if parts.level == 0.05:
+        return [f"{said}, the default."]
+    return [f"{said}; with more subjects lower it (docs/own-cohort.md).", f"privacy: {{level: {parts.level:g}}}"]
+
+
+def _pose(lie: Heads) -> list[str]:
+    if not lie.brains:
+        return [
+            f"# They do not look like brains without skull (correlation with one after registration:"
+            f" {lie.correlation:.2f}). If",
+            "# they are heads, take brain-extracted images, or give preprocess.brain_mask (docs/own-cohort.md).",
+        ]
+    lay = f"turned by {lie.turned:.0f} degrees in the median, scattered by {lie.scattered:.0f} mm"
+    if lie.registered:
+        return ["# They are brains in one pose already, so they are not registered again", f"# ({lay})."]
+    return ["# They are brains at different places and angles, so they are brought into one pose", f"# ({lay})."]
+
+
+def flow(value: Any) -> str:
+    """A value on one line of YAML, read back as it is.
+
+    >>> flow({"levels": ["F", "no", "1"], "range": [0.5, 90.0], "column": "a: b"})
+    '{levels: [F, no, "1"], range: [0.5, 90], column: "a: b"}'
+    """
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{flow(key)}: {flow(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(flow, value)) + "]"
+    if isinstance(value, str):
+        plain = re.fullmatch(r"[A-Za-z/][\w ./()+-]*", value, re.ASCII) and value == value.strip()
+        return value if plain and as_written(value) == value else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, float):
+        return repr(int(value)) if value.is_integer() else repr(value)
+    return json.dumps(value)
+
+
+# ----------------------------------------------------------------------------------------------------- reading
+
+
+def _suffix(root: Path) -> str:
+    """The suffix of the images that most of the first subjects have under anat/; T1w where they have it."""
+    found: set[str] = set()
+    for subject in sorted(root.glob("sub-*"))[:20]:
+        for file in [*subject.glob("anat/*"), *subject.glob("ses-*/anat/*")]:
+            name = BidsName.parse(file.name)
+            if name is not None:
+                found.add(name.suffix)
+    if not found or "T1w" in found:
+        return "T1w"
+    if len(found) > 1:
+        raise UserError(
+            f"{root}: images of several kinds under anat/: {', '.join(sorted(found))} ({' or '.join(EXTENSIONS)}). Say"
+            " which with --suffix."
+        )
+    return found.pop()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        log.warning("%s: not readable (%s); units and descriptions are left out", path, error)
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,233 @@
+"""What is known of a study before it runs."""
+
+import gzip
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from meddiff_steps.config import parse_study
+from meddiff_steps.operations import check
+from meddiff_steps.operations.check import Finding
+from meddiff_steps.operations.expected import Expected
+from meddiff_steps.operations.machine import Machine, free_bytes, this_machine
+from meddiff_steps.operations.survey import read_header, spread
+
+SUBJECTS = 60
+
+
+def volume(path: Path, size=(8, 10, 6), spacing=(2.0, 2.0, 3.0), order=(0, 1, 2)) -> None:
+    """A NIfTI file whose voxel axes are some of the world's."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.eye(3)[:, list(order)] * np.take(spacing, order)
+    image = nib.Nifti1Image(np.zeros(np.take(size, order), dtype=np.int16), affine)
+    image.header.set_xyzt_units("mm")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(image, path)
+
+
+@pytest.fixture
+def root(tmp_path):
+    folder = tmp_path / "bids"
+    volume(tmp_path / "one.nii.gz")
+    content = (tmp_path / "one.nii.gz").read_bytes()
+    rows = ["participant_id\tage\tsex"]
+    for number in range(SUBJECTS):
+        name = f"sub-{number:02d}"
+        (folder / name / "anat").mkdir(parents=True)
+        (folder / name / "anat" / f"{name}_T1w.nii.gz").write_bytes(content)
+        rows.append(f"{name}\t{20 + number}\t{'FM'[number % 2]}")
+    (folder / "participants.tsv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def study(root: Path, **changed):
+    content = {
+        "study": "s",
+        "cohort": {"source": "bids", "root": str(root)},
+        "covariates": {"age": {"unit": "year", "range": [18, 95]}, "sex": {"levels": ["F", "M"]}},
+        "splits": {"train": 0.6, "val": 0.1, "calibration": 0.15, "test": 0.15},
+        "preprocess": {"shape": [16, 16, 16], "spacing_mm": 2},
+        "plan": [{"name": "syn", "subjects": 10}],
+    }
+    return parse_study(content | changed, "test")
+
+
+def told(found: list[Finding], topic: str) -> list[tuple[str, str]]:
+    return [(one.state, one.text) for one in found if one.topic == topic]
+
+
+def test_a_cohort_that_fits_is_told_in_figures(root):
+    found, cohort = check.cohort(study(root))
+    assert {one.state for one in found} == {"ok"}
+    assert told(found, "cohort") == [("ok", "60 scans of 60 subjects.")]
+    assert told(found, "covariates.sex") == [("ok", "30 F, 30 M.")]
+    assert told(found, "covariates.age")[0][1].startswith("20 to 79 year")
+    assert sum(cohort.splits.values()) == SUBJECTS and set(cohort.frame["split"]) == set(cohort.splits)
+
+
+def test_levels_are_compared_both_ways(root):
+    undeclared = {"age": {"unit": "year", "range": [18, 70]}, "sex": {"levels": ["F", "X"]}}
+    found, _ = check.cohort(study(root, covariates=undeclared))
+    (sex,), (age,) = told(found, "covariates.sex"), told(found, "covariates.age")
+    assert sex[0] == "fail" and "the data have 'M' (30), which `levels` ['F', 'X'] does not name" in sex[1]
+    assert age[0] == "fail" and "9 value(s)" in age[1] and "[18, 70]" in age[1]
+    never_seen = {"sex": {"levels": ["F", "M", "X"]}}
+    found, _ = check.cohort(
+        study(root, covariates=never_seen, plan=[{"name": "x", "subjects": 1, "where": {"sex": "X"}}])
+    )
+    assert told(found, "covariates.sex")[1] == (
+        "warning",
+        "no scan has X, which is declared: nothing can be learnt of it.",
+    )
+    assert told(found, "plan.x") == [("fail", "asks for sex X, which no training scan has.")]
+
+
+def test_a_covariate_from_which_nothing_can_be_learnt(root):
+    table = root / "participants.tsv"
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join([lines[0], *(f"{line.split(chr(9))[0]}\tn/a\tF" for line in lines[1:])]) + "\n")
+    found, _ = check.cohort(study(root))
+    assert "fail" in {state for state, _ in told(found, "covariates.age")}
+    assert "fail" in {state for state, _ in told(found, "covariates.sex")}
+
+
+def test_what_is_missing_is_told_and_what_readers_warn_of(root):
+    with open(root / "participants.tsv", "a") as table:
+        table.write("sub-99\t30\tF\n")
+    found, _ = check.cohort(study(root))
+    assert any(state == "warning" and "sub-99" in text for state, text in told(found, "cohort"))
+    found, cohort = check.cohort(study(root / "nowhere"))
+    assert cohort is None and found[0].state == "fail" and "does not exist" in found[0].text
+    found, _ = check.cohort(study(root, covariates={"iq": {"unit": "1", "range": [0, 1]}}))
+    assert found[0].state == "fail" and "'iq'" in found[0].text and "age, sex" in found[0].text
+
+
+@pytest.mark.parametrize(
+    ("calibration", "enforce", "state"), [(59, "stop", "ok"), (58, "stop", "fail"), (9, "report", "warning")]
+)
+def test_what_the_filter_can_promise(root, calibration, enforce, state):
+    found = check.privacy(study(root, privacy={"enforce": enforce}), calibration)
+    assert found.state == state
+    if calibration == 9:
+        assert "Raise privacy.level to 0.3," in found.text
+        raised = study(root, privacy={"level": 0.3})
+        assert check.privacy(raised, calibration).state == "ok", "what is advised is not enough"
+
+
+# ------------------------------------------------------------------------------------------------------ images
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+def test_a_header_is_told_along_the_axes_of_the_world(tmp_path, order):
+    volume(tmp_path / "a.nii.gz", order=order)
+    header = read_header(str(tmp_path / "a.nii.gz"))
+    assert header.problem is None and header.size == (8, 10, 6) and header.spacing == pytest.approx((2, 2, 3))
+    assert header.extent == pytest.approx([16, 20, 18])
+
+
+def test_only_the_beginning_of_a_file_is_read(tmp_path):
+    """A truncated image has a header; that the rest is gone is for preprocessing to find."""
+    volume(tmp_path / "a.nii", size=(64, 64, 64))
+    content = (tmp_path / "a.nii").read_bytes()
+    (tmp_path / "b.nii.gz").write_bytes(gzip.compress(content, 0)[:2000])
+    assert read_header(str(tmp_path / "b.nii.gz")).size == (64, 64, 64)
+
+
+def test_what_cannot_be_used_is_said(tmp_path):
+    (tmp_path / "text.nii.gz").write_text("/annex/objects/SHA256E-s1--a.nii.gz\n")
+    (tmp_path / "short.nii.gz").write_bytes(gzip.compress(b"x" * 1000)[:15])
+    (tmp_path / "noise.nii.gz").write_bytes(b"x" * 1000)
+    image = nib.Nifti1Image(np.zeros((4, 4, 4, 2), dtype=np.int16), np.eye(4))
+    nib.save(image, tmp_path / "series.nii.gz")
+    Image.new("L", (30, 20)).save(tmp_path / "picture.png")
+    problems = [read_header(str(tmp_path / f"{name}.nii.gz")).problem for name in ("text", "short", "noise", "series")]
+    for problem, said in zip(problems, ("datalad get", "not complete", "no format", "4 dimensions"), strict=True):
+        assert problem is not None and said in problem
+    assert "cannot be read" in (read_header(str(tmp_path / "none.nii.gz")).problem or "")
+    assert read_header(str(tmp_path / "picture.png")).size == (20, 30)
+
+
+def test_the_grid_is_compared_with_the_scans(root):
+    _, cohort = check.cohort(study(root))
+    steps = []
+    found = check.headers(cohort.frame, lambda done, total: steps.append((done, total)))
+    assert steps[-1] == (SUBJECTS, SUBJECTS) and not any(header.problem for header in found)
+
+    def grid(**preprocess):
+        return told(list(check.images(study(root, preprocess=preprocess), found)), "grid")
+
+    assert grid(shape=[16, 16, 16], spacing_mm=2)[0][0] == "ok"
+    assert grid(shape=[8, 8, 8], spacing_mm=1)[0][0] == "warning"
+    assert any("finer than" in text for _, text in grid(shape=[32, 32, 32], spacing_mm=1))
+    assert grid(shape=[32, 32], spacing_mm=None)[0] == (
+        "fail",
+        f"preprocess.shape has 2 sides, but {found[0].path} and others are volumes.",
+    )
+
+
+def test_damaged_scans_fail_where_too_many_are(root):
+    _, cohort = check.cohort(study(root))
+    for path in cohort.frame["path"][:2]:
+        Path(path).write_bytes(b"nothing")
+    found = check.headers(cohort.frame, lambda done, total: None)
+    assert told(list(check.images(study(root), found)), "scans")[0][0] == "warning"
+    strict = study(root, preprocess={"shape": [16, 16, 16], "spacing_mm": 2, "max_failed_share": 0.01})
+    state, text = told(list(check.images(strict, found)), "scans")[0]
+    assert state == "fail" and "2 of the 60" in text and "no format" in text
+
+
+def test_masks_are_looked_for(root):
+    pattern = str(root / "masks/{subject_id}.nii.gz")
+    masked = study(root, preprocess={"shape": [16, 16, 16], "spacing_mm": 2, "brain_mask": pattern})
+    _, cohort = check.cohort(masked)
+    (missing,) = check.beside(masked, cohort.frame)
+    assert missing.state == "fail" and "60 of 60" in missing.text and "sub-00.nii.gz" in missing.text
+    (root / "masks").mkdir()
+    for subject in cohort.frame["subject_id"]:
+        (root / "masks" / f"{subject}.nii.gz").touch()
+    (there,) = check.beside(masked, cohort.frame)
+    assert there.state == "ok"
+
+
+def test_a_sample_is_spread_over_all():
+    assert spread(list(range(1000)), 5) == [0, 250, 500, 749, 999]
+    assert spread([1, 2], 5) == [1, 2]
+
+
+# ----------------------------------------------------------------------------------------------------- machine
+
+JOBS = [
+    {"rule": "cohort", "threads": 1, "mem_mb": 1000, "runtime": 60, "gpu": 0},
+    {"rule": "diffusion", "threads": 8, "mem_mb": 9000, "runtime": 4320, "gpu": 1},
+]
+
+
+def states(study, here):
+    return {one.topic: one.state for one in check.needs(study, JOBS, here)}
+
+
+def test_jobs_are_compared_with_the_machine(root):
+    small, large = Machine(2, 8000), Machine(16, 64000, 1, 80000)
+    assert states(study(root), large) == {"jobs": "ok", "memory": "ok", "GPU": "ok"}
+    assert states(study(root), small) == {"jobs": "ok", "memory": "fail", "GPU": "warning"}
+    assert states(study(root, compute={"device": "cuda"}), small)["GPU"] == "fail"
+    elsewhere = list(check.needs(study(root, compute={"device": "cuda"}), JOBS, None))
+    assert {one.state for one in elsewhere} == {"ok"}
+    assert any("72 h (diffusion)" in one.text for one in elsewhere)
+
+
+def test_room_on_the_disk(root, tmp_path):
+    asked = study(root, results=str(tmp_path))
+    assert check.disk(asked, 60, [], 10**9).state == "ok"
+    short = check.disk(asked, 60, [Expected("images", 2, 1.5, 2e9)], 10**9)
+    assert short.state == "fail" and "about 2.00 GB" in short.text
+    assert free_bytes(tmp_path / "not/there/yet") > 0
+    assert this_machine().cores >= 1 and this_machine().memory_mb > 0
+
+
+def test_hours_are_told_where_they_are_known(root):
+    assert "not known" in check.time([], None).text
+    assert "about 3.0 hours" in check.time([Expected("images", 2, 1.5, 0)], Path("results/demo")).text

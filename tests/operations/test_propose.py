@@ -1,0 +1,216 @@
+"""A study that is proposed for a dataset: it loads, passes the check, and says what was found."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import ndimage
+
+from meddiff_steps.config import load_study
+from meddiff_steps.config.yaml_files import parse_yaml
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.operations import check
+from meddiff_steps.operations.machine import Machine
+from meddiff_steps.operations.proposal import Heads, columns, covariate_name, division, grid, heads
+from meddiff_steps.operations.propose import flow, propose
+
+SUBJECTS = 90
+CORES, GPU = Machine(2, 24000), Machine(8, 64000, 1, 80000)
+MM = 5.0
+
+
+def brain() -> np.ndarray:
+    """The average brain that registration knows, on coarse voxels, in the middle of a box."""
+    from nilearn.datasets import load_mni152_template
+
+    template = load_mni152_template(resolution=2).get_fdata(dtype=np.float32)
+    small = ndimage.zoom(template, 2 / MM, order=1)
+    return np.pad(np.where(small > 0.05 * small.max(), small, 0), 6)
+
+
+def saved(path, array, shift=(0, 0, 0)):
+    affine = np.diag([MM, MM, MM, 1.0])
+    affine[:3, 3] = -MM * (np.array(array.shape) - 1) / 2 + shift
+    image = nib.Nifti1Image(array.astype(np.float32), affine)
+    image.header.set_xyzt_units("mm")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(image, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def turned(tmp_path_factory):
+    """Brains at different angles."""
+    folder, array = tmp_path_factory.mktemp("turned"), brain()
+    return [
+        saved(
+            folder / f"{n}.nii",
+            ndimage.rotate(array, 6 * n - 21, (1, 2), reshape=False, order=1).clip(0),
+            (0, 4 * n, 0),
+        )
+        for n in range(8)
+    ]
+
+
+def dataset(root, images, suffix="T1w"):
+    sidecar = {"age": {"Units": "year", "Description": "Age: at scan"}, "volume": {"Units": "mL"}}
+    rows, random = ["participant_id\tage\tsex\tvolume\ttwin\tscore\tsite\tid code\tgroup"], np.random.default_rng(0)
+    for n in range(SUBJECTS):
+        name = f"sub-{n:03d}"
+        file = root / name / "anat" / f"{name}_{suffix}.nii"
+        file.parent.mkdir(parents=True)
+        file.symlink_to(images[n % len(images)])
+        volume = random.normal(1200, 100)
+        group = "rare" if n == 0 else ("no" if n % 3 else "yes")
+        cells = [
+            name,
+            20 + n * 0.5,
+            1 + n % 2,
+            f"{volume:.1f}",
+            f"{volume * 2:.1f}",
+            "n/a" if n % 4 else n,
+            "A",
+            f"x{n}",
+            group,
+        ]
+        rows.append("\t".join(map(str, cells)))
+    (root / "participants.tsv").write_text("\n".join(rows) + "\n")
+    (root / "participants.json").write_text(json.dumps(sidecar))
+    return root
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory, turned):
+    return dataset(tmp_path_factory.mktemp("bids"), turned)
+
+
+def test_a_proposal_loads_and_passes_the_check(cohort, tmp_path):
+    text = propose(cohort, "brains", CORES, 8.0)
+    (tmp_path / "brains.yaml").write_text(text)
+    study = load_study(tmp_path / "brains.yaml")
+    found, read = check.cohort(study)
+    found += check.images(study, check.headers(read.frame, lambda done, total: None))
+    found.append(check.privacy(study, read.splits["calibration"]))
+    assert not [one for one in found if one.state == "fail"]
+    # What was found in the table, and why the rest was left.
+    assert list(study.covariates) == ["age", "sex", "volume"]
+    assert study.covariates["sex"].levels == ["1", "2"]
+    assert study.covariates["age"].unit == "year" and study.covariates["age"].description == "Age: at scan"
+    assert study.covariates["age"].range[0] <= 20 and study.covariates["age"].range[1] >= 64.5
+    for why in (
+        "nearly the same as volume",
+        "74% of its values",
+        "site: has one value",
+        "90 different values",
+        "rare (1)",
+    ):
+        assert why in text
+    # What was found in the images: as large as heads are, at different angles.
+    assert study.preprocess.registration is not None and study.release.skull_stripped
+    box = np.multiply(study.preprocess.shape, study.preprocess.spacing_mm)
+    assert (box >= [130, 165, 130]).all() and (box <= [200, 240, 200]).all()
+    assert study.preprocess.spacing_mm == MM, "finer than the scans"
+    assert study.privacy.level > 0.05 and "calibration subjects" in text
+    assert study.plan[0].subjects == SUBJECTS
+
+
+def test_fewer_hours_give_shorter_trainings_and_a_gpu_other_networks(cohort, monkeypatch):
+    lie = Heads(8, (160.0, 192.0, 160.0), True, 0.9, 15.0, 18.0)
+    monkeypatch.setattr("meddiff_steps.operations.propose.heads", lambda *_: lie)
+
+    def content(machine, hours):
+        return parse_yaml(propose(cohort, "brains", machine, hours))
+
+    short, long, gpu = content(CORES, 0.3), content(CORES, 8.0), content(GPU, 8.0)
+    steps = [one["autoencoder"]["optimiser"]["steps"] for one in (short, long)]
+    assert 2000 <= steps[0] < steps[1] == 8000
+    assert gpu["diffusion"]["channels"] == [192] and long["diffusion"]["channels"] == [96]
+
+
+# ------------------------------------------------------------------------------------------------------ heads
+
+
+def test_how_heads_lie_is_seen(tmp_path, turned):
+    steps = []
+    lie = heads(turned, lambda done, total: steps.append(done))
+    assert steps == list(range(1, 9))
+    assert lie.brains and lie.to_register and lie.turned > 5
+    array = brain()
+    still = heads([saved(tmp_path / f"still{n}.nii", array) for n in range(3)], lambda done, total: None)
+    assert still.brains and still.registered and not still.to_register
+    extent = MM * (np.ptp(np.argwhere(array > 0), axis=0) + 1)
+    assert (np.array(still.extent) >= extent - MM).all() and (np.array(still.extent) <= extent + 4 * MM).all()
+    ball = (sum((x - 20) ** 2 for x in np.indices((41, 41, 41))) < 300) * np.random.default_rng(0).random((41, 41, 41))
+    other = heads([saved(tmp_path / "ball.nii", ball)], lambda done, total: None)
+    assert not other.brains and not other.to_register
+
+
+def test_scans_that_cannot_be_read_are_told(tmp_path):
+    (tmp_path / "a.nii").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="none of 1 scans can be read"):
+        heads([str(tmp_path / "a.nii")], lambda done, total: None)
+
+
+def test_the_grid_is_the_smallest_that_holds_them():
+    assert grid((160, 192, 160), 4, 8) == (40, 48, 40)
+    assert grid((160.1, 192, 160), 4, 8) == (48, 48, 40)
+
+
+# ------------------------------------------------------------------------------------------- tables and splits
+
+
+def test_names_that_no_covariate_may_have_are_changed():
+    cells = pd.DataFrame({"Age (y)": ["30.5", "41", "52.5", "60"], "path": ["1.5", "2.5", "3.25", "4.75"]})
+    found = columns(cells, {})
+    assert [one.name for one in found] == ["Age_y", "path_value"]
+    assert all(one.covariate.column == one.column for one in found)
+    assert covariate_name("Größe") == "Gr_e"
+
+
+@pytest.mark.parametrize(("subjects", "level"), [(1000, 0.05), (400, 0.05), (90, None), (30, None)])
+def test_splits_leave_the_filter_what_it_needs(subjects, level):
+    parts = division([f"sub-{n}" for n in range(subjects)], "seed")
+    assert sum(parts.counts.values()) == subjects and all(parts.counts.values())
+    if level is not None:
+        assert parts.level == level and parts.counts["calibration"] >= 59
+    elif parts.level is not None:
+        assert 0.05 < parts.level < 0.5 and 3 / parts.level - 1 <= parts.counts["calibration"] + 1e-9
+
+
+def test_too_few_subjects_are_refused():
+    with pytest.raises(UserError, match="2 subjects are too few"):
+        division(["a", "b"], "seed")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "no",
+        "1",
+        "1e3",
+        "01",
+        "a: b",
+        "- x",
+        "#1",
+        "",
+        "true",
+        "null",
+        "~",
+        "naïve",
+        'quo"te',
+        "a, b",
+        "{x}",
+        "2024-01-31",
+    ],
+)
+def test_values_are_read_back_as_they_are(value):
+    assert parse_yaml(f"a: {flow({'key': [value, 0.5, 3]})}  # end")["a"] == {"key": [value, 0.5, 3]}
+
+
+def test_a_dataset_with_several_kinds_of_images_asks_which(tmp_path, turned):
+    root = dataset(tmp_path, turned, "bold")
+    (root / "sub-000/anat/sub-000_T2w.nii").symlink_to(turned[0])
+    with pytest.raises(UserError, match="--suffix"):
+        propose(root, "x", CORES, 1.0)

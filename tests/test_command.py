@@ -1,0 +1,195 @@
+"""The command `meddiff`: what people type."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from meddiff_steps import __version__
+from meddiff_steps.command.app import COMMANDS, EXAMPLES, STEPS, loaded, unknown
+from meddiff_steps.command.init import study_name
+from meddiff_steps.command.run import profile_folder, snakemake_command, split_targets, workflow_folder
+from meddiff_steps.config import load_study
+from meddiff_steps.core.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+STUDY = ROOT / "config/studies/ixi.yaml"
+
+
+def meddiff(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "meddiff_steps.command.app", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), **environment},
+    )
+
+
+def test_help_lists_every_command_and_what_to_type():
+    done = meddiff("--help")
+    assert done.returncode == 0
+    assert all(f"\n  {name} " in done.stdout for name in COMMANDS)
+    assert all(line in " ".join(done.stdout.split()) for line in COMMANDS.values()), "a line of help is cut off"
+    assert EXAMPLES["propose"][0] in done.stdout
+    assert meddiff("--version").stdout.strip() == __version__
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in STEPS])
+def test_a_command_shows_its_options_and_examples(name):
+    done = meddiff(name, "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"Usage: meddiff {name} " in done.stdout
+    assert all(line in done.stdout for line in EXAMPLES[name])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_are_commands_with_options_that_there_are(name):
+    known = {option for parameter in loaded(name).params for option in parameter.opts}
+    for line in EXAMPLES[name]:
+        words = line.partition(" -- ")[0].split()
+        assert words[:2] == ["meddiff", name]
+        assert {word for word in words if word.startswith("-")} <= known
+
+
+def test_a_misspelt_command_is_understood():
+    assert "Did you mean `meddiff check`?" in unknown("chek")
+    assert "python -m meddiff_steps preprocess" in unknown("preprocess")
+    assert "Did you mean" not in unknown("xyz")
+    done = meddiff("chek")
+    assert done.returncode == 2 and done.stderr.startswith("error: there is no command 'chek'")
+
+
+def test_the_shell_completes_commands_and_their_options():
+    def completed(*words: str) -> str:
+        line = " ".join(["meddiff", *words])
+        done = meddiff(
+            _MEDDIFF_COMPLETE="complete_bash", _TYPER_COMPLETE_ARGS=line, COMP_WORDS=line, COMP_CWORD=str(len(words))
+        )
+        return done.stdout
+
+    assert completed("pr").split() == ["propose", "prove"]
+    assert "--profile" in completed("run", "--pro")
+
+
+def test_a_study_to_begin_with_loads_and_nothing_is_written_over(tmp_path):
+    done = meddiff("init", "brains.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    study = load_study(tmp_path / "brains.yaml")
+    assert study.study == "brains" and study.cohort.root == "/data/brains"
+    assert "<--" in (tmp_path / "brains.yaml").read_text()
+    again = meddiff("init", "brains.yaml", cwd=tmp_path)
+    assert again.returncode == 2 and "is there already" in again.stderr
+
+
+def test_the_template_is_one_file():
+    assert (ROOT / "config/studies/template.yaml").samefile(ROOT / "meddiff_steps/config/template.yaml")
+    assert study_name(Path("a/Ünï 7T.yml")) == "n-7t"
+
+
+def test_the_report_is_found_by_its_study(tmp_path):
+    folder = tmp_path / "results/ixi"
+    folder.mkdir(parents=True)
+    missing = meddiff("report", str(STUDY), cwd=tmp_path)
+    assert missing.returncode == 2 and "report.html: not there yet" in missing.stderr
+    (folder / "report.html").touch()
+    assert meddiff("report", str(STUDY), cwd=tmp_path).stdout.strip() == "results/ixi/report.html"
+    assert meddiff("report", "results/ixi", cwd=tmp_path).stdout.strip() == "results/ixi/report.html"
+
+
+# ------------------------------------------------------------------------------------------------------- run
+
+
+def test_run_gives_snakemake_what_one_would_type(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    command = snakemake_command(Path("my.yaml"), ["evaluate"], ["--keep-going"], 8)
+    assert command == "snakemake evaluate --cores 8 --keep-going --configfile my.yaml".split()
+    assert snakemake_command(Path("my.yaml"), [], [], dry_run=True) == "snakemake -n --configfile my.yaml".split()
+    cluster = snakemake_command(Path("my.yaml"), [], [], None, "slurm")
+    assert "--cores" not in cluster and cluster[1] == "--profile" and Path(cluster[2], "profile.v9+.yaml").is_file()
+
+
+def test_run_finds_the_workflow_from_elsewhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    command = snakemake_command(Path("my.yaml"), [], [], 2)
+    assert command[1:3] == ["--snakefile", str(ROOT / "Snakefile")]
+    assert profile_folder("workstation", ROOT) == str(ROOT / "profiles/workstation")
+    assert profile_folder("of-this-user", ROOT) == "of-this-user"
+
+
+def test_a_package_without_the_workflow_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("MEDDIFF_WORKFLOW", str(tmp_path))
+    with pytest.raises(UserError, match="MEDDIFF_WORKFLOW is to name"):
+        workflow_folder()
+    monkeypatch.delenv("MEDDIFF_WORKFLOW")
+    monkeypatch.setattr("meddiff_steps.__file__", str(tmp_path / "meddiff_steps/__init__.py"))
+    with pytest.raises(UserError, match="git clone"):
+        workflow_folder()
+
+
+def test_what_follows_the_dashes_goes_to_snakemake():
+    assert split_targets(["a", "b", "--config", "x=1"]) == (["a", "b"], ["--config", "x=1"])
+    assert split_targets([]) == ([], [])
+
+
+def test_run_says_what_is_wrong_with_a_study_before_snakemake_starts(tmp_path):
+    (tmp_path / "bad.yaml").write_text("study: bad\nplann: []\n")
+    done = meddiff("run", "bad.yaml", cwd=tmp_path)
+    assert done.returncode == 2 and "Did you mean `plan`?" in done.stderr and "snakemake" not in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------- check
+
+
+def test_check_says_what_would_fail_and_what_jobs_ask_for(tmp_path):
+    study = STUDY.read_text().replace("../shared/data/ixi", "nowhere")
+    (tmp_path / "study.yaml").write_text(study)
+    done = meddiff("check", "study.yaml", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("FAIL    cohort: cohort.root: nowhere does not exist") for line in lines)
+    assert any(" jobs of " in line for line in lines), "Snakemake planned nothing"
+    assert any(line.startswith("ok      memory: ") or line.startswith("FAIL    memory: ") for line in lines)
+    assert lines[-1].endswith("1 would fail") or lines[-1].endswith("2 would fail")
+    assert not (tmp_path / "results").exists()
+
+
+# --------------------------------------------------------------------------------------------------- propose
+
+
+def test_propose_refuses_before_it_looks(tmp_path):
+    (tmp_path / "mine.yaml").touch()
+    done = meddiff("propose", str(tmp_path), "--out", str(tmp_path / "mine.yaml"))
+    assert done.returncode == 2 and "is there already" in done.stderr
+    done = meddiff("propose", str(tmp_path), "--entity", "desc", cwd=tmp_path)
+    assert done.returncode == 2 and "expected KEY=LABEL" in done.stderr
+    done = meddiff("propose", str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 2 and "participants.tsv" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ docs
+
+
+def sections() -> dict[str, str]:
+    parts = (ROOT / "docs/commands.md").read_text().split("\n## meddiff ")[1:]
+    return {part.split("\n", 1)[0]: part for part in parts}
+
+
+def test_the_page_has_every_command_and_no_other():
+    assert list(sections()) == list(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_page_has_every_option_and_no_other(name):
+    section, known = (
+        sections()[name],
+        {option for one in loaded(name).params for option in one.opts if option[0] == "-"},
+    )
+    told = {
+        word for line in section.splitlines() if line.startswith("| `-") for word in re.findall(r"`(-[-\w]+)`", line)
+    }
+    if f"`meddiff {name} --help` lists its options" not in section:
+        assert told == known

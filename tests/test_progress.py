@@ -1,0 +1,146 @@
+"""What `meddiff run` shows: lines of jobs, a bar, and what is said when it is over."""
+
+import io
+from pathlib import Path
+
+import pytest
+import yaml
+from test_command import meddiff
+from tiny_study import STUDY
+
+from meddiff_steps.command.progress import Progress, duration
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def announced(number: int, rule: str, log: str | None = None) -> dict:
+    return {"jobid": number, "rule_name": rule, "rule_msg": f"Doing {rule}", "log": [log] if log else []}
+
+
+def run(progress: Progress, clock: Clock) -> None:
+    """Two jobs after each other."""
+    progress.happened("run_info", {"stats": {"cohort": 1, "diffusion": 2, "total": 3}})
+    progress.happened("job_info", announced(1, "cohort"))
+    clock.now += 60
+    progress.happened("job_finished", {"job_id": 1})
+    progress.happened("job_info", announced(2, "diffusion"))
+
+
+def test_a_file_gets_whole_lines():
+    clock, stream = Clock(), io.StringIO()
+    progress = Progress(stream, clock=clock)
+    run(progress, clock)
+    progress.close()
+    lines = stream.getvalue().splitlines()
+    assert lines == [
+        "3 jobs: 1 cohort, 2 diffusion",
+        "begins  cohort: Doing cohort",
+        "done    cohort: Doing cohort (00:01:00)",
+        "[##########--------------------] 1 of 3 jobs, 00:01:00",
+        "begins  diffusion: Doing diffusion",
+        "1 of 3 jobs done in 00:01:00",
+    ]
+    assert "\r" not in stream.getvalue() and "\033" not in stream.getvalue()
+
+
+def test_a_file_hears_from_a_long_job_every_ten_minutes():
+    clock, stream = Clock(), io.StringIO()
+    progress = Progress(stream, clock=clock)
+    run(progress, clock)
+    before = len(stream.getvalue().splitlines())
+    for _ in range(1200):
+        clock.now += 1
+        progress.tick()
+    assert len(stream.getvalue().splitlines()) == before + 2
+    assert stream.getvalue().endswith("1 of 3 jobs, 00:21:00; running: diffusion\n")
+
+
+def test_a_terminal_shows_running_jobs_with_their_last_words_and_one_bar(tmp_path):
+    clock, stream = Clock(), Terminal()
+    progress = Progress(stream, clock=clock)
+    run(progress, clock)
+    log = tmp_path / "diffusion.log"
+    log.write_text("loading\rdiffusion: 12%")
+    progress.happened("job_info", announced(3, "diffusion", str(log)))
+    clock.now += 30
+    progress.tick()
+    shown = stream.getvalue().rpartition("\033[J")[2].splitlines()
+    assert len(shown) == 3 and shown[2] == "[##########--------------------] 1 of 3 jobs, 00:01:30"
+    assert "00:00:30: diffusion: 12%" in shown[1]
+    assert stream.getvalue().count("\n") - stream.getvalue().count("A\033[J") < 20
+    progress.close()
+    assert stream.getvalue().endswith("\033[J1 of 3 jobs done in 00:01:30\n")
+
+
+def test_work_that_is_left_is_told_where_it_is_known():
+    clock = Clock()
+    progress = Progress(io.StringIO(), clock=clock, expected={"diffusion": 2.0})
+    run(progress, clock)
+    clock.now += 3600
+    assert progress.remaining() == pytest.approx(3 * 3600)
+    assert "about 03:00:00 of work left" in progress.bar()
+    assert Progress(io.StringIO()).remaining() is None
+    assert duration(59.9) == "00:00:59"
+
+
+def test_quiet_tells_failures_with_the_end_of_their_log(tmp_path):
+    log = tmp_path / "a.log"
+    log.write_text("\n".join(f"line {n}" for n in range(30)))
+    clock, stream = Clock(), io.StringIO()
+    progress = Progress(stream, quiet=True, clock=clock)
+    run(progress, clock)
+    assert stream.getvalue() == ""
+    progress.happened("job_info", announced(3, "diffusion", str(log)))
+    progress.happened("job_error", {"jobid": 3, "rule_name": "diffusion"})
+    progress.said("INFO", "something")
+    progress.close()
+    said = stream.getvalue()
+    assert said.startswith(f"FAILED  diffusion\n  {log}:\n    line 20\n") and "line 29" in said
+    assert said.endswith("1 of 3 jobs done, 1 failed in 00:01:00\n") and "something" not in said
+
+
+def test_a_run_shows_its_jobs_and_tells_whom_it_was_asked_to(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(STUDY))
+    target = "results/tiny/cohort/simulated/participants.tsv"
+    done = meddiff(
+        *("run", "tiny.yaml", target, "--cores", "1"),
+        cwd=tmp_path,
+        MEDDIFF_ON_SUCCESS='echo "$MEDDIFF_NAME $MEDDIFF_RESULTS" > told; exit 3',
+        MEDDIFF_ON_ERROR="touch failed",
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / target).is_file()
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith(f"$ snakemake {target} --snakefile ")
+    assert "begins  simulate: Simulating a brain cohort" in lines
+    assert any(line.startswith("1 of 1 jobs done in ") for line in lines)
+    assert "it/s" not in done.stderr + done.stdout, "what the job writes is in its log"
+    assert (tmp_path / "told").read_text() == "tiny results/tiny\n"
+    assert any("MEDDIFF_ON_SUCCESS: ended with 3" in line for line in lines)
+    assert not (tmp_path / "failed").exists()
+
+
+def test_a_run_that_fails_says_which_log_and_why(tmp_path):
+    (tmp_path / "empty").mkdir()
+    study = STUDY | {"cohort": {"source": "bids", "root": "empty"}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(study))
+    done = meddiff(
+        *("run", "tiny.yaml", "results/tiny/cohort/manifest.parquet", "--cores", "1", "--quiet"),
+        cwd=tmp_path,
+        MEDDIFF_ON_SUCCESS="touch told",
+        MEDDIFF_ON_ERROR='grep -c . "$MEDDIFF_LOG" > failed',
+    )
+    assert done.returncode == 1
+    assert "FAILED  cohort\n  results/tiny/logs/cohort.log:\n" in done.stderr
+    assert "participants.tsv" in done.stderr and "begins" not in done.stderr
+    assert int((tmp_path / "failed").read_text()) > 0 and not Path(tmp_path, "told").exists()
