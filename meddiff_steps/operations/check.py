@@ -246,20 +246,20 @@ def images(study: Study, found: Sequence[Header]) -> Iterator[Finding]:
     sizes = Counter(header.size for header in good)
     common = ", ".join(f"{'x'.join(map(str, size))} ({count})" for size, count in sizes.most_common(3))
     yield Finding("ok", "scans", f"headers of {len(found)} read; most common sizes: {common}.")
-    spacing = study.preprocess.spacing_mm
-    if spacing is not None:
+    if study.preprocess.voxel_mm is not None:
+        spacing = np.array(study.preprocess.voxel_mm)
         yield _grid(study, good, spacing)
         edges = np.median([header.spacing for header in good], axis=0)
-        if spacing * FINER < edges.max():
+        if spacing.max() * FINER < edges.max():
             yield Finding(
                 "warning",
                 "grid",
-                f"voxels of {spacing:g} mm are finer than those of the scans ({_by(edges)} mm): detail that is not"
-                " there costs memory and time.",
+                f"voxels of {_by(spacing)} mm are finer than those of the scans ({_by(edges)} mm): detail that is"
+                " not there costs memory and time.",
             )
 
 
-def _grid(study: Study, found: Sequence[Header], spacing: float) -> Finding:
+def _grid(study: Study, found: Sequence[Header], spacing: np.ndarray) -> Finding:
     box = np.multiply(study.preprocess.shape, spacing)
     views = np.array([header.extent for header in found])
     largest = views.max(axis=0)

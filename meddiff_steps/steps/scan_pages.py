@@ -43,7 +43,7 @@ def run(
         found = load_template(study.preprocess.registration.template)
         head = template_on_grid(found, study.preprocess.shape, study.preprocess.voxel_mm)
         outlines.append((f"the template {found.name}", TEMPLATE))
-    table, names = in_order(quality), list(measures(quality))
+    table, names = in_order(quality), list(map(str, measures(quality)))
     firsts = range(0, max(1, len(table)), PER_PAGE)
     pages = [out.name, *(f"page-{number:03d}.html" for number in range(2, len(firsts) + 1))]
     for number, first in enumerate(tqdm(firsts, desc="scan_pages", unit="page", mininterval=5, file=sys.stderr)):
