@@ -83,12 +83,13 @@ def check_statement(quality: pd.DataFrame, skull_stripped: bool) -> str | None:
     Returns
     -------
     str or None
-        Which scans contradict it, in words, where they are fewer than half; None where none does, or none was measured.
+        Which scans contradict it, in words; None where none does, or none was measured.
 
     Raises
     ------
     UserError
-        Half of the measured scans, or more, contradict it.
+        Brains are stated, and half of the measured scans, or more, show heads.  The other way round nothing is at risk,
+        and what shows no skull may be no brain.
     """
     measured = quality[quality["skull_valley"].notna()]
     heads = (measured["skull_valley"] > VALLEY) | (measured["head_ml"] > MORE_THAN_A_BRAIN_ML)
@@ -102,12 +103,9 @@ def check_statement(quality: pd.DataFrame, skull_stripped: bool) -> str | None:
         f" head, a valley of {first['skull_valley']:.2f} below its surface; a skull is one above {VALLEY:g}, or more"
         f" than {MORE_THAN_A_BRAIN_ML:.0f} mL)"
     )
-    if 2 * len(against) < len(measured):
+    if not skull_stripped or 2 * len(against) < len(measured):
         return found
-    remedy = (
-        "Take the brains out (preprocess.brain_mask, or preprocess.brain_extraction: deepbet), or set"
+    raise UserError(
+        f"{found}. Take the brains out (preprocess.brain_mask, or preprocess.brain_extraction: deepbet), or set"
         " release.skull_stripped: false; faces of heads can be recognised, also in synthetic ones: deface scans first."
-        if skull_stripped
-        else "Set release.skull_stripped: true."
     )
-    raise UserError(f"{found}. {remedy}")
