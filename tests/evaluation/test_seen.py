@@ -138,7 +138,7 @@ def test_every_figure_stands_beside_that_of_reconstructions(brains: Brains) -> N
 
 
 def test_the_curve_says_that_noise_is_fine_detail(brains: Brains) -> None:
-    curves = discriminability(brains.kinds, brains.found, SETTINGS, 3, 6.0, seed="test")
+    curves = discriminability(brains.kinds, brains.found, SETTINGS, 3, (6.0, 6.0, 6.0), seed="test")
     assert curves["cutoffs_cycles_per_voxel"] == [0.08, 0.3, None]
     assert curves["finest_mm"] == [37.5, 10.0, 6.0]
     assert curves["synthetic"][0]["low"] < 0.65 < 0.9 < curves["synthetic"][2]["low"]
@@ -149,7 +149,9 @@ def test_the_curve_says_that_noise_is_fine_detail(brains: Brains) -> None:
     }
     assert curves["synthetic"][2] == last
     assert curves["reconstructions"][2]["value"] == like["random"]["classifier_auc"]["reconstructions"]["value"]
-    alone = discriminability(brains.kinds, [], SETTINGS, 3, 6.0, seed="test")  # where `random` is not chosen
+    alone = discriminability(
+        brains.kinds, [], SETTINGS, 3, (6.0, 6.0, 6.0), seed="test"
+    )  # where `random` is not chosen
     assert alone["synthetic"][2]["value"] == pytest.approx(last["value"])
     assert len(tables.curve_table(curves).rows) == 3
     assert figures.discriminability(curves).startswith(b"\x89PNG")

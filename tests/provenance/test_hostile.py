@@ -100,7 +100,7 @@ def test_nor_is_a_package_of_our_own_name_with_the_documented_commands(copied, t
         done = _in(copied, *command, *(["audit"] if "-P" in command else []), ".")
         assert done.returncode == 1 and "meddiff_steps/__main__.py" in done.stdout, done.stderr
     scripts = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts == {"meddiff-steps": "meddiff_steps.__main__:main"}
+    assert scripts == {"meddiff-steps": "meddiff_steps.__main__:main", "meddiff": "meddiff_steps.command.app:main"}
     text = (CHECKOUT / "docs/audit.md").read_text()
     assert "meddiff-steps audit" in text and "python -P -m meddiff_steps audit" in text
     assert not (tmp_path / "ran").exists()
