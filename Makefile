@@ -31,7 +31,7 @@ $(VENV)/.ready-test: $(VENV)/.ready envs/requirements-test.lock
 
 env: $(VENV)/.ready
 
-# Jobs of one thread, two beside each other: a second thread is not worth a core for images and batches this small, and
+# Jobs of one thread, two beside each other: for images and batches this small a second thread gains a tenth at most, and
 # half of many jobs is starting Python and loading libraries.
 ONE_THREAD := autoencoder=1 embedder=1 decoder=1 diffusion=1 latents=1 scale=1 tone=1 generate=1 calibrate=1 showcase=1 evaluate=1 privacy=1 downstream_data=1 downstream_train=1 downstream_test=1
 
