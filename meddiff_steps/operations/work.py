@@ -17,6 +17,7 @@ import torch
 from monai.networks.nets import PatchDiscriminator
 from torch.utils.flop_counter import FlopCounterMode
 
+from meddiff_steps.audit.request import Request
 from meddiff_steps.config import CategoricalCovariate, FewStep, NetworkOptimiser, Study
 from meddiff_steps.core.choice import chosen
 from meddiff_steps.core.registries import DETECTORS, default_steps, evaluations
@@ -56,7 +57,7 @@ HEAD_VOXELS = {2: 2**20, 3: 2**23}
 #: Ways in which the scans of the positive controls are copied.
 CONTROL_COPIES = 7
 #: Images that an audit makes again, and as many that it looks at with the copy detectors.
-AUDITED = 20
+AUDITED = Request.sample
 #: Kinds of images that evaluation compares, and ways in which it spoils scans.
 KINDS, SPOILT = 4, 5
 

@@ -9,12 +9,11 @@ import base64
 import hashlib
 import io
 from collections.abc import Sequence
-from pathlib import Path
 
-import jinja2
 import numpy as np
 from PIL import Image
 
+from meddiff_steps.report import templates
 from meddiff_steps.report.figures import mosaic, planes
 
 #: Shortest side of a tile, pixels: smaller slices are enlarged by a whole number.
@@ -50,13 +49,7 @@ def lineup_name(tiles: Sequence[bytes]) -> str:
 
 def render(tiles: Sequence[bytes], *, title: str, simulated: bool) -> bytes:
     """The page as UTF-8; it loads nothing, and no script runs but its own, which puts answers into lines of a table."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = templates.environment()
     script = environment.get_template("lineup.js.jinja").render()
     page = environment.get_template("lineup.html.jinja").render(
         title=title,
@@ -65,6 +58,6 @@ def render(tiles: Sequence[bytes], *, title: str, simulated: bool) -> bytes:
         tiles=[base64.b64encode(png).decode("ascii") for png in tiles],
         answers=CERTAINTY,
         script=script,
-        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        script_digest=templates.script_digest(script),
     )
     return page.encode("utf-8")

@@ -7,15 +7,12 @@ script run but the slice viewer's) and holds no dates or paths of the machine, s
 from __future__ import annotations
 
 import base64
-import hashlib
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import jinja2
-
+from meddiff_steps.report import templates
 from meddiff_steps.report.viewer import Viewer
 from meddiff_steps.report.wording import interval, number
 
@@ -95,13 +92,7 @@ def render(
     headline, sections
         In the order of the page; sections without content are left out.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = templates.environment()
     environment.filters |= {
         "is_figure": lambda keys: set(keys) >= _FIGURE_KEYS,
         "show_figure": lambda figure: interval(figure, 4) + (f", n {figure['n']}" if "n" in figure else ""),
@@ -117,6 +108,6 @@ def render(
         headline=headline,
         sections=filled,
         script=script,
-        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() if script else "",
+        script_digest=templates.script_digest(script) if script else "",
     )
     return page.encode("utf-8")

@@ -7,21 +7,19 @@ qc.tsv.  It shows scans of people: it is private.
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pandas as pd
 from PIL import Image
 from scipy import ndimage
 
 from meddiff_steps.cohort.decisions import EXCLUDED
+from meddiff_steps.report import templates
 from meddiff_steps.report.figures import mosaic, planes
 
 #: Scans of a page: about 6 MB.
@@ -155,13 +153,7 @@ def render(
     outlines
         What is drawn, in words, and its colour.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = templates.environment()
     environment.filters["show"] = lambda value: "–" if value is None else f"{value:.4g}"
     script = environment.get_template("scans.js.jinja").render()
     names = list(cards[0].values) if cards else []
@@ -178,7 +170,7 @@ def render(
             outlines=outlines,
             decisions=json.dumps([[scan, note] for scan, note in sorted(decisions.items())]),
             script=script,
-            script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            script_digest=templates.script_digest(script),
         )
         .encode("utf-8")
     )

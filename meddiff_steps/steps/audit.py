@@ -31,7 +31,7 @@ def run(
         Path | None,
         typer.Option(exists=True, help="the study's folder with the real scans; L7 compares with them again"),
     ] = None,
-    sample: Annotated[int, typer.Option(min=1, help="images that L6 and L7 look at")] = 20,
+    sample: Annotated[int, typer.Option(min=1, help="images that L6 and L7 look at")] = Request.sample,
     seed: Annotated[
         str | None,
         typer.Option(help="what those images are drawn by, to draw the same ones again; by default something new"),

@@ -5,7 +5,7 @@ steps.
 from __future__ import annotations
 
 import copy
-import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,8 +34,6 @@ from meddiff_steps.training.optimisers import set_up
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-
-log = logging.getLogger(__name__)
 
 #: Held-out latents that a validation looks at, and how many at a time.
 VALIDATION_LATENTS, VALIDATED = 32, 16
@@ -110,7 +108,7 @@ class BatchLevels:
         return shrink.float().reshape(shape), rest.float().reshape(shape)
 
 
-class FewStepTask:
+class FewStepTask(ABC):
     """A student learns, at every level, the clean latents to which its teacher's steps lead.
 
     States are those of training latents with noise, told the covariates that these have, some of them dropped as in the
@@ -168,9 +166,9 @@ class FewStepTask:
         assert isinstance(average, Denoiser)
         return average
 
+    @abstractmethod
     def target(self, x: Tensor, level: Tensor, condition: Condition) -> Tensor:
         """What the student shall say of clean latents, from states x at levels (b,)."""
-        raise NotImplementedError
 
     def held_out_target(self, x: Tensor, level: Tensor, condition: Condition) -> Tensor:
         """What a validation compares with; always the same."""
