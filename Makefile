@@ -2,6 +2,7 @@
 # make test    the tests (15 to 20 minutes); make test-slow those that kill, preempt, distil, or start a Slurm
 # make bench   our way beside that of MONAI's tutorials, what planning 100,000 subjects takes, and docs/benchmarks.md (half an hour on 2 quiet cores)
 # make scale   a cohort of many small images through the workflow, at two sizes (SCALE="10000 100000" by default: hours; SCALE=1000 for a try)
+# make docs    the pages of docs/ as a site in build/site, which opens without a server or a network
 # make env     only the environment in .venv, which all of these create first, with nothing but Python 3.11 and make
 SHELL := bash
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: env demo test test-slow bench bench-gpu scale check format lock clean
+.PHONY: env demo test test-slow docs bench bench-gpu scale check format lock clean
 
 # The lock is complete, so pip need not resolve anything (--no-deps). torch comes first, with its own dependencies: a
 # CPU wheel that lies on the machine (PIP_FIND_LINKS) has none, the registry's brings CUDA.
@@ -51,6 +52,10 @@ test: $(VENV)/.ready-test
 
 test-slow: $(VENV)/.ready-test
 	$(PYTEST) -m slow tests/test_chaos.py tests/test_end_to_end.py tests/test_slurm.py tests
+
+docs: $(VENV)/.ready-test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "The site is complete: build/site/index.html"
 
 # What is measured alone: make bench NAMES="diffusion loader". Results stay in benchmarks/results, one file per
 # comparison.

@@ -15,9 +15,11 @@ include: "rules/common.smk"
 include: "rules/remote.smk"
 include: "rules/cohort.smk"
 include: "rules/preprocess.smk"
+include: "rules/init_weights.smk"
 include: "rules/autoencoder.smk"
 include: "rules/decoder.smk"
 include: "rules/latents.smk"
+include: "rules/text.smk"
 include: "rules/diffusion.smk"
 include: "rules/few_step.smk"
 include: "rules/generate.smk"
@@ -27,9 +29,18 @@ include: "rules/exports.smk"
 include: "rules/evaluate.smk"
 include: "rules/lineup.smk"
 include: "rules/second_model.smk"
+include: "rules/pairs.smk"
 include: "rules/downstream.smk"
 include: "rules/report.smk"
 include: "rules/counterfactual.smk"
+include: "rules/inpainting.smk"
+include: "rules/normative.smk"
+include: "rules/reconstruction.smk"
+include: "rules/anomaly.smk"
+include: "rules/registration.smk"
+include: "rules/shape_completion.smk"
+include: "rules/segmentation.smk"
+include: "rules/translation.smk"
 include: "rules/audit.smk"
 include: "rules/regenerate.smk"
 
@@ -42,6 +53,7 @@ rule all:
         METRICS,
         REPORT,
         NEIGHBOURS,
+        TEXT_FIDELITY,
         REQUESTED,
         # Weights, too: Snakemake makes a missing file again only if something that is not there yet needs it.
         AUTOENCODER,

@@ -38,6 +38,7 @@ NEEDED = {
     "pydantic": "pydantic",
     "pydantic_core": "pydantic_core",
     "pytz": "pytz",
+    "rfc8785": "rfc8785",
     "safetensors": "safetensors",
     "scipy": "scipy",
     "sklearn": "scikit-learn",

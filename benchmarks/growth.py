@@ -1,10 +1,10 @@
 """How the stages after training grow, measured: `python -m benchmarks.growth [--minutes 90]`.
 
 The whole workflow, to an audited release, runs at growing image sizes with few subjects, and for growing numbers of
-subjects with small images, with networks of next to no training.  What a stage's jobs took of the processor, beyond
-starting, is divided by what `plan-cost` counts for the same study; how this ratio changes with voxels and subjects says
-where the count grows too slowly or too fast.  By ordinary least squares in logarithms it is carried to the published
-scale (`config/studies/ukb.yaml`, on processors alone), with 95 % prediction intervals.
+subjects with small images, with networks of next to no training.  What a stage's jobs took of the processor is held
+against what `plan-cost` counts for the same study: so much for starting, and so much for every counted second.  Whether
+the rest grows as it is counted says its exponent.  Both are carried to the published scale (`config/studies/ukb.yaml`,
+on processors alone), with 95 % intervals.
 
 Points that would not fit into the minutes that are left, by the growth so far, are left out.  `growth.json` is written
 after every point; `--render` prints its table again.
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 from benchmarks import measure, scale
 from meddiff_steps.config import Study, load_study, parse_study
@@ -52,15 +52,8 @@ NETWORKS: dict[str, Any] = COMPUTE | {
 }
 #: Stages of the processor whose time says something: this many seconds beyond starting, at the largest point.
 WORTH_S = 2.0
-
-
-@dataclass(frozen=True)
-class Point:
-    """A run: voxels of an image, synthetic subjects, scans."""
-
-    voxels: int
-    subjects: int
-    scans: int
+#: Points that a line and its spread need.
+MIN_POINTS = 4
 
 
 def sized(side: int) -> tuple[int, dict[str, Any]]:
@@ -91,7 +84,7 @@ def run_point(subjects: int, sections: dict[str, Any], folder: Path, cores: int)
     stages = {
         name: {
             "jobs": stage.jobs,
-            "cpu": stage.cpu or stage.wall,
+            "cpu": stage.cpu,
             "wall": stage.wall,
             "counted": counted_seconds(name, study, scans),
             "memory_mb": stage.megabytes,
@@ -116,70 +109,79 @@ def counted_seconds(stage: str, study: Study, scans: int) -> float:
 
 @dataclass(frozen=True)
 class Fit:
-    """Growth of a stage: exponents of voxels and subjects with the half widths of their intervals, and the ratio of
-    measured to counted that it gives for another study, with its interval.
+    """Growth of a stage against what is counted for it.
+
+    Attributes
+    ----------
+    start
+        Seconds of the processor that a job takes whatever it has to do.
+    ratio
+        Of the seconds beyond that to those that are counted: lower end, value, upper end.
+    exponent
+        Of the seconds beyond starting, by the counted ones, and the half width of its interval: 1 grows as counted.
+        None where too few points took longer than starting.
     """
 
-    exponents: tuple[tuple[float, float], tuple[float, float]]
+    start: float
     ratio: tuple[float, float, float]
+    exponent: tuple[float, float] | None
 
 
-def fit(points: Sequence[Point], seconds: Sequence[float], counted: Sequence[float], target: Point) -> Fit | None:
-    """Least squares of ln(seconds) and of ln(seconds / counted) on ln(voxels) and ln(subjects); None of too few points.
+def fit(jobs: Sequence[float], counted: Sequence[float], seconds: Sequence[float]) -> Fit | None:
+    """Least squares of relative errors: seconds = jobs * start + counted * ratio, neither below 0; None of too few
+    points.
 
-    Exponents are those of the seconds.  Intervals are of 95 %, by Student's t with as many degrees of freedom as there
-    are points beyond three; the ratio's is that of a new run (Draper and Smith 1998, section 5.4).
+    Intervals are of 95 %, by Student's t.  The exponent is that of a line through logarithms, of the points at which
+    more than half of the time is beyond starting.
     """
-    if len(points) < 4:
+    n = np.array(jobs, float)
+    work_, took = np.array(counted, float), np.array(seconds, float)
+    if len(took) < MIN_POINTS:
         return None
-    design = np.array([[1.0, math.log(point.voxels), math.log(point.subjects)] for point in points])
-    inverse, free = np.linalg.inv(design.T @ design), len(points) - 3
-    width = stats.t.ppf(0.975, free)
-
-    def solved(values: np.ndarray) -> tuple[np.ndarray, float]:
-        weights = inverse @ design.T @ values
-        return weights, float(np.square(values - design @ weights).sum() / free)
-
-    weights, variance = solved(np.log(seconds))
-    spread = width * np.sqrt(variance * np.diag(inverse))
-    ratios, variance = solved(np.log(np.array(seconds) / counted))
-    there = np.array([1.0, math.log(target.voxels), math.log(target.subjects)])
-    middle, half = there @ ratios, width * math.sqrt(variance * (1 + there @ inverse @ there))
-    low, value, high = (float(np.exp(middle + sign * half)) for sign in (-1, 0, 1))
-    return Fit(
-        ((float(weights[1]), float(spread[1])), (float(weights[2]), float(spread[2]))),
-        (low, value, high),
+    design = np.stack([n / took, work_ / took], 1)
+    (start, ratio), _ = optimize.nnls(design, np.ones(len(took)))
+    free = len(took) - 2
+    variance = float(np.square(1.0 - design @ [start, ratio]).sum() / free)
+    spread = (
+        np.sqrt(variance * np.diag(np.linalg.pinv(design.T @ design)))[1]
+        if start
+        else math.sqrt(variance / float(np.square(design[:, 1]).sum()))
     )
-
-
-def working(stage: dict[str, Any]) -> float:
-    """Seconds of the processor that the jobs of a stage took beyond starting; at least a quarter of all."""
-    return max(stage["cpu"] - stage["jobs"] * START_S, 0.25 * stage["cpu"])
+    half = float(stats.t.ppf(0.975, free) * spread)
+    beyond = took - n * start
+    counts = beyond > 0.5 * took
+    exponent = None
+    if counts.sum() >= MIN_POINTS - 1 and np.ptp(np.log(work_[counts])) > 0:
+        line = stats.linregress(np.log(work_[counts]), np.log(beyond[counts]))
+        exponent = (float(line.slope), float(stats.t.ppf(0.975, counts.sum() - 2) * line.stderr))
+    return Fit(float(start), (max(ratio - half, 0.0), float(ratio), float(ratio) + half), exponent)
 
 
 def table(found: dict[str, Any]) -> list[str]:
     """A line per stage, as Markdown."""
     study = load_study(ROOT / "config/studies/ukb.yaml")
     scans = study.cost.scans or 0
-    target = Point(math.prod(study.preprocess.shape), study.plan[0].subjects, scans)
     lines = [
-        "| stage | exponent of voxels | of subjects | counted, core-hours | by the growth measured, core-hours |",
-        "|---|---|---|---|---|",
+        "| stage | starting, s | growth against the count, exponent | measured over counted | counted, core-hours |"
+        " by what was measured |",
+        "|---|---|---|---|---|---|",
     ]
     names = list(dict.fromkeys(name for point in found["points"] for name in point["stages"]))
     for name in names:
-        points = [point for point in found["points"] if name in point["stages"] and point["stages"][name]["cpu"] > 0]
-        seconds = [working(point["stages"][name]) for point in points]
-        if not seconds or max(seconds) < WORTH_S:
+        stages = [point["stages"][name] for point in found["points"] if name in point["stages"]]
+        one = fit(*([stage[key] for stage in stages] for key in ("jobs", "counted", "cpu")))
+        if one is None or max(stage["cpu"] - stage["jobs"] * one.start for stage in stages) < WORTH_S:
             continue
-        counted = [point["stages"][name]["counted"] for point in points]
-        one = fit([Point(p["voxels"], p["subjects"], p["scans"]) for p in points], seconds, counted, target)
-        if one is None:
-            continue
+        target = work(study, scans)[name]
         hours = counted_seconds(name, study, scans) / 3600
-        exponents = [f"{value:.2f} ± {half:.2f}" for value, half in one.exponents]
-        low, value, high = (f"{hours * ratio:.3g}" for ratio in one.ratio)
-        lines.append(f"| `{name}` | {exponents[0]} | {exponents[1]} | {hours:.3g} | {value} [{low}, {high}] |")
+        started = target.jobs * one.start / 3600
+        exponent = "" if one.exponent is None else f"{one.exponent[0]:.2f} ± {one.exponent[1]:.2f}"
+        low, ratio, high = one.ratio
+        carried = f"{started + ratio * hours:.3g} [{started + low * hours:.3g}, {started + high * hours:.3g}]"
+        lines.append(
+            f"| `{name}` | {one.start:.1f} | {exponent} | {ratio:.2f} [{low:.2f}, {high:.2f}] |"
+            f" {hours + target.jobs * START_S / 3600:.3g} | {carried} |"
+        )
     return lines
 
 

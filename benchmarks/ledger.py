@@ -83,7 +83,7 @@ def prepare(folder: Path, rows: int) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests/provenance"))
     from tiny_release import Place
 
-    release = Place(folder, dims=2, sign=False).release
+    release = Place(folder, dims=2, sign=False, measured=False).release
     plan, decisions, images = tables(rows)
     for name, table in (("plan", plan), ("decisions", decisions), ("images", images)):
         table.to_parquet(folder / f"{name}.parquet")
@@ -95,7 +95,14 @@ def prepare(folder: Path, rows: int) -> None:
     table = table.assign(
         participant_id="sub-" + table["participant_id"], image=images["path"], age=table["age"].map("{:.6g}".format)
     )
-    table[["participant_id", "image", "age", "sex"]].to_csv(release / "participants.tsv", sep="\t", index=False)
+    splits = verify.Splits(read_json(release / seal.ROOT)["seed"]["root"])
+    table["split"] = [
+        splits.of(*row)
+        for row in zip(plan["group"], plan["noise_index"], [{"sex": sex} for sex in plan["sex"]], strict=True)
+    ]
+    table[["participant_id", "image", "age", "sex", "split"]].to_csv(
+        release / "participants.tsv", sep="\t", index=False
+    )
     study = read_json(release / seal.CONFIG)
     write_json(
         release / seal.CONFIG,

@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from meddiff_steps.command.ending import COST
 from meddiff_steps.operations.status import PLAN_STAGES, stage_of
 
 ROOT = Path(__file__).parents[1]
@@ -141,12 +142,15 @@ def measure(subjects: int, folder: Path, cores: int, changes: Mapping[str, Any] 
     results = folder / "results/scale"
     for path in sorted((results / "benchmarks").rglob("*.tsv")):
         (row,) = csv.DictReader(path.open(), delimiter="\t")
-        stage = run.stages[stage_of(path.relative_to(results / "benchmarks"))]
+        place = path.relative_to(results / "benchmarks")
+        stage = run.stages[stage_of(place)]
+        told = COST.findall((results / "logs" / place).with_suffix(".log").read_text())
+        if not told:
+            sys.exit(f"{results / 'logs' / place}: does not say what the job took of the processor")
         stage.jobs += 1
         stage.wall += float(row["s"])
-        # Snakemake writes NA for a job that ended before it looked.
-        stage.cpu += float(row["cpu_time"]) if row["cpu_time"] != "NA" else 0.0
-        stage.megabytes = max(stage.megabytes, float(row["max_rss"]) if row["max_rss"] not in ("NA", "-") else 0.0)
+        stage.cpu += float(told[-1][0])
+        stage.megabytes = max(stage.megabytes, float(told[-1][1]))
     for path in (results / "release").rglob("*"):
         if path.is_file():
             run.files, run.bytes = run.files + 1, run.bytes + path.stat().st_size

@@ -21,11 +21,16 @@ from meddiff_steps import __version__
 STEPS = {
     "freeze": "write the content-addressed config files of a study",
     "schema": "write the JSON Schema and the key reference of studies",
+    "read_bundle": "print what a study has to say to start from a MONAI bundle or a model release",
+    "ship_models": "make a model release small enough to come with this package",
     "simulate": "make the simulated brain cohort (a BIDS dataset)",
     "cohort": "read a cohort and write its manifest: scans, covariates, splits",
     "preprocess": "bring one shard of scans to the study's grid and intensity scale",
     "quality": "merge the quality tables and stop if too many scans were left out",
     "scan_pages": "show all preprocessed scans, the oddest first, for a person to keep or exclude",
+    "masks": "number the structures of one shard of label maps, and turn them into signed distances",
+    "init_weights": "convert given weights (a MONAI bundle, a model release) to start from",
+    "text": "encode the texts of the cohort, once",
     "autoencoder": "train the autoencoder (resumable)",
     "decoder": "train the decoder that draws the detail which latents leave open (resumable)",
     "latents": "encode one shard of scans",
@@ -42,6 +47,7 @@ STEPS = {
     "neighbours": "show the released images most like training scans beside these; for the owner of the cohort alone",
     "gate": "stop before the release if a privacy gate fails, or there is no filter that filters",
     "second_model": "make a training cohort of accepted synthetic images, for a second model",
+    "predictors": "learn to measure covariates, from real training scans",
     "images": "write one shard of synthetic images into the release",
     "describe": "complete the released dataset: participants, description, sidecars",
     "ledger": "seal the release: a row per subject, run records, roots, and a signature if there is a key",
@@ -54,12 +60,27 @@ STEPS = {
     "downstream_plan": "choose the subjects that a further generator seed draws for the downstream study",
     "downstream_data": "gather the images that the study's classifiers may learn from",
     "downstream_train": "train the classifiers of some arms of the downstream study",
+    "downstream_neighbours": "average what classifiers say of test scans and of neighbours that the model draws",
     "downstream_test": "open the test split once and compare the arms",
+    "segmentation_study": "compare segmenters that learnt from real pairs, synthetic ones, and both",
+    "text_fidelity": "measure whether images show what texts say, against held-out scans",
     "sampler_study": "compare samplers: quality against steps and seconds",
     "lineup": "show real and synthetic images in random order, for people to tell apart",
     "lineup_score": "what the answers of a line-up's readers are worth",
     "showcase": "sample the sweeps and interpolations that the report shows",
     "counterfactual": "show a real scan with one covariate moved, on its own grid",
+    "inpainting": "draw hidden parts of real scans anew, on their own grids",
+    "normative": "map how far real scans are from a reference population, on their own grids",
+    "reconstruction": "make scans from incomplete measurements of them",
+    "anomaly": "map what is unusual in scans, and say how well lesions are found",
+    "registration_train": "train a network that brings scans of different people onto each other (resumable)",
+    "registration": "bring scans onto scans of other people, wholly and in part",
+    "shape_completion_train": "train the diffusion of points that completes shapes (resumable)",
+    "shape_completion": "draw what is missing of shapes",
+    "segmentation_model": "train what marks a structure, with noise and without (resumable)",
+    "segmentation": "mark a structure in real scans by several draws, on their own grids",
+    "translation_model": "train what draws another contrast, with noise and without (resumable)",
+    "translation": "draw another contrast of real scans, on their own grids",
     "report": "write report.html",
     "plan_cost": "count what a study will cost: hours of GPUs and cores, jobs, memory and disk",
     "status": "how far a study is: jobs done, running and failed, hours used",
@@ -104,11 +125,15 @@ def main() -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    from meddiff_steps.command.ending import exit_code
+    from meddiff_steps.command.ending import exit_code, tell_cost
     from meddiff_steps.provenance.record import recorded
 
     app.command()(recorded(name, importlib.import_module(f"meddiff_steps.steps.{name}").run))
-    return exit_code(lambda: app(arguments[1:], prog_name=f"python -m meddiff_steps {name}"), name)
+    try:
+        return exit_code(lambda: app(arguments[1:], prog_name=f"python -m meddiff_steps {name}"), name)
+    finally:
+        if "--config" in arguments or "MEDDIFF_WORKFLOW" in os.environ:  # a job of the workflow, not somebody's command
+            tell_cost(name)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ rule autoencoder:
         images=COHORT_IMAGES,
         features=[STUDY.autoencoder.perceptual.weights] if STUDY.autoencoder.perceptual.weight else [],
         after_quality=QC,
+        base=INIT.get("autoencoder", []),
     output:
         out=[*map(lasting, AUTOENCODER[:1]), *AUTOENCODER[1:], AUTOENCODER_CURVE, AUTOENCODER_RECONSTRUCTIONS],
     log:

@@ -17,12 +17,16 @@ from meddiff_steps.core.code_digest import code_digest
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import hold
 from meddiff_steps.core.registries import DETECTORS
-from meddiff_steps.core.folders import NETWORK, TONE, folders_of
+from meddiff_steps.core import folders as study_files
+from meddiff_steps.core.folders import BUNDLE, GIVEN, NETWORK, TONE, files_of_base, folders_of
+from meddiff_steps.operations.rates import extraction_mb
 from meddiff_steps.privacy.size import BYTES_PER_VALUE, batch_size, subjects_needed
 from meddiff_steps.synthesis.size import enlarged, plan_shards
 
 # Jobs run `python`; make that the interpreter that runs Snakemake, also when its environment was not activated.
 environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environ.get("PATH", "")])
+# For envs/meddiff.post-deploy.sh, with `--sdm conda`.
+environ.setdefault("MEDDIFF_WORKFLOW", str(workflow.basedir))
 
 # A cluster that takes a node back sends SIGTERM to every process of a job. The shell and `tee` must outlive the step,
 # which saves its state then; were the shell to end first, Snakemake would take the job for finished and kill what is
@@ -175,6 +179,10 @@ COHORT_CARD = f"{RESULTS}/cohort/card.json"
 PREPROCESSED = f"{RESULTS}/preprocessed/shard-{{shard}}.arrow"
 QC_SHARD = f"{RESULTS}/preprocessed/qc/shard-{{shard}}.parquet"
 QC = f"{RESULTS}/preprocessed/qc.parquet"
+# Given weights that trainings start from (init_from), by model.
+BASE = None if SEALED else STUDY.init_from
+INIT = {name: network(f"{RESULTS}/init/{name}") for name in GIVEN if BASE and name in BASE.models}
+GIVEN_FILES = files_of_base(BASE.path, BASE.autoencoder, BASE.diffusion) if BASE else []
 SCAN_PAGES = f"{RESULTS}/quality/index.html"
 AUTOENCODER = network(f"{RESULTS}/autoencoder")
 AUTOENCODER_CURVE = f"{RESULTS}/autoencoder/history.parquet"
@@ -183,6 +191,15 @@ DECODER = network(f"{RESULTS}/decoder") if STUDY.decoder.network else []
 DECODER_CURVE = [f"{RESULTS}/decoder/history.parquet"] if DECODER else []
 # Held-out scans as the model makes them of their latents: what generated images can be at best.
 RECONSTRUCTIONS = f"{RESULTS}/{'decoder' if DECODER else 'autoencoder'}/reconstructions.arrow"
+# The encoder of texts, and the tokens of the cohort's texts.
+TEXT = [f"{RESULTS}/text/{name}" for name in study_files.TEXT] if STUDY.text.column else []
+TEXT_FIDELITY = f"{RESULTS}/evaluation/text.json" if TEXT else []
+# Label maps of the scans, and the networks that learn them: with their scans they are pairs.
+LABEL_MAP = f"{RESULTS}/masks/maps/shard-{{shard}}.arrow"
+LABEL_LATENT = f"{RESULTS}/masks/latents/shard-{{shard}}.arrow"
+LABEL_SCALE = [f"{RESULTS}/masks/latents/scale.safetensors"] if STUDY.pairs else []
+MASKS = [f"{RESULTS}/masks/{name}" for name in study_files.MASKS] if STUDY.pairs else []
+SEGMENTATION_STUDY = [f"{RESULTS}/segmentation_study/{name}" for name in ("results.json", "cases.parquet")]
 LATENTS = f"{RESULTS}/latents/shard-{{shard}}.arrow"
 LATENT_SCALE = f"{RESULTS}/latents/scale.safetensors"
 DIFFUSION = generator(f"{RESULTS}/diffusion")
@@ -197,6 +214,7 @@ RELEASED_MODEL = generator(RELEASED_FOLDER)
 PLAN = f"{RESULTS}/plan.parquet"
 GENERATED = f"{RESULTS}/generated/shard-{{shard}}.arrow"
 EMBEDDER = network(f"{RESULTS}/instruments/embedder")
+PREDICTORS = network(f"{RESULTS}/instruments/predictors")
 SEGMENTER = network(f"{RESULTS}/instruments/segmenter") if STUDY.segmentation else []
 REFERENCE = f"{RESULTS}/privacy/reference.safetensors"
 REFERENCE_SCANS = f"{RESULTS}/privacy/reference-scans.arrow"
@@ -225,6 +243,7 @@ MODEL_RELEASE = [
         "README.md",
         "SHA256SUMS",
         "config.json",
+        *(BUNDLE if STUDY.unlike_monai is None else []),
         *(
             f"{kind}/{file}"
             for kind in ("autoencoder", *(["decoder"] if DECODER else []), "diffusion")
@@ -251,6 +270,8 @@ DOWNSTREAM = f"{RESULTS}/augmentation"
 DOWNSTREAM_RESULTS = (
     [f"{DOWNSTREAM}/{name}" for name in ("results.json", "test-opened.json")] if STUDY.downstream.target else []
 )
+if DOWNSTREAM_RESULTS and STUDY.downstream.neighbours.count:
+    DOWNSTREAM_RESULTS.append(f"{DOWNSTREAM}/neighbours.json")
 
 
 def shard_names(count):
@@ -260,6 +281,9 @@ def shard_names(count):
 COHORT_SHARDS = shard_names(STUDY.preprocess.shards)
 PLAN_SHARDS = shard_names(plan_shards(STUDY.plan, STUDY.generate.shard_size))
 COHORT_IMAGES = expand(PREPROCESSED, shard=COHORT_SHARDS)
+LABEL_MAPS, LABEL_LATENTS = (
+    expand(path, shard=COHORT_SHARDS) if STUDY.pairs else [] for path in (LABEL_MAP, LABEL_LATENT)
+)
 # The file that scans are registered to, where it is one of the user's.
 REGISTRATION = STUDY.preprocess.registration
 TEMPLATE = REGISTRATION.template if REGISTRATION and REGISTRATION.template != study_config.MNI152 else None
@@ -400,12 +424,110 @@ def results_of_downstream_study(wildcards):
     return DOWNSTREAM_RESULTS
 
 
+def pairs_to_learn_from(wildcards):
+    """What `snakemake segmentation_study` asks for without pairs."""
+    raise WorkflowError(
+        "pairs: not set, so no synthetic image has a label map that a segmenter could learn from. Say which channel of"
+        " preprocess.channels holds label maps, and name their structures (docs/applications/pairs.md)."
+    )
+
+
 def manifest_of_scans_to_move(wildcards):
     """The manifest; without a covariate to move nothing is started for it."""
     try:
         STUDY.counterfactual.moved
     except UserError as error:
         raise WorkflowError(str(error)) from None
+    return MANIFEST
+
+
+def guides_of_counterfactuals():
+    """What predictors that guide counterfactuals are made from: a network of the user's, or training latents."""
+    wanted = STUDY.counterfactual
+    if wanted.predictor is not None:
+        return {"after_predictor": wanted.predictor}
+    return (
+        {"latents": expand(LATENTS, shard=COHORT_SHARDS), "scale": LATENT_SCALE} if wanted.classifier_guidance else {}
+    )
+
+
+def manifest_of_scans_to_fill(wildcards):
+    """The manifest; without anything to hide nothing is started for it."""
+    if not STUDY.inpainting.wanted:
+        raise WorkflowError(
+            "inpainting.hole: not set, so nothing is hidden. Name a mask (file), a box or a ball (ball_mm), for example"
+            " with --config 'inpainting={hole: {ball_mm: 30}}'."
+        )
+    return MANIFEST
+
+
+def manifest_of_scans_to_compare(wildcards):
+    """The manifest; unless it is wanted nothing is started for it."""
+    if not STUDY.normative.wanted:
+        raise WorkflowError(
+            "normative.wanted: not set, so no deviation is mapped. Set it, and name a reference if not everybody is,"
+            " for example with --config 'normative={wanted: true, reference: {diagnosis: CN}}'."
+        )
+    return MANIFEST
+
+
+def manifest_of_scans_to_reconstruct(wildcards):
+    """The manifest; without a measurement nothing is started for it."""
+    if not STUDY.reconstruction.operators:
+        raise WorkflowError(
+            "reconstruction.operators: not set, so nothing is measured. Name some, for example with"
+            " --config 'reconstruction={operators: [mri]}'."
+        )
+    return MANIFEST
+
+
+def manifest_of_scans_to_map(wildcards):
+    """The manifest; without a method nothing is started for it."""
+    if not STUDY.anomaly.methods:
+        raise WorkflowError(
+            "anomaly.methods: not set, so no map is made. Name some, for example with"
+            " --config 'anomaly={methods: [gaussian_noise]}'."
+        )
+    return MANIFEST
+
+
+def manifest_of_scans_to_register(wildcards):
+    """The manifest; without pairs nothing is started for it."""
+    if not STUDY.registration.pairs:
+        raise WorkflowError(
+            "registration.pairs: 0, so nothing is registered. Say how many pairs of test scans, for example with"
+            " --config 'registration={pairs: 12}'."
+        )
+    return MANIFEST
+
+
+def points_of_shapes(wildcards):
+    """The file of shapes; without one nothing is started."""
+    if STUDY.shape_completion.points is None:
+        raise WorkflowError(
+            "shape_completion.points: not set, so there are no shapes. Name a file (.npz), for example with"
+            " --config 'shape_completion={points: shapes.npz}'."
+        )
+    return STUDY.shape_completion.points
+
+
+def manifest_of_scans_to_mark(wildcards):
+    """The manifest; without anything to mark nothing is started for it."""
+    if not STUDY.segmentation_ensemble.wanted:
+        raise WorkflowError(
+            "segmentation_ensemble.target: not set, so nothing is marked. Declare masks under preprocess.channels (kind:"
+            " mask), and name them."
+        )
+    return MANIFEST
+
+
+def manifest_of_scans_to_translate(wildcards):
+    """The manifest; without a contrast to draw nothing is started for it."""
+    if not STUDY.translation.wanted:
+        raise WorkflowError(
+            "translation.target: not set, so nothing is drawn. Declare contrasts under preprocess.channels, and name"
+            " one."
+        )
     return MANIFEST
 
 
@@ -429,7 +551,8 @@ def cohort_problem():
 
 def filter_problem():
     """That the privacy filter will have no threshold, in words; None where it will, or nobody knows yet."""
-    needed = subjects_needed(STUDY.privacy.level, len(STUDY.privacy.detectors or DETECTORS.names()))
+    detectors = len(STUDY.privacy.detectors or DETECTORS.names()) + bool(STUDY.pairs)  # one more of label maps
+    needed = subjects_needed(STUDY.privacy.level, detectors)
     if Path(COHORT_CARD).is_file():
         try:
             subjects = json.loads(Path(COHORT_CARD).read_text())["splits"]["calibration"]["subjects"]
@@ -461,9 +584,23 @@ def template_problem():
     )
 
 
+def init_problem():
+    """What is wrong with where given weights should be, in words; None if nothing is, or if they were read already."""
+    if not INIT or all(Path(file).exists() for files in INIT.values() for file in files):
+        return None
+    for key in ("path", "autoencoder", "diffusion"):
+        place = getattr(BASE, key)
+        if place is not None and not Path(place).exists():
+            return (
+                f"init_from.{key}: {place} is not there. Relative paths start at the working directory, {Path.cwd()}."
+                " Nothing is downloaded (docs/pretrained.md)."
+            )
+    return None
+
+
 def problems():
     """What of the user's files is not where the study says, in words."""
-    return [problem for problem in (cohort_problem(), template_problem()) if problem]
+    return [problem for problem in (cohort_problem(), template_problem(), init_problem()) if problem]
 
 
 def tables(files, made):

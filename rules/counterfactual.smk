@@ -4,6 +4,7 @@
 
 rule counterfactual:
     input:
+        **guides_of_counterfactuals(),
         manifest=manifest_of_scans_to_move,
         qc=QC,
         images=COHORT_IMAGES,
@@ -11,8 +12,7 @@ rule counterfactual:
         decoder=DECODER,
         diffusion=DIFFUSION,
         embedder=EMBEDDER,
-        latents=expand(LATENTS, shard=COHORT_SHARDS) if STUDY.counterfactual.classifier_guidance else [],
-        scale=LATENT_SCALE if STUDY.counterfactual.classifier_guidance else [],
+        predictors=PREDICTORS,
     output:
         out=[
             f"{RESULTS}/counterfactuals/{name}"

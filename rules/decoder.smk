@@ -5,6 +5,7 @@ if DECODER:
             manifest=MANIFEST,
             images=COHORT_IMAGES,
             autoencoder=AUTOENCODER,
+            base=INIT.get("decoder", []),
         output:
             out=[*map(lasting, DECODER[:1]), *DECODER[1:], *DECODER_CURVE, RECONSTRUCTIONS],
         log:

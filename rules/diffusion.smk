@@ -3,6 +3,10 @@ rule diffusion:
         manifest=MANIFEST,
         latents=expand(LATENTS, shard=COHORT_SHARDS),
         scale=LATENT_SCALE,
+        text=TEXT,
+        label_latents=LABEL_LATENTS,
+        label_scale=LABEL_SCALE,
+        base=INIT.get("diffusion", []),
     output:
         out=[*map(lasting, DIFFUSION[:1]), DIFFUSION[1], f"{RESULTS}/diffusion/history.parquet"],
     log:
@@ -31,6 +35,7 @@ rule tone:
         images=COHORT_IMAGES,
         autoencoder=AUTOENCODER,
         decoder=DECODER,
+        masks=MASKS,
         diffusion=DIFFUSION[:2],
     output:
         out=DIFFUSION[2:],

@@ -29,6 +29,11 @@ if STUDY.downstream.target:
         if SEEDS and kind in STUDY.downstream.sources
     }
 
+    # What the classifiers are tested on beside scans.
+    DOWNSTREAM_TESTED_ON = (
+        {"plan": PLAN, "filtered": expand(FILTERED, shard=PLAN_SHARDS)} if STUDY.downstream.stress.groups else {}
+    )
+
     rule downstream_design:
         input:
             manifest=MANIFEST,
@@ -113,6 +118,7 @@ if STUDY.downstream.target:
 
     rule downstream_test:
         input:
+            **DOWNSTREAM_TESTED_ON,
             design=DESIGN,
             samples=SAMPLES,
             reduced=REDUCED,
@@ -138,6 +144,40 @@ if STUDY.downstream.target:
             **run_step("downstream_test", ledger=f"{STATE}/augmentation/openings.jsonl"),
         message:
             "Opening the test split, once"
+        shell:
+            STEP_WITH_THREADS
+
+
+# With downstream.neighbours.
+if STUDY.downstream.target and STUDY.downstream.neighbours.count:
+
+    rule downstream_neighbours:
+        input:
+            weights=expand(CLASSIFIERS, job=DOWNSTREAM_JOBS),
+            reduced=REDUCED,
+            predictions=f"{DOWNSTREAM}/predictions.parquet",
+            opened=DOWNSTREAM_RESULTS[1],
+            manifest=MANIFEST,
+            images=COHORT_IMAGES,
+            autoencoder=AUTOENCODER,
+            diffusion=DIFFUSION,
+        output:
+            out=DOWNSTREAM_RESULTS[2],
+        log:
+            f"{RESULTS}/logs/downstream/neighbours.log",
+        benchmark:
+            f"{RESULTS}/benchmarks/downstream/neighbours.tsv"
+        conda:
+            "../envs/meddiff.yaml"
+        threads: 8
+        resources:
+            mem_mb=memory(3000, 600, 4 * STUDY.downstream.neighbours.count),
+            runtime=minutes(480),
+            gpu=min(GPUS, 1),
+        params:
+            **run_step("downstream_neighbours"),
+        message:
+            "Drawing neighbours of test scans"
         shell:
             STEP_WITH_THREADS
 

@@ -1,3 +1,27 @@
+rule predictors:
+    input:
+        manifest=MANIFEST,
+        images=COHORT_IMAGES,
+    output:
+        out=PREDICTORS,
+    log:
+        f"{RESULTS}/logs/predictors.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/predictors.tsv"
+    conda:
+        "../envs/meddiff.yaml"
+    threads: 8
+    resources:
+        mem_mb=memory(6000, 100),
+        runtime=minutes(240),
+    params:
+        **run_step("predictors"),
+    message:
+        "Learning to measure covariates"
+    shell:
+        STEP
+
+
 if STUDY.segmentation:
 
     rule segmenter:
@@ -34,6 +58,7 @@ rule evaluate:
         plan=PLAN,
         reconstructions=RECONSTRUCTIONS,
         embedder=EMBEDDER,
+        predictors=PREDICTORS,
         segmenter=SEGMENTER,
         after_networks=[network.weights for network in STUDY.evaluate.features],
     output:
@@ -61,6 +86,7 @@ rule sampler_study:
         manifest=MANIFEST,
         images=COHORT_IMAGES,
         plan=PLAN,
+        predictors=PREDICTORS,
         autoencoder=AUTOENCODER,
         decoder=DECODER,
         diffusion=DIFFUSION if STUDENT else RELEASED_MODEL,

@@ -60,6 +60,7 @@ rule export_models:
         diffusion=RELEASED_MODEL,
         root=LEDGER,
         privacy=PRIVACY_REPORT,
+        metrics=METRICS,
     output:
         out=MODEL_RELEASE[0],
         also=MODEL_RELEASE[1:],
@@ -72,7 +73,7 @@ rule export_models:
         "../envs/meddiff.yaml"
     threads: 1
     resources:
-        mem_mb=memory(1500),
+        mem_mb=memory(3000, 2000),
         runtime=minutes(30),
     params:
         **run_step("export_models"),

@@ -30,6 +30,7 @@ rule generate:
         plan=PLAN,
         autoencoder=AUTOENCODER,
         decoder=DECODER,
+        masks=MASKS,
         diffusion=RELEASED_MODEL,
     output:
         out=passing("generated", GENERATED),

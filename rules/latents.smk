@@ -29,6 +29,7 @@ rule scale:
         latents=expand(LATENTS, shard=COHORT_SHARDS),
         images=COHORT_IMAGES,
         autoencoder=AUTOENCODER,
+        base=INIT.get("diffusion", []),
     output:
         scale=LATENT_SCALE,
         out=f"{RESULTS}/latents/manifest.json",

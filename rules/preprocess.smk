@@ -14,7 +14,7 @@ rule preprocess:
         "../envs/meddiff.yaml"
     threads: 2
     resources:
-        mem_mb=memory(2000, 64, 4),
+        mem_mb=memory(2000 + extraction_mb(STUDY), 64, 4),
         runtime=minutes(120),
     params:
         **run_step("preprocess", shard=BY_SHARD),

@@ -2,6 +2,8 @@ rule images:
     input:
         generated=FILTERED,
         released=RELEASED,
+        predictors=PREDICTORS,
+        segmenter=SEGMENTER,
     output:
         out=IMAGES,
     log:
@@ -12,7 +14,7 @@ rule images:
         "../envs/meddiff.yaml"
     threads: 1
     resources:
-        mem_mb=memory(1500, 64, 4),
+        mem_mb=memory(2500, 64, 4),
         runtime=minutes(120),
     params:
         **run_step("images", release=RELEASE_ROOT),
@@ -30,6 +32,7 @@ rule describe:
         cohort=[COHORT_CARD],
         autoencoder=AUTOENCODER[1:],
         decoder=DECODER[1:],
+        masks=MASKS[1::2],
         diffusion=RELEASED_MODEL[1::2],
         metrics=METRICS,
     output:
@@ -62,6 +65,7 @@ rule ledger:
         images=expand(IMAGES, shard=PLAN_SHARDS),
         autoencoder=AUTOENCODER[1:],
         decoder=DECODER[1:],
+        masks=MASKS[1::2],
         diffusion=RELEASED_MODEL[1::2],
         description=RELEASE,
     output:

@@ -3,6 +3,7 @@ rule showcase:
         manifest=MANIFEST,
         autoencoder=AUTOENCODER,
         decoder=DECODER,
+        masks=MASKS,
         diffusion=RELEASED_MODEL,
     output:
         out=SHOWCASE,

@@ -94,6 +94,7 @@ if STUDY.second_model.subjects:
             plan=rules.teacher_plan.output.out,
             reconstructions=RECONSTRUCTIONS,
             embedder=EMBEDDER,
+            predictors=PREDICTORS,
             segmenter=SEGMENTER,
             after_networks=[network.weights for network in STUDY.evaluate.features],
         output:

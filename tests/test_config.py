@@ -98,10 +98,27 @@ def test_what_an_optimiser_leaves_out_keeps_the_default_of_its_network():
         ("preprocess.percentiles", [99, 1], "percentiles"),
         ("preprocess.shards", 0, "preprocess.shards"),
         ("autoencoder", {"network": "kl", "channels": [30, 60]}, "multiples of norm_num_groups"),
+        (
+            "autoencoder",
+            {"network": "vq", "latent_channels": 10, "codebook": {"parts": 4}},
+            "multiple of codebook.parts=4, found 10",
+        ),
+        ("autoencoder.codebook", {"entries": 64}, "Leave codebook out, or choose network: vq or vqvae"),
+        (
+            "autoencoder",
+            {"network": "vq", "kl_weight": 1e-6},
+            "kl_weight is set, but network is vq, which has no use for it",
+        ),
         ("autoencoder.perceptual", {"weight": 0.1}, "perceptual.weights names no file"),
         ("autoencoder.optimiser", {"steps": 0, "batch_size": 1, "learning_rate": 0.1}, "autoencoder.optimiser.steps"),
         ("diffusion", {"network": "unet", "attention_levels": [True]}, "one entry per level"),
         ("diffusion", {"network": "unet", "num_head_channels": 48}, "num_head_channels"),
+        ("diffusion.trains", "adapters", "diffusion.trains: adapters change weights that are given"),
+        ("diffusion.towards_base", 1, "diffusion.towards_base: there is no base to pull to"),
+        ("autoencoder.towards_base", 1, "autoencoder.towards_base: there is no base to pull to"),
+        ("diffusion", {"trains": "adapters", "towards_base": 1}, "adapters leave the base as it is"),
+        ("diffusion", {"trains": "adapters", "guide_share": 0.2}, "adapters keep no guide"),
+        ("diffusion.adapter_rank", 0, "diffusion.adapter_rank"),
         ("diffusion.levels.deviation", 0, "diffusion.levels.deviation"),
         ("diffusion.optimiser", {"method": "sgd"}, "diffusion.optimiser.method"),
         ("decoder.network", "nothing", "decoder.network"),
@@ -171,6 +188,47 @@ def test_what_an_optimiser_leaves_out_keeps_the_default_of_its_network():
         ("counterfactual", {"covariate": "sex", "values": ["X"]}, "counterfactual.values: 'X' is not one of"),
         ("counterfactual.values", [1], "set `covariate`"),
         ("counterfactual", {"covariate": "age", "depth": 0}, "counterfactual.depth"),
+        ("normative", {"reference": {"age": "40"}}, "normative.reference.age: is a number"),
+        ("normative", {"matched": ["eyes"]}, "normative.matched: eyes is no covariate"),
+        ("normative", {"reference": {"eyes": "blue"}}, "normative.reference.eyes"),
+        ("inpainting", {"hole": {"ball_mm": 30, "box": [[0, 1]]}}, "a hole is one of `file`, `box` and `ball_mm`"),
+        ("inpainting", {"hole": {"labels": [1]}}, "`labels` and `grow_mm` are about a `file`"),
+        ("inpainting", {"hole": {"box": [[3, 3], [0, 2], [0, 2]]}}, "`box` needs a first voxel below the last"),
+        ("inpainting", {"hole": {"box": [[0, 2], [0, 2]]}}, "inpainting.hole.box: 2 axes, expected 3"),
+        ("inpainting", {"hole": {"box": [[0, 900], [0, 2], [0, 2]]}}, "reaches beyond preprocess.shape"),
+        ("segmentation_ensemble", {"target": ["lesion"], "source": ["lesion"]}, "source and target share lesion"),
+        ("translation", {"target": ["t2", "t2"]}, "target names an image twice"),
+        ("translation", {"target": ["t2"], "network": "unet", "channels": [40]}, "multiples of norm_num_groups=16"),
+        ("segmentation_ensemble", {"target": ["lesion"]}, "segmentation_ensemble.target: lesion is no channel"),
+        (
+            "translation",
+            {"target": ["image"], "source": ["t2"], "lesion": "t1"},
+            "translation.lesion: t1 is no channel of the study, which has image; declare it",
+        ),
+        ("inpainting", {"lesions": {"masks": "m/*.nii"}}, "inpainting.lesions.masks: lie in a template's space"),
+        ("registration", {"window": 4}, "`window` has a middle voxel, so it is odd; found 4"),
+        ("registration", {"structures": {"a": [1]}}, "`structures` are labels of `labels`"),
+        ("registration", {"labels": "l.nii", "structures": {"a": []}}, "`structures` have labels, a has none"),
+        ("registration", {"shares": [0.5, 0.25]}, "`shares` rise and differ"),
+        ("registration", {"pairs": 2}, "registration.pairs: 2, but sides of 32x40x32 voxels"),
+        ("shape_completion", {"voxel_mm": 5}, "`closing_mm` (4) closes nothing below `voxel_mm` (5)"),
+        ("reconstruction", {"operators": ["ct"]}, "reconstruction.operators.0"),
+        ("reconstruction", {"operators": ["denoising", "denoising"]}, "must be distinct"),
+        (
+            "reconstruction",
+            {"operators": ["mri"], "measured": "{scan_id}.npz"},
+            "files of one operator in one strength",
+        ),
+        ("reconstruction", {"operators": ["mri"], "accelerations": [1]}, "reconstruction.accelerations.0"),
+        ("pairs", {"channel": "labels", "structures": {"a": [1]}}, "pairs.channel: preprocess.channels has no labels"),
+        ("anomaly", {"methods": ["gausian_noise"]}, "anomaly.methods.0"),
+        ("anomaly", {"methods": ["healing", "healing"]}, "must be distinct"),
+        ("anomaly", {"methods": ["healing"], "depths": [1.0]}, "anomaly.depths.0"),
+        ("anomaly", {"masks": "{scan_id}.png", "lesions": {"diameter_mm": 9}}, "by `masks` or put in by `lesions`"),
+        ("anomaly", {"lesions": {"masks": "m/*.nii"}}, "anomaly.lesions.masks: lie in a template's space"),
+        ("anomaly.healthy", {"lesion": "0"}, "anomaly.healthy.lesion: no such covariate"),
+        ("anomaly.healthy", {"sex": "X"}, "anomaly.healthy.sex: 'X' is not one of"),
+        ("anomaly", {"methods": ["classifier_free"]}, "healthy value of one covariate, and anomaly.healthy has 0"),
         ("augment", {"target": "sex"}, "augment.target: this key is now downstream.target (renamed in 0.2.0)"),
         ("augmentation.variants", 4, "augmentation.variants: this key is now variants.count (renamed in 0.2.0)"),
         ("distill", {"subjects": 9}, "distill.subjects: this key is now second_model.subjects (renamed in 0.2.0)"),
@@ -380,16 +438,30 @@ def test_paths_and_texts_are_marked_where_they_are_declared():
     assert {".".join(keys) for keys in config.PATH_KEYS} == {
         "results",
         "cohort.root",
+        "anomaly.lesions.masks",
+        "anomaly.masks",
+        "inpainting.hole.file",
+        "inpainting.lesions.masks",
+        "normative.lesions.masks",
+        "counterfactual.predictor",
+        "reconstruction.lesions.masks",
+        "reconstruction.measured",
+        "registration.labels",
+        "shape_completion.points",
         "cohort.table",
         "preprocess.brain_mask",
         "preprocess.registration.template",
         "preprocess.exclude",
         "preprocess.channels.*.path",
         "autoencoder.perceptual.weights",
+        "init_from.path",
+        "init_from.autoencoder",
+        "init_from.diffusion",
         "plan.table",
         "release.signing_key",
         "evaluate.features.weights",
         "segmentation.labels",
+        "text.encoder",
     }
     assert {"covariates.*.unit", "covariates.*.description", "release.card.ethics"} <= {
         ".".join(keys) for keys in config.TEXT_KEYS
@@ -424,26 +496,36 @@ def test_freezing_is_content_addressed(tmp_path):
 
 
 GUIDED = {"few_step"}
-GENERATED = {"tone", "generate", "filter", "describe", "sampler_study", "showcase", "ledger"}
-DOWNSTREAM = {f"downstream_{name}" for name in ("design", "plan", "data", "train", "test")}
+GENERATED = {
+    *("tone", "generate", "filter", "describe", "text_fidelity", "sampler_study", "showcase", "export_models"),
+    "ledger",
+}
+DOWNSTREAM = {f"downstream_{name}" for name in ("design", "plan", "data", "train", "test", "neighbours")}
 
 
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
         ("title", "Another", {"neighbours", "describe", "lineup", "report", "ledger"}),
-        ("covariates.age.description", "Age at scan", {"describe", "ledger"}),
+        ("covariates.age.description", "Age at scan", {"describe", "neighbours", "report", "ledger"}),
         (
             "covariates.age.unit",
             "years",
-            {"neighbours", "describe", "evaluate", "sampler_study", "showcase", "counterfactual", "report", "ledger"},
+            {
+                *("neighbours", "describe", "evaluate", "sampler_study", "showcase", "report", "ledger"),
+                *("counterfactual", "inpainting", "normative"),
+            },
         ),
         ("generate.guidance_scale", 2.0, GENERATED | GUIDED),
         ("few_step.teacher_steps", 8, {"few_step", "ledger"}),
         ("generate.num_inference_steps", 20, set()),  # what the default sampler takes anyway
         ("generate.num_inference_steps", 21, GENERATED),
-        ("variants.count", 2, {"autoencoder", "decoder", "latents", "ledger"}),
-        ("decoder.channels", 32, {"decoder", "ledger"}),
+        (
+            "variants.count",
+            2,
+            {"autoencoder", "decoder", "latents", "segmentation_model", "translation_model", "ledger"},
+        ),
+        ("decoder.channels", 32, {"init_weights", "decoder", "ledger"}),
         ("diffusion.levels.mean", 0.0, {"diffusion", "ledger"}),
         ("preprocess.max_failed_share", 0.5, {"quality", "report", "ledger"}),
         ("preprocess.channels", {"t2": {"path": "x"}}, {"preprocess", "report", "ledger"}),
@@ -451,6 +533,17 @@ DOWNSTREAM = {f"downstream_{name}" for name in ("design", "plan", "data", "train
         ("downstream.jobs", 3, {"downstream_train", "ledger"}),
         ("downstream.seeds", 6, DOWNSTREAM | {"ledger"}),
         ("counterfactual.depth", 0.5, {"counterfactual"}),
+        ("inpainting.hole", {"ball_mm": 30}, {"inpainting"}),
+        ("normative.depth", 0.4, {"normative"}),
+        ("reconstruction.operators", ["mri"], {"reconstruction"}),
+        ("anomaly.depths", [0.4], {"anomaly"}),
+        ("registration.shares", [0.5], {"registration"}),
+        ("registration.smoothness", 2.0, {"registration_train", "registration"}),
+        ("shape_completion.samples", 9, {"shape_completion"}),
+        ("shape_completion.blocks", 2, {"shape_completion_train", "shape_completion"}),
+        ("segmentation_ensemble.samples", 9, {"segmentation"}),
+        ("segmentation_ensemble.block", 2, {"segmentation_model", "segmentation"}),
+        ("translation.lesion", "lesion", {"translation_model", "translation"}),
         ("lineup.images", 30, {"lineup"}),
         ("release.card", {"ethics": "Approved."}, {"describe", "ledger"}),
         ("release.exports", ["webdataset"], set()),
@@ -497,6 +590,8 @@ def test_a_stage_reads_its_sections_and_no_other(tmp_path, stage):
                 assert texts & set(type(covariate).model_fields) == {"unit", "description"} & set(vars(covariate))
         elif (name,) in declared:
             assert getattr(view, name) == getattr(filled, name)
+        elif keys and getattr(filled, name) is None:  # an optional section
+            assert getattr(view, name) is None
         elif keys:
             assert vars(getattr(view, name)) == {key: getattr(getattr(filled, name), key) for key in keys}
         else:
@@ -512,19 +607,26 @@ def test_texts_are_read_only_by_stages_that_name_them(tmp_path):
     assert withheld.range == (0, 100) and not hasattr(withheld, "description") and not hasattr(withheld, "unit")
 
 
+LEFT_OPEN = ("generate", "counterfactual", "inpainting", "normative", "reconstruction")
+
+
 def test_what_a_study_leaves_open_is_decided_when_it_is_frozen(tmp_path):
     def steps(stage: str | None, **changes: object) -> dict[str, int]:
         frozen = json.loads(config.freeze(config.parse_study(MINIMAL | changes, "a"), stage, tmp_path).read_text())
-        return {name: frozen[name]["num_inference_steps"] for name in ("generate", "counterfactual") if name in frozen}
+        return {name: frozen[name]["num_inference_steps"] for name in LEFT_OPEN if name in frozen}
 
     assert steps("generate") == {"generate": 20}
-    assert steps(None) == {"generate": 20, "counterfactual": 75}
+    assert steps(None) == {"generate": 20, "inpainting": 25} | dict.fromkeys(
+        ("counterfactual", "normative", "reconstruction"), 75
+    )
     student = {"generate": {"sampler": "progressive"}, "few_step": {"method": "progressive", "num_inference_steps": 2}}
     assert steps("generate", **student) == {"generate": 2}
     assert steps("ledger", generate={"sampler": "ddpm"}, diffusion={"num_train_timesteps": 500}) == {"generate": 500}
     flow = {"diffusion": {"prediction_type": "flow"}, "generate": {"num_inference_steps": 7}}
     assert steps("counterfactual", **flow) == {"counterfactual": 50}
-    assert steps(None, **flow) == {"generate": 7, "counterfactual": 50}
+    assert steps(None, **flow) == {"generate": 7, "inpainting": 16} | dict.fromkeys(
+        ("counterfactual", "normative", "reconstruction"), 50
+    )
 
 
 def test_a_new_default_reruns_the_studies_that_left_it_open(tmp_path, monkeypatch):
@@ -554,7 +656,10 @@ def test_the_published_study_says_what_each_stage_was_given(tmp_path):
     }
     study = config.parse_study(raw, "a")
     published = json.loads(config.freeze(study, "ledger", tmp_path).read_text())
-    for stage in config.STAGES.keys() - {"counterfactual", "lineup"}:
+    afterwards = {"counterfactual", "inpainting", "normative", "reconstruction", "anomaly", "lineup", "export_models"}
+    afterwards |= {"registration_train", "registration", "shape_completion_train", "shape_completion"}
+    afterwards |= {"segmentation_study", "segmentation_model", "segmentation", "translation_model", "translation"}
+    for stage in config.STAGES.keys() - afterwards:
         given = json.loads(config.freeze(study, stage, tmp_path).read_text())
         assert config.part_of(published, config.STAGES[stage]) == given
 

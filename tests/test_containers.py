@@ -7,6 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE, APPTAINER = ROOT / "envs/Dockerfile", ROOT / "envs/meddiff.def"
@@ -67,6 +68,20 @@ def test_both_recipes_copy_the_same_and_all_that_runs():
     assert {"meddiff_steps", "rules", "Snakefile", "pyproject.toml", "envs", "config", "workflow"} <= copied
     assert all(sent(name) for name in tracked() if name.startswith(("meddiff_steps/", "rules/", "workflow/")))
     assert re.findall(r"^COPY (.*)$", DOCKERFILE.read_text(), re.M) == [". /opt/meddiff"]
+
+
+def test_all_recipes_install_the_same():
+    recipes = [path.read_text() for path in (DOCKERFILE, APPTAINER, ROOT / "envs/meddiff.post-deploy.sh")]
+    lines = [re.findall(r"pip install --no-cache-dir (.*)", recipe) for recipe in recipes]
+    same = [[line.removesuffix(" \\").replace("--editable ", "") for line in found] for found in lines]
+    assert same == [same[0]] * 3 and len(same[0]) == 3
+    assert "MEDDIFF_WORKFLOW=/opt/meddiff" in recipes[0] and "MEDDIFF_WORKFLOW=/opt/meddiff" in recipes[1]
+
+
+def test_the_conda_environment_is_whole_wherever_snakemake_copies_its_file():
+    content = yaml.safe_load((ROOT / "envs/meddiff.yaml").read_text())
+    assert content["dependencies"] == ["python=3.11", "pip"]
+    assert "MEDDIFF_WORKFLOW" in (ROOT / "rules/common.smk").read_text()
 
 
 def test_the_page_names_both_recipes_and_what_the_image_runs():

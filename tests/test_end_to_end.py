@@ -19,6 +19,7 @@ import yaml
 from tiny_study import CONTRACT, ENVIRONMENT, LEAN, ROOT, STUDY, digests, made_later, run, snakemake, whole_run
 
 from meddiff_steps.config import load_study
+from meddiff_steps.core.folders import BUNDLE
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.operations.cost import Machine, estimates
 from meddiff_steps.operations.status import seconds
@@ -235,6 +236,57 @@ def test_counterfactuals_lie_on_the_scans_own_grids_and_touch_nothing_else(study
     assert "Nothing to be done" in run(folder, "--dry-run")
 
 
+def test_holes_and_measurements_of_scans_are_completed_on_their_own_grids(study, tmp_path, bids_report):
+    folder = Path(shutil.copytree(study, tmp_path / "copy"))
+    manifest = pd.read_parquet(folder / "results/tiny/cohort/manifest.parquet")
+    scans = manifest[manifest["split"] == "test"].set_index("scan_id")["path"][:2]
+    few = {"scans": list(scans.index), "samples": 2, "num_inference_steps": 4}
+    wanted = {
+        "inpainting": few | {"hole": {"box": [[5, 8], [9, 12], [6, 9]]}, "resamples": 2, "tolerance": 3.0},
+        "reconstruction": few | {"operators": ["mri", "denoising"], "accelerations": [3]},
+    }
+    wanted["reconstruction"] |= {"methods": ["consistency", "moments"], "lesions": {"diameter_mm": 30}}
+    wanted["normative"] = few | {"wanted": True, "lesions": {"diameter_mm": 30}}
+    wanted["anomaly"] = few | {"methods": ["gaussian_noise"], "depths": [0.5], "lesions": {"diameter_mm": 40}}
+    wanted["anomaly"] |= {"subject_false_positive_rate": 0.5}
+    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY | wanted))
+    said = run(folder, "inpainting", "normative", "reconstruction", "anomaly")
+    assert "4 of 4 steps" in said
+    for step, kinds in {
+        "inpainting": ["hidden", "inpainted", "inpaintedMean", "inpaintedStd"],
+        "normative": ["reference", "deviation"],
+        "reconstruction": [f"{task}{kind}" for task in ("denoising0p1", "mri3") for kind in ("", "FirstLook", "Std")],
+        "anomaly": ["anomaly", "anomalyMask", "healed"],
+    }.items():
+        made = folder / "results/tiny" / step
+        issues = bids_report(made)["issues"]["issues"]
+        assert [issue for issue in issues if issue["severity"] == "error"] == []
+        figures = json.loads((made / "figures.json").read_text())
+        assert figures["scans"] == list(scans.index)
+        assert step in ("anomaly", "normative") or figures["nominal_coverage"] == pytest.approx(1 / 3)
+        for name, path in scans.items():
+            real, images = nib.load(folder / path), list((made / name / "anat").glob("*.nii.gz"))
+            assert {image.name for image in images} == {f"{name}_desc-{kind}_T1w.nii.gz" for kind in kinds}
+            for image in map(nib.load, images):
+                assert image.shape == real.shape
+                np.testing.assert_allclose(image.affine, real.affine, atol=1e-5)
+    name, path = next(iter(scans.items()))
+    anat = folder / f"results/tiny/inpainting/{name}/anat"
+    hidden, filled = (nib.load(anat / f"{name}_desc-{kind}_T1w.nii.gz").get_fdata() for kind in ("hidden", "inpainted"))
+    np.testing.assert_array_equal(filled[hidden == 0], nib.load(folder / path).get_fdata()[hidden == 0])
+    found = pd.read_parquet(folder / "results/tiny/normative/measurements.parquet")
+    assert found.groupby(["method", "kind"]).size().to_dict() == {
+        (method, kind): 2 for method in ("counterfactual", "regression") for kind in ("reference", "lesion")
+    }
+    rows = pd.read_parquet(folder / "results/tiny/reconstruction/measurements.parquet")
+    assert set(rows["method"]) == {
+        *("first_look", "total_variation", "consistency", "consistency_mean", "moments", "moments_mean")
+    }
+    assert rows["lesion_kept"].notna().all()
+    before = digests(study)
+    assert {file: digest for file, digest in digests(folder).items() if file in before} == before
+
+
 def test_a_study_without_drawing_decoder_gives_images_as_the_autoencoder_decodes_them(study, tmp_path):
     folder = Path(shutil.copytree(study, tmp_path / "copy"))
     (folder / "study.yaml").write_text(yaml.safe_dump(STUDY | {"decoder": STUDY["decoder"] | {"network": None}}))
@@ -255,6 +307,7 @@ def test_a_study_without_drawing_decoder_gives_images_as_the_autoencoder_decodes
     assert names == {
         *(f"{kind}/{name}" for kind in ("autoencoder", "diffusion") for name in ("model.safetensors", "card.json")),
         *(f"diffusion/tone.{kind}" for kind in ("safetensors", "json")),
+        *BUNDLE,
     }
     command = [sys.executable, "-m", "meddiff_steps", "audit", str(results / "release")]
     done = subprocess.run([*command, "--models", str(results / "model-release")], env=ENVIRONMENT, capture_output=True)

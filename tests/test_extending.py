@@ -37,6 +37,8 @@ KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "DETECTORS": ("privacy.detectors", lambda name: [name]),
     "METRICS": ("evaluate.metrics", lambda name: [name]),
     "FEATURE_SPACES": ("evaluate.spaces", lambda name: [name]),
+    "ANOMALY_MAPS": ("anomaly.methods", lambda name: [name]),
+    "OPERATORS": ("reconstruction.operators", lambda name: [name]),
 }
 STUDY: dict[str, Any] = {
     "study": "tiny",
@@ -419,6 +421,51 @@ def check_feature_spaces() -> None:
         assert torch.isfinite(space.extract(torch.zeros_like(images))).all()
         assert (space.extract(0.5 + 0.1 * (images - 0.5))[:, 0] < features[:, 0]).all()
         assert len(space.digest) == 16 and space.name == name_of("FEATURE_SPACES")
+
+
+def check_operators() -> None:
+    """In 2D and 3D: its adjoint is one, and it measures what it says, with the noise that it says."""
+    import numpy as np
+    import torch
+
+    from meddiff_steps.config import Reconstruction
+    from meddiff_steps.imaging.operators.base import build, inner
+
+    name = name_of("OPERATORS")
+    settings = Reconstruction(operators=[name])
+    ((_, strength),) = settings.tasks
+    rng = np.random.default_rng(0)
+    for shape in ((1, 8, 12), (1, 8, 4, 12)):
+        operator = build(name, strength, settings, shape, (2.0,) * (len(shape) - 1), rng)
+        x = torch.from_numpy(rng.standard_normal((2, *shape)).astype(np.float32))
+        y = torch.from_numpy(rng.standard_normal((2, *operator.measured_shape)).astype(np.float32))
+        assert torch.allclose(inner(operator.forward(x), y), inner(x, operator.adjoint(y)), rtol=1e-4, atol=1e-4)
+        assert operator.first_look(y).shape == x.shape
+        known, measured = operator.measure(x[:1], rng)
+        left = (measured - known.forward(x[:1]))[known.reached()[None]]
+        assert 0.5 * known.noise_std < float(left.std()) < 1.5 * known.noise_std
+
+
+def check_anomaly_maps() -> None:
+    """A lesion differs from what is expected by its contrast at most, the rest hardly; a scan has one map."""
+    import numpy as np
+    import pandas as pd
+
+    from meddiff_steps.applications.anomaly_maps.base import Context, Scan, build
+    from meddiff_steps.config import Anomaly
+
+    images = np.clip(blobs(9, 0), 0, 0.5)
+    scans = [Scan(image, pd.DataFrame({"sex": ["F"]}), f"x/{i}") for i, image in enumerate(images)]
+    lesion = np.zeros(images.shape[2:], bool)
+    lesion[2:5, 2:5, 2:5] = True
+    ill = Scan(np.where(lesion, images[8] + 0.4, images[8]).astype(np.float32), scans[8].subject, "x/8")
+    untrained: Any = None  # this one asks no model
+    mapper = build(name_of("ANOMALY_MAPS"), Context(untrained, Anomaly(), scans[:8]))
+    found, healthy = mapper(ill)[""], mapper(scans[8])[""]
+    assert found.difference.shape == lesion.shape and found.healed.shape == images[8].shape
+    change = found.difference - healthy.difference
+    assert 0.1 < change[lesion].mean() < 0.45 and abs(change[~lesion].mean()) < 0.05
+    np.testing.assert_array_equal(found.difference, mapper(ill)[""].difference)
 
 
 def check_applications() -> None:

@@ -82,15 +82,52 @@ def test_a_terminal_shows_running_jobs_with_their_last_words_and_one_bar(tmp_pat
     assert stream.getvalue().endswith("\033[J1 of 3 jobs done in 00:01:30\n")
 
 
-def test_work_that_is_left_is_told_where_it_is_known():
+def test_time_that_is_left_is_told_where_it_is_known():
     clock = Clock()
     progress = Progress(io.StringIO(), clock=clock, expected={"diffusion": 2.0})
     run(progress, clock)
     clock.now += 3600
-    assert progress.remaining() == pytest.approx(3 * 3600)
-    assert "about 03:00:00 of work left" in progress.bar()
+    assert progress.remaining() == pytest.approx(3 * 3600, rel=0.02)
+    assert "about 03:00:00 left" in progress.bar() or "about 02:5" in progress.bar()
     assert Progress(io.StringIO()).remaining() is None
     assert duration(59.9) == "00:00:59"
+
+
+@pytest.mark.parametrize(("slower", "at_a_time"), [(1.0, 1), (4.0, 1), (0.5, 1), (1.0, 2), (3.0, 2)])
+def test_time_that_is_left_follows_how_long_jobs_take(slower, at_a_time):
+    """A machine that is slower than was expected, and jobs side by side."""
+    clock, hours = Clock(), 0.5
+    progress = Progress(io.StringIO(), clock=clock, expected={"generate": hours})
+    progress.happened("run_info", {"stats": {"generate": 8}})
+    for begun in range(0, 4, at_a_time):
+        for number in range(begun, begun + at_a_time):
+            progress.happened("job_info", announced(number, "generate"))
+        clock.now += 3600 * hours * slower
+        for number in range(begun, begun + at_a_time):
+            progress.happened("job_finished", {"job_id": number})
+    left = 4 * 3600 * hours * slower / at_a_time
+    assert progress.remaining() == pytest.approx(left, rel=0.15)
+
+
+def test_a_training_that_is_slower_than_expected_is_believed_before_it_ends(tmp_path):
+    """By its bar; and where it has none, once it has taken longer than was expected."""
+    clock, log = Clock(), tmp_path / "diffusion.log"
+    progress = Progress(io.StringIO(), clock=clock, expected={"diffusion": 1.0, "generate": 1.0})
+    progress.happened("run_info", {"stats": {"diffusion": 1, "generate": 1}})
+    progress.happened("job_info", announced(1, "diffusion", str(log)))
+    log.write_text("loading\rdiffusion:   1%|1 \rdiffusion:  50%|##5  | 500/1000")
+    clock.now += 2 * 3600
+    assert progress.remaining() == pytest.approx(2 * 3600 + 4 * 3600, rel=0.1)
+    log.write_text("diffusion:  50%|##5  | 500/1000\nvalidation")
+    assert progress.remaining() == pytest.approx(2 * 3600, rel=0.1)
+
+
+def test_who_stops_a_run_is_answered():
+    stream = io.StringIO()
+    progress = Progress(stream, quiet=True)
+    progress.said("INFO", "Will exit after finishing currently running jobs (scheduler).")
+    progress.said("INFO", "Something else")
+    assert stream.getvalue() == "Will exit after finishing currently running jobs (scheduler).\n"
 
 
 def test_quiet_tells_failures_with_the_end_of_their_log(tmp_path):
@@ -106,7 +143,8 @@ def test_quiet_tells_failures_with_the_end_of_their_log(tmp_path):
     progress.close()
     said = stream.getvalue()
     assert said.startswith(f"FAILED  diffusion\n  {log}:\n    line 20\n") and "line 29" in said
-    assert said.endswith("1 of 3 jobs done, 1 failed in 00:01:00\n") and "something" not in said
+    assert "1 of 3 jobs done, 1 failed in 00:01:00\n" in said and "something" not in said
+    assert said.endswith("run the same command again: what is done is not done again.\n")
 
 
 def test_a_run_shows_its_jobs_and_tells_whom_it_was_asked_to(tmp_path):

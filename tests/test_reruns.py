@@ -51,18 +51,30 @@ SAMPLING = {
     "filter",
     "privacy",
     "showcase",
+    "text_fidelity",
     "sampler_study",
     "counterfactual",
+    "inpainting",
+    "normative",
+    "reconstruction",
+    "anomaly",
+    "shape_completion",
     "regenerate",
     "audit",
+    "init_weights",
+    "downstream_neighbours",
+    "export_models",
 }
+
+#: Stages that draw images from images, or train what does.
+PAIRED = {"segmentation_model", "segmentation", "translation_model", "translation"}
 
 #: File, what is there, what becomes of it; then the stages.  A network that is trained anew has all that uses it made
 #: anew by its files.
 CODE: dict[str, tuple[str, str, str, set[str]]] = {
     "a constant of the denoiser, whose layers the drawing decoder has, too": (
         *("models/denoiser/resnet.py", "FREQUENCIES, LOWEST, HIGHEST = 32", "FREQUENCIES, LOWEST, HIGHEST = 16"),
-        {"decoder", "diffusion"},
+        {"decoder", "diffusion", "init_weights"} | PAIRED,
     ),
     "a denoiser that is not the study's": (
         *("models/denoiser/unet.py", "POSITION_CHANNELS = 8", "POSITION_CHANNELS = 4"),
@@ -70,11 +82,15 @@ CODE: dict[str, tuple[str, str, str, set[str]]] = {
     ),
     "the first stage": (
         *("models/first_stage/resnet.py", "(features, features.shape[1:])", "(features, features.shape[2:])"),
-        {"autoencoder"},
+        {"autoencoder", "init_weights"},
+    ),
+    "codebooks, which the study's first stage has not": (
+        *("models/first_stage/quantiser.py", "DEAD_BELOW = 0.05", "DEAD_BELOW = 0.06"),
+        set(),
     ),
     "the drawing decoder": (
         *("models/drawing/base.py", "decoded * 2.0 - 1.0", "decoded * 2.1 - 1.0"),
-        {"decoder"},
+        {"decoder", "init_weights"},
     ),
     "a constant of the training of the drawing decoder": (
         *("training/tasks/decoder.py", "PLACES, LEAST_SHARE, BLACK = 8", "PLACES, LEAST_SHARE, BLACK = 9"),
@@ -86,7 +102,15 @@ CODE: dict[str, tuple[str, str, str, set[str]]] = {
     ),
     "a constant of the optimiser": (
         *("training/optimisers.py", "WEIGHT_DECAY = 0.01", "WEIGHT_DECAY = 0.02"),
-        {"autoencoder", "decoder", "diffusion", "few_step"},
+        {
+            "autoencoder",
+            "decoder",
+            "diffusion",
+            "few_step",
+            "registration_train",
+            "segmentation_model",
+            "translation_model",
+        },
     ),
     "a constant of the grey levels, from which costs are estimated": (
         *("synthesis/grey_levels.py", "IMAGES = 64", "IMAGES = 32"),
@@ -98,18 +122,25 @@ CODE: dict[str, tuple[str, str, str, set[str]]] = {
     ),
     "a sampler's default steps": (
         *("diffusion/samplers/dpmpp.py", '"default_steps": 20', '"default_steps": 25'),
-        {"tone", "generate", "filter", "describe", "showcase", "sampler_study", "ledger"},
+        {
+            *("tone", "generate", "filter", "describe", "showcase", "text_fidelity", "sampler_study", "ledger"),
+            "export_models",
+        },
     ),
     "the solver of the study's sampler": (
         *("diffusion/samplers/dpmpp.py", "/ (2 * r)", "/ (3 * r)"),
-        {"decoder", "tone", "generate", "filter", "showcase", "sampler_study"},
+        {
+            *("decoder", "tone", "generate", "filter", "showcase", "text_fidelity", "sampler_study", "init_weights"),
+            "export_models",
+            *PAIRED,
+        },
     ),
     "the solver of a sampler that is not the study's": ("diffusion/samplers/heun.py", "/ 2)", "/ 3)", set()),
     "what a sampler says of itself": (
         *("diffusion/samplers/dpmpp.py", '"summary": "', '"summary": "Well known. '),
         set(),
     ),
-    "how a sampler is run": ("diffusion/sampling.py", "math.hypot(", "2 * math.hypot(", SAMPLING),
+    "how a sampler is run": ("diffusion/sampling.py", "math.hypot(", "2 * math.hypot(", SAMPLING | PAIRED),
     "a caption of the report": (
         "report/page.html.jinja",
         "<figcaption>",
@@ -125,33 +156,52 @@ CODE: dict[str, tuple[str, str, str, set[str]]] = {
 }
 #: Key, what becomes of it, the stages; `ledger` besides, which seals the study.
 STUDIES: dict[str, tuple[Any, set[str]]] = {
-    "covariates.age.description": ("Age at the scan", {"describe"}),
+    "covariates.age.description": ("Age at the scan", {"describe", "neighbours", "report"}),
     "covariates.age.range": (
         [0, 110],
         {
             *(
                 "cohort",
+                "init_weights",
                 "scale",
                 "diffusion",
                 "tone",
                 "plan",
                 "privacy",
                 "neighbours",
+                "predictors",
+                "images",
                 "describe",
                 "evaluate",
                 "sampler_study",
             ),
-            *("showcase", "counterfactual", "downstream_design", "downstream_plan", "downstream_data"),
-            *("downstream_test", "lineup", "report", "second_model"),
+            *(
+                "showcase",
+                "counterfactual",
+                "inpainting",
+                "normative",
+                "reconstruction",
+                "anomaly",
+                "downstream_design",
+                "downstream_plan",
+                "downstream_data",
+            ),
+            *("downstream_test", "downstream_neighbours", "lineup", "report", "second_model"),
         },
     ),
     "title": ("A better title", {"neighbours", "describe", "lineup", "report"}),
-    "decoder.channels": (32, {"decoder"}),
+    "decoder.channels": (32, {"decoder", "init_weights"}),
     "diffusion.levels.mean": (0.0, {"diffusion"}),
-    "generate.drawing_steps": (20, {"tone", "generate", "filter", "describe", "showcase", "sampler_study"}),
+    "generate.drawing_steps": (
+        20,
+        {"tone", "generate", "filter", "describe", "showcase", "text_fidelity", "sampler_study", "export_models"},
+    ),
     "generate.guidance_scale": (
         2.0,
-        {"few_step", "tone", "generate", "filter", "describe", "showcase", "sampler_study"},
+        {
+            *("few_step", "tone", "generate", "filter", "describe", "showcase", "text_fidelity", "sampler_study"),
+            "export_models",
+        },
     ),
     "privacy.level": (0.2, {"calibrate", "privacy"}),
     "release.licence": ("CC-BY-4.0", {"describe", "export", "export_index"}),
@@ -159,6 +209,15 @@ STUDIES: dict[str, tuple[Any, set[str]]] = {
 #: Keys of what is done beside a release, which does not seal them.
 UNSEALED: dict[str, tuple[Any, set[str]]] = {
     "counterfactual.depth": (0.7, {"counterfactual"}),
+    "inpainting.resamples": (9, {"inpainting"}),
+    "normative.depth": (0.7, {"normative"}),
+    "reconstruction.operators": (["denoising"], {"reconstruction"}),
+    "anomaly.score_share": (0.02, {"anomaly"}),
+    "registration.shares": ([0.5], {"registration"}),
+    "registration.smoothness": (2.0, {"registration_train", "registration"}),
+    "shape_completion.samples": (9, {"shape_completion"}),
+    "segmentation_ensemble.samples": (9, {"segmentation"}),
+    "translation.channels": ([32], {"translation_model", "translation"}),
     "lineup.seed": ("another", {"lineup"}),
     "storage.protect": (False, set()),
 }

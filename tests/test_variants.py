@@ -11,7 +11,7 @@ import pytest
 from meddiff_steps.config import Evaluate, Privacy
 from meddiff_steps.core.choice import chosen
 from meddiff_steps.core.errors import UserError
-from meddiff_steps.core.registries import DETECTORS, FEATURE_SPACES, METRICS
+from meddiff_steps.core.registries import DETECTORS, FEATURE_SPACES, METRICS, OPERATORS
 from meddiff_steps.core.registry import Registry
 
 #: Registry, its names in order, what an entry says, and the function of a variant with its parameters.
@@ -24,6 +24,13 @@ KINDS = [
         {"source": str, "spatial_dims": list, "needs": str},
         "build",
         1,
+    ),
+    (
+        OPERATORS,
+        ["mri", "super_resolution", "denoising", "low_count"],
+        {"source": str, "measures": str, "strengths": str},
+        "build",
+        6,
     ),
 ]
 VARIANTS = [(registry, name, *rest) for registry, names, *rest in KINDS for name in names]
@@ -42,7 +49,7 @@ def test_a_variant_has_a_whole_entry_and_the_function_of_its_kind(
     entry = registry.entry(name)
     for field, kind in ({"summary": str} | fields).items():
         assert isinstance(entry[field], kind) and entry[field], field
-    assert set(entry) <= {"summary", "order", *fields}
+    assert set(entry) <= {"summary", "order", "title", *fields}
     module = registry.load(name)
     assert entry == module.ENTRY
     assert len(inspect.signature(getattr(module, function)).parameters) == parameters

@@ -40,8 +40,11 @@ class Source:
     path: str
     suffix: str = "T1w"
 
-    def name(self, description: str, extension: str) -> PurePosixPath:
-        """Place of a derived image: that of a BIDS scan with `desc-...`; of any other scan a name made of its id."""
+    def name(self, description: str, extension: str, shows: str | None = None) -> PurePosixPath:
+        """Place of a derived image: that of a BIDS scan with `desc-...`; of any other scan a name made of its id.
+
+        `shows` is the BIDS suffix where the image shows something else than the scan does, such as `mask`.
+        """
         entities = re.findall(r"(?:^|_)([a-zA-Z]+)-([a-zA-Z0-9]+)", self.scan_id)
         suffix = self.scan_id.rpartition("_")[2]
         if not entities or entities[0][0] != "sub":
@@ -51,7 +54,7 @@ class Source:
             suffix = own[1] if own else self.suffix
         entities = [entity for entity in entities if entity[0] != "desc"] + [("desc", description)]
         folders = [f"{key}-{value}" for key, value in entities if key in ("sub", "ses")]
-        name = "_".join([f"{key}-{value}" for key, value in entities] + [suffix])
+        name = "_".join([f"{key}-{value}" for key, value in entities] + [shows or suffix])
         return PurePosixPath(*folders, "anat", f"{name}{extension}")
 
     def in_dataset(self) -> str | None:
@@ -72,7 +75,14 @@ def label(covariate: str, value: Any) -> str:
 
 
 def write_image(
-    root: Path, source: Source, description: str, array: np.ndarray, affine: np.ndarray | None, facts: Mapping[str, Any]
+    root: Path,
+    source: Source,
+    description: str,
+    array: np.ndarray,
+    affine: np.ndarray | None,
+    facts: Mapping[str, Any],
+    span: tuple[float, float] = (0.0, 255.0),
+    shows: str | None = None,
 ) -> str:
     """Write an image and its sidecar; returns its path below `root`.
 
@@ -84,8 +94,12 @@ def write_image(
         Of a volume.
     facts
         For the sidecar.
+    span
+        Values that 0 and 255 of a picture stand for, or more where the array has more.
+    shows
+        As of `Source.name`.
     """
-    place = source.name(description, ".nii.gz" if affine is not None else ".png")
+    place = source.name(description, ".nii.gz" if affine is not None else ".png", shows)
     path = root / place
     if affine is not None:
         volume = nib.Nifti1Image(array.astype(np.float32), affine)
@@ -94,7 +108,7 @@ def write_image(
         with atomic_path(path) as temporary:
             nib.save(volume, temporary)
     else:
-        low, high = min(0.0, float(array.min())), max(255.0, float(array.max()))
+        low, high = min(span[0], float(array.min())), max(span[1], float(array.max()))
         pixels = np.rint((array - low) / (high - low) * 255).astype(np.uint8)
         with atomic_path(path) as temporary:
             PilImage.fromarray(pixels).save(temporary, format="PNG")
@@ -104,13 +118,15 @@ def write_image(
     return str(place)
 
 
-def complete(root: Path, name: str, readme: str, model: Mapping[str, str]) -> None:
+def complete(root: Path, name: str, readme: str, model: Mapping[str, str], step: str = "counterfactual") -> None:
     """Write README, what validators shall pass over, and, last, dataset_description.json.
 
     Parameters
     ----------
     model
         SHA-256 of the weights by stage.
+    step
+        That made it.
     """
     write_atomic(root / "README.md", readme.encode())
     others = {path.name for path in root.iterdir() if path.is_file()} - {"README.md", "dataset_description.json"}
@@ -123,7 +139,7 @@ def complete(root: Path, name: str, readme: str, model: Mapping[str, str]) -> No
             {
                 "Name": "meddiff_steps",
                 "Version": __version__,
-                "Description": "counterfactual",
+                "Description": step,
                 "Container": {"Tag": json.dumps(dict(model), sort_keys=True)},
             }
         ],

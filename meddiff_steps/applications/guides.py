@@ -1,18 +1,25 @@
-"""Guidance of an application by a predictor that was fitted to training latents."""
+"""Guidance of an application by a predictor: one fitted to training latents, or a network of the user's own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn import functional
 
 from meddiff_steps import config
 from meddiff_steps.cohort.covariates import CovariateEncoding
+from meddiff_steps.core.errors import UserError
 from meddiff_steps.diffusion.guidance import ClassifierGuidance, Guidance
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.instruments.latent_predictors import fit_latent_predictor
 from meddiff_steps.models.latent_statistics import Standardisation
+from meddiff_steps.models.torchscript import load_torchscript
+from meddiff_steps.models.trained import TrainedModel
 
 #: Training latents that the predictor is fitted to, at most.
 MAX_LATENTS = 1024
@@ -53,3 +60,74 @@ def latent_guides(
         )
         for target in targets
     ]
+
+
+def image_guides(
+    settings: config.Counterfactual,
+    values: Sequence[config.Scalar],
+    declared: config.Covariate,
+    model: TrainedModel,
+    images: np.ndarray,
+    known: pd.Series,
+) -> list[tuple[ClassifierGuidance]]:
+    """For each value, guidance towards images that the user's network takes for it, through the first stage.
+
+    Parameters
+    ----------
+    declared
+        The covariate that is moved.
+    images, known
+        Scans (n, 1, *spatial) that no network of the study learnt from, and their covariate: how far a network is from
+        numbers says how unsure it is of them.
+
+    Raises
+    ------
+    UserError
+        The file is no TorchScript, does not take these images, or gives something else than it should.
+    """
+    key = "counterfactual.predictor"
+    network = model.fabric.to_device(load_torchscript(Path(str(settings.predictor)), key))
+    levels = declared.levels if isinstance(declared, config.CategoricalCovariate) else []
+
+    def predict(shown: Tensor) -> Tensor:
+        try:
+            found = network(shown)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise UserError(
+                f"{key}: {settings.predictor} does not take images {tuple(shown.shape[1:])} ({reason}). Give a network"
+                " for the study's grid."
+            ) from None
+        if tuple(found.shape) != (len(shown), len(levels) or 1):
+            raise UserError(
+                f"{key}: {settings.predictor} gives {tuple(found.shape)} for {len(shown)} images, expected"
+                f" {(len(shown), len(levels) or 1)}: a logit for each of {levels}"
+                if levels
+                else f"{key}: {settings.predictor} gives {tuple(found.shape)} for {len(shown)} images, expected"
+                f" {(len(shown), 1)}: the covariate in its unit."
+            )
+        return found.float()
+
+    spread = 1.0
+    if not levels:
+        truth = known.to_numpy(dtype=float, na_value=np.nan)
+        there = np.isfinite(truth)
+        with torch.no_grad():
+            found = torch.cat([predict(model.fabric.to_device(torch.from_numpy(one[None]))) for one in images[there]])
+        if there.sum() < 3:
+            raise UserError(
+                f"{key}: {there.sum()} validation scans have a {settings.covariate}, expected at least 3 to measure how"
+                " unsure the network is. Enlarge splits.val."
+            )
+        spread = float(np.sqrt(np.square(found[:, 0].cpu().numpy() - truth[there]).mean()))
+
+    def towards(value: config.Scalar) -> Callable[[Tensor], Tensor]:
+        def log_probability(latents: Tensor) -> Tensor:
+            found = predict(model.mean_images(latents))
+            if levels:
+                return functional.log_softmax(found, 1)[:, levels.index(str(value))]
+            return -0.5 * ((found[:, 0] - float(value)) / spread).square()
+
+        return log_probability
+
+    return [(ClassifierGuidance(towards(value), scale=settings.classifier_guidance),) for value in values]

@@ -14,13 +14,17 @@ from meddiff_steps.core.errors import UserError
 log = logging.getLogger(__name__)
 
 
-def chosen_scans(scans: pd.DataFrame, wanted: Sequence[str], most: int) -> pd.DataFrame:
+def chosen_scans(
+    scans: pd.DataFrame, wanted: Sequence[str], most: int, section: str = "counterfactual"
+) -> pd.DataFrame:
     """The scans that were asked for by scan or subject id; the first `most` of the test split where none was.
 
     Parameters
     ----------
     scans
         Manifest rows of preprocessed scans.
+    section
+        Of the study that asks, for messages.
 
     Raises
     ------
@@ -31,7 +35,7 @@ def chosen_scans(scans: pd.DataFrame, wanted: Sequence[str], most: int) -> pd.Da
         found = scans[scans["split"] == "test"].sort_values("scan_id")[:most]
         if found.empty:
             raise UserError(
-                "counterfactual.scans: no preprocessed scan is in the test split. Name scans, or enlarge splits.test."
+                f"{section}.scans: no preprocessed scan is in the test split. Name scans, or enlarge splits.test."
             )
         return found.reset_index(drop=True)
     parts = []
@@ -40,7 +44,7 @@ def chosen_scans(scans: pd.DataFrame, wanted: Sequence[str], most: int) -> pd.Da
         if rows.empty:
             some = ", ".join(sorted(scans["scan_id"])[:3])
             raise UserError(
-                f"counterfactual.scans: {name!r} is no preprocessed scan or subject of the cohort, which has {some},"
+                f"{section}.scans: {name!r} is no preprocessed scan or subject of the cohort, which has {some},"
                 " ... preprocessed/qc.parquet says which were left out, and why."
             )
         parts.append(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,7 +17,9 @@ from meddiff_steps.imaging import encoding
 from meddiff_steps.provenance import verify
 from meddiff_steps.provenance.ledger import Row
 from meddiff_steps.provenance.verify import Check, judged
+from meddiff_steps.release import preview
 from meddiff_steps.release.layout import Layout
+from meddiff_steps.release.measuring import volumes
 from meddiff_steps.release.sealed import Sealed
 
 #: What each check says if nothing is wrong, and after the number of wrong things.
@@ -30,6 +33,8 @@ SAID = {
     ),
     "marks": ("every image and the dataset say that they are synthetic", "mark(s) are missing or wrong"),
     "packing": ("every image is packed as this machine packs it", "image(s) hide something in their packing"),
+    "labels": ("label maps and their volumes are what the ledger holds", "problem(s) with label maps"),
+    "previews": ("the pictures in README show the images that they should", "picture(s) show something else"),
     "twins": ("no two subjects show the same", "pair(s) of subjects show the same"),
 }
 
@@ -45,7 +50,14 @@ def check_content(release: Sealed, threads: int = 1) -> list[Check]:
     for row, problems, packed in progress(looked_at, count, "content"):
         images.add(row, problems, packed)
     images.wrong["marks"] += _dataset_marks(release.folder, study, images.folders or {""})
-    checks = [judged(5, name, images.wrong[name], good.format(count=count), bad) for name, (good, bad) in SAID.items()]
+    if verify.OLD_README not in release.root["files"]:
+        images.wrong["previews"] += images.preview_problems()
+    left_out = {"labels": not images.labelled, "previews": verify.OLD_README in release.root["files"]}
+    checks = [
+        judged(5, name, images.wrong[name], good.format(count=count), bad)
+        for name, (good, bad) in SAID.items()
+        if images.wrong[name] or not left_out.get(name)
+    ]
     return [images.packing() or check if check.name == "packing" else check for check in checks]
 
 
@@ -58,6 +70,8 @@ class _Images:
         self.grid = encoding.Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
         self.wrong: dict[str, list[str]] = {name: [] for name in SAID}
         self.folders: set[str] = set()
+        self.labelled = False
+        self._first: dict[str, list[str]] = {}
         self._shown: dict[str, tuple[str, str]] = {}
         self._packed: dict[bool, list[str]] = {True: [], False: []}
 
@@ -71,7 +85,45 @@ class _Images:
         except encoding.Undecodable as error:
             kind = "format" if isinstance(error, encoding.OtherForm) else "decodes"
             return [(kind, f"{place}: {error}")], None
-        return self._look_at(image, row["sample_id"], row["image"]["voxel_sha256"])
+        problems, packed = self._look_at(image, row["sample_id"], row["image"]["voxel_sha256"])
+        if row.get("labels") is not None:
+            problems += [("labels", f"{row['sample_id']}: {one}") for one in self._label_problems(row)]
+        return problems, packed
+
+    def _label_problems(self, row: Row) -> Iterator[str]:
+        """What is wrong with the label map of a row, and with the volumes that follow from it."""
+        name, grid = row["sample_id"], replace(self.grid, labels=True)
+        structures = self.study.structures
+        try:
+            found = encoding.decode(self.release / row["labels"]["path"], grid)
+            if encoding.voxel_digest(found.stored, found.affine) != row["labels"]["voxel_sha256"]:
+                yield "it shows something else than the ledger says"
+            yield from encoding.departures(found, grid, name, self.study.study)
+            encoding.is_packed_otherwise(found, grid, name, self.study.study)
+        except encoding.Undecodable as error:
+            yield str(error)
+            return
+        if found.stored.max() > len(structures):
+            yield f"label {found.stored.max()}, of {len(structures)} structures"
+            return
+        for column, volume in volumes(found.stored, structures, self.grid, self.study.covariates).items():
+            if (row.get("measured") or {}).get(column) != volume:
+                yield f"{column} is {(row.get('measured') or {}).get(column)}, by the label map {volume}"
+
+    def preview_problems(self) -> Iterator[str]:
+        """Pictures that do not show the first images of their dataset; when all images are there."""
+        for folder, paths in sorted(self._first.items()):
+            name = f"{folder}/{verify.PREVIEW}" if folder else verify.PREVIEW
+            try:
+                wanted = preview.pixels(self.release, paths, self.grid)
+                grid = encoding.Grid(wanted.shape, None)
+                found = encoding.decode(self.release / name, grid)
+                other = encoding.departures(found, grid, preview.NAME, self.study.study)
+                encoding.is_packed_otherwise(found, grid, preview.NAME, self.study.study)
+                if other or not np.array_equal(found.stored, wanted):
+                    yield f"{name}: {', '.join(other) or 'other images'}"
+            except encoding.Undecodable as error:
+                yield f"{name}: {error}"
 
     def _look_at(
         self, image: encoding.Decoded, name: str, voxel_sha256: str
@@ -101,6 +153,10 @@ class _Images:
         if key != row["seed_key"]:
             self.wrong["twins"].append(f"{name} and {other}")
         self.folders.add(self.layout.folder(row["group"], row["index"]))
+        self.labelled |= row.get("labels") is not None
+        first = self._first.setdefault(verify.placed(place)[0], [])
+        if len(first) < preview.MOST:
+            first[:] = preview.chosen([*first, place], self.study.spatial_dims)
         if place != self.layout.path(name, row["group"], row["index"]):
             self.wrong["format"].append(f"{name}: lies at {place}")
         for check, what in problems:

@@ -69,7 +69,10 @@ def _write_again(release: Sealed, out: Path, lines: list[str]) -> None:
     assert release.study is not None
     first = next(release.rows(), None)
     known = set() if first is None or not release.is_other else set(verify.LATER["recipe"]) - set(first["recipe"])
-    schema = ledger.public_schema(release.study.covariates, without=known)
+    row = next(release.released(), first) or {}
+    measured = ledger.measured_columns(release.study.covariates, row.get("measured") or {})
+    texts = release.study.text.column is not None
+    schema = ledger.public_schema(release.study.covariates, known, measured, "labels" in row, texts)
 
     def tables() -> Iterator[pa.Table]:
         with open(release.folder / seal.LINES, "rb") as stream:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from meddiff_steps.core.canonical import canonical_bytes
+import rfc8785
+
 from meddiff_steps.provenance import signature, verify
 from meddiff_steps.provenance.verify import Check
 from meddiff_steps.release.sealed import Sealed
@@ -14,6 +15,6 @@ def check_signature(release: Sealed, key: bytes | None) -> Check:
     if found.outcome == "finding" or not release.root["signer"]:
         return found
     payload = verify.read_envelope(release.folder)[2]
-    if canonical_bytes(verify.load_json(payload)) != payload:
+    if rfc8785.dumps(verify.load_json(payload)) != payload:
         return Check(1, found.name, "finding", "the statement that was signed is not written canonically (RFC 8785)")
     return found

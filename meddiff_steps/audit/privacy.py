@@ -19,6 +19,8 @@ from meddiff_steps.core.files import read_json, sha256_file
 from meddiff_steps.imaging import encoding
 from meddiff_steps.privacy.calibration import Thresholds, thresholds_of
 from meddiff_steps.privacy.detectors.base import Detector, score
+from meddiff_steps.privacy.label_maps import NAME as LABELS
+from meddiff_steps.privacy.label_maps import LabelMapDetector
 from meddiff_steps.privacy.reference import ReferenceFiles, load_detectors
 from meddiff_steps.privacy.size import batch_size
 from meddiff_steps.provenance import verify
@@ -68,9 +70,10 @@ def _check_images(release: Sealed, rows: list[Row], results: Path, threads: int)
     try:
         calibration = read_json(results / "privacy/calibration.json")
         thresholds = thresholds_of(calibration)
+        reference = load_file(results / "privacy/reference.safetensors")
         detectors = load_detectors(
             _files(results),
-            load_file(results / "privacy/reference.safetensors"),
+            reference,
             calibration["detectors"],
             calibration.get("mirrors", True),  # cards that do not say so are older: they always were
             make_fabric(study.compute.model_copy(update={"device": "auto"}), threads),
@@ -85,9 +88,16 @@ def _check_images(release: Sealed, rows: list[Row], results: Path, threads: int)
         images = _images(release, rows)
     except encoding.Undecodable as error:
         return Check(7, "images", "finding", f"an image cannot be decoded ({error})")
-    near = _too_near(release, rows, _similarities(detectors, images), thresholds)
+    similarity = _similarities(detectors, images)
+    if LABELS in reference:
+        try:
+            labels = _label_maps(release, rows)
+        except encoding.Undecodable as error:
+            return Check(7, "images", "finding", f"a label map cannot be decoded ({error})")
+        similarity[LABELS] = LabelMapDetector(reference[LABELS], calibration["structures"]).similarity(labels)[0]
+    near = _too_near(release, rows, similarity, thresholds)
     if not near:
-        allowed = "1 detector allows" if len(detectors) == 1 else f"{len(detectors)} detectors allow"
+        allowed = "1 detector allows" if len(similarity) == 1 else f"{len(similarity)} detectors allow"
         text = f"none of {len(rows)} released images is nearer to a training scan than {allowed}"
         return Check(7, "images", "pass", text)
     text = f"{len(near)} of {len(rows)} released images are nearer to a training scan than allowed"
@@ -105,6 +115,14 @@ def _images(release: Sealed, rows: list[Row]) -> torch.Tensor:
     grid = encoding.Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
     stored = [encoding.decode(release.folder / row["image"]["path"], grid).stored for row in rows]
     return torch.from_numpy(np.stack(stored).astype(np.float32)[:, None] / scale)
+
+
+def _label_maps(release: Sealed, rows: list[Row]) -> np.ndarray:
+    """Released label maps, uint8 (n, *spatial)."""
+    study = release.study
+    assert study is not None
+    grid = encoding.Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm, labels=True)
+    return np.stack([encoding.decode(release.folder / row["labels"]["path"], grid).stored for row in rows])
 
 
 def _similarities(detectors: list[Detector], images: torch.Tensor) -> dict[str, np.ndarray]:

@@ -12,11 +12,13 @@ from typing import Any
 
 from meddiff_steps import config
 from meddiff_steps.audit.progress import progress
+from meddiff_steps.cohort.texts import COLUMN as TEXT
 from meddiff_steps.core.random_streams import SCHEME as SEED_SCHEME
 from meddiff_steps.core.random_streams import seed_key
 from meddiff_steps.provenance import ledger
 from meddiff_steps.provenance.verify import Check, judged
 from meddiff_steps.release.sealed import Sealed
+from meddiff_steps.synthesis.plan import planned_text
 from meddiff_steps.synthesis.size import group_rows
 
 #: Attempt and key of a subject's released image (None if there is none), the number of its attempts, and its subgroup
@@ -30,6 +32,7 @@ SAID = {
     "recipe": ("sampler, steps, guidance and batch size are those of the config", "row(s) differ from the config"),
     "covariates": ("all covariates are what the plan allows", "covariate(s) are not what the plan allows"),
     "groups": ("{groups} group(s) have their planned size", "problem(s) with groups"),
+    "measured": ("measurements are of the study's covariates, within what they can be", "problem(s) with measurements"),
     "attempts": ("attempts and decisions fit together", "row(s) whose attempts and decisions do not fit"),
 }
 
@@ -54,6 +57,7 @@ class Tally:
         self.wrong: dict[str, list[str]] = {name: [] for name in SAID}
         self.decisions: Counter[str] = Counter()
         self.outcomes: dict[str, Outcome] = {}
+        self.measured = False
         self._counts: Counter[str] = Counter()
         self._usual: dict[str, Any] | None = None
         #: Which subject a key or noise was first seen of: name, group and number.
@@ -63,6 +67,7 @@ class Tally:
         """Add a row."""
         name, group, subgroup = row["sample_id"], self.groups.get(row["group"]), self.study.privacy.subgroup
         self._counts[row["group"]] += 1
+        self.measured |= bool(row.get("measured"))
         self.decisions[row["privacy"]["decision"]] += 1
         held = str(row["covariates"].get(subgroup)) if subgroup else "all"
         self.outcomes[name] = (row["attempt"], row["seed_key"], row["privacy"]["attempts"], held)
@@ -71,7 +76,11 @@ class Tally:
             return
         self._look_at_recipe(row)
         problems = {
-            "covariates": covariate_problems(row, group, self.study.covariates, self._fixed[group.name]),
+            "measured": measured_problems(row, self.study),
+            "covariates": [
+                *covariate_problems(row, group, self.study, self._fixed[group.name]),
+                *(text_problems(row, group) if self.study.text.column is not None else ()),
+            ],
             "attempts": _attempt_problems(row, self.study.privacy.max_attempts),
         }
         for check, found in problems.items():
@@ -131,6 +140,8 @@ def check_recipes(release: Sealed) -> tuple[list[Check], Tally]:
     for row in progress(release.rows(), rows, "recipes", "row"):
         tally.look(row)
     tally.close(release.root["seed"])
+    if release.instrument("predictors") is not None and not tally.measured and tally.decisions["released"]:
+        tally.wrong["measured"].append("by its records images were measured, but no row says what was found")
     checks = [
         judged(4, name, tally.wrong[name], good.format(rows=rows, groups=len(tally.groups)), bad)
         for name, (good, bad) in SAID.items()
@@ -149,6 +160,10 @@ def config_recipe(study: config.Study, recipe: Mapping[str, Any]) -> dict[str, A
         "guidance": wanted.guidance,
         "guidance_interval": list(wanted.guidance_interval) if wanted.guidance_interval else None,
         "drawing_steps": wanted.drawing_steps if study.decoder.network else None,
+        **{
+            name: (recipe.get(name) or "the weights of a model of label maps") if study.pairs else None
+            for name in ("mask_autoencoder", "mask_diffusion")
+        },
         "decoder": (recipe.get("decoder") or "the weights of a decoder") if study.decoder.network else None,
     }
     return {
@@ -192,12 +207,13 @@ def fixed_values(group: config.PlanGroup) -> dict[str, Values]:
 
 
 def covariate_problems(
-    row: ledger.Row, group: config.PlanGroup, covariates: config.Covariates, fixed: Mapping[str, Values]
+    row: ledger.Row, group: config.PlanGroup, study: config.Study, fixed: Mapping[str, Values]
 ) -> Iterator[str]:
     """Which covariates of a row the study could not have asked for; `fixed` is `fixed_values` of its group."""
-    values = row["covariates"]
-    if set(values) != set(covariates):
-        yield f"covariates {sorted(values)}, declared {sorted(covariates)}"
+    values, covariates = row["covariates"], study.covariates
+    expected = {*covariates, *([TEXT] if study.text.column is not None else [])}
+    if set(values) != expected:
+        yield f"covariates {sorted(values)}, declared {sorted(expected)}"
         return
     for name, covariate in covariates.items():
         value, categorical = values[name], isinstance(covariate, config.CategoricalCovariate)
@@ -208,6 +224,32 @@ def covariate_problems(
             yield f"{name} = {value!r}, asked for {group.where[name]}"
         if name in fixed and value not in fixed[name]:
             yield f"{name} = {value!r}, which is not what the plan fixes"
+
+
+def text_problems(row: ledger.Row, group: config.PlanGroup) -> Iterator[str]:
+    """Whether the text of a row is another than the plan asks for; that of a table's row is the table's to say."""
+    values = row["covariates"]
+    if group.covariates != "table" and values.get(TEXT) != (wanted := planned_text(group, row["index"], values)):
+        yield f"text {values.get(TEXT)!r}, planned {wanted!r}"
+
+
+def measured_problems(row: ledger.Row, study: config.Study) -> Iterator[str]:
+    """What cannot have been measured in the image of a row; whether it was, content and re-execution find."""
+    if row["image"] is None:
+        return
+    segmented = set(study.structures)
+    if (row.get("labels") is not None) != bool(segmented) and "measured" in row:
+        yield f"{'no' if segmented else 'a'} label map, but the study has {'such' if segmented else 'none'}"
+    for column, value in (row.get("measured") or {}).items():
+        name = column.removesuffix(ledger.MEASURED).removesuffix(ledger.SEGMENTED)
+        covariate = study.covariates.get(name)
+        if covariate is None or (column.endswith(ledger.SEGMENTED) and name not in segmented):
+            yield f"{column} is no measurement of this study"
+        elif ledger.is_text(column, study.covariates):
+            if not isinstance(covariate, config.CategoricalCovariate) or value not in covariate.levels:
+                yield f"{column} = {value!r}"
+        elif isinstance(value, str) or value is None or value != float(f"{value:.6g}"):
+            yield f"{column} = {value!r}, not a number of six digits"
 
 
 def _is_allowed(value: Any, name: str, covariate: Any, group: config.PlanGroup) -> bool:

@@ -11,7 +11,7 @@ from scipy.stats import hypergeom
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.random_streams import philox
 from meddiff_steps.provenance.ledger import Row
-from meddiff_steps.provenance.verify import Check
+from meddiff_steps.provenance.verify import Check, judged
 from meddiff_steps.release import versions
 from meddiff_steps.release.regeneration import (
     PURPOSE,
@@ -67,7 +67,7 @@ def check_reexecution(release: Sealed, models: Path, sample: int, seed: str, thr
     rows = choose(everyone, sample, seed, "re-execution")
     again = remake(rows, study, models, threads, release.version)
     try:
-        results = [compare(row, image, release.folder, study)[0] for row, image in again]
+        results = [compare(row, image, release.folder, study, labels)[0] for row, image, labels in again]
         if sorted(result.sample_id for result in results) != [row["sample_id"] for row in rows]:
             raise UserError(f"of {len(rows)} images {len(results)} were made again")
     except versions.OtherVersion as error:
@@ -86,6 +86,10 @@ def check_reexecution(release: Sealed, models: Path, sample: int, seed: str, thr
         return
     yield Check(6, "models", "pass", named)
     yield _judge(results, len(everyone), TOLERANCE[study.spatial_dims], seed)
+    if drawn := [result for result in results if result.labels]:
+        wrong = [f"{result.sample_id}: another label map" for result in drawn if result.labels != "same"]
+        good = f"{len(drawn)} label maps that images were drawn from come out again, bit by bit"
+        yield judged(6, "label-maps", wrong, good, "label map(s) do not come out again")
     if any(result.verdict != "bitwise" for result in results):
         differences = environment_difference(release) or ["none is recorded; the number of threads remains"]
         yield Check(

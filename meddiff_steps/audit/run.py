@@ -124,9 +124,11 @@ def _re_execution(release: Sealed, request: Request) -> Iterator[Check]:
     if request.models is None:
         yield Check(6, "all", "not run", "no models: give --models, a folder with autoencoder/ and diffusion/")
     else:
+        from meddiff_steps.audit.measurements import check_measurements
         from meddiff_steps.audit.reexecution import check_reexecution
 
         yield from check_reexecution(release, request.models, request.sample, request.seed, request.threads)
+        yield from check_measurements(release, request.models, request.sample, request.seed, request.threads)
 
 
 def _privacy(release: Sealed, request: Request) -> Iterator[Check]:

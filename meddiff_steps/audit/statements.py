@@ -12,19 +12,22 @@ from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
+import rfc8785
 
 from meddiff_steps import __version__, config
 from meddiff_steps.audit.recipes import Tally
-from meddiff_steps.core.canonical import canonical_bytes
+from meddiff_steps.cohort.texts import COLUMN as TEXT
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.privacy.verdict import PLAIN, SEVERITY, within
 from meddiff_steps.provenance import lineage, verify
+from meddiff_steps.provenance.ledger import LABELS
 from meddiff_steps.provenance.lineage import Record
 from meddiff_steps.provenance.verify import Check, judged
 from meddiff_steps.release import crate, croissant, seal, versions
-from meddiff_steps.release.dataset import Story, texts
+from meddiff_steps.release.dataset import previews, texts
 from meddiff_steps.release.facts import are_facts
 from meddiff_steps.release.sealed import Sealed
+from meddiff_steps.release.story import Story
 
 #: Where the first of two models lies.
 FIRST_MODEL = "teacher/"
@@ -133,7 +136,7 @@ def _could_have_read(release: Sealed, path: str, record: Record) -> list[tuple[l
     found = []
     for content in _contents(release, path):
         try:
-            part = canonical_bytes(config.part_of(content, sections, version))
+            part = rfc8785.dumps(config.part_of(content, sections, version))
         except (KeyError, TypeError, ValueError):
             continue
         found.append((sections, hashlib.sha256(part).hexdigest()))
@@ -217,17 +220,26 @@ def _texts(release: Sealed) -> Iterator[tuple[str, bytes]]:
     story = Story.of(study, described["Facts"], _sources(described))
     rows = list(release.released())
     plan = pd.DataFrame(
-        [{"sample_id": row["sample_id"], **row["covariates"]} for row in rows],
-        columns=["sample_id", *study.covariates],
+        [{name: row[name] for name in ("sample_id", "group", "noise_index")} | row["covariates"] for row in rows],
+        columns=[
+            *("sample_id", "group", "noise_index", *study.covariates),
+            *([TEXT] if study.text.column is not None else []),
+        ],
         dtype=object,
     )
-    images = pd.DataFrame(
-        [(row["sample_id"], row["image"]["path"], row["image"]["sha256"]) for row in rows],
-        columns=["sample_id", "path", "sha256"],
-    )
-    yield from texts(plan, images, story)
+    images = pd.DataFrame([_image(row) for row in rows], columns=None if rows else ["sample_id", "path", "sha256"])
+    files = release.root["files"]
+    yield from texts(plan, images, story, {name: files[name]["sha256"] for name in previews(images, story)})
     if study.spatial_dims == 3 and "BIDSVersion" in described:
         yield ".bidsignore", seal.IGNORED
+
+
+def _image(row: dict[str, Any]) -> dict[str, Any]:
+    """What tables of images say of a row, as far as texts need it."""
+    found = {"sample_id": row["sample_id"], "path": row["image"]["path"], "sha256": row["image"]["sha256"]}
+    labels = row.get("labels")
+    found |= {LABELS[name]: labels[name] for name in ("path", "sha256")} if labels else {}
+    return found | (row.get("measured") or {})
 
 
 def _sources(described: dict[str, Any]) -> list[dict[str, str]]:

@@ -18,6 +18,7 @@ import pandas as pd
 from meddiff_steps.cohort.covariates import require_columns, shorten
 from meddiff_steps.cohort.identity import alike, identity_key, shown
 from meddiff_steps.cohort.table import read_delimited
+from meddiff_steps.cohort.texts import text_columns
 from meddiff_steps.config import BidsSource, Covariates
 from meddiff_steps.core.errors import UserError
 
@@ -93,7 +94,7 @@ class _Image:
     path: str
 
 
-def read_bids(source: BidsSource, covariates: Covariates) -> pd.DataFrame:
+def read_bids(source: BidsSource, covariates: Covariates, text_column: str | None = None) -> pd.DataFrame:
     """A cohort from a BIDS dataset.
 
     Parameters
@@ -103,6 +104,8 @@ def read_bids(source: BidsSource, covariates: Covariates) -> pd.DataFrame:
     covariates
         The declared schema.  A column of sub-*/sub-*_sessions.tsv overrides the one of participants.tsv for the
         sessions it lists.
+    text_column
+        Column of texts, where the study has such; it becomes the column `text`.
 
     Returns
     -------
@@ -151,7 +154,7 @@ def read_bids(source: BidsSource, covariates: Covariates) -> pd.DataFrame:
     session_columns = sorted({column for rows in session_rows.values() for row in rows.values() for column in row})
     available = [*header, *(column for column in session_columns if column not in header)]
     origin = f"{root / 'participants.tsv'}" + (" and sub-*_sessions.tsv" if session_columns else "")
-    columns = require_columns(covariates, available, origin)
+    columns = require_columns(covariates, available, origin) | text_columns(text_column, available, origin)
 
     unlisted = [
         i.name.stem

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, Self
 
@@ -372,6 +372,12 @@ class CovariateEncoding:
                 )
             means[name], stds[name] = fmean(values), std
         return cls(declared, means, stds)
+
+    def scaled(self, ranges: Mapping[str, tuple[float, float]]) -> Self:
+        """The same with continuous covariates scaled so that the two values of their range become 0 and 1."""
+        means = self.means | {name: float(low) for name, (low, _) in ranges.items()}
+        stds = self.stds | {name: float(high - low) for name, (low, high) in ranges.items()}
+        return replace(self, means=means, stds=stds)
 
     def encode(self, frame: pd.DataFrame) -> np.ndarray:
         """Rows as float32 (n, k): standardised values and level codes, NaN where missing.

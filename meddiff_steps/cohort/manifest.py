@@ -34,6 +34,8 @@ from meddiff_steps.cohort.covariates import (
 from meddiff_steps.cohort.identity import alike, shown
 from meddiff_steps.cohort.splits import SPLITS, assign_splits, split_balance
 from meddiff_steps.cohort.table import image_extension
+from meddiff_steps.cohort.texts import COLUMN as TEXT
+from meddiff_steps.cohort.texts import read_texts
 from meddiff_steps.config import CategoricalCovariate, Covariates, Splits
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.pointers import not_fetched
@@ -157,6 +159,7 @@ def build_manifest(
     *,
     source: Source,
     alike_ids: str = "refuse",
+    text_column: str | None = None,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The manifest of a cohort and its card.
 
@@ -172,12 +175,14 @@ def build_manifest(
         Where the scans come from; `simulated` marks the card.
     alike_ids
         Subjects whose ids differ in spelling alone (`identity_key`): `refuse`, `join` in one split, or `distinct`.
+    text_column
+        What the column `text` of `frame` was called, where there is one.
 
     Returns
     -------
     manifest : pandas.DataFrame
-        scan_id, subject_id, session_id, path, sha256, content_sha256, split, and a column per covariate; sorted by
-        scan_id.
+        scan_id, subject_id, session_id, path, sha256, content_sha256, split, a column per covariate, and `text`
+        where the study has texts; sorted by scan_id.
     card : dict
         Counts, covariate summaries, balance of the splits, duplicates (pairs of scan ids with equal content) and scans
         that could not be decoded.
@@ -191,6 +196,8 @@ def build_manifest(
     typed = parse_covariates(frame, covariates).sort_values(
         "scan_id", ignore_index=True
     )  # wrong values are cheap to find: before hashing
+    if text_column is not None:
+        typed[TEXT] = pd.Series(read_texts(typed, text_column), dtype="object")
     repeated = sorted(set(typed["scan_id"][typed["scan_id"].duplicated()]))
     if repeated:
         raise UserError(
@@ -225,7 +232,7 @@ def build_manifest(
     united = sorted([*united, *same])
     assigned = assign_splits(typed["subject_id"], united, splits, seed)
     typed["split"] = typed["subject_id"].map(assigned)
-    manifest = typed[[*RESERVED, *covariates]]
+    manifest = typed[[*RESERVED, *covariates, *([TEXT] if text_column is not None else [])]]
 
     card = {
         "source": source,
@@ -249,8 +256,19 @@ def build_manifest(
         "undecodable": {
             scan_id: d.problem for scan_id, d in zip(manifest["scan_id"], digests, strict=True) if d.problem
         },
+        **({"texts": _texts(manifest)} if text_column is not None else {}),
     }
     return manifest, card
+
+
+def _texts(manifest: pd.DataFrame) -> dict[str, int]:
+    """How many scans and subjects have a text, and how many texts differ."""
+    having = manifest[manifest[TEXT].notna()]
+    return {
+        "scans": len(having),
+        "subjects": int(having["subject_id"].nunique()),
+        "distinct": int(having[TEXT].nunique()),
+    }
 
 
 # ---------------------------------------------------------------------------------------------- read, write

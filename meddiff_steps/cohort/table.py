@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from meddiff_steps.cohort.covariates import cell_text, is_null, require_columns, shorten
 from meddiff_steps.cohort.identity import identity_key
+from meddiff_steps.cohort.texts import text_columns
 from meddiff_steps.config import Covariates, TableSource
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.pointers import not_fetched
@@ -171,8 +172,8 @@ def load_table(path: Path) -> pd.DataFrame:
     return frame
 
 
-def read_table(source: TableSource, covariates: Covariates) -> pd.DataFrame:
-    """A cohort from a table with one row per image.
+def read_table(source: TableSource, covariates: Covariates, text_column: str | None = None) -> pd.DataFrame:
+    """A cohort from a table with one row per image; its `text_column`, if there is one, becomes the column `text`.
 
     Returns
     -------
@@ -204,7 +205,7 @@ def read_table(source: TableSource, covariates: Covariates) -> pd.DataFrame:
                 f"{table}: no column {column!r}. Columns are: {', '.join(available)}.{hint} Set cohort.{key} to the"
                 " right one."
             )
-    columns = require_columns(covariates, available, str(table))
+    columns = require_columns(covariates, available, str(table)) | text_columns(text_column, available, str(table))
 
     listed = [cell_text(value) for value in frame[source.path_column]]
     subjects = [cell_text(value) for value in frame[source.subject_column]]

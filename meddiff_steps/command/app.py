@@ -37,7 +37,7 @@ COMMANDS = {
 #: Of each command, what people type.
 EXAMPLES = {
     "propose": ["meddiff propose /data/mycohort --out mycohort.yaml", "meddiff propose /data/mycohort --hours 12"],
-    "init": ["meddiff init mycohort.yaml"],
+    "init": ["meddiff init mycohort.yaml", "meddiff init --from simulated-5mm mycohort.yaml"],
     "check": ["meddiff check mycohort.yaml", "meddiff check mycohort.yaml --measured results/demo"],
     "run": [
         "meddiff run mycohort.yaml -n",

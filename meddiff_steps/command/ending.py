@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import re
+import resource
 import sys
 from collections.abc import Callable
 
@@ -9,6 +12,10 @@ from meddiff_steps.core.errors import EXIT_PREEMPTED, Preempted, UserError
 from meddiff_steps.provenance.record import first_process
 from meddiff_steps.provenance.verify import shown
 
+log = logging.getLogger(__name__)
+
+#: How the last line of a step's log says what it took of the processor.
+COST = re.compile(r": ([\d.]+) s of the processor, ([\d.]+) MB at most$", re.MULTILINE)
 #: Steps that read what a stranger wrote, which may be nested or repeated without end.
 READ_RELEASES = ("audit", "explain", "diff", "prove", "regenerate")
 
@@ -39,3 +46,14 @@ def exit_code(program: Callable[[], object], name: str) -> int:
         print(stopped, file=sys.stderr)
         return EXIT_PREEMPTED
     return 0
+
+
+def tell_cost(name: str) -> None:
+    """Log what a step took of the processor, with its child processes, and its peak memory: exactly, which Snakemake's
+    benchmarks are not; they look every half minute.
+    """
+    if not first_process():
+        return
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    peak = max(each.ru_maxrss for each in used) * (1 if sys.platform == "darwin" else 1024) / 1e6
+    log.info("%s: %.2f s of the processor, %.0f MB at most", name, sum(u.ru_utime + u.ru_stime for u in used), peak)

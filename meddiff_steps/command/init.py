@@ -1,8 +1,9 @@
-"""`meddiff init`: a commented study to begin with."""
+"""`meddiff init`: a commented study to begin with, from nothing or from trained models."""
 
 from __future__ import annotations
 
 import re
+import shutil
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
@@ -18,14 +19,39 @@ NAME = "mycohort"
 
 def run(
     study: Annotated[Path, typer.Argument(help="file to write; its name becomes the study's")] = Path(f"{NAME}.yaml"),
+    start: Annotated[
+        str | None,
+        typer.Option("--from", help="models to start from: those that come with the package, or a model release"),
+    ] = None,
+    images: Annotated[int, typer.Option(min=0, help="with --from: images to draw, to look at first")] = 4,
 ) -> None:
     """Write a study to change by hand: the lines to look at are marked with <--.
 
-    `meddiff propose` fills in what it finds in a dataset.
+    `meddiff propose` fills in what it finds in a dataset.  With --from, models are copied beside the study, which goes
+    on from them, and some images of theirs are drawn.
     """
     new_file(study)
+    if start is not None:
+        _from_models(start, study, images)
+        return
     template = files("meddiff_steps.config").joinpath("template.yaml").read_text(encoding="utf-8")
     write_atomic(study, re.sub(rf"\b{NAME}\b", study_name(study), template).encode())
+    print(f"{study}: written. Change the lines marked with <--, then: meddiff check {study}")
+
+
+def _from_models(start: str, study: Path, images: int) -> None:
+    from meddiff_steps.release import shipping, starting  # torch
+
+    found = shipping.models_named(start)
+    copied = study.parent / found.resolve().name
+    text = starting.study_text(found, copied, study.name, study_name(study))
+    if not (copied.exists() and copied.samefile(found)):
+        new_file(copied)
+        shutil.copytree(found, copied)
+    write_atomic(study, text.encode())
+    print(f"{copied}: models, with what they are (README.md) and under which terms (LICENSE)")
+    if images:
+        print(f"{starting.examples(copied, images, copied / 'examples')}: {images} brains that nobody has")
     print(f"{study}: written. Change the lines marked with <--, then: meddiff check {study}")
 
 

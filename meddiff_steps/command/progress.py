@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,10 @@ WIDTH = 30
 REDRAW_S, REPEAT_S = 1.0, 600.0
 #: Running jobs that have a line of their own on a terminal.
 MOST = 8
+#: How Snakemake begins what it says to somebody who stops it.
+STOPPING = ("Will exit after finishing", "Terminating processes on user request")
+#: Seconds of jobs before which what was expected counts more than what is seen: the first jobs are short.
+TRUST_S = 120.0
 
 
 @dataclass
@@ -43,7 +48,8 @@ class Progress:
     quiet
         Only errors and the end.
     expected
-        Hours of a job by rule, as far as they are known; of them the remaining time is made.
+        Hours of a job by rule, as far as they are known; of them, and of how long jobs really took, the remaining time
+        is made.
     clock
         Seconds.
     """
@@ -57,6 +63,8 @@ class Progress:
     failed: int = 0
     jobs: dict[int, Job] = field(default_factory=dict)
     waiting: dict[str, int] = field(default_factory=dict)
+    took: list[tuple[str, float]] = field(default_factory=list)
+    """Rule and seconds of every job that ended well."""
     drawn: int = 0
     drawn_at: float = 0.0
 
@@ -73,8 +81,8 @@ class Progress:
             handler(said)
 
     def said(self, level: str, message: str) -> None:
-        """A message that is no event: warnings and errors are shown."""
-        if level in ("WARNING", "ERROR", "CRITICAL") and message not in ("", "None"):
+        """A message that is no event: warnings and errors are shown, and what is said to somebody who stops the run."""
+        if message.startswith(STOPPING) or (level in ("WARNING", "ERROR", "CRITICAL") and message not in ("", "None")):
             self._line(message, always=True)
 
     def _run_info(self, said: Mapping[str, Any]) -> None:
@@ -99,6 +107,7 @@ class Progress:
         self.done += 1
         if job is not None:
             self.waiting[job.rule] = max(0, self.waiting.get(job.rule, 1) - 1)
+            self.took.append((job.rule, self.clock() - job.since))
             self._line(f"done    {job.rule}: {job.what} ({duration(self.clock() - job.since)})")
         self._draw(force=True)
 
@@ -129,7 +138,7 @@ class Progress:
         parts = [f"{self.done} of {self.total} jobs, {duration(self.clock() - self.began)}"]
         left = self.remaining()
         if left is not None:
-            parts.append(f"about {duration(left)} of work left")
+            parts.append(f"about {duration(left)} left")
         if running and not self.terminal:  # which has a line for each
             parts.append(
                 "running: " + ", ".join(running[:4]) + (f" and {len(running) - 4} more" if running[4:] else "")
@@ -137,14 +146,30 @@ class Progress:
         return f"[{'#' * filled}{'-' * (WIDTH - filled)}] {'; '.join(parts)}"
 
     def remaining(self) -> float | None:
-        """Seconds that the jobs left would take one after the other, as expected; None where nothing is known."""
+        """Seconds that are left; None where nothing is known.
+
+        What is expected of the jobs left, at the speed at which others ran, as many at a time as ran until now.
+        """
         if not self.expected:
             return None
-        hours = sum(count * self.expected.get(rule, 0.0) for rule, count in self.waiting.items())
-        begun = sum(
-            min((self.clock() - job.since) / 3600, self.expected.get(job.rule, 0.0)) for job in self.jobs.values()
-        )
-        return 3600 * max(0.0, hours - begun)
+        seen = [(3600 * self.expected[rule], took) for rule, took in self.took if self.expected.get(rule)]
+        left = 3600 * sum(count * self.expected.get(rule, 0.0) for rule, count in self.waiting.items())
+        unseen = []
+        for job in self.jobs.values():
+            hope, since, share = 3600 * self.expected.get(job.rule, 0.0), self.clock() - job.since, done_of(job)
+            if share is not None:
+                seen.append((hope * share, since))
+                left -= hope * share
+            elif since > hope > 0:  # slower than this at least
+                seen.append((hope, since))
+                left -= hope
+            else:
+                unseen.append((hope, since))
+        speed = (sum(hope for hope, _ in seen) + TRUST_S) / (sum(took for _, took in seen) + TRUST_S)
+        left -= sum(min(since * speed, hope) for hope, since in unseen)
+        busy = sum(took for _, took in self.took) + sum(self.clock() - job.since for job in self.jobs.values())
+        at_a_time = (busy + TRUST_S) / (self.clock() - self.began + TRUST_S)
+        return max(0.0, left) / speed / at_a_time
 
     def tick(self) -> None:
         """Show that time passes: called every second."""
@@ -198,8 +223,22 @@ class Progress:
             failed = f", {self.failed} failed" if self.failed else ""
             took = duration(self.clock() - self.began)
             self.stream.write(f"{self.done} of {self.total} jobs done{failed} in {took}\n")
+            if self.failed:
+                self.stream.write("When it is mended, run the same command again: what is done is not done again.\n")
             self.total = 0
         self.stream.flush()
+
+
+def done_of(job: Job) -> float | None:
+    """The share of a job that is done, as the bar of its own name says at the end of its log; None where it has none.
+
+    Trainings and preprocessing have one; other jobs have several after each other, which say nothing of the whole.
+    """
+    for log in map(Path, job.logs):
+        if log.is_file() and log.stat().st_size:
+            found = re.match(rf"{job.rule}: +(\d+)%\|", last_line(log))
+            return int(found[1]) / 100 if found else None
+    return None
 
 
 def duration(seconds: float) -> str:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -15,7 +19,11 @@ import typer
 import meddiff_steps
 from meddiff_steps.config import SimulatedSource, Study, load_study
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import write_atomic
+from meddiff_steps.operations.machine import this_machine
 
+#: Seconds before hours are counted, which loads torch: who runs for less does not ask what is left.
+NOT_YET_S = 15.0
 #: Where the workflow lies, for packages that were installed without it.
 WORKFLOW = "MEDDIFF_WORKFLOW"
 
@@ -38,7 +46,7 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="say nothing but errors, and the end")] = False,
     measured: Annotated[
         Path | None,
-        typer.Option(help="results of a finished study on such a machine: says how much work is left"),
+        typer.Option(help="results of a finished study on such a machine, for the time that is left"),
     ] = None,
 ) -> None:
     """Run a study, or go on with it: what is done already is not done again.
@@ -54,26 +62,44 @@ def run(
         done = started(["-m", *command])
     else:
         shown = {"MEDDIFF_PROGRESS": "quiet" if quiet else "lines"}
-        if measured is not None:
-            shown["MEDDIFF_EXPECTED"] = json.dumps(hours_of_jobs(content, measured))
-        done = started(["-m", "meddiff_steps.command.snakemake_with_progress", *command[1:]], shown)
+        with TemporaryDirectory() as folder:
+            counting = None
+            if not quiet and (measured is not None or (profile is None and not this_machine().gpus)):
+                shown["MEDDIFF_EXPECTED"] = f"{folder}/hours.json"
+                telling = (content, measured, Path(shown["MEDDIFF_EXPECTED"]))
+                counting = multiprocessing.get_context("spawn").Process(target=tell_hours, args=telling, daemon=True)
+                counting.start()
+            done = started(["-m", "meddiff_steps.command.snakemake_with_progress", *command[1:]], shown)
+            if counting is not None:
+                counting.terminate()
+                counting.join()
     raise typer.Exit(done)
 
 
-def hours_of_jobs(study: Study, measured: Path) -> dict[str, float]:
-    """Hours of a job by rule, once the cohort is known; empty before."""
+def tell_hours(study: Study, measured: Path | None, out: Path) -> None:
+    """Write hours of a job by rule, once the cohort is known: by `plan-cost`, for its cores or as was measured.
+
+    A process of its own, which loads torch while Snakemake works.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    time.sleep(NOT_YET_S)
+    scans = study.cohort.subjects if isinstance(study.cohort, SimulatedSource) else None
+    manifest = Path(study.results, study.study, "cohort/manifest.parquet")
+    while scans is None:
+        if manifest.is_file():
+            import pyarrow.parquet as pq
+
+            scans = pq.read_metadata(manifest).num_rows
+        else:
+            time.sleep(1.0)
     from meddiff_steps.operations.expected import expected
 
-    manifest = Path(study.results, study.study, "cohort/manifest.parquet")
-    if manifest.is_file():
-        import pyarrow.parquet as pq
-
-        scans = pq.read_metadata(manifest).num_rows
-    elif isinstance(study.cohort, SimulatedSource):
-        scans = study.cohort.subjects
-    else:
-        return {}
-    return {one.stage: one.hours_each for one in expected(study, scans, os.cpu_count() or 1, measured)}
+    try:
+        found = expected(study, scans, os.cpu_count() or 1, measured)
+    except UserError as error:
+        print(f"the time that is left is not told: {error}", file=sys.stderr)
+        return
+    write_atomic(out, json.dumps({one.stage: one.hours_each for one in found}).encode())
 
 
 def started(arguments: list[str], environment: dict[str, str] | None = None) -> int:

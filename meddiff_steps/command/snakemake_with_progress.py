@@ -24,7 +24,7 @@ from meddiff_steps.command.progress import Progress
 
 #: What the handler is to do: `lines`, `quiet`, or `needs`, which writes what jobs ask for to the file NEEDS.
 MODE, NEEDS = "MEDDIFF_PROGRESS", "MEDDIFF_NEEDS"
-#: Hours of a job by rule (JSON), where they are known.
+#: File with hours of a job by rule (JSON), which is there as soon as they are known.
 EXPECTED = "MEDDIFF_EXPECTED"
 
 
@@ -40,14 +40,16 @@ class LogHandler(LogHandlerBase):
     def __post_init__(self) -> None:
         self.mode = os.environ.get(MODE, "lines")
         self.needs: list[dict[str, Any]] = []
-        expected = json.loads(os.environ.get(EXPECTED, "{}"))
-        self.progress = Progress(sys.stderr, quiet=self.mode == "quiet", expected=expected)
+        self.expected = Path(os.environ[EXPECTED]) if EXPECTED in os.environ else None
+        self.progress = Progress(sys.stderr, quiet=self.mode == "quiet")
         self.ended = threading.Event()
         if self.mode == "lines":
             threading.Thread(target=self.tick, daemon=True).start()
 
     def tick(self) -> None:
         while not self.ended.wait(1.0):
+            if self.expected is not None and self.expected.exists():
+                self.progress.expected, self.expected = json.loads(self.expected.read_text(encoding="utf-8")), None
             with self.lock or nullcontext():
                 self.progress.tick()
 

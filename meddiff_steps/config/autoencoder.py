@@ -14,6 +14,7 @@ from meddiff_steps.config.base import (
     Weight,
 )
 from meddiff_steps.config.choices import FirstStageName
+from meddiff_steps.core.registries import claimed_keys
 
 
 class Perceptual(Section):
@@ -49,11 +50,36 @@ class Adversarial(Section):
     learning_rate: PositiveFloat = Field(2e-4, description="Step size of the discriminator's optimiser.")
 
 
+class Codebook(Section):
+    """What the decoder of a quantised first stage sees: for every latent cell, numbers of entries of codebooks."""
+
+    entries: Annotated[int, Field(ge=2, description="Entries of a codebook.")] = 512
+    parts: PositiveInt = Field(
+        4,
+        description="Parts into which the `latent_channels` of a cell are cut, each with a codebook of its own; must "
+        "divide them. 1: one entry for a whole cell, as published. More keep more detail.",
+    )
+    commitment_weight: Weight = Field(
+        0.25,
+        description="Weight of the mean squared distance of latents from their entries, beside the mean absolute "
+        "error. Keeps the encoder near what the decoder sees.",
+    )
+    decay: Annotated[
+        float,
+        Field(gt=0, lt=1, description="Of the running means that entries are; 0.99 looks back about 100 steps."),
+    ] = 0.99
+
+
 class AutoencoderOptimiser(NetworkOptimiser):
     """Training of the autoencoder."""
 
     steps: Annotated[
-        int, Field(ge=1, description="Gradient steps. More for finer grids, until the validation loss is flat.")
+        int,
+        Field(
+            ge=0,
+            description="Gradient steps. More for finer grids, until the validation loss is flat. 0 takes the weights "
+            "of `init_from` as they are.",
+        ),
     ] = 1500
     batch_size: Annotated[
         int, Field(ge=1, description="Images per gradient step, of all GPUs together. Bounds memory.")
@@ -66,7 +92,8 @@ class Autoencoder(Section):
     network: FirstStageName = Field(
         "resnet",
         description="Kind of first stage. `resnet`: light, of local layers, trained in minutes. `kl`: MONAI's "
-        "AutoencoderKL, of the published model.",
+        "AutoencoderKL, of the published model. `vq`: `resnet` with codebooks, from whose entries alone images are "
+        "decoded. `vqvae`: MONAI's VQVAE.",
     )
     stem: Literal["haar", "space_to_depth", "none"] = Field(
         "haar",
@@ -77,6 +104,22 @@ class Autoencoder(Section):
         [32, 64], min_length=1, description="Feature channels per level; each level after the first halves the size."
     )
     num_res_blocks: PositiveInt = Field(1, description="Residual blocks per level; the decoder has one more.")
+    grey_levels: Literal["-1..1", "0..1"] = Field(
+        "-1..1", description="Scale on which `kl` sees images: about 0, or as most published bundles from 0."
+    )
+    upsampling: Literal["nearest", "linear"] = Field(
+        "nearest", description="How the decoder of `kl` doubles the size before a convolution; MAISI's is linear."
+    )
+    trains: Literal["all", "decoder"] = Field(
+        "all",
+        description="Weights that a training changes. `decoder`: from latents to images alone; latents, and a "
+        "diffusion model that was trained on them, stay what they are. Needs `init_from`.",
+    )
+    towards_base: Weight = Field(
+        0.0,
+        description="Pull of the trained weights back to the base: share of the way per step and unit of the learning "
+        "rate (L2-SP, Xuhong et al. 2018). 0 has none. Needs `init_from`.",
+    )
     norm_num_groups: PositiveInt = Field(
         16, description="Groups of the group normalisation of `kl`; must divide all `channels`."
     )
@@ -90,8 +133,9 @@ class Autoencoder(Section):
     )
     kl_weight: Weight = Field(
         1e-7,
-        description="Weight of the KL divergence in nats per image, beside the mean absolute error. `resnet` has none.",
+        description="Weight of the KL divergence in nats per image, beside the mean absolute error. Of `kl` alone.",
     )
+    codebook: Codebook = Field(Codebook(), description="Of `vq` and `vqvae` alone.")
     spectral_weight: Weight = Field(
         0.5,
         description="Weight of the L1 distance between Fourier magnitudes, which keeps fine detail; 0 leaves it out.",
@@ -117,6 +161,26 @@ class Autoencoder(Section):
         wrong = [c for c in self.channels if c % self.norm_num_groups]
         if wrong and self.network == "kl":  # other networks have no groups
             raise ValueError(f"channels must be multiples of norm_num_groups={self.norm_num_groups}, found {wrong}")
+        return self
+
+    @model_validator(mode="after")
+    def _parts_divide(self) -> Self:
+        if self.latent_channels % self.codebook.parts and self.network in claimed_keys()["codebook"]:
+            raise ValueError(
+                f"latent_channels must be a multiple of codebook.parts={self.codebook.parts}, found"
+                f" {self.latent_channels}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keys_have_a_use(self) -> Self:
+        for key, networks in claimed_keys().items():
+            given = getattr(self, key) != type(self).model_fields[key].default
+            if given and self.network not in networks:
+                raise ValueError(
+                    f"{key} is set, but network is {self.network}, which has no use for it. Leave {key} out, or choose"
+                    f" network: {' or '.join(networks)}"
+                )
         return self
 
     @property

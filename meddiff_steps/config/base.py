@@ -116,7 +116,7 @@ class Optimiser(Section):
     @property
     def averaging(self) -> float:
         """Decay per step of the averaged weights."""
-        return max(0.0, 1.0 - 5.0 / self.steps) if self.ema_decay is None else self.ema_decay
+        return max(0.0, 1.0 - 5.0 / max(self.steps, 1)) if self.ema_decay is None else self.ema_decay
 
 
 class NetworkOptimiser(Optimiser):

@@ -26,6 +26,13 @@ AlikeIds = Annotated[
 ]
 
 
+#: Levels of the simulator's categorical covariates, with what they mean.
+SIMULATED_LEVELS: dict[str, dict[str, str]] = {
+    "sex": {"F": "female", "M": "male"},
+    "diagnosis": {"control": "no disease", "case": "wider sulci and ventricles than age and sex explain, on average"},
+}
+
+
 class SimulatedSource(Section):
     """A simulated brain cohort from the MNI152 templates that ship with nilearn (no data needed)."""
 

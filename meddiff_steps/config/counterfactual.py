@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from meddiff_steps.config.base import Name, PositiveInt, Scalar, Section, Weight
+from meddiff_steps.config.base import Name, NoOrLocalPath, PositiveInt, Scalar, Section, Weight
 from meddiff_steps.core.errors import UserError
 
 
@@ -51,6 +51,12 @@ class Counterfactual(Section):
         description="Weight of the gradient of a predictor of the covariate; 0 leaves it out. Raise it where the "
         "covariate does not move far enough.",
     )
+    predictor: NoOrLocalPath = Field(
+        None,
+        description="TorchScript network of your own for `classifier_guidance`: of images (b, 1, *shape) in [0, 1] a "
+        "number in the covariate's unit, (b, 1), or a logit per level in their order. A linear one that is fitted to "
+        "training latents when left out.",
+    )
 
     interpolation_steps: Annotated[int, Field(ge=0)] = Field(
         0, description="Images between each of the scans and the next, as a picture; 0 makes none."
@@ -71,6 +77,12 @@ class Counterfactual(Section):
                 " with --config 'counterfactual={covariate: age}'."
             )
         return self.covariate
+
+    @model_validator(mode="after")
+    def _a_predictor_is_used(self) -> Self:
+        if self.predictor is not None and not self.classifier_guidance:
+            raise ValueError("predictor: is given, and classifier_guidance, its weight, is 0; raise it")
+        return self
 
     @model_validator(mode="after")
     def _values_need_a_covariate(self) -> Self:

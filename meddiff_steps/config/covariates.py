@@ -7,6 +7,11 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from meddiff_steps.config.base import Name, Section, Text
 
+_DESCRIPTION = (
+    "One sentence for data dictionaries; its beginning, up to the first bracket or stop, names the covariate in the "
+    "report. Correcting it trains nothing again."
+)
+
 
 def level_text(level: Any) -> Any:
     """A level that is written as a number, as text; anything else as it is."""
@@ -24,7 +29,7 @@ class ContinuousCovariate(Section):
     )
     range: tuple[float, float] = Field(description="Smallest and largest plausible value; anything outside is refused.")
     column: str | None = Field(None, description="Column in the source table; the covariate's own name by default.")
-    description: Text = Field("", description="One sentence for data dictionaries. Correcting it trains nothing again.")
+    description: Text = Field("", description=_DESCRIPTION)
 
     @model_validator(mode="after")
     def _range_is_ordered(self) -> Self:
@@ -39,7 +44,7 @@ class CategoricalCovariate(Section):
 
     levels: list[str] = Field(min_length=2, description="All labels that may occur, as written in the source table.")
     column: str | None = Field(None, description="Column in the source table; the covariate's own name by default.")
-    description: Text = Field("", description="One sentence for data dictionaries. Correcting it trains nothing again.")
+    description: Text = Field("", description=_DESCRIPTION)
 
     @field_validator("levels", mode="before")
     @classmethod

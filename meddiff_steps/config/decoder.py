@@ -11,7 +11,9 @@ from meddiff_steps.config.choices import DrawingDecoderName
 class DecoderOptimiser(NetworkOptimiser):
     """Training of the drawing decoder."""
 
-    steps: Annotated[int, Field(ge=1, description="Gradient steps. Too few leave grain.")] = 1200
+    steps: Annotated[
+        int, Field(ge=0, description="Gradient steps. Too few leave grain. 0 takes the weights of `init_from`.")
+    ] = 1200
     batch_size: Annotated[
         int, Field(ge=1, description="Crops per gradient step, of all GPUs together. Bounds memory.")
     ] = 12

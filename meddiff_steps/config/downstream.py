@@ -88,6 +88,37 @@ class Shift(Section):
     levels: list[str] = Field(min_length=1, description="Its levels that are kept out.")
 
 
+class Stress(Section):
+    """Classifiers tested along covariates, on synthetic images that were planned for it. Off without `groups`."""
+
+    groups: list[Alphanumeric] = Field(
+        [],
+        description="Groups of the plan that arms do not learn from, for example a `grid` over the target and another "
+        "covariate.",
+    )
+    along: list[Name] = Field([], description="Covariates whose strata are compared; all but the target when left out.")
+    bins: Annotated[int, Field(ge=2)] = Field(
+        4, description="Strata of a number, with as many planned images each; one per value where these are fewer."
+    )
+
+
+class Neighbours(Section):
+    """Classifiers that see a test scan also as its neighbours, drawn anew by the model, and average. Off without
+    `count`."""
+
+    count: Annotated[int, Field(ge=0)] = Field(
+        0, description="Neighbours of every test scan, which are drawn with its covariates but the target."
+    )
+    depth: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.2,
+        description="How far a scan is noised before it is drawn anew, as a share of the noise process. Larger varies "
+        "more, and loses what tells the target.",
+    )
+    num_inference_steps: PositiveInt | None = Field(
+        None, description="Steps of a whole process; the default of `ddim` or `flow` when left out."
+    )
+
+
 class ClassifierOptimiser(Optimiser):
     """Training of every classifier."""
 
@@ -170,6 +201,8 @@ class Downstream(Section):
         None, description="Categorical covariate by whose levels figures are also given: worst group and gap."
     )
     shift: Shift | None = Field(None, description="A group that is kept out of training and tested on its own.")
+    stress: Stress = Field(Stress(), description="A test along covariates, on synthetic images.")
+    neighbours: Neighbours = Field(Neighbours(), description="Test-time augmentation by the model.")
     seeds: Annotated[int, Field(ge=2, le=100)] = Field(
         5,
         description="Classifiers per arm: initial weights and order of batches. Below 5, intervals are very wide.",

@@ -1,5 +1,7 @@
 """Section `plan`: which synthetic subjects are made."""
 
+import re
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -7,6 +9,22 @@ from pydantic import Field, model_validator
 from meddiff_steps.config.base import Alphanumeric, Name, NoOrLocalPath, PositiveInt, Scalar, Section
 
 Condition = Scalar | list[Scalar]
+
+_PLACEHOLDER = re.compile(r"\{([A-Za-z][A-Za-z0-9_]*)\}")
+
+
+def placeholders(text: str) -> list[str]:
+    """The covariates that a planned text names in braces, in order.
+
+    >>> placeholders("Woman of {age} years.")
+    ['age']
+    """
+    return _PLACEHOLDER.findall(text)
+
+
+def filled(text: str, values: Mapping[str, str]) -> str:
+    """A planned text with values in the place of their names in braces."""
+    return _PLACEHOLDER.sub(lambda found: values[found[1]], text)
 
 
 class PlanGroup(Section):
@@ -38,6 +56,11 @@ class PlanGroup(Section):
         description="Grid and counterfactual. Values of the covariates that stay fixed; the rest is drawn from the "
         "copula.",
     )
+    texts: list[Annotated[str, Field(min_length=1)]] = Field(
+        [],
+        description="With `text.column`: what images are to show, in words, given to subjects in turn. `{age}` "
+        "stands for a covariate. Reports of people are refused. A `table` may have a column `text`.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -47,6 +70,11 @@ class PlanGroup(Section):
             raise ValueError("`grid` must be given when covariates is `grid` or `counterfactual`, and only then")
         if self.where and self.covariates != "copula":
             raise ValueError("`where` belongs to covariates: copula")
+        if self.texts and self.covariates == "table":
+            raise ValueError("`texts` of a table are its column `text`; leave `texts` out")
+        unlike = [text for text in self.texts if text != " ".join(text.split()) or not text.isprintable()]
+        if unlike:
+            raise ValueError(f"texts have no line breaks, tabs or doubled blanks, found {unlike[0]!r}")
         if self.covariates == "counterfactual" and len(self.grid) != 1:
             raise ValueError("a counterfactual group moves exactly one covariate; `grid` must have one entry")
         return self

@@ -121,6 +121,11 @@ class Preprocess(Section):
         description="Voxel size of the 3D grid in mm: one number, or three along the axes of `shape` where slices are "
         "thick; null for 2D images.",
     )
+    colour: Literal["luminance", "red", "green", "blue"] = Field(
+        "luminance",
+        description="What the grey levels of colour pictures are: their luminance, or one of their channels, where "
+        "these are contrasts of their own. Grey pictures and volumes are as they are.",
+    )
     interpolation: Literal["auto", "linear", "cubic", "nearest"] = Field(
         "auto",
         description="How grey values come to the grid. `auto`: linear, and cubic splines where a registered scan comes "

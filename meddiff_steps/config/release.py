@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from meddiff_steps.config.base import TEXT, NoOrLocalPath, PositiveInt, Section, Text
+from meddiff_steps.config.base import TEXT, Fraction, NoOrLocalPath, PositiveInt, Section, Text
 
 
 class Card(Section):
@@ -26,6 +26,11 @@ class Release(Section):
     )
     licence: Text = Field(
         "CC0", description="Licence of the synthetic images: what the terms of the source data allow."
+    )
+    licence_text: Text = Field(
+        "",
+        description="Full text of the licence; needed where it is none of CC0, PDDL, CC-BY-4.0, CC-BY-SA-4.0, "
+        "CC-BY-NC-4.0 and CC-BY-NC-SA-4.0, whose texts are known.",
     )
     suffix: Literal["T1w", "T2w", "PDw", "FLAIR", "T2starw", "inplaneT1", "inplaneT2"] = Field(
         "T1w", description="BIDS suffix of 3D images: their contrast."
@@ -55,6 +60,12 @@ class Release(Section):
     )
     models: bool = Field(
         False,
-        description="Whether the weights are packed for publication, too. They can give away more of the training "
-        "scans than images do.",
+        description="Whether the weights are packed for publication, too, as a MONAI bundle. They can give away "
+        "more of the training scans than images do.",
+    )
+    models_licence: Text = Field("", description="Licence of the packed weights.")
+    membership_limit: Fraction = Field(
+        0.6,
+        description="Largest AUC by which training scans may be told from unseen ones with the weights, for these to "
+        "be packed: the whole 95 % interval must be below. What happens otherwise says `privacy.enforce`.",
     )

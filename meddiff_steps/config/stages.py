@@ -8,16 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import rfc8785
 from pydantic import BaseModel
 
 from meddiff_steps import __version__
 from meddiff_steps.config.base import TEXT, Keys, marked, replaced
 from meddiff_steps.config.downstream import Downstream
+from meddiff_steps.config.init_from import ARCHITECTURE
 from meddiff_steps.config.preprocess import Preprocess
+from meddiff_steps.config.registration import PairRegistration
 from meddiff_steps.config.release import Card, Release
 from meddiff_steps.config.renamed import STAGES_0_1, before_renaming
 from meddiff_steps.config.study import ONE_SECTION, Study
-from meddiff_steps.core.canonical import canonical_json
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import write_atomic
 from meddiff_steps.core.registries import default_steps, is_of_students
@@ -27,17 +29,40 @@ def _keys(section: str, model: type[BaseModel], *left_out: str) -> tuple[str, ..
     return tuple(f"{section}.{name}" for name in model.model_fields if name not in left_out)
 
 
+def _trained(section: str) -> tuple[str, ...]:
+    """What the training of an application's networks reads of its section."""
+    keys = ("source", "target", "block", "network", "channels", "num_res_blocks", "levels", "optimiser")
+    return tuple(f"{section}.{key}" for key in keys)
+
+
 _UNITS = ("covariates.*.unit",)
+#: What pages call covariates.
+_NAMED = (*_UNITS, "covariates.*.description")
 #: What a release says of itself.
-_DESCRIBED = (*_keys("release", Release, "signing_key", "exports", "models"), *_keys("release.card", Card))
+_DESCRIBED = (
+    *_keys("release", Release, "signing_key", "exports", "models", "models_licence", "membership_limit"),
+    *_keys("release.card", Card),
+)
+#: What says which networks a study has, not how they are trained.
+_ARCHITECTURE = tuple(f"{section}.{key}" for section, keys in ARCHITECTURE.items() for key in keys)
+#: What only the user can say of the weights that were given.
+_GIVEN = ("init_from.source", "init_from.licence")
 #: How scans become images; with how many of them the study goes on is for `quality` to judge.
 _PREPROCESSING = _keys("preprocess", Preprocess, "max_failed_share")
 _GRID = ("preprocess.shape", "preprocess.spacing_mm")
-#: Over how many jobs the trainings are spread is nothing to the steps around them.
-_DESIGN = _keys("downstream", Downstream, "jobs")
+#: Over how many jobs the trainings are spread is nothing to the steps around them, and neither is what is drawn of test
+#: scans afterwards.
+_DESIGN = _keys("downstream", Downstream, "jobs", "neighbours")
 #: What is done with a finished release: asking for a copy, for counterfactuals of scans, or for a blind test does not
 #: seal it again, nor does what was reckoned before.
-_AFTERWARDS = ("release", "storage", "counterfactual", "lineup", "cost")
+_AFTERWARDS = (
+    *("release", "storage", "cost", "lineup", "segmentation_study"),
+    *("counterfactual", "inpainting", "reconstruction", "normative", "anomaly"),
+    *("registration", "shape_completion", "segmentation_ensemble", "translation"),
+)
+
+#: What is told of scans that a model completes.
+_RESTORED = ("compute", "evaluate.bootstrap", *_GRID, "release.suffix", "release.skull_stripped")
 
 #: What each stage may read, and therefore what makes it run again when it changes.
 #:
@@ -45,15 +70,18 @@ _AFTERWARDS = ("release", "storage", "counterfactual", "lineup", "cost")
 #: a stage is given only if it is named.
 STAGES: dict[str, tuple[str, ...]] = {
     "simulate": ("seed", "cohort"),
-    "cohort": ("seed", "cohort", "covariates", "splits"),
+    "cohort": ("seed", "cohort", "covariates", "text.column", "splits"),
+    "text": ("seed", *(f"text.{key}" for key in ("column", "encoder", "max_tokens", "width", "min_subjects"))),
     "preprocess": _PREPROCESSING,
     "scan_pages": ("study", "cohort", *_GRID, "preprocess.registration"),
     "quality": ("preprocess.max_failed_share", "release.skull_stripped"),
+    "init_weights": ("init_from", "covariates", *_ARCHITECTURE, "diffusion.rare", "preprocess.shape"),
+    "masks": ("pairs",),
     "autoencoder": ("seed", "variants", "autoencoder", "compute"),
     "decoder": ("seed", "variants", "decoder", "compute"),
     "latents": ("seed", "variants", "latents", "compute"),
     "scale": ("covariates", "compute"),
-    "diffusion": ("seed", "covariates", "diffusion", "compute"),
+    "diffusion": ("seed", "covariates", "text.dropout", "text.token_dropout", "diffusion", "compute"),
     "few_step": (
         *("seed", "few_step", "compute"),
         *(f"generate.{key}" for key in ("guidance", "guidance_scale", "guidance_interval")),
@@ -61,20 +89,28 @@ STAGES: dict[str, tuple[str, ...]] = {
     "tone": ("seed", "covariates", "generate", "compute"),
     "embedder": ("seed", "privacy.embedder"),
     "calibrate": ("seed", "privacy.level", "privacy.detectors", "privacy.subgroup", "variants.flip", "compute"),
-    "plan": ("seed", "covariates", "plan", "generate.shard_size"),
+    "plan": (
+        *("seed", "covariates", "plan", "generate.shard_size"),
+        *(f"text.{key}" for key in ("column", "encoder", "min_subjects", "shared_words")),
+    ),
     "generate": ("generate", "compute"),
     "filter": ("generate", "compute", "privacy.detectors", "privacy.subgroup", "privacy.max_attempts"),
-    "privacy": ("seed", "covariates", "privacy", "compute"),
+    "privacy": ("seed", "covariates", "privacy", "diffusion.rare", "compute"),
     "gate": ("privacy.enforce",),
-    "neighbours": ("study", "title", "cohort", "covariates", *_UNITS),
+    "neighbours": ("study", "title", "cohort", "covariates", *_NAMED),
     "second_model": ("seed", "covariates", "second_model"),
-    "images": ("study", "release.suffix", "release.shard_size", "plan", *_GRID),
+    "images": ("study", "covariates", "pairs", "release.suffix", "release.shard_size", "plan", *_GRID),
     "describe": (
-        *("study", "title", "cohort", "covariates", *_UNITS, "covariates.*.description"),
-        *(*_DESCRIBED, *_GRID, "generate", "second_model.subjects"),
+        *("study", "title", "seed", "cohort", "covariates", *_UNITS, "covariates.*.description"),
+        *("segmentation", "pairs", *_DESCRIBED, *_GRID, "generate", "second_model.subjects", *_GIVEN),
     ),
+    "predictors": ("covariates",),
     "segmenter": ("seed", "segmentation", *_GRID, "compute"),
     "evaluate": ("seed", "covariates", *_UNITS, "plan", "evaluate", *_GRID, "preprocess.foreground"),
+    "text_fidelity": (
+        *("seed", "generate", "compute", "evaluate.bootstrap"),
+        *(f"text.{key}" for key in ("min_subjects", "findings", "draws")),
+    ),
     "sampler_study": (
         *("seed", "covariates", *_UNITS, "plan", "generate", "sampler_study", "compute"),
         *(f"evaluate.{key}" for key in ("bootstrap", "realism_bootstrap", "permutations")),
@@ -86,19 +122,52 @@ STAGES: dict[str, tuple[str, ...]] = {
         *("seed", "covariates", *_UNITS, "counterfactual", "compute", "evaluate.bootstrap"),
         *("release.suffix", "release.skull_stripped"),
     ),
+    "inpainting": (*("seed", "covariates", *_UNITS, "inpainting", "preprocess.colour"), *_RESTORED),
+    "normative": (*("seed", "covariates", *_UNITS, "normative"), *_RESTORED),
+    "reconstruction": (*("seed", "covariates", "reconstruction"), *_RESTORED),
+    "anomaly": ("seed", "covariates", "anomaly", *_RESTORED),
+    "registration_train": (
+        *("seed", "compute"),
+        *_keys("registration", PairRegistration, "pairs", "labels", "structures", "shares", "oracle_mm"),
+    ),
+    "registration": ("seed", "registration", *_RESTORED),
+    "shape_completion_train": (
+        *("seed", "compute"),
+        *(f"shape_completion.{key}" for key in ("test_every", "known", "drawn", "channels", "blocks", "optimiser")),
+    ),
+    "shape_completion": ("seed", "shape_completion", "compute", "evaluate.bootstrap"),
+    "segmentation_model": ("seed", "variants", *_trained("segmentation_ensemble"), "compute"),
+    "segmentation": (
+        *("seed", "segmentation_ensemble", "compute", "evaluate.bootstrap", *_GRID),
+        "release.suffix",
+    ),
+    "translation_model": ("seed", "variants", *_trained("translation"), "translation.lesion", "compute"),
+    "translation": (*("seed", "translation"), "compute", "evaluate.bootstrap", "release.suffix"),
     "downstream_design": ("seed", "covariates", "plan", *_DESIGN),
     "downstream_plan": ("seed", "covariates", *_DESIGN),
     "downstream_data": ("seed", "covariates", *_DESIGN, "compute"),
-    "downstream_train": ("seed", "downstream", "compute"),
+    "downstream_train": ("seed", *_DESIGN, "downstream.jobs", "compute"),
     "downstream_test": ("seed", "covariates", *_DESIGN),
-    "report": ("study", "title", "cohort", "covariates", *_UNITS, "preprocess"),
+    "downstream_neighbours": ("seed", "covariates", *_DESIGN, "downstream.neighbours", "compute"),
+    "segmentation_study": ("seed", "segmentation_study", "pairs", *_GRID, "compute"),
+    "report": ("study", "title", "cohort", "covariates", *_NAMED, "preprocess", *_GIVEN),
     "ledger": (
         *(name for name in Study.model_fields if name not in _AFTERWARDS),
-        *(*_UNITS, "covariates.*.description", *_DESCRIBED, "release.signing_key"),
+        *(*_UNITS, "covariates.*.description", *_DESCRIBED, "release.signing_key", *_GIVEN),
     ),
     "export": ("study", "release.name", "release.licence"),
     "export_index": ("study", "release.name", "release.licence"),
-    "export_models": ("study", "release.name"),
+    "export_models": (
+        *("study", "release.name", "release.authors", "release.models_licence", "release.membership_limit"),
+        *(
+            "privacy.enforce",
+            "generate",
+            "diffusion.prediction_type",
+            "diffusion.zero_terminal_snr",
+            "text.column",
+            *_GIVEN,
+        ),
+    ),
 }
 
 
@@ -135,9 +204,15 @@ def part_of(content: Mapping[str, Any], sections: Sequence[str], version: str = 
     for section, *keys in named:
         if not keys:
             part[section] = content[section]
+        elif len(keys) == 1 and content[section] is None:  # an optional section that the study leaves out
+            part[section] = None
         elif len(keys) == 1:
             part.setdefault(section, {})[keys[0]] = content[section][keys[0]]
     return part if before_renaming(version) else replaced(part, TEXT_KEYS - set(named), "")
+
+
+#: Sections whose steps are gone several times, and fewer of them.
+_SHARES = {"inpainting": 3}
 
 
 def resolved(content: dict[str, Any]) -> dict[str, Any]:
@@ -154,10 +229,11 @@ def resolved(content: dict[str, Any]) -> dict[str, Any]:
 
     inverted = "flow" if diffusion["prediction_type"] == "flow" else "ddim"
     samplers = {"generate": content["generate"]["sampler"], "counterfactual": inverted}
+    samplers |= {"inpainting": inverted, "reconstruction": inverted, "normative": inverted}
     filled = {
-        section: content[section] | {"num_inference_steps": usual(sampler)}
+        section: content[section] | {"num_inference_steps": usual(sampler) // _SHARES.get(section, 1)}
         for section, sampler in samplers.items()
-        if content[section]["num_inference_steps"] is None
+        if section in content and content[section]["num_inference_steps"] is None
     }
     return content | filled
 
@@ -170,11 +246,11 @@ def freeze(study: Study, stage: str | None, folder: Path) -> Path:
     """
     everything = resolved(study.model_dump(mode="json"))
     content = everything if stage is None else part_of(everything, STAGES[stage])
-    text = canonical_json(content)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    text = rfc8785.dumps(content)
+    digest = hashlib.sha256(text).hexdigest()[:16]
     path = Path(folder) / f"{stage or 'study'}-{digest}.json"
     if not path.exists():
-        write_atomic(path, (text + "\n").encode())
+        write_atomic(path, text + b"\n")
     return path
 
 
@@ -199,14 +275,18 @@ def load_stage(path: Path, stage: str) -> Study:
             f"{path}: not a frozen config ({error}). Make one with: python -m meddiff_steps freeze STUDY.yaml"
         ) from None
     named = [tuple(entry.split(".")) for entry in STAGES[stage]]
-    missing = [keys[0] for keys in named if keys[0] not in raw or (len(keys) == 2 and keys[1] not in raw[keys[0]])]
+    missing = [
+        keys[0]
+        for keys in named
+        if keys[0] not in raw or (len(keys) == 2 and raw[keys[0]] is not None and keys[1] not in raw[keys[0]])
+    ]
     if missing:
         raise UserError(f"{path}: no section {missing}, which stage `{stage}` reads. Freeze it from the study again.")
     values = {}
     for section in dict.fromkeys(keys[0] for keys in named):
         read = Study.model_validate(_PLACEHOLDER | {section: raw[section]}, context=ONE_SECTION)
         values[section] = getattr(read, section)
-        if (section,) not in named:
+        if (section,) not in named and values[section] is not None:
             _keep_only(values[section], {keys[1] for keys in named if keys[0] == section})
         _hide_texts(values[section], (section,), set(named))
     view = Study.model_construct(**values)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationInfo, model_validator
 
+from meddiff_steps.config.anomaly import Anomaly
 from meddiff_steps.config.autoencoder import Autoencoder
 from meddiff_steps.config.base import LocalPath, Scalar, Section, Text
 from meddiff_steps.config.cohort import BidsSource, CohortSource, Splits
@@ -19,18 +20,27 @@ from meddiff_steps.config.downstream import Downstream
 from meddiff_steps.config.evaluate import Evaluate
 from meddiff_steps.config.few_step import FewStep
 from meddiff_steps.config.generate import Generate
+from meddiff_steps.config.image_to_image import SegmentationEnsemble, Translation
+from meddiff_steps.config.init_from import InitFrom
+from meddiff_steps.config.inpainting import Inpainting
 from meddiff_steps.config.latents import Latents
 from meddiff_steps.config.lineup import Lineup
-from meddiff_steps.config.plan import PlanGroup
+from meddiff_steps.config.normative import Normative
+from meddiff_steps.config.pairs import Pairs, SegmentationStudy
+from meddiff_steps.config.plan import PlanGroup, placeholders
 from meddiff_steps.config.preprocess import Preprocess
 from meddiff_steps.config.privacy import Privacy
+from meddiff_steps.config.reconstruction import Reconstruction
+from meddiff_steps.config.registration import PairRegistration
 from meddiff_steps.config.release import Release
 from meddiff_steps.config.sampler_study import SamplerStudy
 from meddiff_steps.config.second_model import SecondModel
 from meddiff_steps.config.segmentation import Segmentation
+from meddiff_steps.config.shape_completion import ShapeCompletion
 from meddiff_steps.config.storage import Storage
+from meddiff_steps.config.text import FreeText
 from meddiff_steps.config.variants import Variants
-from meddiff_steps.core.registries import is_of_students, samplers_of
+from meddiff_steps.core.registries import ANOMALY_MAPS, DENOISERS, is_of_students, samplers_of
 
 #: Context of a validation that reads one section back: what relates it to others was checked when the study was read.
 ONE_SECTION = {"relations": False}
@@ -50,8 +60,10 @@ class Study(Section):
     )
     cohort: CohortSource = Field(description="Where real scans come from, by its key `source`.")
     covariates: Covariates = Field(min_length=1, description="What images are conditioned on, by name.")
+    text: FreeText = Field(FreeText(), description="What reports and other notes say of scans. Off by default.")
     splits: Splits = Field(Splits(), description="Which subjects are kept for what.")
     preprocess: Preprocess = Field(Preprocess(), description="From any scan to one grid and one scale.")
+    init_from: InitFrom | None = Field(None, description="Trained weights to start from. Off by default.")
     autoencoder: Autoencoder = Field(Autoencoder(), description="The first stage, from images to latents and back.")
     decoder: Decoder = Field(Decoder(), description="What draws the detail that latents leave open.")
     variants: Variants = Field(Variants(), description="Changed copies of training scans.")
@@ -64,6 +76,12 @@ class Study(Section):
     second_model: SecondModel = Field(SecondModel(), description="A model that never saw a real scan. Off by default.")
     evaluate: Evaluate = Field(Evaluate(), description="What is measured on synthetic images.")
     segmentation: Segmentation | None = Field(None, description="Label maps of the cohort, where it has them.")
+    pairs: Pairs | None = Field(
+        None, description="Label maps that are generated, too, each with its image. Off by default."
+    )
+    segmentation_study: SegmentationStudy = Field(
+        SegmentationStudy(), description="Does a segmenter gain from synthetic pairs? Needs `pairs`."
+    )
     sampler_study: SamplerStudy = Field(SamplerStudy(), description="Which sampler, how many steps, how much guidance.")
     lineup: Lineup = Field(Lineup(), description="Real and synthetic images for people to tell apart.")
     downstream: Downstream = Field(
@@ -71,6 +89,28 @@ class Study(Section):
     )
     counterfactual: Counterfactual = Field(
         Counterfactual(), description="Real scans with another value of a covariate. Off by default."
+    )
+    inpainting: Inpainting = Field(
+        Inpainting(), description="Parts of real scans, or lesions, drawn anew by the model. Off by default."
+    )
+    reconstruction: Reconstruction = Field(
+        Reconstruction(), description="Scans from incomplete measurements, by the model. Off by default."
+    )
+    normative: Normative = Field(
+        Normative(), description="How far real scans are from a reference population. Off by default."
+    )
+    anomaly: Anomaly = Field(Anomaly(), description="Maps of what is unusual in scans, by the model. Off by default.")
+    registration: PairRegistration = Field(
+        PairRegistration(), description="Scans of several people brought onto each other. Off by default."
+    )
+    shape_completion: ShapeCompletion = Field(
+        ShapeCompletion(), description="What is missing of shapes, drawn as points. Off by default."
+    )
+    segmentation_ensemble: SegmentationEnsemble = Field(
+        SegmentationEnsemble(), description="A structure of real scans, marked by several draws. Off by default."
+    )
+    translation: Translation = Field(
+        Translation(), description="Another contrast of real scans, drawn from those there are. Off by default."
     )
     release: Release = Field(Release(), description="The synthetic cohort as a BIDS dataset.")
     compute: Compute = Field(Compute(), description="What the machine is asked for.")
@@ -97,9 +137,26 @@ class Study(Section):
         return len(self.preprocess.shape)
 
     @property
+    def structures(self) -> tuple[str, ...]:
+        """Structures of released label maps, in the order of their numbers from 1; none without label maps."""
+        source = self.segmentation or self.pairs
+        return tuple(source.structures) if source else ()
+
+    @property
     def student_draws(self) -> bool:
         """Whether the cohort is drawn by a student (section `few_step`)."""
         return is_of_students(self.generate.sampler)
+
+    @property
+    def unlike_monai(self) -> str | None:
+        """Why the models that are released cannot be run by MONAI alone; None where they can."""
+        if self.student_draws:
+            return "a student draws by a sampler that MONAI does not have"
+        if self.diffusion.zero_terminal_snr and self.diffusion.prediction_type != "flow":
+            return "MONAI's schedulers have no diffusion.zero_terminal_snr"
+        if self.text.column is not None:
+            return "MONAI has no encoder of texts"
+        return None
 
     def drawn_by_teacher(self) -> Self:
         """The study whose images the diffusion model draws itself."""
@@ -183,7 +240,8 @@ def _shape_divides(study: Study) -> Iterator[str]:
 
 
 def _covariate_names(study: Study) -> Iterator[str]:
-    taken = sorted(set(study.covariates) & RESERVED_COLUMNS)
+    told = {f"{name}_{end}" for name in study.covariates for end in ("measured", "segmented")}
+    taken = sorted(set(study.covariates) & (RESERVED_COLUMNS | told))
     if taken:
         yield (
             f"covariates {taken} have names of columns that the tables already have; call them something else and set "
@@ -241,6 +299,47 @@ def _structures(study: Study) -> Iterator[str]:
             )
 
 
+def _pairs(study: Study) -> Iterator[str]:
+    pairs = study.pairs
+    if pairs is None:
+        return
+    channel = study.preprocess.channels.get(pairs.channel)
+    if channel is None:
+        known = sorted(study.preprocess.channels) or "none"
+        yield f"pairs.channel: preprocess.channels has no {pairs.channel}, but {known}; say there where label maps lie"
+    elif channel.kind == "contrast":
+        yield f"pairs.channel: preprocess.channels.{pairs.channel} holds a contrast; take one of kind labels or mask"
+    elif not channel.required:
+        yield f"pairs.channel: preprocess.channels.{pairs.channel} must be required: true; a scan alone is no pair"
+    for name in pairs.structures:
+        covariate = study.covariates.get(name)
+        if covariate is not None and getattr(covariate, "unit", None) != "mL":
+            yield f"pairs.structures: {name} is a covariate that is no volume in mL; call one of both something else"
+    if study.spatial_dims != 3:
+        yield "pairs: label maps are released as volumes and need 3D images; leave the section out"
+    most = 2 ** len(study.segmentation_study.channels)
+    if any(n % most for n in study.preprocess.shape):
+        yield (
+            f"segmentation_study.channels: {len(study.segmentation_study.channels)} levels need a preprocess.shape that"
+            f" is divisible by {most}, found {list(study.preprocess.shape)}; take fewer levels"
+        )
+    if study.segmentation is not None:
+        yield "segmentation: released label maps are those of `pairs`; leave one of both sections out"
+    network = study.diffusion.network
+    if "maps" not in DENOISERS.entry(network)["conditions"]:
+        yield f"pairs: diffusion.network: {network} cannot be told a label map; take resnet or unet"
+    others = {
+        "text.column": study.text.column is not None,
+        "init_from": study.init_from is not None,
+        "few_step.method": study.few_step.method is not None,
+        "second_model.subjects": study.second_model.subjects,
+        "downstream.generator_seeds": study.downstream.target is not None and study.downstream.generator_seeds > 1,
+        "release.models": study.release.models,
+    }
+    for key in [key for key, value in others.items() if value]:
+        yield f"{key}: does not know label maps yet; leave it out, or pairs"
+
+
 def _volumes(study: Study) -> Iterator[str]:
     registration = study.preprocess.registration
     if study.segmentation is not None and registration is not None and registration.transform == "affine":
@@ -258,6 +357,98 @@ def _counterfactual(study: Study) -> Iterator[str]:
             yield f"counterfactual.{where}: {problem}"
 
 
+def _reference(study: Study) -> Iterator[str]:
+    for name, level in study.normative.reference.items():
+        if isinstance(study.covariates.get(name), ContinuousCovariate):
+            yield f"normative.reference.{name}: is a number; a reference is made of levels of categorical covariates"
+            continue
+        for problem in _not_a_value(study, name, [level]):
+            yield f"normative.reference.{name}: {problem}"
+
+
+def _matched(study: Study) -> Iterator[str]:
+    for name in study.normative.matched:
+        if name not in study.covariates:
+            yield f"normative.matched: {name} is no covariate; declared are {sorted(study.covariates)}"
+
+
+def _registration(study: Study) -> Iterator[str]:
+    wanted, shape = study.registration, study.preprocess.shape
+    part = wanted.reduce * 2 ** len(wanted.channels)
+    if wanted.pairs and (len(shape) != 3 or any(n % part for n in shape)):
+        yield (
+            f"registration.pairs: {wanted.pairs}, but sides of {'x'.join(map(str, shape))} voxels are not those of"
+            f" volumes, or no multiples of {part}: registration.reduce is {wanted.reduce}, and"
+            f" {len(wanted.channels)} registration.channels halve them so often; change preprocess.shape, or one of"
+            " both"
+        )
+    if wanted.pairs and study.preprocess.channels:
+        yield "registration.pairs: scans of one channel are registered; leave preprocess.channels out"
+
+
+def _hole(study: Study) -> Iterator[str]:
+    box, shape = study.inpainting.hole.box, study.preprocess.shape
+    if box and len(box) != len(shape):
+        yield f"inpainting.hole.box: {len(box)} axes, expected {len(shape)}, as preprocess.shape has"
+    elif any(high > n for (_, high), n in zip(box, shape, strict=False)):
+        yield f"inpainting.hole.box: {[list(b) for b in box]} reaches beyond preprocess.shape {list(shape)}"
+    elif box and all(high - low == n for (low, high), n in zip(box, shape, strict=True)):
+        yield "inpainting.hole.box: hides everything; leave some voxels known"
+    for section in ("inpainting", "reconstruction", "normative"):
+        if getattr(study, section).lesions.masks is not None and study.preprocess.registration is None:
+            yield (
+                f"{section}.lesions.masks: lie in a template's space, and scans are not registered; set"
+                " preprocess.registration"
+            )
+
+
+def _anomaly(study: Study) -> Iterator[str]:
+    wanted = study.anomaly
+    for name, value in wanted.healthy.items():
+        for problem in _not_a_value(study, name, [value]):
+            yield f"anomaly.healthy.{name}: {problem}"
+    for name in wanted.methods:
+        if "one value of anomaly.healthy" in ANOMALY_MAPS.entry(name)["needs"] and len(wanted.healthy) != 1:
+            yield (
+                f"anomaly.methods: {name} moves scans to a healthy value of one covariate, and anomaly.healthy has"
+                f" {len(wanted.healthy)}; name one, or leave the method out"
+            )
+    if wanted.lesions.masks is not None and study.preprocess.registration is None:
+        yield (
+            "anomaly.lesions.masks: lie in a template's space, and scans are not registered; set"
+            " preprocess.registration"
+        )
+
+
+def _drawn_from_images(study: Study) -> Iterator[str]:
+    known = ["image", *study.preprocess.channels]
+    shape = study.preprocess.shape
+    for section in ("segmentation_ensemble", "translation"):
+        wanted = getattr(study, section)
+        if not wanted.wanted:
+            continue
+        lesion = getattr(wanted, "lesion", None)
+        for key, names in (
+            ("source", wanted.source),
+            ("target", wanted.target),
+            ("lesion", [lesion] if lesion else []),
+        ):
+            for name in names:
+                if name not in known:
+                    yield (
+                        f"{section}.{key}: {name} is no channel of the study, which has {', '.join(known)}; declare it"
+                        " under preprocess.channels"
+                    )
+        if any(n % wanted.block for n in shape):
+            yield f"{section}.block: {wanted.block} does not divide preprocess.shape {list(shape)}; take 1 or 2"
+        halvings = 2 ** (len(wanted.channels) - 1) * wanted.block
+        if wanted.network == "unet" and any(n % halvings for n in shape):
+            yield (
+                f"{section}.channels: {len(wanted.channels)} levels of blocks of {wanted.block} need a preprocess.shape"
+                f" of multiples of {halvings}, found {list(shape)}; take fewer"
+            )
+
+
 # .................................................................................................. plan
 
 
@@ -273,6 +464,32 @@ def _requests(study: Study) -> Iterator[str]:
             for name, value in getattr(group, field).items():
                 for problem in _not_a_value(study, name, value if isinstance(value, list) else [value]):
                     yield f"plan.{group.name}.{field}.{name}: {problem}"
+
+
+def _texts(study: Study) -> Iterator[str]:
+    asking = [group.name for group in study.plan if group.texts]
+    if study.text.column is None:
+        if asking:
+            yield (
+                f"plan.{asking[0]}.texts: the model learns no texts; set text.column to the column that holds them, or"
+                " leave `texts` out"
+            )
+        return
+    if "text" in study.covariates:
+        yield "covariates.text: has the name of the column of texts; call it something else and set `column`"
+    if "tokens" not in DENOISERS.entry(study.diffusion.network)["conditions"]:
+        yield f"text.column: diffusion.network: {study.diffusion.network} cannot attend to texts; take resnet or unet"
+    for group in study.plan:
+        for name in sorted({name for text in group.texts for name in placeholders(text)} - set(study.covariates)):
+            yield f"plan.{group.name}.texts: {{{name}}} is no covariate; declared are {sorted(study.covariates)}"
+    others = {
+        "few_step.method": study.few_step.method,
+        "second_model.subjects": study.second_model.subjects,
+        "downstream.retrain": study.downstream.target is not None and study.downstream.retrain,
+        "init_from.models: diffusion": study.init_from is not None and "diffusion" in study.init_from.models,
+    }
+    for key in [key for key, value in others.items() if value]:
+        yield f"{key}: trains a model without texts; leave it out, or text.column"
 
 
 # .............................................................................................. samplers
@@ -337,6 +554,104 @@ def _decoder(study: Study) -> Iterator[str]:
         yield f"decoder: draws in blocks of two voxels, but preprocess.shape has {odd}; take even numbers"
 
 
+# ........................................................................................... given weights
+
+
+def _given_weights(study: Study) -> Iterator[str]:
+    base = study.init_from
+    if base is None:
+        return
+    if len(set(base.models)) != len(base.models):
+        yield f"init_from.models: each at most once, found {base.models}"
+    files = [name for name in ("autoencoder", "diffusion") if getattr(base, name) is not None]
+    missing = [name for name in base.models if name not in files]
+    if base.path is None and missing:
+        yield f"init_from: no weights are named for {missing}; set path, or the files of autoencoder and diffusion"
+
+
+def _untrained(study: Study) -> Iterator[str]:
+    given = study.init_from.models if study.init_from else []
+    drawing = ["decoder"] if study.decoder.network is not None else []
+    for name in ("autoencoder", *drawing, "diffusion"):
+        if getattr(study, name).optimiser.steps == 0 and name not in given:
+            yield (
+                f"{name}.optimiser.steps: 0 leaves the network untrained; train it, or give weights: {name} in"
+                " init_from.models"
+            )
+    if "decoder" in given and not drawing:
+        yield "init_from.models: decoder is given, but decoder.network is null; leave one of them out"
+    if study.autoencoder.trains == "decoder" and "autoencoder" not in given:
+        yield "autoencoder.trains: decoder keeps the encoder as it is, which is untrained; give its weights: init_from"
+    if study.diffusion.trains == "adapters" and "diffusion" not in given:
+        yield (
+            "diffusion.trains: adapters change weights that are given; give them (diffusion in init_from.models), or"
+            " set trains: all"
+        )
+    for name in ("autoencoder", "diffusion"):
+        if getattr(study, name).towards_base and name not in given:
+            yield f"{name}.towards_base: there is no base to pull to; give its weights: {name} in init_from.models"
+    if "diffusion" in given:
+        kept = study.autoencoder.optimiser.steps == 0 or study.autoencoder.trains == "decoder"
+        if "autoencoder" not in given or not kept:
+            yield (
+                "init_from.models: a given diffusion network knows the latents of its own autoencoder alone; give that,"
+                " too, and keep its latents (autoencoder.optimiser.steps: 0, or autoencoder.trains: decoder)"
+            )
+    if study.init_from and (study.second_model.subjects or (study.downstream.target and study.downstream.retrain)):
+        yield (
+            "init_from: a second model and further generator seeds (downstream.retrain) are trained from fresh weights;"
+            " leave them out"
+        )
+
+
+def _rare(study: Study) -> Iterator[str]:
+    rare = study.diffusion.rare
+    if rare is None:
+        return
+    covariate = study.covariates.get(rare.covariate)
+    if not isinstance(covariate, CategoricalCovariate):
+        known = [name for name, each in study.covariates.items() if isinstance(each, CategoricalCovariate)]
+        yield f"diffusion.rare.covariate: {rare.covariate} is no categorical covariate; these are: {known or 'none'}"
+        return
+    if rare.level not in covariate.levels:
+        yield f"diffusion.rare.level: covariates.{rare.covariate} has {covariate.levels}, not {rare.level}; add it last"
+    if rare.like is not None and (rare.like not in covariate.levels or rare.like == rare.level):
+        others = [level for level in covariate.levels if level != rare.level]
+        yield f"diffusion.rare.like: expected one of {others}, found {rare.like}"
+    if study.init_from is None or "diffusion" not in study.init_from.models:
+        yield (
+            "diffusion.rare: a handful of scans teach a network that knows all else; give one (diffusion in"
+            " init_from.models)"
+        )
+    if study.text.column is not None:
+        yield "diffusion.rare: is not made for texts, which say by themselves what is rare; leave one of them out"
+
+
+def _published(study: Study) -> Iterator[str]:
+    if study.diffusion.network != "published":
+        return
+    told = study.diffusion.published
+    for place, given in enumerate(told.inputs):
+        where = f"diffusion.published.inputs, number {place + 1}"
+        if given.covariate is None:
+            continue
+        covariate = study.covariates.get(given.covariate)
+        if covariate is None:
+            yield f"{where}: no such covariate {given.covariate}; declared are {sorted(study.covariates)}"
+        elif isinstance(covariate, CategoricalCovariate):
+            if len(given.levels or ()) != len(covariate.levels):
+                yield f"{where}: `levels` must have a number for each of {covariate.levels}, found {given.levels}"
+        elif given.range is None:
+            yield f"{where}: {given.covariate} is continuous; give `range`, the values that are 0 and 1"
+    named = [given.covariate for given in told.inputs if given.covariate is not None]
+    if len(set(named)) != len(named):
+        yield f"diffusion.published.inputs: each covariate at most once, found {named}"
+    if study.few_step.method is not None:
+        yield "few_step.method: students are of the networks `resnet` and `unet`; leave it out"
+    if told.maisi is not None and told.inputs:
+        yield "diffusion.published: MAISI networks are told no covariates; leave `inputs` out"
+
+
 # ............................................................................................ downstream
 
 
@@ -355,6 +670,22 @@ def _groups_of_arms(study: Study) -> Iterator[str]:
     known = {group.name for group in study.plan}
     for name in sorted(set(study.downstream.groups) - known):
         yield f"downstream.groups: the plan has no group {name}; it has {sorted(known)}"
+    stress = study.downstream.stress
+    learnt = study.downstream.groups or [g.name for g in study.plan if g.covariates in ("copula", "table")]
+    for name in stress.groups:
+        if name not in known:
+            yield f"downstream.stress.groups: the plan has no group {name}; it has {sorted(known)}"
+        elif name in learnt:
+            yield (
+                f"downstream.stress.groups: arms learn from the group {name}; test on another one, or name the groups"
+                " that they learn from in downstream.groups"
+            )
+    for name in stress.along:
+        if name not in study.covariates or name == study.downstream.target:
+            yield (
+                f"downstream.stress.along: {name} is no covariate beside the target; there are"
+                f" {sorted(set(study.covariates) - {study.downstream.target})}"
+            )
 
 
 RELATIONS: tuple[Callable[[Study], Iterator[str]], ...] = (
@@ -363,14 +694,26 @@ RELATIONS: tuple[Callable[[Study], Iterator[str]], ...] = (
     _covariate_names,
     _labels,
     _structures,
+    _pairs,
     _volumes,
     _counterfactual,
+    _reference,
+    _matched,
+    _hole,
+    _anomaly,
+    _registration,
+    _drawn_from_images,
     _group_names,
     _requests,
+    _texts,
     _samplers,
     _guide,
     _student,
     _decoder,
+    _given_weights,
+    _untrained,
+    _rare,
+    _published,
     _shifted_levels,
     _groups_of_arms,
 )

@@ -9,6 +9,23 @@ from pathlib import Path
 NETWORK = ("model.safetensors", "card.json")
 #: The grey levels of what a diffusion model generates, fitted after its training and kept beside it.
 TONE = ("tone.safetensors", "tone.json")
+#: Networks that draw an image from other images: files of weights and cards.
+OF_IMAGE_TO_IMAGE = {"diffusion": NETWORK, "regression": ("regression.safetensors", "regression.json")}
+IMAGE_TO_IMAGE = (*(file for files in OF_IMAGE_TO_IMAGE.values() for file in files), "history.parquet")
+#: The encoder of texts, and the vectors of the cohort's texts.
+TEXT = (*NETWORK, "tokens.arrow")
+#: Models as a MONAI bundle.
+BUNDLE = ("configs/metadata.json", "configs/inference.json", "models/denoiser.ts", "models/decoder.ts")
+#: Networks that can be given (`init_from`), in the order in which they are made.
+GIVEN = ("autoencoder", "decoder", "diffusion")
+#: Where files of weights and what describes them lie in a MONAI bundle, in a model release, or beside each other.
+OF_BASE = (
+    *(f"{folder}*.{suffix}" for folder in ("configs/", "") for suffix in ("json", "yaml")),
+    *(f"{folder}*.{suffix}" for folder in ("models/", "") for suffix in ("pt", "pth", "safetensors")),
+)
+#: The networks of label maps.
+MASKS = tuple(f"{name}/{file}" for name in ("autoencoder", "diffusion") for file in NETWORK)
+CARDS_OF_MASKS = MASKS[1::2]
 #: Options that name a folder, in any step, and the files that are read there.
 READ: Mapping[str, tuple[str, ...]] = {
     "simulated": ("participants.tsv",),
@@ -16,8 +33,12 @@ READ: Mapping[str, tuple[str, ...]] = {
     "decoder": NETWORK,
     "diffusion": (*NETWORK, *TONE),
     "few_step": (*NETWORK, *TONE),
+    "text": TEXT,
+    "masks": MASKS,
     "embedder": NETWORK,
+    "predictors": NETWORK,
     "segmenter": NETWORK,
+    "base": NETWORK,
 }
 #: Options of single steps that name a folder, and the files that are read or written there.
 OF_STEP: Mapping[str, Mapping[str, tuple[str, ...]]] = {
@@ -25,8 +46,13 @@ OF_STEP: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "decoder": {"out": (*NETWORK, "history.parquet", "reconstructions.arrow")},
     "diffusion": {"out": (*NETWORK, "history.parquet")},
     "few_step": {"diffusion": NETWORK, "out": (*NETWORK, "history.parquet")},
+    "init_weights": {"out": tuple(f"{name}/{file}" for name in GIVEN for file in NETWORK)},
     "tone": {"diffusion": NETWORK, "out": TONE},
+    "text": {"out": TEXT},
     "embedder": {"out": NETWORK},
+    "predictors": {"out": NETWORK},
+    "registration_train": {"out": (*NETWORK, "history.parquet")},
+    "shape_completion_train": {"out": (*NETWORK, "history.parquet")},
     "segmenter": {"out": NETWORK},
     "evaluate": {"out": ("metrics.json", "predictions.parquet", "components.parquet")},
     "report": {
@@ -42,13 +68,50 @@ OF_STEP: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "cohort": ("card.json",),
         "autoencoder": ("card.json",),
         "decoder": ("card.json",),
+        "masks": CARDS_OF_MASKS,
         "diffusion": ("card.json", "tone.json"),
     },
-    "ledger": {"autoencoder": ("card.json",), "decoder": ("card.json",), "diffusion": ("card.json", "tone.json")},
-    "counterfactual": {
-        "out": ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png")
+    "ledger": {
+        "autoencoder": ("card.json",),
+        "masks": CARDS_OF_MASKS,
+        "decoder": ("card.json",),
+        "diffusion": ("card.json", "tone.json"),
+    },
+    **{
+        step: {"out": ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png")}
+        for step in ("counterfactual", "inpainting", "normative", "reconstruction", "anomaly")
+    },
+    "shape_completion": {
+        "network": NETWORK,
+        "out": ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png"),
+    },
+    "registration": {
+        "score": NETWORK,
+        "plain": NETWORK,
+        "out": ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png"),
+    },
+    "segmentation_model": {"out": IMAGE_TO_IMAGE},
+    "translation_model": {"out": IMAGE_TO_IMAGE, "lesion": NETWORK},
+    **{
+        step: {
+            "model": IMAGE_TO_IMAGE[:-1],
+            "lesion": NETWORK,
+            "out": ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png"),
+        }
+        for step in ("segmentation", "translation")
     },
 }
+
+
+def files_of_base(path: str | None, *files: str | None) -> list[str]:
+    """Files of given weights that are read: of a folder, or `path` itself, and `files`."""
+    named = [file for file in files if file is not None]
+    if path is None or not Path(path).is_dir():
+        return [*([path] if path else []), *named]
+    folder = Path(path)
+    ours = [folder / name / file for name in GIVEN for file in NETWORK if (folder / name / NETWORK[1]).is_file()]
+    found = [found for pattern in OF_BASE for found in sorted(folder.glob(pattern))]
+    return [*(str(one) for one in (ours or found)), *named]
 
 
 def folders_of(step: str) -> dict[str, tuple[str, ...]]:

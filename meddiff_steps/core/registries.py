@@ -53,6 +53,18 @@ FEATURE_SPACES = Registry(
     keys=("evaluate.spaces",),
     fields={"source": str, "spatial_dims": list, "needs": str},
 )
+OPERATORS = Registry(
+    "measurement operator",
+    "meddiff_steps.imaging.operators",
+    keys=("reconstruction.operators",),
+    fields={"source": str, "measures": str, "strengths": str},
+)
+ANOMALY_MAPS = Registry(
+    "anomaly map",
+    "meddiff_steps.applications.anomaly_maps",
+    keys=("anomaly.methods",),
+    fields={"source": str, "needs": list, "cost": str},
+)
 APPLICATIONS = Registry(
     "application",
     "meddiff_steps.applications",
@@ -60,15 +72,18 @@ APPLICATIONS = Registry(
 )
 
 #: All of them, for whoever lists or checks them.
-REGISTRIES = (SAMPLERS, FIRST_STAGES, DRAWING_DECODERS, DENOISERS, DETECTORS, METRICS, FEATURE_SPACES, APPLICATIONS)
+REGISTRIES = (
+    *(SAMPLERS, FIRST_STAGES, DRAWING_DECODERS, DENOISERS, DETECTORS, METRICS, FEATURE_SPACES),
+    *(OPERATORS, ANOMALY_MAPS, APPLICATIONS),
+)
 
 
 def default_steps(sampler: str, num_train_timesteps: int) -> int:
     """A sampler's tested number of steps; never more than the process was trained on.
 
     At it, the spread of sampled Gaussian data (std 0.5, exact denoiser, default schedule) is within 5 % of the truth,
-    with some reserve. Measured in tests/diffusion/test_samplers.py, in %: ddpm -1.4, ddim -3.5, pndm +1.0, heun +3.6,
-    dpmpp +2.5, unipc +1.9; on a flow: flow -2.9, dpmpp +3.3, unipc +2.4.
+    with some reserve. Measured in tests/diffusion/test_samplers.py, in %: ddpm -1.4, ddim -3.5, ddim_even -4.0, pndm
+    +1.0, heun +3.6, dpmpp +2.5, unipc +1.9; on a flow: flow -2.9, dpmpp +3.3, unipc +2.4.
     """
     return min(int(SAMPLERS.entry(sampler)["default_steps"]), num_train_timesteps)
 
@@ -96,3 +111,12 @@ def samplers_of(prediction_type: str, *, of_students: bool = False) -> tuple[str
 def is_of_students(sampler: str) -> bool:
     """Whether a sampler draws from models that were distilled for it, and from no other."""
     return bool(SAMPLERS.entry(sampler).get("of_students", False))
+
+
+def claimed_keys() -> dict[str, list[str]]:
+    """Keys of `autoencoder` that some first stages alone read (their ENTRY's `keys`), and the names of these."""
+    claimed: dict[str, list[str]] = {}
+    for name in FIRST_STAGES.names():
+        for key in FIRST_STAGES.entry(name).get("keys", []):
+            claimed.setdefault(key, []).append(name)
+    return claimed

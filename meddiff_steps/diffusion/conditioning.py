@@ -122,6 +122,26 @@ class Condition:
             )
         return [self.maps[name] for name in channels]
 
+    def tokens_of(self, widths: Mapping[str, int]) -> list[Tensor]:
+        """The tokens that a network was trained with, (b, n, dim) each, in the order of `widths`; of a kind that is not
+        given, one that is not known.
+
+        Raises
+        ------
+        UserError
+            There are others, or of another width.
+        """
+        found = {name: value.shape[2] for name, value in sorted(self.tokens.items())}
+        wrong = {name: width for name, width in found.items() if widths.get(name) != width}
+        if wrong:
+            raise UserError(
+                f"condition.tokens: found widths {wrong}, this model was trained with {dict(widths)}. Encode them with"
+                " the encoder that lies with the model."
+            )
+        missing = {name: width for name, width in widths.items() if name not in found}
+        unknown = {name: self.covariates.new_full((len(self), 1, width), torch.nan) for name, width in missing.items()}
+        return [{**unknown, **self.tokens}[name] for name in widths]
+
 
 #: denoiser(x (b, c, *spatial), timesteps (b,) float32, condition) -> what the process predicts, shaped as x.
 Denoiser = Callable[[Tensor, Tensor, Condition], Tensor]

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import rfc8785
 
 from meddiff_steps.cohort.splits import stable_fraction
 from meddiff_steps.config import Arm, CategoricalCovariate, Covariates, Downstream, PlanGroup
-from meddiff_steps.core.canonical import canonical_json
 from meddiff_steps.core.errors import UserError
 
 #: Further generator seeds draw so many subjects more than arms need, in case the filter gives some up.
@@ -48,9 +48,7 @@ def recipe(arm: Arm, generator: int = 0) -> str:
     """Name of what an arm trains with one generator seed: arms with equal training sets share it, whatever they are
     tested on.
     """
-    name = hashlib.sha256(canonical_json(arm.model_dump(mode="json", exclude={"name", "test"})).encode()).hexdigest()[
-        :12
-    ]
+    name = hashlib.sha256(rfc8785.dumps(arm.model_dump(mode="json", exclude={"name", "test"}))).hexdigest()[:12]
     return f"{name}-{generator}" if generator and arm.drawn else name
 
 
@@ -341,4 +339,5 @@ def design_digest(downstream: Downstream) -> str:
     """SHA-256 of everything that was decided beforehand."""
     # With one generator seed the digest is that of designs from before there could be several.
     left_out = {"jobs"} | ({"generator_seeds", "retrain"} if downstream.generator_seeds == 1 else set())
-    return hashlib.sha256(canonical_json(downstream.model_dump(mode="json", exclude=left_out)).encode()).hexdigest()
+    left_out |= {"neighbours"} if downstream.stress.groups else {"neighbours", "stress"}
+    return hashlib.sha256(rfc8785.dumps(downstream.model_dump(mode="json", exclude=left_out))).hexdigest()

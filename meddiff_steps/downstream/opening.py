@@ -11,14 +11,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from meddiff_steps.core.canonical import canonical_json
+import rfc8785
+
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import write_atomic
 
 
 def frozen_digest(frozen: Mapping[str, Any]) -> str:
     """SHA-256 of everything that determines the predictions on the test split."""
-    return hashlib.sha256(canonical_json(dict(frozen)).encode()).hexdigest()
+    return hashlib.sha256(rfc8785.dumps(dict(frozen))).hexdigest()
 
 
 def record_opening(ledger: Path, frozen: Mapping[str, Any], opened: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,9 @@ from meddiff_steps.statistics.bootstrap import Statistic, figure, rounded
 from meddiff_steps.statistics.differences import delong_difference, holm
 from meddiff_steps.statistics.measures import auc, auc_within, one_versus_rest, smaller_side
 
+#: Sets of predictions of test scans alone, and averaged with their neighbours.
+NEARBY = ("test", "neighbours")
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -202,6 +205,25 @@ def _group_figures(data: Scored, groups: Mapping[str, Draws]) -> dict[str, Any]:
         "worst_group_auc": figure(float(values.min()), draws.min(0), smallest, min(sides[name] for name in judged)),
         "gap": figure(float(np.ptp(values)), np.ptp(draws, axis=0), smallest),
     }
+
+
+def with_neighbours(
+    predictions: pd.DataFrame, downstream: Downstream, levels: Sequence[str], root: str
+) -> list[dict[str, Any]]:
+    """Every arm on test scans that are averaged with their neighbours: name, `figures` as `measure` has them, and in
+    these `gain`, the paired difference of AUC to the scans alone.
+
+    Parameters
+    ----------
+    predictions
+        Of the sets `test` and `neighbours`, of the same images.
+    """
+    # The same resamples for both, so that differences are paired.
+    alone, nearby = (measure(scored(predictions, name, levels), downstream, root, "test") for name in NEARBY)
+    return [
+        {"name": arm, "figures": entry | {"gain": nearby[1][arm].minus(alone[1][arm]).figure()}}
+        for arm, entry in nearby[0].items()
+    ]
 
 
 def compare(data: Scored, draws: Mapping[str, Draws], pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:

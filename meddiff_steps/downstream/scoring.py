@@ -56,6 +56,7 @@ def score(
     rows: np.ndarray,
     read: Reader,
     levels: Sequence[str],
+    views: int = 1,
 ) -> pd.DataFrame:
     """Probabilities of every classifier of `arms` for every image, each image read once.
 
@@ -67,6 +68,8 @@ def score(
         What the table says of each image (image_id, subject_id, level, subgroup, set), in the order of `rows`.
     rows
         What `read` takes.
+    views
+        Images that `read` gives of each row, one after the other; their probabilities are averaged.
 
     Returns
     -------
@@ -83,14 +86,16 @@ def score(
     wanted = list(dict.fromkeys((recipe(arm, generator), number) for arm, generator, number in cells))
     probability = np.empty((len(wanted), len(rows), len(levels)))
     for start in tqdm(
-        range(0, len(rows) if wanted else 0, PREDICT_BATCH), desc="classifying", mininterval=5, file=sys.stderr
+        range(0, len(rows) if wanted else 0, max(1, PREDICT_BATCH // views)),
+        desc="classifying",
+        mininterval=5,
+        file=sys.stderr,
     ):
-        chosen = rows[start : start + PREDICT_BATCH]
+        chosen = rows[start : start + max(1, PREDICT_BATCH // views)]
         images = read(chosen)
         for number, which in enumerate(wanted):
-            probability[number, start : start + len(chosen)] = predict(
-                classifiers[which], images.__getitem__, np.arange(len(chosen))
-            )
+            found = predict(classifiers[which], images.__getitem__, np.arange(len(images)))
+            probability[number, start : start + len(chosen)] = found.reshape(len(chosen), views, -1).mean(1)
     parts = []
     for arm, generator, number in cells:
         found = probability[wanted.index((recipe(arm, generator), number))]

@@ -31,7 +31,7 @@ from meddiff_steps.evaluation.realism.measure import measure as measure_realism
 from meddiff_steps.evaluation.sanity import sanity
 from meddiff_steps.imaging.selection import Images, drawn, held_out, reconstructed
 from meddiff_steps.instruments.feature_spaces.base import FeatureSpace
-from meddiff_steps.instruments.predictors import MAX_TRAINING_SCANS, Predictors, fit_predictors
+from meddiff_steps.instruments.predictors import MAX_TRAINING_SCANS, Predictors
 from meddiff_steps.instruments.segmenter import Segmenter, segmented_volumes
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ def evaluate(
     paired: Images,
     spaces: Sequence[FeatureSpace],
     study: Study,
+    predictors: Predictors,
     instrument: tuple[Segmenter, dict[str, Any]] | None = None,
 ) -> Evaluation:
     """Measure covariate fidelity, realism, diversity, reconstruction quality and sharpness.
@@ -73,7 +74,7 @@ def evaluate(
     Parameters
     ----------
     cohort
-        Preprocessed scans of all splits; predictors and feature scales learn from the train split alone.
+        Preprocessed scans of all splits; feature scales learn from the train split alone.
     generated
         Synthetic images, with the covariates that were requested.
     paired
@@ -83,6 +84,8 @@ def evaluate(
         Feature spaces of realism and diversity.
     study
         `seed`, `covariates`, `plan`, `evaluate` and `preprocess.spacing_mm` are read.
+    predictors
+        What measures covariates.
     instrument
         Segmenter that measures volumes a second time, and its card.
 
@@ -98,12 +101,9 @@ def evaluate(
     train = every_train.at_most(MAX_TRAINING_SCANS)
     if len(train) == 0:
         raise UserError(
-            f"{cohort.origin}: no preprocessed scan is in the train split, so nothing can be measured. Check splits and"
+            f"{cohort.origin}: no preprocessed scan is in the train split, so nothing can be compared. Check splits and"
             " preprocessed/qc.parquet."
         )
-    predictors = fit_predictors(
-        train.batches("learning to measure"), train.table, train.units.tolist(), study.covariates
-    )
     real, splits = held_out(cohort)
     wanted = replace(generated, table=drawn(generated.table, study.plan))
     real, synthetic = real.at_most(MAX_HELD_OUT), wanted.at_most(MAX_SYNTHETIC)

@@ -12,7 +12,11 @@ import pyarrow as pa
 
 from meddiff_steps.evaluation.image_quality import reconstruction_quality
 from meddiff_steps.imaging.shards import ShardWriter, TensorColumn
+from meddiff_steps.models.first_stage.quantiser import perplexity, used_share
+from meddiff_steps.statistics.bootstrap import Bootstrap, Figure, centred, figure
 
+#: Resamples behind the intervals of codebook use.
+CODEBOOK_RESAMPLES = 200
 #: Held-out scans that are reconstructed, at most.
 MAX_RECONSTRUCTIONS = 256
 
@@ -66,3 +70,29 @@ def write_reconstructions(
         for split, found in pairs.items()
         if found
     }
+
+
+def codebook_use(counts: np.ndarray, subjects: Sequence[str]) -> dict[str, Figure]:
+    """How a quantised first stage uses its codebooks on held-out scans.
+
+    Parameters
+    ----------
+    counts
+        How often each entry stands in a scan's codes, (n, parts, entries).
+    subjects
+        Unit of each scan for the bootstrap.
+
+    Returns
+    -------
+    dict
+        `used`, the share of all entries that occur, and `perplexity` (van den Oord et al. 2017), as how many entries
+        used equally often, the mean over parts; figures.
+    """
+    boot = Bootstrap(subjects, CODEBOOK_RESAMPLES, "", "codebook")
+    resampled = [np.einsum("n,npe->pe", weights, counts) for weights in boot.all_weights()]
+    whole, found = counts.sum(0), {}
+    for name, statistic in (("used", used_share), ("perplexity", perplexity)):
+        value = float(statistic(whole))
+        draws = centred(value, np.array([float(statistic(each)) for each in resampled]))
+        found[name] = figure(value, draws, boot.n)
+    return found

@@ -27,7 +27,7 @@ from meddiff_steps.evaluation.realism import frechet, kid
 from meddiff_steps.evaluation.realism.base import Draws, Sample, Scale
 from meddiff_steps.imaging.selection import Images, held_out
 from meddiff_steps.instruments.feature_spaces.base import FeatureSpace, extract
-from meddiff_steps.instruments.predictors import MAX_TRAINING_SCANS, Predictors, fit_predictors
+from meddiff_steps.instruments.predictors import MAX_TRAINING_SCANS, Predictors
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,8 @@ class Point:
 
 def points(settings: Settings, prediction_type: str) -> list[Point]:
     """All combinations that the study asks for, samplers first."""
-    able = [name for name in samplers_of(prediction_type) if not SAMPLERS.entry(name)["stochastic"]]
+    entries = {name: SAMPLERS.entry(name) for name in samplers_of(prediction_type)}
+    able = [name for name, entry in entries.items() if not entry["stochastic"] and entry.get("compared", True)]
     return [
         Point(sampler, steps, scale)
         for sampler in settings.samplers or able
@@ -123,6 +124,7 @@ def compare(
     chosen: Sequence[Point],
     subjects: pd.DataFrame,
     cohort: Images,
+    predictors: Predictors,
     spaces: Sequence[FeatureSpace],
     study: Study,
 ) -> dict[str, Any]:
@@ -138,6 +140,8 @@ def compare(
         Rows of a plan.
     cohort
         Preprocessed scans of all splits.
+    predictors
+        What measures covariates.
     spaces
         Of Frechet distance, precision and recall; the first, which decides, of KID, too.
     study
@@ -152,9 +156,6 @@ def compare(
         `ceiling`; `choice`.
     """
     train, real = cohort.of_splits(["train"]).at_most(MAX_TRAINING_SCANS), held_out(cohort)[0].at_most(MAX_HELD_OUT)
-    predictors = fit_predictors(
-        train.batches("learning to measure"), train.table, train.units.tolist(), study.covariates
-    )
     reference, _ = measure(predictors, real, "real", study.covariates, {})
     some = train.at_most(len(subjects))
     features = {

@@ -7,6 +7,7 @@ It is an optional dependency: meddiff-steps[brain-extraction].  Masks of any oth
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,11 @@ def load_deepbet() -> tuple[Any, str]:
             " preprocess.brain_mask."
         ) from None
     return BrainExtraction(no_gpu=True), f"deepbet {importlib.metadata.version('deepbet')}"
+
+
+def extraction_installed() -> bool:
+    """Whether the optional package is there; it is not loaded."""
+    return importlib.util.find_spec("deepbet") is not None
 
 
 def extracted(path: Path, scan: Image, setting: Setting) -> tuple[Image | None, dict[str, Any]]:

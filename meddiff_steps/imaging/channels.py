@@ -137,7 +137,7 @@ def preprocess_channel(
     channel = config.channels[name]
     present, found = True, dict[str, float | None]()
     try:
-        image = _read(name, channel, path)
+        image = _read(name, channel, path, config.colour)
         if image is None:
             present, array = False, np.zeros(config.shape)
         else:
@@ -153,11 +153,11 @@ def preprocess_channel(
     return array[np.newaxis].astype(STORED[channel.kind]), {f"channel_{name}_present": present, **found}
 
 
-def _read(name: str, channel: Channel, path: Path) -> Image | None:
+def _read(name: str, channel: Channel, path: Path, colour: str) -> Image | None:
     """The file, checked against its kind; None where there may be none and is none."""
     labels = channel.kind != "contrast"
     try:
-        image = read_image(path, allow_constant=labels, labels=labels)
+        image = read_image(path, allow_constant=labels, labels=labels, colour=colour)
     except ScanError as error:
         if error.reason != "missing file":
             raise

@@ -50,12 +50,13 @@ _BESIDE = 1 << 16
 
 @dataclass(frozen=True)
 class Grid:
-    """What turns an array into a picture of something: spacing (mm, one number or three; None for 2D) and shape without
-    the channel axis.
+    """What turns an array into a picture of something: spacing (mm, one number or three; None for 2D), shape without
+    the channel axis, and whether its values are labels (uint8) rather than grey.
     """
 
     shape: tuple[int, ...]
     spacing_mm: Spacing | None
+    labels: bool = False
 
     @property
     def affine(self) -> np.ndarray | None:
@@ -100,7 +101,10 @@ def _volume(stored: np.ndarray, grid: Grid, sample_id: str, study: str) -> bytes
     volume = nib.Nifti1Image(stored, grid.affine)
     volume.header.set_xyzt_units("mm", "sec")
     volume.header.set_slope_inter(1, 0)
-    volume.header["cal_max"] = VOLUME_SCALE
+    if stored.dtype == np.uint8:
+        volume.header.set_intent("label")
+    else:
+        volume.header["cal_max"] = VOLUME_SCALE
     volume.header["descrip"] = f"SYNTHETIC, no real person; {study}".encode("ascii", "replace")[:79]
     volume.set_qform(grid.affine, code="aligned")  # not "scanner": there was none
     for name in ("quatern_b", "quatern_c", "quatern_d"):
@@ -108,6 +112,11 @@ def _volume(stored: np.ndarray, grid: Grid, sample_id: str, study: str) -> bytes
     volume.set_sform(grid.affine, code="aligned")
     volume.header.extensions.append(nib.nifti1.Nifti1Extension(COMMENT, _mark(sample_id, study).encode()))
     return volume.to_bytes()
+
+
+def encode_labels(labels: np.ndarray, grid: Grid, sample_id: str, study: str) -> bytes:
+    """A label map, uint8 (x, y, z), 0 outside of all structures, as a compressed NIfTI-1 file with the same header."""
+    return _packed(_volume(labels, grid, sample_id, study))
 
 
 def encode_picture(image: np.ndarray, sample_id: str, study: str) -> tuple[bytes, np.ndarray]:
@@ -244,7 +253,7 @@ def _decode_volume(packed: bytes, grid: Grid, most: int) -> Decoded:
             raise Undecodable("cut short")
         behind.append(f"more than {most} bytes")
     header = nib.Nifti1Header.from_fileobj(io.BytesIO(content))
-    _check_form(tuple(header.get_data_shape()), header.get_data_dtype(), grid, np.int16)
+    _check_form(tuple(header.get_data_shape()), header.get_data_dtype(), grid, np.uint8 if grid.labels else np.int16)
     volume = nib.Nifti1Image.from_bytes(content)
     stored = np.asarray(volume.dataobj.get_unscaled())  # type: ignore[attr-defined]
     return Decoded(

@@ -196,7 +196,7 @@ def _preprocess(
     and the mask if there is one.
     """
     with seconds("reading"):
-        scan = read_image(path, sha256=sha256)
+        scan = read_image(path, sha256=sha256, colour=config.colour)
     wanted = len(config.shape)
     if scan.array.ndim != wanted:
         remedy = "Leave it out of the cohort, or give preprocess.shape as many numbers as the images have axes."

@@ -76,7 +76,18 @@ class Image:
     two_spaces: str | None = None
 
 
-def read_image(path: Path, *, allow_constant: bool = False, sha256: str | None = None, labels: bool = False) -> Image:
+#: Channels of a colour picture, by number.
+COLOURS = {"red": 0, "green": 1, "blue": 2}
+
+
+def read_image(
+    path: Path,
+    *,
+    allow_constant: bool = False,
+    sha256: str | None = None,
+    labels: bool = False,
+    colour: str = "luminance",
+) -> Image:
     """Read one image.
 
     Parameters
@@ -91,6 +102,8 @@ def read_image(path: Path, *, allow_constant: bool = False, sha256: str | None =
     labels
         The values are numbers of structures, not grey levels: a picture with a palette gives its indices, and one that
         is coloured or lossy is refused.
+    colour
+        What a colour picture's grey levels are: its `luminance`, or one of `COLOURS`.  Grey pictures are as they are.
 
     Returns
     -------
@@ -125,7 +138,7 @@ def read_image(path: Path, *, allow_constant: bool = False, sha256: str | None =
     elif content[128:132] == b"DICM":
         image = _decode_dicom(path, labels)
     elif content[:8] == b"\x89PNG\r\n\x1a\n" or content[:3] == b"\xff\xd8\xff":
-        image = _decode_picture(path, content, labels)
+        image = _decode_picture(path, content, labels, colour)
     else:
         raise ScanError(
             path,
@@ -235,15 +248,19 @@ def _decode_nifti(path: Path, content: bytes) -> Image:
     return Image(array, affine, two_spaces=two_spaces(raw, affine))
 
 
-def _decode_picture(path: Path, content: bytes, labels: bool) -> Image:
+def _decode_picture(path: Path, content: bytes, labels: bool, colour: str) -> Image:
     try:
         with PilImage.open(io.BytesIO(content), formats=_PICTURE_FORMATS) as opened:
             picture = ImageOps.exif_transpose(opened)
             if labels:
                 return Image(_indices(path, picture, opened.format), None)
-            grey = (
-                picture if picture.mode in ("L", "F", "I") or picture.mode.startswith("I;16") else picture.convert("L")
-            )
+            grey = picture
+            if not (picture.mode in ("L", "F", "I") or picture.mode.startswith("I;16")):
+                grey = (
+                    picture.convert("L")
+                    if colour not in COLOURS
+                    else picture.convert("RGB").getchannel(COLOURS[colour])
+                )
             array, blank = np.asarray(grey, dtype=np.float32), None
             if (opacity := _opacity(picture)) is not None:
                 array, blank = array * opacity, opacity == 0

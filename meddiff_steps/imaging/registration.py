@@ -21,11 +21,11 @@ from typing import Any, TypeVar
 import nibabel as nib
 import numpy as np
 import pandas as pd
+import rfc8785
 import SimpleITK as sitk
 from scipy.linalg import polar
 
 from meddiff_steps.config import MNI152, Registration
-from meddiff_steps.core.canonical import canonical_json
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.itk import itk_image, one_itk_thread
 from meddiff_steps.imaging.reading import Image, ScanError, read_image
@@ -105,7 +105,7 @@ def load_template(template: str) -> Template:
         volume = load_mni152_template(resolution=1)
         image = Image(volume.get_fdata(dtype=np.float32), np.asarray(volume.affine, dtype=np.float64))
         facts = {"shape": list(image.array.shape), "affine": [float(v) for v in volume.affine.ravel()]}
-        digest = hashlib.sha256(canonical_json(facts).encode() + image.array.astype("<f4").tobytes()).hexdigest()
+        digest = hashlib.sha256(rfc8785.dumps(facts) + image.array.astype("<f4").tobytes()).hexdigest()
         return _template(MNI152, digest, image)
     path = Path(template)
     try:

@@ -70,6 +70,14 @@ def restore(
     return np.float32(low) + shares * np.float32(high - low), _affine(facts)
 
 
+def restore_numbers(image: np.ndarray, facts: Facts) -> tuple[np.ndarray, np.ndarray | None]:
+    """Bring numbers that are no grey values, as of a statistical map, to a scan's grid; 0 beyond the study's grid.
+
+    Parameters, returns and errors as of `restore`.
+    """
+    return _restored_values(_on_grid(image, facts), facts, 1), _affine(facts)
+
+
 def restore_difference(
     image: np.ndarray, facts: Facts, *, channel: str | None = None, order: int = 1
 ) -> tuple[np.ndarray, np.ndarray | None]:

@@ -30,8 +30,8 @@ BATCH_BYTES = 32 * 2**20
 class TensorColumn:
     """Column type of a fixed-shape tensor, for example TensorColumn("float16", (1, 32, 40, 32)).
 
-    `kind` is what a channel of a scan is ("contrast", "mask", "labels"; see `imaging.channels`), kept in the column's
-    metadata; empty for what is no channel.
+    `kind` is what a channel of a scan is ("contrast", "mask", "labels"; see `imaging.channels`), or "distances" where
+    a label map is kept so (`imaging.signed_distances`); in the column's metadata, empty for what is neither.
     """
 
     dtype: str
@@ -190,6 +190,10 @@ class Shards:
     def shape(self, column: str) -> tuple[int, ...]:
         """Shape of one tensor of `column`."""
         return tuple(self.schema.field(column).type.shape)
+
+    def kind(self, column: str) -> str:
+        """What a tensor column says that it holds (`TensorColumn`)."""
+        return (self.schema.field(column).metadata or {}).get(b"kind", b"").decode()
 
     def dtype(self, column: str) -> np.dtype:
         """Type of the stored values of `column`."""

@@ -21,16 +21,20 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import scipy.linalg
+import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
 from meddiff_steps.config import CategoricalCovariate, Covariates
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import read_json
+from meddiff_steps.models.weights import CARD, load_tensors, save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -326,6 +330,44 @@ class Predictors:
             },
             "skipped": dict(sorted(self.skipped.items())),
         }
+
+
+def save_predictors(found: Predictors, folder: Path) -> None:
+    """Write predictors as the files of a network: weights, and a card that says what they are."""
+    tensors = {
+        f"{name}.{part}": torch.from_numpy(np.ascontiguousarray(getattr(one, part)))
+        for name, one in found.by_name.items()
+        for part in ("weights", "bias")
+    }
+    levels = {name: {"levels": one.levels, "known": one.known} for name, one in found.by_name.items()}
+    save_tensors(
+        tensors, folder, {"image_shape": [1, *found.histograms.shape], "outputs": levels, "instrument": found.card()}
+    )
+
+
+def load_predictors(folder: Path) -> Predictors:
+    """Predictors as `save_predictors` wrote them.
+
+    Raises
+    ------
+    UserError
+        The files cannot be read, or do not belong together.
+    """
+    card = read_json(folder / CARD)
+    tensors, instrument = load_tensors(folder, card), card["instrument"]
+    by_name = {
+        name: Predictor(
+            tensors[f"{name}.weights"].numpy(),
+            tensors[f"{name}.bias"].numpy(),
+            tuple(output["levels"]),
+            tuple(output["known"]),
+            instrument["covariates"][name]["penalty"],
+            instrument["covariates"][name]["subjects"],
+        )
+        for name, output in card["outputs"].items()
+    }
+    histograms = LocalHistograms(card["image_shape"][1:])
+    return Predictors(histograms, by_name, instrument["skipped"], instrument["training_scans"])
 
 
 def fit_predictors(

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from monai.losses import DiceLoss
 from monai.metrics import compute_dice
@@ -28,12 +27,13 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from meddiff_steps import config
-from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json
 from meddiff_steps.core.random_streams import step_generator
 from meddiff_steps.imaging.background import head_of
+from meddiff_steps.imaging.channels import filled_in
+from meddiff_steps.imaging.label_maps import read_labels
 from meddiff_steps.imaging.masks import on_head
-from meddiff_steps.imaging.reading import Image, ScanError, read_image
+from meddiff_steps.imaging.reading import Image, ScanError
 from meddiff_steps.imaging.selection import Images
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.models.weights import CARD, load_weights
@@ -93,6 +93,33 @@ class Segmenter(nn.Module):
         return logits[:, :, : shape[0], : shape[1], : shape[2]]
 
     @torch.inference_mode()
+    def label_map(self, image: Tensor) -> np.ndarray:
+        """The structure of each voxel of one whole image (1, 1, *shape), uint8 (*shape): 1 for the first structure and
+        so on, 0 where none has more than half of the voxel; of several that do, the one with the largest share.
+        """
+        value, place = self._logits(image).max(dim=0)
+        return torch.where(value > 0, place + 1, 0).to(torch.uint8).numpy()
+
+    @torch.inference_mode()
+    def doubt(self, image: Tensor, labels: np.ndarray) -> np.ndarray:
+        """By how much the logit of each voxel's label is less than that of the label which `label_map` gives it,
+        float32 (*shape), at least 0; that of no label is 0.
+
+        0 for `label_map` itself, and next to 0 for one of another machine: it differs where logits are all but equal.
+        """
+        logits = self._logits(image)
+        logits = torch.cat([torch.zeros_like(logits[:1]), logits])
+        told = logits.gather(0, torch.from_numpy(labels.astype(np.int64))[None])[0]
+        return (logits.amax(dim=0) - told).numpy()
+
+    def _logits(self, image: Tensor) -> Tensor:
+        """Those of one whole image (1, 1, *shape), (structures, *shape)."""
+        logits = self(self.reduce(image))
+        if self.factor > 1:
+            logits = functional.interpolate(logits, scale_factor=self.factor, mode="trilinear", align_corners=False)
+        return logits[0, :, : image.shape[2], : image.shape[3], : image.shape[4]]
+
+    @torch.inference_mode()
     def volumes(self, images: Tensor, voxel_ml: float) -> np.ndarray:
         """Volume of each structure in whole images, float64 (b, structures): the sum of its shares, so that a voxel may
         count in part.
@@ -114,25 +141,6 @@ MIN_SCANS = 10
 GAMMA, NOISE = 1.25, 0.02
 #: Images segmented at once.
 BATCH = 8
-
-
-def label_path(pattern: str, scan: Mapping[Any, Any]) -> Path:
-    """Path of a scan's label map.
-
-    Raises
-    ------
-    UserError
-        The pattern names a field that is none of subject_id, session_id and scan_id.
-    """
-    fields = {
-        name: "" if pd.isna(scan.get(name)) else str(scan[name]) for name in ("subject_id", "session_id", "scan_id")
-    }
-    try:
-        return Path(pattern.format_map(fields))
-    except (KeyError, ValueError, IndexError) as error:
-        raise UserError(
-            f"segmentation.labels: {pattern!r} cannot be filled in ({error}). Known fields: {sorted(fields)} in braces."
-        ) from None
 
 
 def label_shares(
@@ -167,14 +175,9 @@ def label_shares(
     UserError
         It is no label map.
     """
-    labels = read_image(path, allow_constant=True)
-    if labels.affine is None:
-        raise UserError(f"{path}: a picture, expected a label map, NIfTI with three axes. Correct segmentation.labels.")
-    whole = np.rint(labels.array).astype(np.int32)
-    if not np.array_equal(whole, labels.array):
-        raise UserError(
-            f"{path}: values between whole numbers, expected labels. Give label maps that were not interpolated."
-        )
+    labels = read_labels(path)
+    assert labels.affine is not None, "a volume has an affine"
+    whole = labels.array
     on_head(path, head, labels, path)
     to_labels = np.linalg.inv(labels.affine) @ affine
     # Each voxel is sampled at `parts` places per axis, about one per voxel of the label map that it covers; its share
@@ -213,7 +216,7 @@ def labelled(
                 try:
                     affine = affines[scan["scan_id"]]
                     head = head_of(Image(images[at : at + 1][0, 0], affine), "nonzero")
-                    labels = label_path(settings.labels, scan)
+                    labels = filled_in(settings.labels, scan, "segmentation.labels")
                     grid = model.grid(affine)
                     shard.append(shares=label_shares(labels, settings.structures, grid, model.reduced_shape, head))
                 except ScanError as error:

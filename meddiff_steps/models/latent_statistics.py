@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -110,7 +111,8 @@ def fit_effects(
 
     Effects by ridge regression of latents on features less their means, 0 where unknown; directions of the readout by
     ridge regression of features on latents and, through the decoder, on images; and what is left along them in subjects
-    that were held out.
+    that were held out.  Rows of which nothing is known take no part: taken to be typical, they would weaken the
+    readout, and what covariates explain would count as left.
 
     Parameters
     ----------
@@ -125,26 +127,29 @@ def fit_effects(
     decode
         Standardised latents, float32 (b, c, *spatial), to images (b, 1, *spatial); differentiable.
     """
+    labelled = [int(row) for row in np.flatnonzero(known.any(1))]
+    features, known, subjects = features[labelled], known[labelled], subjects[labelled]
     count = np.maximum(known.sum(0), 1)
     mean = (features * known).sum(0) / count
     centred = np.where(known, features - mean, 0.0).astype(np.float64)
     pairs = np.maximum(known.T.astype(np.float64) @ known, 1.0)
     covariance = centred.T @ centred / pairs
     each = len(centred) / len(np.unique(subjects))
-    products = np.zeros((centred.shape[1], draw(0).size))
-    for row in range(len(centred)):
-        products += np.outer(centred[row], draw(row).ravel())
+    shape = draw(labelled[0]).shape
+    products = np.zeros((centred.shape[1], math.prod(shape)))
+    for row, values in zip(labelled, centred, strict=True):
+        products += np.outer(values, draw(row).ravel())
     effects = _ridge(centred, products, each)
-    square, shape = 0.0, draw(0).shape
-    for row in range(len(centred)):
-        square += float(np.square(draw(row).ravel() - centred[row] @ effects).mean())
+    square = 0.0
+    for row, values in zip(labelled, centred, strict=True):
+        square += float(np.square(draw(row).ravel() - values @ effects).mean())
     deviation = float(np.sqrt(square / len(centred)))
     middle = torch.zeros(1, *shape, requires_grad=True)
     decoded = _visible(decode(middle))
     most = min(len(centred), MAX_READOUT_ROWS, MAX_READOUT_NUMBERS // max(products.shape[1], len(decoded)))
     chosen = [int(row) for row in np.unique(np.linspace(0, len(centred) - 1, most).astype(int))]
-    latents = np.stack([draw(row).ravel() for row in chosen]).astype(np.float32)
-    images = np.stack([_visible(torch.from_numpy(image(row)[None])).numpy() for row in chosen])
+    latents = np.stack([draw(labelled[row]).ravel() for row in chosen]).astype(np.float32)
+    images = np.stack([_visible(torch.from_numpy(image(labelled[row])[None])).numpy() for row in chosen])
     images -= images.mean(0)
 
     def pulled_back(weights: np.ndarray) -> np.ndarray:

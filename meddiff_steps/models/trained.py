@@ -17,6 +17,7 @@ from torch import Tensor
 
 from meddiff_steps import config
 from meddiff_steps.cohort.covariates import CovariateEncoding
+from meddiff_steps.cohort.texts import COLUMN as TEXT
 from meddiff_steps.compute.compilation import cast_weights, speed_up
 from meddiff_steps.compute.device import channels_last, to_channels_last, to_device
 from meddiff_steps.core.errors import UserError
@@ -32,6 +33,8 @@ from meddiff_steps.models.denoiser.student import Distilled, check_sampler
 from meddiff_steps.models.drawing.base import DrawingDecoder
 from meddiff_steps.models.drawing.base import build as build_decoder
 from meddiff_steps.models.first_stage.base import FirstStage, Posterior, build
+from meddiff_steps.models.text_encoder import TextEncoder
+from meddiff_steps.models.text_encoder import build as build_text_encoder
 from meddiff_steps.models.tone import ToneCurve
 from meddiff_steps.models.weights import CARD, load_weights, save_model
 
@@ -44,7 +47,8 @@ log = logging.getLogger(__name__)
 def load_first_stage(folder: Path) -> tuple[FirstStage, dict[str, Any]]:
     """The trained `FirstStage` of a folder, in evaluation mode on the CPU, and its card."""
     card = read_json(folder / CARD)
-    model = build(config.Autoencoder.model_validate(card["settings"]), len(card["image_shape"]) - 1)
+    channels, *spatial = card["image_shape"]
+    model = build(config.Autoencoder.model_validate(card["settings"]), len(spatial), channels)
     load_weights(model, folder, card)
     return model, card
 
@@ -90,6 +94,8 @@ class DenoiserCard:
         Channels of every map and width of every kind of token that it is told.
     few_step
         What it was distilled for, where it is a student.
+    text
+        How the encoder of its texts is built (`models.text_encoder.build`), where it was trained on texts.
     """
 
     settings: config.Diffusion
@@ -99,6 +105,7 @@ class DenoiserCard:
     maps: Mapping[str, int] = field(default_factory=dict)
     tokens: Mapping[str, int] = field(default_factory=dict)
     few_step: Distilled | None = None
+    text: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -109,6 +116,7 @@ class DenoiserCard:
             "maps": dict(self.maps),
             "tokens": dict(self.tokens),
             **({"few_step": self.few_step.to_json()} if self.few_step else {}),
+            **({"text": dict(self.text)} if self.text else {}),
         }
 
     @classmethod
@@ -121,12 +129,23 @@ class DenoiserCard:
             card.get("maps", {}),
             card.get("tokens", {}),
             Distilled.from_json(card["few_step"]) if "few_step" in card else None,
+            card.get("text"),
         )
 
     def build(self) -> Denoiser:
-        """The denoiser with fresh weights."""
+        """The denoiser with fresh weights, without the encoder of texts, which is not trained with it."""
         levels, steps = self.encoding.level_counts, self.few_step.steps if self.few_step else None
-        return Denoiser(self.settings, self.latent_shape, levels, self.variants, self.maps, self.tokens, steps)
+        names = self.encoding.names
+        return Denoiser(self.settings, self.latent_shape, levels, self.variants, self.maps, self.tokens, steps, names)
+
+
+def load_text_encoder(folder: Path) -> tuple[TextEncoder, dict[str, Any]]:
+    """The encoder of texts of a folder, on the CPU, and its card."""
+    card = read_json(folder / CARD)
+    encoder = build_text_encoder(card["encoder"])
+    load_weights(encoder, folder, card)
+    encoder.check(folder)
+    return encoder, card
 
 
 def save_image_network(
@@ -148,7 +167,11 @@ def load_denoiser(folder: Path) -> tuple[Denoiser, DenoiserCard, dict[str, Any]]
     card = read_json(folder / CARD)
     made = DenoiserCard.from_json(card)
     denoiser = made.build()
+    if made.text is not None:
+        denoiser.text = build_text_encoder(made.text)
     load_weights(denoiser, folder, card)
+    if denoiser.text is not None:
+        denoiser.text.check(folder)
     return denoiser, made, card
 
 
@@ -251,8 +274,8 @@ class TrainedModel:
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """(1, *spatial)."""
-        return (1, *(n * self.first_stage.downsampling for n in self.latent_shape[1:]))
+        """(1, *spatial); of a model of label maps, with as many channels as they are encoded in."""
+        return (self.first_stage.image_channels, *(n * self.first_stage.downsampling for n in self.latent_shape[1:]))
 
     @property
     def digest(self) -> str:
@@ -295,6 +318,13 @@ class TrainedModel:
                 images = self.decoder.draw(images, self._inside(noise), drawing_steps, slab)
         return self.tone(images)
 
+    def mean_images(self, latents: Tensor) -> Tensor:
+        """What the first stage alone decodes, float32 (b, 1, *spatial), nominally in [0, 1]: neither drawn nor clipped,
+        nor its grey levels changed, so that it can be differentiated with respect to standardised latents.
+        """
+        with self.fabric.autocast():
+            return self.first_stage.decode(self._inside(self.denoiser.latents(latents))).float()
+
     @property
     def draws(self) -> bool:
         """Whether `decode` has a use for noise."""
@@ -304,14 +334,19 @@ class TrainedModel:
 
     def condition(self, subjects: pd.DataFrame, maps: Mapping[str, Tensor] | None = None) -> Condition:
         """What the denoiser is told of `subjects`: a row each, a column per covariate in its own units, empty where
-        missing.
+        missing, and a column `text`, if it knows texts and there are some.
 
         Raises
         ------
         UserError
             A column is missing, or a value is outside what the study declared.
         """
-        return Condition(to_device(self.encoding.encode(subjects), self.fabric), maps or {})
+        tokens: dict[str, Tensor] = {}
+        encoder = self.denoiser.text
+        if encoder is not None:
+            texts = subjects[TEXT].tolist() if TEXT in subjects else [None] * len(subjects)
+            tokens[TEXT] = to_device(encoder.batch(texts), self.fabric)
+        return Condition(to_device(self.encoding.encode(subjects), self.fabric), maps or {}, tokens)
 
     def denoise(self, x: Tensor, timesteps: Tensor, condition: Condition, guide: bool = False) -> Tensor:
         """The network's prediction, or that of its less trained guide, (b, c, *spatial); see

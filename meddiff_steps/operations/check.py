@@ -6,7 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,14 +19,16 @@ from meddiff_steps.cohort.identity import alike, shown
 from meddiff_steps.cohort.splits import SPLITS, assign_splits
 from meddiff_steps.cohort.table import read_table
 from meddiff_steps.config import BidsSource, CategoricalCovariate, SimulatedSource, Study, TableSource
+from meddiff_steps.config.cohort import SIMULATED_LEVELS
 from meddiff_steps.config.preprocess import MNI152
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.registries import DETECTORS
+from meddiff_steps.imaging.brain_extraction import extraction_installed
 from meddiff_steps.imaging.channels import filled_in
 from meddiff_steps.operations.expected import Expected, hours
 from meddiff_steps.operations.machine import Machine
 from meddiff_steps.operations.survey import Header, read_header, spread
-from meddiff_steps.privacy.size import subjects_needed
+from meddiff_steps.privacy.size import FEW_TRAINING_SUBJECTS, subjects_needed
 from meddiff_steps.synthesis.size import planned_subjects
 
 State = Literal["ok", "warning", "fail"]
@@ -70,13 +72,29 @@ class _Warnings(logging.Handler):
         self.found.append(record.getMessage())
 
 
+def _not_simulated(study: Study) -> Iterator[Finding]:
+    """Levels that a plan asks for and the simulator never makes."""
+    for group in study.plan:
+        for name, wanted in group.where.items():
+            there = SIMULATED_LEVELS.get(name)
+            absent = [] if there is None else [one for one in np.atleast_1d(wanted).tolist() if one not in there]
+            if absent:
+                yield Finding(
+                    "fail",
+                    f"plan.{group.name}",
+                    f"asks for {name} {shorten(absent)}, and simulated subjects are {' or '.join(there or ())}.",
+                )
+
+
 def cohort(study: Study) -> tuple[list[Finding], Cohort | None]:
     """What the cohort's tables and folders say; images are not opened."""
     source = study.cohort
     if isinstance(source, SimulatedSource):
         counts = {name: round(source.subjects * getattr(study.splits, name)) for name in SPLITS}
         told = Finding("ok", "cohort", f"{source.subjects} simulated subjects will be made.")
-        return [told, _splits(counts)], Cohort(pd.DataFrame(), source.subjects, counts)
+        split = _splits(counts)
+        said = replace(split, text=f"about {split.text}")
+        return [told, said, *_not_simulated(study)], Cohort(pd.DataFrame(), source.subjects, counts)
     if isinstance(source, BidsSource) and study.storage.cohort and not Path(source.root).exists():
         return [
             Finding("ok", "cohort", f"fetched from {study.storage.cohort} when the run begins; not read here.")
@@ -120,7 +138,16 @@ def cohort(study: Study) -> tuple[list[Finding], Cohort | None]:
 
 
 def _splits(counts: Mapping[str, int]) -> Finding:
-    return Finding("ok", "splits", ", ".join(f"{counts[name]} {name}" for name in SPLITS) + " subjects.")
+    said = ", ".join(f"{counts[name]} {name}" for name in SPLITS) + " subjects."
+    if counts["train"] >= FEW_TRAINING_SUBJECTS:
+        return Finding("ok", "splits", said)
+    return Finding(
+        "warning",
+        "splits",
+        f"{said} So few to learn from that released images may be nearer to them than to strangers, which a gate stops"
+        f" after hours; it did so with 32. Plan for {FEW_TRAINING_SUBJECTS} or more, or start from somebody's weights"
+        " (init_from).",
+    )
 
 
 def _covariate(study: Study, raw: pd.DataFrame, name: str) -> Iterator[Finding]:
@@ -186,7 +213,7 @@ def _asked(study: Study, frame: pd.DataFrame) -> Iterator[Finding]:
 
 def privacy(study: Study, calibration: int) -> Finding:
     """What the filter can promise with so many calibration subjects."""
-    detectors = len(study.privacy.detectors or DETECTORS.names())
+    detectors = len(study.privacy.detectors or DETECTORS.names()) + bool(study.pairs)  # one more of label maps
     needed = subjects_needed(study.privacy.level, detectors)
     if calibration >= needed:
         return Finding(
@@ -303,6 +330,12 @@ def beside(study: Study, frame: pd.DataFrame) -> Iterator[Finding]:
     registration = study.preprocess.registration
     if registration is not None and registration.template != MNI152 and not Path(registration.template).is_file():
         yield Finding("fail", "preprocess.registration.template", f"{registration.template} is not there.")
+    if study.preprocess.brain_extraction is not None and not extraction_installed():
+        yield Finding(
+            "fail",
+            "preprocess.brain_extraction",
+            "deepbet is not installed: pip install 'meddiff-steps[brain-extraction]'.",
+        )
 
 
 # ----------------------------------------------------------------------------------------------------- machine
@@ -315,7 +348,7 @@ def needs(study: Study, jobs: Sequence[Mapping[str, Any]], here: Machine | None)
     counts = Counter(job["rule"] for job in jobs)
     yield Finding("ok", "jobs", f"{len(jobs)} jobs of {len(counts)} rules.")
     most = max(jobs, key=lambda job: job["mem_mb"])
-    largest = f"{most['rule']} asks for the most, {most['mem_mb'] / 1024:.1f} GiB"
+    largest = f"{most['rule']} reserves the most, {most['mem_mb'] / 1024:.1f} GiB (it uses less)"
     longest = max(jobs, key=lambda job: job["runtime"])
     with_gpu = sorted({job["rule"] for job in jobs if job["gpu"]})
     wanted = max((job["gpu"] for job in jobs), default=0)
@@ -343,7 +376,9 @@ def needs(study: Study, jobs: Sequence[Mapping[str, Any]], here: Machine | None)
         )
     else:
         yield Finding(
-            "warning", "GPU", f"{here.gpus} of {wanted} here: {', '.join(with_gpu)} will run on processors, slowly."
+            "ok",
+            "GPU",
+            f"{here.gpus} of {wanted} here: {', '.join(with_gpu)} will run on processors, in the hours above.",
         )
 
 

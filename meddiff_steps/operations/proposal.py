@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ from meddiff_steps.config import (
 )
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.registries import DETECTORS
+from meddiff_steps.imaging.brain_extraction import extraction_installed
 from meddiff_steps.imaging.preprocess import preprocess_image
 from meddiff_steps.imaging.reading import ScanError
+from meddiff_steps.imaging.skull import shows_skull
 from meddiff_steps.operations.survey import spread
 from meddiff_steps.privacy.size import subjects_needed
 
@@ -42,6 +44,10 @@ MOST_LEVELS, LEAST_OF_LEVEL, LEAST_SHARE = 8, 5, 0.02
 FEW_NUMBERS = 4
 #: Share of missing values from which a column is only listed, and correlation from which two say the same.
 MANY_MISSING, SAME = 0.5, 0.95
+#: Training subjects for each number that a covariate is told by (two, or one per level). What such a number does to
+#: images is a mean over these subjects; of too few, images resemble them. IXI with 125 for 8 numbers passed the gates
+#: of the privacy report, 92 for 12 and 32 for 9 did not (docs/own-cohort.md).
+SUBJECTS_PER_NUMBER = 15
 #: Of the span of the values, added to either side of the range.
 MARGIN = 0.1
 #: Columns that come first, as they are often called.
@@ -108,6 +114,25 @@ def columns(cells: pd.DataFrame, sidecar: Mapping[str, Any]) -> list[Column]:
             listed.append(_left_out(one, f"{MOST} are enough to begin with"))
         else:
             taken.append(one)
+    return [*taken, *listed]
+
+
+def affordable(found: Sequence[Column], subjects: int) -> list[Column]:
+    """Columns as they came, of which as many are proposed as so many training subjects can teach; one at least."""
+    left = subjects // SUBJECTS_PER_NUMBER
+    taken: list[Column] = []
+    listed: list[Column] = []
+    for one in found:
+        if one.why_not is not None or one.covariate is None:
+            listed.append(one)
+            continue
+        numbers = len(one.covariate.levels) if isinstance(one.covariate, CategoricalCovariate) else 2
+        if taken and numbers > left:
+            few = f"{subjects} training subjects can teach no more, at {SUBJECTS_PER_NUMBER} for each number"
+            listed.append(_left_out(one, few))
+        else:
+            taken.append(one)
+            left -= numbers
     return [*taken, *listed]
 
 
@@ -209,7 +234,8 @@ def division(subjects: Sequence[str], seed: str) -> Division:
         There are too few subjects for four splits.
     """
     many, detectors = len(set(subjects)) >= 300, len(DETECTORS.names())
-    needed, best = subjects_needed(LEVEL, detectors), None
+    needed = subjects_needed(LEVEL, detectors)
+    best: tuple[tuple[bool, int, float], Splits, str, Counter[str]] | None = None
     for attempt in ("", "-2", "-3", "-4", "-5"):
         for percent in range(10, round(100 * MOST_CALIBRATING) + 1):
             val, test = (0.05, 0.1) if many else (0.1, 0.15)
@@ -219,17 +245,21 @@ def division(subjects: Sequence[str], seed: str) -> Division:
                 counts = Counter(assign_splits(subjects, [], shares, seed + attempt).values())
             except UserError:
                 continue
-            best = shares, seed + attempt, counts
-            if counts["calibration"] >= needed:
+            # By chance a split of few subjects comes out far smaller than it should: the way in which none does.
+            fair = min(counts[name] / (share * len(set(subjects))) for name, share in shares.model_dump().items())
+            enough = counts["calibration"] >= needed
+            if best is None or (enough, percent, fair) > best[0]:
+                best = (enough, percent, fair), shares, seed + attempt, counts
+            if enough:
                 break
-        if best is not None:
+        if best is not None and best[0][0]:
             break
     if best is None:
         raise UserError(
             f"{len(set(subjects))} subjects are too few: none of several ways to divide them into {', '.join(SPLITS)}"
             " leaves a subject in each. Add subjects."
         )
-    shares, chosen, counts = best
+    _, shares, chosen, counts = best
     level: float | None = LEVEL
     if counts["calibration"] < needed:
         least = math.ceil(100 * detectors / (counts["calibration"] + 1) - 1e-9) / 100
@@ -260,10 +290,14 @@ class Heads:
         (3,) mm that a box must have along left-right, posterior-anterior, inferior-superior to hold all of them, as
         the grid will lie; up to two voxels of `LOOK_MM` more than they need.
     brains
-        Whether they show brains without skull, by the correlation with a template.
+        Whether they show brains without skull, or will after `extract`, by the correlation with a template.
     correlation, turned, scattered
         With the template (median); angle to its pose (median, degrees); standard deviation of translations (mm, along
         the axis where it is largest).
+    skulls
+        How many show a skull.
+    extract
+        Whether the brains are to be taken out of them: where any shows a skull and the program is installed.
     """
 
     looked_at: int
@@ -272,6 +306,8 @@ class Heads:
     correlation: float = 0.0
     turned: float = 0.0
     scattered: float = 0.0
+    skulls: int = 0
+    extract: bool = False
 
     @property
     def registered(self) -> bool:
@@ -283,8 +319,17 @@ class Heads:
         return self.brains and not self.registered
 
 
-def heads(paths: Sequence[str], told: Callable[[int, int], None]) -> Heads:
+def heads(paths: Sequence[str], told: Callable[[int, int], None], may_extract: bool = True) -> Heads:
     """Preprocess some scans as the study would, with and without registration, and see how large they are.
+
+    Parameters
+    ----------
+    paths
+        Of the scans.
+    told
+        Called with how many scans of how many were looked at.
+    may_extract
+        Whether brains may be taken out of heads: the scans are T1w.
 
     Raises
     ------
@@ -292,36 +337,56 @@ def heads(paths: Sequence[str], told: Callable[[int, int], None]) -> Heads:
         None of them can be read.
     """
     chosen = spread(paths, LOOKED_AT)
-    pose = Registration.model_validate({"template": MNI152, "max_rotation_deg": 180, "min_correlation": 0})
+    problems: list[str] = []
     plain = Preprocess(shape=LOOK_SHAPE, spacing_mm=LOOK_MM, center="foreground")
-    posed = plain.model_copy(update={"registration": pose})
-    found: dict[str, list[tuple[np.ndarray, dict[str, Any]]]] = {"plain": [], "posed": []}
-    problem = ""
-    for number, path in enumerate(chosen, 1):
-        for name, config in (("plain", plain), ("posed", posed)):
-            try:
-                image, facts = preprocess_image(Path(path), config)
-            except ScanError as error:
-                problem = str(error)
-                continue
-            found[name].append((_half_extent(image[0]), facts))
-        told(number, len(chosen))
-    if not found["plain"]:
-        raise UserError(f"none of {len(chosen)} scans can be read; the last one: {problem}")
+    seen = [_looked(path, plain, problems) for path in chosen]
+    read = [(path, found) for path, found in zip(chosen, seen, strict=True) if found is not None]
+    if not read:
+        raise UserError(f"none of {len(chosen)} scans can be read; the last one: {problems[-1]}")
+    skulls = sum(shows_skull(facts) for _, (_, facts) in read)
+    extract = bool(skulls) and may_extract and extraction_installed()
+    pose = Registration.model_validate({"template": MNI152, "max_rotation_deg": 180, "min_correlation": 0})
+    changes = {"brain_extraction": "deepbet"} if extract else {}
+    posed = []
+    for number, (path, _) in enumerate(read, 1):
+        posed.append(_looked(path, plain.model_copy(update={"registration": pose, **changes}), problems))
+        told(number, len(read))
 
-    def box(name: str) -> tuple[float, float, float]:
-        half = np.max([half for half, _ in found[name]], axis=0)
+    def box(found: Sequence[_Look]) -> tuple[float, float, float]:
+        half = np.max([half for half, _ in found], axis=0)
         return tuple(float(2 * n * LOOK_MM) for n in half)  # type: ignore[return-value]
 
-    if len(found["posed"]) < len(found["plain"]):
-        return Heads(len(found["plain"]), box("plain"), False)
-    lay = [facts for _, facts in found["posed"]]
+    def as_they_lie() -> tuple[float, float, float]:
+        if not extract:
+            return box([found for _, found in read])
+        again = [_looked(path, plain.model_copy(update=changes), problems) for path, _ in read]
+        return box([found for found in again if found is not None] or [found for _, found in read])
+
+    registered = [found for found in posed if found is not None]
+    if len(registered) < len(read):
+        return Heads(len(read), as_they_lie(), False, skulls=skulls, extract=extract)
+    lay = [facts for _, facts in registered]
     alike, turned = (
         float(np.median([one[f"registration_{name}"] for one in lay])) for name in ("correlation", "rotation_deg")
     )
     moves = np.array([np.reshape(json.loads(one["registration_matrix"]), (4, 4))[:3, 3] for one in lay])
-    result = Heads(len(lay), box("posed"), alike >= BRAIN, alike, turned, float(moves.std(axis=0).max()))
-    return result if result.to_register else Heads(**{**vars(result), "extent": box("plain")})
+    scattered = float(moves.std(axis=0).max())
+    brains = alike >= BRAIN and (extract or 2 * skulls < len(read))
+    result = Heads(len(lay), box(registered), brains, alike, turned, scattered, skulls=skulls, extract=extract)
+    return result if result.to_register else replace(result, extent=as_they_lie())
+
+
+_Look = tuple[np.ndarray, dict[str, Any]]
+
+
+def _looked(path: str, config: Preprocess, problems: list[str]) -> _Look | None:
+    """Half the size of a head as it is preprocessed, and the facts; None, and why, where it cannot be."""
+    try:
+        image, facts = preprocess_image(Path(path), config)
+    except ScanError as error:
+        problems.append(str(error))
+        return None
+    return _half_extent(image[0]), facts
 
 
 def _half_extent(image: np.ndarray) -> np.ndarray:

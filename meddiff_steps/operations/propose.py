@@ -26,6 +26,7 @@ from meddiff_steps.operations.proposal import (
     Column,
     Division,
     Heads,
+    affordable,
     columns,
     covariate_name,
     division,
@@ -33,6 +34,7 @@ from meddiff_steps.operations.proposal import (
     heads,
 )
 from meddiff_steps.operations.survey import read_header, spread
+from meddiff_steps.privacy.size import FEW_TRAINING_SUBJECTS
 
 log = logging.getLogger(__name__)
 
@@ -101,11 +103,19 @@ def propose(
     UserError
         The dataset cannot be read, holds several kinds of images, or has too few subjects or no covariate.
     """
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder. Give the root of a BIDS dataset.")
+    table = root / "participants.tsv"
+    if not table.is_file():
+        raise UserError(
+            f"{root}: no participants.tsv here. A study is proposed for a BIDS dataset: images under sub-*/anat/, and"
+            " this table with a row per subject and what is to be learnt of it, age or sex, say. For other images:"
+            " `meddiff init`, and cohort.source: table (docs/own-cohort.md)."
+        )
     suffix = suffix or _suffix(root)
     source = BidsSource.model_validate(
         {"source": "bids", "root": str(root), "suffix": suffix, "entities": entities or {}}
     )
-    table = root / "participants.tsv"
     known = [column for column in read_delimited(table, "\t")[0] if column and column != "participant_id"]
     # Raw cells of all columns, as the study would read them: what is declared of them does not matter here.
     unread = {covariate_name(column): CategoricalCovariate(levels=["a", "b"], column=column) for column in known}
@@ -118,13 +128,15 @@ def propose(
             " one, age or sex, say."
         )
     parts = division(frame["subject_id"].tolist(), name)
-    lie = heads(frame["path"].tolist(), told)
+    found = affordable(found, parts.counts["train"])
+    says = _json(root / "dataset_description.json")
+    lie = heads(frame["path"].tolist(), told, suffix == "T1w")
     native = [header.spacing for header in map(read_header, spread(frame["path"].tolist(), 20)) if header.spacing]
     edge = float(np.median([max(spacing) for spacing in native])) if native else 1.0
     preset = ON_GPU if machine.gpus else ON_CORES
 
     def written(spacing: float, factor: float, told_hours: str) -> str:
-        return _text(name, source, len(frame), found, parts, lie, spacing, preset, factor, machine, told_hours)
+        return _text(name, source, len(frame), found, parts, lie, spacing, preset, factor, machine, told_hours, says)
 
     spacings = [spacing for spacing in preset.spacings if spacing >= 0.95 * edge] or [float(round(edge))]
     for spacing in spacings:
@@ -137,6 +149,8 @@ def propose(
     if whole is not None:
         whole = _expected(written(spacing, factor, ""), len(frame), machine, preset, measured) or 0.0
         said = f"about {whole:.1f} hours on {machine.cores} cores; {allowed:g} were allowed"
+        if whole > 1.1 * allowed:
+            said += ":\n# these are the shortest trainings, on the coarsest voxels, that are proposed"
     text = written(spacing, factor, said)
     parse_study(parse_yaml(text), "proposal")
     return text
@@ -172,8 +186,11 @@ def _text(
     factor: float,
     machine: Machine,
     said: str,
+    says: dict[str, Any],
 ) -> str:
     shape = grid(lie.extent, spacing, DIVISOR)
+    given = says.get("Name")
+    called = " ".join(given.split()) if isinstance(given, str) and given.strip() else Path(source.root).resolve().name
 
     def steps(count: int) -> int:
         return max(500, round(count * factor / 500) * 500)
@@ -186,7 +203,7 @@ def _text(
         f"#   meddiff run {name}.yaml",
         "# Lines marked with <-- are yours to decide. What is left out keeps its default (config/keys.md).",
         f"study: {flow(name)}",
-        f"title: {flow(f'{source.suffix} images of {Path(source.root).resolve().name}')}          # <--",
+        f"title: {flow(f'{source.suffix} images of {called}')}          # <--",
         f"seed: {flow(parts.seed)}      # root of every random number; published with the cohort",
         "",
         "cohort:",
@@ -206,6 +223,11 @@ def _text(
         lines += [_covariate(one, "  # ") if one.covariate else f"  # {one.column}: {one.why_not}" for one in left]
     counts = ", ".join(f"{count} {split}" for split, count in parts.counts.items())
     lines += ["", f"# {sum(parts.counts.values())} subjects come out as {counts}."]
+    if parts.counts["train"] < FEW_TRAINING_SUBJECTS:
+        lines += [
+            f"# {parts.counts['train']} to learn from are few: images may come out nearer to them than to strangers,",
+            "# and a gate of the privacy report then lets nothing out. It did so with 32 (docs/own-cohort.md). <--",
+        ]
     lines.append(f"splits: {flow(parts.splits.model_dump())}")
     lines += _privacy(parts)
     lines += [
@@ -216,9 +238,9 @@ def _text(
         f"  shape: {flow(list(shape))}      # times spacing_mm: {_by([n * spacing for n in shape])} mm",
         f"  spacing_mm: {flow(spacing)}",
         "  center: foreground",
+        *(["  brain_extraction: deepbet"] if lie.extract else []),
         *(["  registration: {template: mni152}"] if lie.to_register else []),
-        f"  shards: {max(2 if scans > 50 else 1, round(scans / SCANS_PER_SHARD))}      # jobs; one per"
-        f" {SCANS_PER_SHARD} scans",
+        f"  shards: {max(2 if scans > 50 else 1, round(scans / SCANS_PER_SHARD))}      # jobs",
         "",
         "# Mirrored copies suit brains; not images in which left and right differ.",
         "variants: {count: 4, flip: true, max_shift_voxels: 1}",
@@ -244,12 +266,12 @@ def _text(
         "generate: {sampler: dpmpp, guidance_scale: 1.5}",
         "",
         "release:",
-        f"  name: {flow(f'Synthetic {source.suffix} images learnt from {Path(source.root).resolve().name}')}     # <--",
+        f"  name: {flow(f'Synthetic {source.suffix} images learnt from {called}')}     # <--",
         "  authors: []                       # <-- names of its publishers",
-        "  licence: CC0                      # <-- what the terms of the source data allow",
+        _licence(says),
         *([f"  suffix: {source.suffix}"] if source.suffix in RELEASED and source.suffix != "T1w" else []),
         *([] if lie.brains else ["  skull_stripped: false"]),
-        "  # acknowledgements: what the source data ask for",
+        _acknowledgements(says),
         "",
     ]
     return "\n".join(lines)
@@ -286,23 +308,56 @@ def _privacy(parts: Division) -> list[str]:
             "# release says so. Do not publish images of real people that were made like this.",
             "privacy: {enforce: report}",
         ]
-    said = f"# With {count} calibration subjects the filter can have a threshold at {parts.level:.0%}"
     if parts.level == 0.05:
-        return [f"{said}, the default."]
-    return [f"{said}; with more subjects lower it (docs/own-cohort.md).", f"privacy: {{level: {parts.level:g}}}"]
+        return [f"# With {count} calibration subjects the filter has a threshold at {parts.level:.0%}, the default."]
+    return [
+        f"# {count} calibration subjects are few: the filter has a threshold from {parts.level:.0%} on, where it takes",
+        "# so many strangers for copies, and draws those images anew. It is the stricter for it, and the less exact;",
+        "# with more subjects lower the level to 5% (docs/own-cohort.md).",
+        f"privacy: {{level: {parts.level:g}}}",
+    ]
 
 
 def _pose(lie: Heads) -> list[str]:
+    lay = f"turned by {lie.turned:.0f} degrees in the median, scattered by {lie.scattered:.0f} mm"
+    if lie.skulls and not lie.extract:
+        return [
+            f"# {lie.skulls} of them show a head with its skull. Brains were not taken out: that needs T1w scans and",
+            "# pip install 'meddiff-steps[brain-extraction]' (then remove this file and propose again), or masks of",
+            "# another tool as preprocess.brain_mask. As it is, heads are learnt as they lie, and faces with them: is",
+            "# that meant? <--",
+        ]
+    extracted = [f"# {lie.skulls} of them show a head with its skull: deepbet, made for adults, takes the brain out."]
+    taken = extracted if lie.extract else []
     if not lie.brains:
         return [
+            *taken,
             f"# They do not look like brains without skull (correlation with one after registration:"
-            f" {lie.correlation:.2f}). If",
-            "# they are heads, take brain-extracted images, or give preprocess.brain_mask (docs/own-cohort.md).",
+            f" {lie.correlation:.2f}).",
+            "# If they are heads, give masks as preprocess.brain_mask (docs/own-cohort.md). <--",
         ]
-    lay = f"turned by {lie.turned:.0f} degrees in the median, scattered by {lie.scattered:.0f} mm"
     if lie.registered:
-        return ["# They are brains in one pose already, so they are not registered again", f"# ({lay})."]
-    return ["# They are brains at different places and angles, so they are brought into one pose", f"# ({lay})."]
+        return [*taken, "# They are brains in one pose already, so they are not registered again", f"# ({lay})."]
+    return [
+        *taken,
+        "# They are brains at different places and angles, so they are brought into one pose",
+        f"# ({lay}).",
+    ]
+
+
+def _licence(says: dict[str, Any]) -> str:
+    given = says.get("License")
+    if isinstance(given, str) and given.strip():
+        return f"  licence: {flow(' '.join(given.split()))}      # <-- that of the source; what do its terms allow?"
+    return "  licence: CC0                      # <-- what the terms of the source data allow; they do not say"
+
+
+def _acknowledgements(says: dict[str, Any]) -> str:
+    given = [says.get(key) for key in ("Acknowledgements", "HowToAcknowledge")]
+    texts = [" ".join(text.split()) for text in given if isinstance(text, str) and text.strip()]
+    if texts:
+        return f"  acknowledgements: {flow(' '.join(texts))}"
+    return "  # acknowledgements: what the source data ask for"
 
 
 def flow(value: Any) -> str:

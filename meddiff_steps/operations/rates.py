@@ -1,9 +1,10 @@
 """How fast a machine does what `operations.work` counts.
 
 Processors: two cores of an Intel Xeon (Sapphire Rapids, AMX), networks in bf16.  Voxels, numbers and products are as
-`python -m benchmarks.units` measures them; registration, simulation, resamples, pictures of a report and networks that
-are trained as the stages of the demo took them (`tests/operations/test_cost.py` compares all of it with these); single
-subjects as `make scale` did 100,000 (docs/cluster.md).  A GPU is one number, the rate that it sustains; nobody has
+`python -m benchmarks.units` measures them; brain extraction and bias field as docs/preprocessing.md has them;
+registration, simulation, resamples, pictures of a report and networks that are trained as the stages of the demo took
+them (`tests/operations/test_cost.py` compares all of it with these); single subjects as `make scale` did 100,000
+(docs/cluster.md).  A GPU is one number, the rate that it sustains; nobody has
 measured these networks on one, and a sceptic gives a low one with `--tflops`.
 """
 
@@ -44,6 +45,8 @@ PROCESSOR: dict[str, Unit] = {
     "scan listed": Unit(3e-4, shared=True),
     "voxel hashed": Unit(2e-9, shared=True),
     "scan registered": Unit(0.45, shared=True),
+    "scan extracted": Unit(4.0, shared=True),
+    "scan corrected": Unit(9.0, shared=True),
     "voxel unpacked": Unit(2.6e-8, shared=True),
     "voxel resampled": Unit(3.4e-8, shared=True),
     "voxel simulated": Unit(4.6e-7, shared=True),
@@ -98,16 +101,25 @@ class Request:
         Whatever the images.
     bytes_per_voxel
         Of all images that it holds at a time.
+    more_megabytes
+        For what a study may switch on.
     """
 
     cores: int
     minutes: int
     megabytes: int
     bytes_per_voxel: Callable[[Study], float] = lambda study: 0.0
+    more_megabytes: Callable[[Study], int] = lambda study: 0
 
     def memory(self, study: Study) -> int:
         """Megabytes (of 2**20 bytes) for a study, as `mem_mb`."""
-        return int(self.megabytes + self.bytes_per_voxel(study) * math.prod(study.preprocess.shape) / 2**20)
+        whole = self.megabytes + self.more_megabytes(study)
+        return int(whole + self.bytes_per_voxel(study) * math.prod(study.preprocess.shape) / 2**20)
+
+
+def extraction_mb(study: Study) -> int:
+    """Megabytes that the networks of brain extraction add to a job of preprocessing, which has two workers."""
+    return 2 * 1200 if study.preprocess.brain_extraction else 0
 
 
 def _detecting(study: Study) -> float:
@@ -125,7 +137,7 @@ def _either(study: Study) -> float:
 REQUESTS: dict[str, Request] = {
     "simulate": Request(2, 60, 3000),
     "cohort": Request(8, 120, 2000),
-    "preprocess": Request(2, 120, 2000, lambda study: 64 * 4),
+    "preprocess": Request(2, 120, 2000, lambda study: 64 * 4, extraction_mb),
     "autoencoder": Request(8, 2880, 2500, lambda study: 2000 * study.autoencoder.optimiser.batch_size),
     "decoder": Request(8, 2880, 2500, lambda study: 600 * study.decoder.optimiser.batch_size),
     "latents": Request(8, 240, 2000, lambda study: 600 * study.latents.batch_size),
@@ -139,9 +151,10 @@ REQUESTS: dict[str, Request] = {
     "generate": Request(8, 480, 2500, _drawing),
     "filter": Request(8, 720, 4000, _either),
     "privacy": Request(8, 720, 8000, _detecting),
+    "predictors": Request(8, 240, 6000, lambda study: 100),
     "evaluate": Request(8, 720, 6000, lambda study: 100),
     "showcase": Request(8, 60, 2500, _drawing),
-    "images": Request(1, 120, 1500, lambda study: 64 * 4),
+    "images": Request(1, 120, 2500, lambda study: 64 * 4),
     "describe": Request(1, 30, 1500),
     "ledger": Request(1, 60, 2000),
     "report": Request(1, 30, 3000),

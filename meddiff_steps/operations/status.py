@@ -20,13 +20,20 @@ PLAN_STAGES = ("generate", "filter", "images", "export", "regenerate", "teacher/
 #: Stages whose jobs have a GPU each (`compute.devices` of them for the trainings of both models), where the study does
 #: not say `compute.device: cpu`.
 GPU_STAGES = frozenset(
-    "autoencoder decoder latents scale diffusion tone calibrate generate filter privacy sampler_study showcase audit"
-    " segmenter few_step few_step/tone counterfactual downstream/train regenerate"
-    " teacher/generate teacher/filter teacher/privacy"
+    "autoencoder decoder latents scale diffusion tone calibrate generate filter privacy text_fidelity sampler_study"
+    " showcase audit segmenter few_step few_step/tone counterfactual inpainting normative reconstruction anomaly"
+    " segmentation_model segmentation translation_model translation registration/train registration"
+    " shape_completion/train shape_completion segmentation_study"
+    " masks/autoencoder masks/latents masks/scale masks/diffusion"
+    " downstream/train downstream/neighbours regenerate teacher/generate teacher/filter teacher/privacy"
     " second_model/latents second_model/scale second_model/diffusion second_model/tone"
     " downstream/generate downstream/filter downstream/diffusion downstream/tone".split()
 )
-TRAININGS = ("autoencoder", "decoder", "diffusion", "few_step", "second_model/diffusion", "downstream/diffusion")
+TRAININGS = (
+    *("autoencoder", "decoder", "diffusion", "few_step", "second_model/diffusion", "downstream/diffusion"),
+    *("segmentation_model", "translation_model", "registration/train", "shape_completion/train"),
+    *("masks/autoencoder", "masks/diffusion"),
+)
 #: How a log ends whose step has given up; a step that was killed from outside says nothing.
 LAST_WORDS = re.compile(r"^(error: |Traceback |[\w.]+Error\b)|asked to stop \(SIGTERM\)", re.M)
 #: Bytes at the end of a log in which they are looked for.
@@ -138,7 +145,7 @@ def stage_of(log: Path) -> str:
     many = log.parent.as_posix() in (
         *COHORT_STAGES,
         *PLAN_STAGES,
-        "second_model/latents",
+        *("second_model/latents", "masks/maps", "masks/latents", "registration/train"),
         *(f"downstream/{name}" for name in ("train", "plan", "generate", "filter", "diffusion", "tone")),
     )
     return (log.parent if many else log.with_suffix("")).as_posix()

@@ -43,6 +43,7 @@ from meddiff_steps.privacy.size import reduction
 from meddiff_steps.synthesis.grey_levels import IMAGES as TONE_IMAGES
 from meddiff_steps.synthesis.showcase import ROWS as SHOWCASE_ROWS
 from meddiff_steps.synthesis.size import plan_shards, planned_subjects
+from meddiff_steps.training.rehearsal import SAMPLER
 from meddiff_steps.training.tasks import autoencoder as autoencoder_task
 from meddiff_steps.training.tasks import decoder as decoder_task
 from meddiff_steps.training.tasks import few_step as few_step_task
@@ -138,7 +139,7 @@ def _forward_flops(study: Study) -> Flops:
     with torch.device("meta"):
         first_stage, image = build(study.autoencoder, dims), torch.empty(1, 1, *shape)
         latent = first_stage.encode(image).mode()
-        denoiser = Denoiser(study.diffusion, latent.shape[1:], levels)
+        denoiser = Denoiser(study.diffusion, latent.shape[1:], levels, names=list(study.covariates))
         return Flops(
             encoder=counted(lambda: first_stage.encode(image)),
             decoder=counted(lambda: first_stage.decode(latent)),
@@ -231,7 +232,7 @@ class Counter:
         }
         order = (
             "simulate cohort preprocess autoencoder decoder latents scale diffusion few_step tone embedder calibrate"
-            " plan generate filter privacy evaluate showcase images describe ledger report neighbours audit"
+            " plan generate filter privacy predictors evaluate showcase images describe ledger report neighbours audit"
         ).split()
         return {name: found[name] for name in order if name in found}
 
@@ -245,6 +246,10 @@ class Counter:
         prepared = {"voxel unpacked": scans * stored, "voxel resampled": scans * self.voxels}
         if study.preprocess.registration is not None:
             prepared["scan registered"] = scans
+        if study.preprocess.brain_extraction is not None:
+            prepared["scan extracted"] = scans
+        if study.preprocess.bias_field is not None:
+            prepared["scan corrected"] = scans
         found = {
             "cohort": Work("preparation", 1, units={"scan listed": scans, "voxel hashed": scans * stored}),
             "preprocess": Work(
@@ -273,6 +278,8 @@ class Counter:
         looked_at = validations(first) * min(autoencoder_task.VALIDATION_SCANS, self.val) + held_out
         # A judge is asked with the reconstruction, through which gradients go back, and learns from both images.
         judged = max(0, first.steps - settings.adversarial.start_step) * first.batch_size * (2 + 2 * TRAINING)
+        steps = default_steps(SAMPLER, second.num_train_timesteps)
+        rehearsed = second.rare.preserved * evaluations(SAMPLER, steps) if second.rare else 0
         found = {
             "autoencoder": Work(
                 "training",
@@ -298,7 +305,8 @@ class Counter:
                         * second.optimiser.batch_size
                         * (RECOMPUTED if second.gradient_checkpointing else TRAINING)
                         + validations(second.optimiser) * min(VALIDATION_LATENTS, self.val)
-                    )
+                    ),
+                    **({"denoiser": flops.denoiser * rehearsed} if rehearsed else {}),
                 },
                 {"normal number": second.optimiser.steps * second.optimiser.batch_size * self.latent},
                 networks=1,
@@ -532,15 +540,22 @@ class Counter:
         spoilt = SPOILT * min(evaluate.sanity_images, shown)
         flops, units = self._looked_at(AUDITED, judged=True)
         return {
+            "predictors": Work(
+                "preparation",
+                1,
+                units={
+                    "voxel measured": 2 * learnt * voxels,
+                    "product": 2.0 * (2 * learnt) ** 2 * min(1e5, voxels) + 40.0 * (2 * learnt) ** 3,
+                },
+            ),
             "evaluate": Work(
                 "after_training",
                 1,
                 {"embedder": (KINDS * compared + spoilt) * self.flops.embedder},
                 {
-                    "voxel measured": (2 * learnt + measured) * voxels,
+                    "voxel measured": measured * voxels,
                     "voxel described": (KINDS * compared + spoilt) * voxels,
                     "voxel blurred": KINDS * len(evaluate.cutoffs) * compared * voxels,
-                    "product": 2.0 * (2 * learnt) ** 2 * min(1e5, voxels) + 40.0 * (2 * learnt) ** 3,
                     "resample": 12.0 * (evaluate.realism_bootstrap + evaluate.permutations),
                 },
                 folder="evaluation",
@@ -548,7 +563,7 @@ class Counter:
             "images": Work(
                 "after_training",
                 self.shards,
-                units={"voxel packed": planned * voxels},
+                units={"voxel packed": planned * voxels, "voxel measured": planned * voxels},
                 bytes=0.6 * planned * voxels,
                 folder="release",
             ),

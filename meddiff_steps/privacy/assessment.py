@@ -53,6 +53,10 @@ class RealScans:
     def __len__(self) -> int:
         return len(self.subjects)
 
+    def __getitem__(self, chosen: np.ndarray) -> RealScans:
+        """Some of them, by their numbers or a mask."""
+        return RealScans({name: vectors[chosen] for name, vectors in self.directions.items()}, self.subjects[chosen])
+
 
 def attack(
     synthetic: Mapping[str, np.ndarray],
@@ -101,6 +105,55 @@ def attack(
             is_member, ratio, list(who), resamples, seed, "density"
         )
     return result
+
+
+@dataclass(frozen=True)
+class RareLevel:
+    """Who has a rare level of a covariate (`diffusion.rare`), or was asked for with it: bool masks.
+
+    Attributes
+    ----------
+    train, calibration, test
+        Scans of each split.
+    images
+        Synthetic images.
+    """
+
+    train: np.ndarray
+    calibration: np.ndarray
+    test: np.ndarray
+    images: np.ndarray
+
+    @property
+    def has_strangers(self) -> bool:
+        """Whether there are unseen people with that level to compare with, two at least of either split; otherwise all
+        unseen people are compared with, who differ for other reasons, too.
+        """
+        return min(self.calibration.sum(), self.test.sum()) >= 2
+
+
+def attack_rare(
+    rare: RareLevel,
+    synthetic: Mapping[str, np.ndarray],
+    train: RealScans,
+    calibration: RealScans,
+    test: RealScans,
+    resamples: int,
+    seed: str,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """`attack` of the images with a rare level, on the few people whom it was learnt from: they are seen most often."""
+    found: dict[str, Any] = {
+        "subjects": len(set(train.subjects[rare.train])),
+        "images": int(rare.images.sum()),
+        "strangers": "of that level" if rare.has_strangers else "all",
+    }
+    if rare.has_strangers:
+        calibration, test = calibration[rare.calibration], test[rare.test]
+    if not found["images"] or found["subjects"] < 2:
+        return found
+    images = {name: vectors[rare.images] for name, vectors in synthetic.items()}
+    return found | attack(images, train[rare.train], calibration, test, resamples, f"{seed}/rare", device)
 
 
 @torch.no_grad()
@@ -205,6 +258,7 @@ def gates(
     after: Mapping[str, Any],
     table: Mapping[str, Any],
     counts: Mapping[str, Any],
+    rare: Mapping[str, Any] | None = None,
 ) -> list[Gate]:
     """All conditions of the verdict.
 
@@ -220,6 +274,8 @@ def gates(
         Attacks on its covariates, from `table_attacks`.
     counts
         From `count`.
+    rare
+        From `attack_rare`, where a rare level was learnt.
     """
     calibrated = calibration["status"] == "CALIBRATED"
     enough = {"value": calibration["subjects"], "n": calibration["subjects"]}
@@ -268,12 +324,13 @@ def gates(
                 "the model has learnt training subjects by heart",
             )
         )
-    for name, figure in after["nearer_to_training"].items():
-        meaning = "released images lie nearer to training subjects than to strangers"
-        found.append(at_most(f"nearer to training, {name}", figure, settings.max_nearer_to_training, meaning))
-    for name, figures in after["membership"].items():
-        meaning = "from the released images it can be told who was in the training set"
-        found.append(at_most(f"membership, {name}", figures["auc"], settings.max_membership_auc, meaning))
+    for who, seen in (("", after), ("rare level: ", rare or {})):
+        for name, figure in seen.get("nearer_to_training", {}).items():
+            meaning = "released images lie nearer to training subjects than to strangers"
+            found.append(at_most(f"{who}nearer to training, {name}", figure, settings.max_nearer_to_training, meaning))
+        for name, figures in seen.get("membership", {}).items():
+            meaning = "from the released images it can be told who was in the training set"
+            found.append(at_most(f"{who}membership, {name}", figures["auc"], settings.max_membership_auc, meaning))
     if table:
         meaning = "the released covariates point at single training subjects"
         found.append(at_most("singling out by covariates", table["singling_out"], settings.max_table_risk, meaning))

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from meddiff_steps.statistics.bootstrap import Bootstrap, Figure, Statistic, centred, figure, rounded, wilson
-from meddiff_steps.statistics.measures import auc, mean_of, smaller_side
+from meddiff_steps.statistics.measures import auc, smaller_side
 
 #: False-positive rates at which a membership attack is judged (Carlini et al. 2022: the average hides the few it
 #: exposes).
@@ -183,8 +183,3 @@ def flag_rate_is_nominal(flags: np.ndarray, level: float) -> bool:
     return len(flags) > 0 and bool(
         binomtest(int(np.sum(flags)), len(flags), level, alternative="greater").pvalue > 0.01
     )
-
-
-def mean_figure(values: np.ndarray, subjects: Sequence[str], resamples: int, seed: str, label: str) -> Figure:
-    """Mean over scans with a bootstrap interval over subjects."""
-    return Bootstrap(list(subjects), resamples, seed, label).figure(mean_of(values))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,11 @@ class Thresholds:
     groups: dict[str, dict[str, float]]
     level: float
     subjects: int
+
+    def only(self, detectors: Sequence[str]) -> Thresholds:
+        """The same of some detectors: of what the others cannot look at."""
+        kept = {group: {name: of[name] for name in detectors if name in of} for group, of in self.groups.items()}
+        return replace(self, overall={name: self.overall[name] for name in detectors}, groups=kept)
 
     def flags(self, scores: Mapping[str, np.ndarray], groups: np.ndarray) -> dict[str, np.ndarray]:
         """Per detector: whether each score is above its subject's threshold, bool (n,)."""

@@ -39,6 +39,9 @@ from meddiff_steps.privacy.detectors.base import (
     reduced,
     score,
 )
+from meddiff_steps.privacy.label_maps import NAME as LABELS
+from meddiff_steps.privacy.label_maps import LabelMapDetector, RealLabelMaps
+from meddiff_steps.privacy.label_maps import copies as copies_of_labels
 from meddiff_steps.privacy.size import batch_size, subjects_needed
 
 if TYPE_CHECKING:
@@ -253,6 +256,7 @@ def calibration_card(
     names: Sequence[str] | None = None,
     flip: bool = False,
     fabric: Fabric | None = None,
+    maps: RealLabelMaps | None = None,
 ) -> dict[str, Any]:
     """Thresholds from the calibration split, and both controls.
 
@@ -272,6 +276,9 @@ def calibration_card(
         Whether training scans were mirrored.
     fabric
         Device and precision; None: the processor, float32.
+    maps
+        The scans' label maps, where images are generated with such: one more to share the level.  Its threshold is
+        that of `labels`, and `structures` says how many there are.
 
     Returns
     -------
@@ -285,15 +292,20 @@ def calibration_card(
     mirrors = encodes_mirrors(flip, names)
     detectors = load_detectors(files, reference, names, mirrors, fabric)
 
+    of_labels = None if maps is None else LabelMapDetector(reference[LABELS], maps.structures)
+
     def of(split: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
         scans = table[table["split"] == split]
-        return nearest_of_subject(
-            score_scans(detectors, shards, scans["row"].to_numpy(), split), scans["subject_id"].to_numpy()
-        )
+        rows = scans["row"].to_numpy()
+        found = score_scans(detectors, shards, rows, split)
+        if maps is not None and of_labels is not None:
+            found |= {LABELS: maps.similarity(of_labels, rows)}
+        return nearest_of_subject(found, scans["subject_id"].to_numpy())
 
     scores, subjects = of("calibration")
     card: dict[str, Any] = {"status": "NOT_CALIBRATED", "level": level, "detectors": names, "mirrors": mirrors}
-    card |= {"subjects": len(subjects), "needed": subjects_needed(level, len(names))}
+    card |= {"subjects": len(subjects), "needed": subjects_needed(level, len(scores))}
+    card |= {} if maps is None else {"structures": maps.structures}
     thresholds = calibrate(scores, groups.reindex(subjects).to_numpy(), level) if len(subjects) else None
     if thresholds is None:
         return card
@@ -311,11 +323,16 @@ def calibration_card(
     owner = groups.reindex(table.set_index("row").loc[originals, "subject_id"]).to_numpy()
     images = torch.from_numpy(shards.tensors("image", originals))
     for kind, copies in _copies(files.autoencoder, fabric, images, seed).items():
-        found = thresholds.flags(score(detectors, copies)[0], owner)
-        positive[kind] = share(any_flag(found)) | {
-            "by_detector": {name: float(np.mean(values)) for name, values in found.items()}
-        }
+        positive[kind] = _recall(thresholds.only(names).flags(score(detectors, copies)[0], owner))
+    if maps is not None and of_labels is not None:
+        for kind, labels in copies_of_labels(maps[originals], maps.structures).items():
+            positive[kind] = _recall(thresholds.only([LABELS]).flags({LABELS: of_labels.similarity(labels)[0]}, owner))
     return card | {"controls": {"positive": positive, "negative": negative}}
+
+
+def _recall(flags: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    by_detector = {name: float(np.mean(values)) for name, values in flags.items()}
+    return share(any_flag(flags)) | {"by_detector": by_detector}
 
 
 @torch.no_grad()

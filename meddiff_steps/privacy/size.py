@@ -20,6 +20,11 @@ BYTES_PER_VALUE = 800
 COMPARED_VOXELS = 2**18
 
 
+#: Training subjects below which `meddiff` warns before hours are spent: what covariates do to images is then learnt
+#: from so few that images resemble these.  Of 32 the verdict was FAIL (docs/own-cohort.md).
+FEW_TRAINING_SUBJECTS = 60
+
+
 def batch_size(shape: Sequence[int]) -> int:
     """Images of `shape` held at once: 32, fewer of large ones, at least 1.
 

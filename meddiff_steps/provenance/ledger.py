@@ -24,6 +24,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from meddiff_steps.cohort.texts import COLUMN as TEXT
 from meddiff_steps.config import CategoricalCovariate, Covariates
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path
@@ -33,13 +34,17 @@ from meddiff_steps.provenance.columns import canonical_lines
 
 SCHEMA = "meddiff/ledger/v1"
 #: Trained parts that a recipe names by the digest of their weights, as the steps that train them are called.
-WEIGHTS = ("autoencoder", "decoder", "diffusion", "tone")
+WEIGHTS = ("autoencoder", "decoder", "diffusion", "mask_autoencoder", "mask_diffusion", "tone")
 #: Numbers of a noise stream that its digest covers: all streams differ from the first number on, and drawing all is
 #: slow.
 NOISE_NUMBERS = 256
 #: Rows held at a time, which bounds memory.
 CHUNK = 10_000
 Row = dict[str, Any]
+#: How a column ends that holds a covariate as it was measured in the image, or by the label map.
+MEASURED, SEGMENTED = "_measured", "_segmented"
+#: Columns of a table of images that describe the label map.
+LABELS = {name: f"labels_{name}" for name in ("path", "sha256", "voxel_sha256", "bytes")}
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ class Recipe:
     drawing_steps: int | None = None
     guidance_interval: list[float] | None = None
     guidance: str = "classifier_free"
+    mask_autoencoder: str | None = None
+    mask_diffusion: str | None = None
 
 
 _ZEROS = np.zeros(4, np.uint64)
@@ -129,7 +136,9 @@ def public_tables(
     )
     ordered.loc[ordered.index.isin(accepted.index), "decision"] = "released"
     shared = asdict(recipe)
-    schema = public_schema(covariates)
+    columns_there = list(map(str, images))
+    schema = schema_of(covariates, columns_there, TEXT in plan)
+    measured = measured_columns(covariates, columns_there)
     for chunk in (ordered.iloc[start : start + CHUNK] for start in range(0, len(ordered), CHUNK)):
         released = (chunk["decision"] == "released").to_numpy()
         keys = [str(key) if made else None for key, made in zip(chunk["seed_key"], released, strict=True)]
@@ -142,6 +151,8 @@ def public_tables(
             name: _texts(chunk[name]) if isinstance(one, CategoricalCovariate) else _numbers(chunk[name])
             for name, one in covariates.items()
         }
+        if TEXT in plan:
+            wanted[TEXT] = _texts(chunk[TEXT])
         columns["covariates"] = _struct(schema.field("covariates"), wanted)
         columns["recipe"] = _struct(
             schema.field("recipe"), {name: [value] * len(chunk) for name, value in shared.items()}
@@ -154,7 +165,28 @@ def public_tables(
             "bytes": _integers(image["bytes"])
         }
         columns["image"] = _struct(schema.field("image"), parts, ~released)
+        if LABELS["path"] in images:
+            parts = {name: _texts(image[column]) for name, column in LABELS.items() if name != "bytes"}
+            columns["labels"] = _struct(
+                schema.field("labels"), parts | {"bytes": _integers(image[LABELS["bytes"]])}, ~released
+            )
+        if measured:
+            kinds = {name: _texts if is_text(name, covariates) else _numbers for name in measured}
+            columns["measured"] = _struct(
+                schema.field("measured"), {name: kinds[name](image[name]) for name in measured}, ~released
+            )
         yield pa.table([columns[field.name] for field in schema], schema=schema)
+
+
+def measured_columns(covariates: Covariates, names: Iterable[str]) -> list[str]:
+    """Those of some columns that hold measured covariates, sorted."""
+    known = {name + end for name in covariates for end in (MEASURED, SEGMENTED)}
+    return sorted(known & set(names))
+
+
+def is_text(column: str, covariates: Covariates) -> bool:
+    """Whether a measured column holds levels rather than numbers."""
+    return isinstance(covariates.get(column.removesuffix(MEASURED)), CategoricalCovariate)
 
 
 def _by_id(table: pd.DataFrame) -> pd.DataFrame:
@@ -244,15 +276,28 @@ def private_tables(
 # ----------------------------------------------------------------------------------------------------- files
 
 
-def public_schema(covariates: Covariates, without: Collection[str] = ()) -> pa.Schema:
+def public_schema(
+    covariates: Covariates,
+    without: Collection[str] = (),
+    measured: Collection[str] = (),
+    labels: bool = False,
+    texts: bool = False,
+) -> pa.Schema:
     """Columns of ledger.parquet, but for fields of a recipe that its version did not know; rows read back from it are
     the canonical objects again.
+
+    `measured` are the columns of measured covariates, `labels` says whether there are label maps, `texts` whether what
+    was asked for in words is among the covariates.
     """
     kinds = [
         (name, pa.string() if isinstance(covariate, CategoricalCovariate) else pa.float64())
         for name, covariate in covariates.items()
     ]
-    names = ("autoencoder", "diffusion", "decoder", "tone", "sampler", "guidance", "precision")
+    kinds += [(TEXT, pa.string())] if texts else []
+    names = (
+        *("autoencoder", "diffusion", "decoder", "tone", "mask_autoencoder", "mask_diffusion"),
+        *("sampler", "guidance", "precision"),
+    )
     recipe: list[tuple[str, pa.DataType]] = [(name, pa.string()) for name in names]
     recipe += [("num_inference_steps", pa.int64()), ("guidance_scale", pa.float64()), ("batch_size", pa.int64())]
     recipe += [("drawing_steps", pa.int64()), ("guidance_interval", pa.list_(pa.float64()))]
@@ -261,7 +306,16 @@ def public_schema(covariates: Covariates, without: Collection[str] = ()) -> pa.S
     columns = [(name, pa.string()) for name in ("sample_id", "group", "cohort_root", "seed_key", "noise_sha256")]
     columns += [(name, pa.int64()) for name in ("index", "noise_index", "attempt")]
     columns += [("covariates", pa.struct(kinds)), ("recipe", pa.struct(recipe)), ("image", pa.struct(image))]
+    columns += [("labels", pa.struct(image))] if labels else []
+    kinds = [(name, pa.string() if is_text(name, covariates) else pa.float64()) for name in sorted(measured)]
+    columns += [("measured", pa.struct(kinds))] if kinds else []
     return pa.schema([*columns, ("privacy", pa.struct([("decision", pa.string()), ("attempts", pa.int64())]))])
+
+
+def schema_of(covariates: Covariates, images: Collection[str], texts: bool = False) -> pa.Schema:
+    """`public_schema` of released images whose tables have these columns, asked for with or without `texts`."""
+    measured, labels = measured_columns(covariates, images), LABELS["path"] in images
+    return public_schema(covariates, measured=measured, labels=labels, texts=texts)
 
 
 def private_schema(detectors: Sequence[str]) -> pa.Schema:
@@ -276,10 +330,11 @@ def private_schema(detectors: Sequence[str]) -> pa.Schema:
 
 @dataclass(frozen=True)
 class Written:
-    """What a written ledger is: leaf hashes and sample ids in order."""
+    """What a written ledger is: leaf hashes and sample ids in order, and how many rows are of released images."""
 
     leaves: list[bytes]
     sample_ids: list[str]
+    released: int = 0
 
     @property
     def root(self) -> str:
@@ -292,6 +347,7 @@ def write_ledger(tables: Iterable[pa.Table], schema: pa.Schema, parquet: Path, l
     """
     leaves: list[bytes] = []
     ids: list[str] = []
+    released = 0
     with ExitStack() as files:
         writer = files.enter_context(
             pq.ParquetWriter(files.enter_context(atomic_path(parquet)), schema, compression="zstd")
@@ -301,10 +357,11 @@ def write_ledger(tables: Iterable[pa.Table], schema: pa.Schema, parquet: Path, l
             found = canonical_lines(table)
             leaves += map(merkle.leaf_hash, found)
             ids += table["sample_id"].to_pylist()
+            released += len(table) - table["image"].null_count if "image" in table.column_names else 0
             if stream is not None:
                 stream.writelines(line + b"\n" for line in found)
             writer.write_table(table)
-    return Written(leaves, ids)
+    return Written(leaves, ids, released)
 
 
 def as_tables(rows: Iterable[Row], schema: pa.Schema) -> Iterator[pa.Table]:

@@ -96,25 +96,37 @@ def step_of(record: Record) -> str:
 
 
 def kind_of(record: Record) -> str:
-    """What a recipe calls the weights that a run wrote: by its step, but that a student takes its teacher's place.
+    """What a recipe calls the weights that a run wrote: by its step, but that a student takes its teacher's place, and
+    networks of label maps are told from those of images by their folder.
 
     >>> kind_of({"step": "few_step"}), kind_of({"step": "tone"})
     ('diffusion', 'tone')
+    >>> kind_of({"step": "diffusion", "outputs": [{"path": "masks/diffusion/model.safetensors"}]})
+    'mask_diffusion'
     """
     step = step_of(record)
-    return "diffusion" if step == "few_step" else step
+    if step == "few_step":
+        return "diffusion"
+    of_masks = any(str(entry["path"]).startswith(MASKS) for entry in entries(record, "outputs"))
+    return f"mask_{step}" if of_masks and step in ("autoencoder", "diffusion") else step
 
 
+#: Folder of a study that the networks of label maps lie in.
+MASKS = "masks/"
 #: Steps whose settings may name files from outside the study: tables, masks, weights, labels.  What all others read, a
 #: run wrote.
-FROM_OUTSIDE = frozenset({"cohort", "preprocess", "autoencoder", "plan", "segmenter", "measure"})
+FROM_OUTSIDE = frozenset(
+    {"cohort", "preprocess", "text", "init_weights", "autoencoder", "plan", "segmenter", "measure"}
+)
 #: What a run of a step must have read, by the steps that write it, any one of each set; by their names of today.
 SOURCES: dict[str, tuple[frozenset[str], ...]] = {
     step: tuple(frozenset(one.split("|")) for one in needed.split())
     for step, needed in {
         "preprocess": "cohort",
-        "autoencoder": "cohort preprocess",
-        "latents": "autoencoder preprocess|filter",
+        "masks": "preprocess",
+        "autoencoder": "cohort preprocess|masks",
+        "latents": "autoencoder preprocess|filter|masks",
+        "text": "cohort",
         "decoder": "cohort preprocess autoencoder",
         "diffusion": "cohort|second_model latents",
         "few_step": "cohort latents diffusion",

@@ -26,8 +26,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import rfc8785
+
 from meddiff_steps import __version__, config
-from meddiff_steps.core.canonical import canonical_bytes
 from meddiff_steps.core.code_digest import code_digest
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import sha256_file, write_json
@@ -186,7 +187,7 @@ class Observer:
             "code": {
                 "version": __version__,
                 "digest": code_digest(self.step, _frozen(self.arguments["config"])),
-                **_git(),
+                **checkout(),
             },
             "environment": environment(),
             "volatile": {
@@ -229,7 +230,7 @@ def _config(step: str, frozen: Path) -> dict[str, Any]:
     content = _frozen(frozen)
     return {
         "sections": list(config.STAGES[step]),
-        "sha256": hashlib.sha256(canonical_bytes(config.without_paths(content))).hexdigest(),
+        "sha256": hashlib.sha256(rfc8785.dumps(config.without_paths(content))).hexdigest(),
     }
 
 
@@ -251,7 +252,7 @@ def public(record: dict[str, Any]) -> dict[str, Any]:
 
 
 @functools.cache
-def _git() -> dict[str, Any]:
+def checkout() -> dict[str, Any]:
     """Commit of the package's own checkout, and the digest of what differs from it; nothing where it is none."""
 
     def git(*arguments: str) -> str | None:

@@ -14,18 +14,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import rfc8785
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from meddiff_steps.core.canonical import canonical_bytes
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.provenance import verify
 
 
 def sign(content: Mapping[str, Any], key: Ed25519PrivateKey) -> dict[str, Any]:
     """A DSSE envelope around a statement (`verify.statement`); the same content and key give the same envelope."""
-    payload = canonical_bytes(dict(content))
+    payload = rfc8785.dumps(dict(content))
     signed = key.sign(verify.pre_authentication(payload))
     return {
         "payloadType": verify.PAYLOAD_TYPE,

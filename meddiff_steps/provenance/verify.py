@@ -50,11 +50,21 @@ MOST, STREAMED, IMAGE, LINE, ROWS, MALFORMED = 1 << 24, 1 << 33, 1 << 29, 1 << 1
 PATH, SHOWN = 1000, 1000
 TABLE, DESCRIPTION, CHECKSUMS = "participants.tsv", "dataset_description.json", "SHA256SUMS"
 #: What a dataset has, beside its images, and what a release has but once; nothing else but run records may be there.
-DATASET = (TABLE, "participants.json", DESCRIPTION, "README", "CHANGES", "LICENSE")
+README, PREVIEW = "README.md", "preview.png"
+DATASET = (TABLE, "participants.json", PREVIEW, DESCRIPTION, README, "CHANGES", "CITATION.cff", "LICENSE")
 RELEASE = (
-    *("README", "CHANGES", "LICENSE", DESCRIPTION, "croissant.json", "ro-crate-metadata.json"),
+    *(README, "CHANGES", "CITATION.cff", "LICENSE", DESCRIPTION, "croissant.json", "ro-crate-metadata.json"),
     *(LINES, COLUMNS, CONFIG, VERIFIER, LOCK),
 )
+#: What of that older releases lack, and what README was called in them; they have no column `split` either.
+NEWER, OLD_README = frozenset({README, PREVIEW, "CITATION.cff"}), "README"
+#: What a release with label maps has beside, in each dataset.
+LABELS = "dseg"
+LABEL_FILES = (f"{LABELS}.tsv", f"{LABELS}.json")
+#: Among the covariates of a row, what was asked for in words, which is no level.
+FREE_TEXT = "text"
+#: Of every ten subjects alike, in an order drawn by key, so many are of each split.
+SPLITS = ("train",) * 8 + ("val", "test")
 SUFFIXES = ("T1w", "T2w", "PDw", "FLAIR", "T2starw", "inplaneT1", "inplaneT2")
 _RECORD = re.compile(r"provenance/records(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+\.json")
 _DATASET_FOLDER = re.compile(r"shard-[A-Za-z0-9]+-\d{4,9}")
@@ -75,7 +85,10 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "privacy": (dict,),
     "image": (dict, type(None)),
 }
+#: Fields that a row has where the study measures covariates in images, and where it has a segmenter.
+MAYBE = {"measured": (dict, type(None)), "labels": (dict, type(None))}
 PARTS: dict[str, dict[str, tuple[type, ...]]] = {
+    "labels": {"path": (str,), "bytes": (int,), "sha256": (str,), "voxel_sha256": (str,)},
     "image": {"path": (str,), "bytes": (int,), "sha256": (str,), "voxel_sha256": (str,)},
     "privacy": {"decision": (str,), "attempts": (int,)},
     "recipe": {
@@ -95,6 +108,8 @@ LATER: dict[str, dict[str, tuple[type, ...]]] = {
         "tone": (str,),
         "drawing_steps": (int, type(None)),
         "guidance": (str,),
+        "mask_autoencoder": (str, type(None)),
+        "mask_diffusion": (str, type(None)),
         "guidance_interval": (list, type(None)),
     }
 }
@@ -276,8 +291,8 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _whole(text: str) -> int:
-    if len(text) > 17 or abs(int(text)) > 1 << 53:
-        raise ValueError("an integer beyond 2^53")
+    if len(text) > 17 or abs(int(text)) >= 1 << 53:
+        raise ValueError("an integer of 2^53 or more")
     return int(text)
 
 
@@ -406,13 +421,13 @@ def safe(name: str) -> bool:
 
 def row_problem(row: Any) -> str | None:
     """What is wrong with the form of a row, or None."""
-    if not isinstance(row, dict) or row.keys() != FIELDS.keys():
+    if not isinstance(row, dict) or not FIELDS.keys() <= row.keys() <= FIELDS.keys() | MAYBE.keys():
         return "fields are missing or unknown"
-    for name, kinds in FIELDS.items():
-        if type(row[name]) not in kinds:
+    for name, kinds in {**FIELDS, **MAYBE}.items():
+        if name in row and type(row[name]) not in kinds:
             return f"{name} is {type(row[name]).__name__}"
     for name, parts in PARTS.items():
-        part = row[name]
+        part = row.get(name)
         if part is not None:
             later = LATER.get(name, {})
             if not parts.keys() <= part.keys() <= parts.keys() | later.keys():
@@ -420,7 +435,7 @@ def row_problem(row: Any) -> str | None:
             for key, kinds in {**parts, **{key: later[key] for key in later if key in part}}.items():
                 if type(part[key]) not in kinds:
                     return f"{name}.{key} is {type(part[key]).__name__}"
-    for name, value in row["covariates"].items():
+    for name, value in [*row["covariates"].items(), *(row.get("measured") or {}).items()]:
         if not (value is None or type(value) in (str, float) or (type(value) is int and abs(value) < 1 << 64)):
             return f"covariates.{name} is neither text nor a number"
     if row["privacy"]["decision"] not in DECISIONS:
@@ -429,13 +444,27 @@ def row_problem(row: Any) -> str | None:
         return (
             f"the decision is {row['privacy']['decision']}, but there is {'no' if row['image'] is None else 'an'} image"
         )
-    if any((row[name] is None) != (row["image"] is None) for name in ("attempt", "seed_key", "noise_sha256")):
-        return "a released row names attempt, seed_key and noise_sha256, another does not"
+    if any(
+        (row[name] is None) != (row["image"] is None)
+        for name in ("attempt", "seed_key", "noise_sha256", *(MAYBE.keys() & row.keys()))
+    ):
+        return "a released row names attempt, seed_key, noise_sha256 and what is measured, another does not"
     if not (_ID.fullmatch(row["sample_id"]) and _ID.fullmatch(row["group"])):
         return "sample_id or group is not letters and digits"
     if row["image"] is not None and not _is_place(row["image"]["path"], row["sample_id"]):
         return f"image.path {row['image']['path']!r} is no place of an image of {row['sample_id']}"
+    if row.get("labels") and row["labels"]["path"] != labels_path(row["image"]["path"]):
+        return f"labels.path {row['labels']['path']!r} is no place of a label map of {row['sample_id']}"
     return None
+
+
+def labels_path(image: str) -> str:
+    """Where the label map of a volume lies, which is at `image`.
+
+    >>> labels_path("shard-syn-0002/sub-syn002345/anat/sub-syn002345_T1w.nii.gz")
+    'shard-syn-0002/sub-syn002345/anat/sub-syn002345_dseg.nii.gz'
+    """
+    return f"{image.rpartition('_')[0]}_{LABELS}.nii.gz"
 
 
 def _is_place(path: str, sample_id: str) -> bool:
@@ -474,6 +503,36 @@ def cell(value: Any) -> str:
     return "n/a" if value is None else value if isinstance(value, str) else f"{float(value):.6g}"
 
 
+class Splits:
+    """The suggested split of a release: who trains, validates and tests.
+
+    Subjects with the same group and the same levels are taken in order, ten at a time, and the places of a split among
+    the ten are drawn by the study's seed.  So nobody's split changes when a group grows, and images of one subject (in
+    a counterfactual group) are in one split.
+    """
+
+    def __init__(self, seed: str) -> None:
+        self.seed = seed
+        self._seen: dict[str, int] = {}
+        self._last: dict[str, tuple[int, str]] = {}
+
+    def of(self, group: str, number: int, covariates: Mapping[str, Any]) -> str:
+        """Split of a released row, by its group, `noise_index` and covariates; call it in the ledger's order."""
+        known = self._last.get(group)
+        if known is None or known[0] != number:
+            levels = [
+                f"{name}={value}"
+                for name, value in sorted(covariates.items())
+                if isinstance(value, str) and name != FREE_TEXT
+            ]
+            stratum = json.dumps([group, *levels])
+            place = self._seen[stratum] = self._seen.get(stratum, -1) + 1
+            drawn = f"meddiff/split/v1|{self.seed}|{stratum}|{place // len(SPLITS)}|"
+            order = sorted(range(len(SPLITS)), key=lambda i: hashlib.sha256(f"{drawn}{i}".encode()).digest())
+            known = self._last[group] = number, SPLITS[order[place % len(SPLITS)]]
+        return known[1]
+
+
 def table_bytes(lines: Iterable[Iterable[str]]) -> bytes:
     """Cells as participants.tsv holds them."""
     stream = io.StringIO()
@@ -501,12 +560,24 @@ class Ledger:
     datasets: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     indices: dict[str, list[int]] = field(default_factory=dict)
     covariates: list[str] = field(default_factory=list)
+    #: fields that not all releases have, and columns of what was measured; None before the first row
+    more: tuple[list[str], list[str]] | None = None
+    #: path, bytes, sha256 of each label map
+    labels: list[tuple[str, int, str]] = field(default_factory=list)
+    #: whether it is of an older version, without a suggested split
+    older: bool = False
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns of participants.tsv behind the covariates, in order."""
+        return [*(self.more[1] if self.more else []), *([] if self.older else ["split"])]
 
 
 def check_form(release: Path) -> tuple[list[Check], dict[str, Any], Ledger]:
     """L0: root.json and every row of the ledger have their form, and rows are in order, each subject once."""
     root = read_root(release)
-    ledger, malformed, order = Ledger(), [], []
+    ledger, malformed, order = Ledger(older=OLD_README in root["files"]), [], []
+    splits = Splits(root["seed"]["root"])
     for number, content, row in rows(release):
         ledger.leaves.append(leaf_hash(content))
         problem = "not JSON, or a key twice" if row is None else row_problem(row)
@@ -524,6 +595,8 @@ def check_form(release: Path) -> tuple[list[Check], dict[str, Any], Ledger]:
             ledger.covariates = sorted(row["covariates"])
         if sorted(row["covariates"]) != ledger.covariates:
             malformed.append(f"line {number}: other covariates than the rows before")
+        elif (problem := _more_problem(ledger, row)) is not None:
+            malformed.append(f"line {number}: {problem}")
         elif row["image"] is not None:
             image = row["image"]
             ledger.images.append((image["path"], image["bytes"], image["sha256"]))
@@ -532,6 +605,11 @@ def check_form(release: Path) -> tuple[list[Check], dict[str, Any], Ledger]:
             ledger.datasets.setdefault(folder, {})[f"sub-{row['sample_id']}"] = shown + [
                 cell(row["covariates"][name]) for name in ledger.covariates
             ]
+            told = ledger.datasets[folder][f"sub-{row['sample_id']}"]
+            told += [cell(value) for _, value in sorted(row.get("measured", {}).items())]
+            told += [] if ledger.older else [splits.of(row["group"], row["noise_index"], row["covariates"])]
+            if "labels" in row:
+                ledger.labels.append((row["labels"]["path"], row["labels"]["bytes"], row["labels"]["sha256"]))
     checks = [
         Check(0, "root-form", "pass", f"{ROOT} is of schema {ROOT_SCHEMA}"),
         judged(
@@ -544,6 +622,16 @@ def check_form(release: Path) -> tuple[list[Check], dict[str, Any], Ledger]:
         judged(0, "rows-order", order, "rows are in order, each subject once", "row(s) are out of order or double"),
     ]
     return checks, root, ledger
+
+
+def _more_problem(ledger: Ledger, row: dict[str, Any]) -> str | None:
+    """How the fields of a row that not all releases have differ from those of the rows before."""
+    fields, columns = sorted(MAYBE.keys() & row.keys()), sorted(row.get("measured") or {})
+    if ledger.more is None or (not ledger.more[1] and columns and fields == ledger.more[0]):
+        ledger.more = fields, columns
+    if fields != ledger.more[0] or (row["image"] is not None and columns != ledger.more[1]):
+        return "other fields, or other measurements, than the rows before"
+    return None
 
 
 def check_integrity(
@@ -588,6 +676,10 @@ def check_integrity(
         judged(1, "files", wrong, f"{len(files)} files beside the images are as sealed", "file(s) are not as sealed")
     )
     checks.append(check_verifier(release))
+    if ledger.labels:
+        wrong = _altered(release, ledger.labels, hash_images, progress)
+        good = f"{len(ledger.labels)} label maps are as sealed"
+        checks.append(judged(1, "labels", wrong, good, "label map(s) are not as sealed"))
     wrong = _altered(release, ledger.images, hash_images, progress)
     what = "size and SHA-256" if hash_images else "size alone"
     checks.append(
@@ -701,7 +793,7 @@ def contents(release: Path) -> tuple[set[str], list[str], set[str]]:
 def check_completeness(release: Path, root: dict[str, Any], ledger: Ledger) -> list[Check]:
     """L2: the files are exactly those that are sealed; tables, ledger and folders name the same subjects."""
     expected = _expected_files(ledger)
-    sealed = set(root["files"]) | {path for path, _, _ in ledger.images} | {ROOT}
+    sealed = set(root["files"]) | {path for path, _, _ in [*ledger.images, *ledger.labels]} | {ROOT}
     if root["signer"]:
         sealed.add(SIGNATURE)
     there, links, folders = contents(release)
@@ -716,7 +808,8 @@ def check_completeness(release: Path, root: dict[str, Any], ledger: Ledger) -> l
     gaps = [
         f"{group}: {_gap(found)}" for group, found in ledger.indices.items() if sorted(found) != list(range(len(found)))
     ]
-    twice = len(ledger.images) - len({path for path, _, _ in ledger.images})
+    everyone = [path for path, _, _ in [*ledger.images, *ledger.labels]]
+    twice = len(everyone) - len(set(everyone))
     owners = [f"{twice} shared path(s)"] if twice else []
     strangers = [name for name in root["files"] if name not in expected and not _RECORD.fullmatch(name)]
     checks = [
@@ -776,9 +869,13 @@ def _folded(name: str) -> str:
 
 def _expected_files(ledger: Ledger) -> set[str]:
     """What a release of these rows must hold beside images and run records."""
-    found = set(RELEASE)
+    absent, instead = (NEWER, {OLD_README}) if ledger.older else (frozenset(), set())
+    found = set(RELEASE) - absent | instead
     for folder in ledger.datasets or {"": {}}:
-        found |= {_in(folder, name) for name in DATASET}
+        labelled = LABEL_FILES if ledger.labels else ()
+        # Where nothing was released, there is nothing to show.
+        shown = set() if ledger.datasets else {PREVIEW}
+        found |= {_in(folder, name) for name in {*DATASET, *labelled} - absent - shown | instead}
         found |= {_in(folder, CHECKSUMS)} if folder else set()
     for folder, suffix in {(placed(path)[0], path) for path, _, _ in ledger.images if path.endswith(".nii.gz")}:
         sidecar = suffix.removesuffix(".nii.gz").rpartition("_")[2]
@@ -795,14 +892,14 @@ def _check_participants(release: Path, ledger: Ledger) -> Check:
     datasets = ledger.datasets or {"": {}}
     wrong: list[str] = []
     for folder, participants in sorted(datasets.items()):
-        wrong += _table_problems(release, _in(folder, TABLE), participants, ledger.covariates)
+        wrong += _table_problems(release, _in(folder, TABLE), participants, ledger.covariates, ledger.columns)
     count = sum(map(len, datasets.values()))
     where = TABLE if len(datasets) == 1 else f"{TABLE} of {len(datasets)} datasets"
     return judged(
         2,
         "participants",
         wrong,
-        f"{where} and the ledger agree on {count} subjects",
+        f"{where}{'' if ledger.older else ', with its suggested split,'} and the ledger agree on {count} subjects",
         "difference(s) between participants.tsv and the ledger",
     )
 
@@ -812,23 +909,30 @@ def _in(folder: str, name: str) -> str:
 
 
 def _table_problems(
-    release: Path, name: str, participants: dict[str, list[str]], covariates: list[str]
+    release: Path, name: str, participants: dict[str, list[str]], covariates: list[str], behind: list[str]
 ) -> Iterator[str]:
-    """How a table differs from the one that the ledger gives; only the order of its columns is its own."""
+    """How a table differs from the one that the ledger gives; only the order of its covariates is its own."""
     try:
         content = read_bytes(release, name)
         header = content[: content.find(b"\n") + 1].decode("utf-8").rstrip("\n").split("\t")
     except (OSError, ValueError) as error:
         yield f"{name} cannot be read ({type(error).__name__}: {error})"
         return
-    front = 2 if header[1:2] == ["image"] and "image" not in covariates else 1
-    if header[:front] != ["participant_id", "image"][:front] or sorted(header[front:]) != covariates:
-        yield f"{name}: columns {header}, expected participant_id and {covariates}"
+    first = next(iter(participants.values()), None)
+    shown = header[1:2] == ["image"] if first is None else len(first) > len(covariates) + len(behind)
+    front = 2 if shown else 1
+    end = front + len(covariates)
+    if (
+        header[:front] != ["participant_id", "image"][:front]
+        or sorted(header[front:end]) != covariates
+        or header[end:] != behind
+    ):
+        yield f"{name}: columns {header}, expected participant_id, {covariates} and {behind}"
         return
-    order = [covariates.index(column) - len(covariates) for column in header[front:]]
+    order = [front - 1 + covariates.index(column) for column in header[front:end]]
     lines = [header]
     for who, cells in sorted(participants.items()):
-        lines.append([who, *cells[: len(cells) - len(covariates)], *(cells[place] for place in order)])
+        lines.append([who, *cells[: front - 1], *(cells[place] for place in order), *cells[end - 1 :]])
     expected = table_bytes(lines)
     if content != expected:
         pairs = zip_longest(content.split(b"\n"), expected.split(b"\n"), fillvalue=b"(none)")
@@ -844,7 +948,7 @@ def _check_datasets(release: Path, root: dict[str, Any], ledger: Ledger) -> Chec
     is in two.
     """
     digests: dict[str, dict[str, str]] = {folder: {} for folder in ledger.datasets}
-    sealed = [(path, digest) for path, _, digest in ledger.images] + [
+    sealed = [(path, digest) for path, _, digest in [*ledger.images, *ledger.labels]] + [
         (name, entry["sha256"]) for name, entry in root["files"].items()
     ]
     for path, digest in sealed:

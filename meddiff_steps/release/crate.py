@@ -15,8 +15,9 @@ from typing import Any
 from urllib.parse import quote
 
 from meddiff_steps.provenance import lineage
-from meddiff_steps.release.dataset import VERSION, licence
+from meddiff_steps.release.licences import licence
 from meddiff_steps.release.published import Published
+from meddiff_steps.release.story import VERSION
 
 NAME = "ro-crate-metadata.json"
 SPECIFICATION = "https://w3id.org/ro/crate/1.1"
@@ -30,11 +31,19 @@ MEDIA_TYPES = {
     ".parquet": "application/x-parquet",
     ".tsv": "text/tab-separated-values",
     ".py": "text/x-python",
+    ".md": "text/markdown",
+    ".png": "image/png",
+    ".cff": "application/yaml",
 }
 MEANINGS = {
-    "README": "What this cohort is, for people",
+    "README.md": "What this cohort is, for people",
+    "preview.png": "Some of the synthetic images, chosen by number",
+    "CITATION.cff": "How to cite it (Citation File Format)",
+    "LICENSE": "The licence in full",
+    "participants.json": "What the columns of participants.tsv mean",
+    "dseg.tsv": "Which structure each label of the label maps is",
     "dataset_description.json": "Name, licence and software",
-    "participants.tsv": "Covariates asked for, a row per released subject",
+    "participants.tsv": "Covariates asked for and measured, and a suggested split: a row per released subject",
     "croissant.json": "The tables and images as Croissant metadata",
     "provenance/ledger.jsonl": "A row per planned subject: recipe, decision and digests",
     "provenance/ledger.parquet": "The rows of ledger.jsonl as a table",
@@ -64,7 +73,7 @@ def build(release: Published, records: Mapping[str, lineage.Record]) -> dict[str
     datasets = [_dataset(folder, description["Name"], sorted(listed)) for folder in description.get("Datasets", [])]
     people = [
         {"@id": f"#person-{i}", "@type": "Person", "name": name}
-        for i, name in enumerate(description.get("Authors", []), start=1)
+        for i, name in enumerate(release.study["release"]["authors"], start=1)
     ]
     name, url = licence(description["License"])
     licensed = {"@id": url or "#licence", "@type": "CreativeWork", "name": name}
@@ -107,9 +116,7 @@ def _references(entities: list[Entity]) -> Entity | list[Entity]:
 def _file(path: str, entry: Mapping[str, Any]) -> Entity:
     found: Entity = {"@id": quote(path), "@type": "File", "name": path}
     suffix = PurePosixPath(path).suffix
-    found["encodingFormat"] = (
-        "text/markdown" if PurePosixPath(path).name == "README" else MEDIA_TYPES.get(suffix, "text/plain")
-    )
+    found["encodingFormat"] = MEDIA_TYPES.get(suffix, "text/plain")
     if path.startswith("provenance/records/"):
         found["description"] = "Run record: files read and written, settings, code and environment"
     elif path in MEANINGS:

@@ -1,7 +1,8 @@
 """`croissant.json`: the release as a dataset for machine learning, in the Croissant 1.1 vocabulary.
 
-It names the ledger's table with its digest, the images as a set of files, a record per planned subject, that all of it
-is synthetic (Croissant RAI 1.0) and where it comes from (PROV).
+It names the ledger's table with its digest, the images and label maps as sets of files, a record per planned subject,
+per participant (with the suggested split), per image and per label map, how to cite it, that all of it is synthetic
+(Croissant RAI 1.0) and where it comes from (PROV).
 
 Sources: https://docs.mlcommons.org/croissant/docs/croissant-spec-1.1.html and
 https://docs.mlcommons.org/croissant/docs/croissant-rai-spec.html.
@@ -9,12 +10,18 @@ https://docs.mlcommons.org/croissant/docs/croissant-rai-spec.html.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
+from meddiff_steps.cohort.texts import COLUMN as TEXT
 from meddiff_steps.imaging.encoding import SYNTHETIC
-from meddiff_steps.release.dataset import VERSION, licence
+from meddiff_steps.provenance import verify
+from meddiff_steps.provenance.ledger import MEASURED, SEGMENTED
+from meddiff_steps.release.citation import bibtex
+from meddiff_steps.release.licences import licence
 from meddiff_steps.release.published import TABLE, Published
+from meddiff_steps.release.story import VERSION
 
 NAME = "croissant.json"
 VERSIONS = ["http://mlcommons.org/croissant/1.1", "http://mlcommons.org/croissant/RAI/1.0"]
@@ -81,11 +88,12 @@ def build(release: Published) -> dict[str, Any]:
         ),
         "prov:wasDerivedFrom": _sources(description),
         "prov:wasGeneratedBy": _activity(study, release.heads, release.version),
-        "distribution": [_table(release.files[TABLE]), _images(study, "Datasets" in description)],
-        "recordSet": [_subjects(study)],
+        "citeAs": bibtex(study["release"], release.date),
+        "distribution": [_table(release.files[TABLE]), *_files(release)],
+        "recordSet": [_subjects(release), _participants(), *_file_records(release)],
     }
-    if description.get("Authors"):
-        found["creator"] = [{"@type": "sc:Person", "name": author} for author in description["Authors"]]
+    if study["release"]["authors"]:
+        found["creator"] = [{"@type": "sc:Person", "name": author} for author in study["release"]["authors"]]
     if study["release"]["url"]:
         found["url"] = study["release"]["url"]
     for key, text in (
@@ -100,8 +108,9 @@ def build(release: Published) -> dict[str, Any]:
 def _explanation(description: Mapping[str, Any], study: Mapping[str, Any], ledger: Mapping[str, Any]) -> str:
     return (
         f"All {ledger['released']} images are synthetic. {SYNTHETIC} {description['GeneratedBy'][0]['Description']}"
-        f" Covariates are what the model was asked for, not measurements. Of {ledger['rows']} planned subjects those"
-        " were left out whose images came too near to a training scan or to another image."
+        " Covariates are what the model was asked for; what was measured in the images has names of its own. Of"
+        f" {ledger['rows']} planned subjects those were left out whose images came too near to a training scan or to"
+        " another image."
     )
 
 
@@ -151,40 +160,126 @@ def _table(entry: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _images(study: Mapping[str, Any], several: bool) -> dict[str, Any]:
-    volumes = len(study["preprocess"]["shape"]) == 3
+def _files(release: Published) -> Iterator[dict[str, Any]]:
+    """Tables of participants, images and label maps."""
+    several = "Datasets" in release.description
+    where = "shard-*/" if several else ""
+    meaning = "Covariates asked for and measured, and the suggested split: a row per released subject."
+    if several:
+        table = {"@type": "cr:FileSet", "includes": f"{where}{verify.TABLE}"}
+    else:
+        entry = release.files[verify.TABLE]
+        size = f"{entry['bytes']} B"
+        table = {"@type": "cr:FileObject", "contentUrl": verify.TABLE, "contentSize": size, "sha256": entry["sha256"]}
+    names = {"@id": "participants-table", "name": "participants-table", "description": meaning}
+    yield table | names | {"encodingFormat": "text/tab-separated-values"}
+    for name, meaning, pattern in _sets(release):
+        yield {
+            "@type": "cr:FileSet",
+            "@id": f"{name}-files",
+            "name": f"{name}-files",
+            "description": f"{meaning}; their digests are in the ledger.",
+            "encodingFormat": "application/gzip" if pattern.endswith(".gz") else "image/png",
+            "includes": f"{where}{pattern}",
+        }
+
+
+def _sets(release: Published) -> Iterator[tuple[str, str, str]]:
+    """Name, meaning and pattern of each set of files that the ledger holds."""
+    study = release.study
+    if len(study["preprocess"]["shape"]) != 3:
+        yield "images", "The synthetic images", "images/*.png"
+        return
+    yield "images", "The synthetic images", f"sub-*/anat/*_{study['release']['suffix']}.nii.gz"
+    if any(PurePosixPath(name).name in verify.LABEL_FILES for name in release.files):
+        yield "labels", "A label map of each synthetic image", f"sub-*/anat/*_{verify.LABELS}.nii.gz"
+
+
+def _file_records(release: Published) -> Iterator[dict[str, Any]]:
+    """A record per image, and per label map.
+
+    Pictures are read from their files.  Of volumes, which programs for Croissant cannot read, a record says where the
+    file lies, from the ledger: there it is empty for subjects that were not released.
+    """
+    for name, meaning, pattern in _sets(release):
+        if pattern.endswith(".png"):
+            files = {"fileSet": {"@id": f"{name}-files"}}
+            inside = {"regex": r"^([A-Za-z0-9]+)\.png$"}
+            fields = [
+                ("sample_id", "sc:Text", "Synthetic subject", {"fileProperty": "filename"}, inside),
+                ("path", "sc:Text", "Where the file lies in the release", {"fileProperty": "fullpath"}, None),
+                ("image", "sc:ImageObject", "What it shows", {"fileProperty": "content"}, None),
+            ]
+        else:
+            files, column = {"fileObject": {"@id": "ledger"}}, {"column": "image" if name == "images" else "labels"}
+            fields = [
+                ("sample_id", "sc:Text", "Synthetic subject", {"column": "sample_id"}, None),
+                ("path", "sc:Text", "Where the file lies in the release", column, {"jsonPath": "path"}),
+                ("sha256", "sc:Text", "SHA-256 of the file", column, {"jsonPath": "sha256"}),
+            ]
+        yield {
+            "@type": "cr:RecordSet",
+            "@id": name,
+            "name": name,
+            "description": f"{meaning}, a record per file.",
+            "key": {"@id": f"{name}/sample_id"},
+            "field": [
+                _field(
+                    name,
+                    field,
+                    kind,
+                    meant,
+                    files | {"extract": extract} | ({"transform": transform} if transform else {}),
+                )
+                for field, kind, meant, extract, transform in fields
+            ],
+        }
+
+
+def _participants() -> dict[str, Any]:
+    fields = [
+        ("participant_id", "Synthetic subject, as its folder is called"),
+        ("split", "Suggested use: train, val or test"),
+    ]
+    source = {"fileObject": {"@id": "participants-table"}}
     return {
-        "@type": "cr:FileSet",
-        "@id": "images",
-        "name": "images",
-        "description": "The synthetic images; their digests are in the ledger.",
-        "encodingFormat": "application/gzip" if volumes else "image/png",
-        "includes": ("shard-*/" if several else "") + ("sub-*/anat/*.nii.gz" if volumes else "images/*.png"),
+        "@type": "cr:RecordSet",
+        "@id": "participants",
+        "name": "participants",
+        "description": "Released subjects, and the suggested split.",
+        "key": {"@id": "participants/participant_id"},
+        "field": [
+            _field("participants", name, "sc:Text", meaning, source | {"extract": {"column": name}})
+            for name, meaning in fields
+        ],
     }
 
 
-def _subjects(study: Mapping[str, Any]) -> dict[str, Any]:
+def _field(record: str, name: str, kind: str, meaning: str, source: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "@type": "cr:Field",
+        "@id": f"{record}/{name}",
+        "name": name,
+        "description": meaning,
+        "dataType": kind,
+        "source": dict(source),
+    }
+
+
+def _subjects(release: Published) -> dict[str, Any]:
     return {
         "@type": "cr:RecordSet",
         "@id": "subjects",
         "name": "subjects",
-        "description": "Planned subjects: what was asked for, and what became of it.",
+        "description": "Planned subjects: what was asked for, what was measured, and what became of it.",
         "key": {"@id": "subjects/sample_id"},
-        "field": list(_fields(study)),
+        "field": list(_fields(release.study, release.measured)),
     }
 
 
-def _fields(study: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _fields(study: Mapping[str, Any], measured: Sequence[str]) -> Iterator[dict[str, Any]]:
     def field(name: str, kind: str, meaning: str, source: dict[str, Any]) -> dict[str, Any]:
-        place = {"fileObject": {"@id": "ledger"}} | source
-        return {
-            "@type": "cr:Field",
-            "@id": f"subjects/{name}",
-            "name": name,
-            "description": meaning,
-            "dataType": kind,
-            "source": place,
-        }
+        return _field("subjects", name, kind, meaning, {"fileObject": {"@id": "ledger"}} | source)
 
     for name, kind, meaning in COLUMNS:
         yield field(name, kind, meaning, {"extract": {"column": name}})
@@ -200,4 +295,17 @@ def _fields(study: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             "sc:Float" if number else "sc:Text",
             meaning,
             {"extract": {"column": "covariates"}, "transform": {"jsonPath": name}},
+        )
+    if study.get("text", {}).get("column") is not None:
+        asked = {"extract": {"column": "covariates"}, "transform": {"jsonPath": TEXT}}
+        yield field(f"covariate_{TEXT}", "sc:Text", "What the image was asked to show, in words", asked)
+    for column in measured:
+        covariate = study["covariates"][column.removesuffix(MEASURED).removesuffix(SEGMENTED)]
+        number = "range" in covariate
+        how = "measured in the image" if column.endswith(MEASURED) else "volume in the label map"
+        yield field(
+            column,
+            "sc:Float" if number else "sc:Text",
+            how + (f"; {covariate['unit']}" if number else ""),
+            {"extract": {"column": "measured"}, "transform": {"jsonPath": column}},
         )

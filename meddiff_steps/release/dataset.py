@@ -13,64 +13,44 @@ import re
 import shutil
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Any, Self, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
 from meddiff_steps import __version__
-from meddiff_steps.config import CategoricalCovariate, Covariates, Release, Study
+from meddiff_steps.cohort.texts import COLUMN as TEXT
+from meddiff_steps.config import CategoricalCovariate, Covariates, Release
 from meddiff_steps.core.errors import UserError
-from meddiff_steps.core.files import CHECKSUMS, write_atomic
-from meddiff_steps.imaging.encoding import PICTURE_SCALE, SYNTHETIC, VOLUME_SCALE, Grid, encode, read_mark, voxel_digest
+from meddiff_steps.core.files import CHECKSUMS, sha256_file, write_atomic
+from meddiff_steps.imaging.encoding import (
+    SYNTHETIC,
+    VOLUME_SCALE,
+    Grid,
+    encode,
+    encode_labels,
+    read_mark,
+    voxel_digest,
+)
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.privacy.verdict import stopping
-from meddiff_steps.provenance import verify
-from meddiff_steps.release import card
+from meddiff_steps.models.masks import LABELS
+from meddiff_steps.provenance import ledger, verify
+from meddiff_steps.release import licences, preview
+from meddiff_steps.release.citation import citation_file
 from meddiff_steps.release.layout import image_path
+from meddiff_steps.release.measuring import Instruments
+from meddiff_steps.release.readme import BIDS_VERSION, readme
+from meddiff_steps.release.story import VERSION, Part, Story, origin, privacy
 
 logger = logging.getLogger(__name__)
 
-BIDS_VERSION = "1.10.0"
-#: Version of the dataset; CHANGES tells of it.
-VERSION = "1.0.0"
 SUFFIXES = get_args(Release.model_fields["suffix"].annotation)
-TEXTS = ("README", "CHANGES", "LICENSE")
+TEXTS = (verify.README, "CHANGES", "CITATION.cff", "LICENSE")
 
-_CAUTION = """Do not mix these images with scans of people without keeping the mark, and draw no diagnosis from them.
-Every image says in its own file that it is synthetic; converting to another format can lose that."""
 _SAMPLE_ID = re.compile(r"[A-Za-z0-9]+")
-_LICENCES = {
-    "CC0": (
-        "Creative Commons Zero 1.0 Universal (public domain dedication)",
-        "https://creativecommons.org/publicdomain/zero/1.0/legalcode",
-    ),
-    "PDDL": (
-        "Open Data Commons Public Domain Dedication and License 1.0",
-        "https://opendatacommons.org/licenses/pddl/1-0/",
-    ),
-    "CC-BY-4.0": (
-        "Creative Commons Attribution 4.0 International",
-        "https://creativecommons.org/licenses/by/4.0/legalcode",
-    ),
-    "CC-BY-SA-4.0": (
-        "Creative Commons Attribution-ShareAlike 4.0 International",
-        "https://creativecommons.org/licenses/by-sa/4.0/legalcode",
-    ),
-    "CC-BY-NC-4.0": (
-        "Creative Commons Attribution-NonCommercial 4.0 International",
-        "https://creativecommons.org/licenses/by-nc/4.0/legalcode",
-    ),
-    "CC-BY-NC-SA-4.0": (
-        "Creative Commons Attribution-NonCommercial-ShareAlike 4.0 International",
-        "https://creativecommons.org/licenses/by-nc-sa/4.0/legalcode",
-    ),
-}
-
 
 # --------------------------------------------------------------------------------------------------- images
 
@@ -83,13 +63,15 @@ def write_images(
     suffix: str = "T1w",
     only: Collection[str] | None = None,
     folders: Mapping[str, str] = MappingProxyType({}),
+    instruments: Instruments | None = None,
 ) -> pd.DataFrame:
-    """Write every image of one generated shard into the release.
+    """Write every image of one generated shard into the release, and its label map: the one that it was drawn from, or
+    what a segmenter sees in it.
 
     Parameters
     ----------
     generated
-        Shard with `sample_id` and `image` (1, *grid.shape) in [0, 1].
+        Shard with `sample_id` and `image` (1, *grid.shape) in [0, 1], and of pairs `labels`, uint8 (*grid.shape).
     release
         Root of the dataset.
     grid
@@ -102,12 +84,14 @@ def write_images(
         Ids of the images that may be written; all for None.
     folders
         Folder of the dataset in the release by id; who is not there lies in the release itself.
+    instruments
+        What is measured in each image.
 
     Returns
     -------
     DataFrame
         sample_id, path (relative to `release`), bytes, sha256 (of the file), voxel_sha256 (`voxel_digest`), sorted by
-        sample_id.
+        sample_id; what was measured (`measuring.Instruments.measure`), and of label maps `ledger.LABELS`.
 
     Raises
     ------
@@ -131,7 +115,7 @@ def write_images(
     if len(set(samples)) < len(samples):
         twice = sorted({s for s in samples if samples.count(s) > 1})
         raise UserError(f"{generated}: sample_id {_shorten(twice)} occurs more than once. Generate the shard again.")
-    rows = []
+    rows, paired = [], LABELS in shards.schema.names
     chosen = [row for row, sample_id in enumerate(samples) if only is None or sample_id in only]
     for row in tqdm(
         sorted(chosen, key=samples.__getitem__), desc="images", unit="image", mininterval=5, file=sys.stderr
@@ -139,93 +123,34 @@ def write_images(
         sample_id = samples[row]
         image = shards.tensor("image", row)[0].astype(np.float32)
         if not (image.min() >= 0 and image.max() <= 1):  # false for NaN, too
-            found = f"values from {image.min():g} to {image.max():g}"
+            values = f"values from {image.min():g} to {image.max():g}"
             raise UserError(
-                f"{generated}: image of {sample_id} holds {found}, expected 0 to 1. Generate the shard again."
+                f"{generated}: image of {sample_id} holds {values}, expected 0 to 1. Generate the shard again."
             )
         path = PurePosixPath(folders.get(sample_id, ""), image_path(sample_id, len(grid.shape), suffix)).as_posix()
         content, stored = encode(image, grid, sample_id, study)
         write_atomic(release / path, content)
-        rows.append(
-            (sample_id, path, len(content), hashlib.sha256(content).hexdigest(), voxel_digest(stored, grid.affine))
-        )
-    table = pd.DataFrame(rows, columns=["sample_id", "path", "bytes", "sha256", "voxel_sha256"])
-    return table.astype(
-        {"sample_id": "string", "path": "string", "bytes": "int64", "sha256": "string", "voxel_sha256": "string"}
-    )
+        found = {"sample_id": sample_id, **_entry(path, content, stored, grid)}
+        if instruments is not None:
+            measured, labels = instruments.measure(stored, shards.tensor(LABELS, row) if paired else None)
+            found |= measured
+            if labels is not None:
+                path, content = verify.labels_path(path), encode_labels(labels, grid, sample_id, study)
+                write_atomic(release / path, content)
+                entry = _entry(path, content, labels, grid)
+                found |= {column: entry[name] for name, column in ledger.LABELS.items()}
+        rows.append(found)
+    kinds = {"sample_id": "string", "path": "string", "bytes": "int64", "sha256": "string", "voxel_sha256": "string"}
+    table = pd.DataFrame(rows, columns=None if rows else list(kinds))
+    return table.astype(kinds)
+
+
+def _entry(path: str, content: bytes, stored: np.ndarray, grid: Grid) -> dict[str, Any]:
+    digest = hashlib.sha256(content).hexdigest()
+    return {"path": path, "bytes": len(content), "sha256": digest, "voxel_sha256": voxel_digest(stored, grid.affine)}
 
 
 # -------------------------------------------------------------------------------------------------- dataset
-
-
-@dataclass(frozen=True)
-class Story:
-    """What the texts of a dataset say about where it comes from.
-
-    Attributes
-    ----------
-    study, title
-        As in the study file.
-    config
-        The study's `release` section.
-    covariates
-        The study's covariates.
-    grid
-        Shape and spacing of the images.
-    sampler
-        One phrase, for example "dpmpp, guidance scale 1".
-    facts
-        See `release.facts`.
-    sources
-        BIDS SourceDatasets entries, as far as known.
-    distilled
-        second_model.subjects.
-    """
-
-    study: str
-    title: str
-    config: Release
-    covariates: Covariates
-    grid: Grid
-    sampler: str
-    facts: Mapping[str, Any]
-    sources: Sequence[dict[str, str]] = ()
-    distilled: int = 0
-
-    @classmethod
-    def of(cls, study: Study, facts: Mapping[str, Any], sources: Sequence[dict[str, str]] = ()) -> Self:
-        """What a study, and what was measured in it, have to tell."""
-        steps = study.generate.num_inference_steps
-        return cls(
-            study=study.study,
-            title=study.title,
-            config=study.release,
-            covariates=study.covariates,
-            grid=Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm),
-            sampler=(
-                f"{study.generate.sampler}{f', {steps} steps' if steps else ''}, guidance scale"
-                f" {study.generate.guidance_scale:g}"
-            ),
-            facts=facts,
-            sources=sources,
-            distilled=study.second_model.subjects,
-        )
-
-    @property
-    def card(self) -> Mapping[str, Any]:
-        return self.facts["cohort"]
-
-    @property
-    def privacy(self) -> Mapping[str, Any] | None:
-        return self.facts["privacy"]
-
-    @property
-    def models(self) -> Mapping[str, Any]:
-        return {one["name"]: one for one in self.facts["models"]}
-
-    @property
-    def metrics(self) -> Mapping[str, Any] | None:
-        return self.facts["metrics"]
 
 
 def complete_dataset(release: Path, plan: pd.DataFrame, images: pd.DataFrame, story: Story) -> Path:
@@ -238,7 +163,7 @@ def complete_dataset(release: Path, plan: pd.DataFrame, images: pd.DataFrame, st
     release
         Root of the dataset; holds the images already.
     plan
-        sample_id and a column per covariate (requested values).
+        sample_id, group, noise_index and a column per covariate (requested values).
     images
         Tables that `write_images` returned, one below the other.
     story
@@ -261,35 +186,61 @@ def complete_dataset(release: Path, plan: pd.DataFrame, images: pd.DataFrame, st
     _check_complete(release, plan, images)
     description = release / "dataset_description.json"
     description.unlink(missing_ok=True)  # while the parts change there is no whole
-    _remove_stale(release, set(images["path"]), story.study)
+    labelled = ledger.LABELS["path"] in images
+    _remove_stale(release, {*images["path"], *(images[ledger.LABELS["path"]] if labelled else [])}, story.study)
     folders = set(_parts(plan, images, story))
     _remove_tables(release, folders)
-    for folder, suffix in itertools.product(folders, SUFFIXES):
-        (release / folder / f"{suffix}.json").unlink(missing_ok=True)  # the sidecar of an earlier suffix
-    for name, content in texts(plan, images, story):
+    # Of an earlier version, suffix or segmenter.
+    old = (*(f"{suffix}.json" for suffix in SUFFIXES), *verify.LABEL_FILES, verify.OLD_README, verify.PREVIEW)
+    for folder, name in itertools.product(folders, old):
+        (release / folder / name).unlink(missing_ok=True)
+    (release / verify.OLD_README).unlink(missing_ok=True)
+    for name, paths in previews(images, story).items():
+        write_atomic(release / name, preview.picture(release, paths, story.grid, story.study))
+    shown = {name: sha256_file(release / name) for name in previews(images, story)}
+    for name, content in texts(plan, images, story, shown):
         write_atomic(release / name, content)
     return description
 
 
-def texts(plan: pd.DataFrame, images: pd.DataFrame, story: Story) -> Iterator[tuple[str, bytes]]:
+def previews(images: pd.DataFrame, story: Story) -> dict[str, list[str]]:
+    """The picture in the README of each dataset, by its path, and the images that it shows."""
+    members: dict[str, list[str]] = {}
+    for path in images.sort_values("sample_id")["path"]:
+        members.setdefault(verify.placed(path)[0], []).append(path)
+    dims = len(story.grid.shape)
+    return {_in(folder, verify.PREVIEW): preview.chosen(paths, dims) for folder, paths in sorted(members.items())}
+
+
+def _in(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def texts(
+    plan: pd.DataFrame, images: pd.DataFrame, story: Story, shown: Mapping[str, str]
+) -> Iterator[tuple[str, bytes]]:
     """Name in the release and content of every file of its datasets but the images; the description of all comes last.
 
-    Parameters are those of `complete_dataset`; of `images`, sample_id, path and sha256 are read.
+    Parameters are those of `complete_dataset`; of `images`, sample_id, path, sha256, those of label maps, and what was
+    measured are read.  `shown` is the SHA-256 of each of `previews`.
     """
+    splits = verify.Splits(story.seed)
+    plan = plan.sort_values("sample_id", ignore_index=True)
+    labels = [name for name, covariate in story.covariates.items() if isinstance(covariate, CategoricalCovariate)]
+    plan["split"] = [
+        splits.of(
+            row["group"], int(row["noise_index"]), {name: str(row[name]) for name in labels if not pd.isna(row[name])}
+        )
+        for row in plan[["group", "noise_index", *labels]].to_dict("records")
+    ]
     parts = _parts(plan, images, story)
     for folder, (members, written) in parts.items():
-        found = _dataset_texts(members, written, story, Part(folder, len(plan)) if folder else None)
+        known = {verify.PREVIEW: shown[_in(folder, verify.PREVIEW)]} if folder else {}
+        found = _dataset_texts(members, written, story, Part(folder, len(plan)) if folder else None, known)
         yield from ((f"{folder}/{name}" if folder else name, content) for name, content in found.items())
     if "" not in parts:
-        yield from _common_texts(len(plan), story, None, list(parts)).items()
-
-
-@dataclass(frozen=True)
-class Part:
-    """One of several datasets of a release: its folder, and how many subjects the release has."""
-
-    folder: str
-    total: int
+        measured, labelled = ledger.measured_columns(story.covariates, images.columns), ledger.LABELS["path"] in images
+        yield from _common_texts(len(plan), story, None, list(parts), measured, labelled).items()
 
 
 def _parts(plan: pd.DataFrame, images: pd.DataFrame, story: Story) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
@@ -300,38 +251,53 @@ def _parts(plan: pd.DataFrame, images: pd.DataFrame, story: Story) -> dict[str, 
     )
     if not any(folders):
         return {"": (plan, images)}
+    # Paths in their dataset, also of label maps.
     images = images.assign(path=inside)
+    if (column := ledger.LABELS["path"]) in images:
+        images[column] = [verify.labels_path(path) for path in inside]
     plan = plan.set_index("sample_id").loc[images["sample_id"]].reset_index()
     return {str(folder): (plan[folders == folder], images[folders == folder]) for folder in sorted(set(folders))}
 
 
-def _dataset_texts(plan: pd.DataFrame, images: pd.DataFrame, story: Story, part: Part | None) -> dict[str, bytes]:
+def _dataset_texts(
+    plan: pd.DataFrame, images: pd.DataFrame, story: Story, part: Part | None, digests: Mapping[str, str]
+) -> dict[str, bytes]:
     """Everything but the images of one dataset; a part of a release also gets checksums, since the release's seal lies
-    elsewhere.
+    elsewhere: `digests` are of files beside texts and images.
     """
-    volumes = len(story.grid.shape) == 3
+    volumes, labels = len(story.grid.shape) == 3, ledger.LABELS["path"] in images
+    measured = ledger.measured_columns(story.covariates, images.columns)
     found = {
-        "participants.tsv": _participants(plan, images, story.covariates, volumes),
-        "participants.json": _json(_participants_dictionary(story.covariates, volumes)),
+        "participants.tsv": _participants(plan, images, story.covariates, measured, volumes),
+        "participants.json": _json(_participants_dictionary(story.covariates, TEXT in plan, measured, volumes)),
     }
+    if labels:
+        table = [("index", "name"), *((str(i), name) for i, name in enumerate(story.structures, start=1))]
+        found[f"{verify.LABELS}.tsv"] = verify.table_bytes(table)
+        found[f"{verify.LABELS}.json"] = _json(_labels_sidecar(story))
     if volumes:
         found[f"{story.config.suffix}.json"] = _json(_sidecar(story.study, story.config))
     if volumes and part is not None:
-        found[".bidsignore"] = f"/{CHECKSUMS}\n".encode()
-    found |= _common_texts(len(plan), story, part, [])
+        found[".bidsignore"] = f"/{CHECKSUMS}\n/{verify.PREVIEW}\n".encode()
+    found |= _common_texts(len(plan), story, part, [], measured, labels)
     if part is not None:
-        digests = {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
-        digests |= dict(zip(images["path"], images["sha256"], strict=True))
-        found[CHECKSUMS] = verify.checksum_bytes(digests.items())
+        sums = {name: hashlib.sha256(content).hexdigest() for name, content in found.items()} | dict(digests)
+        sums |= dict(zip(images["path"], images["sha256"], strict=True))
+        sums |= dict(zip(images[ledger.LABELS["path"]], images[ledger.LABELS["sha256"]], strict=True)) if labels else {}
+        found[CHECKSUMS] = verify.checksum_bytes(sums.items())
     return found
 
 
-def _common_texts(subjects: int, story: Story, part: Part | None, datasets: Sequence[str]) -> dict[str, bytes]:
+def _common_texts(
+    subjects: int, story: Story, part: Part | None, datasets: Sequence[str], measured: Sequence[str], labels: bool
+) -> dict[str, bytes]:
     """What a dataset and a release of several have alike."""
+    title = f"{story.config.name}, {part.folder}" if part else story.config.name
     return {
-        "README": _readme(subjects, story, part, datasets).encode(),
+        verify.README: readme(subjects, story, part, datasets, measured, labels).encode(),
         "CHANGES": f"{VERSION}\n  - First release: {subjects} synthetic subjects.\n".encode(),
-        "LICENSE": _licence(story.config).encode(),
+        "CITATION.cff": citation_file(story.config, title),
+        "LICENSE": licences.text(story.config).encode(),
         "dataset_description.json": _json(_description(story, part, datasets)),
     }
 
@@ -339,8 +305,9 @@ def _common_texts(subjects: int, story: Story, part: Part | None, datasets: Sequ
 def _remove_tables(release: Path, wanted: set[str]) -> None:
     """Remove tables and texts of datasets of an earlier plan, which lay in other folders."""
     tables = ["participants.tsv", "participants.json", ".bidsignore", *(f"{suffix}.json" for suffix in SUFFIXES)]
+    tables += [*verify.LABEL_FILES, verify.PREVIEW]
     for folder in {"", *(place.name for place in release.glob("shard-*") if place.is_dir())} - wanted:
-        for name in tables + ([*TEXTS, "dataset_description.json", CHECKSUMS] if folder else []):
+        for name in tables + ([*TEXTS, verify.OLD_README, "dataset_description.json", CHECKSUMS] if folder else []):
             (release / folder / name).unlink(missing_ok=True)
         for place in (release / folder / "images", release / folder):
             if folder and place.is_dir() and not any(place.iterdir()):
@@ -401,18 +368,28 @@ def _remove_stale(release: Path, wanted: set[str], study: str) -> None:
         logger.warning("removed %d image(s) of an earlier plan: %s", len(stale), _shorten(stale))
 
 
-def _participants(plan: pd.DataFrame, images: pd.DataFrame, covariates: Covariates, volumes: bool) -> bytes:
+def _participants(
+    plan: pd.DataFrame, images: pd.DataFrame, covariates: Covariates, measured: Sequence[str], volumes: bool
+) -> bytes:
     table = plan.sort_values("sample_id", ignore_index=True)
+    found = images.set_index("sample_id").loc[table["sample_id"]]
     columns = {"participant_id": [f"sub-{s}" for s in table["sample_id"]]}
     if not volumes:
         paths = dict(zip(images["sample_id"], images["path"], strict=True))
         columns["image"] = [paths[s] for s in table["sample_id"]]
     for name in covariates:
         columns[name] = [verify.cell(None if pd.isna(value) else value) for value in table[name]]
+    if TEXT in table:
+        columns[TEXT] = [verify.cell(None if pd.isna(value) else value) for value in table[TEXT]]
+    for name in measured:
+        columns[name] = [verify.cell(None if pd.isna(value) else value) for value in found[name]]
+    columns["split"] = table["split"].tolist()
     return verify.table_bytes([list(columns), *zip(*columns.values(), strict=True)])
 
 
-def _participants_dictionary(covariates: Covariates, volumes: bool) -> dict[str, Any]:
+def _participants_dictionary(
+    covariates: Covariates, texts: bool, measured: Sequence[str], volumes: bool
+) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "Description": (
             "Synthetic subjects and the covariates that were requested for them. No row describes a real person."
@@ -433,7 +410,54 @@ def _participants_dictionary(covariates: Covariates, volumes: bool) -> dict[str,
             fields[name]["Levels"] = {level: level for level in covariate.levels}
         else:
             fields[name]["Units"] = covariate.unit
+    if texts:
+        fields[TEXT] = {
+            "Description": (
+                "What the image was asked to show, in words, written for this cohort and no person's report; n/a:"
+                " nothing was."
+            )
+        }
+    for name in measured:
+        covariate = covariates[name.removesuffix(ledger.MEASURED).removesuffix(ledger.SEGMENTED)]
+        if name.endswith(ledger.SEGMENTED):
+            fields[name] = {"Description": "Volume of the structure in the subject's label map (dseg), whole voxels."}
+        elif isinstance(covariate, CategoricalCovariate):
+            fields[name] = {
+                "Description": "Level that the image shows most probably, read by a predictor that learnt"
+                " from real scans; it errs on real scans, too (README).",
+                "Levels": {level: level for level in covariate.levels},
+            }
+        else:
+            fields[name] = {
+                "Description": "Value measured in the image by a predictor that learnt from real scans; it"
+                " errs on real scans, too (README)."
+            }
+        if not isinstance(covariate, CategoricalCovariate):
+            fields[name]["Units"] = covariate.unit
+    fields["split"] = {
+        "Description": (
+            "Suggested use: of ten subjects of a group with the same levels, eight train, one validates, one tests;"
+            " drawn by the study's seed, and all images of a subject together."
+        ),
+        "Levels": {"train": "training", "val": "validation", "test": "test"},
+    }
     return fields
+
+
+def _labels_sidecar(story: Story) -> dict[str, Any]:
+    learnt = "by a network that learnt from label maps of real scans"
+    drawn = f"Label map that a synthetic image was drawn from, itself drawn {learnt}."
+    return {
+        "Description": drawn if story.paired else f"Label map of a synthetic image, {learnt}.",
+        "Manual": False,
+        "SpatialReference": "orig",
+        "Synthesis": {
+            "Synthetic": True,
+            "Study": story.study,
+            "Software": "meddiff_steps",
+            "SoftwareVersion": __version__,
+        },
+    }
 
 
 def _sidecar(study: str, config: Release) -> dict[str, Any]:
@@ -462,7 +486,7 @@ def _description(story: Story, part: Part | None, datasets: Sequence[str]) -> di
         "Name": f"{story.config.name}, {part.folder}" if part else story.config.name,
         "License": story.config.licence,
         "GeneratedBy": [software],
-        "Description": f"{SYNTHETIC} {_origin(story)} Privacy: {_privacy(story)}",
+        "Description": f"{SYNTHETIC} {origin(story)} Privacy: {privacy(story)}",
         "Keywords": ["synthetic", "generative model", "latent diffusion"],
         "Synthetic": True,
     }
@@ -473,122 +497,11 @@ def _description(story: Story, part: Part | None, datasets: Sequence[str]) -> di
     elif len(story.grid.shape) == 3:
         # A derivative: a model stands between these images and any scan.
         fields |= {"BIDSVersion": BIDS_VERSION, "DatasetType": "derivative"}
-    if story.config.authors:
-        fields["Authors"] = story.config.authors
     if story.config.acknowledgements:
         fields["Acknowledgements"] = story.config.acknowledgements
     if story.sources:
         fields["SourceDatasets"] = list(story.sources)
     return fields
-
-
-def _origin(story: Story) -> str:
-    what = "simulated images (no real person was ever imaged)" if story.card.get("simulated") else "real images"
-    return (
-        f"The model learnt from a cohort of {story.card['scans']} {what} of {story.card['subjects']} subjects, of which"
-        " a part was held out for evaluation."
-    )
-
-
-def _privacy(story: Story) -> str:
-    if story.privacy is None:
-        return "What these images reveal about the subjects that the model learnt from was not tested."
-    calibration = story.privacy["calibration"]
-    text = f"Verdict: {story.privacy['verdict']}."
-    if calibration["status"] == "CALIBRATED":
-        text += (
-            f" Every image was compared with every training scan by {_counted(calibration['detectors'])}, and"
-            f" drawn again if one of them found it nearer than {100 * (1 - calibration['level']):g} % of"
-            f" {calibration['subjects']} unseen real subjects come."
-        )
-    else:
-        text += (
-            f" The filter had no thresholds and rejected nothing: {calibration['needed']} unseen real subjects are"
-            f" needed for its level and there were {calibration['subjects']}."
-        )
-    if bad := stopping(story.privacy.get("gates", [])):
-        why = "it failed" if story.privacy["verdict"] == "FAIL" else f"the filter is none ({bad[0]['name']})"
-        text += (
-            f" This dataset was written although {why}, because its study says so (privacy.enforce: report). It must"
-            " not be treated as anonymous."
-        )
-    return text + " A verdict is the outcome of stated tests, not a proof of anonymity."
-
-
-def _counted(detectors: Sequence[str]) -> str:
-    return f"the detector {detectors[0]}" if len(detectors) == 1 else f"{len(detectors)} detectors"
-
-
-def _readme(subjects: int, story: Story, part: Part | None, datasets: Sequence[str]) -> str:
-    size = " x ".join(map(str, story.grid.shape))
-    if story.grid.spacing_mm is None:
-        layout = (
-            f"images/ID.png: grey pictures of {size} pixels (rows x columns), 0 to {PICTURE_SCALE}. participants.tsv"
-            " names the picture of each subject."
-        )
-    else:
-        path = image_path("ID", 3, story.config.suffix)
-        spacing = story.grid.spacing_mm
-        edges = " x ".join(f"{mm:g}" for mm in ([spacing] if isinstance(spacing, float | int) else spacing))
-        layout = (
-            f"{path}: volumes of {size} voxels of {edges} mm, axes left-right, posterior-anterior,"
-            f" inferior-superior,\norigin in the middle of the grid, int16 from 0 to {VOLUME_SCALE} in arbitrary units."
-            f" The layout is BIDS {BIDS_VERSION}, type derivative."
-        )
-    if datasets:
-        layout = (
-            f"{len(datasets)} datasets of at most {story.config.shard_size} subjects, each complete by itself:"
-            f" shard-GROUP-NUMBER/. In each, {layout}\nA subject's dataset follows from its group and number alone."
-            " provenance/ledger.parquet is the table of all."
-        )
-    many = (
-        f"{subjects} synthetic subjects, of a cohort of {part.total}; figures below are of the cohort"
-        if part
-        else f"{subjects} synthetic subjects"
-    )
-    lines = []
-    for name, covariate in story.covariates.items():
-        meaning = (
-            f"one of {', '.join(covariate.levels)}"
-            if isinstance(covariate, CategoricalCovariate)
-            else f"in {covariate.unit}"
-        )
-        lines.append(f"- {name}: {meaning}{'. ' + covariate.description if covariate.description else ''}")
-    title = f"Study {story.study}: {story.title}" if story.title else f"Study {story.study}"
-    parts = [
-        f"# {story.config.name}{f', {part.folder}' if part else ''}",
-        f"{SYNTHETIC}\n{many}. {title}.",
-        f"## Where they come from\n{_origin(story)}\nSampling: {story.sampler}. Software: meddiff_steps {__version__}.",
-        *([f"## Model\n{card.model(story.models, story.distilled)}"] if story.models else []),
-        f"## What is here\n{layout}",
-        "## Covariates\nparticipants.tsv holds the values that the model was asked for, not measurements of the images;"
-        " n/a means left open.\n" + "\n".join(lines),
-        f"## Quality\n{(card.quality(story.metrics) if story.metrics else '') or 'Not measured.'}",
-        "\n\n".join(filter(None, [f"## Privacy\n{_privacy(story)}", card.privacy(story.privacy or {})])),
-        f"## Please note\n{_CAUTION}",
-        f"## From the publisher\n{card.blanks(story.config.card)}",
-        f"## How to check it\n{card.CHECK_PART if part else card.CHECK}",
-        f"## Licence\n{story.config.licence}; see LICENSE.",
-    ]
-    if story.config.acknowledgements:
-        parts.append(f"## Acknowledgements\n{story.config.acknowledgements}")
-    return "\n\n".join(parts) + "\n"
-
-
-def licence(code: str) -> tuple[str, str | None]:
-    """A licence's name, and the address of its text where it is a well-known one.
-
-    >>> licence("CC0")[1]
-    'https://creativecommons.org/publicdomain/zero/1.0/legalcode'
-    """
-    return _LICENCES.get(code, (code, None))
-
-
-def _licence(config: Release) -> str:
-    name, url = licence(config.licence)
-    return f"{config.name}\n\nThe synthetic images and tables in this dataset are released under:\n\n{name}\n" + (
-        f"{url}\n" if url else ""
-    )
 
 
 def _json(value: Any) -> bytes:

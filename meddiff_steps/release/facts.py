@@ -11,9 +11,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from meddiff_steps.config import InitFrom
 from meddiff_steps.privacy.verdict import Outcome
 
 Word = Annotated[str, Field(max_length=100)]
+Text = Annotated[str, Field(max_length=2000)]
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -80,11 +82,26 @@ class Scans(Told):
     train: Count | None = None
 
 
+class Base(Told):
+    """Weights that were given, from which a training started."""
+
+    kind: Word
+    weights_sha256: Word
+    source_sha256: Word | None = None
+    file_sha256: Word | None = None
+    name: Text | None = None
+    version: Text | None = None
+    source: Text | None = None
+    licence: Text | None = None
+    trained: Word | None = None
+
+
 class Model(Told):
     name: Word
     parameters: Count
     weights_sha256: Word
     scans: Scans | None = None
+    base: Base | None = None
 
 
 class Cohort(Told):
@@ -126,6 +143,35 @@ def facts_of(
         privacy = {**privacy, "counts": counts}
     named = [{**card, "name": name} for name, card in models.items()]
     return _told({"cohort": cohort, "privacy": privacy, "models": named, "metrics": metrics})
+
+
+def with_base(card: Mapping[str, Any], given: InitFrom | None) -> dict[str, Any]:
+    """A model's card with what the study says of the weights that it started from; if these were not trained on, it
+    learnt from no scan.
+    """
+    found = dict(card)
+    if "base" not in card or given is None:
+        return found
+    said = {
+        "licence": given.licence or card["base"].get("license"),
+        "source": given.source or None,
+        "trained": _trained(card["settings"]),
+    }
+    found["base"] = {key: value for key, value in (card["base"] | said).items() if value is not None}
+    if card["settings"]["optimiser"]["steps"] == 0:
+        found.pop("scans", None)
+    return found
+
+
+def _trained(settings: Mapping[str, Any]) -> str | None:
+    """What of a network a training left as it was given, in words."""
+    if settings["optimiser"]["steps"] == 0:
+        return None
+    if settings.get("trains") == "adapters":
+        return f"adapters of rank {settings['adapter_rank']} alone were trained"
+    if settings.get("trains") == "decoder":
+        return "the decoder alone was trained"
+    return f"pulled back to them by {settings['towards_base']:g}" if settings.get("towards_base") else None
 
 
 def are_facts(content: Any) -> bool:

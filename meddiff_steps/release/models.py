@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,57 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import CHECKSUMS, atomic_path, read_json, sha256_file, write_atomic, write_checksums
 from meddiff_steps.core.folders import NETWORK, TONE
 from meddiff_steps.core.weights_digest import safetensors_digest
+from meddiff_steps.privacy.verdict import Gate, at_most
 from meddiff_steps.provenance import ledger
 from meddiff_steps.release import seal
 
 CONFIG, README = "config.json", "README.md"
 
 
-def pack(models: Mapping[str, Path], release: Path, folder: Path, title: str, privacy: Mapping[str, Any]) -> None:
+def weights_gate(privacy: Mapping[str, Any], limit: float) -> Gate:
+    """Whether the weights themselves may go: how well they tell the scans that they learnt from (Carlini et al. 2022).
+
+    Parameters
+    ----------
+    privacy
+        privacy/report.json.
+    limit
+        Largest AUC; the whole interval must be below.
+    """
+    figure = privacy.get("attacks", {}).get("denoising_loss", {}).get("auc") or {
+        "value": None,
+        "low": None,
+        "high": None,
+    }
+    meaning = "whoever has the weights can tell whose scans they learnt from"
+    return at_most("training scans told from the weights, AUC", figure, limit, meaning)
+
+
+def refuse_weights(gate: Gate, enforce: str) -> None:
+    """Stop where the study stops at a failed gate.
+
+    Raises
+    ------
+    UserError
+        `enforce` is `stop`, and the gate failed or could not be evaluated.
+    """
+    if enforce == "stop" and gate.outcome in ("FAIL", "NOT_EVALUATED"):
+        raise UserError(
+            f"release.models: {gate.name} is {_interval(gate.figure) or 'not measured'}, the limit {gate.limit:g}:"
+            f" {gate.meaning}. Keep the weights (release.models: false), train less or on more scans, or, where the"
+            " terms of the scans allow it, raise release.membership_limit."
+        )
+
+
+def pack(
+    models: Mapping[str, Path],
+    release: Path,
+    folder: Path,
+    title: str,
+    privacy: Mapping[str, Any],
+    card: Sequence[str] = (),
+    bundle: Callable[[], Sequence[str]] | None = None,
+) -> None:
     """Copy weights, cards and config, and write a README that names the release and warns.
 
     `regeneration.find_models` finds the models there.
@@ -34,6 +78,10 @@ def pack(models: Mapping[str, Path], release: Path, folder: Path, title: str, pr
         The release's.
     privacy
         privacy/report.json; what could be told from the weights is read.
+    card
+        Further parts of the README: what the models are.
+    bundle
+        Writes more into `folder`, when it is certain that the models are those of the release; gives the names.
 
     Raises
     ------
@@ -51,28 +99,32 @@ def pack(models: Mapping[str, Path], release: Path, folder: Path, title: str, pr
         *files,
         ("tone", models["diffusion"], TONE, "diffusion"),
     ]:
-        weights, card = place / weights_name, place / card_name
+        weights, made = place / weights_name, place / card_name
         digest, wanted = safetensors_digest(weights), first[1]["recipe"][kind]
-        if digest != wanted or read_json(card)["weights_sha256"] != wanted:
+        if digest != wanted or read_json(made)["weights_sha256"] != wanted:
             raise UserError(
                 f"{weights}: its weights are {digest[:16]}, the release was made by {wanted[:16]}. Run the workflow"
                 " again, or give the right model."
             )
-        for source, name in ((weights, f"{folder_name}/{weights_name}"), (card, f"{folder_name}/{card_name}")):
+        for source, name in ((weights, f"{folder_name}/{weights_name}"), (made, f"{folder_name}/{card_name}")):
             with atomic_path(folder / name) as path:
                 shutil.copyfile(source, path)
             names.append(name)
+    names += bundle() if bundle is not None else ()
     with atomic_path(folder / CONFIG) as path:
         shutil.copyfile(release / seal.CONFIG, path)
-    write_atomic(folder / README, _readme(title, sha256_file(release / seal.ROOT), privacy).encode())
+    write_atomic(folder / README, _readme(title, sha256_file(release / seal.ROOT), privacy, card).encode())
     write_checksums(folder, [*names, CONFIG, README])
 
 
-def _readme(title: str, root_sha256: str, privacy: Mapping[str, Any]) -> str:
-    auc = privacy.get("attacks", {}).get("denoising_loss", {}).get("auc", {})
+def _interval(figure: Mapping[str, Any]) -> str:
+    return "" if figure.get("value") is None else "{value:.2f} [{low:.2f}, {high:.2f}]".format(**figure)
+
+
+def _readme(title: str, root_sha256: str, privacy: Mapping[str, Any], card: Sequence[str]) -> str:
+    figure = _interval(privacy.get("attacks", {}).get("denoising_loss", {}).get("auc", {}))
     told = "What the weights give away was not measured."
-    if auc.get("value") is not None:
-        figure = f"{auc['value']:.2f} [{auc['low']:.2f}, {auc['high']:.2f}]"
+    if figure:
         told = (
             f"Whoever has the weights could tell training scans by their denoising loss with AUC {figure} (0.5: not at"
             " all)."
@@ -91,4 +143,6 @@ that cover the training scans.
 - {CHECKSUMS}: `sha256sum -c {CHECKSUMS}` checks the files
 
 Make images of the release again, and compare: `python -m meddiff_steps audit RELEASE --models THIS_FOLDER`
-"""
+Start another study from them: `init_from: {{path: THIS_FOLDER}}`; `python -m meddiff_steps read_bundle THIS_FOLDER`
+writes what else it has to say.
+""" + "".join(f"\n{part}\n" for part in card)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ class Published:
     ledger, heads, files
         The parts `ledger`, `inputs` and `files` of root.json.  The seal itself, which covers all files and comes later,
         has an empty entry in `files`.
+    measured
+        Columns of measured covariates, as the ledger has them.
     version
         The version of this package that seals it.
     """
@@ -37,4 +39,5 @@ class Published:
     ledger: Mapping[str, Any]
     heads: Mapping[str, str]
     files: Mapping[str, Mapping[str, Any]]
+    measured: Sequence[str] = ()
     version: str = __version__

@@ -7,21 +7,24 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from meddiff_steps import __version__, config
 from meddiff_steps.cohort.manifest import read_manifest
+from meddiff_steps.cohort.texts import COLUMN as TEXT
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import sha256_file, write_atomic
 from meddiff_steps.core.folders import NETWORK, TONE
 from meddiff_steps.core.weights_digest import safetensors_digest
 from meddiff_steps.imaging import encoding
+from meddiff_steps.models.masks import MaskModel
 from meddiff_steps.models.trained import TrainedModel
 from meddiff_steps.provenance import verify
 from meddiff_steps.provenance.ledger import Row, cell
@@ -29,6 +32,7 @@ from meddiff_steps.provenance.lineage import step_of
 from meddiff_steps.provenance.record import environment
 from meddiff_steps.release import versions
 from meddiff_steps.release.layout import Layout
+from meddiff_steps.release.measuring import instruments_of, scaled
 from meddiff_steps.release.sealed import Sealed
 from meddiff_steps.synthesis import size
 from meddiff_steps.synthesis.generate import CohortGenerator
@@ -57,12 +61,15 @@ class Comparison:
         Whether even the files are equal, byte by byte.
     largest
         Largest difference of a stored value; -1 if the two cannot be compared.
+    labels
+        Of the label map that was made of it: `same` as the ledger says, `differs`, or "" where none was made.
     """
 
     sample_id: str
     verdict: str
     same_file: bool
     largest: int
+    labels: str = ""
 
 
 def find_models(folder: Path, recipe: Mapping[str, str]) -> dict[str, Path]:
@@ -80,6 +87,9 @@ def find_models(folder: Path, recipe: Mapping[str, str]) -> dict[str, Path]:
         places["decoder"] = [folder / "decoder"]
     if recipe.get("tone"):
         places["tone"] = generators
+    for kind in ("mask_autoencoder", "mask_diffusion"):
+        if recipe.get(kind):
+            places[kind] = [folder / "masks" / kind.removeprefix("mask_")]
     found: dict[str, Path] = {}
     for kind, candidates in places.items():
         seen = []
@@ -107,8 +117,9 @@ PURPOSE = "to make images again"
 
 def remake(
     rows: Sequence[Row], study: config.Study, models: Path, threads: int, version: str = __version__
-) -> Iterator[tuple[Row, np.ndarray]]:
-    """The images of `rows`, float32 (*spatial) in [0, 1], made again; batch by batch, so in another order.
+) -> Iterator[tuple[Row, np.ndarray, np.ndarray | None]]:
+    """The images of `rows`, float32 (*spatial) in [0, 1], and the label maps that they are drawn from, if they are,
+    uint8 (*spatial), made again; batch by batch, so in another order.
 
     Raises
     ------
@@ -136,7 +147,7 @@ def remake(
 
 def _drawn(
     rows: Sequence[Row], study: config.Study, places: Mapping[str, Path], threads: int
-) -> Iterator[tuple[Row, np.ndarray]]:
+) -> Iterator[tuple[Row, np.ndarray, np.ndarray | None]]:
     recipe = rows[0]["recipe"]
     named = "sampler num_inference_steps guidance guidance_scale guidance_interval batch_size drawing_steps".split()
     wanted = {name: recipe[name] for name in named if name in recipe}
@@ -151,19 +162,39 @@ def _drawn(
         decoder=places.get("decoder"),
         toned="tone" in places,
     )
-    generator = CohortGenerator(model, study.generate.model_copy(update=wanted))
+    masks = MaskModel.where_there_is(
+        places["mask_diffusion"].parent if "mask_diffusion" in places else None, fabric, study.compute
+    )
+    generator = CohortGenerator(model, study.generate.model_copy(update=wanted), masks)
     columns = ("sample_id", "index", "cohort_root", "noise_index", "attempt", "seed_key")
     subjects = pd.DataFrame([{name: row[name] for name in columns} | row["covariates"] for row in rows])
     for name, covariate in study.covariates.items():
         subjects[name] = subjects[name].astype(object if isinstance(covariate, config.CategoricalCovariate) else float)
     by_id = {row["sample_id"]: row for row in rows}
-    for sample_id, image in generator.images(subjects, "again"):
+    for sample_id, image, labels in generator.pairs(subjects, "again"):
         # Shards keep half precision, so the released values went through it.
-        yield by_id[sample_id], image[0].astype(np.float16).astype(np.float32)
+        yield by_id[sample_id], image[0].astype(np.float16).astype(np.float32), labels
 
 
-def compare(row: Row, again: np.ndarray, release: Path, study: config.Study) -> tuple[Comparison, bytes]:
-    """An image that was made again beside the released file, and the file that it gives."""
+def compare(
+    row: Row, again: np.ndarray, release: Path, study: config.Study, labels: np.ndarray | None = None
+) -> tuple[Comparison, bytes]:
+    """An image that was made again beside the released file, and the file that it gives; and the label map that it was
+    drawn from beside what the ledger says.
+    """
+    comparison, content = _compare_images(row, again, release, study)
+    if labels is None:
+        return comparison, content
+    grid = encoding.Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
+    return replace(comparison, labels=_same_labels(row, labels, grid)), content
+
+
+def _same_labels(row: Row, labels: np.ndarray, grid: encoding.Grid) -> str:
+    told = row.get("labels")
+    return "same" if told and encoding.voxel_digest(labels, grid.affine) == told["voxel_sha256"] else "differs"
+
+
+def _compare_images(row: Row, again: np.ndarray, release: Path, study: config.Study) -> tuple[Comparison, bytes]:
     grid = encoding.Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
     content, values = encoding.encode(again, grid, row["sample_id"], study.study)
     name, path = row["sample_id"], release / row["image"]["path"]
@@ -185,8 +216,29 @@ def compare(row: Row, again: np.ndarray, release: Path, study: config.Study) -> 
     return Comparison(name, verdict, sha256_file(path) == hashlib.sha256(content).hexdigest(), largest), content
 
 
+def _with_labels(
+    rows: Sequence[Row], release: Sealed, models: Path, threads: int
+) -> Iterator[tuple[Row, np.ndarray, np.ndarray | None]]:
+    """As `remake`; where the release has label maps that were read from images, and `models` has what reads them, they
+    are read again.
+    """
+    study = release.study
+    assert study is not None
+    labelled = any(row.get("labels") for row in release.rows())
+    segmenter = instruments_of(release, models)[0].segmenter if rows and labelled else None
+    grid = encoding.Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
+    for row, image, labels in remake(rows, study, models, threads, release.version) if rows else ():
+        if labels is None and segmenter is not None:
+            _, stored = encoding.encode(image, grid, row["sample_id"], study.study)
+            labels = segmenter.label_map(torch.from_numpy(scaled(stored)))
+        yield row, image, labels
+
+
 def regenerate(release: Sealed, rows: Sequence[Row], models: Path, out: Path, threads: int) -> list[Comparison]:
     """Write the images of `rows` below `out`, at the paths that they have in the release, and compare them with it.
+
+    Label maps are written beside them, where images are drawn from such or `models` is the folder of the study, which
+    has the segmenter.
 
     Raises
     ------
@@ -203,9 +255,13 @@ def regenerate(release: Sealed, rows: Sequence[Row], models: Path, out: Path, th
     study = release.study
     assert study is not None
     found = []
-    for row, image in remake(rows, study, models, threads, release.version) if rows else ():
-        comparison, content = compare(row, image, release.folder, study)
+    grid = encoding.Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
+    for row, image, labels in _with_labels(rows, release, models, threads):
+        comparison, content = compare(row, image, release.folder, study, labels)
         write_atomic(out / row["image"]["path"], content)
+        if labels is not None:
+            content = encoding.encode_labels(labels, grid, row["sample_id"], study.study)
+            write_atomic(out / row["labels"]["path"], content)
         found.append(comparison)
     return sorted(found, key=lambda comparison: comparison.sample_id)
 
@@ -255,7 +311,8 @@ def plan_more(release: Sealed, models: Path, count: int, group: str | None) -> t
             )
         scans = read_manifest(manifest, study.covariates)
         training = scans[scans["split"] == "train"]
-    plan = build_plan([wanted], study.covariates, training, study.seed, study.generate.shard_size)
+    texts, size_of_shards = study.text.column is not None, study.generate.shard_size
+    plan = build_plan([wanted], study.covariates, training, study.seed, size_of_shards, with_texts=texts)
     planned = {row["sample_id"]: row for row in plan.to_dict("records")}
     for row in release.rows():
         if row["group"] == wanted.name:
@@ -269,10 +326,11 @@ def plan_more(release: Sealed, models: Path, count: int, group: str | None) -> t
 
 
 def _covariates(subject: Mapping[Any, Any], covariates: config.Covariates) -> dict[str, Any]:
-    return {
+    asked = {
         name: cell(subject[name], isinstance(covariate, config.CategoricalCovariate))
         for name, covariate in covariates.items()
     }
+    return asked | ({TEXT: cell(subject[TEXT], True)} if TEXT in subject else {})
 
 
 def regenerate_more(
@@ -322,16 +380,19 @@ def regenerate_more(
     )
     grid = encoding.Grid(tuple(study.preprocess.shape), study.preprocess.spacing_mm)
     comparisons, added = [], []
-    for row, image in remake(rows, study, models, threads, release.version) if rows else ():
+    for row, image, labels in _with_labels(rows, release, models, threads):
         path = layout.path(row["sample_id"], row["group"], row["index"])
         if row["image"] is not None:
-            comparison, content = compare(row, image, release.folder, study)
+            comparison, content = compare(row, image, release.folder, study, labels)
             comparisons.append(comparison)
         else:
             content, stored = encoding.encode(image, grid, row["sample_id"], study.study)
             digests = hashlib.sha256(content).hexdigest(), encoding.voxel_digest(stored, grid.affine)
             added.append(Added(row["sample_id"], path, len(content), *digests, row["seed_key"], row["covariates"]))
         write_atomic(out / path, content)
+        if labels is not None:
+            content = encoding.encode_labels(labels, grid, row["sample_id"], study.study)
+            write_atomic(out / verify.labels_path(path), content)
     return sorted(comparisons, key=lambda one: one.sample_id), sorted(added, key=lambda one: one.sample_id)
 
 
@@ -352,6 +413,7 @@ def summary(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     return {
         "images": len(comparisons),
         "verdicts": {name: counts[name] for name in ("bitwise", "within tolerance", "differs", "missing")},
+        "labels": {name: sum(one.labels == name for one in comparisons) for name in ("same", "differs")},
         "same_file": sum(comparison.same_file for comparison in comparisons),
         "largest_difference": max((comparison.largest for comparison in comparisons), default=0),
     }
@@ -367,6 +429,8 @@ def as_text(comparisons: Sequence[Comparison], environment: Sequence[str], added
         + (", ".join(f"{count} {name}" for name, count in found["verdicts"].items() if count) or "none"),
         f"{found['same_file']} files are equal byte by byte",
     ]
+    if made := sum(found["labels"].values()):
+        lines.append(f"{made} label maps: {found['labels']['same']} the same")
     unlike = [comparison for comparison in comparisons if comparison.verdict in ("differs", "missing")]
     lines += [f"  {c.sample_id}: {c.verdict}, by up to {c.largest} stored units" for c in unlike[:10]]
     if added:

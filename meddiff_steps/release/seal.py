@@ -39,7 +39,7 @@ ROOT, SIGNATURE, LINES, TABLE = verify.ROOT, verify.SIGNATURE, verify.LINES, pub
 CONFIG, LOCK, VERIFIER, RECORDS = verify.CONFIG, verify.LOCK, verify.VERIFIER, lineage.FOLDER
 
 #: What the BIDS validator is to leave alone in a release that is one dataset.
-IGNORED = "".join(f"/{name}\n" for name in (FOLDER, croissant.NAME, crate.NAME)).encode()
+IGNORED = "".join(f"/{name}\n" for name in (FOLDER, croissant.NAME, crate.NAME, verify.PREVIEW)).encode()
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def complete(
     shard_of
         Shard by sample id.
     image_paths
-        Files that the ledger's rows describe; all others are listed in `root.json`.
+        Images and label maps, which the ledger's rows describe; all others are listed in `root.json`.
 
     Returns
     -------
@@ -126,7 +126,7 @@ def complete(
         "scheme": merkle.SCHEME,
         "order": "sample_id",
         "rows": len(public.leaves),
-        "released": len(image_paths),
+        "released": public.released,
         "root": public.root,
         "shards": ledger.shard_roots(public, shard_of),
     }
@@ -193,10 +193,17 @@ def metadata(
         Description, config or a record cannot be read.
     """
     description, study = read(release, verify.DESCRIPTION, ascii_only=False), read(release, CONFIG)
-    yield croissant.NAME, croissant.build(Published(description, study, date, sealed, heads, files, version))
+    measured = _measured(release)
+    made = Published(description, study, date, sealed, heads, files, measured, version)
+    yield croissant.NAME, croissant.build(made)
     records = {name: read(release, name) for name in files if name.startswith(f"{RECORDS}/")}
-    whole = Published(description, study, date, sealed, heads, {**files, ROOT: {}}, version)
+    whole = Published(description, study, date, sealed, heads, {**files, ROOT: {}}, measured, version)
     yield crate.NAME, crate.build(whole, records)
+
+
+def _measured(release: Path) -> list[str]:
+    """Columns of measured covariates, by the first released row of the ledger."""
+    return next((sorted(row.get("measured") or {}) for _, row in ledger.read_lines(release) if row["image"]), [])
 
 
 def _last_day(traced: lineage.Lineage) -> str:

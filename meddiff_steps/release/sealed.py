@@ -15,11 +15,23 @@ from meddiff_steps.release import seal, versions
 
 #: Sections that rows and images are held against.
 HELD = (
-    *("study", "seed", "cohort", "covariates", "preprocess", "autoencoder", "decoder", "diffusion", "plan", "generate"),
+    *(
+        "study",
+        "seed",
+        "cohort",
+        "covariates",
+        "text",
+        "preprocess",
+        "autoencoder",
+        "decoder",
+        "diffusion",
+        "plan",
+        "generate",
+    ),
     *("privacy", "compute", "release"),
 )
 #: Those of them that a study of an older version lacks.
-LATER = {"decoder"}
+LATER = {"decoder", "text"}
 
 
 class Sealed:
@@ -99,6 +111,20 @@ class Sealed:
                     first, count = found.get((kind, digest), (row["sample_id"], 0))
                     found[kind, digest] = (first, count + 1)
         return found
+
+    def instrument(self, kind: str) -> str | None:
+        """Digest of the weights of the instrument (`predictors`, `segmenter`) by which its images were measured."""
+        path = f"instruments/{kind}/model.safetensors"
+        read = any(
+            entry["path"] == path
+            for record in self.records.values()
+            if lineage.step_of(record) == "images"
+            for entry in lineage.entries(record, "inputs")
+        )
+        record = self.records.get(path)
+        if not read or record is None:
+            return None
+        return next((e.get("weights_sha256") for e in lineage.entries(record, "outputs") if e["path"] == path), None)
 
     def rows(self) -> Iterator[ledger.Row]:
         """Rows of the ledger, one at a time."""

@@ -20,10 +20,10 @@ import nibabel as nib
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import rfc8785
 from tqdm import tqdm
 from webdataset.writer import TarWriter
 
-from meddiff_steps.core.canonical import canonical_bytes
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import CHECKSUMS, atomic_path, write_atomic, write_checksums
 from meddiff_steps.imaging.encoding import PICTURE_SCALE, SYNTHETIC, VOLUME_SCALE
@@ -94,12 +94,12 @@ def _sample(row: Row, release: Path, study: str) -> dict[str, Any]:
         "voxel_sha256": image["voxel_sha256"],
     }
     if image["path"].endswith(".png"):
-        return {"__key__": row["sample_id"], "png": content, "json": canonical_bytes(facts | {"scale": PICTURE_SCALE})}
+        return {"__key__": row["sample_id"], "png": content, "json": rfc8785.dumps(facts | {"scale": PICTURE_SCALE})}
     volume = nib.Nifti1Image.from_bytes(gzip.decompress(content))
     stored = io.BytesIO()
     np.save(stored, np.ascontiguousarray(volume.dataobj.get_unscaled()), allow_pickle=False)  # type: ignore[attr-defined]
     facts |= {"scale": VOLUME_SCALE, "affine": [[float(x) for x in line] for line in volume.affine]}
-    return {"__key__": row["sample_id"], "npy": stored.getvalue(), "json": canonical_bytes(facts)}
+    return {"__key__": row["sample_id"], "npy": stored.getvalue(), "json": rfc8785.dumps(facts)}
 
 
 def write_index(tars: Mapping[Path, Sequence[Row]], folder: Path, root_sha256: str, title: str, licence: str) -> None:

@@ -11,10 +11,14 @@ import pandas as pd
 from meddiff_steps.config import CategoricalCovariate, Covariates, Study
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.report import figures
-from meddiff_steps.report.page import Picture
+from meddiff_steps.report import charts, figures, names
+from meddiff_steps.report.lineup import tile
+from meddiff_steps.report.names import Names
+from meddiff_steps.report.page import Charts, Gallery, Picture, Shot
 from meddiff_steps.report.viewer import Viewer, viewer
 
+#: Pictures beside each other by axes of an image, and letters in a line of their captions.
+CAPTIONS = {3: (2, 82), 2: (6, 26)}
 #: Pairs of a real scan and the synthetic image with the most similar request on the contact sheet (3D and 2D).
 PAIRS = {3: 6, 2: 12}
 #: Reconstructions searched for the shown ones (worst, middle, best tenth).
@@ -25,9 +29,9 @@ Shown = tuple[list[str], np.ndarray]
 
 def _facts(row: pd.Series, covariates: Covariates) -> list[str]:
     """Covariates of one image; labels with their name, numbers with their unit."""
-    facts = []
-    for name, covariate in covariates.items():
-        value = row[name]
+    facts, called = [], names.of(covariates)
+    for key, covariate in covariates.items():
+        value, name = row[key], called.covariate(key)
         if pd.isna(value):
             facts.append(f"{name} –")
         else:
@@ -94,7 +98,7 @@ def matched_pairs(
 def contact_sheet(pairs: list[tuple[Shown, Shown]], study: Study) -> Picture:
     """All pairs as one picture."""
     spatial_dims = study.spatial_dims
-    columns, width = (2, 92) if spatial_dims == 3 else (6, 26)
+    columns, width = CAPTIONS[spatial_dims]
     tiles = [
         [figures.Tile(image, figures.wrapped(facts, width)) for facts, image in side]
         for side in zip(*pairs, strict=True)
@@ -125,6 +129,31 @@ def contact_sheet(pairs: list[tuple[Shown, Shown]], study: Study) -> Picture:
     )
 
 
+def gallery(pairs: list[tuple[Shown, Shown]], study: Study) -> Gallery:
+    """All pairs, for the page."""
+    kind = "Simulated, held out" if study.cohort.source == "simulated" else "Real, held out"
+    shots = [
+        tuple(
+            Shot(tile(image), words, ", ".join(facts))
+            for words, (facts, image) in zip((kind, "Synthetic"), pair, strict=True)
+        )
+        for pair in pairs
+    ]
+    how = (
+        " Axial, coronal and sagittal middle slices, radiological convention (the subject's right is on the left; in"
+        " sagittal slices, anterior)."
+        if study.spatial_dims == 3
+        else ""
+    )
+    return Gallery(
+        [(first, second) for first, second in shots],
+        "Each held-out scan beside the synthetic image whose request is closest; none was picked by eye. Under"
+        f" synthetic images stands what was asked for.{how} Good: as sharp as its partner, with structures of the size"
+        " that was asked for. Bad: haze in the background, blur, or one image everywhere.",
+        wide=study.spatial_dims == 3,
+    )
+
+
 def slices(pairs: list[tuple[Shown, Shown]]) -> Viewer:
     """The first, middle and last pair."""
     chosen = [pairs[i] for i in sorted({0, len(pairs) // 2, len(pairs) - 1})]
@@ -151,6 +180,7 @@ def _rows(shards: Shards, key: str, table: pd.DataFrame) -> pd.DataFrame:
 
 def showcase(shards: Shards, study: Study) -> list[Picture]:
     """A picture per sweep and one of interpolations."""
+    called = names.of(study.covariates)
     table = pd.DataFrame({c: shards.column(c) for c in ("panel", "row", "position", "label")}).reset_index(names="at")
     views = ("axial", "coronal")
     pictures = []
@@ -165,8 +195,8 @@ def showcase(shards: Shards, study: Study) -> list[Picture]:
                 ]
             )
         if panel.startswith("sweep:"):
-            name = panel.removeprefix("sweep:")
-            covariate = study.covariates.get(name)
+            key = panel.removeprefix("sweep:")
+            covariate, name = study.covariates.get(key), called.covariate(key)
             unit = (
                 f" ({covariate.unit})"
                 if covariate is not None and not isinstance(covariate, CategoricalCovariate)
@@ -197,43 +227,46 @@ def showcase(shards: Shards, study: Study) -> list[Picture]:
     return pictures
 
 
-def fidelity(predictions: pd.DataFrame, metrics: Mapping[str, Any]) -> list[Picture]:
+def fidelity(predictions: pd.DataFrame, metrics: Mapping[str, Any], called: Names) -> list[Charts]:
     """Requested against measured covariates."""
     if not metrics or predictions.empty:
         return []
-    alt = f"Requested against measured {', '.join(metrics)}, synthetic images over held-out real scans."
+    shown = {name: called.covariate(name) for name in metrics}
+    alt = f"Requested against measured {', '.join(shown.values())}, synthetic images over held-out real scans."
     caption = (
         "Orange: synthetic, requested against measured. Grey: held-out real scans, true against measured: the"
         " predictor's own error, the ceiling. Bars: quartiles. Good: orange lies along grey. Bad: orange is flatter"
         " (requests are followed in part), off to one side (a bias), or a cloud."
     )
-    return [Picture(figures.scatter(predictions, metrics), alt, caption)]
+    return [Charts(charts.scatter(predictions, metrics, shown), alt, caption)]
 
 
-def subgroups(measured: Mapping[str, Any]) -> list[Picture]:
+def subgroups(measured: Mapping[str, Any], called: Names) -> list[Charts]:
     """How well covariates are shown within each level of each label, from the part `subgroups` of
     evaluation/metrics.json.
     """
     panels = []
     for label, levels in measured.items():
         known = {level: part["covariates"] for level, part in levels.items() if part["covariates"]}
-        names = [name for name in next(iter(known.values()), {}) if all(name in part for part in known.values())]
-        read = {level: [part[name].get("r") or part[name]["auc"] for name in names] for level, part in known.items()}
-        if len(read) > 1 and names:
-            ceilings = {f"{label} {level}": [one.get("ceiling") for one in found] for level, found in read.items()}
+        first: Mapping[str, Any] = next(iter(known.values()), {})
+        covariates = [name for name in first if all(name in part for part in known.values())]
+        read = {
+            level: [part[name].get("r") or part[name]["auc"] for name in covariates] for level, part in known.items()
+        }
+        if len(read) > 1 and covariates:
             panels.append(
-                figures.Bars(
-                    f"by {figures.plain(label)}",
-                    names,
-                    {f"{label} {level}": found for level, found in read.items()},
-                    ceilings,
+                charts.Bars(
+                    f"by {figures.plain(called.covariate(label))}",
+                    [called.covariate(name) for name in covariates],
+                    read,
+                    {level: [one.get("ceiling") for one in found] for level, found in read.items()},
                 )
             )
     if not panels:
         return []
     return [
-        Picture(
-            figures.bars(panels, "r of numbers, AUC of labels"),
+        Charts(
+            charts.bars(panels, "r of numbers, AUC of labels"),
             "How well each covariate is shown, by subgroup.",
             "Bars: requested against measured in synthetic images, with 95 % intervals; the line over a bar is its"
             " ceiling, the same on held-out scans of the subgroup. Good: bars of one covariate alike, each at its"
@@ -242,7 +275,7 @@ def subgroups(measured: Mapping[str, Any]) -> list[Picture]:
     ]
 
 
-def realism(places: pd.DataFrame, spaces: Mapping[str, Any]) -> list[Picture]:
+def realism(places: pd.DataFrame, spaces: Mapping[str, Any]) -> list[Charts]:
     """Real and synthetic images as points of every feature space."""
     if places.empty:
         return []
@@ -252,17 +285,35 @@ def realism(places: pd.DataFrame, spaces: Mapping[str, Any]) -> list[Picture]:
         " various), or missing where circles are (a kind of image is left out). Two directions show only a part of what"
         " differs; the table is about all of them."
     )
-    alt = f"Synthetic and held-out real images in the feature spaces {', '.join(spaces)}, principal components 1 and 2."
-    return [Picture(figures.feature_spaces(places, spaces), alt, caption)]
+    shown = {key: names.space(key) for key in spaces}
+    alt = (
+        f"Synthetic and held-out real images in the feature spaces {', '.join(shown.values())}, principal components 1"
+        " and 2."
+    )
+    return [Charts(charts.feature_spaces(places, spaces, shown), alt, caption)]
 
 
-def discriminability(curves: Mapping[str, Any]) -> list[Picture]:
+def spectra(spectrum: Mapping[str, Any]) -> list[Charts]:
+    """Power over spatial frequency."""
+    return [
+        Charts(
+            charts.spectra(spectrum),
+            "Radially averaged power spectra of real, synthetic and reconstructed images, and their ratios over spatial"
+            " frequency.",
+            "First: power of held-out real, synthetic and reconstructed images (Hann-windowed). Second: ratio to real."
+            " Dotted: the bands of the table. Good: orange along grey, and at 1. Bad: below 1 in fine detail (blur), or"
+            " above (noise).",
+        )
+    ]
+
+
+def discriminability(curves: Mapping[str, Any]) -> list[Charts]:
     """AUC of telling images from real ones, over the detail that is left; none of a single point."""
     if len(curves["cutoffs_cycles_per_voxel"]) < 2:
         return []
     return [
-        Picture(
-            figures.discriminability(curves),
+        Charts(
+            charts.discriminability(curves),
             "AUC of a classifier that tells synthetic images, reconstructions and training scans from held-out scans,"
             " over the frequency above which detail was removed.",
             "Left: coarse structure alone; right: all detail. Good: orange along grey (0.5: not told). Bad: orange high"
@@ -301,14 +352,14 @@ def reconstruction(shards: Shards) -> Picture:
     )
 
 
-def histories(training: Mapping[str, pd.DataFrame]) -> list[Picture]:
+def histories(training: Mapping[str, pd.DataFrame]) -> list[Charts]:
     """Losses by step of every model that has any."""
     return [
-        Picture(
-            figures.loss_curves(history),
+        Charts(
+            charts.loss_curves(history),
             f"Training curves of the {name}.",
-            f"Training of the {name}, by step. Good: falling, then flat, val beside train. Bad: val rising while train"
-            " falls, or still falling.",
+            f"Training of the {name}, by step. Good: as the titles say, then flat, validation beside train. Bad:"
+            " validation getting worse while train gets better, or no end of either.",
         )
         for name, history in training.items()
         if not history.empty
@@ -317,7 +368,7 @@ def histories(training: Mapping[str, pd.DataFrame]) -> list[Picture]:
 
 def augmentation(
     arms: Sequence[Mapping[str, Any]], reference: float, curves: Sequence[Mapping[str, Any]]
-) -> list[Picture]:
+) -> list[Charts]:
     """AUC of every arm, and over the number of images added where several were.
 
     Parameters
@@ -338,9 +389,9 @@ def augmentation(
                 found.get("test", {}).get("seeds", []),
             )
         )
-    pictures = [
-        Picture(
-            figures.arms(entries, reference),
+    shown = [
+        Charts(
+            charts.arms(entries, reference),
             f"AUC of {len(arms)} arms with 95 % intervals.",
             "Good: arms with synthetic images further right than the grey line by more than their bars. Bad: further"
             " left. Bars: 95 % intervals; circles: single classifiers; grey line: the reference of the verdict; dotted:"
@@ -353,14 +404,14 @@ def augmentation(
     ]
     if grouped:
         levels = list(grouped[0][1])
-        panel = figures.Bars(
+        panel = charts.Bars(
             "by subgroup",
             [name for name, _ in grouped],
             {level: [groups[level] for _, groups in grouped] for level in levels},
         )
-        pictures.append(
-            Picture(
-                figures.bars([panel], "AUC"),
+        shown.append(
+            Charts(
+                charts.bars([panel], "AUC"),
                 "AUC of every arm by subgroup.",
                 "Bars: AUC within a subgroup of the test split, with 95 % intervals. Good: bars of one arm alike, and"
                 " higher than in arms without synthetic images for every subgroup. Bad: an arm that gains for one"
@@ -368,16 +419,16 @@ def augmentation(
             )
         )
     if curves:
-        pictures.append(
-            Picture(
-                figures.ratio_curves(curves),
+        shown.append(
+            Charts(
+                charts.ratio_curves(curves),
                 "AUC over the number of images added per real one.",
                 "Good: a line that rises from its value at 0, the classifier without added images, by more than the"
                 " bars. Bad: one that falls. A flat line says that more images of this kind are of no use; published"
                 " curves flatten at 10 to 1 (Sagers et al. 2023).",
             )
         )
-    return pictures
+    return shown
 
 
 def neighbours(
@@ -405,7 +456,7 @@ def neighbours(
     made = _rows(synthetic, "sample_id", planned).set_index("sample_id")
     known = _rows(real, "scan_id", scans).set_index("scan_id")
     spatial_dims = len(real.shape("image")) - 1
-    columns, width = (2, 92) if spatial_dims == 3 else (6, 26)
+    columns, width = CAPTIONS[spatial_dims]
     tiles = []
     for pair in chosen.itertuples():
         for title, table, shards, name in (

@@ -32,6 +32,8 @@ COUNTED, TEMPLATE = (56, 189, 248), (251, 146, 60)
 LEAST_SCANS = 2
 #: Columns that number things and measure nothing.
 _NO_MEASURE = ("background_value",)
+#: Columns in grey values, which have a unit in CT alone: of MR they say which scanner it was, and make nothing odd.
+_GREY_VALUES = ["percentile_low", "percentile_high"]
 
 
 def measures(quality: pd.DataFrame) -> pd.DataFrame:
@@ -64,6 +66,8 @@ def oddness(found: pd.DataFrame) -> pd.DataFrame:
 def in_order(quality: pd.DataFrame) -> pd.DataFrame:
     """The table with the scans left out first, then the oddest; `oddest` (a measure) and `oddness` are added."""
     odd = oddness(measures(quality))
+    no_unit = quality["background"].fillna("") != "air"
+    odd.loc[no_unit, odd.columns.intersection(_GREY_VALUES)] = 0.0
     worst = odd.max(axis=1) if len(odd.columns) else pd.Series(0.0, quality.index)
     which = odd.idxmax(axis=1) if len(odd.columns) else pd.Series("", quality.index)
     return (

@@ -11,11 +11,13 @@ from meddiff_steps.config import Study
 from meddiff_steps.core.registries import DETECTORS
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.privacy.table_attacks import FEW
-from meddiff_steps.privacy.verdict import stopping
-from meddiff_steps.report import figures, tables
+from meddiff_steps.privacy.verdict import SEVERITY, stopping
+from meddiff_steps.release import card
+from meddiff_steps.report import names, tables
 from meddiff_steps.report import pictures as drawn
-from meddiff_steps.report.page import Headline, Picture, Section, Table
-from meddiff_steps.report.wording import interval, number, percent
+from meddiff_steps.report.names import Names
+from meddiff_steps.report.page import Card, Section, Table
+from meddiff_steps.report.wording import counted, interval, limit, number, p_value, percent
 
 
 def lead(counts: Mapping[str, Any], simulated: bool) -> str:
@@ -28,58 +30,12 @@ def lead(counts: Mapping[str, Any], simulated: bool) -> str:
     )
 
 
-def headlines(metrics: Mapping[str, Any]) -> list[Headline]:
-    """What a reader should know first, from metrics.json alone."""
-    counts, quality, bands = metrics["n"], metrics["reconstruction"], metrics["spectrum"]
-    out = [
-        Headline(
-            number(counts["training_subjects"]),
-            "real subjects learnt from",
-            f"{number(counts['subjects'])} in the cohort; the rest is held out",
-        ),
-        Headline(
-            number(counts["generated"]),
-            "synthetic subjects generated",
-            f"figures are about {number(counts['synthetic'])} of them",
-        ),
-        Headline(
-            f"{number(quality['psnr']['value'])} dB",
-            "PSNR of held-out scans after encoding and decoding",
-            f"95 % interval {_range(quality['psnr'])}, n {quality['psnr']['n']}",
-        ),
-    ]
-    for name, entry in metrics["covariates"].items():
-        key = "auc" if entry["kind"] == "categorical" else "r"
-        words = (
-            f"reading the requested {name} from synthetic images"
-            if key == "auc"
-            else f"correlation of requested and measured {name}"
-        )
-        out.append(
-            Headline(
-                f"{'AUC' if key == 'auc' else 'r'} {number(entry[key]['value'])}",
-                words,
-                f"ceiling {interval(entry[key].get('ceiling'))}",
-            )
-        )
-    synthetic = bands["synthetic"]
-    out.append(
-        Headline(
-            percent({"value": synthetic["above_half"]["value"]}),
-            "of the real power in the finest detail of synthetic images (above half of Nyquist)",
-            f"{percent(synthetic['quarter_to_half'])} between a quarter and half; reconstructions"
-            f" {percent(bands['reconstruction']['above_half'])} above half",
-        )
-    )
-    return out
-
-
-def _range(figure: Mapping[str, Any]) -> str:
-    return f"{number(figure.get('low'))} to {number(figure.get('high'))}"
-
-
-def privacy_section(report: Mapping[str, Any]) -> Section:
-    """The verdict of `privacy/report.json`, its gates and its controls."""
+def privacy_section(report: Mapping[str, Any] | None, called: Names) -> Section:
+    """The verdict of `privacy/report.json`, its gates and its controls; that there is none where it is None."""
+    title = "Could they expose somebody?"
+    if report is None:
+        untested = "Not tested. Without these tests the images must be handled as the cohort itself."
+        return Section("privacy", title, text=[untested])
     counts, calibration = report["counts"], report["calibration"]
     text = [
         (
@@ -88,9 +44,10 @@ def privacy_section(report: Mapping[str, Any]) -> Section:
             " outcome of these tests, not a proof of anonymity."
         ),
         (
-            f"{number(counts['candidates'])} images were drawn for {number(counts['planned'])} planned subjects;"
-            f" {number(counts['rejected'])} were rejected, {number(counts['duplicates'])} left out as near duplicates"
-            f" of each other, {number(counts['failed'])} subjects failed, {number(counts['released'])} released."
+            f"{counted(counts['candidates'], 'image')} drawn for {counted(counts['planned'], 'planned subject')}."
+            f" Rejected: {number(counts['rejected'])}; left out as near duplicates of each other:"
+            f" {number(counts['duplicates'])}; subjects given up: {number(counts['failed'])}; released:"
+            f" {number(counts['released'])}."
         ),
     ]
     left_out = [name for name in DETECTORS.names() if name not in calibration.get("detectors", DETECTORS.names())]
@@ -112,31 +69,58 @@ def privacy_section(report: Mapping[str, Any]) -> Section:
             " treated as anonymous."
         )
     rows = [
-        [gate["name"], interval(gate["figure"]), number(gate["limit"]), gate["outcome"]] for gate in report["gates"]
+        [
+            called.gate(gate["name"]),
+            interval(gate["figure"]),
+            limit(gate["limit"]),
+            gate["outcome"],
+            gate.get("meaning", ""),
+        ]
+        for gate in sorted(report["gates"], key=lambda gate: -SEVERITY.index(gate["outcome"]))
     ]
-    tables = [Table(["gate", "figure", "limit", "outcome"], rows)]
+    shown = [
+        Table(
+            ["test", "figure", "limit", "outcome", "what a failure means"],
+            rows,
+            "The tests behind the verdict, the worst first.",
+        )
+    ]
     if report["controls"]:
         planted = [
             [f"planted copies, {kind}", percent(figure), str(figure["n"])]
             for kind, figure in report["controls"]["positive"].items()
         ]
         strangers = report["controls"]["negative"]
-        tables.append(
+        shown.append(
             Table(
                 ["control", "flagged", "n"],
                 [*planted, ["unseen real subjects", percent(strangers), str(strangers["n"])]],
+                "Does the filter work? Good: all planted copies are flagged, and unseen real subjects as often as the"
+                f" level says ({percent({'value': strangers.get('level')})}).",
+            )
+        )
+    detectors = calibration.get("detectors", [])
+    if detectors:
+        shown.append(
+            Table(
+                ["detector", "what it compares"],
+                [list(names.detector(name).partition(": ")[::2]) for name in detectors],
+                "The copy detectors that the tests name.",
             )
         )
     drift = report["attacks"].get("covariate_drift")
     if drift:
         largest = max(drift, key=lambda name: abs(drift[name]))
         text.append(
-            f"Released against planned covariates: the largest drift is that of {largest}, {drift[largest]:+.3f}"
+            f"Released against planned covariates: the largest drift is that of {called.covariate(largest)},"
+            f" {drift[largest]:+.3f}"
             " (standard deviations, or of a level's share)."
         )
     rare = report["attacks"].get("covariate_table", {}).get("rare_values", {})
     if rare:
-        shares = ", ".join(f"{name} {percent(found)} ({percent(found['chance'])})" for name, found in rare.items())
+        shares = ", ".join(
+            f"{called.covariate(name)} {percent(found)} ({percent(found['chance'])})" for name, found in rare.items()
+        )
         text.append(
             f"Released numbers that are exactly those of fewer than {FEW} training subjects: {shares}. In brackets, the"
             " same of people who were never trained on: what chance gives."
@@ -147,10 +131,37 @@ def privacy_section(report: Mapping[str, Any]) -> Section:
             "Whoever had the model's weights could tell training subjects by their denoising loss with AUC"
             f" {interval(loss['auc'])} (0.5: not at all). Weights are therefore not part of the release."
         )
-    return Section("privacy", "Does it give training subjects away?", text=text, tables=tables)
+    if few := report["attacks"].get("rare"):
+        text.append(_rare_level(few))
+    return Section("privacy", title, text=text, tables=shown)
 
 
-def second_model_section(privacy: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]]) -> Section:
+def _rare_level(found: Mapping[str, Any]) -> str:
+    """What can be told of the few whom a rare level was learnt from; gates hold the figures of images."""
+    people = f"The rare level was learnt from {counted(found['subjects'], 'subject')}"
+    compared = "unseen people of that level" if found["strangers"] == "of that level" else "unseen people of all levels"
+    if "nearer_to_training" not in found:
+        return f"{people}; {counted(found['images'], 'image')} of it are too few to attack, or these subjects are."
+    told = [f"{name} {interval(figure)}" for name, figure in found["nearer_to_training"].items()]
+    loss = found.get("denoising_loss")
+    weights = f" From the weights they are told from {compared} with AUC {interval(loss['auc'])}." if loss else ""
+    return (
+        f"{people}. Its {counted(found['images'], 'image')} are nearer to these than to {compared} (0.5: no more than"
+        f" chance): {', '.join(told)}.{weights}"
+    )
+
+
+def given_weights(cards: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What the models started from, by their names and cards, and what this says of whom; nothing where all began
+    here.
+    """
+    found = [f"{name.capitalize()}: {card.given_weights(made)}." for name, made in cards.items() if made.get("base")]
+    return [*found, card.GIVEN] if found else []
+
+
+def second_model_section(
+    privacy: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]], called: Names
+) -> Section:
     """Privacy and quality of the first model's cohort beside those of the second, which made the release.
 
     Parameters
@@ -160,16 +171,22 @@ def second_model_section(privacy: Sequence[Mapping[str, Any]], metrics: Sequence
     """
     gates = [{gate["name"]: gate for gate in report["gates"]} for report in privacy]
     rows = [["verdict", *(report["verdict"] for report in privacy)]]
-    rows += [[name, *(interval(each[name]["figure"]) if name in each else "" for each in gates)] for name in gates[1]]
+    rows += [
+        [called.gate(name), *(interval(each[name]["figure"]) if name in each else "" for each in gates)]
+        for name in gates[1]
+    ]
     for name, entry in metrics[1]["covariates"].items():
         key = "auc" if entry["kind"] == "categorical" else "r"
         rows.append(
-            [f"{name}, {key} with what was asked", *(interval(each["covariates"][name][key]) for each in metrics)]
+            [
+                f"{called.covariate(name)}, {key} with what was asked",
+                *(interval(each["covariates"][name][key]) for each in metrics),
+            ]
         )
     for band in metrics[1]["spectrum"]["synthetic"]:
         rows.append(
             [
-                f"power over that of real images, {band}",
+                f"power over that of real images, {names.spaced(band)} of Nyquist",
                 *(interval(each["spectrum"]["synthetic"][band]) for each in metrics),
             ]
         )
@@ -181,18 +198,35 @@ def second_model_section(privacy: Sequence[Mapping[str, Any]], metrics: Sequence
         "second-model",
         "The second model beside the first",
         text=text,
-        tables=[Table(["figure", "first model", "second model"], rows)],
+        tables=[
+            Table(["figure", "first model", "second model"], rows, "Both models, by the same tests and measurements.")
+        ],
     )
 
 
-def downstream_section(results: Mapping[str, Any], opened: Mapping[str, Any]) -> Section:
+def downstream_section(
+    results: Mapping[str, Any] | None,
+    opened: Mapping[str, Any] | None,
+    called: Names,
+    nearby: Mapping[str, Any] | None = None,
+) -> Section:
     """The verdict of `augmentation/results.json`, its arms and its contrasts.
 
     Parameters
     ----------
-    results, opened
-        `augmentation/results.json` and `augmentation/test-opened.json`.
+    results, opened, nearby
+        `augmentation/results.json`, `augmentation/test-opened.json` and `augmentation/neighbours.json`; None where the
+        study has none.
+    called
+        Names of covariates.
     """
+    title = "Are they of use?"
+    if results is None or opened is None:
+        unknown = (
+            "Not studied. `downstream` in the study file asks whether a classifier gains by these images; until then"
+            " nothing is known of their use."
+        )
+        return Section("use", title, text=[unknown])
     primary, counts, arms = results["primary"], results["n"], results["arms"]
     reference = next(arm for arm in arms if arm["name"] == primary["reference"])
     cases = ", ".join(f"{number(n)} {level}" for level, n in counts["test_images_by_level"].items())
@@ -222,8 +256,8 @@ def downstream_section(results: Mapping[str, Any], opened: Mapping[str, Any]) ->
             " lies above 0, “harms” where it lies below."
         ),
         (
-            f"Classifiers learnt to tell {results['target']} from the image, with the same number of steps in every"
-            f" arm. Test images: {cases}. The generator learnt from training subjects alone. {drawn_by}"
+            f"Classifiers learnt to tell {called.covariate(results['target'])} from the image, with the same number of"
+            f" steps in every arm. Test images: {cases}. The generator learnt from training subjects alone. {drawn_by}"
         ),
         (
             "The test split was opened once, after everything was fixed."
@@ -238,7 +272,7 @@ def downstream_section(results: Mapping[str, Any], opened: Mapping[str, Any]) ->
     if shift:
         saw = shift["subjects_that_the_generator_saw"]
         text.append(
-            f"Kept out of training and tested on their own (shifted): {shift['covariate']} ="
+            f"Kept out of training and tested on their own (shifted): {called.covariate(shift['covariate'])} ="
             f" {', '.join(shift['levels'])}."
             + (f" The generator did see {number(saw)} training subjects of them." if saw else "")
         )
@@ -263,24 +297,42 @@ def downstream_section(results: Mapping[str, Any], opened: Mapping[str, Any]) ->
                 else []
             )
         )
-    header += [f"worst {results['subgroup']}", "gap"] if grouped else []
+    header += [f"worst {called.covariate(results['subgroup'])}", "gap"] if grouped else []
     compared = []
     for row in results["contrasts"]:
         second = row["delong"]
-        adjusted = "declared beforehand" if row["primary"] else number(row["p_holm"])
-        delong = [interval(second["difference"]), number(second["p"])] if second else ["more than two classes", ""]
+        adjusted = "declared beforehand" if row["primary"] else p_value(row["p_holm"])
+        delong = [interval(second["difference"]), p_value(second["p"])] if second else ["more than two classes", ""]
         compared.append(
-            [f"{row['arm']} minus {row['reference']}", interval(row["difference"]), number(row["p"]), adjusted, *delong]
+            [
+                f"{row['arm']} minus {row['reference']}",
+                interval(row["difference"]),
+                p_value(row["p"]),
+                adjusted,
+                *delong,
+            ]
         )
-    tables = [
-        Table(header, rows),
-        Table(["difference of AUC", "bootstrap", "p", "p (Holm)", "DeLong (subjects only)", "p"], compared),
+    shown = [
+        Table(
+            header,
+            rows,
+            "Every arm on the test split. Good: AUC and AUPRC high, Brier and calibration error low.",
+        ),
+        Table(
+            ["difference of AUC", "bootstrap", "p", "p (Holm)", "DeLong (subjects only)", "p"],
+            compared,
+            "Differences of arms. Good: an interval above 0.",
+        ),
     ]
+    if nearby:
+        shown.append(tables.neighbours_table(arms, nearby))
+    for along in results.get("stress", []):
+        shown.append(tables.stress_table(along, called))
     pictures = drawn.augmentation(arms, reference["figures"]["test"]["auc"]["value"], results["ratio_curves"])
-    return Section("augmentation", "Does it help a classifier?", text=text, pictures=pictures, tables=tables)
+    return Section("use", title, text=text, pictures=pictures, tables=shown)
 
 
-def _instrument(measured: Mapping[str, Any]) -> list[str]:
+def _instrument(measured: Mapping[str, Any], called: Names) -> list[str]:
     counts = measured["n"]
     instrument = (
         "Predictors that learnt from real training scans alone measure each covariate in the synthetic images, and in"
@@ -288,13 +340,16 @@ def _instrument(measured: Mapping[str, Any]) -> list[str]:
         f" {', '.join(counts['held_out_splits'])}). Points on the dashed line are what was asked for."
     )
     skipped = measured["predictors"]["skipped"]
-    return [instrument, *(f"Not measured: {name}, because {reason}." for name, reason in skipped.items())]
+    return [
+        instrument,
+        *(f"Not measured: {called.covariate(name)}, because {reason}." for name, reason in skipped.items()),
+    ]
 
 
-def _second_instrument(segmentation: Mapping[str, Any]) -> str:
+def _second_instrument(segmentation: Mapping[str, Any], called: Names) -> str:
     held = segmentation["held_out"]
     found = "; ".join(
-        f"{name} Dice {number(entry['dice'])}, r {number(entry['r'])}"
+        f"{called.covariate(name)} Dice {number(entry['dice'])}, r {number(entry['r'])}"
         for name, entry in held.items()
         if isinstance(entry, dict)
     )
@@ -311,41 +366,42 @@ def _spaces(measured: Mapping[str, Any]) -> list[str]:
     told = "P"
     if any("classifier_auc" in entry for entry in spaces.values()):
         told = "An AUC near 1 means that a simple classifier tells synthetic from real, by whatever little differs; p"
-    named = "; ".join(f"{name} ({entry['description']}, digest {entry['digest']})" for name, entry in spaces.items())
     text = [
         (
-            f"Images are compared as rows of features, in several spaces: {named}. Figures of different spaces cannot"
-            " be compared, nor can published ones; what counts is how far a figure is from that of as many real"
-            " training scans in place of the synthetic images (real against real)."
+            "Images are compared as rows of features, in several feature spaces (last table). Figures of different"
+            " spaces cannot be compared, nor can published ones; what counts is how far a figure is from that of as"
+            " many real training scans in place of the synthetic images (real against real)."
         ),
         (
             f"{told}recision falls when images look like no real one, recall and coverage when kinds of real images are"
             " missing. Copies of training scans would score perfectly: see the section on privacy."
         ),
     ]
-    return text + [f"{name}: not measured, {entry['skipped']}." for name, entry in spaces.items() if "skipped" in entry]
+    return text + [
+        f"{names.space(key)}: not measured, {entry['skipped']}." for key, entry in spaces.items() if "skipped" in entry
+    ]
 
 
-def fidelity_section(metrics: Mapping[str, Any], predictions: pd.DataFrame) -> Section:
+def fidelity_section(metrics: Mapping[str, Any], predictions: pd.DataFrame, called: Names) -> Section:
     """Requested against measured covariates, from evaluation/metrics.json and predictions.parquet."""
     covariates = metrics["covariates"]
     shown = [
-        tables.fidelity_table(covariates),
-        tables.extrapolation_table(covariates, metrics["training_range"]),
-        tables.correlation_table(metrics["correlations"]),
-        tables.distribution_table(metrics["distributions"]),
-        tables.subgroup_table(metrics["subgroups"]),
+        tables.fidelity_table(covariates, called),
+        tables.extrapolation_table(covariates, metrics["training_range"], called),
+        tables.correlation_table(metrics["correlations"], called),
+        tables.distribution_table(metrics["distributions"], called),
+        tables.subgroup_table(metrics["subgroups"], called),
     ]
-    text, second = _instrument(metrics), metrics.get("segmentation")
+    text, second = _instrument(metrics, called), metrics.get("segmentation")
     if second:
-        text.append(_second_instrument(second))
-        shown.append(tables.fidelity_table(second["covariates"], "measured by the segmenter"))
+        text.append(_second_instrument(second, called))
+        shown.append(tables.fidelity_table(second["covariates"], called, "the segmenter"))
     return Section(
         "fidelity",
-        "Do the images show what was asked for?",
+        "Do they follow the covariates?",
         text=text,
-        pictures=[*drawn.fidelity(predictions, covariates), *drawn.subgroups(metrics["subgroups"])],
-        tables=[table for table in shown if table.rows],
+        pictures=[*drawn.fidelity(predictions, covariates, called), *drawn.subgroups(metrics["subgroups"], called)],
+        tables=shown,
     )
 
 
@@ -357,7 +413,7 @@ def realism_section(metrics: Mapping[str, Any], components: pd.DataFrame | None)
         "Are they like real ones, and as various?",
         text=_spaces(metrics),
         pictures=pictures,
-        tables=[tables.realism_table(metrics)],
+        tables=[tables.realism_table(metrics), tables.space_table(metrics["realism"])],
     )
 
 
@@ -407,15 +463,7 @@ def sharpness_section(spectrum: Mapping[str, Any]) -> Section:
             "Blur removes power at high spatial frequencies; noise and checkerboards add it. 100 % is what real images"
             " have."
         ],
-        pictures=[
-            Picture(
-                figures.spectra(spectrum),
-                "Radially averaged power spectra of real, synthetic and reconstructed images, and their ratios over"
-                " spatial frequency.",
-                "Left: power of held-out real, synthetic and reconstructed images (Hann-windowed). Right: ratio to"
-                " real. Dotted: the bands.",
-            )
-        ],
+        pictures=drawn.spectra(spectrum),
         tables=[tables.band_table(spectrum)],
     )
 
@@ -430,9 +478,48 @@ def reconstruction_section(reconstructions: Shards, quality: Mapping[str, Any]) 
     )
 
 
-def data_section(qc: pd.DataFrame, scans: pd.DataFrame, requested: pd.DataFrame, study: Study) -> Section:
+def looks_section(metrics: Mapping[str, Any], components: pd.DataFrame) -> Section:
+    """All that compares the images with scans, whatever covariates say."""
+    return Section(
+        "looks",
+        "Do they look like scans?",
+        parts=[
+            realism_section(metrics, components),
+            discriminability_section(metrics["discriminability"]),
+            sharpness_section(metrics["spectrum"]),
+            sanity_section(metrics["sanity"]),
+        ],
+    )
+
+
+def making_section(
+    data: Section, reconstruction: Section, training: Mapping[str, pd.DataFrame], cards: Mapping[str, Any]
+) -> Section:
+    """The data, what the models learnt, and their cards."""
+    return Section(
+        "made",
+        "How were they made?",
+        parts=[
+            data,
+            reconstruction,
+            Section("training", "Training", pictures=drawn.histories(training)),
+            Section("cards", "Settings and counts", cards=[Card(title, content) for title, content in cards.items()]),
+        ],
+    )
+
+
+def data_section(
+    qc: pd.DataFrame, scans: pd.DataFrame, requested: pd.DataFrame, study: Study, called: Names
+) -> Section:
     """What went in and what was asked for, from preprocessed/qc.parquet, the cohort's manifest and the plan."""
     checks, left_out = tables.quality_control(qc)
     return Section(
-        "data", "The data", text=checks, tables=[tables.covariate_table(scans, requested, study.covariates), *left_out]
+        "data",
+        "The data",
+        text=checks,
+        tables=[
+            tables.name_table(study.covariates, called),
+            tables.covariate_table(scans, requested, study.covariates, called),
+            *left_out,
+        ],
     )

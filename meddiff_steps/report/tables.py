@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from meddiff_steps.config import CategoricalCovariate, Covariates
-from meddiff_steps.core.registries import METRICS
+from meddiff_steps.core.registries import FEATURE_SPACES, METRICS
 from meddiff_steps.imaging.registration import registered
+from meddiff_steps.report import names
+from meddiff_steps.report.names import Names
 from meddiff_steps.report.page import Table
-from meddiff_steps.report.wording import interval, number, percent
+from meddiff_steps.report.sentences import spelt
+from meddiff_steps.report.wording import interval, limit, number, p_value, percent
 
 SPLITS = ("train", "val", "calibration", "test")
 
 
-def fidelity_table(metrics: Mapping[str, Any], title: str = "covariate") -> Table:
-    """Every fidelity figure beside its ceiling; `title` heads the covariates."""
+def fidelity_table(metrics: Mapping[str, Any], called: Names, instrument: str = "predictors") -> Table:
+    """Every fidelity figure beside its ceiling, as `instrument` measured it."""
     rows = []
-    names = {
+    labels = {
         "r": "r",
         "slope": "slope",
         "mae": "mean absolute error",
@@ -28,13 +31,13 @@ def fidelity_table(metrics: Mapping[str, Any], title: str = "covariate") -> Tabl
         "ece": "calibration error",
     }
     for name, entry in metrics.items():
-        for key, label in names.items():
+        for key, label in labels.items():
             if key in entry:
                 unit = f", {entry['unit']}" if key in ("mae", "bias") else ""
                 share = percent(entry["share_of_ceiling"]) if key in ("r", "auc") else ""
                 rows.append(
                     [
-                        name,
+                        called.covariate(name),
                         f"{label}{unit}",
                         interval(entry[key]),
                         interval(entry[key].get("ceiling")),
@@ -42,44 +45,69 @@ def fidelity_table(metrics: Mapping[str, Any], title: str = "covariate") -> Tabl
                         number(entry[key]["n"]),
                     ]
                 )
-    return Table([title, "figure", "synthetic", "ceiling (real, held out)", "share of ceiling", "n"], rows)
+    return Table(
+        ["covariate", "figure", "synthetic", "ceiling (real, held out)", "share of ceiling", "n"],
+        rows,
+        f"How well covariates are followed, measured by {instrument}. Good: r, AUC and slope at their ceiling, bias and"
+        " mean absolute error at theirs.",
+    )
 
 
 def realism_table(metrics: Mapping[str, Any]) -> Table:
     """Realism and diversity of every feature space beside real against real."""
-    names = {
-        "frechet": ("Frechet distance (squared)", "floor", "low, near its floor"),
+    known = {
+        "frechet": ("Frechet distance (squared)", "floor", "at its floor"),
         "kid": ("kernel distance (KID)", "floor", "near 0"),
-        "classifier_auc": ("AUC of telling synthetic from real", "floor", "0.5"),
-        "precision": ("precision: look real", "ceiling", "near its ceiling"),
-        "recall": ("recall: real ones within reach", "ceiling", "near its ceiling"),
-        "density": ("density", "ceiling", "near its ceiling"),
-        "coverage": ("coverage: real ones with a synthetic one nearby", "ceiling", "near its ceiling"),
-        "vendi": ("Vendi score: effective number of different images", "ceiling", "near its ceiling"),
+        "classifier_auc": ("AUC of telling from real scans", "floor", "0.5"),
+        "precision": ("precision: look real", "ceiling", "at its ceiling"),
+        "recall": ("recall: real ones within reach", "ceiling", "at its ceiling"),
+        "density": ("density", "ceiling", "at its ceiling"),
+        "coverage": ("coverage: real ones with one nearby", "ceiling", "at its ceiling"),
+        "vendi": ("Vendi score: how many differ", "ceiling", "at its ceiling"),
     }
     rows = []
     for space, entry in metrics["realism"].items():
         both = entry | metrics["diversity"]["features"].get(space, {})
-        for key, (label, reference, good) in (names | _others(entry, names)).items():
+        for key, (label, reference, good) in (known | _others(entry, known)).items():
             if key in both:
                 figure = both[key]
-                rows.append([space, label, *_beside(figure, reference), good, number(figure["n"])])
+                rows.append([names.space(space), label, *_beside(figure, reference), good, number(figure["n"])])
     settings = metrics["diversity"]["ssim_settings"]
     figure = metrics["diversity"][settings["metric"]]
-    label = (
-        f"{'MS-SSIM' if settings['metric'] == 'ms_ssim' else 'SSIM'} of {number(figure['pairs'])} pairs, window"
-        f" {settings['kernel_size']}"
-    )
+    label = f"{spelt(settings['metric'])} of {number(figure['pairs'])} pairs, window {settings['kernel_size']}"
     rows.append(["images", label, *_beside(figure, "floor"), "near that of real pairs", number(figure["n"])])
     header = ["features", "figure", "synthetic against held-out real", "real against real", "reconstructions"]
-    return Table([*header, "good is", "n"], rows)
+    return Table(
+        [*header, "good is", "n"],
+        rows,
+        "Realism and diversity by feature space. Real against real is the floor of a distance and the ceiling of a"
+        " share: as many training scans in place of the synthetic images.",
+    )
+
+
+def space_table(spaces: Mapping[str, Any]) -> Table:
+    """What the feature spaces are, and the digest of all that defines their numbers."""
+    return Table(
+        ["feature space", "key in files", "digest", "what it is", "what it sees and misses"],
+        [
+            [
+                names.space(key),
+                key,
+                entry["digest"],
+                entry["description"],
+                FEATURE_SPACES.entry(key)["summary"] if key in FEATURE_SPACES.names() else "",
+            ]
+            for key, entry in spaces.items()
+        ],
+        "The feature spaces. Figures of equal digest are of one space, and can be compared between runs.",
+    )
 
 
 def _beside(figure: Mapping[str, Any], reference: str) -> list[str]:
     """A figure, what real scans give, and what reconstructions of real scans do, where there are enough."""
 
     def shown(one: Mapping[str, Any]) -> str:
-        return f"{interval(one)}, p {number(one['p_value'], 2)}" if "p_value" in one else interval(one)
+        return f"{interval(one)}, p {p_value(one['p_value'])}" if "p_value" in one else interval(one)
 
     decoded = figure.get("reconstructions")
     return [shown(figure), interval(figure[reference]), shown(decoded) if decoded else ""]
@@ -113,9 +141,14 @@ def sanity_table(sanity: Mapping[str, Any]) -> Table:
             entry = figures[name]
             seen = [plain_way(way) for way in ways if way in entry["sees"]]
             cells = [f"{number(entry[way]['value'])}{_MARKS[entry[way]['verdict']]}" for way in ways]
-            words = _SPOILT.get(name, name)
-            rows.append([space, words, interval(entry["real"]), *cells, ", ".join(seen) or "NOTHING"])
-    return Table(["features", "figure", "the scans as they are", *map(plain_way, ways), "sees"], rows)
+            words = _SPOILT.get(name, names.metric(name))
+            rows.append([names.space(space), words, interval(entry["real"]), *cells, ", ".join(seen) or "NOTHING"])
+    return Table(
+        ["features", "figure", "the scans as they are", *map(plain_way, ways), "sees"],
+        rows,
+        "Held-out scans, as they are and spoilt, measured as if they were synthetic. ●: worse, the figure sees the"
+        " fault; ○: better, it praises the fault; no mark: it is blind to it.",
+    )
 
 
 def plain_way(way: str) -> str:
@@ -139,7 +172,7 @@ def curve_table(curves: Mapping[str, Any]) -> Table:
         size = f", {number(finest)} mm" if finest else ""
         words = f"coarser than {number(0.5 / cutoff)} voxels{size}" if cutoff else "all"
         rows.append([words, *(interval(figures[i]) for figures in shown.values())])
-    return Table(["structure that is left", *shown], rows)
+    return Table(["structure that is left", *shown], rows, "AUC of telling images from held-out scans. Good: 0.5.")
 
 
 def _others(entry: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:
@@ -148,12 +181,12 @@ def _others(entry: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, tup
         key for key, figure in entry.items() if key not in known and isinstance(figure, dict) and "floor" in figure
     ]
     return {
-        key: (METRICS.entry(key)["summary"] if key in METRICS.names() else key, "floor", "near its floor")
+        key: (METRICS.entry(key)["summary"] if key in METRICS.names() else names.spaced(key), "floor", "at its floor")
         for key in found
     }
 
 
-def distribution_table(metrics: Mapping[str, Any]) -> Table:
+def distribution_table(metrics: Mapping[str, Any], called: Names) -> Table:
     """How far distributions of measured covariates are apart."""
     header = [
         "covariate",
@@ -166,21 +199,27 @@ def distribution_table(metrics: Mapping[str, Any]) -> Table:
     for name, entry in metrics.items():
         distance = entry["wasserstein"]
         row = [
-            f"{name}, {entry['unit']}",
+            f"{called.covariate(name)}, {entry['unit']}",
             interval(distance),
             interval(distance["floor"]),
             interval(entry["relative"]),
             interval(entry["requested"]),
         ]
         rows.append(row)
-    return Table(header, rows)
+    return Table(
+        header,
+        rows,
+        "How far the distribution of what is measured in synthetic images is from that in held-out scans (Wasserstein"
+        " distance). Good: as near as random halves of real scans.",
+    )
 
 
-def subgroup_table(subgroups: Mapping[str, Any]) -> Table:
+def subgroup_table(subgroups: Mapping[str, Any], called: Names) -> Table:
     """Fidelity within the levels of categorical covariates, one figure per covariate."""
     rows = []
     for name, levels in subgroups.items():
         for level, entry in levels.items():
+            shown = f"{called.covariate(name)} = {level}"
             counts = f"{number(entry['images']['synthetic'])} / {number(entry['images']['real'])}"
             for other, fidelity in entry["covariates"].items():
                 key = "auc" if fidelity["kind"] == "categorical" else "r"
@@ -188,8 +227,8 @@ def subgroup_table(subgroups: Mapping[str, Any]) -> Table:
                 figure = fidelity[key]
                 rows.append(
                     [
-                        f"{name} = {level}",
-                        f"{other}, {'AUC' if key == 'auc' else 'r'}",
+                        shown,
+                        f"{called.covariate(other)}, {'AUC' if key == 'auc' else 'r'}",
                         interval(figure),
                         interval(figure["ceiling"]),
                         bias,
@@ -197,17 +236,19 @@ def subgroup_table(subgroups: Mapping[str, Any]) -> Table:
                     ]
                 )
             if not entry["covariates"]:
-                rows.append([f"{name} = {level}", "too few images", "", "", "", counts])
+                rows.append([shown, "too few images", "", "", "", counts])
     return Table(
-        ["subgroup", "figure", "synthetic", "ceiling (real, held out)", "bias", "images, synthetic / real"], rows
+        ["subgroup", "figure", "synthetic", "ceiling (real, held out)", "bias", "images, synthetic / real"],
+        rows,
+        "How well covariates are followed within each subgroup. Good: alike in all, each at its ceiling.",
     )
 
 
-def extrapolation_table(metrics: Mapping[str, Any], ranges: Mapping[str, Any]) -> Table:
+def extrapolation_table(metrics: Mapping[str, Any], ranges: Mapping[str, Any], called: Names) -> Table:
     """Requests beyond what training scans have, which other figures leave out."""
     rows = [
         [
-            name,
+            called.covariate(name),
             f"{number(ranges[name][0])} to {number(ranges[name][1])} {entry['unit']}",
             number(entry["extrapolation"]["mae"]["n"]),
             *(interval(entry["extrapolation"][key]) for key in ("mae", "bias")),
@@ -215,16 +256,21 @@ def extrapolation_table(metrics: Mapping[str, Any], ranges: Mapping[str, Any]) -
         for name, entry in metrics.items()
         if "extrapolation" in entry
     ]
-    return Table(["requested beyond training", "training scans have", "images", "mean absolute error", "bias"], rows)
+    return Table(
+        ["requested beyond training", "training scans have", "images", "mean absolute error", "bias"],
+        rows,
+        "Requests beyond what training scans have. They count in no other figure.",
+    )
 
 
-def correlation_table(correlations: Mapping[str, Any]) -> Table:
+def correlation_table(correlations: Mapping[str, Any], called: Names) -> Table:
     """Pairs of covariates as requested and as measured."""
     header = ["pair", "requested", "measured on synthetic", "true (real)", "measured on real"]
     keys = ("requested", "measured", "true", "real_measured")
     return Table(
         header,
-        [[pair.replace("~", " and "), *(interval(entry.get(k)) for k in keys)] for pair, entry in correlations.items()],
+        [[called.pair(pair), *(interval(entry.get(k)) for k in keys)] for pair, entry in correlations.items()],
+        "Correlations of covariates. Good: measured on synthetic as measured on real, where requested is as true.",
     )
 
 
@@ -247,6 +293,7 @@ def band_table(spectrum: Mapping[str, Any]) -> Table:
     return Table(
         ["spatial frequency", "synthetic over real", "real over real (random halves)", "reconstruction over its image"],
         rows,
+        "Power in three bands of spatial frequency. Good: 100 %. Blur is below, noise above.",
     )
 
 
@@ -261,11 +308,12 @@ def quality_table(quality: Mapping[str, Any]) -> Table:
     named = (("psnr", "PSNR, dB"), (settings["metric"], detail), ("l1", "mean absolute error"))
     return Table(
         ["figure", "held-out scans", "n"],
-        [[label, interval(quality[key], 4), number(quality[key]["n"])] for key, label in named],
+        [[label, interval(quality[key]), number(quality[key]["n"])] for key, label in named],
+        "Held-out scans after encoding and decoding. Good: PSNR and similarity high, error low.",
     )
 
 
-def covariate_table(manifest: pd.DataFrame, requested: pd.DataFrame, covariates: Covariates) -> Table:
+def covariate_table(manifest: pd.DataFrame, requested: pd.DataFrame, covariates: Covariates, called: Names) -> Table:
     """Counts and covariates per split, and as requested of the synthetic cohort."""
     groups = {split: manifest[manifest["split"] == split] for split in SPLITS} | {"synthetic (requested)": requested}
     rows = [
@@ -276,14 +324,37 @@ def covariate_table(manifest: pd.DataFrame, requested: pd.DataFrame, covariates:
         ["scans", *(number(len(g)) for g in groups.values())],
     ]
     for name, covariate in covariates.items():
+        words = called.covariate(name)
         if isinstance(covariate, CategoricalCovariate):
             for level in covariate.levels:
-                rows.append([f"{name} = {level}", *(_share(g[name], level) for g in groups.values())])
+                rows.append([f"{words} = {level}", *(_share(g[name], level) for g in groups.values())])
         else:
-            rows.append([f"{name}, {covariate.unit}", *(_spread(g[name]) for g in groups.values())])
+            rows.append([f"{words}, {covariate.unit}", *(_spread(g[name]) for g in groups.values())])
         if any(g[name].isna().any() for g in groups.values()):
-            rows.append([f"{name} missing", *(number(int(g[name].isna().sum())) for g in groups.values())])
-    return Table(["", *groups], rows)
+            rows.append([f"{words} missing", *(number(int(g[name].isna().sum())) for g in groups.values())])
+    return Table(
+        ["", *groups],
+        rows,
+        "Who was in the cohort, by split, and who was asked for. Numbers: mean ± standard deviation (smallest to"
+        " largest).",
+    )
+
+
+def name_table(covariates: Covariates, called: Names) -> Table:
+    """Names of covariates on the page, their keys in files, and what they are."""
+    rows = []
+    for key, covariate in covariates.items():
+        if isinstance(covariate, CategoricalCovariate):
+            values = ", ".join(covariate.levels)
+        else:
+            low, high = covariate.range
+            values = f"{limit(low)} to {limit(high)} {covariate.unit}"
+        rows.append([called.covariate(key), key, values, covariate.description])
+    return Table(
+        ["name on this page", "key in files", "plausible values", "description"],
+        rows,
+        "The covariates of the study.",
+    )
 
 
 def _share(values: pd.Series, level: str) -> str:
@@ -336,4 +407,48 @@ def quality_control(qc: pd.DataFrame) -> tuple[list[str], list[Table]]:
     for reason, group in lost.groupby("reason", sort=True):
         ids = ", ".join(group["scan_id"].head(5))
         rows.append([str(reason), number(len(group)), f"{ids}{', …' if len(group) > 5 else ''}"])
-    return text, [Table(["reason", "scans", "which"], rows)]
+    return text, [Table(["reason", "scans", "which"], rows, "Scans that preprocessing left out.")]
+
+
+def stress_table(along: Mapping[str, Any], called: Names) -> Table:
+    """AUC of every arm in the strata of a covariate, on planned images and on test scans, from a part of `stress` of
+    `augmentation/results.json`.
+    """
+    rows = [
+        [arm, stratum, *(_of_stratum(along[kind][arm], stratum) for kind in ("synthetic", "real"))]
+        for arm in along["synthetic"]
+        for stratum in along["strata"]
+    ]
+    named = called.covariate(along["covariate"])
+    return Table(
+        ["arm", named, "synthetic", "real test scans"],
+        rows,
+        f"Stress test along {named}: AUC within strata, on synthetic images that were planned for it and on test scans."
+        " Good: alike from stratum to stratum, and both columns alike. Where they differ, the synthetic one"
+        " tells of the generator.",
+    )
+
+
+def _of_stratum(entry: Mapping[str, Any], stratum: str) -> str:
+    found = entry.get("groups", {}).get(stratum)
+    return interval(found) if found and found["value"] is not None else "no images of both classes"
+
+
+def neighbours_table(arms: Sequence[Mapping[str, Any]], nearby: Mapping[str, Any]) -> Table:
+    """AUC of every arm on test scans alone and with neighbours, from `augmentation/neighbours.json`."""
+    figures = {arm["name"]: arm["figures"] for arm in nearby["arms"]}
+    return Table(
+        ["arm", "AUC", "AUC with neighbours", "gain"],
+        [
+            [
+                arm["name"],
+                interval(arm["figures"]["test"]["auc"]),
+                interval(figures[arm["name"]]["auc"]),
+                interval(figures[arm["name"]]["gain"]),
+            ]
+            for arm in arms
+            if arm["name"] in figures
+        ],
+        f"Every test scan alone, and averaged with {nearby['count']} neighbours that the model drew anew from it."
+        " Good: a gain above 0.",
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,12 +26,34 @@ def number(value: Any, digits: int = 3) -> str:
 
 
 def interval(figure: Mapping[str, Any] | None, digits: int = 3) -> str:
-    """A figure with its interval, such as "0.942 [0.930, 0.951]"."""
+    """A figure with its interval, such as "0.942 [0.930, 0.951]".
+
+    All three have as many decimals as the interval's width has a use for: two digits of it, more with more `digits`.
+    """
     if not figure or figure.get("value") is None:
         return "not defined"
     if figure.get("low") is None or figure.get("high") is None:
         return number(figure["value"], digits)
-    return f"{number(figure['value'], digits)} [{number(figure['low'], digits)}, {number(figure['high'], digits)}]"
+    value, low, high = (float(figure[key]) for key in ("value", "low", "high"))
+    wide = abs(high - low) or abs(value)
+    places = max(0, digits - 2 - math.floor(math.log10(wide * (1 + 1e-9)))) if 1e-6 < wide < 1e7 else None
+    texts = [number(end, digits) if places is None else _decimals(end, places) for end in (value, low, high)]
+    return f"{texts[0]} [{texts[1]}, {texts[2]}]"
+
+
+def _decimals(value: float, places: int) -> str:
+    text = f"{value:,.{places}f}"
+    return text.removeprefix("-") if not text.strip("-0.,") else text
+
+
+def p_value(value: float | None) -> str:
+    """A p-value, to two digits."""
+    return "not defined" if value is None else f"{value:.2g}"
+
+
+def limit(value: float) -> str:
+    """A limit as somebody set it, without digits that nobody meant."""
+    return f"{value:g}"
 
 
 def percent(figure: Mapping[str, Any] | None) -> str:
@@ -43,3 +66,8 @@ def percent(figure: Mapping[str, Any] | None) -> str:
         if figure.get("low") is None or figure.get("high") is None
         else f"{text} [{100 * figure['low']:.0f}, {100 * figure['high']:.0f}]"
     )
+
+
+def counted(count: int, word: str) -> str:
+    """A number of things: "1 scan", "1,200 scans"."""
+    return f"{number(int(count))} {word}{'' if int(count) == 1 else 's'}"

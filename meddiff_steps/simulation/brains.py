@@ -44,6 +44,7 @@ from scipy.special import ndtr, ndtri
 from tqdm import tqdm
 
 from meddiff_steps.config import SimulatedSource
+from meddiff_steps.config.cohort import SIMULATED_LEVELS
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path, write_atomic
 
@@ -743,13 +744,10 @@ def _descriptions() -> dict[str, str]:
     participants = {
         "participant_id": {"Description": "SIMULATED subject; no such person exists"},
         "age": {"Description": "Simulated age", "Units": "year"},
-        "sex": {"Description": "Simulated sex", "Levels": {"F": "female", "M": "male"}},
+        "sex": {"Description": "Simulated sex", "Levels": SIMULATED_LEVELS["sex"]},
         "diagnosis": {
             "Description": "Simulated diagnosis, a disease that acts like faster ageing",
-            "Levels": {
-                "control": "no disease",
-                "case": "wider sulci and ventricles than age and sex explain, on average",
-            },
+            "Levels": SIMULATED_LEVELS["diagnosis"],
         },
         "brain_ml": {"Description": "Grey and white matter, integrated over the subject's tissue maps", "Units": "mL"},
         "ventricles_ml": {

@@ -20,6 +20,8 @@ from meddiff_steps.config import load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path, write_json
 from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.privacy.label_maps import NAME as LABELS
+from meddiff_steps.privacy.label_maps import RealLabelMaps, vectors
 from meddiff_steps.privacy.reference import ReferenceFiles, build_reference, calibration_card
 from meddiff_steps.steps import options
 
@@ -39,6 +41,7 @@ def run(
     latents: Annotated[
         list[Path] | None, typer.Option(help="latent shard; repeat for all of them. Left out, scans are encoded again")
     ] = None,
+    label_maps: options.LabelMaps = None,
     threads: options.Threads = 1,
 ) -> None:
     """Measure how near unseen real subjects come to the training set, and whether planted copies would be found."""
@@ -56,6 +59,10 @@ def run(
         )
     known = _known(latents, scans["scan_id"].iloc[training].tolist()) if latents else None
     tensors = build_reference(files, shards, training, names, known, fabric)
+    maps = None
+    if label_maps:
+        maps = RealLabelMaps.of(Shards(label_maps), scans["scan_id"].tolist())
+        tensors[LABELS] = vectors(maps[training], maps.structures)
     with atomic_path(reference) as path:
         save_file(tensors, path)
     subgroup = study.privacy.subgroup
@@ -65,7 +72,7 @@ def run(
         else pd.Series("all", index=scans["subject_id"].unique())
     )
     level, flip = study.privacy.level, study.variants.flip
-    card = calibration_card(files, shards, tensors, table, groups, level, study.seed, names, flip, fabric)
+    card = calibration_card(files, shards, tensors, table, groups, level, study.seed, names, flip, fabric, maps)
     write_json(out, card)
     if card["status"] != "CALIBRATED":
         log.warning(

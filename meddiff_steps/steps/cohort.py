@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -39,7 +40,7 @@ def run(
     their content, and the subjects that share them go to one split.
     """
     study = load_stage(config, "cohort")
-    source = study.cohort
+    source, text = study.cohort, study.text.column
     if isinstance(source, SimulatedSource) != (simulated is not None):
         expected = (
             "is needed: give the directory that step `simulate` wrote"
@@ -50,12 +51,14 @@ def run(
 
     check_names(study.covariates)
     if isinstance(source, TableSource):
-        frame = read_table(source, study.covariates)
+        frame = read_table(source, study.covariates, text)
     elif isinstance(source, BidsSource):
-        frame = read_bids(source, study.covariates)
+        frame = read_bids(source, study.covariates, text)
     else:
         frame = read_bids(
-            BidsSource.model_validate({"source": "bids", "root": str(simulated), "suffix": "T1w"}), study.covariates
+            BidsSource.model_validate({"source": "bids", "root": str(simulated), "suffix": "T1w"}),
+            study.covariates,
+            text,
         )
     log.info("%d scans of %d subjects", len(frame), frame["subject_id"].nunique())
 
@@ -67,23 +70,26 @@ def run(
         threads,
         source=source.source,
         alike_ids="distinct" if isinstance(source, SimulatedSource) else source.alike_ids,
+        text_column=text,
     )
     with atomic_path(out) as temporary:
         write_manifest(manifest, temporary)
     write_atomic(
         card, (json.dumps(summary, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
     )
-    calibrating, needed = (
-        summary["splits"]["calibration"]["subjects"],
-        subjects_needed(Privacy().level, len(DETECTORS.names())),
-    )
-    if calibrating < needed:
+    calibrating, detectors = summary["splits"]["calibration"]["subjects"], len(DETECTORS.names())
+    usual = Privacy().level
+    if calibrating < subjects_needed(usual, detectors):
+        least = math.ceil(100 * detectors / (calibrating + 1) - 1e-9) / 100
+        remedy = f"privacy.level to {least:g} or more, or splits.calibration" if least < 0.5 else "splits.calibration"
         log.warning(
-            "the calibration split has %d subjects; at the default privacy.level the privacy filter needs %d, and with"
-            " too few it rejects nothing and the run stops before the release. Raise splits.calibration, or"
-            " privacy.level (docs/own-cohort.md).",
+            "the calibration split has %d subjects: at the default privacy.level (%g) the privacy filter needs %d."
+            " Unless you have done so, raise %s; else the filter rejects nothing and the run stops before the"
+            " release (docs/own-cohort.md).",
             calibrating,
-            needed,
+            usual,
+            subjects_needed(usual, detectors),
+            remedy,
         )
     counts = ", ".join(f"{name} {split['scans']}" for name, split in summary["splits"].items())
     log.info(

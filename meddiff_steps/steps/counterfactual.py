@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file
 
 from meddiff_steps.applications import derivative
 from meddiff_steps.applications.counterfactual import Counterfactuals, counterfactuals
-from meddiff_steps.applications.guides import latent_guides
+from meddiff_steps.applications.guides import image_guides, latent_guides
 from meddiff_steps.applications.interpolation import interpolate
 from meddiff_steps.applications.scans import chosen_scans, sweep
 from meddiff_steps.cohort.manifest import read_manifest
@@ -22,17 +23,21 @@ from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import CategoricalCovariate, Study, load_stage
 from meddiff_steps.core.files import atomic_path, write_atomic, write_json
 from meddiff_steps.core.random_streams import seed_key
+from meddiff_steps.diffusion.guidance import Guidance
 from meddiff_steps.evaluation import counterfactual as measuring
 from meddiff_steps.imaging.restoration import restore, restore_difference
 from meddiff_steps.imaging.selection import Images
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.instruments.embedder import load_embedder
-from meddiff_steps.instruments.predictors import MAX_TRAINING_SCANS, fit_predictors
+from meddiff_steps.instruments.predictors import load_predictors
 from meddiff_steps.models.trained import TrainedModel
 from meddiff_steps.report.application_figures import counterfactual_sheet, interpolation_sheet
 from meddiff_steps.steps import options
 
 log = logging.getLogger(__name__)
+
+#: Validation scans at most that say how unsure a network of the user's is.
+MOST_HELD_OUT = 64
 
 README = """# Counterfactuals
 
@@ -55,6 +60,7 @@ def run(
     autoencoder: options.Autoencoder,
     diffusion: options.Diffusion,
     embedder: options.Embedder,
+    predictors: options.Predictors,
     out: Annotated[Path, typer.Option(help="folder to write: a BIDS derivative dataset, figures.json, pictures")],
     decoder: options.Decoder = None,
     latents: Annotated[
@@ -76,15 +82,19 @@ def run(
     model = TrainedModel.load(
         autoencoder, diffusion, make_fabric(study.compute, threads), study.compute, decoder=decoder
     )
-    guides = None
-    if settings.classifier_guidance and latents and scale:
+    guides: Sequence[tuple[Guidance, ...]] | None = None
+    if settings.predictor is not None:
+        held_out = cohort.of_splits(["val"]).table[:MOST_HELD_OUT]
+        unseen = cohort.shards.tensors("image", held_out["row"].to_numpy())
+        declared = study.covariates[settings.moved]
+        guides = image_guides(settings, values, declared, model, unseen, held_out[settings.moved])
+    elif settings.classifier_guidance and latents and scale:
         guides = latent_guides(settings, values, training.table, Shards(latents), load_file(scale), model.encoding)
     keys = [seed_key(f"{study.seed}/counterfactual/{name}", 0, 0, "decoder") for name in scans["scan_id"]]
     made = counterfactuals(model, real, scans, values, settings, guides, keys if model.draws else None)
 
     shutil.rmtree(out, ignore_errors=True)
-    some = training.at_most(MAX_TRAINING_SCANS)
-    instrument = fit_predictors(some.batches("training images"), some.table, some.units.tolist(), study.covariates)
+    instrument = load_predictors(predictors)
     moved = str(settings.covariate)
     kinds = {"scan": real, "decoded": made.decoded, "returned": made.returned, "moved": made.moved}
     rows = measuring.measure(scans, kinds, values, moved, study.covariates, instrument, load_embedder(embedder))

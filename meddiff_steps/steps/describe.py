@@ -15,7 +15,7 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json
 from meddiff_steps.models.weights import CARD
 from meddiff_steps.release.dataset import Story, complete_dataset
-from meddiff_steps.release.facts import facts_of
+from meddiff_steps.release.facts import facts_of, with_base
 from meddiff_steps.steps import options
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ def run(
     diffusion: options.Diffusion,
     out: Annotated[Path, typer.Option(help="dataset_description.json in the root folder of the release.")],
     decoder: options.Decoder = None,
+    masks: options.Masks = None,
     metrics: Annotated[
         Path | None, typer.Option(help="evaluation/metrics.json; without, README says that nothing was measured.")
     ] = None,
@@ -49,6 +50,12 @@ def run(
         **({"drawing decoder": read_json(decoder / CARD)} if decoder else {}),
         "diffusion model": read_json(diffusion / CARD),
     }
+    if masks:
+        cards |= {
+            f"{name} of label maps": read_json(masks / folder / CARD)
+            for name, folder in (("autoencoder", "autoencoder"), ("diffusion model", "diffusion"))
+        }
+    cards = {name: with_base(card, study.init_from) for name, card in cards.items()}
     told = facts_of(read_json(cohort / CARD), read_json(privacy), cards, read_json(metrics) if metrics else None)
     story = Story.of(study, told, _sources(study))
     tables = pd.concat([pd.read_parquet(path) for path in images], ignore_index=True)

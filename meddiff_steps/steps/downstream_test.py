@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
+from monai.networks.nets import ResNet
 
 from meddiff_steps.cohort.manifest import read_manifest
-from meddiff_steps.config import load_stage
+from meddiff_steps.config import Study, load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path, read_json, sha256_file, write_json
 from meddiff_steps.downstream.design import check, design_digest, generators_of, held_group, levels_of, recipe, recipes
@@ -21,6 +22,7 @@ from meddiff_steps.downstream.images import reduce
 from meddiff_steps.downstream.opening import record_opening
 from meddiff_steps.downstream.results import choose, summarise
 from meddiff_steps.downstream.scoring import load_classifiers, score
+from meddiff_steps.downstream.stress import stress_figures
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.steps import options
 
@@ -42,6 +44,10 @@ def run(
     opened: Annotated[Path, typer.Option(help="record of this opening to write (JSON)")],
     predictions: Annotated[Path, typer.Option(help="predictions to write (Parquet)")],
     out: Annotated[Path, typer.Option(help="results to write (JSON)")],
+    plan: Annotated[Path | None, typer.Option(help="plan.parquet, where downstream.stress names groups of it")] = None,
+    filtered: Annotated[
+        list[Path] | None, typer.Option(help="shard of accepted images, for the stress test; repeat for all of them")
+    ] = None,
     threads: options.Threads = 1,
 ) -> None:
     """Choose the primary arm on the val split, freeze everything, then score the test split once with all
@@ -122,6 +128,8 @@ def run(
             [scored, score(classifiers, of_synthetic, downstream, facts, made.index.to_numpy(), read, levels)],
             ignore_index=True,
         )
+    stressed, planned = _stress(study, plan, filtered, classifiers, levels)
+    scored = pd.concat([scored, stressed], ignore_index=True) if len(stressed) else scored
     with atomic_path(predictions) as path:
         scored.to_parquet(path, index=False)
     generator_saw = int(scans.loc[(scans["split"] == "train") & held_group(scans, downstream), "subject_id"].nunique())
@@ -133,8 +141,45 @@ def run(
             else None
         ),
     }
+    if planned is not None:
+        tested = test.set_index("scan_id")
+        results["stress"] = stress_figures(scored, planned, tested, downstream, study.covariates, levels, study.seed)
     write_json(out, results)
     log.info("%s: %s (%s)", results["verdict"], results["primary"]["difference"], results["verdict_text"])
+
+
+def _stress(
+    study: Study,
+    plan: Path | None,
+    filtered: list[Path] | None,
+    classifiers: dict[tuple[str, int], ResNet],
+    levels: list[str],
+) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+    """Scores of images that were planned for a stress test, and their covariates by `image_id`; None without one."""
+    downstream = study.downstream
+    if not downstream.stress.groups:
+        return pd.DataFrame(), None
+    if plan is None or not filtered:
+        raise UserError("downstream.stress names groups of the plan: give --plan and the --filtered shards.")
+    shards = Shards(filtered)
+    ids = shards.column("sample_id")
+    table = pd.read_parquet(plan)
+    table = table[table["group"].isin(downstream.stress.groups) & table[downstream.target].isin(levels)]
+    table = table.merge(pd.DataFrame({"sample_id": ids, "row": range(len(ids))}), on="sample_id")
+    if table[downstream.target].nunique() < len(levels):
+        raise UserError(
+            f"downstream.stress.groups: accepted images of {downstream.stress.groups} have not all levels of"
+            f" {downstream.target}, so no classifier can be judged on them. Plan a grid over it and"
+            " the other covariate."
+        )
+    facts = _facts(table, "sample_id", "sample_id", table[downstream.target], None).assign(set="stress")
+    side = downstream.classifier.longest_side
+    arms = [arm for arm in downstream.arms if arm.test == "real"]
+    rows = table["row"].to_numpy(dtype=int)
+    found = score(
+        classifiers, arms, downstream, facts, rows, lambda chosen: reduce(shards.tensors("image", chosen), side), levels
+    )
+    return found, table.rename(columns={"sample_id": "image_id"}).set_index("image_id")
 
 
 def _facts(table: pd.DataFrame, image: str, subject: str, level: pd.Series, subgroup: pd.Series | None) -> pd.DataFrame:

@@ -22,6 +22,7 @@ from meddiff_steps.imaging.selection import Images
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.instruments.feature_spaces.assemble import spaces
 from meddiff_steps.instruments.feature_spaces.base import Context
+from meddiff_steps.instruments.predictors import load_predictors
 from meddiff_steps.instruments.segmenter import load_segmenter
 from meddiff_steps.steps import options
 
@@ -36,16 +37,15 @@ def run(
     plan: options.Plan,
     reconstructions: Annotated[Path, typer.Option(help="Held-out images beside their reconstructions (.arrow).")],
     out: Annotated[Path, typer.Option(help="folder to write: metrics.json, predictions.parquet, components.parquet")],
+    predictors: options.Predictors,
     embedder: options.Embedder | None = None,
-    segmenter: Annotated[
-        Path | None, typer.Option(help="folder of the segmenter: measures volumes as well; left out if not given")
-    ] = None,
+    segmenter: options.Segmenter = None,
 ) -> None:
     """Measure covariate fidelity, realism, diversity, reconstruction quality and sharpness.
 
-    Predictors of the covariates learn from real training scans only and are applied to synthetic images and to held-out
-    real scans.  Grid and counterfactual groups are left out where other groups exist: their covariates are spread on
-    purpose, and correlations over them would flatter.
+    Predictors, which learnt from real training scans only, are applied to synthetic images and to held-out real scans.
+    Grid and counterfactual groups are left out where other groups exist: their covariates are spread on purpose, and
+    correlations over them would flatter.
     """
     study = load_stage(config, "evaluate")
     scans, planned = read_manifest(manifest, study.covariates), _plan(plan, study.covariates)
@@ -65,6 +65,7 @@ def run(
         Images.of(Shards([reconstructions]), "scan_id", "subject_id", scans, f"{reconstructions}"),
         spaces(study.evaluate.spaces, context, study.evaluate.features),
         study,
+        load_predictors(predictors),
         load_segmenter(segmenter) if segmenter is not None else None,
     )
     found.metrics["n"] |= {"subjects": int(scans["subject_id"].nunique()), "scans": len(scans), "planned": len(planned)}

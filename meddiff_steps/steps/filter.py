@@ -16,10 +16,12 @@ from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import load_stage
 from meddiff_steps.core.files import atomic_path, read_json
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn, in_background
+from meddiff_steps.models.masks import LABELS, MaskModel
 from meddiff_steps.models.trained import TrainedModel
 from meddiff_steps.privacy.calibration import thresholds_of
 from meddiff_steps.privacy.duplicates import block_means
 from meddiff_steps.privacy.filter import fill
+from meddiff_steps.privacy.label_maps import LabelMapDetector
 from meddiff_steps.privacy.reference import ReferenceFiles, load_detectors
 from meddiff_steps.steps import options
 from meddiff_steps.synthesis.generate import CohortGenerator
@@ -40,6 +42,7 @@ def run(
     out: Annotated[Path, typer.Option(help="accepted images to write (Arrow)")],
     decisions: Annotated[Path, typer.Option(help="decision on every candidate to write (Parquet); private")],
     decoder: options.Decoder = None,
+    masks: options.Masks = None,
     threads: options.Threads = 1,
 ) -> None:
     """Compare every image with all training scans, and draw again what is too near, with the same covariates."""
@@ -52,48 +55,62 @@ def run(
     )
     limits = read_json(calibration)
     files = ReferenceFiles(reference_scans, autoencoder, scale, embedder)
-    detectors = load_detectors(files, load_file(reference), limits["detectors"], limits["mirrors"], fabric)
+    known = load_file(reference)
+    detectors = load_detectors(files, known, limits["detectors"], limits["mirrors"], fabric)
+    of_labels = LabelMapDetector(known[LABELS], limits["structures"]) if LABELS in known else None
     drawn = Shards([generated])
-    first = ((name, drawn.tensors("image", [row])[0]) for row, name in enumerate(drawn.column("sample_id")))
+    paired = LABELS in drawn.schema.names
+    first = (
+        (name, drawn.tensors("image", [row])[0], drawn.tensor(LABELS, row) if paired else None)
+        for row, name in enumerate(drawn.column("sample_id"))
+    )
 
     @cache
     def generator() -> CohortGenerator:
         """The trained model, which is loaded when the first image is rejected."""
         return CohortGenerator(
-            TrainedModel.load(autoencoder, diffusion, fabric, study.compute, decoder=decoder), study.generate
+            TrainedModel.load(autoencoder, diffusion, fabric, study.compute, decoder=decoder),
+            study.generate,
+            MaskModel.where_there_is(masks, fabric, study.compute),
         )
 
     rows = []
-    with ShardWriter(out, columns(drawn.shape("image"))) as writer, in_background(partial(_write, writer)) as write:
+    with (
+        ShardWriter(out, columns(drawn.shape("image"), paired)) as writer,
+        in_background(partial(_write, writer)) as write,
+    ):
         for candidate in fill(
             subjects,
             first,
-            lambda again: generator().images(again, f"shard {shard}, again"),
+            lambda again: generator().pairs(again, f"shard {shard}, again"),
             groups,
             detectors,
             thresholds_of(limits),
             study.privacy.max_attempts,
+            of_labels,
         ):
             rows.append(candidate.row())
             if candidate.decision == "accepted":
-                write(sample_id=candidate.sample_id, attempt=candidate.attempt, image=candidate.image)
+                more = {LABELS: candidate.labels} if paired else {}
+                write(sample_id=candidate.sample_id, attempt=candidate.attempt, image=candidate.image, **more)
     with atomic_path(decisions) as path:
         pd.DataFrame(rows).to_parquet(path, index=False)
 
 
-def columns(shape: tuple[int, ...]) -> dict[str, pa.DataType | TensorColumn]:
-    """Of a shard of accepted images of `shape`, (1, *spatial)."""
+def columns(shape: tuple[int, ...], paired: bool = False) -> dict[str, pa.DataType | TensorColumn]:
+    """Of a shard of accepted images of `shape`, (1, *spatial), alone or `paired` with their label maps."""
     means = block_means(np.zeros((1, *shape), np.float32)).shape[1:]
     return {
         "sample_id": pa.string(),
         "attempt": pa.int64(),
         "image": TensorColumn("float16", shape),
         "block_means": TensorColumn("float32", means),
+        **({LABELS: TensorColumn("uint8", shape[1:])} if paired else {}),
     }
 
 
-def _write(writer: ShardWriter, sample_id: str, attempt: int, image: np.ndarray) -> None:
+def _write(writer: ShardWriter, sample_id: str, attempt: int, image: np.ndarray, **more: np.ndarray) -> None:
     """Keep an image, and what near duplicates are looked for by, so that nobody reads all images once more for that."""
     kept = image.astype(np.float16)
     means = block_means(kept.astype(np.float32)[None])[0]
-    writer.append(sample_id=sample_id, attempt=attempt, image=kept, block_means=means)
+    writer.append(sample_id=sample_id, attempt=attempt, image=kept, block_means=means, **more)

@@ -10,6 +10,7 @@ import typer
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import load_stage
 from meddiff_steps.imaging.shards import ShardWriter, TensorColumn, in_background
+from meddiff_steps.models.masks import LABELS, MaskModel
 from meddiff_steps.models.trained import TrainedModel
 from meddiff_steps.steps import options
 from meddiff_steps.synthesis.generate import CohortGenerator
@@ -23,20 +24,21 @@ def run(
     diffusion: options.Diffusion,
     out: Annotated[Path, typer.Option(help="shard to write (Arrow)")],
     decoder: options.Decoder = None,
+    masks: options.Masks = None,
     threads: options.Threads = 1,
 ) -> None:
-    """Sample and decode the planned subjects of one shard.
+    """Sample and decode the planned subjects of one shard, with their label maps where there is a model of these.
 
     A subject depends on its own row of the plan, the weights and the batch size; not on its shard or on who shares a
     batch with it.
     """
     study = load_stage(config, "generate")
     subjects = pd.read_parquet(plan, filters=[("shard", "==", shard)])
-    model = TrainedModel.load(
-        autoencoder, diffusion, make_fabric(study.compute, threads), study.compute, decoder=decoder
-    )
-    generator = CohortGenerator(model, study.generate)
+    fabric = make_fabric(study.compute, threads)
+    model = TrainedModel.load(autoencoder, diffusion, fabric, study.compute, decoder=decoder)
+    generator = CohortGenerator(model, study.generate, MaskModel.where_there_is(masks, fabric, study.compute))
     columns = {"sample_id": pa.string(), "image": TensorColumn("float16", model.image_shape)}
+    columns |= {LABELS: TensorColumn("uint8", model.image_shape[1:])} if masks else {}
     with ShardWriter(out, columns) as writer, in_background(writer.append) as append:
-        for sample_id, image in generator.images(subjects, f"shard {shard}"):
-            append(sample_id=sample_id, image=image)
+        for sample_id, image, labels in generator.pairs(subjects, f"shard {shard}"):
+            append(sample_id=sample_id, image=image, **({} if labels is None else {LABELS: labels}))

@@ -37,6 +37,7 @@ def run(
     private: Annotated[Path, typer.Option(help="private ledger to write (Parquet)")],
     out: Annotated[Path, typer.Option(help="root.json to write, in the release's folder `provenance`")],
     decoder: options.Decoder = None,
+    masks: options.Masks = None,
     results: Annotated[
         Path | None,
         typer.Option(help="the study's folder, which holds its run records; by default where the frozen config lies"),
@@ -54,6 +55,8 @@ def run(
     cards = {"autoencoder": autoencoder / CARD, "diffusion": diffusion / CARD, "tone": diffusion / TONE[1]}
     if decoder:
         cards["decoder"] = decoder / CARD
+    if masks:
+        cards |= {f"mask_{name}": masks / name / CARD for name in ("autoencoder", "diffusion")}
     weights = {name: read_json(card)["weights_sha256"] for name, card in cards.items()}
     assert settings.num_inference_steps is not None  # what a study leaves open is decided when it is frozen
     recipe = ledger.Recipe(
@@ -71,9 +74,8 @@ def run(
     tables = pd.concat([pd.read_parquet(path) for path in images], ignore_index=True)
     seal.prepare(release)
     rows = ledger.public_tables(planned, judged, tables, study.covariates, recipe)
-    public = ledger.write_ledger(
-        rows, ledger.public_schema(study.covariates), release / seal.TABLE, release / seal.LINES
-    )
+    schema = ledger.schema_of(study.covariates, tables.columns.tolist(), study.text.column is not None)
+    public = ledger.write_ledger(rows, schema, release / seal.TABLE, release / seal.LINES)
     candidates = ledger.private_tables(planned, judged, thresholds_of(read_json(calibration)), study.privacy.subgroup)
     hidden = ledger.write_ledger(candidates, ledger.private_schema(ledger.detectors_of(judged)), private)
     folder = results or config.parent.parent
@@ -86,7 +88,8 @@ def run(
         lock=lock(),
     )
     shard_of = dict(zip(planned["sample_id"].map(str), planned["shard"], strict=True))
-    root = seal.complete(release, public, hidden, shard_of, set(tables["path"]), facts)
+    paths = set(tables["path"]) | set(tables.get(ledger.LABELS["path"], []))
+    root = seal.complete(release, public, hidden, shard_of, paths, facts)
     logger.info(
         "%s: %d rows, %d released, root %s",
         out,

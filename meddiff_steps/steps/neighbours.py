@@ -18,6 +18,7 @@ from meddiff_steps.core.files import read_json, write_atomic
 from meddiff_steps.core.registries import DETECTORS
 from meddiff_steps.imaging.selection import none_accepted
 from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.provenance.record import checkout
 from meddiff_steps.report import pictures
 from meddiff_steps.report.page import Section, render
 from meddiff_steps.steps import options
@@ -75,8 +76,8 @@ def run(
             " that an attacker would like to know."
         ),
         simulated=study.cohort.source == "simulated",
-        headline=[],
         sections=sections,
+        code=checkout(),
     )
     write_atomic(out, page)
     log.info("%s: %d pairs for each of %d detectors", out, min(PAIRS, len(accepted)), len(sections))

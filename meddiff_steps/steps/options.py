@@ -18,10 +18,28 @@ Decoder = Annotated[
     Path | None, typer.Option(help="folder decoder/: model.safetensors and card.json; left out where there is none")
 ]
 Diffusion = Annotated[Path, typer.Option(help="folder diffusion/: model, card.json, and tone of what it generates")]
+Masks = Annotated[
+    Path | None,
+    typer.Option(help="folder masks/: autoencoder/ and diffusion/ of label maps; left out where there are none"),
+]
+LabelMaps = Annotated[
+    list[Path] | None,
+    typer.Option(help="shard of the scans' label maps; repeat for all of them. Left out where there are none"),
+]
+Base = Annotated[
+    Path | None, typer.Option(help="folder init/MODEL: given weights to start from; left out where there are none")
+]
 FewStep = Annotated[
     Path | None, typer.Option(help="folder few_step/, as diffusion/, of a student; left out where there is none")
 ]
+Text = Annotated[
+    Path | None, typer.Option(help="folder text/: encoder, card and tokens.arrow; left out where there are no texts")
+]
 Embedder = Annotated[Path, typer.Option(help="folder of the copy detector: model.safetensors and card.json")]
+Predictors = Annotated[Path, typer.Option(help="folder of the predictors of covariates: model.safetensors, card.json")]
+Segmenter = Annotated[
+    Path | None, typer.Option(help="folder of the segmenter, which measures volumes; left out where there is none")
+]
 Reference = Annotated[Path, typer.Option(help="privacy/reference.safetensors")]
 ReferenceScans = Annotated[
     Path, typer.Option(help="privacy/reference-scans.arrow: the training scans as they are compared")
@@ -41,4 +59,5 @@ Root = Annotated[Path, typer.Option(help="release/provenance/root.json")]
 Template = Annotated[Path | None, typer.Option(help="The file that preprocess.registration.template names.")]
 Exclude = Annotated[Path | None, typer.Option(help="Table of scans that a person excluded (qc.tsv).")]
 State = Annotated[Path, typer.Option(help="folder for resumable checkpoints")]
+Points = Annotated[Path, typer.Option(help="shapes (.npz): points_mm, missing, ids")]
 Threads = Annotated[int, typer.Option(help="CPU threads; changes the last bits of CPU results")]

@@ -13,9 +13,11 @@ import typer
 from meddiff_steps.cohort.covariates import parse_covariates
 from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.cohort.table import load_table
+from meddiff_steps.cohort.texts import COLUMN
 from meddiff_steps.config import Covariates, PlanGroup, load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path
+from meddiff_steps.privacy.planned_texts import check_texts
 from meddiff_steps.steps import options
 from meddiff_steps.synthesis.plan import build_plan
 
@@ -36,7 +38,12 @@ def run(
     scans = read_manifest(manifest, study.covariates)
     training = scans[scans["split"] == "train"]
     tables = {group.name: _read_requests(group, study.covariates) for group in study.plan if group.table is not None}
-    plan = build_plan(study.plan, study.covariates, training, study.seed, study.generate.shard_size, tables)
+    with_texts = study.text.column is not None
+    size = study.generate.shard_size
+    plan = build_plan(study.plan, study.covariates, training, study.seed, size, tables, with_texts)
+    if with_texts:
+        known = scans[scans[COLUMN].notna()]
+        check_texts(plan, known, study.text.shared_words, study.text.min_subjects, study.text.encoder is None)
     with atomic_path(out) as temporary:
         plan.to_parquet(temporary, index=False, schema=_schema(plan))
     log.info("%s: %d synthetic subjects in %d shards", out, len(plan), plan["shard"].nunique())

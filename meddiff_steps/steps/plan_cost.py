@@ -22,6 +22,7 @@ from meddiff_steps.operations.cost import (
     wall_hours,
     wasted,
 )
+from meddiff_steps.operations.machine import this_machine
 from meddiff_steps.operations.rates import REQUESTS
 from meddiff_steps.operations.work import forward_flops
 from meddiff_steps.synthesis.size import planned_subjects
@@ -73,7 +74,10 @@ def run(
     rates += [f"stages marked * as {measured} was measured"] if measured else []
     print("; ".join(rates))
     print("\n".join(_table(found)))
-    print(f"from start to end with {jobs} jobs at a time: {wall_hours(found, jobs):.1f} hours")
+    print(
+        f"from start to end with {jobs} jobs at a time, of up to {cores} cores each (--cores; this machine has"
+        f" {this_machine().cores}): {wall_hours(found, jobs):.1f} hours"
+    )
     for one in too_long(found):
         minutes = REQUESTS[one.stage].minutes
         print(

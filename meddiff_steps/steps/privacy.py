@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,13 +16,15 @@ from safetensors.numpy import load_file
 
 from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.compute.device import full_float32, make_fabric
-from meddiff_steps.config import Study, load_stage
+from meddiff_steps.config import Rare, Study, load_stage
 from meddiff_steps.core.files import atomic_path, read_json, write_json
 from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.models.masks import MaskModel
 from meddiff_steps.models.trained import TrainedModel
 from meddiff_steps.privacy import assessment, attacks
 from meddiff_steps.privacy.detectors.base import directions
 from meddiff_steps.privacy.duplicates import near_duplicates
+from meddiff_steps.privacy.label_maps import RealLabelMaps
 from meddiff_steps.privacy.reference import ReferenceFiles, load_detectors
 from meddiff_steps.privacy.size import batch_size
 from meddiff_steps.privacy.table_attacks import table_attacks
@@ -53,6 +56,8 @@ def run(
     decisions: Annotated[Path, typer.Option(help="decision on every candidate to write (Parquet); private")],
     out: Annotated[Path, typer.Option(help="report to write (JSON)")],
     decoder: options.Decoder = None,
+    masks: options.Masks = None,
+    label_maps: options.LabelMaps = None,
     threads: options.Threads = 1,
 ) -> None:
     """Attack the cohort before and after the filter, and say whether it may be released."""
@@ -78,14 +83,19 @@ def run(
     planned = pd.read_parquet(plan)
     planned["subgroup"] = planned[settings.subgroup].astype(str) if settings.subgroup else "all"
     duplicates = near_duplicates(after, planned, settings.duplicate_correlation)
-    sets = {}
+    sets: dict[str, Any] = {}
+    rare: dict[str, Any] | None = None
     for label, drawn, left_out in (("before", before, []), ("after", after, duplicates)):
         ids = np.array(drawn.column("sample_id"))
         kept = np.flatnonzero(~np.isin(ids, left_out))
         rows = kept[assessment.sample(ids[kept].tolist())]
         if len(rows) and len(held) and len(test):
             made = directions(detectors, drawn, rows)
-            sets[label] = assessment.attack(made, train, held, test, settings.bootstrap, study.seed, fabric.device)
+            told = (train, held, test, settings.bootstrap, study.seed, fabric.device)
+            sets[label] = assessment.attack(made, *told)
+            if label == "after" and study.diffusion.rare is not None:
+                of_level = _rare_level(study.diffusion.rare, scans, planned.set_index("sample_id").loc[ids[rows]])
+                rare = assessment.attack_rare(of_level, made, *told)
 
     table = pd.concat([pd.read_parquet(path) for path in shard_decisions], ignore_index=True)
     counts = assessment.count(table, planned, duplicates)
@@ -97,16 +107,21 @@ def run(
             np.arange(strangers["n"]) < strangers["flagged"],
         )
     found: dict[str, Any] = {"excess_copies_before": copies, **sets}
-    found["denoising_loss"] = _loss_attack(
-        study,
-        scans,
-        shards,
-        train_rows,
-        test_rows,
-        lambda: TrainedModel.load(
-            autoencoder, diffusion, make_fabric(study.compute.model_copy(update=EXACT), threads), decoder=decoder
-        ),
+    exact = make_fabric(study.compute.model_copy(update=EXACT), threads)
+    weights = Weights(
+        lambda: TrainedModel.load(autoencoder, diffusion, exact, decoder=decoder),
+        lambda: MaskModel.where_there_is(masks, exact),
+        None if not label_maps else RealLabelMaps.of(Shards(label_maps), scans["scan_id"].tolist()),
     )
+    found["denoising_loss"] = _loss_attack(study, scans, shards, train_rows, test_rows, weights)
+    if rare is not None and study.diffusion.rare is not None:
+        level = study.diffusion.rare
+        few, others = (
+            (scans[level.covariate].iloc[rows] == level.level).to_numpy() for rows in (train_rows, test_rows)
+        )
+        unseen = test_rows[others] if rare["strangers"] == "of that level" else test_rows
+        rare["denoising_loss"] = _loss_attack(study, scans, shards, train_rows[few], unseen, weights)
+        found["rare"] = rare
     accepted = set(table.loc[table["decision"] == "accepted", "sample_id"]) - set(duplicates)
     released = planned[planned["sample_id"].isin(accepted)]
     people = scans.drop_duplicates("subject_id")
@@ -125,6 +140,7 @@ def run(
         sets.get("after", {"nearer_to_training": {}, "membership": {}}),
         found["covariate_table"],
         counts,
+        rare,
     )
     with atomic_path(decisions) as path:
         table.assign(
@@ -147,22 +163,54 @@ def run(
             )
 
 
+@dataclass(frozen=True)
+class Weights:
+    """What somebody who had the weights would have; loaded where they are asked.
+
+    Attributes
+    ----------
+    model, masks
+        Load the networks of images and of label maps.
+    label_maps
+        Of all scans, where there are such.
+    """
+
+    model: Callable[[], TrainedModel]
+    masks: Callable[[], MaskModel | None]
+    label_maps: RealLabelMaps | None
+
+
+def _rare_level(rare: Rare, scans: pd.DataFrame, images: pd.DataFrame) -> assessment.RareLevel:
+    has, split = scans[rare.covariate] == rare.level, scans["split"]
+    train, calibration, test = (has[split == name].to_numpy() for name in ("train", "calibration", "test"))
+    return assessment.RareLevel(train, calibration, test, (images[rare.covariate] == rare.level).to_numpy())
+
+
 def _loss_attack(
     study: Study,
     scans: pd.DataFrame,
     shards: Shards,
     train: np.ndarray,
     test: np.ndarray,
-    load: Callable[[], TrainedModel],
+    weights: Weights,
 ) -> dict[str, Any] | None:
     """Membership by denoising loss: what somebody who had the weights could do."""
     members, others = train[: assessment.LOSS_SCANS], test[: assessment.LOSS_SCANS]
     if len(members) < 2 or len(others) < 2:
         return None
-    rows, model, size = np.concatenate([members, others]), load(), min(ENCODED, batch_size(shards.shape("image")))
+    rows, model, size = (
+        np.concatenate([members, others]),
+        weights.model(),
+        min(ENCODED, batch_size(shards.shape("image"))),
+    )
     with full_float32():
         parts = [model.encode(shards.tensors("image", rows[i : i + size])) for i in range(0, len(rows), size)]
-        losses = assessment.denoising_losses(model, torch.cat(parts), model.condition(scans.iloc[rows]))
+        told: dict[str, torch.Tensor] = {}
+        masks = weights.masks()
+        if masks is not None and weights.label_maps is not None:
+            each = [masks.maps(weights.label_maps[rows[i : i + size]]) for i in range(0, len(rows), size)]
+            told = {name: torch.cat([maps[name] for maps in each]) for name in each[0]}
+        losses = assessment.denoising_losses(model, torch.cat(parts), model.condition(scans.iloc[rows], told))
     is_member = np.arange(len(rows)) < len(members)
     return attacks.membership(
         is_member, -losses, scans["subject_id"].iloc[rows].tolist(), study.privacy.bootstrap, study.seed, "loss"

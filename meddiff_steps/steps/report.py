@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,13 +12,16 @@ import pyarrow as pa
 import typer
 
 from meddiff_steps.cohort.manifest import read_manifest
-from meddiff_steps.config import load_stage
+from meddiff_steps.config import Study, load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json, write_atomic
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.weights import CARD
-from meddiff_steps.report import pictures, sections
-from meddiff_steps.report.page import Card, Section, render
+from meddiff_steps.provenance.record import checkout
+from meddiff_steps.release.facts import with_base
+from meddiff_steps.report import names, pictures, sections
+from meddiff_steps.report.page import Section, render
+from meddiff_steps.report.sentences import sentences
 from meddiff_steps.steps import options
 
 logger = logging.getLogger(__name__)
@@ -67,59 +71,84 @@ def run(
     measured, card = read_json(evaluation / "metrics.json"), read_json(cohort / CARD)
     scans, planned = read_manifest(cohort / "manifest.parquet", study.covariates), _parquet(plan)
     real, synthetic = Shards(images), Shards(generated)
-    pairs = pictures.matched_pairs(real, synthetic, scans, planned, study)
-    sheet = pictures.contact_sheet(pairs, study)
+    pairs, called = pictures.matched_pairs(real, synthetic, scans, planned, study), names.of(study.covariates)
     simulated = study.cohort.source == "simulated" or bool(card.get("simulated"))
-    contents = [Section("images", "Real beside synthetic", pictures=[sheet])]
-    if study.spatial_dims == 3:
-        contents.append(Section("slices", "Slice by slice", viewer=pictures.slices(pairs)))
-    sweeps = pictures.showcase(Shards([evaluation / "showcase.arrow"]), study)
-    contents += [
-        Section("sweeps", "One subject, one covariate moved", pictures=sweeps),
-        sections.fidelity_section(measured, _parquet(evaluation / "predictions.parquet")),
-        sections.realism_section(measured, _parquet(evaluation / "components.parquet")),
-        sections.discriminability_section(measured["discriminability"]),
-        sections.sanity_section(measured["sanity"]),
-    ]
-    if privacy:
-        judged = read_json(privacy)
-        contents.append(sections.privacy_section(judged))
-        if teacher:
-            first = read_json(teacher / "privacy/report.json"), read_json(teacher / "evaluation/metrics.json")
-            contents.append(sections.second_model_section([first[0], judged], [first[1], measured]))
-    if downstream:
-        results, opened = read_json(downstream / "results.json"), read_json(downstream / "test-opened.json")
-        contents.append(sections.downstream_section(results, opened))
+    judged = read_json(privacy) if privacy else None
+    used, opened = (
+        (read_json(downstream / "results.json"), read_json(downstream / "test-opened.json"))
+        if downstream
+        else (None, None)
+    )
+    nearby = downstream / "neighbours.json" if downstream else None
+    averaged = read_json(nearby) if nearby and nearby.exists() else None
     stages = {"autoencoder": autoencoder, "drawing decoder": decoder, "diffusion model": diffusion}
     folders = {name: folder for name, folder in stages.items() if folder}
-    cards = [
-        Card("Cohort", card),
-        *(Card(name.capitalize(), read_json(folder / CARD)) for name, folder in folders.items()),
-        Card("Predictors that measure covariates", measured["predictors"]),
-        Card("Counts", measured["n"]),
-        Card("Preprocessing", study.preprocess.model_dump(mode="json")),
-    ]
-    curves = {name: _parquet(folder / "history.parquet") for name, folder in folders.items()}
-    pairs_of_scans = Shards([(decoder or autoencoder) / "reconstructions.arrow"])
+    quality = _parquet(qc)
+    cards = {name: with_base(read_json(folder / CARD), study.init_from) for name, folder in folders.items()}
+    exposed = sections.privacy_section(judged, called)
+    exposed = replace(exposed, text=[*exposed.text, *sections.given_weights(cards)])
+    if judged and teacher:
+        first = read_json(teacher / "privacy/report.json"), read_json(teacher / "evaluation/metrics.json")
+        beside = sections.second_model_section([first[0], judged], [first[1], measured], called)
+        exposed = replace(exposed, parts=[beside])
+    seen = [Section("images", "Real beside synthetic", pictures=[pictures.gallery(pairs, study)])]
+    if study.spatial_dims == 3:
+        seen.append(Section("slices", "Slice by slice", viewer=pictures.slices(pairs)))
+    sweeps = pictures.showcase(Shards([evaluation / "showcase.arrow"]), study)
+    seen.append(Section("sweeps", "One subject, one covariate moved", pictures=sweeps))
     released = planned.loc[planned["sample_id"].isin(synthetic.column("sample_id"))]
-    contents += [
-        sections.sharpness_section(measured["spectrum"]),
-        sections.reconstruction_section(pairs_of_scans, measured["reconstruction"]),
-        Section("training", "Training", pictures=pictures.histories(curves)),
-        sections.data_section(_parquet(qc), scans, released, study),
-        Section("cards", "Cards", cards=cards),
-    ]
+    made = sections.making_section(
+        sections.data_section(quality, scans, released, study, called),
+        sections.reconstruction_section(
+            Shards([(decoder or autoencoder) / "reconstructions.arrow"]), measured["reconstruction"]
+        ),
+        {name: _parquet(folder / "history.parquet") for name, folder in folders.items()},
+        {
+            "Cohort": card,
+            **{name.capitalize(): made for name, made in cards.items()},
+            "Predictors that measure covariates": measured["predictors"],
+            "Counts": measured["n"],
+            "Preprocessing": study.preprocess.model_dump(mode="json"),
+        },
+    )
     page = render(
         title=study.title or study.study,
         study=f"Study {study.study}",
         lead=sections.lead(measured["n"], simulated),
         simulated=simulated,
-        headline=sections.headlines(measured),
-        sections=contents,
+        sentences=sentences(
+            measured,
+            judged,
+            used,
+            opened,
+            called,
+            simulated=simulated,
+            grid=_grid(study),
+            scans_left_out=int((quality["status"] != "ok").sum()),
+        ),
+        sections=[
+            Section("pictures", "Pictures", parts=seen),
+            sections.looks_section(measured, _parquet(evaluation / "components.parquet")),
+            sections.fidelity_section(measured, _parquet(evaluation / "predictions.parquet"), called),
+            exposed,
+            sections.downstream_section(used, opened, called, averaged),
+            made,
+        ],
+        code=checkout(),
     )
-    write_atomic(contact_sheet, sheet.png)
+    write_atomic(contact_sheet, pictures.contact_sheet(pairs, study).png)
     write_atomic(out, page)
     logger.info("%s: %.1f MB", out, len(page) / 1e6)
+
+
+def _grid(study: Study) -> str:
+    """Size of an image, as people write it."""
+    shape, spacing = study.preprocess.shape, study.preprocess.voxel_mm
+    size = "x".join(map(str, shape)) + (" voxels" if len(shape) == 3 else " pixels")
+    if spacing is None:
+        return size
+    mm = "x".join(f"{side:g}" for side in (spacing if len(set(spacing)) > 1 else spacing[:1]))
+    return f"{size} of {mm} mm"
 
 
 def _parquet(path: Path) -> pd.DataFrame:

@@ -22,8 +22,9 @@ from meddiff_steps.imaging.selection import Images, drawn
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.instruments.feature_spaces.assemble import spaces
 from meddiff_steps.instruments.feature_spaces.base import Context
+from meddiff_steps.instruments.predictors import load_predictors
 from meddiff_steps.models.trained import TrainedModel
-from meddiff_steps.report.figures import sampler_study
+from meddiff_steps.report.charts import sampler_study
 from meddiff_steps.steps import options
 from meddiff_steps.synthesis.generate import CohortGenerator
 
@@ -38,6 +39,7 @@ def run(
     plan: options.Plan,
     autoencoder: options.Autoencoder,
     diffusion: options.Diffusion,
+    predictors: options.Predictors,
     out: Annotated[Path, typer.Option(help="figures of every point to write (JSON)")],
     figure: Annotated[Path, typer.Option(help="picture to write (PNG)")],
     decoder: options.Decoder = None,
@@ -79,7 +81,9 @@ def run(
     cohort = Images.of(
         Shards(images), "scan_id", "subject_id", read_manifest(manifest, study.covariates), f"{manifest}"
     )
-    results = compare(draw, ways, subjects, cohort, spaces(SPACES, Context(model.spatial_dims)), study)
+    results = compare(
+        draw, ways, subjects, cohort, load_predictors(predictors), spaces(SPACES, Context(model.spatial_dims)), study
+    )
     results |= {"batch_size": study.generate.batch_size, "threads": threads, "device": str(model.fabric.device)}
     write_atomic(figure, sampler_study(results))
     write_json(out, results)

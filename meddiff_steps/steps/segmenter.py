@@ -16,6 +16,7 @@ from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.compute.device import resolve
 from meddiff_steps.config import load_stage
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.imaging.channels import filled_in
 from meddiff_steps.imaging.selection import Images, held_out
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.instruments import segmenter
@@ -55,11 +56,11 @@ def run(
     model = segmenter.new_segmenter(settings, shape, study.seed)
     with segmenter.labelled(train, affines, settings, model) as (found, labels):
         if len(found) < segmenter.MIN_SCANS:
+            example = filled_in(settings.labels, train.table.iloc[0].to_dict(), "segmentation.labels")
             raise UserError(
                 f"segmentation.labels: {len(found)} of {len(train)} training scans have a readable label map, at least"
-                f" {segmenter.MIN_SCANS} are needed; looked for"
-                f" {segmenter.label_path(settings.labels, train.table.iloc[0].to_dict())} and others. Correct the"
-                " pattern, or leave the section out."
+                f" {segmenter.MIN_SCANS} are needed; looked for {example} and others. Correct the pattern, or leave"
+                " the section out."
             )
         model = segmenter.train_segmenter(model, settings, found, labels, study.seed, device)
         content = {

@@ -12,6 +12,7 @@ from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import load_stage
 from meddiff_steps.imaging.shards import ShardWriter, TensorColumn
+from meddiff_steps.models.masks import MaskModel
 from meddiff_steps.models.trained import TrainedModel
 from meddiff_steps.steps import options
 from meddiff_steps.synthesis.generate import CohortGenerator
@@ -25,15 +26,15 @@ def run(
     diffusion: options.Diffusion,
     out: Annotated[Path, typer.Option(help="images to write (Arrow)")],
     decoder: options.Decoder = None,
+    masks: options.Masks = None,
     threads: options.Threads = 1,
 ) -> None:
     """Sample the counterfactual sweeps and interpolations that the report shows."""
     study = load_stage(config, "showcase")
     table = read_manifest(manifest)
-    model = TrainedModel.load(
-        autoencoder, diffusion, make_fabric(study.compute, threads), study.compute, decoder=decoder
-    )
-    generator = CohortGenerator(model, study.generate)
+    fabric = make_fabric(study.compute, threads)
+    model = TrainedModel.load(autoencoder, diffusion, fabric, study.compute, decoder=decoder)
+    generator = CohortGenerator(model, study.generate, MaskModel.where_there_is(masks, fabric, study.compute))
     found = tiles(
         study.covariates, table[table["split"] == "train"], study.seed, study.evaluate.sweep_steps, model.latent_shape
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -16,10 +17,13 @@ from meddiff_steps.compute.device import to_device
 from meddiff_steps.config import Generate
 from meddiff_steps.core.random_streams import batch_noise, seed_key
 from meddiff_steps.diffusion.conditioning import Condition
+from meddiff_steps.models.masks import MaskModel
 from meddiff_steps.models.trained import TrainedModel
 
 #: Who a subject is to the random streams: cohort_root, index, attempt.
 Subject = tuple[str, int, int]
+#: sample_id, image (1, *spatial), and the label map that it was drawn from (*spatial), if there is one.
+Pair = tuple[str, np.ndarray, np.ndarray | None]
 
 
 def batch_slots(index: np.ndarray, size: int) -> Iterator[np.ndarray]:
@@ -52,10 +56,12 @@ class CohortGenerator:
         Trained, on its device.
     settings
         The study's `generate` section.
+    masks
+        The model of label maps, where images are drawn from such.
     """
 
-    def __init__(self, model: TrainedModel, settings: Generate) -> None:
-        self.model, self.settings = model, settings
+    def __init__(self, model: TrainedModel, settings: Generate, masks: MaskModel | None = None) -> None:
+        self.model, self.settings, self.masks = model, settings, masks
         device = model.fabric.device
         self.transfers = torch.cuda.Stream(device) if device.type == "cuda" else None
         #: Batches that are begun before the images of an earlier one are handed out: a GPU works on its own meanwhile.
@@ -65,29 +71,57 @@ class CohortGenerator:
         """(sample_id, image float32 (1, *spatial) in [0, 1]) for every row of a plan, batch by batch
         (`batch_slots`).
         """
+        for sample_id, image, _ in self.pairs(subjects, label):
+            yield sample_id, image
+
+    def pairs(self, subjects: pd.DataFrame, label: str) -> Iterator[Pair]:
+        """As `images`, and the label map that each image was drawn from, uint8 (*spatial); None where there is none."""
         condition = self.model.condition(subjects)
+        of_masks = None if self.masks is None else self.masks.condition(subjects)
         roots = zip(subjects["cohort_root"], subjects["noise_index"], subjects["attempt"], strict=True)
         subjects_of = [(str(root), int(index), int(attempt)) for root, index, attempt in roots]
         keys, ids, index = list(subjects["seed_key"]), list(subjects["sample_id"]), subjects["index"].to_numpy()
-        begun: deque[tuple[np.ndarray, Callable[[], np.ndarray]]] = deque()
+        begun: deque[tuple[np.ndarray, np.ndarray | None, Callable[[], np.ndarray]]] = deque()
         with tqdm(total=len(ids), desc=label, unit="image", mininterval=5, file=sys.stderr) as bar:
 
-            def finished() -> Iterator[tuple[str, np.ndarray]]:
-                batch, wait = begun.popleft()
+            def finished() -> Iterator[Pair]:
+                batch, labels, wait = begun.popleft()
                 images = wait()
                 for i in np.unique(batch):
-                    yield ids[i], images[index[i] % len(batch)]
+                    slot = index[i] % len(batch)
+                    yield ids[i], images[slot], None if labels is None else labels[slot]
                     bar.update()
 
             for batch in batch_slots(index, self.settings.batch_size):
                 noise = batch_noise([keys[i] for i in batch], self.model.latent_shape)
                 who = [subjects_of[i] for i in batch]
-                latents = self.latents(noise, condition[batch], who)
-                begun.append((batch, self.begin_decoding(latents, who)))
+                told, labels = self.with_labels(condition[batch], None if of_masks is None else of_masks[batch], who)
+                latents = self.latents(noise, told, who)
+                begun.append((batch, labels, self.begin_decoding(latents, who)))
                 if len(begun) > self.ahead:
                     yield from finished()
             while begun:
                 yield from finished()
+
+    def with_labels(
+        self, condition: Condition, of_masks: Condition | None, subjects: Sequence[Subject]
+    ) -> tuple[Condition, np.ndarray | None]:
+        """The condition with label maps that were drawn for `subjects`, and these, uint8 (b, *spatial).
+
+        A label map has noise of its own, so that it does not depend on what is drawn from it.  `of_masks` is the
+        condition as the model of label maps takes it; None where there is no such model.
+        """
+        masks = self.masks
+        if masks is None or of_masks is None:
+            return condition, None
+        shape = masks.model.latent_shape
+        noise = batch_noise([seed_key(*subject, "labels") for subject in subjects], shape)
+
+        def step_noise(step: int) -> Tensor:
+            return self._noise(subjects, f"labels/steps/{step}", shape)
+
+        labels = masks.draw(noise, of_masks, self.settings, step_noise)
+        return replace(condition, maps=masks.maps(labels)), labels
 
     @torch.no_grad()
     def latents(self, noise: np.ndarray, condition: Condition, subjects: Sequence[Subject]) -> Tensor:

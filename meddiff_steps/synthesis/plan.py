@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,10 @@ import pandas as pd
 
 from meddiff_steps.cohort.covariates import shorten
 from meddiff_steps.cohort.learnt import Learnt, LearntLevels, LearntNumber, learnt
+from meddiff_steps.cohort.texts import COLUMN as TEXT
+from meddiff_steps.cohort.texts import clean_text
 from meddiff_steps.config import CategoricalCovariate, Condition, Covariates, PlanGroup, Scalar
+from meddiff_steps.config.plan import filled
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.random_streams import batch_noise, noise, seed_key
 from meddiff_steps.synthesis.copula import GaussianCopula
@@ -50,6 +54,7 @@ def build_plan(
     seed: str,
     shard_size: int,
     tables: Mapping[str, pd.DataFrame] | None = None,
+    with_texts: bool = False,
 ) -> pd.DataFrame:
     """Plan all synthetic subjects.
 
@@ -67,11 +72,14 @@ def build_plan(
         Consecutive rows per shard, at least 1.
     tables
         For each group with `covariates: table`, its table: a typed column per covariate, checked against the schema.
+    with_texts
+        Whether the study has texts: the plan then has a column of them.
 
     Returns
     -------
     pandas.DataFrame
-        The columns `COLUMNS`, then one per covariate: float64 (NaN where missing) or text (None where missing).
+        The columns `COLUMNS`, then one per covariate: float64 (NaN where missing) or text (None where missing); and
+        `text` (None where none is asked for).
 
     Raises
     ------
@@ -100,11 +108,44 @@ def build_plan(
             conditions = _conditions(group.where, covariates, f"plan.{group.name}.where")
             source.check(group, conditions)
             part = source.draw(group, np.arange(group.subjects), conditions)
-        parts.append(_identify(group, part[list(covariates)], seed))
+        values = part[list(covariates)]
+        if with_texts:
+            values = values.assign(**{TEXT: _texts(group, values, tables)})
+        parts.append(_identify(group, values, seed))
         log.info("group %s: %d subjects, covariates from %s", group.name, len(part), group.covariates)
     plan = pd.concat(parts, ignore_index=True)
     plan.insert(COLUMNS.index("shard"), "shard", np.arange(len(plan), dtype=np.int64) // shard_size)
     return plan
+
+
+def _texts(group: PlanGroup, values: pd.DataFrame, tables: Mapping[str, pd.DataFrame] | None) -> pd.Series:
+    if group.covariates == "table":
+        table = (tables or {})[group.name]
+        given = table[TEXT].iloc[: len(values)] if TEXT in table else [None] * len(values)
+        texts = [clean_text(cell) for cell in given]
+    else:
+        texts = [planned_text(group, i, row) for i, row in enumerate(values.to_dict("records"))]
+    return pd.Series(texts, index=values.index, dtype="object")
+
+
+def planned_text(group: PlanGroup, index: int, covariates: Mapping[Any, Any]) -> str | None:
+    """What the image of a subject is to show: the texts of its group in turn, with its covariates filled in.
+
+    All points of a grid or counterfactual of one subject share its text.
+
+    >>> group = PlanGroup(name="a", subjects=4, texts=["Effusion.", "{sex}, {age} years."])
+    >>> [planned_text(group, i, {"age": 61.3, "sex": None}) for i in range(3)]
+    ['Effusion.', 'unknown, 61 years.', 'Effusion.']
+    """
+    if not group.texts:
+        return None
+    points = math.prod(len(values) for values in group.grid.values())
+    shown = {}
+    for name, value in covariates.items():
+        known = isinstance(value, str) or (value is not None and not pd.isna(value))
+        number = f"{value:.0f}" if known and not isinstance(value, str) and abs(value) >= 10 else None
+        shown[str(name)] = number or (value if isinstance(value, str) else f"{value:.2g}" if known else "unknown")
+    return filled(group.texts[index // points % len(group.texts)], shown)
 
 
 def _identify(group: PlanGroup, values: pd.DataFrame, seed: str) -> pd.DataFrame:

@@ -91,8 +91,11 @@ def render(found: list[Tile], generator: CohortGenerator, seed: str) -> Iterator
     for start in range(0, len(found), size):
         batch = found[start : start + size]
         padded = batch + [batch[-1]] * (size - len(batch))
-        condition = generator.model.condition(pd.DataFrame([tile.request for tile in padded]))
+        requests = pd.DataFrame([tile.request for tile in padded])
+        condition = generator.model.condition(requests)
+        of_masks = None if generator.masks is None else generator.masks.condition(requests)
         subjects = [(f"{seed}/showcase", tile.row, 0) for tile in padded]
+        condition, _ = generator.with_labels(condition, of_masks, subjects)
         latents = generator.latents(np.stack([tile.noise for tile in padded]), condition, subjects)
         images = generator.decode(latents, subjects)
         yield from zip(batch, images, strict=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from meddiff_steps.compute.compilation import cast_weights, speed_up
 from meddiff_steps.compute.device import channels_last, to_channels_last, to_device
 from meddiff_steps.core.random_streams import step_generator
 from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.imaging.signed_distances import DISTANCES
 from meddiff_steps.imaging.variants import Variant, draw_variant, untouched
 
 if TYPE_CHECKING:
@@ -55,7 +57,10 @@ def encode_shard(
         return draw_variant(drawn, dims, step_generator(f"{seed}/variant/{ids[row]}", "augmentation", variant))
 
     def image(row: int, variant: int) -> np.ndarray:
-        return change(row, variant)(shards.tensors("image", [row])[0])
+        made = change(row, variant)
+        if shards.kind("image") == DISTANCES:  # of the same scan, mirrored and shifted alike
+            made = replace(made, contrast=1.0)
+        return made(shards.tensors("image", [row])[0])
 
     for start in tqdm(range(0, len(jobs), batch_size), desc="encoding", mininterval=5, file=sys.stderr):
         batch = jobs[start : start + batch_size]

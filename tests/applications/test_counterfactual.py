@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from meddiff_steps.applications.counterfactual import counterfactuals
+from meddiff_steps.applications.guides import image_guides
 from meddiff_steps.applications.interpolation import interpolate
 from meddiff_steps.applications.scans import chosen_scans, sweep
 from meddiff_steps.cohort.covariates import CovariateEncoding
@@ -49,12 +51,16 @@ class Exact(TrainedModel):
         training = pd.DataFrame({"size": [-1.0, 1.0] * 500, "sex": ["F", "M"] * 500})
         self.encoding = CovariateEncoding.fit(training, COVARIATES)
         self.latent_shape, self.spatial_dims = SHAPE, 3
+        self.denoiser: Any = SimpleNamespace(text=None)  # it knows no texts
         self.fabric: Any = SimpleNamespace(device=torch.device("cpu"), to_device=lambda value: value)
 
     def encode(self, images: np.ndarray | Tensor) -> Tensor:
         return torch.as_tensor(images)
 
     def decode(self, latents: Tensor, noise: Tensor | None = None, slab: int | None = None) -> Tensor:
+        return latents
+
+    def mean_images(self, latents: Tensor) -> Tensor:
         return latents
 
     def denoise(self, x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
@@ -221,3 +227,71 @@ def test_figures_are_those_that_were_planted() -> None:
     )
     nothing = figures(measured(0.0, 0.0), "size", covariates, resamples=50, seed="x")
     assert abs(nothing["moved"]["r"]["value"]) < 1e-9 and nothing["others"]["age"]["value"] == 0.0
+
+
+# --------------------------------------------------------------------------------------- networks of the user's own
+
+
+class MeanOf(torch.nn.Module):
+    """A number: the mean of an image; or logits of two levels, far apart."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, images: Tensor) -> Tensor:
+        mean = images.flatten(1).mean(1, keepdim=True)
+        return torch.cat([mean, -mean, mean][: self.outputs], 1) if self.outputs > 1 else mean
+
+
+def given(path: Path, outputs: int = 1) -> str:
+    torch.jit.script(MeanOf(outputs)).save(str(path))
+    return str(path)
+
+
+def test_a_network_of_the_users_own_moves_a_scan_that_the_model_is_told_nothing_about(tmp_path: Path) -> None:
+    settings = Counterfactual(
+        covariate="sex",
+        guidance_scale=1.0,
+        num_inference_steps=30,
+        classifier_guidance=0.4,
+        predictor=given(tmp_path / "p.pt"),
+    )
+    declared = ContinuousCovariate(unit="mL", range=(-10, 10))
+    held_out = scans().repeat(3, axis=0)
+    known = pd.Series(held_out.mean(axis=(1, 2, 3, 4)) + [0.1, -0.1] * 3)
+    model = Exact()
+    guides = image_guides(settings, [2.0, -2.0], declared, model, held_out, known)
+    # The deviation of the network about the truth is the unit that its value is wrong in: 0.1.
+    latents = torch.full((1, *SHAPE), 0.5)
+    (guide,) = guides[0]
+    assert guide.log_probability(latents).item() == pytest.approx(-0.5 * (1.5 / 0.1) ** 2, rel=1e-4)
+    moved = counterfactuals(model, scans(), SUBJECTS, ["M", "M"], settings, guides).moved
+    plain = counterfactuals(model, scans(), SUBJECTS, ["M", "M"], settings).moved
+    assert moved[:, 0].mean() > plain[:, 0].mean() + 0.2
+    assert moved[:, 1].mean() < plain[:, 1].mean() - 0.2
+
+
+def test_logits_of_levels_guide_as_their_softmax_says(tmp_path: Path) -> None:
+    settings = Counterfactual(covariate="sex", classifier_guidance=1.0, predictor=given(tmp_path / "p.pt", 2))
+    declared = CategoricalCovariate(levels=["F", "M"])
+    ((first,), (second,)) = image_guides(settings, ["F", "M"], declared, Exact(), scans(), pd.Series(["F", "M"]))
+    latents = torch.full((1, *SHAPE), 0.5)
+    assert first.log_probability(latents).item() == pytest.approx(float(np.log(1 / (1 + np.exp(-1.0)))), rel=1e-5)
+    assert second.log_probability(latents).exp() + first.log_probability(latents).exp() == pytest.approx(1.0)
+
+
+def test_a_network_that_says_something_else_is_refused(tmp_path: Path) -> None:
+    declared, known = CategoricalCovariate(levels=["F", "M"]), pd.Series([1.0, 2.0])
+    three = Counterfactual(covariate="sex", classifier_guidance=1.0, predictor=given(tmp_path / "p.pt", 3))
+    guides = image_guides(three, ["F"], declared, Exact(), scans(), known)
+    with pytest.raises(UserError, match=r"gives \(1, 3\) for 1 images, expected \(1, 2\): a logit for each of"):
+        guides[0][0].log_probability(torch.zeros(1, *SHAPE))
+    number = ContinuousCovariate(unit="mL", range=(-10, 10))
+    with pytest.raises(UserError, match=r"expected \(1, 1\): the covariate in its unit"):
+        image_guides(three, [1.0], number, Exact(), scans(), known)
+    one = three.model_copy(update={"predictor": given(tmp_path / "one.pt")})
+    with pytest.raises(UserError, match="2 validation scans have a sex, expected at least 3"):
+        image_guides(one, [1.0], number, Exact(), scans(), known)
+    with pytest.raises(ValueError, match="classifier_guidance, its weight, is 0"):
+        Counterfactual(covariate="sex", predictor="p.pt")

@@ -448,7 +448,8 @@ def test_the_step_warns_of_too_few_subjects_for_a_privacy_filter(
 ) -> None:
     run(frozen(tmp_path, {"source": "bids", "root": str(dataset)}), tmp_path / "m.parquet", tmp_path / "c.json")
     assert (
-        "the calibration split has 0 subjects; at the default privacy.level the privacy filter needs 59" in caplog.text
+        "the calibration split has 0 subjects: at the default privacy.level (0.05) the privacy filter needs 59"
+        in caplog.text
     )
 
 

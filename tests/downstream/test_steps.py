@@ -21,6 +21,7 @@ from meddiff_steps.downstream.images import reduce
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.models.first_stage.base import build as build_first_stage
 from meddiff_steps.models.weights import save_model
+from meddiff_steps.report.names import Names
 from meddiff_steps.report.page import render
 from meddiff_steps.report.sections import downstream_section
 from meddiff_steps.steps import (
@@ -33,7 +34,7 @@ from meddiff_steps.steps import (
 
 SHAPE, STEPS = (16, 16), 16
 STAGES = ("downstream_design", "downstream_plan", "downstream_data", "downstream_train", "downstream_test")
-ARMS = [
+ARMS: list[dict[str, Any]] = [
     {"name": "real"},
     {"name": "real_synthetic", "synthetic": 1},
     {"name": "raw", "synthetic": 1, "source": "generated", "balance": "weights"},
@@ -402,7 +403,7 @@ def test_a_kept_out_group_is_tested_on_its_own(tmp_path: Path) -> None:
     assert found["arms"][0]["figures"]["shifted"]["auc"]["n"] == int((north["split"] == "test").sum())
     samples = pd.read_parquet(tmp_path / "samples.parquet")
     assert not set(samples["image_id"]) & set(north["scan_id"])
-    page = downstream_section(found, json.loads((tmp_path / "opened.json").read_text()))
+    page = downstream_section(found, json.loads((tmp_path / "opened.json").read_text()), Names())
     assert any("did see" in line for line in page.text)
 
 
@@ -436,14 +437,14 @@ def test_the_plan_is_checked_before_any_image_exists(tmp_path: Path) -> None:
 
 
 def test_the_report_shows_verdict_arms_and_curve(tiny: Tiny) -> None:
-    section = downstream_section(results(tiny), json.loads((tiny.root / "opened.json").read_text()))
-    page = render(title="t", study="s", lead="l", simulated=True, headline=[], sections=[section]).decode()
+    section = downstream_section(results(tiny), json.loads((tiny.root / "opened.json").read_text()), Names())
+    page = render(title="t", study="s", lead="l", simulated=True, sections=[section]).decode()
     assert f"Verdict: {results(tiny)['verdict']}" in page
     assert "opened once" in page
-    assert page.count("<img") == 3
+    assert page.count("<svg") == 3
     for arm in ARMS:
         assert str(arm["name"]) in page
-    twice = downstream_section(results(tiny), {"designs": 3})
+    twice = downstream_section(results(tiny), {"designs": 3}, Names())
     assert any("3 different designs" in line for line in twice.text)
 
 
@@ -514,7 +515,7 @@ def test_generator_seeds_are_crossed_with_classifier_seeds(tmp_path: Path) -> No
         index="image_id", columns=["generator", "seed"], values="probability_case"
     )
     assert not np.allclose(by_cell[0], by_cell[1])  # the same start and order of batches, other images
-    page = downstream_section(found, json.loads((tmp_path / "opened.json").read_text()))
+    page = downstream_section(found, json.loads((tmp_path / "opened.json").read_text()), Names())
     assert any("2 generator seeds" in line for line in page.text)
 
 

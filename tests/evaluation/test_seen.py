@@ -20,7 +20,7 @@ from meddiff_steps.imaging.selection import Images
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.instruments.feature_spaces.assemble import spaces
 from meddiff_steps.instruments.feature_spaces.base import Context
-from meddiff_steps.report import figures, sections, tables
+from meddiff_steps.report import charts, sections, tables
 from meddiff_steps.simulation.brains import load_template, make_lattice, simulate_subject
 
 SHAPE, TRAIN, HELD_OUT = (28, 34, 28), 60, 50
@@ -97,7 +97,7 @@ def test_a_figure_that_sees_nothing_is_shown_as_such(seen: dict[str, Any]) -> No
     rows = {(row[0], row[1]): row for row in table.rows}
     blind = [row for row in table.rows if row[-1] == "NOTHING"]
     assert blind and all("●" not in " ".join(row) for row in blind)
-    assert rows["structure", "Frechet distance"][-1].startswith("blur, blur + grain")
+    assert rows["fine structure", "Frechet distance"][-1].startswith("blur, blur + grain")
     assert len(table.rows) == 3 * 8 + 3
     assert sections.sanity_section(seen).tables[0].rows == table.rows
     assert not sections.sanity_section({"skipped": "no reason"}).tables
@@ -154,7 +154,7 @@ def test_the_curve_says_that_noise_is_fine_detail(brains: Brains) -> None:
     )  # where `random` is not chosen
     assert alone["synthetic"][2]["value"] == pytest.approx(last["value"])
     assert len(tables.curve_table(curves).rows) == 3
-    assert figures.discriminability(curves).startswith(b"\x89PNG")
+    assert "<path" in charts.discriminability(curves)[0].marks
     assert sections.discriminability_section(curves).pictures
     whole = curves | {"cutoffs_cycles_per_voxel": [None], "finest_mm": [None]}
     assert not sections.discriminability_section(whole).pictures

@@ -277,6 +277,17 @@ def test_dicom(tmp_path: Path) -> None:
     )
 
 
+def test_one_channel_of_a_colour_picture_is_the_scan_where_it_is_asked_for(tmp_path: Path) -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
+    PilImage.fromarray(colours).save(tmp_path / "a.png")
+    for number, colour in enumerate(("red", "green", "blue")):
+        np.testing.assert_array_equal(read_image(tmp_path / "a.png", colour=colour).array, colours[..., number])
+    luminance = colours @ [0.299, 0.587, 0.114]
+    np.testing.assert_allclose(read_image(tmp_path / "a.png").array, luminance, atol=1.0)
+    PilImage.fromarray(colours[..., 1]).save(tmp_path / "b.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "b.png", colour="red").array, colours[..., 1])
+
+
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
 @pytest.mark.parametrize("padding", [0, 4095])
 def test_padding_of_dicom_is_background_and_moves_nothing(tmp_path: Path, photometric: str, padding: int) -> None:

@@ -27,7 +27,7 @@ from test_preprocess import (
 from meddiff_steps.config import Preprocess
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.preprocess import preprocess_image, preprocess_scan
-from meddiff_steps.imaging.restoration import restore, restore_difference
+from meddiff_steps.imaging.restoration import restore, restore_difference, restore_numbers
 
 
 def smooth(affine: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -150,6 +150,17 @@ def test_labels_stay_labels_and_return_to_their_places(tmp_path: Path, name: str
         assert overlap > 0.92
     mask, _ = restore(arrays["parts"] == 5, facts, kind="mask")
     assert mask.dtype == bool and np.array_equal(mask, back == 5)
+
+
+def test_numbers_have_no_scale(tmp_path: Path) -> None:
+    shape = (20, 33, 40)
+    affine = affine_of("LAS", (4, 4, 4), shape)
+    image, facts = preprocess_image(save(tmp_path / "scan.nii.gz", 500 + scan(shape), affine), config())
+    found, back = restore_numbers(7.0 * image, facts)
+    grey, expected = restore(image, facts)
+    low, high = facts["percentile_low"], facts["percentile_high"]
+    np.testing.assert_allclose(found, 7.0 * (grey - low) / (high - low), atol=1e-3)
+    np.testing.assert_array_equal(back, expected)
 
 
 def test_differences_have_a_scale_and_no_offset(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The segmenter: shares of voxels from label maps, training through its step, what it refuses."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import pyarrow as pa
 import pytest
 import torch
 
+from meddiff_steps.audit.measurements import DOUBT
 from meddiff_steps.cohort.manifest import write_manifest
 from meddiff_steps.config import Structure, freeze, parse_study
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.imaging.channels import filled_in
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
-from meddiff_steps.instruments.segmenter import Segmenter, label_path, label_shares, load_segmenter
+from meddiff_steps.instruments.segmenter import Segmenter, label_shares, load_segmenter
 from meddiff_steps.steps import segmenter as step
 
 SHAPE, SPACING = (16, 20, 16), 2.0
@@ -80,7 +83,7 @@ def test_what_is_no_label_map_is_refused(tmp_path):
     with pytest.raises(UserError, match="expected labels"):
         label_shares(tmp_path / "blurred.nii", STRUCTURES, np.eye(4), (4, 4, 4))
     with pytest.raises(UserError, match="Known fields"):
-        label_path("{subject}/x.nii", {"subject_id": "sub-01"})
+        filled_in("{subject}/x.nii", {"subject_id": "sub-01"}, "segmentation.labels")
 
 
 def study(root: Path, **segmentation: object) -> object:
@@ -170,6 +173,14 @@ def test_the_step_learns_to_measure_volumes(root, tmp_path):
     volumes = model.volumes(images, SPACING**3 / 1000)
     true = pd.read_parquet(root / "manifest.parquet").sort_values("scan_id")["core_ml"].to_numpy()
     assert np.corrcoef(volumes[:, 0], true)[0, 1] > 0.97 and np.abs(volumes[:, 0] - true).mean() < 0.15 * true.mean()
+
+    labels = model.label_map(images[:1])
+    moved = np.roll(labels, 1, axis=0)
+    assert set(np.unique(labels)) == {0, 1, 2} and not model.doubt(images[:1], labels).any()
+    doubt = model.doubt(images[:1], moved)
+    assert np.array_equal(doubt > 0, moved != labels) and (doubt[moved != labels] > DOUBT).mean() > 0.95
+    rounded = copy.deepcopy(model).double().label_map(images[:1].double())
+    assert model.doubt(images[:1], rounded).max() < DOUBT / 10, "what rounding changes, it hardly doubts"
 
 
 def test_label_maps_beside_the_head_are_left_out(root, tmp_path):

@@ -232,6 +232,18 @@ def test_effects_are_recovered_with_what_they_leave():
     assert np.allclose(some["feature_covariance"], np.eye(2), atol=0.15)
 
 
+def test_scans_of_which_nothing_is_known_change_no_effect_and_no_readout():
+    rng = np.random.default_rng(0)
+    features, effects = rng.normal(size=(120, 2)), rng.normal(size=(2, 60))
+    x = features @ effects + 0.5 * rng.normal(size=(120, 60))
+    known = np.ones_like(features, bool)
+    known[1::2] = False
+    all_rows = fitted_effects(x, (4, 3, 5), np.where(known, features, 0.0), known, np.arange(120))
+    labelled = fitted_effects(x[::2], (4, 3, 5), features[::2], known[::2], np.arange(120)[::2])
+    for name, value in labelled.items():
+        np.testing.assert_array_equal(all_rows[name], value, err_msg=name)
+
+
 def test_deviations_along_the_readout_are_those_of_subjects_that_it_was_not_fitted_on():
     x = np.random.default_rng(0).normal(size=(60, 500))
     features = np.random.default_rng(1).normal(size=(60, 1))
@@ -366,12 +378,6 @@ def test_v_on_unit_data_is_the_preconditioning_of_edm():
     process = NoiseProcess.of(config.Diffusion())
     t = torch.tensor([10.0, 500.0, 990.0])
     assert torch.allclose(gain(process, 1.0, t, 2), -torch.ones(3, 1), atol=1e-5)
-
-
-def test_the_light_network_takes_no_text():
-    settings = config.Diffusion(channels=[8])
-    with pytest.raises(UserError, match="Use unet"):
-        Denoiser(settings, (4, 4, 4), [0], tokens={"report": 12})
 
 
 def test_a_drawing_decoder_draws_from_its_noise_alone():

@@ -61,7 +61,9 @@ def told(found: list[Finding], topic: str) -> list[tuple[str, str]]:
 
 def test_a_cohort_that_fits_is_told_in_figures(root):
     found, cohort = check.cohort(study(root))
-    assert {one.state for one in found} == {"ok"}
+    ((state, few),) = told(found, "splits")
+    assert {one.state for one in found if one.topic != "splits"} == {"ok"}
+    assert state == "warning" and "So few to learn from" in few and "Plan for 60 or more" in few
     assert told(found, "cohort") == [("ok", "60 scans of 60 subjects.")]
     assert told(found, "covariates.sex") == [("ok", "30 F, 30 M.")]
     assert told(found, "covariates.age")[0][1].startswith("20 to 79 year")
@@ -192,6 +194,16 @@ def test_masks_are_looked_for(root):
     assert there.state == "ok"
 
 
+def test_the_package_that_takes_brains_out_is_looked_for(root, monkeypatch):
+    heads = study(root, preprocess={"shape": [16, 16, 16], "spacing_mm": 2, "brain_extraction": "deepbet"})
+    _, cohort = check.cohort(heads)
+    monkeypatch.setattr(check, "extraction_installed", lambda: False)
+    (missing,) = check.beside(heads, cohort.frame)
+    assert missing.state == "fail" and "pip install 'meddiff-steps[brain-extraction]'" in missing.text
+    monkeypatch.setattr(check, "extraction_installed", lambda: True)
+    assert not list(check.beside(heads, cohort.frame))
+
+
 def test_a_sample_is_spread_over_all():
     assert spread(list(range(1000)), 5) == [0, 250, 500, 749, 999]
     assert spread([1, 2], 5) == [1, 2]
@@ -212,7 +224,7 @@ def states(study, here):
 def test_jobs_are_compared_with_the_machine(root):
     small, large = Machine(2, 8000), Machine(16, 64000, 1, 80000)
     assert states(study(root), large) == {"jobs": "ok", "memory": "ok", "GPU": "ok"}
-    assert states(study(root), small) == {"jobs": "ok", "memory": "fail", "GPU": "warning"}
+    assert states(study(root), small) == {"jobs": "ok", "memory": "fail", "GPU": "ok"}
     assert states(study(root, compute={"device": "cuda"}), small)["GPU"] == "fail"
     elsewhere = list(check.needs(study(root, compute={"device": "cuda"}), JOBS, None))
     assert {one.state for one in elsewhere} == {"ok"}
@@ -231,3 +243,15 @@ def test_room_on_the_disk(root, tmp_path):
 def test_hours_are_told_where_they_are_known(root):
     assert "not known" in check.time([], None).text
     assert "about 3.0 hours" in check.time([Expected("images", 2, 1.5, 0)], Path("results/demo")).text
+
+
+def test_a_simulated_cohort_is_counted_about_and_has_its_own_levels(root):
+    content = {
+        "cohort": {"source": "simulated", "subjects": 1000},
+        "covariates": {"diagnosis": {"levels": ["control", "case", "rare"]}},
+    }
+    found, _ = check.cohort(study(root, **content, plan=[{"name": "a", "subjects": 2, "where": {"diagnosis": "rare"}}]))
+    assert told(found, "splits")[0][1].startswith("about 600 train")
+    assert told(found, "plan.a") == [("fail", "asks for diagnosis rare, and simulated subjects are control or case.")]
+    found, _ = check.cohort(study(root, **content, plan=[{"name": "a", "subjects": 2, "where": {"diagnosis": "case"}}]))
+    assert not told(found, "plan.a")

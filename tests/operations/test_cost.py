@@ -16,7 +16,7 @@ from meddiff_steps.models.drawing.base import build as build_decoder
 from meddiff_steps.models.first_stage.base import build as build_first_stage
 from meddiff_steps.operations import cost
 from meddiff_steps.operations.cost import Estimate, Machine, estimates, too_long, wall_hours, wasted
-from meddiff_steps.operations.rates import CORE_FLOPS, PROCESSOR, REQUESTS
+from meddiff_steps.operations.rates import CORE_FLOPS, PROCESSOR, REQUESTS, extraction_mb
 from meddiff_steps.operations.work import Flops, forward_flops, passes_per_sample, work
 from meddiff_steps.privacy.size import BYTES_PER_VALUE, batch_size
 from meddiff_steps.steps import plan_cost
@@ -145,7 +145,8 @@ def test_every_rate_and_request_that_is_counted_with_is_known():
     """And none is there in vain."""
     flops, units, stages = set(), set(), set()
     studies = [load_study(ROOT / "config" / name) for name in ("config.yaml", "studies/ukb.yaml")]
-    for study in [*studies, changed(studies[0], "few_step", method="progressive")]:
+    heads = changed(studies[0], "preprocess", brain_extraction="deepbet", bias_field="n4")
+    for study in [*studies, heads, changed(studies[0], "few_step", method="progressive")]:
         for stage, one in work(study, 1000).items():
             stages.add(stage)
             flops |= one.flops.keys()
@@ -159,6 +160,7 @@ def test_jobs_ask_for_what_their_rules_ask_for(published):
     detecting = BYTES_PER_VALUE * batch_size(published.preprocess.shape)
     names = {
         "STUDY": published,
+        "extraction_mb": extraction_mb,
         "DETECTING": detecting,
         "DRAWING_AND_DETECTING": max(detecting, 600 * published.generate.batch_size),
         "minutes": int,

@@ -1,6 +1,9 @@
 """A study that is proposed for a dataset: it loads, passes the check, and says what was found."""
 
 import json
+import sys
+from dataclasses import replace
+from types import ModuleType
 
 import nibabel as nib
 import numpy as np
@@ -8,12 +11,13 @@ import pandas as pd
 import pytest
 from scipy import ndimage
 
-from meddiff_steps.config import load_study
+from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate, load_study
 from meddiff_steps.config.yaml_files import parse_yaml
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.imaging.brain_extraction import load_deepbet
 from meddiff_steps.operations import check
 from meddiff_steps.operations.machine import Machine
-from meddiff_steps.operations.proposal import Heads, columns, covariate_name, division, grid, heads
+from meddiff_steps.operations.proposal import Column, Heads, affordable, columns, covariate_name, division, grid, heads
 from meddiff_steps.operations.propose import flow, propose
 
 SUBJECTS = 90
@@ -86,7 +90,18 @@ def cohort(tmp_path_factory, turned):
     return dataset(tmp_path_factory.mktemp("bids"), turned)
 
 
-def test_a_proposal_loads_and_passes_the_check(cohort, tmp_path):
+def test_as_many_covariates_as_subjects_can_teach():
+    age, size = (Column(name, name, ContinuousCovariate(unit="", range=(0, 1))) for name in ("age", "size"))
+    sex = Column("sex", "sex", CategoricalCovariate(levels=["F", "M", "X"]))
+    gone = Column("site", "site", None, "has one value")
+    for subjects, names in ((200, ["age", "sex", "size"]), (75, ["age", "sex"]), (60, ["age", "size"]), (8, ["age"])):
+        found = affordable([age, sex, size, gone], subjects)
+        assert [one.name for one in found if one.why_not is None] == names and len(found) == 4
+        assert all("can teach no more" in one.why_not for one in found[len(names) :] if one.name != "site")
+
+
+def test_a_proposal_loads_and_passes_the_check(cohort, tmp_path, monkeypatch):
+    monkeypatch.setattr("meddiff_steps.operations.proposal.SUBJECTS_PER_NUMBER", 5)
     text = propose(cohort, "brains", CORES, 8.0)
     (tmp_path / "brains.yaml").write_text(text)
     study = load_study(tmp_path / "brains.yaml")
@@ -129,7 +144,86 @@ def test_fewer_hours_give_shorter_trainings_and_a_gpu_other_networks(cohort, mon
     assert gpu["diffusion"]["channels"] == [192] and long["diffusion"]["channels"] == [96]
 
 
+def test_what_the_dataset_says_of_itself_is_taken_over(cohort, monkeypatch):
+    lie = Heads(8, (160.0, 192.0, 160.0), True, 0.9, 15.0, 18.0)
+    monkeypatch.setattr("meddiff_steps.operations.propose.heads", lambda *_: lie)
+    assert parse_yaml(propose(cohort, "brains", CORES, 8.0))["release"]["licence"] == "CC0"
+    says = {"Name": "Brains: of\nBergen", "License": "CC BY-SA 3.0; ask", "Acknowledgements": "Thank us."}
+    (cohort / "dataset_description.json").write_text(json.dumps(says))
+    try:
+        content = parse_yaml(propose(cohort, "brains", CORES, 8.0))
+    finally:
+        (cohort / "dataset_description.json").unlink()
+    assert content["title"] == "T1w images of Brains: of Bergen"
+    assert content["release"]["licence"] == "CC BY-SA 3.0; ask"
+    assert content["release"]["acknowledgements"] == "Thank us."
+
+
+def test_too_few_hours_are_told(cohort, monkeypatch):
+    lie = Heads(8, (160.0, 192.0, 160.0), True, 0.9, 15.0, 18.0)
+    monkeypatch.setattr("meddiff_steps.operations.propose.heads", lambda *_: lie)
+    told = "these are the shortest trainings"
+    assert told in propose(cohort, "brains", CORES, 0.01) and told not in propose(cohort, "brains", CORES, 8.0)
+
+
 # ------------------------------------------------------------------------------------------------------ heads
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Brains at different angles, with a dark skull and a bright scalp around them."""
+    folder, array, files = tmp_path_factory.mktemp("whole"), brain(), []
+    inside = ndimage.binary_fill_holes(array > 0)
+    away = ndimage.distance_transform_edt(~inside)
+    scalp = (away > 2) & (away <= 4)
+    for n in range(2):
+        head = np.where(scalp, 1.1 * array.max(), array)
+        turned = ndimage.rotate(head, 8 * n - 12, (1, 2), reshape=False, order=1).clip(0)
+        files.append(saved(folder / f"{n}.nii", turned, (0, 4 * n, 0)))
+    return files
+
+
+class Stand:
+    """What deepbet's class is asked for: the largest part of the darker inside of a head."""
+
+    def __init__(self, no_gpu):
+        assert no_gpu
+
+    def run(self, image):
+        values = image.get_fdata()
+        outside = ndimage.label(values < 0.02 * values.max())[0]
+        dark = outside == outside[0, 0, 0]
+        middle = ndimage.binary_erosion(~dark, iterations=5)
+        return image, nib.Nifti1Image(middle.astype(np.float32), image.affine), 0.0
+
+
+def test_brains_are_taken_out_of_whole_heads_where_that_can_be_done(cohort, whole, monkeypatch):
+    monkeypatch.setattr("meddiff_steps.operations.proposal.extraction_installed", lambda: False)
+    without = heads(whole, lambda done, total: None)
+    assert without.skulls == 2 and not without.extract and not without.to_register, "the package is not there"
+    monkeypatch.setattr("meddiff_steps.operations.propose.heads", lambda *_: without)
+    text = propose(cohort, "heads", CORES, 8.0)
+    content = parse_yaml(text)
+    assert "meddiff-steps[brain-extraction]" in text and content["release"]["skull_stripped"] == "false"
+    assert "registration" not in content["preprocess"] and "brain_extraction" not in content["preprocess"]
+
+    module = ModuleType("deepbet")
+    module.BrainExtraction = Stand
+    monkeypatch.setitem(sys.modules, "deepbet", module)
+    monkeypatch.setattr("meddiff_steps.operations.proposal.extraction_installed", lambda: True)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "9.9")
+    load_deepbet.cache_clear()
+    found = heads(whole, lambda done, total: None)
+    load_deepbet.cache_clear()
+    assert found.extract and found.skulls == 2 and found.extent < without.extent
+    assert not heads(whole, lambda done, total: None, may_extract=False).extract, "made for T1w alone"
+    lie = replace(found, brains=True, turned=12.0)
+    monkeypatch.setattr("meddiff_steps.operations.propose.heads", lambda *_: lie)
+    text = propose(cohort, "heads", CORES, 8.0)
+    content = parse_yaml(text)
+    assert content["preprocess"]["brain_extraction"] == "deepbet" and "skull_stripped" not in content["release"]
+    assert content["preprocess"]["registration"] == {"template": "mni152"}
+    assert "2 of them show a head with its skull" in text
 
 
 def test_how_heads_lie_is_seen(tmp_path, turned):
@@ -179,6 +273,13 @@ def test_splits_leave_the_filter_what_it_needs(subjects, level):
         assert 0.05 < parts.level < 0.5 and 3 / parts.level - 1 <= parts.counts["calibration"] + 1e-9
 
 
+@pytest.mark.parametrize("subjects", [60, 90, 185])
+def test_no_split_of_few_subjects_comes_out_far_too_small(subjects):
+    parts = division([f"sub-{n:03d}" for n in range(subjects)], "heads")
+    for name, share in parts.splits.model_dump().items():
+        assert parts.counts[name] >= 0.6 * share * subjects
+
+
 def test_too_few_subjects_are_refused():
     with pytest.raises(UserError, match="2 subjects are too few"):
         division(["a", "b"], "seed")
@@ -214,3 +315,10 @@ def test_a_dataset_with_several_kinds_of_images_asks_which(tmp_path, turned):
     (root / "sub-000/anat/sub-000_T2w.nii").symlink_to(turned[0])
     with pytest.raises(UserError, match="--suffix"):
         propose(root, "x", CORES, 1.0)
+
+
+def test_what_is_no_bids_dataset_is_told(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        propose(tmp_path / "nowhere", "x", CORES, 1.0)
+    with pytest.raises(UserError, match=r"no participants.tsv here.*meddiff init"):
+        propose(tmp_path, "x", CORES, 1.0)

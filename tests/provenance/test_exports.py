@@ -135,11 +135,15 @@ def pack(place: Place, folder: Path, privacy: Path, **changed: Path) -> None:
     )
 
 
-def test_packed_models_make_the_release_again(place, tmp_path):
-    privacy = tmp_path / "report.json"
+def report_of(place: Place, path: Path, **auc: float) -> Path:
+    """The privacy report with what could be told from the weights."""
     report = json.loads((place.results / "privacy/report.json").read_text())
-    write_json(privacy, report | {"attacks": {"denoising_loss": {"auc": {"value": 0.6, "low": 0.46, "high": 0.72}}}})
-    pack(place, tmp_path / "models", privacy)
+    write_json(path, report | {"attacks": {"denoising_loss": {"auc": auc}}} if auc else report)
+    return path
+
+
+def test_packed_models_make_the_release_again(place, tmp_path):
+    pack(place, tmp_path / "models", report_of(place, tmp_path / "report.json", value=0.6, low=0.46, high=0.72))
     recipe = rows_of(place)["syn000003"]["recipe"]
     kinds = {kind: kind for kind in ("autoencoder", "decoder", "diffusion")} | {"tone": "diffusion"}
     assert find_models(tmp_path / "models", recipe) == {
@@ -148,7 +152,7 @@ def test_packed_models_make_the_release_again(place, tmp_path):
     readme = (tmp_path / "models/README.md").read_text()
     assert sha256_file(place.release / "provenance/root.json") in readme and "0.60 [0.46, 0.72]" in readme
     done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=tmp_path / "models", capture_output=True, text=True)
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == 10
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 14
     checks = {
         check.name: check.outcome
         for check in audit(Request(place.release, models=tmp_path / "models", sample=4)).checks
@@ -161,8 +165,16 @@ def test_a_decoder_of_an_earlier_model_does_not_stay_among_packed_models(tmp_pat
     place = Place(tmp_path, drawing=False)
     (tmp_path / "models/decoder").mkdir(parents=True)
     (tmp_path / "models/decoder/model.safetensors").write_bytes(b"of a model before")
-    pack(place, tmp_path / "models", place.results / "privacy/report.json")
-    assert {path.name for path in (tmp_path / "models").iterdir() if path.is_dir()} == {"autoencoder", "diffusion"}
+    pack(place, tmp_path / "models", report_of(place, tmp_path / "report.json", value=0.5, low=0.4, high=0.6))
+    folders = {path.name for path in (tmp_path / "models").iterdir() if path.is_dir()}
+    assert folders == {"autoencoder", "diffusion", "configs", "models"}
+
+
+@pytest.mark.parametrize(("auc", "said"), [({}, "not measured"), ({"value": 0.77, "low": 0.7, "high": 0.84}, "0.77")])
+def test_weights_that_give_people_away_are_kept(place, tmp_path, auc, said):
+    with pytest.raises(UserError, match=rf"release\.models: .*{said}.*membership_limit"):
+        pack(place, tmp_path / "models", report_of(place, tmp_path / "report.json", **auc))
+    assert not (tmp_path / "models").exists()
 
 
 @pytest.mark.parametrize("name", ["diffusion/model", "diffusion/tone", "decoder/model", "autoencoder/model"])
@@ -174,7 +186,8 @@ def test_other_weights_are_not_packed(place, tmp_path, name):
     content[-1] ^= 1
     weights.write_bytes(content)
     with pytest.raises(UserError, match=rf"{file}.safetensors.* the release was made by"):
-        pack(place, tmp_path / "models", place.results / "privacy/report.json", **{kind: other})
+        privacy = report_of(place, tmp_path / "report.json", value=0.5, low=0.4, high=0.6)
+        pack(place, tmp_path / "models", privacy, **{kind: other})
 
 
 def test_the_manifest_can_be_read_by_pandas(place, tmp_path):

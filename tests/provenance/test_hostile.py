@@ -333,7 +333,7 @@ HIDDEN: dict[str, Attack] = {
         lambda t: rewrite(t, "participants.tsv", lambda c: c.replace(b"\n", b"\r")), 2, "participants"
     ),
     "quotes in participants.tsv": Attack(
-        lambda t: rewrite(t, "participants.tsv", lambda c: c.replace(b"\tF\n", b'\t"F"\n')), 2, "participants"
+        lambda t: rewrite(t, "participants.tsv", lambda c: c.replace(b"\tF\t", b'\t"F"\t')), 2, "participants"
     ),
     "a line too many in participants.tsv": Attack(
         lambda t: rewrite(t, "participants.tsv", lambda c: c + b"\n"), 2, "participants"
@@ -350,7 +350,9 @@ HIDDEN: dict[str, Attack] = {
         "canonical",
     ),
     "another README": Attack(
-        lambda t: rewrite(t, "README", lambda c: c.replace(b"Verdict: PASS", b"Verdict: CONDITIONAL")), 4, "described"
+        lambda t: rewrite(t, "README.md", lambda c: c.replace(b"Verdict: PASS", b"Verdict: CONDITIONAL")),
+        4,
+        "described",
     ),
     "another history": Attack(lambda t: rewrite(t, "CHANGES", lambda c: c + b"Jane Doe\n"), 4, "described"),
     "another .bidsignore": Attack(lambda t: rewrite(t, ".bidsignore", lambda c: b"*\n"), 4, "described"),
@@ -412,10 +414,10 @@ def test_nothing_is_hidden_in_how_a_file_is_written(target, name):
 
 
 STRANGE = [
-    *("patients.csv", "real01.nii.bz2", "real01.mif", "real01.zip", "README.md", "readme", "Licence", "T2w.json"),
+    *("patients.csv", "real01.nii.bz2", "real01.mif", "real01.zip", "README.txt", "readme", "Licence", "T2w.json"),
     *("provenance/sub-real01/anat/real.dat", "provenance/records/real01.nii.gz", "provenance/records/.hidden.json"),
     *("code/run.sh", "sub-syn000000/anat/sub-syn000000_T1w.json", "images/syn000000.png", "phenotype/a.tsv"),
-    *("SHA256SUMS", "shard-syn-0000/README", "n\u00e9e.txt", "provenance/keys/a.pub", "provenance/verify.pyc"),
+    *("SHA256SUMS", "shard-syn-0000/README.md", "n\u00e9e.txt", "provenance/keys/a.pub", "provenance/verify.pyc"),
 ]
 
 

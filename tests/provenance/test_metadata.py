@@ -92,7 +92,9 @@ def test_the_crate_validator_accepts_the_release(validator, place, copied, tmp_p
     assert found["passed"] and not found["issues"], found["issues"]
     assert crate.PROFILE.rsplit("/", 1)[1] == "0.5" and "process-run-crate-0.5" in json.dumps(found)
     description = json.loads((copied / "dataset_description.json").read_text())
-    del description["Authors"]
+    study = json.loads((copied / seal.CONFIG).read_text())
+    study["release"]["authors"] = []
+    write_json(copied / seal.CONFIG, study)
     (copied / "dataset_description.json").write_bytes(
         verify.json_bytes(description | {"License": "Ask us"}, ascii_only=False)
     )
@@ -142,6 +144,46 @@ def test_mlcroissant_accepts_and_loads_the_release(place, copied):
     assert run(sys.executable, "-c", script, copied / croissant.NAME).returncode != 0, "its digest is looked at"
 
 
+RECORDS = """
+import json, sys, mlcroissant
+dataset = mlcroissant.Dataset(sys.argv[1])
+names = [one.uuid for one in dataset.metadata.record_sets]
+records = {name: [{k: str(v.size) if hasattr(v, "size") and not isinstance(v, bytes) else v for k, v in one.items()}
+                  for one in dataset.records(name)] for name in names}
+print(json.dumps(records, default=bytes.decode))
+"""
+
+
+def records(release: Path) -> dict[str, list[dict[str, Any]]]:
+    """Every record of every set, as mlcroissant gives them; of a picture its size."""
+    done = run(sys.executable, "-c", RECORDS, release / croissant.NAME)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(not (BIN / "mlcroissant").exists(), reason="mlcroissant is not installed")
+def test_every_set_of_records_can_be_iterated(place, large, tmp_path):
+    flat = Place(tmp_path, dims=2)
+    found = {one: records(one.release) for one in (place, large, flat)}
+    for one, sets in found.items():
+        rows = [json.loads(line) for line in (one.release / seal.LINES).read_text().splitlines()]
+        released = [row for row in rows if row["image"]]
+        assert [r["subjects/age_measured"] for r in sets["subjects"]] == [
+            (row["measured"] or {}).get("age_measured") for row in rows
+        ]
+        told = {r["participants/participant_id"]: r["participants/split"] for r in sets["participants"]}
+        assert set(told) == {f"sub-{row['sample_id']}" for row in released} and set(told.values()) <= {*verify.SPLITS}
+        paths = {r["images/sample_id"]: r["images/path"] for r in sets["images"] if r["images/path"]}
+        assert paths == {row["sample_id"]: row["image"]["path"] for row in released}
+        assert set(sets) == {"subjects", "participants", "images"} | (set() if one is flat else {"labels"})
+    assert {r["images/image"] for r in found[flat]["images"]} == {"(8, 8)"}
+    labels = {r["labels/sample_id"]: r["labels/sha256"] for r in found[large]["labels"] if r["labels/path"]}
+    rows = map(json.loads, (large.release / seal.LINES).read_text().splitlines())
+    assert labels == {row["sample_id"]: row["labels"]["sha256"] for row in rows if row["labels"]}
+    cited = json.loads((place.release / croissant.NAME).read_text())["citeAs"]
+    assert cited.startswith("@misc{synthetic20") and "{A. Author} and {B. Author}" in cited
+
+
 def test_the_crate_describes_runs_and_files_but_no_single_image(place):
     content = json.loads((place.release / crate.NAME).read_text())
     entities = {entity["@id"]: entity for entity in content["@graph"]}
@@ -184,7 +226,7 @@ def test_croissant_says_that_all_is_synthetic(place):
     table = content["distribution"][0]
     assert table["sha256"] == hashlib.sha256((place.release / table["contentUrl"]).read_bytes()).hexdigest()
     assert table["encodingFormat"] == "application/x-parquet"
-    assert len(list(place.release.glob(content["distribution"][1]["includes"]))) == 8
+    assert len(list(place.release.glob(content["distribution"][2]["includes"]))) == 8
 
 
 def test_what_the_publisher_states_is_in_the_metadata(tmp_path, place):

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rfc8785
 import torch
 from test_audit import checks, run
 from test_tampering import FIRST, SEALED_AGAIN, Target, _shift_age, seen
@@ -27,14 +28,13 @@ from meddiff_steps.audit import explain as story
 from meddiff_steps.audit.page import as_text
 from meddiff_steps.audit.request import Request
 from meddiff_steps.audit.run import audit
-from meddiff_steps.core.canonical import canonical_bytes
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import sha256_file, write_json
-from meddiff_steps.provenance import lineage
+from meddiff_steps.provenance import lineage, verify
 from meddiff_steps.release import seal, versions
 from meddiff_steps.release.sealed import Sealed, open_release
 
-OLD = "0.1.0"
+OLD, UNKNOWN = "0.1.0", "99.1.0"
 INSTALL = "install meddiff-steps 0.1.0"
 #: Sections by their names of today, and of then; and a key of one of them.
 SECTIONS = {"variants": "augmentation", "downstream": "augment", "second_model": "distill"}
@@ -57,7 +57,7 @@ def old_config(content: dict[str, Any]) -> dict[str, Any]:
 def old_record(record: dict[str, Any], content: dict[str, Any], version: str) -> dict[str, Any]:
     table = config.stages_of(version)
     step = record["step"] if record["step"] in table else STEPS[record["step"]]
-    part = canonical_bytes(config.part_of(content, table[step], version))
+    part = rfc8785.dumps(config.part_of(content, table[step], version))
     settings = {"sections": list(table[step]), "sha256": hashlib.sha256(part).hexdigest()}
     return record | {"step": step, "config": settings, "code": record["code"] | {"version": version}}
 
@@ -70,6 +70,12 @@ def age(target: Target, version: str = OLD) -> Target:
     """Rewrite a release as `version` would have sealed it."""
     rows = target.rows()
     if version == OLD:
+        (target.folder / verify.README).rename(target.folder / verify.OLD_README)
+        for name in verify.NEWER - {verify.README}:
+            (target.folder / name).unlink()
+        table = target.folder / verify.TABLE
+        lines = [line.rpartition("\t")[0] for line in table.read_text().splitlines()]
+        table.write_text("".join(f"{line}\n" for line in lines))
         for path in (target.folder / seal.RECORDS).rglob("*.json"):
             record = json.loads(path.read_text())
             if record["step"] == "tone":
@@ -109,7 +115,7 @@ def age(target: Target, version: str = OLD) -> Target:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A release as version 0.1.0 had them: without a drawing decoder, of grey levels as they come."""
-    return Place(tmp_path_factory.mktemp("plain"), drawing=False, toned=False)
+    return Place(tmp_path_factory.mktemp("plain"), drawing=False, toned=False, measured=False)
 
 
 @pytest.fixture
@@ -170,7 +176,7 @@ def test_one_image_of_an_old_release_that_alone_differs_is_seen(target, place):
 
 def test_where_this_version_draws_otherwise_re_execution_did_not_run(place, old, monkeypatch):
     def otherwise(rows: list[dict[str, Any]], study: config.Study, *_: Any) -> Any:
-        return ((row, np.random.default_rng(0).random(study.preprocess.shape).astype(np.float32)) for row in rows)
+        return ((row, np.random.default_rng(0).random(study.preprocess.shape).astype(np.float32), None) for row in rows)
 
     monkeypatch.setattr(reexecution, "remake", otherwise)
     report = audit(Request(old, version=OLD, models=place.results))
@@ -272,7 +278,7 @@ def test_our_own_version_has_no_such_excuse(target):
 
 
 def test_what_a_later_version_read_is_noted(target):
-    age(target, "99.1.0")
+    age(target, UNKNOWN)
     report = target.audit(key=False)
     assert report.passed and checks(report, 4)["settings"].outcome == "note"
     assert "install meddiff-steps 99.1.0" in checks(report, 4)["settings"].text
@@ -296,17 +302,31 @@ CLAIMED = {
     for name, attack in SEALED_AGAIN.items()
     if attack.level >= 3 and name != "false metadata by another version"
 }
+#: What version 0.1.0 did not have, attacked; a version is claimed that may have it.
+LATER_PARTS = {
+    name
+    for name, attack in CLAIMED.items()
+    if attack.check in ("labels", "measured", "previews") or name in ("another citation", "another lookup table")
+}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A release as this version has them; tests must not change it."""
+    return Place(tmp_path_factory.mktemp("measured"))
 
 
 @pytest.mark.parametrize("name", CLAIMED)
-def test_an_attack_is_seen_whatever_version_the_release_claims(target, name):
-    attack = CLAIMED[name]
-    attack.apply(age(target))
+def test_an_attack_is_seen_whatever_version_the_release_claims(request, tmp_path, name):
+    attack, later = CLAIMED[name], name in LATER_PARTS
+    place = request.getfixturevalue("measured" if later else "place")
+    target = Target(place, Path(shutil.copytree(place.release, tmp_path / "release", symlinks=True)))
+    attack.apply(age(target, UNKNOWN if later else OLD))
     report = target.audit(key=False)
     if attack.check in NOTED:
         note = checks(report, attack.level)[attack.check]
         assert note.outcome == "note" and f"not as version {__version__} would write" in note.text
-        assert INSTALL in note.text and note.examples
+        assert f"install meddiff-steps {target.version}" in note.text and note.examples
     else:
         assert (attack.level, attack.check) in seen(report)
 

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import numpy as np
 import pytest
+import rfc8785
 import torch
 import typer
 from safetensors.torch import save_file
@@ -20,7 +21,6 @@ from typer.testing import CliRunner
 
 from meddiff_steps import __version__
 from meddiff_steps.config import freeze, parse_study, without_paths
-from meddiff_steps.core.canonical import canonical_bytes
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import sha256_file, write_atomic
 from meddiff_steps.core.weights_digest import safetensors_digest
@@ -132,7 +132,7 @@ def test_the_config_digest_is_of_what_is_published(results):
     assert content["cohort"]["root"] == "/secret/place"
     assert without_paths(content)["cohort"] == content["cohort"] | {"root": "(path)"}
     plan = json.loads(freeze(parse_study(STUDY, "test"), "plan", results / "config").read_text())
-    assert read(results)["config"]["sha256"] == hashlib.sha256(canonical_bytes(without_paths(plan))).hexdigest()
+    assert read(results)["config"]["sha256"] == hashlib.sha256(rfc8785.dumps(without_paths(plan))).hexdigest()
 
 
 def test_a_large_file_is_hashed_once_and_again_when_it_was_touched(tmp_path, monkeypatch):

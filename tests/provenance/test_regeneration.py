@@ -19,6 +19,7 @@ from meddiff_steps.cohort.manifest import read_manifest, write_manifest
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.encoding import Grid, encode
 from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.provenance.verify import labels_path
 from meddiff_steps.release.regeneration import regenerate, regenerate_more
 from meddiff_steps.release.sealed import open_release
 from meddiff_steps.steps import generate
@@ -44,8 +45,8 @@ def test_one_subject_alone_is_the_released_file(place, tmp_path):
         rows = release.rows_of([f"sub-{name}"])
         (comparison,) = regenerate(release, rows, place.results, tmp_path / name, 1)
         assert (comparison.verdict, comparison.same_file, comparison.largest) == ("bitwise", True, 0)
-        path = rows[0]["image"]["path"]
-        assert files(tmp_path / name) == {path: (place.release / path).read_bytes()}
+        paths = [rows[0][kind]["path"] for kind in ("image", "labels")]
+        assert files(tmp_path / name) == {path: (place.release / path).read_bytes() for path in paths}
 
 
 def test_a_shard_and_the_whole_cohort(place, tmp_path):
@@ -62,12 +63,14 @@ def test_a_shard_and_the_whole_cohort(place, tmp_path):
         tmp_path / "all.json",
     )
     assert whole.returncode == 0, whole.stdout + whole.stderr
-    released = {row["image"]["path"] for row in open_release(place.release).released()}
+    released = {row[kind]["path"] for row in open_release(place.release).released() for kind in ("image", "labels")}
     assert files(tmp_path / "all") == {path: (place.release / path).read_bytes() for path in released}
     assert 0 < len(files(tmp_path / "shard")) < len(released)
     found = json.loads((tmp_path / "all.json").read_text())
-    assert found["same_file"] == found["verdicts"]["bitwise"] == found["images"] == len(released)
-    assert f"{len(released)} bitwise" in whole.stdout
+    assert found["same_file"] == found["verdicts"]["bitwise"] == found["images"] == len(released) // 2, (
+        "label maps aside"
+    )
+    assert f"{len(released) // 2} bitwise" in whole.stdout
 
 
 def test_the_provenance_folder_is_enough_and_a_changed_image_is_named(place, copied, tmp_path):
@@ -124,7 +127,8 @@ def test_more_subjects_than_before_and_the_old_ones_as_they_were(place, tmp_path
     assert {path: made[path] for path in released} == {path: (place.release / path).read_bytes() for path in released}
     assert found["same_file"] == found["images"] == len(released) == 4
     assert [one["sample_id"] for one in found["added"]] == [f"syn{i:06d}" for i in range(6, 12)]
-    assert set(made) == released | {one["path"] for one in found["added"]}
+    images = released | {one["path"] for one in found["added"]}
+    assert set(made) == images | {labels_path(path) for path in images}
     assert "6 more images, syn000006 to syn000011: no privacy filter" in done.stdout
     # A study of twelve plans the same subjects, and its `generate` draws the same images.
     larger = place.study.model_copy(update={"plan": [place.study.plan[0].model_copy(update={"subjects": 12})]})
@@ -132,14 +136,27 @@ def test_more_subjects_than_before_and_the_old_ones_as_they_were(place, tmp_path
     root = tmp_path / "plan/plan.parquet"
     plan_step.run(config.freeze(larger, "plan", tmp_path), place.results / "cohort/manifest.parquet", root)
     planned = pd.read_parquet(root).set_index("sample_id")
-    assert table[0].split("\t") == ["participant_id", "age", "sex", "path", "sha256", "voxel_sha256", "seed_key"]
+    assert table[0].split("\t") == [
+        "participant_id",
+        "age",
+        "dark_ml",
+        "sex",
+        "path",
+        "sha256",
+        "voxel_sha256",
+        "seed_key",
+    ]
     for one, line in zip(found["added"], table[1:], strict=True):
         subject = planned.loc[one["sample_id"]]
         assert (
-            one["covariates"] == {"age": subject["age"], "sex": subject["sex"]}
+            one["covariates"] == {name: subject[name] for name in ("age", "dark_ml", "sex")}
             and one["seed_key"] == subject["seed_key"]
         )
-        assert hashlib.sha256(made[one["path"]]).hexdigest() == one["sha256"] == line.split("\t")[4]
+        assert (
+            hashlib.sha256(made[one["path"]]).hexdigest()
+            == one["sha256"]
+            == line.split("\t")[table[0].split("\t").index("sha256")]
+        )
     generate.run(
         config=config.freeze(larger, "generate", tmp_path),
         plan=root,
@@ -160,6 +177,7 @@ def test_a_shard_of_more_subjects_is_a_part_of_them(place, tmp_path):
     release = open_release(place.release)
     parts = [regenerate_more(release, place.results, tmp_path / "parts", 1, 10, "syn", shard) for shard in range(3)]
     compared, added = regenerate_more(release, place.results, tmp_path / "whole", 1, 10, "syn")
+    assert {one.labels for one in compared} == {"same"}
     assert [one for part in parts for one in part[0]] == compared and [
         one for part in parts for one in part[1]
     ] == added
@@ -213,7 +231,7 @@ def test_snakemake_makes_more_subjects(place, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     (comparison,) = tmp_path.glob("regenerated/*/comparison.json")
     assert len((comparison.parent / "added.tsv").read_text().splitlines()) == 7
-    assert len(files(comparison.parent / "release")) == json.loads(comparison.read_text())["images"] + 6 == 10
+    assert len(files(comparison.parent / "release")) == 2 * (json.loads(comparison.read_text())["images"] + 6) == 20
 
 
 @pytest.mark.slow
@@ -236,7 +254,7 @@ def test_snakemake_makes_a_release_again_shard_by_shard(place, tmp_path):
     (comparison,) = tmp_path.glob("regenerated/*/comparison.json")
     found = json.loads(comparison.read_text())
     assert found["same_file"] == found["images"] == len(list(open_release(place.release).released()))
-    assert len(files(comparison.parent / "release")) == found["images"]
+    assert len(files(comparison.parent / "release")) == 2 * found["images"]  # with label maps
 
 
 def test_snakemake_says_what_it_needs(place, tmp_path):

@@ -28,6 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image as PilImage
 from tiny_release import AGAIN, GIVEN_UP, Place, schema_of
 
 from meddiff_steps import __version__
@@ -35,8 +36,8 @@ from meddiff_steps.audit.request import Report, Request
 from meddiff_steps.audit.run import audit
 from meddiff_steps.core.files import sha256_file, write_json
 from meddiff_steps.core.random_streams import seed_key
-from meddiff_steps.imaging.encoding import Grid, encode_volume, voxel_digest
-from meddiff_steps.provenance import ledger, lineage, signature
+from meddiff_steps.imaging.encoding import Grid, decode, encode_labels, encode_picture, encode_volume, voxel_digest
+from meddiff_steps.provenance import ledger, lineage, signature, verify
 from meddiff_steps.release import crate, croissant
 from meddiff_steps.release import seal as bundle
 
@@ -84,14 +85,18 @@ class Target:
             if row["image"] is not None:
                 path = self.folder / row["image"]["path"]
                 row["image"] |= {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            if row.get("labels"):
+                path = self.folder / row["labels"]["path"]
+                row["labels"] |= {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         schema = schema_of(rows, self.place.study.covariates)
         written = ledger.write_ledger(
             ledger.as_tables(rows, schema), schema, self.folder / bundle.TABLE, self.folder / bundle.LINES
         )
         root = self.json(bundle.ROOT)
-        paths = {row["image"]["path"] for row in rows if row["image"]}
+        images = {row["image"]["path"] for row in rows if row["image"]}
+        paths = images | {row["labels"]["path"] for row in rows if row.get("labels")}
         shards = ledger.shard_roots(written, {row["sample_id"]: 0 for row in rows})
-        root["ledger"] |= {"root": written.root, "rows": len(rows), "released": len(paths), "shards": shards}
+        root["ledger"] |= {"root": written.root, "rows": len(rows), "released": len(images), "shards": shards}
         files = bundle._files(self.folder, paths)
         if describe:
             with contextlib.suppress(KeyError):  # of what is malformed nothing can be said
@@ -268,7 +273,9 @@ NAIVE = {
     "a folder that is a link": Attack(lambda t: (t.folder / "sub-x").symlink_to(t.keep), 2, "no-links"),
     "a dangling link": Attack(lambda t: (t.folder / "derivatives").symlink_to(t.keep / "none"), 2, "no-links"),
     "an empty folder": Attack(lambda t: (t.folder / "sub-syn000099/anat").mkdir(parents=True), 2, "no-stray-folders"),
-    "a name in other case": Attack(lambda t: shutil.copy(t.folder / "README", t.folder / "ReadMe"), 2, "no-case-clash"),
+    "a name in other case": Attack(
+        lambda t: shutil.copy(t.folder / "README.md", t.folder / "ReadMe.md"), 2, "no-case-clash"
+    ),
     "one bit of the ledger": Attack(
         lambda t: _flip(t.folder / bundle.LINES, t.lines()[0].index(b'"seed_key":"') + 14), 1, "ledger-root"
     ),
@@ -370,15 +377,19 @@ def _slip_in(target: Target) -> None:
         image={"path": path, "voxel_sha256": voxel_digest(stored, Grid((8, 8, 8), 20.0).affine)},
     )
     row["privacy"]["decision"] = "released"
-    cells = {
-        "age": f"{row['covariates']['age']:.6g}" if row["covariates"]["age"] else "n/a",
-        "sex": row["covariates"]["sex"] or "n/a",
-    }
-    _edit_tsv(
-        target,
-        lambda lines: [*lines, "\t".join([f"sub-{GIVEN_UP}", *(cells[name] for name in lines[0].split("\t")[1:])])],
-    )
+    known = next(row for row in rows if row["sample_id"] == FIRST)
+    if "labels" in known:
+        path = path.replace("_T1w", "_dseg")
+        grid = Grid((8, 8, 8), 20.0, labels=True)
+        labels = decode(target.folder / known["labels"]["path"], grid).stored
+        (target.folder / path).write_bytes(encode_labels(labels, grid, GIVEN_UP, "tiny"))
+        row.update(measured=known["measured"], labels={"path": path, "voxel_sha256": known["labels"]["voxel_sha256"]})
     target.seal(rows)
+    table = target.folder / verify.TABLE
+    header = table.read_text().splitlines()[0].split("\t")
+    cells = verify.check_form(target.folder)[2].datasets[""]
+    table.write_bytes(verify.table_bytes([header, *([who, *cells[who]] for who in sorted(cells))]))
+    target.seal()
 
 
 def _shift_age(target: Target, age: float) -> None:
@@ -595,7 +606,89 @@ def _break_image(target: Target) -> None:
     target.seal()
 
 
+def _labels(change: Callable[[np.ndarray], Any], honest: bool = True) -> Callable[[Target], None]:
+    """An attack that puts other labels into a label map; `honest` also repairs its voxel digest."""
+
+    def apply(target: Target) -> None:
+        rows = target.rows()
+        row = next(row for row in rows if row["sample_id"] == FIRST)
+        grid = Grid((8, 8, 8), 20.0, labels=True)
+        path = target.folder / row["labels"]["path"]
+        labels = decode(path, grid).stored.copy()
+        change(labels)
+        path.write_bytes(encode_labels(labels, grid, FIRST, "tiny"))
+        if honest:
+            row["labels"]["voxel_sha256"] = voxel_digest(labels, grid.affine)
+        target.seal(rows)
+
+    return apply
+
+
+def _exchange(labels: np.ndarray) -> None:
+    """As many voxels of each label, at other places."""
+    labels[:] = labels[::-1, ::-1]
+
+
+def _measured(column: str, value: Any) -> Callable[[Target], None]:
+    """An attack that says that something else was measured, in the ledger and in the table."""
+
+    def apply(target: Target) -> None:
+        target.edit_row(FIRST, lambda row: row["measured"].update({column: value}))
+        table = target.folder / "participants.tsv"
+        lines = [line.split("\t") for line in table.read_text().splitlines()]
+        place = lines[0].index(column)
+        next(line for line in lines if line[0] == f"sub-{FIRST}")[place] = verify.cell(value)
+        table.write_bytes(verify.table_bytes(lines))
+        target.seal()
+
+    return apply
+
+
+def _split(target: Target) -> None:
+    """A subject moves from one split to another."""
+    table = target.folder / "participants.tsv"
+    content = table.read_text()
+    assert content.count("\tval\n") == 1
+    table.write_text(content.replace("\tval\n", "\ttrain\n"))
+    target.seal()
+
+
+def _picture(target: Target) -> None:
+    """A picture in README that shows other images than the release's."""
+    shape = np.asarray(PilImage.open(target.folder / verify.PREVIEW)).shape
+    drawn = np.random.default_rng(1).uniform(0, 1, shape)
+    (target.folder / verify.PREVIEW).write_bytes(encode_picture(drawn, "preview", "tiny")[0])
+    target.seal()
+
+
+def _unmeasured(row: dict[str, Any]) -> None:
+    row.pop("measured")
+    row.pop("labels")
+
+
 SEALED_AGAIN = {
+    "a label map with more of a structure": Attack(_labels(lambda labels: labels.__setitem__(0, 1)), 5, "labels"),
+    "a label that no structure has": Attack(_labels(lambda labels: labels.__setitem__(0, 2)), 5, "labels"),
+    "a label map that the ledger does not hold": Attack(_labels(_exchange, honest=False), 5, "labels"),
+    "a volume that the label map does not have": Attack(_measured("dark_ml_segmented", 1234.5), 5, "labels"),
+    "a level that no covariate has": Attack(_measured("sex_measured", "X"), 4, "measured"),
+    "a measurement with more digits than are told": Attack(_measured("age_measured", 50.12345678), 4, "measured"),
+    "another split": Attack(_split, 2, "participants"),
+    "another picture": Attack(_picture, 5, "previews"),
+    "no word of what was measured": Attack(lambda t: _all_rows(t, _unmeasured), 4, "measured"),
+    "another citation": Attack(
+        lambda t: (
+            (t.folder / "CITATION.cff").write_text(
+                (t.folder / "CITATION.cff").read_text().replace("A. Author", "X. Y")
+            ),
+            t.seal(),
+        ),
+        4,
+        "described",
+    ),
+    "another lookup table": Attack(
+        lambda t: ((t.folder / "dseg.tsv").write_text("index\tname\n1\tbright_ml\n"), t.seal()), 4, "described"
+    ),
     "another subject's key": Attack(lambda t: t.edit_row(FIRST, lambda r: _reuse(r, t)), 4, "unique"),
     "another subject's key does not follow from the seed": Attack(
         lambda t: t.edit_row(FIRST, lambda r: _reuse(r, t)), 4, "seed-keys"

@@ -18,6 +18,8 @@ from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.cohort.manifest import write_manifest
 from meddiff_steps.core.files import atomic_path, write_json
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
+from meddiff_steps.instruments.predictors import LocalHistograms, Predictor, Predictors, save_predictors
+from meddiff_steps.instruments.segmenter import new_segmenter
 from meddiff_steps.models.denoiser.base import Denoiser
 from meddiff_steps.models.denoiser.student import Distilled
 from meddiff_steps.models.drawing.base import build as build_decoder
@@ -26,11 +28,12 @@ from meddiff_steps.models.tone import ToneCurve
 from meddiff_steps.models.trained import save_image_network, save_tone
 from meddiff_steps.models.weights import save_model
 from meddiff_steps.provenance import verify
-from meddiff_steps.provenance.ledger import public_schema
+from meddiff_steps.provenance.ledger import measured_columns, public_schema
 from meddiff_steps.provenance.record import Observer, recorded
 from meddiff_steps.provenance.signature import generate as generate_key
 from meddiff_steps.steps import describe, gate, generate, images, ledger, plan
 from meddiff_steps.synthesis.plan import redraw
+from meddiff_steps.training.word_vectors import fit_words
 
 SHAPE = {3: [8, 8, 8], 2: [8, 8]}
 LIMITS = {"aligned": 0.9, "learned": 0.8, "latent": 0.7}
@@ -42,12 +45,21 @@ LATER_FIELDS = tuple(verify.LATER["recipe"])
 
 
 def schema_of(rows: Sequence[dict[str, Any]], covariates: config.Covariates) -> pa.Schema:
-    """Columns of ledger.parquet as the version that wrote `rows` had them."""
-    schema = public_schema(covariates)
+    """Columns of ledger.parquet as the version that wrote `rows` had them; a study's own steps take its covariates by
+    name, as its frozen config has them.
+    """
+    covariates = dict(sorted(covariates.items()))
+    shown: dict[str, Any] = next((row for row in rows if row.get("image")), {})
+    measured = measured_columns(covariates, shown.get("measured") or {})
+    schema = public_schema(covariates, measured=measured, labels="labels" in shown)
     present = {key for row in rows for key in row.get("recipe") or ()}
     place = schema.get_field_index("recipe")
     fields = [field for field in schema.field(place).type if field.name not in LATER_FIELDS or field.name in present]
     return schema.set(place, pa.field("recipe", pa.struct(fields)))
+
+
+#: Given to planned subjects in turn.
+TEXTS = ["Mass, {age} years.", 'Mass "left", no effusion.']
 
 
 class Place:
@@ -67,6 +79,8 @@ class Place:
         Whether the grey levels of generated images are changed.
     student
         Whether a student of the diffusion model draws.
+    texts
+        Whether images are asked for in words, too.
     """
 
     def __init__(
@@ -80,7 +94,12 @@ class Place:
         drawing: bool = True,
         toned: bool = True,
         student: bool = False,
+        measured: bool = True,
+        texts: bool = False,
     ) -> None:
+        self.texts = texts
+        self.measured = measured
+        segmented = measured and dims == 3
         self.toned = toned
         self.results = root / "results/tiny"
         self.release = self.results / "release"
@@ -91,14 +110,19 @@ class Place:
             {
                 "study": "tiny",
                 "seed": seed,
-                "covariates": {"age": {"unit": "year", "range": [20, 90]}, "sex": {"levels": ["F", "M"]}},
+                "covariates": {"age": {"unit": "year", "range": [20, 90]}, "sex": {"levels": ["F", "M"]}}
+                | ({"dark_ml": {"unit": "mL", "range": [0, 4000]}} if segmented else {}),
+                "segmentation": {"labels": "{scan_id}.nii.gz", "structures": {"dark_ml": {"labels": [1]}}}
+                if segmented
+                else None,
                 "cohort": {"source": "bids", "root": str(root / "secret")},
                 "preprocess": {"shape": SHAPE[dims], "spacing_mm": 20 if dims == 3 else None},
                 "autoencoder": {"channels": [8], "latent_channels": 2},
                 "decoder": {"channels": 8, "num_res_blocks": 1} if drawing else {"network": None},
                 "diffusion": {"channels": [8], "num_res_blocks": 1},
+                "text": {"column": "report"} if texts else {},
                 "plan": [
-                    {"name": "syn", "subjects": 6, "where": {"age": [25, 88]}},
+                    {"name": "syn", "subjects": 6, "where": {"age": [25, 88]}, "texts": TEXTS if texts else []},
                     {
                         "name": "cf",
                         "subjects": 2,
@@ -164,6 +188,7 @@ class Place:
                 released=root / "privacy/released.parquet",
                 release=self.release,
                 out=root / f"images/shard-{shard:04d}.parquet",
+                **self.instruments(),
             )
 
     def model_files(self) -> dict[str, Path]:
@@ -188,6 +213,10 @@ class Place:
             }
         )
         scans = scans.assign(age=draw.uniform(21, 89, 40).round(1), sex=draw.choice(["F", "M"], 40))
+        if self.texts:
+            scans["text"] = "Left mass. No effusion."
+        if "dark_ml" in study.covariates:
+            scans = scans.assign(dark_ml=draw.uniform(1000, 3000, 40).round(1))
         manifest, card = root / "cohort/manifest.parquet", root / "cohort/card.json"
 
         def write_cohort() -> None:
@@ -197,17 +226,21 @@ class Place:
         self.stand_in("cohort", write_cohort, out=manifest, card=card)
         shard = root / "preprocessed/shard-0000.arrow"
         self.stand_in("preprocess", lambda: write_json(shard, {"stands for": "images"}), manifest=manifest, out=shard)
+        if self.measured:
+            self.make_instruments(manifest, shard)
         torch.manual_seed(1)
         first = build_first_stage(study.autoencoder, study.spatial_dims)
         shape = [1, *study.preprocess.shape]
         latent = [2, *(n // 2 for n in shape[1:])]
         encoding = CovariateEncoding.fit(scans, study.covariates)
-        second = Denoiser(study.diffusion, latent, encoding.level_counts)
+        second = Denoiser(study.diffusion, latent, encoding.level_counts, tokens={"text": 8} if self.texts else None)
         with torch.no_grad():  # brighter and rougher than an untrained network, so that images are images
             for parameter in first.parameters():
                 parameter.mul_(1.7)
             for parameter in second.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))  # its last layer begins at zero
+            if self.texts:
+                second.text = fit_words(scans["text"].tolist(), ids, 4, 8, 5)
             tone = ToneCurve()
             if self.toned:
                 tone.values.copy_(tone.values**0.9)
@@ -245,6 +278,7 @@ class Place:
             "latent_shape": latent,
             "variants": 0,
             "encoding": encoding.to_json(),
+            **({"tokens": {"text": 8}, "text": second.text.to_json()} if second.text else {}),
         }
         latents = root / "latents/shard-0000.arrow"
         self.stand_in(
@@ -294,6 +328,39 @@ class Place:
             autoencoder=files["autoencoder"],
             out=place,
         )
+
+    def instruments(self) -> dict[str, Path]:
+        if not self.measured:
+            return {}
+        kinds = ("predictors", *(["segmenter"] if self.study.segmentation else []))
+        return {kind: self.results / "instruments" / kind for kind in kinds}
+
+    def make_instruments(self, manifest: Path, shard: Path) -> None:
+        """What measures covariates, with weights that were drawn."""
+        draw, shape, files = np.random.default_rng(5), self.study.preprocess.shape, self.instruments()
+        histograms = LocalHistograms(shape)
+        by_name = {}
+        for name, covariate in self.study.covariates.items():
+            levels = tuple(getattr(covariate, "levels", ()))
+            weights = draw.normal(0, 0.1, (histograms.size, 1)).astype(np.float32)
+            offset = np.array([50.0 if not levels else 0.0])
+            by_name[name] = Predictor(weights, offset, levels, (0, 1)[: len(levels)], 1.0, 40)
+        learnt = Predictors(histograms, by_name, {}, 40)
+        given: dict[str, Any] = {"manifest": manifest, "images": [shard]}
+        self.stand_in(
+            "predictors", lambda: save_predictors(learnt, files["predictors"]), **given, out=files["predictors"]
+        )
+        if self.study.segmentation is not None:
+            torch.manual_seed(2)
+            settings = self.study.segmentation
+            model = new_segmenter(settings, shape, self.study.seed).eval()
+            with torch.no_grad():
+                for parameter in model.net.final_conv.parameters():
+                    parameter.mul_(20)
+            facts = {"image_shape": [1, *shape], "structures": list(settings.structures), "channels": settings.channels}
+            self.stand_in(
+                "segmenter", lambda: save_model(model, files["segmenter"], facts), **given, out=files["segmenter"]
+            )
 
     def make_shard(self, shard: int, models: dict[str, Path]) -> None:
         root = self.results

@@ -24,6 +24,25 @@ def chromium() -> str | None:
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+def unloaded(browser: Browser) -> list[str]:
+    """What stands for the images of the open page that could not be shown, or that have not been asked for."""
+    script = """Promise.all([...document.images].map(image => { image.loading = 'eager';
+        return image.decode().then(() => '', () => image.alt || image.src.slice(0, 40)); }))"""
+    return [name for name in browser.evaluate(script) if name]
+
+
+def cut_off(browser: Browser, width: int) -> list[str]:
+    """Elements of the open page, opened at this width, that reach beyond its sides and lie in no box that scrolls."""
+    script = """(width => [...document.body.querySelectorAll('*')].filter(element => {
+        const box = element.getBoundingClientRect();
+        if (box.width === 0 || (box.left >= -1 && box.right <= width + 1)) return false;
+        for (let above = element; above; above = above.parentElement)
+            if (['auto', 'scroll'].includes(getComputedStyle(above).overflowX)) return false;
+        return true;
+    }).map(element => element.tagName + ' ' + element.textContent.slice(0, 60)))"""
+    return list(browser.evaluate(f"{script}({width})"))
+
+
 class Browser:
     """One browser process with one page at a time.
 

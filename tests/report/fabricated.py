@@ -15,7 +15,7 @@ from meddiff_steps.config import freeze, parse_study
 from meddiff_steps.imaging.shards import ShardWriter, TensorColumn
 from meddiff_steps.instruments.embedder import Embedder
 from meddiff_steps.models.weights import save_model
-from meddiff_steps.steps import evaluate, report
+from meddiff_steps.steps import evaluate, predictors, report
 
 SPLIT_OF = ["train"] * 6 + ["val", "calibration", "test", "test"]
 
@@ -46,7 +46,10 @@ class Fabricated:
                 "study": "balls",
                 "title": "Balls & <discs>",
                 "cohort": {"source": "simulated"} if simulated else {"source": "bids", "root": "somewhere"},
-                "covariates": {"size": {"unit": "voxel", "range": [0, 2000]}, "sex": {"levels": ["F", "M"]}},
+                "covariates": {
+                    "size": {"unit": "voxel", "range": [0, 2000], "description": "Number of voxels (of a ball)"},
+                    "sex": {"levels": ["F", "M"], "description": "Sex"},
+                },
                 "preprocess": {"shape": list(shape), "spacing_mm": 2.0 if len(shape) == 3 else None},
                 "autoencoder": {"stem": "none", "channels": [16, 32]},
                 "plan": [
@@ -75,7 +78,7 @@ class Fabricated:
             },
             "test",
         )
-        self.stage = {name: freeze(study, name, root) for name in ("evaluate", "report", "sampler_study")}
+        self.stage = {name: freeze(study, name, root) for name in ("predictors", "evaluate", "report", "sampler_study")}
         self.study = study
         table = pd.DataFrame(
             {
@@ -162,6 +165,11 @@ class Fabricated:
         )
         qc.to_parquet(root / "qc.parquet", index=False)
 
+    def learn(self, tag: str = "", **changes: Any) -> None:
+        """Predictors of the covariates."""
+        options = {"manifest": self.root / "cohort/manifest.parquet", "images": self.shards} | changes
+        predictors.run(config=self.stage["predictors"], out=self.root / f"predictors{tag}", **options)
+
     def evaluate(self, tag: str = "", **changes: Any) -> dict[str, Any]:
         r = self.root
         options: dict[str, Any] = {
@@ -172,8 +180,11 @@ class Fabricated:
             "plan": r / "plan.parquet",
             "reconstructions": r / "autoencoder/reconstructions.arrow",
             "embedder": r / "embedder",
+            "predictors": r / "predictors",
             "out": r / f"evaluation{tag}",
         }
+        if not (r / "predictors").exists():
+            self.learn()
         evaluate.run(**options | changes)
         return self.metrics(tag)
 

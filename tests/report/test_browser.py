@@ -5,9 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import Browser, chromium
+from browser import Browser, chromium, cut_off, unloaded
 from fabricated import Fabricated
 
+from meddiff_steps.audit.page import as_html
+from meddiff_steps.audit.request import Report
+from meddiff_steps.provenance.verify import Check
 from meddiff_steps.report.page import Section, render
 from meddiff_steps.report.viewer import viewer
 
@@ -36,15 +39,48 @@ def test_the_page_is_whole(browser: Browser, report: Path, width: int) -> None:
     if browser.evaluate("document.querySelector('.viewer') !== null"):
         wait_for(browser, "document.querySelector('.viewer').dataset.ready")
     assert browser.errors() == []
-    assert browser.evaluate("document.images.length") >= 9
-    assert (
-        browser.evaluate(
-            "[...document.images].filter(image => !image.complete || image.naturalWidth === 0).map(image => image.alt)"
-        )
-        == []
-    )
+    assert browser.evaluate("document.images.length") >= 12
+    assert unloaded(browser) == []
     assert browser.evaluate("document.documentElement.scrollWidth") == width
+    assert cut_off(browser, width) == []
+    drawn_at = browser.evaluate(
+        "[...document.querySelectorAll('svg')].map(chart => chart.getBoundingClientRect().width)"
+    )
+    assert len(drawn_at) >= 9 and min(drawn_at) > 200
+    smallest = browser.evaluate(
+        "Math.min(...[...document.querySelectorAll('.sentences *')].map(e => parseFloat(getComputedStyle(e).fontSize)))"
+    )
+    assert smallest >= 12
     browser.screenshot(report.with_name(f"screenshot-{width}.png"))  # for whoever looks
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_sentences_come_first_and_links_lead_to_sections(browser: Browser, report: Path, width: int) -> None:
+    browser.open(report, width)
+    tops = browser.evaluate(
+        "['.sentences', 'nav', '#pictures', '#looks', '#fidelity', '#privacy', '#use', '#made', '#glossary',"
+        " 'footer'].map(name => document.querySelector(name).getBoundingClientRect().top)"
+    )
+    assert tops == sorted(tops)
+    missing = "[...document.querySelectorAll('nav a')].filter(a => !document.querySelector(a.hash)).map(a => a.hash)"
+    assert browser.evaluate(missing) == []
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_of_an_audit_is_whole(browser: Browser, tmp_path: Path, width: int) -> None:
+    long = "sub-syn000001/anat/" + "x" * 120 + ".nii.gz"
+    outcomes = ("pass", "finding", "note", "not run")
+    checks = [
+        Check(level, name, outcome, f"What was seen, in words, and a name: {long}", [long, "<b>"])
+        for level in range(8)
+        for name, outcome in zip(("files", "signature-of-the-publisher", "x", "y"), outcomes, strict=True)
+    ]
+    page = tmp_path / "audit.html"
+    page.write_text(as_html(Report(f"results/{'study' * 20}/release", checks, sha256="ab" * 32)))
+    browser.open(page, width)
+    assert browser.errors() == [] and unloaded(browser) == [] and cut_off(browser, width) == []
+    assert browser.evaluate("document.documentElement.scrollWidth") == width
+    browser.screenshot(tmp_path / f"audit-{width}.png")
 
 
 def test_errors_and_overflow_would_be_noticed(browser: Browser, tmp_path: Path) -> None:
@@ -56,6 +92,7 @@ def test_errors_and_overflow_would_be_noticed(browser: Browser, tmp_path: Path) 
     browser.open(page, 390)
     assert len(browser.errors()) == 3
     assert browser.evaluate("document.documentElement.scrollWidth") >= 2000
+    assert cut_off(browser, 390) == ["DIV wide"] and len(unloaded(browser)) == 1
 
 
 def wait_for(browser: Browser, condition: str) -> None:
@@ -102,9 +139,7 @@ def slices(browser: Browser, tmp_path: Path) -> Browser:
     content = Section(
         "slices", "Slices", viewer=viewer([[("head", head)], [("nothing", np.zeros_like(head))]], "caption")
     )
-    (tmp_path / "page.html").write_bytes(
-        render(title="T", study="s", lead="l", simulated=True, headline=[], sections=[content])
-    )
+    (tmp_path / "page.html").write_bytes(render(title="T", study="s", lead="l", simulated=True, sections=[content]))
     browser.open(tmp_path / "page.html", 1280)
     wait_for(browser, "document.querySelector('.viewer').dataset.ready")
     return browser

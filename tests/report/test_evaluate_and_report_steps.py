@@ -20,6 +20,7 @@ from meddiff_steps.imaging import selection
 from meddiff_steps.imaging.shards import ShardWriter, TensorColumn
 from meddiff_steps.release.card import quality
 from meddiff_steps.report import sections, tables
+from meddiff_steps.steps import predictors as predictors_step
 
 
 @pytest.fixture(scope="module", params=[(16, 20, 16), (24, 32)], ids=["3D", "2D"])
@@ -142,7 +143,9 @@ def test_evaluate_repeats_byte_for_byte_and_batches_do_not_matter(
 def test_large_cohorts_are_measured_on_a_stable_choice(study: Fabricated, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("MAX_SYNTHETIC", 20), ("MAX_HELD_OUT", 30), ("MAX_TRAINING_SCANS", 50)):
         monkeypatch.setattr(metrics_module, name, value)
-    metrics = study.evaluate("-few")
+    monkeypatch.setattr(predictors_step, "MAX_TRAINING_SCANS", 50)
+    study.learn("-few")
+    metrics = study.evaluate("-few", predictors=study.root / "predictors-few")
     assert (metrics["n"]["synthetic"], metrics["n"]["held_out_scans"], metrics["predictors"]["training_scans"]) == (
         20,
         30,
@@ -171,22 +174,39 @@ def test_report_says_what_matters(study: Fabricated) -> None:
     assert "Balls &amp; &lt;discs&gt;" in page
     assert ("SIMULATED training data" in page) == (study.stage["report"].read_text().find('"simulated"') >= 0)
     for words in (
-        "real subjects learnt from",
-        "synthetic subjects generated",
-        "PSNR of held-out scans",
+        "nobody has tested whether these images give training subjects away",
+        "whether a model that learns from these images gains anything was not studied",
+        "a linear classifier tells the images from held-out scans with AUC",
+        "PSNR, dB",
         "ceiling",
-        "above half of Nyquist",
+        "above half",
+        "below a quarter of Nyquist",
         "120 of 120 scans preprocessed",
-        "Are they like real ones, and as various?",
-        "AUC of telling synthetic from real",
-        "effective number of different images",
-        "convolutional network with fixed random weights, digest",
+        "Do they look like scans?",
+        "Do they follow the covariates?",
+        "Could they expose somebody?",
+        "Are they of use?",
+        "How were they made?",
+        "AUC of telling from real scans",
+        "Vendi score: how many differ",
+        "convolutional network with fixed random weights",
         "distance of distributions",
-        "sex = F",
+        "Sex = F",
+        "Number of voxels, voxel",
     ):
-        assert words in page
+        assert words.lower() in page.lower(), words
+    assert len(re.findall(r'<li class="(?:good|middling|bad|not-measured)">', page)) == 5
+    assert not re.search(r">[^<]*\b(size|sex):? (?:=|missing)", page), "a key where a name should be"
+    charts = re.findall(r"<svg .*?</svg>", page, re.S)
+    assert len(charts) >= 9
+    assert all(re.search(r"<title>.{4,}</title><desc>.{20,}</desc>", chart) for chart in charts)
+    captions = re.findall(r"<figcaption><b>(Figure|Table) (\d+)\.</b> [^<]{20,}</figcaption>", page)
+    for kind in ("Figure", "Table"):
+        assert [int(n) for k, n in captions if k == kind] == list(range(1, 1 + sum(k == kind for k, _ in captions)))
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(set(ids)) == len(ids)
     images = re.findall(r"<img [^>]*>", page)
-    assert len(images) >= 9
+    assert len(images) >= 12
     assert all(re.search(r'alt="[^"]{20,}"', image) for image in images)
     folded = re.findall(r"<summary>([^<]*)</summary>", page)
     assert {"Cohort", "Autoencoder", "Drawing decoder", "Diffusion model"} <= set(folded)
@@ -207,7 +227,7 @@ def test_report_sets_the_first_model_beside_the_second(study: Fabricated, tmp_pa
     page = study.report("-second", privacy=tmp_path / "privacy/report.json", teacher=tmp_path / "teacher")
     assert "Verdict: PASS" in page
     assert "The second model beside the first" in page
-    assert re.search(r"verdict</t[hd]>\s*<td>FAIL</td>\s*<td>PASS</td>", page)
+    assert re.search(r"verdict</th>\s*<td[^>]*>FAIL</td>\s*<td[^>]*>PASS</td>", page)
     alone = study.report("-alone", privacy=tmp_path / "privacy/report.json")
     assert "Verdict: PASS" in alone
     assert "The second model beside the first" not in alone
@@ -334,9 +354,11 @@ def test_the_page_and_the_card_of_a_release_cope_with_chosen_spaces_and_metrics(
     assert len(section.pictures) == 1
     assert "AUC" not in " ".join(section.text)
     rows = section.tables[0].rows
-    assert {row[0] for row in rows} == {"radiomics", "images"}
+    assert {row[0] for row in rows} == {"grey values and texture", "images"}
     assert [row[1] for row in rows][:2] == ["Frechet distance (squared)", "precision: look real"]
     assert "radiomics" not in quality(metrics)  # which shows the classifier alone
     metrics["realism"]["radiomics"]["precision of hands"] = metrics["realism"]["radiomics"]["frechet"]
     shown = tables.realism_table(metrics).rows
-    assert ["radiomics", "precision of hands", "near its floor"] in [[row[0], row[1], row[5]] for row in shown]
+    assert ["grey values and texture", "precision of hands", "at its floor"] in [
+        [row[0], row[1], row[5]] for row in shown
+    ]

@@ -33,6 +33,7 @@ try:
         config=next(root.glob("evaluate-*.json")), manifest=root / "cohort/manifest.parquet",
         images=sorted(root.glob("shard-*.arrow")), generated=[root / "generated.arrow"], plan=root / "plan.parquet",
         reconstructions=root / "autoencoder/reconstructions.arrow", out=root / "evaluation",
+        predictors=root / "predictors",
     )
 finally:
     done.set()
@@ -43,7 +44,7 @@ print(peak[0] / 1024)
 
 def peak_mb(root: Path, synthetic: int) -> float:
     root.mkdir()
-    Fabricated(root, SHAPE, scans=60, synthetic=synthetic)
+    Fabricated(root, SHAPE, scans=60, synthetic=synthetic).learn()
     done = subprocess.run([sys.executable, "-c", MEASURED, root], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return float(done.stdout.split()[-1])

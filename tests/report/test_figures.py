@@ -1,14 +1,17 @@
-"""Pictures: orientation of planes, layout, same bytes twice."""
+"""Pictures and charts: orientation of planes, layout, same bytes twice."""
 
 import io
+import re
 from collections.abc import Callable
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
-from meddiff_steps.report import figures
+from meddiff_steps.report import charts, figures
+from meddiff_steps.report.charts import Chart
 from meddiff_steps.report.figures import Block, Tile
 
 
@@ -74,11 +77,22 @@ def predictions() -> tuple[pd.DataFrame, dict]:
 
 def everything(head: np.ndarray) -> dict[str, Callable[[], bytes]]:
     tiles = [Tile(head, "age 40 $\nsex F"), Tile(head), Tile(head, "one line")]
+    return {
+        "grid": lambda: figures.image_grid(
+            [Block("Real", tiles, 2), Block("", tiles, 3, row_labels=["row"])], title="Title"
+        ),
+        "strip": lambda: figures.strip([tiles, tiles], difference=True),
+        "short strip": lambda: figures.strip([tiles[:1]], difference=True),
+        "reconstruction": lambda: figures.reconstruction_grid([("typical", head, head * 0.9)]),
+    }
+
+
+def all_charts() -> dict[str, Callable[[], list[Chart]]]:
     history = pd.DataFrame(
         {
-            "step": [0, 10, 0, 10, 0],
-            "metric": ["train/l1", "train/l1", "val_l1", "val_l1", "psnr"],
-            "value": [1.0, 0.01, 1.1, np.nan, 20.0],
+            "step": [0, 10, 0, 10, 0, 0],
+            "metric": ["train/l1", "train/l1", "val_l1", "val_l1", "psnr", "train/kl"],
+            "value": [1.0, 0.01, 1.1, np.nan, 20.0, 0.0],
         }
     )
     curve = [10.0, 1.0, 0.1, 0.01]
@@ -90,25 +104,68 @@ def everything(head: np.ndarray) -> dict[str, Callable[[], bytes]]:
         [(k, s, i, i % 3) for k in ("held_out", "synthetic") for s in ("a$", "b") for i in range(9)],
         columns=["kind", "space", "pc1", "pc2"],
     )
+    figure = {"value": 0.7, "low": 0.6, "high": 0.8}
+    curves = {"cutoffs_cycles_per_voxel": [0.1, None], "finest_mm": [10.0, 2.0]}
+    points = [{"ratio": ratio, "auc": figure} for ratio in (0, 1)]
     return {
-        "grid": lambda: figures.image_grid(
-            [Block("Real", tiles, 2), Block("", tiles, 3, row_labels=["row"])], title="Title"
+        "scatter": lambda: charts.scatter(*predictions(), {"size": "Size <of> it & more"}),
+        "spectra": lambda: charts.spectra(spectrum),
+        "losses": lambda: charts.loss_curves(history),
+        "features": lambda: charts.feature_spaces(
+            places, {"a$": {"explained": [0.5, 0.25]}, "skipped": {}, "b": {"explained": [0.1, 0.01]}}, {"b": "B"}
         ),
-        "strip": lambda: figures.strip([tiles, tiles], difference=True),
-        "short strip": lambda: figures.strip([tiles[:1]], difference=True),
-        "reconstruction": lambda: figures.reconstruction_grid([("typical", head, head * 0.9)]),
-        "scatter": lambda: figures.scatter(*predictions()),
-        "spectra": lambda: figures.spectra(spectrum),
-        "losses": lambda: figures.loss_curves(history),
-        "features": lambda: figures.feature_spaces(
-            places, {"a$": {"explained": [0.5, 0.25]}, "skipped": {}, "b": {"explained": [0.1, 0.01]}}
-        ),
+        "discriminability": lambda: charts.discriminability(curves | {"synthetic": [figure, figure]}),
+        "arms": lambda: charts.arms([("a$_b", [("test split", figure)], [0.6, None])], 0.5),
+        "bars": lambda: charts.bars([charts.Bars("by sex", ["one_two"], {"F": [figure]}, {"F": [figure]})], "AUC"),
+        "ratios": lambda: charts.ratio_curves([{"real": 0.2, "source": "filtered", "points": points}]),
     }
 
 
+PANELS = {"scatter": 2, "spectra": 2, "losses": 2, "features": 2}
+
+
 @pytest.mark.parametrize(
-    "name", ["grid", "strip", "short strip", "reconstruction", "scatter", "spectra", "losses", "features"]
+    "name", ["scatter", "spectra", "losses", "features", "discriminability", "arms", "bars", "ratios"]
 )
+def test_charts_are_svg_with_ids_of_their_own_and_the_same_twice(name: str) -> None:
+    draw = all_charts()[name]
+    first = draw()
+    assert len(first) == PANELS.get(name, 1)
+    found: list[str] = []
+    for panel in first:
+        root = ElementTree.fromstring(f'<svg xmlns:x="x">{panel.marks}</svg>')
+        assert 150 < panel.width < 400 and panel.title
+        ids = [node.attrib["id"] for node in root.iter() if "id" in node.attrib]
+        used = set(re.findall(r'(?:url\(|href=")#([^")]+)', panel.marks))
+        assert used == set(ids) and len(set(ids)) == len(ids)
+        assert not re.search(r"<style|metadata|matplotlib|\d\d:\d\d:\d\d|https?:", panel.marks)
+        assert any(node.tag == "text" and node.text for node in root.iter()), "letters stay letters"
+        found += ids
+    assert len(set(found)) == len(found), "panels of one page share no id"
+    assert draw() == first
+
+
+def test_what_good_training_does_is_said_right() -> None:
+    titles = "".join(panel.marks for panel in all_charts()["losses"]())
+    assert "PSNR, dB: good if it rises" in titles and "l1: good if it falls" in titles
+    assert "kl" not in titles, "a loss without weight is no news"
+
+
+def test_charts_of_large_cohorts_stay_small() -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        (kind, "age", None, value, value + rng.normal())
+        for kind in ("real", "synthetic")
+        for value in rng.uniform(0, 50, 20_000)
+    ]
+    table = pd.DataFrame(rows, columns=["kind", "covariate", "level", "requested_or_true", "measured"])
+    metrics = {"age": predictions()[1]["size"]}
+    (panel,) = charts.scatter(table, metrics, {})
+    assert len(panel.marks) < 400_000
+    assert "data:image/png;base64," in panel.marks
+
+
+@pytest.mark.parametrize("name", ["grid", "strip", "short strip", "reconstruction"])
 def test_pictures_are_png_without_metadata_and_the_same_twice(head: np.ndarray, name: str) -> None:
     draw = everything(head)[name]
     first = draw()
@@ -122,9 +179,9 @@ def test_pictures_are_png_without_metadata_and_the_same_twice(head: np.ndarray, 
 def test_the_users_matplotlib_settings_do_not_matter(head: np.ndarray) -> None:
     import matplotlib
 
-    plain = everything(head)["losses"]()
+    plain = all_charts()["losses"](), everything(head)["strip"]()
     with matplotlib.rc_context({"lines.linewidth": 9, "axes.facecolor": "red", "savefig.dpi": 30}):
-        assert everything(head)["losses"]() == plain
+        assert (all_charts()["losses"](), everything(head)["strip"]()) == plain
 
 
 def grey(picture: bytes) -> np.ndarray:

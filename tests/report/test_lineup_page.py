@@ -82,7 +82,7 @@ def test_answers_are_scored_from_files(study: Fabricated, tmp_path: Path, capsys
     answers.write_text("\n".join(["lineup,reader,image,certainty", *rows]) + "\n")
     lineup_score.run(folder / "key.json", answers, tmp_path / "scores.json")
     said = capsys.readouterr().out
-    assert "AB: accuracy 1.00 [0.758, 1.00], 12 of 12 right (guessing: 3 to 9 in 95 of 100 cases" in said
+    assert "AB: accuracy 1.00 [0.76, 1.00], 12 of 12 right (guessing: 3 to 9 in 95 of 100 cases" in said
     assert "guessing is right half of the time" in said
     assert json.loads((tmp_path / "scores.json").read_text())["readers"]["AB"]["auc"]["value"] == 1.0
     with pytest.raises(UserError, match="not the key of a line-up"):

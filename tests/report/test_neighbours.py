@@ -16,6 +16,7 @@ from meddiff_steps.config import freeze
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.report import pictures
+from meddiff_steps.report.names import Names
 from meddiff_steps.steps import neighbours
 
 
@@ -93,8 +94,10 @@ def test_subgroups_are_drawn_with_their_ceilings_and_only_where_there_are_two() 
     figure = {"value": 0.8, "low": 0.7, "high": 0.9, "n": 30, "ceiling": {"value": 0.9}}
     entry = {"images": {}, "covariates": {"age": {"r": figure}, "diagnosis": {"auc": figure}}}
     (picture,) = pictures.subgroups(
-        {"sex": {"F": entry, "M": entry}, "site": {"A": entry, "B": {"images": {}, "covariates": {}}}}
+        {"sex": {"F": entry, "M": entry}, "site": {"A": entry, "B": {"images": {}, "covariates": {}}}},
+        Names({"sex": "Sex of it"}),
     )
-    assert picture.png[:4] == b"\x89PNG"
-    assert pictures.subgroups({"site": {"A": entry, "B": {"images": {}, "covariates": {}}}}) == []
-    assert pictures.subgroups({}) == []
+    assert [panel.title for panel in picture.panels] == ["by Sex of it"]
+    assert "<path" in picture.panels[0].marks
+    assert pictures.subgroups({"site": {"A": entry, "B": {"images": {}, "covariates": {}}}}, Names()) == []
+    assert pictures.subgroups({}, Names()) == []

@@ -1,12 +1,21 @@
 """Words and tables of the page."""
 
+import re
+from pathlib import Path
+
 import pandas as pd
 import pytest
+import yaml
 
 from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate
-from meddiff_steps.report.page import Card, Headline, Section, Table, render
+from meddiff_steps.report import glossary, names
+from meddiff_steps.report.names import Names
+from meddiff_steps.report.page import AUTHORS, SOFTWARE, Card, Section, Table, render
+from meddiff_steps.report.sentences import Sentence
 from meddiff_steps.report.tables import covariate_table, extrapolation_table, quality_control, subgroup_table
-from meddiff_steps.report.wording import interval, number, percent
+from meddiff_steps.report.wording import interval, limit, number, p_value, percent
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -35,13 +44,41 @@ def test_figures_read_well() -> None:
     assert interval({"value": 0.5, "low": None, "high": None}) == "0.500"
 
 
+@pytest.mark.parametrize(
+    ("value", "low", "high", "text"),
+    [
+        (0.102, 0.0, 0.255, "0.10 [0.00, 0.26]"),
+        (0.025, 0.005, 0.045, "0.025 [0.005, 0.045]"),
+        (38.59, 36.19, 41.47, "38.6 [36.2, 41.5]"),
+        (17278.0, 16000.0, 18500.0, "17,278 [16,000, 18,500]"),
+        (-0.0004, -0.3, 0.3, "0.00 [-0.30, 0.30]"),
+        (0.5, 0.5, 0.5, "0.50 [0.50, 0.50]"),
+        (0.0, 0.0, 0.0, "0 [0, 0]"),
+    ],
+)
+def test_a_figure_has_the_decimals_that_its_interval_has_a_use_for(
+    value: float, low: float, high: float, text: str
+) -> None:
+    assert interval({"value": value, "low": low, "high": high}) == text
+
+
+def test_limits_and_chances_have_no_digits_that_nobody_meant() -> None:
+    assert (limit(0.1), limit(59.0), p_value(0.000999), p_value(0.34083), p_value(None)) == (
+        "0.1",
+        "59",
+        "0.001",
+        "0.34",
+        "not defined",
+    )
+
+
 def page(**changes: object) -> str:
     content = {
         "title": "T",
         "study": "s",
         "lead": "l",
         "simulated": False,
-        "headline": [Headline("1", "w")],
+        "sentences": [Sentence("Privacy", "bad", "FAIL", "w.")],
         "sections": [],
     } | changes
     return render(**content).decode()  # type: ignore[arg-type]
@@ -54,11 +91,11 @@ def test_all_text_is_escaped() -> None:
             "a",
             evil,
             text=[evil],
-            tables=[Table([evil], [[evil]])],
+            tables=[Table([evil], [[evil]], evil)],
             cards=[Card(evil, {evil: evil, "list": [evil, {"k": evil}]})],
         )
     ]
-    text = page(title=evil, lead=evil, headline=[Headline(evil, evil, evil)], sections=sections)
+    text = page(title=evil, lead=evil, sentences=[Sentence(evil, "good", evil, evil)], sections=sections)
     assert "<script" not in text
     assert text.count("&lt;script&gt;") >= 10
 
@@ -107,7 +144,9 @@ def test_covariate_table_counts_subjects_levels_and_missing_values() -> None:
     }
     rows = {
         r[0]: r[1:]
-        for r in covariate_table(manifest, pd.DataFrame({"age": [50.0, 52.0], "sex": ["F", None]}), covariates).rows
+        for r in covariate_table(
+            manifest, pd.DataFrame({"age": [50.0, 52.0], "sex": ["F", None]}), covariates, Names()
+        ).rows
     }
     assert rows["subjects"] == ["1", "0", "0", "1", "2"]
     assert rows["scans"] == ["2", "0", "0", "1", "2"]
@@ -137,8 +176,82 @@ def test_quality_control_tells_what_was_left_out() -> None:
 def test_requests_beyond_training_and_small_subgroups_are_named() -> None:
     figure = {"value": 2.0, "low": 1.0, "high": 3.0, "n": 7}
     metrics = {"age": {"unit": "year", "extrapolation": {"mae": figure, "bias": figure}}, "size": {"unit": "mL"}}
-    assert extrapolation_table(metrics, {"age": [40.0, 89.5]}).rows == [
-        ["age", "40.0 to 89.5 year", "7", "2.00 [1.00, 3.00]", "2.00 [1.00, 3.00]"]
+    assert extrapolation_table(metrics, {"age": [40.0, 89.5]}, Names({"age": "Age at scan"})).rows == [
+        ["Age at scan", "40.0 to 89.5 year", "7", "2.0 [1.0, 3.0]", "2.0 [1.0, 3.0]"]
     ]
-    table = subgroup_table({"sex": {"F": {"images": {"synthetic": 9, "real": 1200}, "covariates": {}}}})
+    table = subgroup_table({"sex": {"F": {"images": {"synthetic": 9, "real": 1200}, "covariates": {}}}}, Names())
     assert table.rows == [["sex = F", "too few images", "", "", "", "9 / 1,200"]]
+
+
+def test_covariates_are_called_as_the_study_describes_them() -> None:
+    def number_(description: str) -> ContinuousCovariate:
+        return ContinuousCovariate(unit="mL", range=(0, 9), description=description)
+
+    called = names.of(
+        {
+            "csf_ml": number_("Ventricular CSF (field 25004)"),
+            "age": number_("Age at scan. In years, as the clinic wrote it down"),
+            "a_b": number_(""),
+            "long": number_("a" * 41),
+            "one": number_("Volume"),
+            "two": number_("volume; of the other side"),
+        }
+    )
+    assert called.covariates == {
+        "csf_ml": "Ventricular CSF",
+        "age": "Age at scan",
+        "a_b": "a b",
+        "long": "long",
+        "one": "one",
+        "two": "two",
+    }
+    assert called.pair("age~a_b = x_y") == "Age at scan and a b = x_y"
+    assert called.gate("inference of csf_ml") == "inference of Ventricular CSF"
+    assert called.gate("singling out by covariates") == "singling out by covariates"
+
+
+def test_feature_spaces_and_metrics_have_names_and_unknown_ones_their_key() -> None:
+    assert names.space("structure") == "fine structure" != names.space("radiomics")
+    assert names.metric("classifier_auc").startswith("AUC")
+    assert (names.space("medical_net"), names.metric("my_own"), names.detector("mine")) == (
+        "medical net",
+        "my own",
+        "mine",
+    )
+
+
+def test_the_glossary_has_the_words_of_the_page_and_no_others() -> None:
+    text = page(sections=[Section("a", "A", text=["Recall is 0.9 at its ceiling."])])
+    shown = re.findall(r"<dt>([^<]*)</dt>", text.split('id="glossary"')[1])
+    assert {"recall", "ceiling"} <= set(shown)
+    assert not {"Dice", "Nyquist", "segmenter", "p"} & set(shown)
+    assert '"#glossary"' in text
+    assert set(glossary.used_in("Candidates of both kinds")) >= {"candidate", "filter"}  # what a meaning uses, too
+    assert "r" not in glossary.used_in("for four hours") and "r" in glossary.used_in("r 0.9")
+    assert "floor" not in glossary.used_in("floor-plan")
+
+
+def test_docs_have_the_glossary_of_the_report() -> None:
+    assert glossary.table() in (ROOT / "docs/glossary.md").read_text(encoding="utf-8"), (
+        "docs/glossary.md: put what `python -c 'from meddiff_steps.report import glossary; print(glossary.table())'`"
+        " prints in place of its first table"
+    )
+    assert list(glossary.TERMS) == sorted(glossary.TERMS, key=str.lower)
+
+
+def test_the_footer_says_of_which_code_and_how_to_cite() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (citation["title"], [author["name"] for author in citation["authors"]]) == (SOFTWARE, [AUTHORS])
+    footer = page(code={"commit": "ab" * 20, "dirty": True}).split("<footer>")[1]
+    assert f"commit {'ab' * 20}, with changes of its own" in footer
+    assert f"{SOFTWARE}, version {citation['version']}" in footer
+    assert "changes" not in page(code={"commit": "ab" * 20, "dirty": False}).split("<footer>")[1]
+    assert "commit not known" in page()
+
+
+def test_figures_and_tables_are_numbered_and_grades_can_be_told_without_colours() -> None:
+    twice = [Table(["a"], [["1"]], "First of all."), Table(["a"], []), Table(["a"], [["2"]], "Then.")]
+    text = page(sections=[Section("x", "X", parts=[Section("y", "Y", tables=twice), Section("z", "Z")])])
+    assert "<b>Table 1.</b> First of all." in text and "<b>Table 2.</b> Then." in text and "Table 3" not in text
+    assert "<h3>Y</h3>" in text and "<h3>Z</h3>" not in text
+    assert re.search(r'<li class="bad">.*?✗</span> bad</span>', text)

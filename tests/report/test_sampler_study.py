@@ -20,6 +20,7 @@ from meddiff_steps.imaging.selection import Images
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.instruments.feature_spaces.base import Context
 from meddiff_steps.instruments.feature_spaces.random import build as random_space
+from meddiff_steps.instruments.predictors import load_predictors
 from meddiff_steps.models.denoiser.base import Denoiser
 from meddiff_steps.models.drawing.base import build as build_decoder
 from meddiff_steps.models.first_stage.base import build as build_first_stage
@@ -76,7 +77,9 @@ def test_a_sampler_that_leaves_noise_behind_is_told_from_one_that_does_not(study
             yield row["sample_id"], np.clip(image + rng.normal(0, 0.8 / point.num_inference_steps, image.shape), 0, 1)
 
     ways = [Point("dpmpp", 4, 1.0), Point("dpmpp", 1000, 1.0)]
-    found = compare(draw, ways, subjects, cohort, [random_space(Context(3))], study.study)
+    study.learn()
+    instrument = load_predictors(study.root / "predictors")
+    found = compare(draw, ways, subjects, cohort, instrument, [random_space(Context(3))], study.study)
     few, many = found["points"]
     assert found["images"] == 30
     assert few["frechet"]["low"] > many["frechet"]["high"]
@@ -95,7 +98,8 @@ def test_a_sampler_that_leaves_noise_behind_is_told_from_one_that_does_not(study
 
 @pytest.fixture(scope="module")
 def models(study: Fabricated) -> dict[str, Path]:
-    """Untrained networks in folders."""
+    """Untrained networks in folders, and the predictors."""
+    study.learn()
     torch.manual_seed(0)
     settings, scans = study.study, read_manifest(study.root / "cohort/manifest.parquet", study.study.covariates)
     latent = [settings.autoencoder.latent_channels, *(n // settings.autoencoder.downsampling for n in SHAPE)]
@@ -127,6 +131,7 @@ def run(study: Fabricated, models: dict[str, Path], tag: str, **changes: Path) -
     files = {
         "manifest": root / "cohort/manifest.parquet",
         "plan": root / "plan.parquet",
+        "predictors": root / "predictors",
         "out": root / f"samplers{tag}.json",
         "figure": root / f"samplers{tag}.png",
     }

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from browser import Browser, chromium
+from browser import Browser, chromium, unloaded
 from PIL import Image
 
 from meddiff_steps.cohort.decisions import EXCLUDED, read_decisions
@@ -51,7 +51,8 @@ def table(count: int, odd: int = 3) -> pd.DataFrame:
         row |= {"percentile_low": 0.0, "percentile_high": float(rng.normal(900, 30)), "cut_off_share": 0.0}
         row |= {"head_ml": float(rng.normal(1400, 90)), "skull_valley": 0.0}
         rows.append(row)
-    rows[odd]["percentile_high"] = 4000.0
+    rows[odd]["head_ml"] = 4000.0
+    rows[odd + 1]["percentile_high"] = 9000.0
     rows[1] |= {"status": "left out", "reason": "no contrast", "message": "/x/1: flat. Check <the> scan."}
     rows[1] |= {"percentile_high": None, "head_ml": None}
     return pd.DataFrame(rows).astype(QC_COLUMNS)
@@ -80,7 +81,10 @@ def made(place: Path, settings: dict[str, Any] | None = None, exclude: Path | No
 def test_the_oddest_come_first() -> None:
     ordered = in_order(table(12))
     assert ordered["scan_id"].tolist()[:2] == ["sub-01", "sub-03"], "left out, then the odd one"
-    assert ordered["oddest"][1] == "percentile_high" and ordered["oddness"][1] > 20
+    assert ordered["oddest"][1] == "head_ml" and ordered["oddness"][1] > 20
+    assert "percentile_high" not in set(ordered["oddest"]), "grey values of MR have no unit"
+    ct = in_order(table(12).assign(background="air"))
+    assert ct["oddest"][1] == "percentile_high" and ct["scan_id"][1] == "sub-04", "those of CT have"
     assert set(measures(table(12))) == {"percentile_high", "head_ml"}, "what is the same everywhere measures nothing"
 
 
@@ -118,7 +122,7 @@ def test_a_page_has_every_scan_and_loads_nothing(place: Path) -> None:
     assert "tiny: scans" in page and "Private: this page shows scans of real people" in page
     assert not re.search(r"https?://|<link|@import|src=\"(?!data:)", page)
     values = json.loads(html.unescape(re.search(r'data-scan="sub-03" data-values="([^"]+)"', page)[1]))  # type: ignore[index]
-    assert values["percentile_high"] == 4000 and set(values) == {"oddness", "percentile_high", "head_ml"}
+    assert values["head_ml"] == 4000 and set(values) == {"oddness", "percentile_high", "head_ml"}
     first = re.search(r"base64,([^\"]+)", page)
     assert first is not None and Image.open(io.BytesIO(base64.b64decode(first[1]))).format == "JPEG"
     assert made(place).read_text() == page, "equal inputs give equal bytes"
@@ -185,6 +189,7 @@ def test_in_a_browser(place: Path, tmp_path: Path, width: int) -> None:
         browser.open(page, width)
         order = "[...document.querySelectorAll('.scans li')].map(li => li.dataset.scan)"
         assert browser.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
+        assert unloaded(browser) == []
         before = browser.evaluate(order)
         browser.evaluate("measure.value = 'head_ml', measure.dispatchEvent(new Event('change')), 0")
         after = browser.evaluate(order)

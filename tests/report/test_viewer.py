@@ -42,7 +42,7 @@ def test_the_published_size_keeps_the_page_below_eight_megabytes() -> None:
 
 def test_the_script_is_allowed_by_its_digest_and_only_where_it_is_needed() -> None:
     volume = np.zeros((1, 2, 3, 4), np.float32)
-    content = {"title": "T", "study": "s", "lead": "l", "simulated": False, "headline": []}
+    content = {"title": "T", "study": "s", "lead": "l", "simulated": False}
     section = Section("slices", "Slices", viewer=viewer([[("<b>", volume)]], "caption"))
     page = render(sections=[section], **content).decode()  # type: ignore[arg-type]
     assert "script-src 'sha256-" in page

@@ -24,7 +24,7 @@ from meddiff_steps.synthesis.generate import CohortGenerator
 COUNT = 14
 
 
-@pytest.fixture(scope="module", params=["kl", "resnet", "resnet with decoder"])
+@pytest.fixture(scope="module", params=["kl", "resnet", "vq", "resnet with decoder"])
 def generator(request: pytest.FixtureRequest) -> CohortGenerator:
     torch.manual_seed(0)
     network = request.param.split()[0]

@@ -40,9 +40,11 @@ def start(command: list[str], folder: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def trained(folder: Path, devices: int, *launcher: str, method: str = "muon", steps: int = 60) -> Path:
+def trained(
+    folder: Path, devices: int, *launcher: str, method: str = "muon", steps: int = 60, network: str = "resnet"
+) -> Path:
     folder.mkdir()
-    command = prepare(folder, method, steps, devices=devices)
+    command = prepare(folder, method, steps, network, devices=devices)
     if launcher:
         command = [sys.executable, *launcher, *command[1:]]
     assert status(start(command, folder)) == 0, (folder / "log").read_text()[-4000:]
@@ -97,6 +99,15 @@ def test_two_processes_learn_what_one_learns_and_one_of_them_writes(tmp_path):
         assert (two / "log").read_text().count("PSNR") == 2  # once per split, so of one process
         assert not list(two.rglob(".partial-*"))
     assert (launched / OUTPUTS[0]).read_bytes() == (torchrun / OUTPUTS[0]).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_codebooks_of_two_processes_follow_the_batch_of_one(tmp_path):
+    """A few steps: later, a cell between two entries has gone to the other one by rounding."""
+    one = trained(tmp_path / "one", 1, method="adamw", steps=3, network="vq")
+    two = trained(tmp_path / "two", 2, method="adamw", steps=3, network="vq")
+    assert_alike(one / "autoencoder", two / "autoencoder", "model.safetensors", "adamw")
 
 
 @pytest.mark.slow

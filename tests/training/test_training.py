@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -154,7 +156,8 @@ class Killed(Exception):
 
 
 #: What is trained by the loop.
-KINDS = ["autoencoder", "kl", "adversarial", "decoder", "diffusion", "unet", "no posterior", "learnt weights", "guide"]
+FIRST_STAGES = ["autoencoder", "kl", "vq", "adversarial"]
+KINDS = [*FIRST_STAGES, "decoder", "diffusion", "unet", "no posterior", "learnt weights", "guide"]
 
 
 @pytest.fixture
@@ -176,7 +179,9 @@ def task_of(images, latents, bare_latents, first_stage, fabric):
             return decoder_task(images, first_stage, fabric, **changes)
         if kind == "adversarial":
             changes["adversarial"] = config.Adversarial(weight=0.1, start_step=2, channels=8, layers=1)
-        return autoencoder_task(images, fabric, network="kl" if kind == "kl" else "resnet", **changes)
+        if kind == "vq":
+            changes |= {"codebook": {"entries": 8, "parts": 2}}
+        return autoencoder_task(images, fabric, network=kind if kind in ("kl", "vq") else "resnet", **changes)
 
     return make
 
@@ -386,7 +391,7 @@ def test_the_learning_rate_warms_up_and_falls_to_nearly_zero():
 
 
 def test_covariate_dropout_has_the_stated_rates():
-    kept = drop(np.zeros((20000, 3), np.float32), each=0.2, together=0.1, generator=np.random.default_rng(0))
+    kept, _ = drop(np.zeros((20000, 3), np.float32), each=0.2, together=0.1, generator=np.random.default_rng(0))
     assert np.isnan(kept).all(1).mean() == pytest.approx(0.1 + 0.9 * 0.2**3, abs=0.01)
     assert np.isnan(kept[:, 0]).mean() == pytest.approx(1 - 0.9 * 0.8, abs=0.01)
 
@@ -441,6 +446,44 @@ def test_latents_at_half_the_resolution_are_trained_to_decode_where_that_has_a_w
     assert all(np.isfinite(float(value)) for value in found.values())
 
 
+QUANTISED: dict[str, Any] = {"network": "vq", "codebook": {"entries": 8, "parts": 2}}
+
+
+def test_codebooks_follow_the_batch_whatever_its_parts(images, fabric):
+    whole, parts = (autoencoder_task(images, fabric, **QUANTISED) for _ in range(2))
+    parts.micro.size = 1
+    for step in range(3):
+        found, same = whole.train_step(step), parts.train_step(step)
+        assert float(found["train/commitment"]) == pytest.approx(float(same["train/commitment"]), rel=1e-3)
+    for one, other in zip(whole.quantiser.parts, parts.quantiser.parts, strict=True):
+        # A cell between two entries may go to the other one by rounding: the first batch decides where they begin.
+        torch.testing.assert_close(one.ema_cluster_size, other.ema_cluster_size, atol=0.05, rtol=0)
+        torch.testing.assert_close(one.embedding.weight, other.embedding.weight, atol=0.02, rtol=0)
+
+
+def test_entries_begin_at_latents_of_the_first_batch_in_the_averaged_weights_too(images, fabric):
+    task = autoencoder_task(images, fabric, **QUANTISED)
+    before = task.quantiser.parts[0].embedding.weight.clone()
+    task.train_step(0)
+    model, average = task.quantiser.parts[0], task.average.quantiser.parts[0]
+    assert not torch.isclose(model.embedding.weight, before).any(1).any()
+    assert torch.equal(model.embedding.weight, average.embedding.weight)
+    placed = model.embedding.weight.clone()
+    task.train_step(1)  # no look for dead entries
+    assert torch.equal(average.embedding.weight, placed), "the loop averages, not the task"
+    assert not torch.equal(model.embedding.weight, placed)
+
+
+def test_the_use_of_codebooks_is_validated_where_there_are_some(images, fabric):
+    task = autoencoder_task(images, fabric, **QUANTISED)
+    task.train_step(0)
+    found = task.validate()
+    assert 0 < found["val/codebook_used"] <= 1 <= found["val/codebook_perplexity"] <= 8
+    counts = task.codebook_counts([8, 9])
+    assert counts.shape == (2, 2, 8) and (counts.sum(-1) == 8).all(), "2 x 2 x 2 cells"
+    assert autoencoder_task(images, fabric).codebook_counts([8, 9]) is None
+
+
 # ----------------------------------------------------------------------------------------------------- diffusion
 
 
@@ -450,6 +493,21 @@ def fitted(latents, fabric, tmp_path, batch_size=4, **changes):
     )
     task = diffusion_task(latents, fabric, optimiser=optimiser.model_dump(), covariate_dropout=0, **changes)
     return task, loop.fit(task, optimiser, fabric, tmp_path, "test")
+
+
+def test_scans_without_any_covariate_are_learnt_from(tmp_path, fabric):
+    data = latent_data(tmp_path / "shard.arrow", variants=1, posterior=False)
+    some = data.covariates.copy()
+    some[1:8:2] = np.nan
+    unlabelled = LatentData(data.shards, data.prior, some, data.train_rows, data.val_rows)
+    labelled = LatentData(data.shards, data.prior, some, data.train_rows[::2], data.val_rows)
+    weights = []
+    for each in (unlabelled, labelled):
+        task = diffusion_task(each, fabric)
+        curve = loop.fit(task, OPTIMISER, fabric, tmp_path / str(len(weights)), "test")
+        assert np.isfinite(curve["value"]).all()
+        weights.append(digests(task)["average"])
+    assert weights[0] != weights[1]
 
 
 def test_noise_levels_are_those_of_the_study(latents, fabric, monkeypatch):

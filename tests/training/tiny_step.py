@@ -17,7 +17,7 @@ OUTPUTS = [
 ]
 
 
-def prepare(folder: Path, method: str = "muon", steps: int = 60, **compute) -> list[str]:
+def prepare(folder: Path, method: str = "muon", steps: int = 60, network: str = "resnet", **compute) -> list[str]:
     """Write manifest, images and frozen config into `folder`; returns the arguments of the step, to be run there."""
     rng = np.random.default_rng(0)
     with ShardWriter(
@@ -50,7 +50,7 @@ def prepare(folder: Path, method: str = "muon", steps: int = 60, **compute) -> l
             "cohort": {"source": "simulated"},
             "covariates": {"age": {"unit": "year", "range": [40, 90]}},
             "preprocess": {"shape": [8, 8, 8]},
-            "autoencoder": {"channels": [8, 16], "latent_channels": 4, "optimiser": optimiser},
+            "autoencoder": {"network": network, "channels": [8, 16], "latent_channels": 4, "optimiser": optimiser},
             "diffusion": {"channels": [8, 16], "norm_num_groups": 4, "num_head_channels": 8},
             "plan": [{"name": "syn", "subjects": 1}],
             "compute": {"device": "cpu", "precision": "32-true"} | compute,

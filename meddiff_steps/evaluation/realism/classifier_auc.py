@@ -16,6 +16,7 @@ from meddiff_steps.statistics.measures import auc, smaller_side
 
 ENTRY = {
     "order": 3,
+    "title": "AUC of telling from real scans",
     "summary": (
         "AUC of a linear classifier that tells synthetic images from held-out scans of units it has not learnt from;"
         " 0.5 if it cannot."

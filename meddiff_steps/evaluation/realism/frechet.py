@@ -10,6 +10,7 @@ from meddiff_steps.statistics.bootstrap import figure as with_interval
 
 ENTRY = {
     "order": 1,
+    "title": "Frechet distance",
     "summary": (
         "Squared distance between the Gaussians fitted to both sets, along the main directions in which real scans"
         " vary (as FID, in another feature space)."

@@ -11,6 +11,7 @@ from meddiff_steps.statistics.bootstrap import figure as with_interval
 
 ENTRY = {
     "order": 2,
+    "title": "kernel distance (KID)",
     "summary": (
         "Squared distance between both distributions by a cubic kernel, without bias, with the p-value of a"
         " permutation test."

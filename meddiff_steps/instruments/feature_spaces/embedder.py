@@ -9,6 +9,7 @@ from meddiff_steps.models.weights import CARD
 
 ENTRY = {
     "order": 3,
+    "title": "coarse shape",
     "summary": (
         "The network of the learned copy detector: sees the coarse shape that tells subjects apart; misses sharpness,"
         " since it looks at reduced images and was taught to ignore noise and blur."

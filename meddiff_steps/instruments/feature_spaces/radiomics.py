@@ -13,6 +13,7 @@ from meddiff_steps.instruments.feature_spaces.base import Context, FeatureSpace,
 
 ENTRY = {
     "order": 2,
+    "title": "grey values and texture",
     "summary": (
         "Grey-value statistics, co-occurrence texture and regional tissue amounts: sees tissue amounts, edges and haze"
         " in the background; may miss fine shape."

@@ -16,6 +16,7 @@ from meddiff_steps.instruments.feature_spaces.base import Context, FeatureSpace,
 
 ENTRY = {
     "order": 1,
+    "title": "general look",
     "summary": (
         "A convolutional network with fixed random weights: sees sharpness, noise, contrast and texture; may miss"
         " where in the image something is."

@@ -20,6 +20,7 @@ from meddiff_steps.instruments.feature_spaces.base import Context, FeatureSpace,
 
 ENTRY = {
     "order": 4,
+    "title": "fine structure",
     "summary": (
         "Strength, histogram and directional order of fine detail in three layers by depth below the surface: sees"
         " blur and noise, also noise of just the right strength and spectrum; misses anatomy, contrast and the"

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.diffusion.schedules import NoiseProcess
 from meddiff_steps.models.denoiser.effects import CovariateEffects, Estimate
 from meddiff_steps.models.latent_statistics import Standardisation
+from meddiff_steps.models.text_encoder import TextEncoder
 
 
 class Denoiser(nn.Module):
@@ -42,6 +44,10 @@ class Denoiser(nn.Module):
         Of a student (`few_step`): levels, from each of which it leads to the next; 1 leads from any to clean latents.
     maps, tokens
         Channels of every map and width of every kind of token that conditions may hold, by name.
+    names
+        Of the covariates, in their order; needed by a network that is told some of them (`published`).
+
+    A network whose ENTRY says `whole` gives the prediction itself: nothing is computed beside it.
     """
 
     offset: Tensor
@@ -56,9 +62,15 @@ class Denoiser(nn.Module):
         maps: Mapping[str, int] | None = None,
         tokens: Mapping[str, int] | None = None,
         steps: int | None = None,
+        names: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.steps = steps
+        #: Whether the network gives the prediction itself, not what is to be added to a closed form.
+        self.whole = bool(DENOISERS.entry(settings.network).get("whole", False))
+        told: dict[str, Any] = {"variants": variants, "maps": dict(maps or {}), "tokens": dict(tokens or {})}
+        if self.whole:
+            told["names"] = tuple(names)
         self.process = NoiseProcess.of(settings)
         # How latents were standardised travels with the weights, so that it cannot be lost or mistyped.
         self.register_buffer("offset", torch.zeros(1, *latent_shape))
@@ -66,11 +78,11 @@ class Denoiser(nn.Module):
         self.effects = CovariateEffects(latent_shape, levels)
 
         def network() -> Any:
-            return DENOISERS.load(settings.network).build(
-                settings, latent_shape, levels, variants=variants, maps=dict(maps or {}), tokens=dict(tokens or {})
-            )
+            return DENOISERS.load(settings.network).build(settings, latent_shape, levels, **told)
 
         self.network = network()
+        #: What makes tokens of texts, once somebody put it here; its weights are then among this model's.
+        self.text: TextEncoder | None = None
         #: The same network, less trained, for autoguidance; None where none is kept.
         self.guide = network().requires_grad_(False) if settings.guide_share else None
 
@@ -82,6 +94,12 @@ class Denoiser(nn.Module):
     @property
     def standardisation(self) -> Standardisation[Tensor]:
         return Standardisation(self.offset, self.scale)
+
+    def prior(self) -> dict[str, np.ndarray]:
+        """All that is not trained, as step `scale` writes it: standardisation, and effects of the covariates."""
+        effects = {f"effects.{name}": value for name, value in self.effects.state_dict().items()}
+        state = {"offset": self.offset, "scale": self.scale, **effects}
+        return {name: value.detach().cpu().numpy() for name, value in state.items()}
 
     def standardise(self, latents: Tensor) -> Tensor:
         """What this model denoises, from the first stage's latents; (b, c, *spatial) both."""
@@ -95,6 +113,8 @@ class Denoiser(nn.Module):
         """x (b, c, *spatial), timesteps (b,) -> (b, c, *spatial) float32; of the network, or of its `guide`."""
         network = self.guide if guide else self.network
         assert network is not None, "this model keeps no guide"
+        if self.whole:
+            return network(x, timesteps, condition).float()
         known = self.known(x, timesteps, condition)
         learnt = self.effects.outside_readout(network(known.surprise, timesteps, condition).float())
         return self.process.target(known.clean, known.noise, timesteps) + self.gain(timesteps, x.ndim) * learnt

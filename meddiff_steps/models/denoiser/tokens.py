@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+
+from meddiff_steps.models.blocks import ChannelNorm, silence
 
 #: Frequencies of the sine features of a standardised covariate: periods of 16 to 1 standard deviations.
 FREQUENCIES = tuple(2.0 * math.pi / period for period in (16.0, 8.0, 4.0, 2.0, 1.0))
@@ -76,3 +80,64 @@ class ProjectedTokens(nn.Module):
         known = torch.isfinite(vectors)
         tokens = self.project(torch.where(known, vectors, torch.zeros_like(vectors)))
         return torch.where(known.all(-1, keepdim=True), tokens, self.null.to(tokens.dtype))
+
+
+class AttendedTokens(nn.Module):
+    """Given vectors as tokens, and which of them are there to be attended to.
+
+    One more, learnt, always is: where nothing is known, it stands alone, and a short text is not thinned out by the
+    places that it leaves empty.
+
+    Parameters
+    ----------
+    widths
+        Of every kind of vector, by name.
+    dim
+        Of a token.
+    """
+
+    def __init__(self, widths: Mapping[str, int], dim: int) -> None:
+        super().__init__()
+        self.null = nn.Parameter(torch.randn(dim) * 0.02)
+        self.project = nn.ModuleList(nn.Linear(width, dim) for width in widths.values())
+
+    def forward(self, vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """(b, n, width) each, NaN where not known -> tokens (b, m, dim), and bool (b, m); m is all n and 1."""
+        batch = len(vectors[0])
+        tokens, there = [self.null.expand(batch, 1, -1)], [self.null.new_ones(batch, 1, dtype=torch.bool)]
+        for project, given in zip(self.project, vectors, strict=True):
+            known = torch.isfinite(given).all(-1)
+            tokens.append(project(torch.where(known[..., None], given, 0.0)))
+            there.append(known)
+        return torch.cat(tokens, 1), torch.cat(there, 1)
+
+
+class CrossAttention(nn.Module):
+    """x + what every place of x finds among tokens (Vaswani et al. 2017; Rombach et al. 2022); starts as the identity.
+
+    Parameters
+    ----------
+    channels
+        Of x.
+    dim
+        Of a token.
+    heads
+        Attended to separately; fewer where they do not divide the channels.
+    """
+
+    def __init__(self, channels: int, dim: int, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = math.gcd(channels, heads)
+        self.norm, self.query = ChannelNorm(channels), nn.Linear(channels, channels, bias=False)
+        self.key_value, self.last = nn.Linear(dim, 2 * channels, bias=False), nn.Linear(channels, channels)
+        silence(self.last)
+
+    def forward(self, x: Tensor, tokens: Tensor, there: Tensor) -> Tensor:
+        """x (b, channels, *spatial), tokens (b, m, dim), which of them are there, bool (b, m) -> as x."""
+        places = self.norm(x).movedim(1, -1)
+        query = self.query(places).flatten(1, -2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.key_value(tokens).chunk(2, -1)
+        )
+        found = functional.scaled_dot_product_attention(query, key, value, attn_mask=there[:, None, None, :])
+        return x + self.last(found.transpose(1, 2).flatten(2)).unflatten(1, places.shape[1:-1]).movedim(-1, 1)

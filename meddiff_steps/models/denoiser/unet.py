@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from meddiff_steps import config
 from meddiff_steps.compute.recompute import recompute
 from meddiff_steps.diffusion.conditioning import Condition
+from meddiff_steps.models.denoiser.new_level import NewLevel, inserted
 from meddiff_steps.models.denoiser.tokens import CovariateTokens, ProjectedTokens
 
 ENTRY = {
@@ -19,6 +20,7 @@ ENTRY = {
     "source": "Rombach et al. 2022; Pinaya et al. 2022",
     "conditions": ["covariates", "maps", "tokens"],
     "cost": "grows with the voxels of the latents; attention with their square",
+    "grows": True,
 }
 
 #: Channels of the learnt map of positions that the network sees beside the latents.
@@ -86,8 +88,9 @@ class UNet(nn.Module):
         self.to_time = nn.Sequential(
             nn.LayerNorm(token_dim + variants), nn.Linear(token_dim + variants, time_dim), nn.SiLU(), last
         )
+        self.widths = {name: tokens[name] for name in sorted(tokens)}
         self.to_context = nn.ModuleDict(
-            {name: ProjectedTokens(tokens[name], settings.covariate_dim) for name in sorted(tokens)}
+            {name: ProjectedTokens(width, settings.covariate_dim) for name, width in self.widths.items()}
         )
         if settings.gradient_checkpointing:
             recompute([*self.unet.down_blocks, self.unet.middle_block, *self.unet.up_blocks])
@@ -101,7 +104,8 @@ class UNet(nn.Module):
         """x (b, c, *spatial) of unit variance, timesteps (b,) -> (b, c, *spatial)."""
         covariates = self.tokens(condition.covariates)
         seen = [x, self.positions.expand(len(x), *self.positions.shape[1:]), *condition.maps_of(self.maps)]
-        context = [covariates, *(project(condition.tokens[name]) for name, project in self.to_context.items())]
+        given = zip(self.to_context.values(), condition.tokens_of(self.widths), strict=True)
+        context = [covariates, *(project(vectors) for project, vectors in given)]
         time = self.to_time(torch.cat([covariates.flatten(1), condition.variant_numbers(self.variants)], 1))
         return self.unet(torch.cat(seen, 1), timesteps=timesteps, context=torch.cat(context, 1), class_labels=time)
 
@@ -116,3 +120,10 @@ def build(
 ) -> UNet:
     """The network with fresh weights; parameters as of `UNet`."""
     return UNet(settings, latent_shape, levels, variants, maps, tokens)
+
+
+def tell(state: dict[str, Tensor], part: str, new: NewLevel) -> None:
+    """A token for the new level, in place."""
+    name = f"{part}tokens.embed.{new.covariate}.weight"
+    tokens = state[name]
+    state[name] = inserted(tokens, torch.tensordot(new.mix.to(tokens.dtype), tokens, 1), len(tokens))

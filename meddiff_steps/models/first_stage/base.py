@@ -5,12 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from meddiff_steps import config
 from meddiff_steps.core.registries import FIRST_STAGES
+
+if TYPE_CHECKING:
+    from meddiff_steps.models.first_stage.quantiser import Codebooks
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,15 @@ class FirstStage(nn.Module, ABC):
     ----------
     downsampling
         Voxels per latent cell along one axis.
+    image_channels
+        1 of scans; more where label maps are encoded (`imaging.signed_distances.channels`).
     """
 
     downsampling: int
+
+    def __init__(self, image_channels: int = 1) -> None:
+        super().__init__()
+        self.image_channels = image_channels
 
     @abstractmethod
     def encode(self, images: Tensor) -> Posterior:
@@ -90,6 +100,16 @@ class FirstStage(nn.Module, ABC):
     @abstractmethod
     def costly(self) -> Mapping[str, nn.Module]:
         """The parts that take nearly all of the time, `encoder` and `decoder`: what is worth compiling."""
+
+    @property
+    def reading(self) -> Sequence[nn.Module]:
+        """The parts that make latents of images: what `autoencoder.trains: decoder` leaves alone."""
+        return [self.costly["encoder"]]
+
+    @property
+    def quantiser(self) -> Codebooks | None:
+        """What `decode` moves latents to first; None where it takes them as they are."""
+        return None
 
     def forward(
         self, images: Tensor, noise: Tensor, amplitude: Tensor, coarse: bool = False
@@ -122,9 +142,10 @@ def halved(x: Tensor, size: Sequence[int] | None = None) -> Tensor:
     return functional.interpolate(x, size=size, mode="area")
 
 
-def build(settings: config.Autoencoder, spatial_dims: int) -> FirstStage:
+def build(settings: config.Autoencoder, spatial_dims: int, image_channels: int = 1) -> FirstStage:
     """The network that `settings.network` names, with fresh weights."""
-    return FIRST_STAGES.load(settings.network).build(settings, spatial_dims)
+    more = () if image_channels == 1 else (image_channels,)  # a variant may know scans alone
+    return FIRST_STAGES.load(settings.network).build(settings, spatial_dims, *more)
 
 
 def latent_shape(settings: config.Autoencoder, image_shape: tuple[int, ...]) -> tuple[int, ...]:

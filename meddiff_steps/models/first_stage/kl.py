@@ -18,6 +18,7 @@ ENTRY = {
     "summary": "KL-regularised autoencoder (MONAI's AutoencoderKL) behind an invertible stem",
     "source": "Kingma and Welling 2014; Rombach et al. 2022; Pinaya et al. 2022",
     "cost": "the decoder at full resolution less one level; grows with the voxels",
+    "keys": ["kl_weight"],
 }
 
 #: Bounds of the posterior log-variance; the same that MONAI clamps to.
@@ -37,12 +38,15 @@ class Autoencoder(FirstStage):
         The study's `autoencoder` section.
     spatial_dims
         2 or 3.
+    image_channels
+        Of what is encoded: 1 of scans.
     """
 
-    def __init__(self, settings: config.Autoencoder, spatial_dims: int) -> None:
-        super().__init__()
+    def __init__(self, settings: config.Autoencoder, spatial_dims: int, image_channels: int = 1) -> None:
+        super().__init__(image_channels)
         self.stem = Stem(spatial_dims, settings.stem)
-        channels = self.stem.channels(1)
+        self.centred = settings.grey_levels == "-1..1"
+        channels = self.stem.channels(image_channels)
         levels = len(settings.channels)
         self.net = AutoencoderKL(
             spatial_dims=spatial_dims,
@@ -56,6 +60,10 @@ class Autoencoder(FirstStage):
             latent_channels=settings.latent_channels,
             norm_num_groups=settings.norm_num_groups,
         )
+        if settings.upsampling == "linear":
+            for module in self.net.decoder.modules():
+                if isinstance(module, nn.Upsample):
+                    module.mode = "trilinear" if spatial_dims == 3 else "bilinear"
         if settings.gradient_checkpointing:
             recompute([block for block in self.net.modules() if isinstance(block, AEKLResBlock)])
         self.downsampling = settings.downsampling
@@ -66,13 +74,18 @@ class Autoencoder(FirstStage):
         """The parts that take nearly all of the time, called by tensors of one shape: what is worth compiling."""
         return {"encoder": self.net.encoder, "decoder": self.net.decoder}
 
+    @property
+    def reading(self) -> list[nn.Module]:
+        """The parts that make latents of images."""
+        return [self.net.encoder, self.net.quant_conv_mu, self.net.quant_conv_log_sigma]
+
     def encode(self, images: Tensor) -> Posterior:
         """Posterior of images (b, 1, *spatial) in [0, 1].
 
         The log-variance is read before MONAI turns it into a standard deviation: squaring that in half
         precision underflows and makes the KL infinite.
         """
-        blocks = self.stem(images * 2.0 - 1.0)
+        blocks = self.stem(images * 2.0 - 1.0 if self.centred else images)
         features = in_parts(self.net.encoder, blocks, self.widest * blocks[0, 0].numel())
         mean = self.net.quant_conv_mu(features).float()
         return Posterior(mean, self.net.quant_conv_log_sigma(features).float().clamp(*LOG_VARIANCE_RANGE))
@@ -85,9 +98,10 @@ class Autoencoder(FirstStage):
             z,
             self.widest * finest,
         )
-        return (self.stem.inverse(decoded).float() + 1.0) / 2.0
+        images = self.stem.inverse(decoded).float()
+        return (images + 1.0) / 2.0 if self.centred else images
 
 
-def build(settings: config.Autoencoder, spatial_dims: int) -> Autoencoder:
+def build(settings: config.Autoencoder, spatial_dims: int, image_channels: int = 1) -> Autoencoder:
     """The network with fresh weights."""
-    return Autoencoder(settings, spatial_dims)
+    return Autoencoder(settings, spatial_dims, image_channels)

@@ -35,14 +35,16 @@ class Autoencoder(FirstStage):
         The study's `autoencoder` section.
     spatial_dims
         2 or 3.
+    image_channels
+        Of what is encoded: 1 of scans.
     """
 
-    def __init__(self, settings: config.Autoencoder, spatial_dims: int) -> None:
-        super().__init__()
+    def __init__(self, settings: config.Autoencoder, spatial_dims: int, image_channels: int = 1) -> None:
+        super().__init__(image_channels)
         self.stem = Stem(spatial_dims, settings.stem)
         self.downsampling = settings.downsampling
         self.widest = widest(settings.channels, spatial_dims)
-        widths, image = settings.channels, self.stem.channels(1)
+        widths, image = settings.channels, self.stem.channels(image_channels)
         encoder: list[nn.Module] = [convolution(spatial_dims, image, widths[0])]
         for level, width in enumerate(widths):
             if level:
@@ -84,6 +86,6 @@ class Autoencoder(FirstStage):
         return (self.stem.inverse(decoded).float() + 1.0) / 2.0
 
 
-def build(settings: config.Autoencoder, spatial_dims: int) -> Autoencoder:
+def build(settings: config.Autoencoder, spatial_dims: int, image_channels: int = 1) -> Autoencoder:
     """The network with fresh weights."""
-    return Autoencoder(settings, spatial_dims)
+    return Autoencoder(settings, spatial_dims, image_channels)

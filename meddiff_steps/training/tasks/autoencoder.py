@@ -20,9 +20,20 @@ from meddiff_steps.compute.micro_batch import Losses, MicroBatch
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.random_streams import step_generator
 from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.imaging.signed_distances import DISTANCES
 from meddiff_steps.imaging.variants import draw_variant
-from meddiff_steps.models.first_stage.base import Posterior, build, halved, latent_shape, reconstruct
+from meddiff_steps.models.first_stage.base import FirstStage, Posterior, build, halved, latent_shape, reconstruct
+from meddiff_steps.models.first_stage.quantiser import (
+    CANDIDATES,
+    RESTART_EVERY,
+    RESTART_UNTIL,
+    perplexity,
+    use_counts,
+    used_share,
+)
 from meddiff_steps.models.torchscript import load_torchscript
+from meddiff_steps.models.weights import start_from
+from meddiff_steps.training.adapting import Anchor
 from meddiff_steps.training.loop import batch_rows, clip_gradients, rank_share
 from meddiff_steps.training.optimisers import set_up
 
@@ -65,18 +76,22 @@ class AutoencoderTask:
     decode to the image at half the resolution, which keeps what is fine in the image out of what is coarse in its
     latents, and makes these easier to draw (Skorokhodov et al. 2025, section 4).
 
+    Entries of codebooks, where the first stage has them, follow the latents of each batch after its step.
+
     Parameters
     ----------
     settings, variants
         The study's `autoencoder` and `variants` sections.
     shards
-        Preprocessed images in [0, 1].
+        Preprocessed images in [0, 1], or label maps as signed distances, whose texture is not judged.
     train_rows, val_rows
         Rows of `shards`.
     root
         The study's seed.
     features
         Network of the perceptual term, a TorchScript file.
+    base
+        Trained, to start from.
 
     Raises
     ------
@@ -94,7 +109,16 @@ class AutoencoderTask:
         root: str,
         fabric: Fabric,
         features: Path | None = None,
+        base: FirstStage | None = None,
     ) -> None:
+        distances = shards.kind("image") == DISTANCES
+        if distances:  # they have no texture that could be judged, and no contrast that could be changed
+            plain = {
+                name: getattr(settings, name).model_copy(update={"weight": 0.0})
+                for name in ("perceptual", "adversarial")
+            }
+            settings = settings.model_copy(update=plain)
+            variants = variants.model_copy(update={"max_contrast": 0.0})
         self.settings, self.variants, self.shards, self.fabric = settings, variants, shards, fabric
         self.micro = MicroBatch(fabric)
         self.root = f"{root}/autoencoder"
@@ -102,11 +126,18 @@ class AutoencoderTask:
         self.shape = shards.shape("image")
         self.spatial_dims = len(self.shape) - 1
         torch.manual_seed(int(step_generator(self.root, "weights", 0).integers(2**31)))
-        model = build(settings, self.spatial_dims)
+        model = build(settings, self.spatial_dims, self.shape[0])
+        if base is not None:
+            start_from(model, base, "autoencoder")
+        if settings.trains == "decoder":
+            for part in model.reading:
+                part.requires_grad_(False)
         to_channels_last(model, self.spatial_dims)
         self.average = copy.deepcopy(model).requires_grad_(False).eval()
         fabric.to_device(self.average)
         self.net, self.optimisers = set_up(model, settings.optimiser, fabric)
+        self.anchor = Anchor(model.parameters(), settings.towards_base)
+        self.quantiser = model.quantiser
         self.modules: dict[str, nn.Module] = {"model": model, "average": self.average}
         self.steppers = list(self.optimisers.values())
         #: What `compilation.speed_up` may compile.
@@ -152,6 +183,7 @@ class AutoencoderTask:
 
         adversarial = settings.adversarial.weight > 0 and step >= settings.adversarial.start_step
         made = torch.empty_like(x)
+        seen = torch.empty_like(noise)
 
         def losses(part: slice) -> tuple[Tensor, dict[str, Tensor]]:
             coarse = settings.equivariance_weight > 0
@@ -161,6 +193,10 @@ class AutoencoderTask:
                 "train/kl": Posterior(mean, log_variance).kl_divergence().mean(),
             }
             loss = named["train/l1"] + settings.kl_weight * named["train/kl"]
+            if self.quantiser is not None:
+                seen[part] = mean.detach()
+                named["train/commitment"] = self.quantiser.commitment(mean)
+                loss = loss + settings.codebook.commitment_weight * named["train/commitment"]
             if settings.spectral_weight > 0:
                 named["train/spectral"] = spectral_loss(reconstruction, x[part])
                 loss = loss + settings.spectral_weight * named["train/spectral"]
@@ -194,6 +230,8 @@ class AutoencoderTask:
         if adversarial:
             self.discriminator.requires_grad_(False)
         found = self._update(self.steppers, self.net, losses, len(x), step)
+        self.anchor.pull(self.steppers[0])
+        self._follow(seen, step)
         if adversarial:
             self.discriminator.requires_grad_(True)
             found |= self._update([self.optimisers["discriminator"]], self.discriminator, judgement, len(x), step)
@@ -208,6 +246,45 @@ class AutoencoderTask:
             stepper.step()
         return found
 
+    def _follow(self, latents: Tensor, step: int) -> None:
+        """Let codebooks follow this process's latents (b, c, *spatial) of a batch, and put dead entries elsewhere; all
+        processes do the same.
+        """
+        if self.quantiser is None:
+            return
+
+        def total(values: Tensor) -> Tensor:
+            return values if self.fabric.world_size == 1 else torch.as_tensor(self.fabric.all_gather(values)).sum(0)
+
+        self.quantiser.follow(latents, total)
+        if step % RESTART_EVERY or step >= RESTART_UNTIL * self.settings.optimiser.steps:
+            return
+        generator = step_generator(self.root, "restart", step)
+        each, processes = latents[0, 0].numel(), self.fabric.world_size
+        cells = len(latents) * processes * each
+        places = generator.integers(cells, size=CANDIDATES * self.settings.codebook.entries)
+        images, places = np.divmod(places, each)
+        mine = images % processes == self.fabric.global_rank  # as `rank_share` deals images
+        rows, columns = to_device(images[mine] // processes, self.fabric), to_device(places[mine], self.fabric)
+        candidates = latents.new_zeros(len(mine), latents.shape[1])
+        candidates[to_device(mine, self.fabric)] = latents.flatten(2)[rows, :, columns]
+        restarted = self.quantiser.restart(total(candidates), cells, generator)
+        average = self.average.quantiser
+        assert average is not None
+        average.place(restarted)
+
+    @torch.no_grad()
+    def codebook_counts(self, rows: Sequence[int] | np.ndarray) -> np.ndarray | None:
+        """How often the averaged weights give each entry to scans, (rows, parts, entries); None without codebooks."""
+        quantiser, found = self.average.quantiser, []
+        if quantiser is None:
+            return None
+        for row in rows:
+            with self.fabric.autocast():
+                latents = self.average.encode(self._images(np.array([row]))).mode()
+            found.append(use_counts(quantiser.codes(latents), quantiser.entries))
+        return np.concatenate(found) if found else None
+
     @torch.no_grad()
     def reconstruct(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """A scan and its reconstruction by the averaged weights, float32 (1, *spatial) in [0, 1] each."""
@@ -218,8 +295,8 @@ class AutoencoderTask:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean absolute error and PSNR (dB) of the averaged weights on held-out scans, posterior mean decoded; nothing
-        if there are none.
+        """Mean absolute error and PSNR (dB) of the averaged weights on held-out scans, posterior mean decoded, and how
+        they use codebooks; nothing if there are none.
         """
         l1, psnr = [], []
         for row in self.val_rows:
@@ -228,4 +305,9 @@ class AutoencoderTask:
                 reconstruction = reconstruct(self.average, x)
             l1.append(float((reconstruction - x).abs().mean()))
             psnr.append(-10.0 * float((reconstruction - x).square().mean().clamp_min(1e-12).log10()))
-        return {"val/l1": float(np.mean(l1)), "val/psnr": float(np.mean(psnr))} if l1 else {}
+        found = {"val/l1": float(np.mean(l1)), "val/psnr": float(np.mean(psnr))} if l1 else {}
+        counts = self.codebook_counts(self.val_rows)
+        if counts is not None:
+            sums = counts.sum(0)
+            found |= {"val/codebook_used": float(used_share(sums)), "val/codebook_perplexity": float(perplexity(sums))}
+        return found

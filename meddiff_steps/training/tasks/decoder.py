@@ -21,6 +21,7 @@ from meddiff_steps.imaging.variants import draw_variant
 from meddiff_steps.models.drawing.base import DrawingDecoder, build
 from meddiff_steps.models.first_stage.base import FirstStage, reconstruct
 from meddiff_steps.models.tone import level_counts
+from meddiff_steps.models.weights import start_from
 from meddiff_steps.training.loop import batch_rows, clip_gradients, rank_share
 from meddiff_steps.training.optimisers import set_up
 
@@ -56,6 +57,8 @@ class DecoderTask:
         Rows of `shards`.
     root
         The study's seed.
+    base
+        Trained, to start from.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class DecoderTask:
         val_rows: Sequence[int],
         root: str,
         fabric: Fabric,
+        base: DrawingDecoder | None = None,
     ) -> None:
         self.settings, self.variants, self.shards, self.fabric = settings, variants, shards, fabric
         self.micro, self.root = MicroBatch(fabric), f"{root}/decoder"
@@ -80,7 +84,10 @@ class DecoderTask:
         torch.manual_seed(int(step_generator(self.root, "weights", 0).integers(2**31)))
         self.model = model = build(settings, self.shape)
         self.crop = [min(settings.crop // model.block, n) for n in model.blocks_shape]
-        model.deviation.fill_(self._measure())
+        if base is None:
+            model.deviation.fill_(self._measure())
+        else:  # its residuals' size is part of what it learnt
+            start_from(model, base, "decoder")
         to_channels_last(model, self.spatial_dims)
         average = copy.deepcopy(model).requires_grad_(False).eval()
         self.net, self.optimisers = set_up(model, settings.optimiser, fabric)

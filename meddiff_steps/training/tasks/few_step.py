@@ -196,7 +196,7 @@ class FewStepTask(ABC):
         x0 = self.data.draw(rows, generator)
         noise = generator.standard_normal(x0.shape, dtype=np.float32)
         uniform = (generator.permutation(len(rows)) + generator.random(len(rows))) / len(rows)
-        covariates = drop(self.data.covariates[rows], taught.covariate_dropout, taught.condition_dropout, generator)
+        covariates, _ = drop(self.data.covariates[rows], taught.covariate_dropout, taught.condition_dropout, generator)
         return [x0, noise, (uniform * self.levels.steps).astype(np.int64), covariates]
 
     def _states(

@@ -1,0 +1,246 @@
+"""Maps of what is unusual in a scan: what is there, less what a healthy head would have there.
+
+Every method gives a difference.  All of them are treated alike after that: divided by the spread of the scan's own grey
+values, the side that is looked for taken, smoothed, scalp and skull left out, and brought to the scale of healthy scans
+of the calibration split.  There thresholds come from as well, so a map means the same whatever made it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+from scipy import ndimage
+
+from meddiff_steps import config
+from meddiff_steps.applications.anomaly_maps.base import Finding, Mapper, Scan
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.imaging import conspicuity
+
+ENTRY = {
+    "order": 6,
+    "summary": "A map of what is unusual in a scan, a score, and thresholds from healthy scans",
+    "source": "Baur et al. 2021 (a comparison of such maps); scores: Vovk et al. 2005 (conformal prediction)",
+    "needs": ["a trained model", "healthy scans of people it did not learn from"],
+}
+
+#: The mean of all maps but plain intensity.
+ENSEMBLE = "ensemble"
+
+
+@dataclass(frozen=True)
+class Head:
+    """Where a map is made.
+
+    Attributes
+    ----------
+    whole, interior
+        The head, and what is left without scalp and skull; bool (*spatial).
+    spread
+        Of the grey values within.
+    """
+
+    whole: np.ndarray
+    interior: np.ndarray
+    spread: float
+
+    @classmethod
+    def of(cls, image: np.ndarray, margin: int) -> Self:
+        """Of an image (*spatial) in [0, 1]."""
+        whole = conspicuity.head_of(image)
+        interior = conspicuity.interior(whole, margin)
+        return cls(whole, interior, conspicuity.grey_scale(image, interior)[1])
+
+
+def finished(difference: np.ndarray, head: Head, settings: config.Anomaly) -> np.ndarray:
+    """The map of a method's difference, float32 (*spatial), NaN where none is made.
+
+    Parameters
+    ----------
+    difference
+        Of grey values, signed, (*spatial).
+    """
+    return _smoothed(conspicuity.sided(difference / head.spread, settings.look_for), head, settings)
+
+
+def baseline(name: str, image: np.ndarray, head: Head, settings: config.Anomaly) -> np.ndarray:
+    """A map without a model, as `finished` ones are."""
+    found = conspicuity.BASELINES[name](image, head.interior, settings.look_for)
+    if name in conspicuity.PLAIN:
+        return np.where(head.whole, found, np.nan).astype(np.float32)
+    return _smoothed(found, head, settings)
+
+
+def _smoothed(values: np.ndarray, head: Head, settings: config.Anomaly) -> np.ndarray:
+    if settings.smoothing_voxels:
+        values = ndimage.gaussian_filter(values, settings.smoothing_voxels)
+    return np.where(head.interior, values, np.nan).astype(np.float32)
+
+
+def score(values: np.ndarray, share: float) -> float:
+    """Of a map with NaN where none is made: the mean of the highest of its values, as many as `share` of them."""
+    known = values[np.isfinite(values)]
+    count = max(1, round(share * known.size))
+    return float(np.partition(known, known.size - count)[known.size - count :].mean())
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How a method's maps look in healthy people.
+
+    Attributes
+    ----------
+    mean, std
+        Of their values, every person counting the same: maps in these units are comparable.
+    threshold
+        In these units: above it lies the wanted share of the voxels of healthy heads.
+    score_threshold
+        In these units: with the wanted probability no scan of a healthy person scores above it.
+    subjects
+        People behind it.
+    """
+
+    mean: float
+    std: float
+    threshold: float
+    score_threshold: float
+    subjects: int
+
+    @classmethod
+    def of(
+        cls, maps: Sequence[np.ndarray], heads: Sequence[Head], subjects: Sequence[str], settings: config.Anomaly
+    ) -> Self:
+        """Of maps of healthy scans, NaN where none is made.
+
+        The threshold of scores is that of split conformal prediction (Vovk et al. 2005) with people as units: a
+        person's score is the highest of his scans, and that of a new person is exceeded by at most
+        `subject_false_positive_rate`, whatever the distribution.  That of voxels is the empirical share, over heads and
+        people alike, and comes with no such guarantee.
+
+        Raises
+        ------
+        UserError
+            There are too few people.
+        """
+        names = sorted(set(subjects))
+        check_people(len(names), settings)
+        values, weights = [], []
+        for one, head, subject in zip(maps, heads, subjects, strict=True):
+            inside = one[head.whole]
+            values.append(inside)
+            weights.append(np.full(inside.size, 1.0 / (inside.size * sum(s == subject for s in subjects))))
+        value, weight = np.concatenate(values), np.concatenate(weights)
+        known = np.isfinite(value)
+        mean = float(np.average(value[known], weights=weight[known]))
+        std = float(np.sqrt(np.average(np.square(value[known] - mean), weights=weight[known]))) or 1.0
+        order = np.argsort(-np.where(known, value, -np.inf), kind="stable")
+        above = np.cumsum(weight[order]) / weight.sum()
+        at = order[min(int(np.searchsorted(above, settings.voxel_false_positive_rate, side="right")), len(order) - 1)]
+        threshold = float(value[at]) if known[at] else float(value[known].min())
+        best = [
+            max(score(one, settings.score_share) for one, s in zip(maps, subjects, strict=True) if s == name)
+            for name in names
+        ]
+        rank = math.ceil((len(names) + 1) * (1 - settings.subject_false_positive_rate) - 1e-9)
+        limit = float(np.sort(best)[rank - 1])
+        return cls(mean, std, (threshold - mean) / std, (limit - mean) / std, len(names))
+
+    def scaled(self, values: np.ndarray) -> np.ndarray:
+        """A map, or scores, in units of healthy people."""
+        return (values - self.mean) / self.std
+
+    def scored(self, values: np.ndarray, share: float) -> float:
+        """The score of a map that is not scaled yet, in these units."""
+        return float(self.scaled(np.array(score(values, share))))
+
+    def shown(self, values: np.ndarray) -> np.ndarray:
+        """A map that is not scaled yet, as a picture in [0, 1]: grey (0.5) at the threshold, black where none is."""
+        return np.clip(np.nan_to_num(self.scaled(values), nan=0.0) / (2 * max(self.threshold, 1e-6)), 0.0, 1.0)
+
+    def marked(self, values: np.ndarray) -> np.ndarray:
+        """Voxels of a scaled map above the threshold, bool."""
+        return np.nan_to_num(values, nan=-np.inf) > self.threshold
+
+
+def check_people(count: int, settings: config.Anomaly) -> None:
+    """Whether there are enough healthy people to take thresholds from.
+
+    Raises
+    ------
+    UserError
+        There are not.
+    """
+    needed = math.ceil(1.0 / settings.subject_false_positive_rate - 1.0 - 1e-9)
+    if count < max(needed, 1):
+        raise UserError(
+            f"anomaly.subject_false_positive_rate: {settings.subject_false_positive_rate:g} needs healthy scans of"
+            f" {max(needed, 1)} people in the calibration split, found {count}. Raise the rate, or splits.calibration;"
+            " or correct anomaly.masks or anomaly.healthy, which say who is healthy."
+        )
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A scan and its maps.
+
+    Attributes
+    ----------
+    maps
+        By method, and by method and variant, (*spatial), NaN where none is made.
+    healed
+        The scan as methods expect it, (1, *spatial).
+    """
+
+    scan: Scan
+    head: Head
+    maps: Mapping[str, np.ndarray]
+    healed: Mapping[str, np.ndarray]
+
+    @classmethod
+    def of(cls, scan: Scan, mappers: Mapping[str, Mapper], settings: config.Anomaly) -> Self:
+        """All maps of a scan, those without a model first."""
+        image = scan.image[0]
+        head = Head.of(image, settings.margin_voxels)
+        maps = {name: baseline(name, image, head, settings) for name in conspicuity.BASELINES}
+        healed = {}
+        for name, mapper in mappers.items():
+            findings: Mapping[str, Finding] = mapper(scan)
+            for variant, found in findings.items():
+                label = f"{name}_{variant}" if variant else name
+                maps[label] = finished(found.difference, head, settings)
+            healed[name] = findings[""].healed
+        return cls(scan, head, maps, healed)
+
+    def with_ensemble(self, calibrations: Mapping[str, Calibration], members: Sequence[str]) -> Mapped:
+        """The same with the mean of some methods' maps, each in its units of healthy people."""
+        scaled = [calibrations[name].scaled(self.maps[name]) for name in members]
+        return replace(self, maps={**self.maps, ENSEMBLE: np.stack(scaled).mean(0, dtype=np.float32)})
+
+
+def members_of(settings: config.Anomaly) -> list[str]:
+    """Whose maps are averaged: all methods, and maps without a model that know where the head is."""
+    return [*(name for name in conspicuity.BASELINES if name not in conspicuity.PLAIN), *settings.methods]
+
+
+def calibrated(
+    healthy: Sequence[Mapped], subjects: Sequence[str], settings: config.Anomaly
+) -> tuple[dict[str, Calibration], list[str]]:
+    """The calibration of every map, and of the ensemble, from healthy scans; and who is in the ensemble.
+
+    Raises
+    ------
+    UserError
+        There are too few people.
+    """
+    check_people(len(set(subjects)), settings)
+    heads, members = [one.head for one in healthy], members_of(settings)
+
+    def of(name: str, scans: Sequence[Mapped]) -> Calibration:
+        return Calibration.of([one.maps[name] for one in scans], heads, subjects, settings)
+
+    found = {name: of(name, healthy) for name in healthy[0].maps}
+    found[ENSEMBLE] = of(ENSEMBLE, [one.with_ensemble(found, members) for one in healthy])
+    return found, members

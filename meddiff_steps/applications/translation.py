@@ -1,0 +1,103 @@
+"""Another contrast of a scan, drawn by a diffusion from the contrasts that there are (Palette, Saharia et al. 2022).
+
+Beside it stand what needs no network, copies and a linear regression on patches, and the same network trained without
+noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from meddiff_steps.applications.image_to_image import Drawer
+from meddiff_steps.imaging.pairs import Pairs
+
+ENTRY = {
+    "order": 10,
+    "summary": "A missing contrast of a scan, drawn from those that there are, with a map of how unsure it is",
+    "source": "Saharia et al. 2022 (Palette)",
+    "needs": ["training scans with both contrasts"],
+}
+
+#: Side of the patches of the linear regression, voxels of a training scan that it is fitted to, and the ridge, in mean
+#: squares of a column.
+PATCH, PATCH_VOXELS, RIDGE = 5, 2000, 1e-3
+
+
+@dataclass(frozen=True)
+class PatchRegression:
+    """Each voxel of the target as a linear function of the patches of all sources about it, within the head.
+
+    Attributes
+    ----------
+    weights
+        (patch voxels of all sources + 1, targets).
+    """
+
+    weights: np.ndarray
+
+    @classmethod
+    def of(cls, pairs: Pairs, rows: Sequence[int] | np.ndarray, generator: np.random.Generator) -> Self:
+        """Fitted by least squares to voxels of training scans, `PATCH_VOXELS` of each."""
+        products = moments = 0.0
+        for row in rows:
+            sources, truth = pairs.sources([row])[0], pairs.truths([row])[0]
+            inside = np.flatnonzero(head(sources))
+            if not len(inside):
+                continue
+            chosen = generator.choice(inside, min(PATCH_VOXELS, len(inside)), replace=False)
+            x = patches(sources).reshape(-1, sources[0].size)[:, chosen].T
+            x = np.concatenate([x, np.ones((len(x), 1))], 1).astype(np.float64)
+            y = truth.reshape(len(truth), -1)[:, chosen].T.astype(np.float64)
+            products, moments = products + x.T @ x, moments + x.T @ y
+        size = np.atleast_2d(products)
+        return cls(np.linalg.solve(size + RIDGE * np.diag(size).mean() * np.eye(len(size)), moments))
+
+    def __call__(self, sources: np.ndarray) -> np.ndarray:
+        """Of sources (s, *spatial), float32 (targets, *spatial) in [0, 1]; 0 outside of the head."""
+        x = patches(sources)
+        made = np.tensordot(self.weights[:-1].T, x, 1) + self.weights[-1].reshape(-1, *[1] * (sources.ndim - 1))
+        return (made.clip(0.0, 1.0) * head(sources)).astype(np.float32)
+
+
+def patches(sources: np.ndarray) -> np.ndarray:
+    """Sources (s, *spatial) moved to every place of a patch, (s * PATCH**d, *spatial); zeros beyond the edges."""
+    reach, spatial = PATCH // 2, sources.shape[1:]
+    padded = np.pad(sources, [(0, 0)] + [(reach, reach)] * len(spatial))
+    moved = [
+        padded[(slice(None), *(slice(a, a + n) for a, n in zip(place, spatial, strict=True)))]
+        for place in np.ndindex(*[PATCH] * len(spatial))
+    ]
+    return np.concatenate(moved)
+
+
+def head(sources: np.ndarray) -> np.ndarray:
+    """Where any source (s, *spatial) shows anything, bool (*spatial)."""
+    return np.asarray((sources > 0).any(0))
+
+
+def translated(drawer: Drawer, row: int, scan_id: str) -> dict[str, np.ndarray]:
+    """What the networks make of a scan, by way, float32 (draws, targets, *spatial) in [0, 1].
+
+    `regression` minimises the squared error; `draws` are single draws, each an image as the target is;
+    `mean_of_draws` is their mean.
+    """
+    drawn = drawer.pairs.decoded(drawer.draws(row, scan_id))
+    return {
+        "regression": drawer.pairs.decoded(drawer.guess(row)[None]),
+        "draws": drawn,
+        "mean_of_draws": drawn.mean(0, keepdims=True),
+    }
+
+
+def without_a_network(pairs: Pairs, regression: PatchRegression, row: int) -> dict[str, np.ndarray]:
+    """What needs no network, by way, as of `translated`: each source as it is, and the regression on patches."""
+    sources = pairs.sources([row])[0]
+    copies = {
+        f"copy_of_{name}": np.repeat(sources[i][None, None], pairs.channels, axis=1)
+        for i, name in enumerate(pairs.source)
+    }
+    return {**copies, "patches": regression(sources)[None]}

@@ -1,0 +1,51 @@
+"""Step `translation_model`: networks that draw another contrast, a diffusion and the same one without noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from meddiff_steps.cohort.manifest import read_manifest, rows_by_split
+from meddiff_steps.compute.device import make_fabric
+from meddiff_steps.config import load_stage
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.imaging.pairs import Pairs
+from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.steps import options
+from meddiff_steps.training.checkpoints import state_key
+from meddiff_steps.training.image_to_image import Network, rows_to_train_on, train, with_noise_and_without
+
+
+def run(
+    config: options.Config,
+    manifest: options.Manifest,
+    images: options.Images,
+    out: Annotated[Path, typer.Option(help="folder to write: weights and cards of all, training curves")],
+    state: options.State,
+    lesion: Annotated[
+        Path | None, typer.Option(help="folder to write, where `translation.lesion` is set: what finds lesions")
+    ] = None,
+    threads: options.Threads = 1,
+) -> None:
+    """Train a diffusion that draws another contrast, the same network without noise for as many steps, and one that
+    finds lesions in that contrast, where the study names them.
+    """
+    study = load_stage(config, "translation_model")
+    settings, key = study.translation, "translation"
+    shards = Shards(images)
+    rows = rows_to_train_on(rows_by_split(read_manifest(manifest), shards.column("scan_id")), key)
+    pairs = Pairs.of(shards, settings.source, settings.target, rows[0], key)
+    if pairs.kind != "contrast":
+        raise UserError(
+            f"{key}.target: {settings.target[0]} is of kind {pairs.kind}, expected a contrast. Mark structures with"
+            " `segmentation` (section `segmentation_ensemble`)."
+        )
+    networks = with_noise_and_without(pairs, out)
+    if settings.lesion is not None and lesion is not None:
+        seen = Pairs.of(shards, settings.target, [settings.lesion], rows[0], f"{key}.lesion")
+        networks.append(Network("lesion", "regression", seen, lesion))
+    fabric = make_fabric(study.compute, threads, study.compute.devices)
+    found = state / state_key("translation_model", config, [manifest, *images])
+    train(networks, settings, study.variants, study.compute, rows, f"{study.seed}/translation", fabric, found)

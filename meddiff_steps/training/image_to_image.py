@@ -1,0 +1,122 @@
+"""A diffusion that draws an image from images, and the same network without noise: trained and written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from meddiff_steps import config
+from meddiff_steps.compute.compilation import speed_up
+from meddiff_steps.compute.device import resolve
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import atomic_path
+from meddiff_steps.core.folders import NETWORK, OF_IMAGE_TO_IMAGE
+from meddiff_steps.imaging.pairs import Pairs
+from meddiff_steps.models.image_to_image import card_of
+from meddiff_steps.models.weights import save_model
+from meddiff_steps.training.loop import fit
+from meddiff_steps.training.tasks.image_to_image import ImageToImageTask, Way
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is to be trained.
+
+    Attributes
+    ----------
+    name
+        For its random numbers, its curve and its state.
+    way
+        With noise or without.
+    pairs
+        What it learns.
+    folder, files
+        Where weights and card are written.
+    """
+
+    name: str
+    way: Way
+    pairs: Pairs
+    folder: Path
+    files: tuple[str, str] = NETWORK
+
+
+def with_noise_and_without(pairs: Pairs, folder: Path) -> list[Network]:
+    """The two of an application, with their files in one folder."""
+    return [
+        Network("diffusion", "diffusion", pairs, folder, OF_IMAGE_TO_IMAGE["diffusion"]),
+        Network("regression", "regression", pairs, folder, OF_IMAGE_TO_IMAGE["regression"]),
+    ]
+
+
+def rows_to_train_on(rows: Mapping[str, Sequence[int] | np.ndarray], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of train and val scans; `key` is the study's section.
+
+    Raises
+    ------
+    UserError
+        There is nothing to train on.
+    """
+    if not len(rows["train"]):
+        raise UserError(f"{key}: no preprocessed scan is in the train split. Enlarge splits.train.")
+    return np.asarray(rows["train"]), np.asarray(rows["val"])
+
+
+def train(
+    networks: Sequence[Network],
+    settings: config.ImageToImage,
+    variants: config.Variants,
+    compute: config.Compute,
+    rows: tuple[np.ndarray, np.ndarray],
+    root: str,
+    fabric: Fabric,
+    state: Path,
+) -> None:
+    """Train networks one after the other and write them, each resuming from its own folder below `state`.
+
+    Parameters
+    ----------
+    networks
+        In the order in which they are trained; the curves of all lie in the folder of the first.
+    settings
+        Of all of them, so that their trainings cost the same.
+    rows
+        Of train and val scans.
+    root
+        The study's seed, and what they are for.
+    """
+    curves = []
+    for network in networks:
+        name, pairs = network.name, network.pairs
+        task = ImageToImageTask(network.way, settings, variants, pairs, *rows, f"{root}/{name}", fabric)
+        compiled = speed_up(task.costly, compute, fabric, training=True)
+        curve = fit(task, settings.optimiser, fabric, state / name, f"{root.rpartition('/')[2]}: {name}")
+        curves.append(curve.assign(network=name))
+        if not fabric.is_global_zero:
+            continue
+        validation = curve[curve["metric"] == "val/loss"]["value"]
+        facts = {
+            **card_of(settings, pairs.shards.shape("image")[1:], len(pairs.source), pairs.channels),
+            **{"way": network.way, "source": list(pairs.source), "target": list(pairs.target)},
+            **{
+                "kind": pairs.kind,
+                "labels": list(pairs.labels),
+                "optimiser": settings.optimiser.model_dump(mode="json"),
+            },
+            "precision": resolve(compute)[1],
+            "scans": {"train": len(rows[0]), "val": len(rows[1])},
+            "validation_loss": float(validation.iloc[-1]) if len(validation) else None,
+            **({"compiled": True} if compiled else {}),
+        }
+        save_model(task.modules["average"], network.folder, facts, *network.files)
+    if fabric.is_global_zero:
+        with atomic_path(networks[0].folder / "history.parquet") as path:
+            pd.concat(curves, ignore_index=True).to_parquet(path, index=False)

@@ -1,0 +1,154 @@
+"""Training of a network that draws an image from other images of the same scan, with noise or without."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from monai.losses import DiceLoss
+from torch import Tensor, nn
+from torch.nn import functional
+
+from meddiff_steps import config
+from meddiff_steps.compute.device import to_channels_last, to_device
+from meddiff_steps.compute.micro_batch import MicroBatch
+from meddiff_steps.core.random_streams import step_generator
+from meddiff_steps.imaging.pairs import Pairs
+from meddiff_steps.imaging.variants import draw_variant
+from meddiff_steps.models.image_to_image import ImageToImage
+from meddiff_steps.training.loop import batch_rows, clip_gradients, rank_share
+from meddiff_steps.training.optimisers import set_up
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+#: Held-out scans that a validation looks at, and training scans that the mean and the spread of targets are taken of.
+VALIDATION_SCANS, MEASURED_SCANS = 64, 256
+
+#: With noise: a diffusion.  Without: a regression, of contrasts by their squared error, of masks by cross-entropy and
+#: Dice.
+Way = Literal["diffusion", "regression"]
+
+
+class ImageToImageTask:
+    """Denoising of targets given sources (Saharia et al. 2022), or, of the same network, regression of targets.
+
+    Where several readers marked a scan, each look at it has the marks of one of them, at random: what is learnt is how
+    readers mark.
+
+    Parameters
+    ----------
+    settings, variants
+        The study's section, and `variants`: mirrored and shifted scans; grey values stay, masks have none.
+    pairs
+        Of the cohort.
+    train_rows, val_rows
+        Rows of `pairs.shards`.
+    root
+        The study's seed, and what the network is for.
+    """
+
+    def __init__(
+        self,
+        way: Way,
+        settings: config.ImageToImage,
+        variants: config.Variants,
+        pairs: Pairs,
+        train_rows: Sequence[int] | np.ndarray,
+        val_rows: Sequence[int] | np.ndarray,
+        root: str,
+        fabric: Fabric,
+    ) -> None:
+        self.way, self.settings, self.pairs, self.fabric = way, settings, pairs, fabric
+        self.variants = variants.model_copy(update={"max_contrast": 0.0})
+        self.micro, self.root = MicroBatch(fabric), root
+        self.train_rows, self.val_rows = np.asarray(train_rows), np.asarray(val_rows)[:VALIDATION_SCANS]
+        shape = pairs.shards.shape("image")[1:]
+        torch.manual_seed(int(step_generator(root, "weights", 0).integers(2**31)))
+        self.model = model = ImageToImage(settings, shape, len(pairs.source), pairs.channels)
+        self._standardise()
+        to_channels_last(model, len(shape))
+        average = copy.deepcopy(model).requires_grad_(False).eval()
+        self.net, self.optimisers = set_up(model, settings.optimiser, fabric)
+        self.modules: dict[str, nn.Module] = {"model": model, "average": fabric.to_device(average)}
+        #: What `compilation.speed_up` may compile.
+        self.costly = list(model.costly)
+        self.dice = DiceLoss(sigmoid=pairs.kind == "mask", softmax=pairs.kind == "labels", batch=True)
+
+    def _standardise(self) -> None:
+        """Mean of targets at every place, and one spread about it, as the network keeps them."""
+        rows = self.train_rows[:: max(1, len(self.train_rows) // MEASURED_SCANS)][:MEASURED_SCANS]
+        blocks = []
+        for row in rows:
+            truths = self.pairs.truths([row])
+            each = np.swapaxes(truths, 0, 1) if self.pairs.readers > 1 else truths
+            blocks.append(self.model.in_blocks(torch.from_numpy(self.pairs.encoded(each))).mean(0))
+        found = torch.stack(blocks)
+        self.model.offset.copy_(found.mean(0, keepdim=True))
+        self.model.scale.copy_((found - found.mean(0)).square().mean().sqrt().clamp_min(1e-6))
+
+    def _batch(self, rows: np.ndarray, generator: np.random.Generator, *, varied: bool) -> tuple[np.ndarray, ...]:
+        """Sources (b, s, *spatial), targets (b, c, *spatial), noise (b, ., *blocks) and timesteps (b,) of rows."""
+        truths = self.pairs.truths(rows)
+        reader = generator.integers(self.pairs.readers, size=len(rows))
+        if self.pairs.readers > 1:
+            truths = truths[np.arange(len(rows)), reader][:, None]
+        sources, spatial_dims = self.pairs.sources(rows), truths.ndim - 2
+        changes = [draw_variant(self.variants, spatial_dims, generator) for _ in rows]
+        if varied:
+            sources = np.stack([change(image) for change, image in zip(changes, sources, strict=True)])
+            truths = np.stack([change(image) for change, image in zip(changes, truths, strict=True)])
+        uniform = (generator.permutation(len(rows)) + generator.random(len(rows))) / len(rows)
+        levels = self.settings.levels
+        timesteps = self.model.process.training_timesteps(uniform, levels.mean, levels.deviation)
+        noise = generator.standard_normal((len(rows), *self.model.blocks_shape), dtype=np.float32)
+        return sources, self.pairs.encoded(truths), noise, timesteps
+
+    def train_step(self, step: int) -> dict[str, Tensor]:
+        size, fabric = self.settings.optimiser.batch_size, self.fabric
+        rows = self.train_rows[batch_rows(self.root, step, size, len(self.train_rows))]
+        drawn = self._batch(rows, step_generator(self.root, "batch/0", step), varied=True)
+        mine = [to_device(rank_share(one, fabric), fabric) for one in drawn]
+
+        def losses(part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+            loss = self._loss(self.net, *(given[part] for given in mine))
+            return loss, {"train/loss": loss}
+
+        found = self.micro.gradients(self.net, len(mine[0]), losses)
+        clip_gradients(self.net, self.settings.optimiser, step, fabric)
+        for optimiser in self.optimisers.values():
+            optimiser.step()
+        return found
+
+    def _loss(self, net: nn.Module, sources: Tensor, targets: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        if self.way == "regression":
+            guess = net(sources)
+            if self.pairs.kind == "contrast":
+                return (guess - targets).square().mean()
+            shares = (targets + 1.0) / 2.0
+            if self.pairs.kind == "mask":
+                entropy = functional.binary_cross_entropy_with_logits(guess, shares)
+            else:
+                entropy = functional.cross_entropy(guess, shares.argmax(1))
+            return entropy + self.dice(guess, shares)
+        model = self.model
+        clean = model.standardisation(model.in_blocks(targets))
+        noisy = model.process.add_noise(clean, noise, timesteps)
+        error = net(sources, noisy, timesteps) - model.process.target(clean, noise, timesteps)
+        # In units of what the network gives: every level weighs the same at the start (Karras et al. 2022, table 1)
+        return (error / model.gain(timesteps, error.ndim)).square().mean()
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Loss of the averaged weights on held-out scans as they are, always with the same noise."""
+        losses, size = [], 16
+        for start in range(0, len(self.val_rows), size):
+            rows = self.val_rows[start : start + size]
+            drawn = self._batch(rows, step_generator(self.root, "validation", start), varied=False)
+            with self.fabric.autocast():
+                loss = self._loss(self.modules["average"], *(to_device(one, self.fabric) for one in drawn))
+            losses.append((float(loss), len(rows)))
+        return {"val/loss": sum(loss * n for loss, n in losses) / len(self.val_rows)} if losses else {}

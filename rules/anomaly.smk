@@ -1,0 +1,38 @@
+# snakemake anomaly --config 'anomaly={methods: [gaussian_noise]}': maps of what is unusual in scans, as a BIDS
+# derivative (docs/applications/anomaly.md).
+
+
+rule anomaly:
+    input:
+        manifest=manifest_of_scans_to_map,
+        qc=QC,
+        images=COHORT_IMAGES,
+        autoencoder=AUTOENCODER,
+        diffusion=DIFFUSION,
+        latents=expand(LATENTS, shard=COHORT_SHARDS) if STUDY.anomaly.need("latents of the cohort") else [],
+        scale=LATENT_SCALE if STUDY.anomaly.need("latents of the cohort") else [],
+    output:
+        out=[
+            f"{RESULTS}/anomaly/{name}"
+            for name in ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png")
+        ],
+    log:
+        f"{RESULTS}/logs/anomaly.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/anomaly.tsv"
+    conda:
+        "../envs/meddiff.yaml"
+    threads: 8
+    resources:
+        # Maps of every method, of all scans and of those that thresholds come from.
+        mem_mb=memory(
+            4000, 4 * (4 + len(STUDY.anomaly.methods)), STUDY.anomaly.most_scans + STUDY.anomaly.most_calibration_scans
+        ),
+        runtime=minutes(240),
+        gpu=min(GPUS, 1),
+    params:
+        **run_step("anomaly"),
+    message:
+        "Mapping what is unusual in scans"
+    shell:
+        STEP_WITH_THREADS

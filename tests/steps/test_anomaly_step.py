@@ -1,0 +1,172 @@
+"""The step `anomaly` on colour pictures with masks, from the table to the derivative, with an untrained model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from meddiff_steps.cohort.covariates import CovariateEncoding
+from meddiff_steps.cohort.manifest import read_manifest
+from meddiff_steps.config import freeze, parse_study
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.imaging.places import ball
+from meddiff_steps.models.first_stage.base import build, latent_shape
+from meddiff_steps.models.trained import DenoiserCard, save_denoiser, save_image_network
+from meddiff_steps.steps import anomaly, cohort, preprocess, quality
+
+SIDE, PEOPLE = 32, 24
+
+
+def study(folder: Path, **section: Any) -> dict[str, Any]:
+    return {
+        "study": "x",
+        "seed": "x",
+        "cohort": {
+            "source": "table",
+            "table": str(folder / "scans.csv"),
+            "path_column": "image",
+            "subject_column": "person",
+        },
+        "covariates": {"lesion": {"levels": ["0", "1"]}, "level": {"unit": "", "range": [0, 1]}},
+        "splits": {"train": 0.3, "val": 0.2, "calibration": 0.25, "test": 0.25},
+        "preprocess": {"shape": [16, 16], "spacing_mm": None, "colour": "green", "shards": 1},
+        "autoencoder": {"channels": [8, 8], "latent_channels": 4},
+        "diffusion": {"channels": [8], "num_res_blocks": 1},
+        "decoder": {"network": None},
+        "plan": [{"name": "syn", "subjects": 2}],
+        "evaluate": {"bootstrap": 100},
+        "compute": {"device": "cpu", "precision": "32-true"},
+        "release": {"suffix": "FLAIR"},
+        "anomaly": {
+            "methods": ["gaussian_noise", "classifier_free", "healing"],
+            "healthy": {"lesion": "0"},
+            "masks": str(folder / "masks/{scan_id}.png"),
+            "look_for": "bright",
+            "num_inference_steps": 3,
+            "samples": 1,
+            "subject_false_positive_rate": 0.5,
+            **section,
+        },
+    }
+
+
+class Files:
+    """Pictures whose green channel has a lesion on every second of a person's, masks, and a model nobody trained."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, rng, rows = folder, np.random.default_rng(0), []
+        head, spot = ball((SIDE, SIDE), (15.5, 15.5), (12, 12)), ball((SIDE, SIDE), (12, 19), (3, 3))
+        for name in ("images", "masks"):
+            (folder / name).mkdir()
+        for person in range(PEOPLE):
+            for ill in (0, 1):
+                grey = np.where(head, 110 + 8 * rng.standard_normal(head.shape), 0) + 100 * ill * spot
+                colours = np.stack([rng.integers(0, 255, head.shape), grey, 255 * head], -1)
+                name = f"p{person:02d}x{ill}.png"
+                Image.fromarray(colours.clip(0, 255).astype(np.uint8)).save(folder / "images" / name)
+                Image.fromarray((255 * ill * spot).astype(np.uint8)).save(folder / "masks" / name)
+                rows.append({"image": f"images/{name}", "person": f"p{person:02d}", "lesion": ill, "level": 0.1 * ill})
+        pd.DataFrame(rows).to_csv(folder / "scans.csv", index=False)
+        made = self.study()
+        self.manifest, self.images, self.qc = folder / "manifest.parquet", folder / "s.arrow", folder / "qc.parquet"
+        cohort.run(self.frozen(made, "cohort"), self.manifest, folder / "card.json")
+        preprocess.run(self.frozen(made, "preprocess"), self.manifest, 0, self.images, folder / "qc0.parquet")
+        quality.run(self.frozen(made, "quality"), [folder / "qc0.parquet"], self.qc)
+        torch.manual_seed(0)
+        shape = latent_shape(made.autoencoder, (1, 16, 16))
+        settings = {"settings": made.autoencoder.model_dump(mode="json"), "latent_shape": list(shape)}
+        save_image_network(build(made.autoencoder, 2), folder / "autoencoder", (1, 16, 16), settings)
+        encoding = CovariateEncoding.fit(read_manifest(self.manifest, made.covariates), made.covariates)
+        card = DenoiserCard(made.diffusion, shape, encoding, 5)
+        save_denoiser(card.build(), card, folder / "diffusion", {})
+
+    def study(self, **section: Any) -> Any:
+        return parse_study(study(self.folder, **section), "test")
+
+    def frozen(self, made: Any, stage: str) -> Path:
+        return freeze(made, stage, self.folder / "frozen")
+
+    def run(self, out: str, **section: Any) -> Path:
+        f, config = self.folder, self.frozen(self.study(**section), "anomaly")
+        anomaly.run(config, self.manifest, self.qc, [self.images], f / "autoencoder", f / "diffusion", f / out)
+        return f / out
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return Files(tmp_path_factory.mktemp("anomaly"))
+
+
+def test_lesions_are_found_and_everything_is_written(files: Files) -> None:
+    out = files.run("out")
+    found = json.loads((out / "figures.json").read_text())
+    methods = {entry["method"]: entry for entry in found["methods"]}
+    assert list(methods) == [
+        *("z_score", "asymmetry", "intensity", "gaussian_noise", "gaussian_noise_0.3", "gaussian_noise_0.5"),
+        *("classifier_free", "healing", "ensemble"),
+    ]
+    manifest = pd.read_parquet(files.manifest).set_index("scan_id")
+    test = manifest[manifest["split"] == "test"]
+    assert found["scans"] == sorted(test.index)
+    assert set(found["calibration_scans"]) == set(
+        manifest[(manifest["split"] == "calibration") & (manifest["lesion"] == "0")].index
+    )
+    z_score = methods["z_score"]
+    assert z_score["average_precision"]["value"] > 0.9 and z_score["scan_auroc"]["value"] == 1.0
+    assert z_score["sensitivity"]["value"] == 1.0 and z_score["recall"][0]["found"]["value"] == 1.0
+    assert z_score["false_share"]["value"] < 0.05 and z_score["best_dice"]["value"] > 0.7
+    assert "gain" not in z_score and methods["ensemble"]["gain"]["n"] == test["subject_id"].nunique()
+    assert methods["intensity"]["average_precision"]["value"] > 0.5, "the green channel alone shows the lesion"
+    rows = pd.read_parquet(out / "measurements.parquet")
+    assert len(rows) == len(methods) * len(test)
+    assert (rows[rows["method"] == "z_score"].set_index("scan_id")["lesion_voxels"] > 0).equals(test["lesion"] == "1")
+    for scan in test.index:
+        place = out / f"sub-{scan}/anat"
+        pictures = {p.name.split("desc-")[1].split("_")[0]: np.asarray(Image.open(p)) for p in place.glob("*.png")}
+        assert set(pictures) == {"anomaly", "anomalyMask", "healed"}
+        assert all(picture.shape == (SIDE, SIDE) for picture in pictures.values()), "on the scan's own grid"
+        facts = json.loads(next(place.glob("*desc-anomaly_*.json")).read_text())
+        assert facts["Threshold"] == methods["ensemble"]["calibration"]["threshold"]
+        marked = pictures["anomaly"] / 255 * (facts["GreyValueOf255"] - facts["GreyValueOf0"]) + facts["GreyValueOf0"]
+        assert ((marked > facts["Threshold"] + 0.1) <= (pictures["anomalyMask"] > 0)).all()
+    assert (out / "contact-sheet.png").stat().st_size > 10_000 and (out / "dataset_description.json").is_file()
+    again = files.run("again", healthy={"lesion": 0})  # a level that is written as a number is the same
+    assert json.loads((again / "figures.json").read_text())["methods"] == found["methods"]
+
+
+def test_without_masks_there_are_maps_and_scores_alone(files: Files) -> None:
+    out = files.run("blind", masks=None, methods=["gaussian_noise"], most_scans=2)
+    found = json.loads((out / "figures.json").read_text())
+    assert all(set(entry) == {"method", "calibration"} for entry in found["methods"])
+    rows = pd.read_parquet(out / "measurements.parquet")
+    assert {"score", "flagged", "marked_share"} <= set(rows) and not {"dice", "lesion_voxels"} & set(rows)
+    assert len(list(out.glob("sub-*/anat/*_desc-anomaly_FLAIR.png"))) == 2
+
+
+def test_lesions_that_are_put_in_are_the_truth(files: Files) -> None:
+    lesions = {"diameter_mm": 5, "contrast": 0.4}
+    out = files.run("inserted", masks=None, lesions=lesions, methods=["gaussian_noise"], depths=[0.3], most_scans=4)
+    rows = pd.read_parquet(out / "measurements.parquet").query("method == 'z_score'")
+    assert list(rows["lesion_voxels"] > 0) == [True, False, True, False]
+    assert rows["lesion_voxels"].max() <= 4 * np.pi * 3.5**2, "on the scan's grid a voxel of the study's is four"
+    assert len(json.loads((out / "figures.json").read_text())["methods"]) == 5
+
+
+def test_masks_that_do_not_fit_and_too_few_healthy_people_are_refused(files: Files, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no such file|missing"):
+        files.run("bad", masks=str(tmp_path / "{scan_id}.png"))
+    for path in (files.folder / "masks").glob("*.png"):
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / path.name)
+    with pytest.raises(UserError, match=r"a mask of 8x8 voxels, expected 32x32, as p\d\dx\d has \(anomaly.masks\)"):
+        files.run("bad", masks=str(tmp_path / "{scan_id}.png"))
+    with pytest.raises(UserError, match=r"0.01 needs healthy scans of 99 people in the calibration split, found \d"):
+        files.run("bad", subject_false_positive_rate=0.01)
+    with pytest.raises(UserError, match=r"anomaly.scans: 'nobody' is no preprocessed scan"):
+        files.run("bad", scans=["nobody"])

@@ -1,0 +1,130 @@
+"""Networks that draw images from images: what they learn, that a resumed training is an undisturbed one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from meddiff_steps import config
+from meddiff_steps.compute.device import make_fabric
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.imaging.pairs import Pairs
+from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
+from meddiff_steps.models.image_to_image import load_image_to_image
+from meddiff_steps.training.image_to_image import rows_to_train_on, train, with_noise_and_without
+from meddiff_steps.training.loop import fit
+from meddiff_steps.training.tasks.image_to_image import ImageToImageTask, Way
+
+SHAPE = (1, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def fabric() -> Any:
+    return make_fabric(config.Compute(device="cpu", precision="32-true"), threads=1)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    """A spot somewhere; readers mark it, one of them never anything; the other contrast is dark where it is."""
+    path = tmp_path_factory.mktemp("pairs") / "shard.arrow"
+    columns = {"scan_id": pa.string(), "image": TensorColumn("float16", SHAPE)}
+    columns |= {name: TensorColumn("uint8", SHAPE, "mask") for name in ("first", "second")}
+    columns |= {"other": TensorColumn("float16", SHAPE, "contrast"), "parts": TensorColumn("int16", SHAPE, "labels")}
+    rng = np.random.default_rng(0)
+    with ShardWriter(path, columns) as shard:
+        for i in range(12):
+            mask = np.zeros(SHAPE)
+            row, column = rng.integers(0, 6, 2)
+            mask[0, row : row + 3, column : column + 3] = 1
+            image = 0.2 + 0.6 * mask
+            shard.append(scan_id=str(i), image=image, first=mask, second=0 * mask, other=1 - image, parts=5 * mask)
+    return Shards([path])
+
+
+def task(way: Way, shards: Shards, target: list[str], fabric: Any, **changes: Any) -> ImageToImageTask:
+    optimiser = {"steps": 6, "batch_size": 4, "warmup_steps": 2, "checkpoint_every": 3, "validate_every": 3}
+    optimiser |= changes.pop("optimiser", {})
+    settings = config.ImageToImage(
+        **{"target": target, "block": 2, "channels": [16], "num_res_blocks": 1, "optimiser": optimiser, **changes}
+    )
+    pairs = Pairs.of(shards, ["image"], target, range(10), "x")
+    return ImageToImageTask(
+        way, settings, config.Variants(flip=True, max_shift_voxels=1), pairs, range(10), range(10, 12), "x", fabric
+    )
+
+
+@pytest.mark.parametrize("target", [["other"], ["first"], ["parts"]])
+@pytest.mark.parametrize("way", ["diffusion", "regression"])
+def test_the_held_out_loss_falls(way: Way, target: list[str], shards: Shards, fabric: Any, tmp_path: Path) -> None:
+    made = task(way, shards, target, fabric, optimiser={"steps": 40, "validate_every": 40})
+    curve = fit(made, made.settings.optimiser, fabric, tmp_path, "x")
+    losses = curve[curve["metric"] == "val/loss"]["value"].tolist()
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_regression_finds_what_is_marked(shards: Shards, fabric: Any, tmp_path: Path) -> None:
+    made = task("regression", shards, ["first"], fabric, optimiser={"steps": 80})
+    fit(made, made.settings.optimiser, fabric, tmp_path, "x")
+    model: Any = made.modules["average"]
+    with torch.no_grad():
+        guess = model(torch.from_numpy(made.pairs.sources([10, 11]))).numpy()
+    assert (made.pairs.decoded(guess) == made.pairs.truths([10, 11])).mean() > 0.95
+
+
+def test_of_several_readers_one_is_looked_at_at_a_time(shards: Shards, fabric: Any) -> None:
+    made = task("diffusion", shards, ["first", "second"], fabric)
+    rng = np.random.default_rng(0)
+    marked = [(made._batch(np.arange(4), rng, varied=False)[1] > 0).any((1, 2, 3)) for _ in range(50)]
+    assert 0.35 < np.mean(marked) < 0.65
+    assert made.model.scale > 0 and float(made.model.offset[:, 0].mean()) > -2  # halves of one reader's, in Haar means
+
+
+@pytest.mark.parametrize("way", ["diffusion", "regression"])
+@pytest.mark.parametrize("network", ["resnet", "unet"])
+def test_a_resumed_training_is_an_undisturbed_one(
+    way: Way, network: str, shards: Shards, fabric: Any, tmp_path: Path
+) -> None:
+    changes = {"network": network, "channels": [32] if network == "unet" else [16]}
+    whole, begun, resumed = (task(way, shards, ["first"], fabric, **changes) for _ in range(3))
+    full = whole.settings.optimiser
+    curve = fit(whole, full, fabric, tmp_path / "whole", "x")
+    steps = begun.train_step
+
+    def killed(step: int) -> Any:
+        if step == 4:
+            raise KeyboardInterrupt
+        return steps(step)
+
+    begun.train_step = killed  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        fit(begun, full, fabric, tmp_path / "other", "x")
+    again = fit(resumed, full, fabric, tmp_path / "other", "x")
+    assert again.equals(curve)
+    for name, value in whole.modules["average"].state_dict().items():
+        assert torch.equal(value, resumed.modules["average"].state_dict()[name]), name
+
+
+def test_what_is_written_draws_as_what_was_trained(shards: Shards, fabric: Any, tmp_path: Path) -> None:
+    made = task("diffusion", shards, ["first"], fabric)
+    networks = with_noise_and_without(made.pairs, tmp_path)
+    rows = (np.arange(10), np.arange(10, 12))
+    settings, variants = made.settings, config.Variants()
+    train(networks, settings, variants, config.Compute(), rows, "x/segmentation", fabric, tmp_path / "state")
+    sources, noise = torch.from_numpy(made.pairs.sources([0])), torch.randn(1, *SHAPE)
+    drawn = []
+    for network in networks:
+        model, card = load_image_to_image(tmp_path, *network.files)
+        assert card["way"] == network.way and card["target"] == ["first"] and card["labels"] == [0, 1]
+        drawn.append(model.draw(sources, noise, 3))
+        assert model.guess(sources).shape == drawn[-1].shape == (1, *SHAPE)
+    assert not torch.equal(*drawn)
+
+
+def test_without_training_scans_nothing_is_begun() -> None:
+    with pytest.raises(UserError, match=r"translation: no preprocessed scan is in the train split"):
+        rows_to_train_on({"train": np.array([]), "val": np.array([1])}, "translation")
