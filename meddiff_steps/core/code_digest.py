@@ -6,7 +6,7 @@ passed on counts whole.
 
 Beside names
 - the variants that a frozen study chooses count where their registry is used; their `ENTRY` does not, for the study has
-  what it says of defaults;
+  what it says of defaults; a `Part` counts where it is used and the study has its section;
 - of `config` only the methods and properties of sections count, where something is so called behind a dot: all else
   reaches a step as values, through its frozen study;
 - a template counts where a text in code beside it names it.
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from meddiff_steps.core.errors import UserError
-from meddiff_steps.core.registry import ENTRY, Registry
+from meddiff_steps.core.registry import ENTRY, Part, Registry
 from meddiff_steps.core.sources import TOP, WHOLE, Item, Module, Sources, root_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,6 +154,11 @@ class Code(Sources):
     def _chosen(self, name: str, content: Mapping[str, Any]) -> Iterator[Item]:
         for registry in self._registries_at(name):
             yield from self._variants(registry, registry.chosen(content))
+        call = _call_of(self._of_registries().get(name, ()), "Part")
+        if call is not None:
+            part = Part(*map(ast.literal_eval, call.args))
+            if part.is_in(content):
+                yield (part.module, WHOLE)
 
     def _variants(self, registry: Registry, names: Iterable[str]) -> Iterator[Item]:
         """Definitions of some variants, but for their ENTRY."""
@@ -165,11 +170,16 @@ class Code(Sources):
     def _registries_at(self, name: str) -> list[Registry]:
         """The registry that a name of `core.registries` stands for; all of them for a list or a function there."""
         if self._known is None:
-            module = self.module(self._registries)
-            definitions = module.definitions if module else {}
-            made = {key: _call_of(nodes, "Registry") for key, nodes in definitions.items()}
+            made = {key: _call_of(nodes, "Registry") for key, nodes in self._of_registries().items()}
             self._known = {key: self._registry(call) for key, call in made.items() if call}
-        return [] if name == TOP else [self._known[name]] if name in self._known else list(self._known.values())
+        if name in self._known:
+            return [self._known[name]]
+        of_none = name == TOP or _call_of(self._of_registries().get(name, ()), "Part")
+        return [] if of_none else list(self._known.values())
+
+    def _of_registries(self) -> Mapping[str, Iterable[ast.AST]]:
+        module = self.module(self._registries)
+        return module.definitions if module else {}
 
     def _registry(self, call: ast.Call) -> Registry:
         given = dict(zip(("kind", "package", "keys"), call.args, strict=False))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from meddiff_steps.core.errors import UserError
-from meddiff_steps.core.registry import Registry
+from meddiff_steps.core.registry import Part, Registry
 
 SAMPLERS = Registry(
     "sampler",
@@ -70,6 +70,9 @@ APPLICATIONS = Registry(
     "meddiff_steps.applications",
     fields={"source": str, "needs": list},
 )
+
+#: Draws in training, so that without it a training would count the code of samplers.
+REHEARSAL = Part("diffusion.rare", "meddiff_steps.training.rehearsal")
 
 #: All of them, for whoever lists or checks them.
 REGISTRIES = (

@@ -60,9 +60,7 @@ class Registry:
         """Variants that a frozen study, or a stage's part of one, names; keys that it lacks name none."""
         named: set[str] = set()
         for key in self.keys:
-            value: Any = content
-            for part in key.split("."):
-                value = value.get(part, ()) if isinstance(value, Mapping) else ()
+            value = _value(content, key)
             named.update(self.names() if value is None else [value] if isinstance(value, str) else value)
         for name in sorted(named):
             self.entry(name)
@@ -130,11 +128,35 @@ def _entry_of(path: Path) -> dict[str, Any] | None:
     return None
 
 
+def _value(content: Mapping[str, Any], key: str) -> Any:
+    """What a study says at a key with dots; () where it lacks it."""
+    value: Any = content
+    for part in key.split("."):
+        value = value.get(part, ()) if isinstance(value, Mapping) else ()
+    return value
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return " ".join(text.replace("|", "\\|").split())
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module that is code of those studies alone that have a section; others import and count nothing of it."""
+
+    section: str  # of a study: "diffusion.rare"
+    module: str  # "meddiff_steps.training.rehearsal"
+
+    def load(self) -> ModuleType:
+        """The module, imported."""
+        return importlib.import_module(self.module)
+
+    def is_in(self, content: Mapping[str, Any]) -> bool:
+        """Whether a frozen study, or a stage's part of one, has the section."""
+        return bool(_value(content, self.section))
 
 
 @dataclass(frozen=True)

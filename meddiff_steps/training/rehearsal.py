@@ -15,6 +15,7 @@ from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.compute.device import to_device
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.random_streams import step_generator
+from meddiff_steps.core.registries import SAMPLERS
 from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.diffusion.sampling import sample
 from meddiff_steps.models.denoiser.base import Denoiser
@@ -99,6 +100,7 @@ class Rehearsal:
 
     @torch.no_grad()
     def _draw(self, base: Denoiser, fabric: Fabric) -> np.ndarray:
+        SAMPLERS.load("dpmpp")  # so that its code counts whatever the study's sampler is
         shape = self.data.shards.shape("mean")
         drawn = np.empty((len(self.known), *shape), np.float32)
 

@@ -270,6 +270,17 @@ def test_a_variant_that_code_loads_by_its_name_counts_whatever_the_study_chooses
     assert "toy.samplers.heun:sample" in found and "toy.samplers.ddim:sample" not in found
 
 
+def test_a_part_counts_where_the_study_has_its_section(toy):
+    (toy / "extra.py").write_text("SHARE = 0.5\n\n\ndef draw():\n    return SHARE\n")
+    edit(toy, "core/registries", "SAMPLERS =", 'EXTRA = Part("training.extra", "toy.extra")\nSAMPLERS =')
+    edit(toy, "steps/sample", "import SAMPLERS", "import EXTRA, SAMPLERS")
+    edit(toy, "steps/sample", "return SAMPLERS", "return EXTRA.load().draw() or SAMPLERS")
+    has, lacks = DDIM | {"training": {"extra": {"share": 1}}}, DDIM | {"training": {"extra": None}}
+    assert changed(toy, "extra", "0.5", "0.4", has) == {"sample"}
+    assert changed(toy, "extra", "0.4", "0.3", lacks) == set()
+    assert "toy.samplers.heun:sample" not in Code(toy, "toy").reached("sample", has), "no variant by it"
+
+
 def test_a_study_that_chooses_what_there_is_not_is_refused(toy):
     with pytest.raises(UserError, match="no sampler 'euler'"):
         Code(toy, "toy").digest("sample", {"generate": {"sampler": "euler"}})

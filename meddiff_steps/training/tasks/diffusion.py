@@ -14,6 +14,7 @@ from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.compute.device import adamw, channels_last, to_channels_last, to_device
 from meddiff_steps.compute.micro_batch import MicroBatch
 from meddiff_steps.core.random_streams import step_generator
+from meddiff_steps.core.registries import REHEARSAL
 from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.diffusion.schedules import NoiseProcess
 from meddiff_steps.models.blocks import silence
@@ -24,10 +25,11 @@ from meddiff_steps.training.adapting import Anchor, add_adapters, merged_state
 from meddiff_steps.training.latent_data import LatentData, drop, drop_tokens
 from meddiff_steps.training.loop import batch_rows, clip_gradients, rank_share
 from meddiff_steps.training.optimisers import set_up
-from meddiff_steps.training.rehearsal import Rehearsal
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+    from meddiff_steps.training.rehearsal import Rehearsal
 
 #: Held-out latents that a validation looks at.
 VALIDATION_LATENTS = 64
@@ -120,7 +122,7 @@ class DiffusionTask:
         self.modules: dict[str, nn.Module] = {"model": model, "average": fabric.to_device(average)}
         self.rehearsal: Rehearsal | None = None
         if settings.rare is not None:
-            self.rehearsal = Rehearsal(settings.rare, data, encoding, average, self.root, fabric)
+            self.rehearsal = REHEARSAL.load().Rehearsal(settings.rare, data, encoding, average, self.root, fabric)
         #: What `compilation.speed_up` may compile.
         self.costly = list(model.costly)
         self.level_losses: nn.Module | None = None
