@@ -220,51 +220,60 @@ class Division:
     """None where there are too few subjects for any."""
 
 
-#: The level at which the filter is meant to work, and what is left out of training for it at most.
-LEVEL, MOST_CALIBRATING = 0.05, 0.2
+#: The levels at which the filter is meant to work: the first where the cohort has subjects for it, else the second, for
+#: a subject learnt from is worth more than a candidate rejected in vain. What is left out of training for it at most.
+LEVELS, MOST_CALIBRATING = (0.05, 0.2), 0.2
 
 
 def division(subjects: Sequence[str], seed: str) -> Division:
-    """Splits in which the filter has the calibration subjects that it needs; where there are too few, a level for
-    those that there are.
+    """Splits in which the filter has the calibration subjects that it needs, and training all others; where there are
+    too few for any level of `LEVELS`, a level for those that there are.
 
     Raises
     ------
     UserError
         There are too few subjects for four splits.
     """
-    many, detectors = len(set(subjects)) >= 300, len(DETECTORS.names())
-    needed = subjects_needed(LEVEL, detectors)
-    best: tuple[tuple[bool, int, float], Splits, str, Counter[str]] | None = None
-    for attempt in ("", "-2", "-3", "-4", "-5"):
-        for percent in range(10, round(100 * MOST_CALIBRATING) + 1):
-            val, test = (0.05, 0.1) if many else (0.1, 0.15)
-            train = round(1 - val - test - percent / 100, 2)
-            shares = Splits(train=train, val=val, calibration=percent / 100, test=test)
-            try:
-                counts = Counter(assign_splits(subjects, [], shares, seed + attempt).values())
-            except UserError:
-                continue
-            # By chance a split of few subjects comes out far smaller than it should: the way in which none does.
-            fair = min(counts[name] / (share * len(set(subjects))) for name, share in shares.model_dump().items())
-            enough = counts["calibration"] >= needed
-            if best is None or (enough, percent, fair) > best[0]:
-                best = (enough, percent, fair), shares, seed + attempt, counts
-            if enough:
-                break
-        if best is not None and best[0][0]:
-            break
-    if best is None:
+    detectors = len(DETECTORS.names())
+    tried = [
+        (percent, *found)
+        for attempt in ("", "-2", "-3", "-4", "-5")
+        for percent in range(10, round(100 * MOST_CALIBRATING) + 1)
+        if (found := _divided(subjects, percent, seed + attempt)) is not None
+    ]
+    if not tried:
         raise UserError(
             f"{len(set(subjects))} subjects are too few: none of several ways to divide them into {', '.join(SPLITS)}"
             " leaves a subject in each. Add subjects."
         )
-    _, shares, chosen, counts = best
-    level: float | None = LEVEL
-    if counts["calibration"] < needed:
-        least = math.ceil(100 * detectors / (counts["calibration"] + 1) - 1e-9) / 100
-        level = least if least < 0.5 else None
-    return Division(shares, chosen, {name: counts[name] for name in SPLITS}, level)
+    for level in LEVELS:
+        enough = [way for way in tried if way[3]["calibration"] >= subjects_needed(level, detectors)]
+        if enough:
+            least = min(percent for percent, *_ in enough)
+            # By chance a split of few subjects comes out far smaller than it should: the way in which none does.
+            _, shares, chosen, counts = max((way for way in enough if way[0] == least), key=_fairness)
+            break
+    else:
+        _, shares, chosen, counts = max(tried, key=lambda way: (way[0], _fairness(way)))
+    least_level = max(LEVELS[0], math.ceil(100 * detectors / (counts["calibration"] + 1) - 1e-9) / 100)
+    return Division(shares, chosen, counts, least_level if least_level < 0.5 else None)
+
+
+def _divided(subjects: Sequence[str], percent: int, seed: str) -> tuple[Splits, str, dict[str, int]] | None:
+    """Splits with that share for calibration, and who comes where; None where a split stays empty."""
+    val, test = (0.05, 0.1) if len(set(subjects)) >= 300 else (0.1, 0.15)
+    shares = Splits(train=round(1 - val - test - percent / 100, 2), val=val, calibration=percent / 100, test=test)
+    try:
+        counts = Counter(assign_splits(subjects, [], shares, seed).values())
+    except UserError:
+        return None
+    return shares, seed, {name: counts[name] for name in SPLITS}
+
+
+def _fairness(way: tuple[int, Splits, str, dict[str, int]]) -> float:
+    """How small the split is, of what it should be, that is smallest by chance."""
+    _, shares, _, counts = way
+    return min(counts[name] / share for name, share in shares.model_dump().items())
 
 
 # ------------------------------------------------------------------------------------------------------ heads
