@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: env demo test test-slow docs bench bench-gpu scale check format lock clean
+.PHONY: help env demo test test-slow docs bench bench-gpu scale check format lock clean
 
 # The lock is complete, so pip need not resolve anything (--no-deps). torch comes first, with its own dependencies: a
 # CPU wheel that lies on the machine (PIP_FIND_LINKS) has none, the registry's brings CUDA.
@@ -32,12 +32,15 @@ $(VENV)/.ready-test: $(VENV)/.ready envs/requirements-test.lock
 
 env: $(VENV)/.ready
 
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
 # Jobs of one thread, two beside each other: for images and batches this small a second thread gains a tenth at most, and
 # half of many jobs is starting Python and loading libraries.
 ONE_THREAD := autoencoder=1 embedder=1 decoder=1 diffusion=1 latents=1 scale=1 tone=1 generate=1 calibrate=1 showcase=1 evaluate=1 privacy=1 downstream_data=1 downstream_train=1 downstream_test=1
 
 demo: $(VENV)/.ready
-	$(BIN)/snakemake --cores $(CORES) --set-threads $(ONE_THREAD) --rerun-incomplete --quiet rules
+	$(BIN)/meddiff run config/config.yaml --cores $(CORES) -- --set-threads $(ONE_THREAD) --rerun-incomplete
 	@echo
 	@echo "The demo is complete. Look at:"
 	@echo "  results/demo/report.html          real beside synthetic, measured figures"

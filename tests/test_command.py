@@ -11,7 +11,7 @@ import pytest
 from meddiff_steps import __version__
 from meddiff_steps.command.app import COMMANDS, EXAMPLES, STEPS, loaded, unknown
 from meddiff_steps.command.init import study_name
-from meddiff_steps.command.run import profile_folder, snakemake_command, split_targets, workflow_folder
+from meddiff_steps.command.run import check_targets, profile_folder, snakemake_command, split_targets, workflow_folder
 from meddiff_steps.config import load_study
 from meddiff_steps.core.errors import UserError
 
@@ -133,6 +133,12 @@ def test_a_package_without_the_workflow_says_what_to_do(monkeypatch, tmp_path):
 def test_what_follows_the_dashes_goes_to_snakemake():
     assert split_targets(["a", "b", "--config", "x=1"]) == (["a", "b"], ["--config", "x=1"])
     assert split_targets([]) == ([], [])
+
+
+def test_a_target_that_there_is_not_is_refused_with_the_one_that_was_meant():
+    check_targets(["all", "evaluate", "scan_pages", "results/x/report.html"], workflow_folder())
+    with pytest.raises(UserError, match="no target 'evaluat'. Did you mean 'evaluate'"):
+        check_targets(["evaluat"], workflow_folder())
 
 
 def test_run_says_what_is_wrong_with_a_study_before_snakemake_starts(tmp_path):

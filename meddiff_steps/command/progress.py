@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from meddiff_steps.core.files import write_atomic
 from meddiff_steps.operations.status import last_line, tail
 
 #: Characters of the bar.
@@ -52,12 +54,15 @@ class Progress:
         is made.
     clock
         Seconds.
+    jobs_file
+        Where it writes after every job how many are done and how many there are, for `meddiff status`.
     """
 
     stream: TextIO = sys.stderr
     quiet: bool = False
     expected: Mapping[str, float] = field(default_factory=dict)
     clock: Callable[[], float] = time.monotonic
+    jobs_file: Path | None = None
     done: int = 0
     total: int = 0
     failed: int = 0
@@ -110,6 +115,8 @@ class Progress:
             self.took.append((job.rule, self.clock() - job.since))
             self._line(f"done    {job.rule}: {job.what} ({duration(self.clock() - job.since)})")
         self._draw(force=True)
+        if self.jobs_file is not None:
+            write_atomic(self.jobs_file, json.dumps({"done": self.done, "of": self.total}).encode())
 
     def _progress(self, said: Mapping[str, Any]) -> None:
         self.done, self.total = said["done"], said["total"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -21,6 +23,7 @@ from meddiff_steps.config import SimulatedSource, Study, load_study
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import write_atomic
 from meddiff_steps.operations.machine import this_machine
+from meddiff_steps.operations.status import JOBS
 
 #: Seconds before hours are counted, which loads torch: who runs for less does not ask what is left.
 NOT_YET_S = 15.0
@@ -56,12 +59,16 @@ def run(
     """
     content = load_study(study)  # what is wrong with it is said at once
     wanted, extra = split_targets(targets or [])
+    check_targets(wanted, workflow_folder())
     command = snakemake_command(study, wanted, extra, cores, profile, dry_run)
     print(f"$ {shlex.join(command)}", file=sys.stderr, flush=True)
     if dry_run:
         done = started(["-m", *command])
     else:
-        shown = {"MEDDIFF_PROGRESS": "quiet" if quiet else "lines"}
+        shown = {
+            "MEDDIFF_PROGRESS": "quiet" if quiet else "lines",
+            "MEDDIFF_JOBS": str(Path(content.results, content.study, JOBS)),
+        }
         with TemporaryDirectory() as folder:
             counting = None
             if not quiet and (measured is not None or (profile is None and not this_machine().gpus)):
@@ -120,6 +127,29 @@ def split_targets(words: list[str]) -> tuple[list[str], list[str]]:
     """
     first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     return words[:first], words[first:]
+
+
+def check_targets(targets: list[str], workflow: Path) -> None:
+    """Refuse a word that is neither a rule of the workflow nor a file.
+
+    Raises
+    ------
+    UserError
+        With the rule that was meant.
+    """
+    rules = {
+        name
+        for path in (workflow / "Snakefile", *(workflow / "rules").glob("*.smk"))
+        for name in re.findall(r"^ *(?:use rule \w+ as|rule|checkpoint) (\w+)", path.read_text(encoding="utf-8"), re.M)
+    }
+    for target in targets:
+        if target.isidentifier() and target not in rules and not Path(target).exists():
+            near = difflib.get_close_matches(target, rules, 1)
+            raise UserError(
+                f"there is no target {target!r}."
+                + (f" Did you mean {near[0]!r}?" if near else "")
+                + " `meddiff run --help` names the usual ones; a file that the study makes is one, too."
+            )
 
 
 def snakemake_command(

@@ -26,6 +26,8 @@ from meddiff_steps.command.progress import Progress
 MODE, NEEDS = "MEDDIFF_PROGRESS", "MEDDIFF_NEEDS"
 #: File with hours of a job by rule (JSON), which is there as soon as they are known.
 EXPECTED = "MEDDIFF_EXPECTED"
+#: File for `meddiff status`: how many jobs of the run are done.
+JOBS = "MEDDIFF_JOBS"
 
 
 class LogHandler(LogHandlerBase):
@@ -41,7 +43,8 @@ class LogHandler(LogHandlerBase):
         self.mode = os.environ.get(MODE, "lines")
         self.needs: list[dict[str, Any]] = []
         self.expected = Path(os.environ[EXPECTED]) if EXPECTED in os.environ else None
-        self.progress = Progress(sys.stderr, quiet=self.mode == "quiet")
+        jobs = Path(os.environ[JOBS]) if JOBS in os.environ else None
+        self.progress = Progress(sys.stderr, quiet=self.mode == "quiet", jobs_file=jobs)
         self.ended = threading.Event()
         if self.mode == "lines":
             threading.Thread(target=self.tick, daemon=True).start()

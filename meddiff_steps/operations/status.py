@@ -34,6 +34,8 @@ TRAININGS = (
     *("segmentation_model", "translation_model", "registration/train", "shape_completion/train"),
     *("masks/autoencoder", "masks/diffusion"),
 )
+#: Below the results: how many jobs of the last `meddiff run` are done, and how many there are (JSON).
+JOBS = "logs/jobs.json"
 #: How a log ends whose step has given up; a step that was killed from outside says nothing.
 LAST_WORDS = re.compile(r"^(error: |Traceback |[\w.]+Error\b)|asked to stop \(SIGTERM\)", re.M)
 #: Bytes at the end of a log in which they are looked for.
@@ -111,6 +113,15 @@ def read_stages(results: Path, active: bool) -> list[Stage]:
     return list(stages.values())
 
 
+def jobs_of_run(results: Path) -> tuple[int, int] | None:
+    """Jobs of the last `meddiff run` that are done, and all; None where Snakemake was started by itself."""
+    try:
+        said = json.loads((results / JOBS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return said["done"], said["of"]
+
+
 def gpus_of(stage: str, study: Study) -> int:
     """GPUs of one job of a stage."""
     if study.compute.device == "cpu" or stage not in GPU_STAGES:
@@ -171,7 +182,9 @@ def last_line(log: Path) -> str:
     return lines[-1].strip() if lines else "(empty)"
 
 
-def table(stages: list[Stage], now: float, estimated: Mapping[str, float] | None = None) -> Iterator[str]:
+def table(
+    stages: list[Stage], now: float, estimated: Mapping[str, float] | None = None, *, without_gpu: bool = False
+) -> Iterator[str]:
     """A line per stage, and one per job that runs or has failed.
 
     Parameters
@@ -180,14 +193,15 @@ def table(stages: list[Stage], now: float, estimated: Mapping[str, float] | None
         Of `read_stages`, and the time.
     estimated
         Hours of all jobs of a stage, by name, for stages of which nothing is done yet.
+    without_gpu
+        Leave out the columns of GPU-hours.
     """
     estimated = estimated or {}
     width = max([len(stage.name) for stage in stages], default=5) + 2
+    widths = (6, 6, 9, 8, 9) if without_gpu else (6, 6, 9, 8, 9, 11, 10)
 
     def line(name: str, *cells: object) -> str:
-        return f"{name:<{width}}" + "".join(
-            f"{cell:>{n}}" for cell, n in zip(cells, (6, 6, 9, 8, 9, 11, 10), strict=True)
-        )
+        return f"{name:<{width}}" + "".join(f"{cell:>{n}}" for cell, n in zip(cells, widths, strict=False))
 
     yield line("stage", "done", "of", "running", "failed", "hours", "GPU-hours", "expected")
     expected = {stage.name: stage.expected_gpu_hours(estimated.get(stage.name)) for stage in stages}

@@ -10,7 +10,15 @@ import typer
 
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import holder
-from meddiff_steps.operations.status import Stage, gpus_of, newest_study, ran_without_gpu, read_stages, table
+from meddiff_steps.operations.status import (
+    Stage,
+    gpus_of,
+    jobs_of_run,
+    newest_study,
+    ran_without_gpu,
+    read_stages,
+    table,
+)
 
 
 def run(
@@ -39,9 +47,11 @@ def run(
         Stage(name, jobs, gpus=gpus_of(name, study)) for name, (jobs, _) in estimated.items() if name not in known
     ]
     print(f"{results}: {'a run works here, ' + worker if worker else 'no run works here'}")
-    if ran_without_gpu(results):
-        print("it ran without a GPU: GPU-hours are hours of the jobs that would have taken one")
-    print("\n".join(table(stages, time.time(), {name: hours for name, (_, hours) in estimated.items()})))
+    jobs = jobs_of_run(results)
+    if jobs is not None:
+        print(f"{jobs[0]} of {jobs[1]} jobs of the {'run' if worker else 'last run'} are done")
+    hours = {name: hours for name, (_, hours) in estimated.items()}
+    print("\n".join(table(stages, time.time(), hours, without_gpu=ran_without_gpu(results))))
 
 
 def estimated_hours(results: Path, measured: Path) -> dict[str, tuple[int, float]]:

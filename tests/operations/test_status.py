@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import pytest
 from tiny_study import STUDY
 
 from meddiff_steps import config
+from meddiff_steps.command.progress import Progress
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import hold
 from meddiff_steps.operations import status as progress
@@ -115,12 +117,23 @@ def test_stages_that_have_a_gpu_are_those_whose_rules_ask_for_one():
 @pytest.mark.parametrize("gpu", [None, "NVIDIA A100"])
 def test_hours_of_a_processor_are_not_taken_for_hours_of_a_gpu(results, gpu, capsys):
     run(results)
-    assert "without a GPU" not in capsys.readouterr().out, "before anything was trained nothing is known"
+    assert "GPU-hours" in capsys.readouterr().out, "before anything was trained nothing is known"
     record = results / "records/autoencoder/model.safetensors.json"
     record.parent.mkdir(parents=True)
     record.write_text(json.dumps({"environment": {"torch": {"version": "2.13.0"} | ({"gpu": gpu} if gpu else {})}}))
     run(results)
-    assert ("it ran without a GPU: GPU-hours are hours of the jobs" in capsys.readouterr().out) is (gpu is None)
+    assert ("GPU-hours" in capsys.readouterr().out) is (gpu is not None)
+
+
+def test_jobs_of_the_run_are_told_where_it_wrote_them(results, capsys):
+    run(results)
+    assert "jobs of the" not in capsys.readouterr().out
+    stream = Progress(io.StringIO(), jobs_file=results / progress.JOBS)
+    stream.happened("run_info", {"stats": {"cohort": 1, "diffusion": 2, "total": 3}})
+    stream.happened("job_info", {"rule_name": "cohort", "jobid": 1})
+    stream.happened("job_finished", {"job_id": 1})
+    run(results)
+    assert "1 of 3 jobs of the last run are done" in capsys.readouterr().out
 
 
 def test_a_folder_without_a_study_is_refused(tmp_path):
