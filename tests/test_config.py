@@ -73,6 +73,7 @@ def test_what_an_optimiser_leaves_out_keeps_the_default_of_its_network():
     [
         ("stduy", "x", "stduy: unknown key"),
         ("preprocess.spacng_mm", 2, "preprocess.spacng_mm: unknown key. Did you mean `spacing_mm`?"),
+        ("generate.sampler", "dpm++", "Did you mean `dpmpp`?"),
         ("cohort", {"root": "/data"}, "cohort: set `source` to bids, table or simulated"),
         ("covariates.sex", {}, "covariates.sex: give `levels`"),
         ("privacy.subgroup", "nope", "privacy.subgroup: nope is no declared covariate"),

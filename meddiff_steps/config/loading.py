@@ -141,8 +141,8 @@ def _explained(problem: ErrorDetails, where: tuple[str, ...], message: str, file
 
 
 def _near(found: Any, choices: Sequence[str]) -> str:
-    """Which of some values was probably meant."""
-    close = difflib.get_close_matches(str(found), choices, 1)
+    """Which of some values was probably meant; `dpm++` is written so in papers."""
+    close = difflib.get_close_matches(str(found).lower().replace("+", "p"), choices, 1)
     return f". Did you mean `{close[0]}`?" if close else ""
 
 
