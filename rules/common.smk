@@ -200,6 +200,10 @@ LABEL_LATENT = f"{RESULTS}/masks/latents/shard-{{shard}}.arrow"
 LABEL_SCALE = [f"{RESULTS}/masks/latents/scale.safetensors"] if STUDY.pairs else []
 MASKS = [f"{RESULTS}/masks/{name}" for name in study_files.MASKS] if STUDY.pairs else []
 SEGMENTATION_STUDY = [f"{RESULTS}/segmentation_study/{name}" for name in ("results.json", "cases.parquet")]
+# Networks that draw another contrast, and the way back from it; what foretells it without noise.
+TRANSLATION_MODEL = [f"{RESULTS}/translation_model/{name}" for name in study_files.IMAGE_TO_IMAGE]
+TRANSLATION_BACK = network(f"{RESULTS}/translation_back")
+FORETELLING = [f"{RESULTS}/translation_model/{name}" for name in study_files.OF_IMAGE_TO_IMAGE["regression"]]
 LATENTS = f"{RESULTS}/latents/shard-{{shard}}.arrow"
 LATENT_SCALE = f"{RESULTS}/latents/scale.safetensors"
 DIFFUSION = generator(f"{RESULTS}/diffusion")

@@ -7,8 +7,9 @@ rule translation_model:
         manifest=manifest_of_scans_to_translate,
         images=COHORT_IMAGES,
     output:
-        out=[f"{RESULTS}/translation_model/{name}" for name in study_files.IMAGE_TO_IMAGE],
+        out=TRANSLATION_MODEL,
         lesion=network(f"{RESULTS}/translation_lesion") if STUDY.translation.lesion else [],
+        back=TRANSLATION_BACK if STUDY.translation.cycle else [],
     log:
         f"{RESULTS}/logs/translation_model.log",
     benchmark:

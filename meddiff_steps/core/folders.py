@@ -79,7 +79,12 @@ OF_STEP: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     **{
         step: {"out": ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png")}
-        for step in ("counterfactual", "inpainting", "normative", "reconstruction", "anomaly")
+        for step in ("counterfactual", "inpainting", "normative", "reconstruction")
+    },
+    "anomaly": {
+        "translation": OF_IMAGE_TO_IMAGE["regression"],
+        "back": NETWORK,
+        "out": ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png"),
     },
     "shape_completion": {
         "network": NETWORK,
@@ -91,7 +96,7 @@ OF_STEP: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "out": ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png"),
     },
     "segmentation_model": {"out": IMAGE_TO_IMAGE},
-    "translation_model": {"out": IMAGE_TO_IMAGE, "lesion": NETWORK},
+    "translation_model": {"out": IMAGE_TO_IMAGE, "lesion": NETWORK, "back": NETWORK},
     **{
         step: {
             "model": IMAGE_TO_IMAGE[:-1],
