@@ -100,10 +100,8 @@ class Cycle:
             return step
 
         with self.fabric.autocast():
-            made = tiles_drawn(
-                *(model.standardisation(blocks), settings.patch_cells, settings.samples),
-                *(step_of, levels, root, "cycles"),
-            )
+            clean, cells = model.standardisation(blocks), settings.patch_cells
+            made = tiles_drawn(clean, cells, settings.samples, step_of, levels, root, "cycles")
             healed = model.in_voxels(model.standardisation.inverse(made)).float()
         mean: np.ndarray = healed.mean(0).cpu().numpy()
         return ((mean + 1.0) / 2.0).clip(0.0, 1.0).astype(np.float32)
