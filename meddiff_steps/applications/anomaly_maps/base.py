@@ -67,7 +67,7 @@ Mapper = Callable[[Scan], Mapping[str, Finding]]
 
 @dataclass(frozen=True)
 class Translations:
-    """Folders of what `translation_model` learnt of healthy scans, the way there and the way back, and where they run."""
+    """Folders of what `translation_model` learnt of healthy scans, there and back, and where it runs."""
 
     forward: Path
     back: Path

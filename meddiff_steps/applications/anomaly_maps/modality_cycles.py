@@ -75,7 +75,7 @@ class Cycle:
 
     @torch.no_grad()
     def translated(self, image: np.ndarray) -> np.ndarray:
-        """The other contrasts of a scan (1, *spatial) as its tissue would have them, float32 (t, *spatial) in [0, 1]."""
+        """Other contrasts of a scan (1, *spatial), as healthy tissue has them, float32 (t, *spatial) in [0, 1]."""
         with self.fabric.autocast():
             found: np.ndarray = self.forward.guess(to_device(image[None], self.fabric))[0].float().cpu().numpy()
         return ((found + 1.0) / 2.0).clip(0.0, 1.0)
