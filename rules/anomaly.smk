@@ -14,10 +14,7 @@ rule anomaly:
         translation=FORETELLING if STUDY.anomaly.need("translation.cycle") else [],
         back=TRANSLATION_BACK if STUDY.anomaly.need("translation.cycle") else [],
     output:
-        out=[
-            f"{RESULTS}/anomaly/{name}"
-            for name in ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png")
-        ],
+        out=derivative("anomaly"),
     log:
         f"{RESULTS}/logs/anomaly.log",
     benchmark:

@@ -8,7 +8,7 @@ rule translation_model:
         images=COHORT_IMAGES,
     output:
         out=TRANSLATION_MODEL,
-        lesion=network(f"{RESULTS}/translation_lesion") if STUDY.translation.lesion else [],
+        lesion=TRANSLATION_LESION,
         back=TRANSLATION_BACK if STUDY.translation.cycle else [],
     log:
         f"{RESULTS}/logs/translation_model.log",
@@ -35,13 +35,10 @@ rule translation:
         manifest=MANIFEST,
         qc=QC,
         images=COHORT_IMAGES,
-        model=rules.translation_model.output.out[:-1],
-        lesion=rules.translation_model.output.lesion,
+        model=TRANSLATION_MODEL[:-1],
+        lesion=TRANSLATION_LESION,
     output:
-        out=[
-            f"{RESULTS}/translation/{name}"
-            for name in ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png")
-        ],
+        out=derivative("translation"),
     log:
         f"{RESULTS}/logs/translation.log",
     benchmark:
