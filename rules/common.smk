@@ -172,6 +172,16 @@ def generator(folder):
     return [*network(folder), *(f"{folder}/{name}" for name in TONE)]
 
 
+def derivative(application):
+    """What an application writes beside its images."""
+    return [f"{RESULTS}/{application}/{name}" for name in study_files.DERIVATIVE]
+
+
+def image_to_image(folder):
+    """The files of networks that draw an image from images."""
+    return [f"{folder}/{name}" for name in study_files.IMAGE_TO_IMAGE]
+
+
 SIMULATED = f"{RESULTS}/cohort/simulated/participants.tsv"
 FETCHED = f"{RESULTS}/cohort/fetched"
 MANIFEST = f"{RESULTS}/cohort/manifest.parquet"
@@ -200,6 +210,15 @@ LABEL_LATENT = f"{RESULTS}/masks/latents/shard-{{shard}}.arrow"
 LABEL_SCALE = [f"{RESULTS}/masks/latents/scale.safetensors"] if STUDY.pairs else []
 MASKS = [f"{RESULTS}/masks/{name}" for name in study_files.MASKS] if STUDY.pairs else []
 SEGMENTATION_STUDY = [f"{RESULTS}/segmentation_study/{name}" for name in ("results.json", "cases.parquet")]
+# Networks of applications: one that registers, of either kind, the diffusion of points, what marks a structure.
+REGISTRATION_NETWORK = f"{RESULTS}/registration_networks/{{network}}"
+SHAPE_NETWORK = network(f"{RESULTS}/shape_network")
+SEGMENTATION_MODEL = image_to_image(f"{RESULTS}/segmentation_model")
+# Networks that draw another contrast, and the way back from it; what foretells it without noise.
+TRANSLATION_MODEL = image_to_image(f"{RESULTS}/translation_model")
+TRANSLATION_LESION = network(f"{RESULTS}/translation_lesion") if STUDY.translation.lesion else []
+TRANSLATION_BACK = network(f"{RESULTS}/translation_back")
+FORETELLING = [f"{RESULTS}/translation_model/{name}" for name in study_files.OF_IMAGE_TO_IMAGE["regression"]]
 LATENTS = f"{RESULTS}/latents/shard-{{shard}}.arrow"
 LATENT_SCALE = f"{RESULTS}/latents/scale.safetensors"
 DIFFUSION = generator(f"{RESULTS}/diffusion")

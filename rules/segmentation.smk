@@ -7,7 +7,7 @@ rule segmentation_model:
         manifest=manifest_of_scans_to_mark,
         images=COHORT_IMAGES,
     output:
-        out=[f"{RESULTS}/segmentation_model/{name}" for name in study_files.IMAGE_TO_IMAGE],
+        out=SEGMENTATION_MODEL,
     log:
         f"{RESULTS}/logs/segmentation_model.log",
     benchmark:
@@ -33,12 +33,9 @@ rule segmentation:
         manifest=MANIFEST,
         qc=QC,
         images=COHORT_IMAGES,
-        model=rules.segmentation_model.output.out[:-1],
+        model=SEGMENTATION_MODEL[:-1],
     output:
-        out=[
-            f"{RESULTS}/segmentation/{name}"
-            for name in ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png")
-        ],
+        out=derivative("segmentation"),
     log:
         f"{RESULTS}/logs/segmentation.log",
     benchmark:

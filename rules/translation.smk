@@ -7,8 +7,9 @@ rule translation_model:
         manifest=manifest_of_scans_to_translate,
         images=COHORT_IMAGES,
     output:
-        out=[f"{RESULTS}/translation_model/{name}" for name in study_files.IMAGE_TO_IMAGE],
-        lesion=network(f"{RESULTS}/translation_lesion") if STUDY.translation.lesion else [],
+        out=TRANSLATION_MODEL,
+        lesion=TRANSLATION_LESION,
+        back=TRANSLATION_BACK if STUDY.translation.cycle else [],
     log:
         f"{RESULTS}/logs/translation_model.log",
     benchmark:
@@ -34,13 +35,10 @@ rule translation:
         manifest=MANIFEST,
         qc=QC,
         images=COHORT_IMAGES,
-        model=rules.translation_model.output.out[:-1],
-        lesion=rules.translation_model.output.lesion,
+        model=TRANSLATION_MODEL[:-1],
+        lesion=TRANSLATION_LESION,
     output:
-        out=[
-            f"{RESULTS}/translation/{name}"
-            for name in ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png")
-        ],
+        out=derivative("translation"),
     log:
         f"{RESULTS}/logs/translation.log",
     benchmark:

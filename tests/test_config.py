@@ -230,6 +230,22 @@ def test_what_an_optimiser_leaves_out_keeps_the_default_of_its_network():
         ("anomaly.healthy", {"lesion": "0"}, "anomaly.healthy.lesion: no such covariate"),
         ("anomaly.healthy", {"sex": "X"}, "anomaly.healthy.sex: 'X' is not one of"),
         ("anomaly", {"methods": ["classifier_free"]}, "healthy value of one covariate, and anomaly.healthy has 0"),
+        (
+            "anomaly",
+            {"methods": ["modality_cycles"]},
+            "modality_cycles needs scans of two contrasts, and translation between them; the study has image and no"
+            " other. Declare another one under preprocess.channels, and set translation: {target: [its name], cycle:",
+        ),
+        (
+            "translation",
+            {"target": ["t2"], "source": ["t1"], "cycle": True},
+            "translation.cycle: goes from the scan and back to it; set source: [image], found ['t1']",
+        ),
+        (
+            "translation",
+            {"target": ["t2"], "lesion": "mask", "cycle": True},
+            "translation.lesion: cycle: true learns from healthy scans, which have none; leave one of them out",
+        ),
         ("augment", {"target": "sex"}, "augment.target: this key is now downstream.target (renamed in 0.2.0)"),
         ("augmentation.variants", 4, "augmentation.variants: this key is now variants.count (renamed in 0.2.0)"),
         ("distill", {"subjects": 9}, "distill.subjects: this key is now second_model.subjects (renamed in 0.2.0)"),
@@ -545,6 +561,7 @@ DOWNSTREAM = {f"downstream_{name}" for name in ("design", "plan", "data", "train
         ("segmentation_ensemble.samples", 9, {"segmentation"}),
         ("segmentation_ensemble.block", 2, {"segmentation_model", "segmentation"}),
         ("translation.lesion", "lesion", {"translation_model", "translation"}),
+        ("anomaly.healthy", {"sex": "F"}, {"translation_model", "anomaly"}),
         ("lineup.images", 30, {"lineup"}),
         ("release.card", {"ethics": "Approved."}, {"describe", "ledger"}),
         ("release.exports", ["webdataset"], set()),
@@ -738,3 +755,15 @@ def test_volumes_are_not_compared_where_all_heads_get_one_size():
         else:
             with pytest.raises(UserError, match=r"segmentation: .*transform: affine.*take rigid"):
                 config.parse_study(study, "a")
+
+
+def test_a_cycle_goes_through_contrasts_that_every_scan_has():
+    def channel(**changes):
+        raw = with_change("preprocess.channels", {"t2": {"path": "x/{scan_id}.nii", **changes}})
+        raw |= {"translation": {"target": ["t2"], "cycle": True}, "anomaly": {"methods": ["modality_cycles"]}}
+        return config.parse_study(raw, "a")
+
+    assert channel().translation.cycle
+    for changes in ({"kind": "mask"}, {"required": False}):
+        with pytest.raises(UserError, match=r"preprocess.channels.t2 must be of kind: contrast, and required: true"):
+            channel(**changes)

@@ -68,13 +68,15 @@ SAMPLING = {
 
 #: Stages that draw images from images, or train what does.
 PAIRED = {"segmentation_model", "segmentation", "translation_model", "translation"}
+#: Which count the operations of these networks; no rule runs them.
+COUNTING = {"plan_cost", "status"}
 
 #: File, what is there, what becomes of it; then the stages.  A network that is trained anew has all that uses it made
 #: anew by its files.
 CODE: dict[str, tuple[str, str, str, set[str]]] = {
     "a constant of the denoiser, whose layers the drawing decoder has, too": (
         *("models/denoiser/resnet.py", "FREQUENCIES, LOWEST, HIGHEST = 32", "FREQUENCIES, LOWEST, HIGHEST = 16"),
-        {"decoder", "diffusion", "init_weights"} | PAIRED,
+        {"decoder", "diffusion", "init_weights"} | PAIRED | COUNTING,
     ),
     "a denoiser that is not the study's": (
         *("models/denoiser/unet.py", "POSITION_CHANNELS = 8", "POSITION_CHANNELS = 4"),
@@ -133,6 +135,7 @@ CODE: dict[str, tuple[str, str, str, set[str]]] = {
             *("decoder", "tone", "generate", "filter", "showcase", "text_fidelity", "sampler_study", "init_weights"),
             "export_models",
             *PAIRED,
+            *COUNTING,
         },
     ),
     "the solver of a sampler that is not the study's": ("diffusion/samplers/heun.py", "/ 2)", "/ 3)", set()),
@@ -140,7 +143,7 @@ CODE: dict[str, tuple[str, str, str, set[str]]] = {
         *("diffusion/samplers/dpmpp.py", '"summary": "', '"summary": "Well known. '),
         set(),
     ),
-    "how a sampler is run": ("diffusion/sampling.py", "math.hypot(", "2 * math.hypot(", SAMPLING | PAIRED),
+    "how a sampler is run": ("diffusion/sampling.py", "math.hypot(", "2 * math.hypot(", SAMPLING | PAIRED | COUNTING),
     "a caption of the report": (
         "report/page.html.jinja",
         "<figcaption>",

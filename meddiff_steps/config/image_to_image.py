@@ -113,3 +113,8 @@ class Translation(ImageToImage):
         description="A channel of kind `mask`: a segmenter that learnt to find it in true images of `target` is asked "
         "whether it is still there in translated ones.",
     )
+    cycle: bool = Field(
+        False,
+        description="Learn from scans with the values of `anomaly.healthy` alone, and learn the way back from `target` "
+        "to the scan, too: what the anomaly map `modality_cycles` asks.",
+    )

@@ -413,6 +413,13 @@ def _anomaly(study: Study) -> Iterator[str]:
                 f"anomaly.methods: {name} moves scans to a healthy value of one covariate, and anomaly.healthy has"
                 f" {len(wanted.healthy)}; name one, or leave the method out"
             )
+    if wanted.need("translation.cycle") and not (study.translation.wanted and study.translation.cycle):
+        contrasts = [name for name, channel in study.preprocess.channels.items() if channel.kind == "contrast"]
+        yield (
+            "anomaly.methods: modality_cycles needs scans of two contrasts, and translation between them; the study has"
+            f" image and {', '.join(contrasts) or 'no other'}. Declare another one under preprocess.channels, and set"
+            " translation: {target: [its name], cycle: true}; or leave the method out"
+        )
     if wanted.lesions.masks is not None and study.preprocess.registration is None:
         yield (
             "anomaly.lesions.masks: lie in a template's space, and scans are not registered; set"
@@ -439,6 +446,8 @@ def _drawn_from_images(study: Study) -> Iterator[str]:
                         f"{section}.{key}: {name} is no channel of the study, which has {', '.join(known)}; declare it"
                         " under preprocess.channels"
                     )
+        if getattr(wanted, "cycle", False):
+            yield from _cycle(study)
         if any(n % wanted.block for n in shape):
             yield f"{section}.block: {wanted.block} does not divide preprocess.shape {list(shape)}; take 1 or 2"
         halvings = 2 ** (len(wanted.channels) - 1) * wanted.block
@@ -447,6 +456,18 @@ def _drawn_from_images(study: Study) -> Iterator[str]:
                 f"{section}.channels: {len(wanted.channels)} levels of blocks of {wanted.block} need a preprocess.shape"
                 f" of multiples of {halvings}, found {list(shape)}; take fewer"
             )
+
+
+def _cycle(study: Study) -> Iterator[str]:
+    wanted = study.translation
+    if wanted.source != ["image"]:
+        yield f"translation.cycle: goes from the scan and back to it; set source: [image], found {wanted.source}"
+    if wanted.lesion is not None:
+        yield "translation.lesion: cycle: true learns from healthy scans, which have none; leave one of them out"
+    for name in wanted.target:
+        channel = study.preprocess.channels.get(name)
+        if channel is not None and (channel.kind != "contrast" or not channel.required):
+            yield f"translation.cycle: preprocess.channels.{name} must be of kind: contrast, and required: true"
 
 
 # .................................................................................................. plan

@@ -14,6 +14,7 @@ from meddiff_steps import config
 from meddiff_steps.core.files import read_json
 from meddiff_steps.core.registries import SAMPLERS
 from meddiff_steps.diffusion.conditioning import Condition
+from meddiff_steps.diffusion.guidance import Guidance
 from meddiff_steps.diffusion.sampling import levels_of, sample
 from meddiff_steps.diffusion.schedules import NoiseProcess
 from meddiff_steps.models.blocks import coordinates, dense
@@ -170,16 +171,32 @@ class ImageToImage(nn.Module):
             first = full[min(len(full) - 1, round((1.0 - start) * len(full)))]
             level = torch.full((len(state),), first, dtype=torch.float64, device=state.device)
             state = self.process.add_noise(self.standardisation(self.in_blocks(guess)), state, level)
-        drawn = sample(
+        drawn = self.sampled(self.told(sources), state, num_inference_steps, first)
+        return self.in_voxels(self.standardisation.inverse(drawn)).float()
+
+    def sampled(
+        self,
+        told: Tensor,
+        state: Tensor,
+        num_inference_steps: int,
+        start: float | None = None,
+        stop: float | None = None,
+        guidance: Sequence[Guidance] = (),
+    ) -> Tensor:
+        """Standardised blocks, or a state on the way to them, (b, ., *blocks), from a state and `told` sources; all
+        else as of `diffusion.sampling.sample`.
+        """
+        return sample(
             lambda x, timesteps, condition: self.predict(condition.maps[SOURCE], dense(x), timesteps),
             state,
-            Condition(state.new_zeros(len(state), 0), {SOURCE: self.told(sources)}),
+            Condition(state.new_zeros(len(state), 0), {SOURCE: told}),
             self.process,
             sampler(),
             num_inference_steps=num_inference_steps,
-            start=first,
+            start=start,
+            stop=stop,
+            guidance=guidance,
         )
-        return self.in_voxels(self.standardisation.inverse(drawn)).float()
 
 
 def card_of(settings: config.ImageToImage, image_shape: Sequence[int], sources: int, targets: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from meddiff_steps.cohort.manifest import read_manifest, rows_by_split
+from meddiff_steps.cohort.manifest import having, read_manifest, rows_by_split
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import load_stage
 from meddiff_steps.core.errors import UserError
@@ -27,15 +27,26 @@ def run(
     lesion: Annotated[
         Path | None, typer.Option(help="folder to write, where `translation.lesion` is set: what finds lesions")
     ] = None,
+    back: Annotated[Path | None, typer.Option(help="folder to write, where `translation.cycle` is set")] = None,
     threads: options.Threads = 1,
 ) -> None:
-    """Train a diffusion that draws another contrast, the same network without noise for as many steps, and one that
-    finds lesions in that contrast, where the study names them.
+    """Train a diffusion that draws another contrast, the same network without noise for as many steps, one that finds
+    lesions in that contrast, where the study names them, and the diffusion of the way back, where it asks for that.
     """
     study = load_stage(config, "translation_model")
     settings, key = study.translation, "translation"
     shards = Shards(images)
-    rows = rows_to_train_on(rows_by_split(read_manifest(manifest), shards.column("scan_id")), key)
+    table, ids = read_manifest(manifest), shards.column("scan_id")
+    by_split = rows_by_split(table, ids)
+    if settings.cycle:
+        healthy = set(having(table, study.anomaly.healthy)["scan_id"])
+        by_split = {split: [row for row in of if ids[row] in healthy] for split, of in by_split.items()}
+        if not by_split["train"]:
+            raise UserError(
+                f"{key}.cycle: no preprocessed scan of the train split has {study.anomaly.healthy} (anomaly.healthy)."
+                " Correct it, or enlarge splits.train."
+            )
+    rows = rows_to_train_on(by_split, key)
     pairs = Pairs.of(shards, settings.source, settings.target, rows[0], key)
     if pairs.kind != "contrast":
         raise UserError(
@@ -46,6 +57,9 @@ def run(
     if settings.lesion is not None and lesion is not None:
         seen = Pairs.of(shards, settings.target, [settings.lesion], rows[0], f"{key}.lesion")
         networks.append(Network("lesion", "regression", seen, lesion))
+    if settings.cycle and back is not None:
+        again = Pairs.of(shards, settings.target, settings.source, rows[0], f"{key}.cycle")
+        networks.append(Network("back", "diffusion", again, back))
     fabric = make_fabric(study.compute, threads, study.compute.devices)
     found = state / state_key("translation_model", config, [manifest, *images])
     train(networks, settings, study.variants, study.compute, rows, f"{study.seed}/translation", fabric, found)
