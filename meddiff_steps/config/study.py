@@ -442,6 +442,15 @@ def _drawn_from_images(study: Study) -> Iterator[str]:
         if any(n % wanted.block for n in shape):
             yield f"{section}.block: {wanted.block} does not divide preprocess.shape {list(shape)}; take 1 or 2"
         halvings = 2 ** (len(wanted.channels) - 1) * wanted.block
+        smallest = halvings if wanted.network == "unet" else wanted.block
+        if wanted.patch and (
+            len(wanted.patch) != len(shape)
+            or any(p % smallest or p > n for p, n in zip(wanted.patch, shape, strict=False))
+        ):
+            yield (
+                f"{section}.patch: {wanted.patch}, expected {len(shape)} multiples of {smallest}, none larger than in"
+                f" preprocess.shape {list(shape)}"
+            )
         if wanted.network == "unet" and any(n % halvings for n in shape):
             yield (
                 f"{section}.channels: {len(wanted.channels)} levels of blocks of {wanted.block} need a preprocess.shape"

@@ -91,6 +91,7 @@ OF_STEP: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "out": ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png"),
     },
     "segmentation_model": {"out": IMAGE_TO_IMAGE},
+    "segmentation_few_labels": {"out": (*NETWORK, "history.parquet")},
     "translation_model": {"out": IMAGE_TO_IMAGE, "lesion": NETWORK},
     **{
         step: {
