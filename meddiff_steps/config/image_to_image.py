@@ -131,15 +131,11 @@ class SegmentationEnsemble(ImageToImage):
     )
 
     @model_validator(mode="after")
-    def _comparisons_have_a_subject(self) -> Self:
+    def _named_once(self) -> Self:
         for name in ("labelled", "beside"):
             given = getattr(self, name)
             if len(set(given)) < len(given):
                 raise ValueError(f"{name} names something twice, found {given}")
-        if self.pretraining_steps and not self.labelled:
-            raise ValueError("pretraining_steps: is compared with training from scratch; name numbers in `labelled`")
-        if self.beside and self.patch is None:
-            raise ValueError(f"beside: {', '.join(self.beside)} is compared with patches; set `patch`")
         return self
 
     @property

@@ -420,6 +420,17 @@ def _anomaly(study: Study) -> Iterator[str]:
         )
 
 
+def _compared_with(study: Study) -> Iterator[str]:
+    wanted = study.segmentation_ensemble
+    if wanted.pretraining_steps and not wanted.labelled:
+        yield (
+            "segmentation_ensemble.pretraining_steps: is compared with training from scratch on few labels; name"
+            " numbers of subjects in `labelled`"
+        )
+    if wanted.beside and wanted.patch is None:
+        yield f"segmentation_ensemble.beside: {', '.join(wanted.beside)} is compared with patches; set `patch`"
+
+
 def _drawn_from_images(study: Study) -> Iterator[str]:
     known = ["image", *study.preprocess.channels]
     shape = study.preprocess.shape
@@ -712,6 +723,7 @@ RELATIONS: tuple[Callable[[Study], Iterator[str]], ...] = (
     _anomaly,
     _registration,
     _drawn_from_images,
+    _compared_with,
     _group_names,
     _requests,
     _texts,
