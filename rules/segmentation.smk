@@ -39,9 +39,7 @@ use rule segmentation_model as segmentation_beside with:
     wildcard_constraints:
         beside="whole|unplaced",
     params:
-        **run_step(
-            "segmentation_model", beside=lambda wildcards: wildcards.beside, state=f"{STATE}/segmentation_model"
-        ),
+        **run_step("segmentation_model", beside=lambda wildcards: wildcards.beside, state=f"{STATE}/segmentation_model"),
     message:
         "Training what is compared with patches, {wildcards.beside}"
 

@@ -42,6 +42,10 @@ def run(
         )
     name = state_key("segmentation_model", config, [manifest, *images])
     if beside is not None:
+        if beside not in ("whole", "unplaced") or settings.patch is None:
+            raise UserError(
+                f"--beside {beside}: expected whole or unplaced, of a study with {key}.patch (found {settings.patch})."
+            )
         settings, name = settings.compared(beside, shards.shape("image")[1:]), f"{name}-{beside}"
     fabric = make_fabric(study.compute, threads, study.compute.devices)
     networks = with_noise_and_without(pairs, out)

@@ -115,11 +115,18 @@ def test_batches_are_patches_at_places_all_over_and_held_out_scans_are_whole(sha
 
 
 @pytest.mark.parametrize("patch", [None, [8, 6]])
-def test_place_tells_what_intensities_cannot(patch: list[int] | None, shards: Shards, fabric: Any, tmp_path: Path) -> None:
+def test_place_tells_what_intensities_cannot(
+    patch: list[int] | None, shards: Shards, fabric: Any, tmp_path: Path
+) -> None:
     found = {}
     for coordinates in (True, False):
         made = task(
-            "regression", shards, fabric, patch=patch, coordinates=coordinates, optimiser={"steps": 150, "batch_size": 8}
+            "regression",
+            shards,
+            fabric,
+            patch=patch,
+            coordinates=coordinates,
+            optimiser={"steps": 150, "batch_size": 8},
         )
         fit(made, made.settings.optimiser, fabric, tmp_path / str(coordinates), "x")
         with torch.no_grad():
