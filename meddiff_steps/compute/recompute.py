@@ -20,17 +20,12 @@ def recompute(blocks: Iterable[nn.Module]) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def kept_for_gradients(module: nn.Module, loss: Callable[[], Tensor]) -> int:
-    """Bytes that computing a loss keeps for its gradients beside the weights of `module`, each storage once: the memory
-    of a training that grows with images.  Weights, their gradients and an optimiser's moments do not.
-    """
-    weights = {weight.untyped_storage().data_ptr() for weight in module.parameters()}
+def kept_for_gradients(loss: Callable[[], Tensor]) -> int:
+    """Bytes that computing a loss keeps for its gradients, each storage once; weights among them."""
     kept: dict[int, int] = {}
 
     def noted(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(noted, lambda tensor: tensor):

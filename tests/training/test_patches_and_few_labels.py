@@ -148,16 +148,16 @@ def test_without_coordinates_the_mean_tells_no_place_either(shards: Shards, fabr
 
 def test_a_patch_keeps_its_share_of_the_memory(shards: Shards, fabric: Any) -> None:
     whole, patch = (task("diffusion", shards, fabric, patch=cut).kept() for cut in (None, [8, 6]))
-    assert 0.24 < patch / whole < 0.3  # the numbers of the noise level are the same
+    # The vector of the noise level (a few hundred numbers) is as long for both
+    assert 0.25 <= patch / whole < 0.3
 
 
-def test_what_is_kept_is_counted_once_and_without_weights() -> None:
-    layer = torch.nn.Linear(10, 5, bias=False)
-    x = torch.ones(7, 10)
-    assert kept_for_gradients(layer, lambda: layer(x).sum()) == x.nbytes
-    # of two squares of one tensor it is kept once; the product keeps both of its factors
+def test_what_is_kept_is_counted_once() -> None:
+    layer, x = torch.nn.Linear(10, 5, bias=False), torch.ones(7, 10)
+    assert kept_for_gradients(lambda: layer(x).sum()) == x.nbytes
+    # Of two squares of one tensor it is kept once; the product keeps both of its factors
     y = torch.ones(7, 10, requires_grad=True)
-    assert kept_for_gradients(layer, lambda: (y.square() * y.square()).sum()) == 3 * y.nbytes
+    assert kept_for_gradients(lambda: (y.square() * y.square()).sum()) == 3 * y.nbytes
 
 
 def test_whole_scans_at_the_cost_of_patches() -> None:

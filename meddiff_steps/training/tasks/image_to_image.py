@@ -155,11 +155,17 @@ class ImageToImageTask:
         return found
 
     def kept(self) -> int:
-        """Bytes that a look at one image, or patch, keeps for the gradients (`kept_for_gradients`)."""
-        drawn = self._batch(self.train_rows[:1], step_generator(self.root, "kept", 0), varied=True)
+        """Bytes that a look at one image more, or patch, keeps for the gradients: what of a training's memory grows
+        with the batch.  Weights, their gradients and the optimiser's moments do not.
+        """
+        drawn = self._batch(np.resize(self.train_rows, 2), step_generator(self.root, "kept", 0), varied=True)
         model, given = self.modules["model"], [to_device(one, self.fabric) for one in drawn]
+
+        def of(images: int) -> int:
+            return kept_for_gradients(lambda: self._loss(model, *(each[:images] for each in given)))
+
         with self.fabric.autocast():
-            return kept_for_gradients(model, lambda: self._loss(model, *given))
+            return of(2) - of(1)
 
     def _loss(
         self,
