@@ -48,6 +48,8 @@ def run(
     rows = rows_to_train_on(rows_by_split(table, scans), key)
     pairs, root = Pairs.of(shards, settings.source, settings.target, rows[0], key), f"{study.seed}/segmentation"
     if way == "pretraining":
+        if not settings.pretraining_steps:
+            raise UserError(f"--network pretraining: {key}.pretraining_steps is 0. Say how many.")
         steps = settings.optimiser.model_copy(update={"steps": settings.pretraining_steps})
         settings = settings.model_copy(update={"optimiser": steps})
         trained = Network(way, "diffusion", pairs.of_sources(), out)

@@ -130,6 +130,8 @@ def test_what_cannot_be_trained_is_refused(cohort: Path) -> None:
         learn(cohort, study(), "scratch_few")
     with pytest.raises(UserError, match=r"segmentation_ensemble.labelled: 6 of 5 training subjects"):
         learn(cohort, study(), "scratch_6")
+    with pytest.raises(UserError, match="--network pretraining: segmentation_ensemble.pretraining_steps is 0"):
+        learn(cohort, study(pretraining_steps=0), "pretraining")
     frozen = config.freeze(study(), "segmentation_few_labels", cohort / "frozen")
     files = frozen, cohort / "manifest.parquet", [cohort / "images.arrow"]
     with pytest.raises(UserError, match="--network pretrained_2: no --base"):
