@@ -119,14 +119,8 @@ def run(
     with atomic_path(out / "measurements.parquet") as path:
         table.to_parquet(path, index=False)
     write_json(out / "figures.json", facts)
-    columns = [
-        "scan",
-        "readers",
-        "without noise",
-        *(f"draw {k + 1}" for k in range(min(settings.samples, 3))),
-        "mean of draws",
-        "variance",
-    ]
+    draws = (f"draw {k + 1}" for k in range(min(settings.samples, 3)))
+    columns = ["scan", "readers", "without noise", *draws, "mean of draws", "variance"]
     write_atomic(out / "contact-sheet.png", completion_sheet("Segmentation", _tiles(shown), columns))
     derivative.complete(out, "Segmentation", README, drawer.digests, "segmentation")
     log.info("%s: %d scans", out, len(scans))
