@@ -78,6 +78,7 @@ STEPS = {
     "shape_completion_train": "train the diffusion of points that completes shapes (resumable)",
     "shape_completion": "draw what is missing of shapes",
     "segmentation_model": "train what marks a structure, with noise and without (resumable)",
+    "segmentation_few_labels": "train what marks a structure with few labels, pretrained or not (resumable)",
     "segmentation": "mark a structure in real scans by several draws, on their own grids",
     "translation_model": "train what draws another contrast, with noise and without (resumable)",
     "translation": "draw another contrast of real scans, on their own grids",

@@ -201,6 +201,18 @@ def test_what_an_optimiser_leaves_out_keeps_the_default_of_its_network():
         ("translation", {"target": ["t2", "t2"]}, "target names an image twice"),
         ("translation", {"target": ["t2"], "network": "unet", "channels": [40]}, "multiples of norm_num_groups=16"),
         ("segmentation_ensemble", {"target": ["lesion"]}, "segmentation_ensemble.target: lesion is no channel"),
+        ("segmentation_ensemble", {"target": ["lesion"], "labelled": [5, 5]}, "labelled names something twice"),
+        ("segmentation_ensemble", {"pretraining_steps": 9}, "is compared with training from scratch on few labels"),
+        (
+            "segmentation_ensemble",
+            {"beside": ["whole"]},
+            "segmentation_ensemble.beside: whole is compared with patches",
+        ),
+        (
+            "segmentation_ensemble",
+            {"target": ["image"], "source": ["t2"], "patch": [16, 18, 16]},
+            "segmentation_ensemble.patch: [16, 18, 16], expected 3 multiples of 4, none larger than in",
+        ),
         (
             "translation",
             {"target": ["image"], "source": ["t2"], "lesion": "t1"},
@@ -540,7 +552,10 @@ DOWNSTREAM = {f"downstream_{name}" for name in ("design", "plan", "data", "train
         (
             "variants.count",
             2,
-            {"autoencoder", "decoder", "latents", "segmentation_model", "translation_model", "ledger"},
+            {
+                *("autoencoder", "decoder", "latents", "ledger"),
+                *("segmentation_model", "segmentation_few_labels", "translation_model"),
+            },
         ),
         ("decoder.channels", 32, {"init_weights", "decoder", "ledger"}),
         ("diffusion.levels.mean", 0.0, {"diffusion", "ledger"}),
@@ -559,7 +574,8 @@ DOWNSTREAM = {f"downstream_{name}" for name in ("design", "plan", "data", "train
         ("shape_completion.samples", 9, {"shape_completion"}),
         ("shape_completion.blocks", 2, {"shape_completion_train", "shape_completion"}),
         ("segmentation_ensemble.samples", 9, {"segmentation"}),
-        ("segmentation_ensemble.block", 2, {"segmentation_model", "segmentation"}),
+        ("segmentation_ensemble.block", 2, {"segmentation_model", "segmentation_few_labels", "segmentation"}),
+        ("segmentation_ensemble.labelled", [5], {"segmentation"}),
         ("translation.lesion", "lesion", {"translation_model", "translation"}),
         ("anomaly.healthy", {"sex": "F"}, {"translation_model", "anomaly"}),
         ("lineup.images", 30, {"lineup"}),
@@ -676,7 +692,8 @@ def test_the_published_study_says_what_each_stage_was_given(tmp_path):
     published = json.loads(config.freeze(study, "ledger", tmp_path).read_text())
     afterwards = {"counterfactual", "inpainting", "normative", "reconstruction", "anomaly", "lineup", "export_models"}
     afterwards |= {"registration_train", "registration", "shape_completion_train", "shape_completion"}
-    afterwards |= {"segmentation_study", "segmentation_model", "segmentation", "translation_model", "translation"}
+    afterwards |= {"segmentation_study", "segmentation_model", "segmentation_few_labels", "segmentation"}
+    afterwards |= {"translation_model", "translation"}
     for stage in config.STAGES.keys() - afterwards:
         given = json.loads(config.freeze(study, stage, tmp_path).read_text())
         assert config.part_of(published, config.STAGES[stage]) == given

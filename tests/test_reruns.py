@@ -67,7 +67,7 @@ SAMPLING = {
 }
 
 #: Stages that draw images from images, or train what does.
-PAIRED = {"segmentation_model", "segmentation", "translation_model", "translation"}
+PAIRED = {"segmentation_model", "segmentation_few_labels", "segmentation", "translation_model", "translation"}
 #: Which count the operations of these networks; no rule runs them.
 COUNTING = {"plan_cost", "status"}
 
@@ -111,6 +111,7 @@ CODE: dict[str, tuple[str, str, str, set[str]]] = {
             "few_step",
             "registration_train",
             "segmentation_model",
+            "segmentation_few_labels",
             "translation_model",
         },
     ),
@@ -220,6 +221,7 @@ UNSEALED: dict[str, tuple[Any, set[str]]] = {
     "registration.smoothness": (2.0, {"registration_train", "registration"}),
     "shape_completion.samples": (9, {"shape_completion"}),
     "segmentation_ensemble.samples": (9, {"segmentation"}),
+    "segmentation_ensemble.labelled": ([5], {"segmentation"}),
     "translation.channels": ([32], {"translation_model", "translation"}),
     "lineup.seed": ("another", {"lineup"}),
     "storage.protect": (False, set()),

@@ -355,7 +355,10 @@ def test_rules_that_run_the_detectors_ask_for_memory_by_voxels():
 
 def test_several_gpus_are_asked_for_on_one_node():
     several = {name for name, body in gpu_rules().items() if re.search(r"^ +gpu=GPUS,", body, re.M)}
-    assert several == {"autoencoder", "decoder", "diffusion", "few_step", "segmentation_model", "translation_model"}
+    assert several == {
+        *("autoencoder", "decoder", "diffusion", "few_step"),
+        *("segmentation_model", "segmentation_few_labels", "translation_model"),
+    }
     assert all(re.search(r"^ +nodes=1,", gpu_rules()[name], re.M) for name in several)
 
 
@@ -387,6 +390,7 @@ def test_exactly_the_rules_that_run_networks_ask_for_a_gpu():
         "shape_completion_train",
         "shape_completion",
         "segmentation_model",
+        "segmentation_few_labels",
         "segmentation",
         "translation_model",
         "translation",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ import torch
 from meddiff_steps import config
 from meddiff_steps.compute.device import to_channels_last, to_device
 from meddiff_steps.core.errors import UserError
-from meddiff_steps.core.folders import OF_IMAGE_TO_IMAGE
+from meddiff_steps.core.folders import NETWORK, OF_IMAGE_TO_IMAGE
 from meddiff_steps.core.random_streams import batch_noise, seed_key
 from meddiff_steps.imaging.pairs import Pairs
 from meddiff_steps.imaging.shards import Shards
@@ -38,6 +39,8 @@ class Drawer:
         Of random numbers.
     digests
         SHA-256 of the weights.
+    training
+        What the cards say of it.
     """
 
     diffusion: ImageToImage
@@ -47,6 +50,7 @@ class Drawer:
     root: str
     fabric: Fabric
     digests: dict[str, str]
+    training: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def load(
@@ -60,18 +64,21 @@ class Drawer:
             They were trained for other images.
         """
         models, cards = {}, {}
-        for name, (weights, card) in OF_IMAGE_TO_IMAGE.items():
-            models[name], cards[name] = load_image_to_image(folder, weights, card)
-            to_channels_last(models[name], len(models[name].image_shape) - 1)
-            fabric.to_device(models[name])
+        for name, files in OF_IMAGE_TO_IMAGE.items():
+            models[name], cards[name] = _loaded(folder, files, settings, fabric, key)
         said = cards["diffusion"]
-        asked = {"source": list(settings.source), "target": list(settings.target)}
-        for name, wanted in asked.items():
-            if said[name] != wanted:
-                raise UserError(f"{key}.{name}: {wanted}, but {folder} was trained with {said[name]}. Train it again.")
         pairs = Pairs(shards, tuple(said["source"]), tuple(said["target"]), said["kind"], tuple(said["labels"]))
-        digests = {name: card["weights_sha256"] for name, card in cards.items()}
-        return cls(models["diffusion"], models["regression"], pairs, settings, root, fabric, digests)
+        facts = {name: _training(card) for name, card in cards.items()}
+        return cls(
+            *(models["diffusion"], models["regression"], pairs, settings, root, fabric),
+            *({name: card["weights_sha256"] for name, card in cards.items()}, facts),
+        )
+
+    def with_guess_of(self, folder: Path, key: str) -> Self:
+        """The same with another network without noise, that of a folder; raises as `load`."""
+        model, card = _loaded(folder, NETWORK, self.settings, self.fabric, key)
+        digests, facts = {"regression": card["weights_sha256"]}, {"regression": _training(card)}
+        return replace(self, regression=model, digests=digests, training=facts)
 
     @torch.no_grad()
     def guess(self, row: int) -> np.ndarray:
@@ -104,3 +111,23 @@ class Drawer:
     def _sources(self, row: int, count: int) -> torch.Tensor:
         sources = to_device(self.pairs.sources([row]), self.fabric)
         return sources.expand(count, *sources.shape[1:])
+
+
+def _loaded(
+    folder: Path, files: tuple[str, str], settings: config.ImageToImage, fabric: Fabric, key: str
+) -> tuple[ImageToImage, Mapping[str, Any]]:
+    model, said = load_image_to_image(folder, *files)
+    for name, wanted in {"source": settings.source, "target": settings.target}.items():
+        if said[name] != list(wanted):
+            raise UserError(f"{key}.{name}: {wanted}, but {folder} was trained with {said[name]}. Train it again.")
+    to_channels_last(model, len(model.image_shape) - 1)
+    fabric.to_device(model)
+    return model, said
+
+
+def _training(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training cost, and what it saw."""
+    settings, optimiser = card["settings"], card["optimiser"]
+    said = {"steps": optimiser["steps"], "batch_size": optimiser["batch_size"], "scans": card["scans"]["train"]}
+    said |= {"patch": settings["patch"], "coordinates": settings["coordinates"]}
+    return said | {name: card[name] for name in ("parameters", "kept_for_gradients_bytes")}

@@ -1,5 +1,7 @@
 """Sections `segmentation_ensemble` and `translation`: an image drawn from other images of the same scan."""
 
+import math
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -49,6 +51,15 @@ class ImageToImage(Section):
         "the last of 32.",
     )
     num_res_blocks: PositiveInt = Field(4, description="Residual blocks per level.")
+    patch: list[PositiveInt] | None = Field(
+        None,
+        description="Voxels along each axis of patches to train on, at random places, instead of whole scans (Bieder "
+        "et al. 2023): memory of the training falls with their size. Whole scans are drawn all the same. Multiples of "
+        "`block`, and for a `unet` of what it halves; large beside what a `resnet` sees.",
+    )
+    coordinates: bool = Field(
+        True, description="Whether the network is told where each place lies, and draws about the mean there."
+    )
     levels: NoiseLevels = Field(NoiseLevels(mean=0.4, deviation=1.4), description="Noise levels that are trained on.")
     optimiser: ImageToImageOptimiser = Field(ImageToImageOptimiser(), description="Training.")
     samples: Annotated[int, Field(ge=2)] = Field(
@@ -103,6 +114,43 @@ class SegmentationEnsemble(ImageToImage):
         description="Draws are also begun at this share of the noise levels, from the mask of the network without "
         "noise (Guo et al. 2022): fewer evaluations. At 0 that is left out.",
     )
+    labelled: list[PositiveInt] = Field(
+        [],
+        description="Numbers of labelled training subjects, for example [5, 10, 20]: networks without noise are trained"
+        " with the labels of so many alone, and of all, to compare. Smaller numbers are parts of larger ones.",
+    )
+    pretraining_steps: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="With `labelled`: gradient steps in which a network learns to denoise all training images, without "
+        "labels; networks that start from it are trained beside those from scratch (Rousseau et al. 2023).",
+    )
+    beside: list[Literal["whole", "unplaced"]] = Field(
+        [],
+        description="With `patch`: what is trained beside, to compare. `whole`: on whole scans, for as many steps less "
+        "as they have more voxels; `unplaced`: on patches, without `coordinates`.",
+    )
+
+    @model_validator(mode="after")
+    def _named_once(self) -> Self:
+        for name in ("labelled", "beside"):
+            given = getattr(self, name)
+            if len(set(given)) < len(given):
+                raise ValueError(f"{name} names something twice, found {given}")
+        return self
+
+    @property
+    def few_labels(self) -> list[str]:
+        """Networks that learn from some labels, or from all, by name."""
+        counts = [*map(str, sorted(self.labelled)), "all"] if self.labelled else []
+        return [f"{way}_{n}" for n in counts for way in ("scratch", *["pretrained"] * bool(self.pretraining_steps))]
+
+    def compared(self, name: str, shape: Sequence[int]) -> Self:
+        """Settings of what is trained `beside` on scans of a shape."""
+        if name == "unplaced":
+            return self.model_copy(update={"coordinates": False})
+        assert self.patch is not None, "checked where the section is read"
+        steps = math.ceil(self.optimiser.steps * math.prod(self.patch) / math.prod(shape))
+        return self.model_copy(update={"patch": None, "optimiser": self.optimiser.model_copy(update={"steps": steps})})
 
 
 class Translation(ImageToImage):

@@ -31,8 +31,8 @@ def _keys(section: str, model: type[BaseModel], *left_out: str) -> tuple[str, ..
 
 def _trained(section: str) -> tuple[str, ...]:
     """What the training of an application's networks reads of its section."""
-    keys = ("source", "target", "block", "network", "channels", "num_res_blocks", "levels", "optimiser")
-    return tuple(f"{section}.{key}" for key in keys)
+    network = ("source", "target", "block", "network", "channels", "num_res_blocks", "levels")
+    return tuple(f"{section}.{key}" for key in (*network, "patch", "coordinates", "optimiser"))
 
 
 _UNITS = ("covariates.*.unit",)
@@ -137,6 +137,10 @@ STAGES: dict[str, tuple[str, ...]] = {
     ),
     "shape_completion": ("seed", "shape_completion", "compute", "evaluate.bootstrap"),
     "segmentation_model": ("seed", "variants", *_trained("segmentation_ensemble"), "compute"),
+    "segmentation_few_labels": (
+        *("seed", "variants", *_trained("segmentation_ensemble"), "compute"),
+        "segmentation_ensemble.pretraining_steps",
+    ),
     "segmentation": (
         *("seed", "segmentation_ensemble", "compute", "evaluate.bootstrap", *_GRID),
         "release.suffix",

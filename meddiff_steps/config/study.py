@@ -427,6 +427,17 @@ def _anomaly(study: Study) -> Iterator[str]:
         )
 
 
+def _compared_with(study: Study) -> Iterator[str]:
+    wanted = study.segmentation_ensemble
+    if wanted.pretraining_steps and not wanted.labelled:
+        yield (
+            "segmentation_ensemble.pretraining_steps: is compared with training from scratch on few labels; name"
+            " numbers of subjects in `labelled`"
+        )
+    if wanted.beside and wanted.patch is None:
+        yield f"segmentation_ensemble.beside: {', '.join(wanted.beside)} is compared with patches; set `patch`"
+
+
 def _drawn_from_images(study: Study) -> Iterator[str]:
     known = ["image", *study.preprocess.channels]
     shape = study.preprocess.shape
@@ -451,6 +462,15 @@ def _drawn_from_images(study: Study) -> Iterator[str]:
         if any(n % wanted.block for n in shape):
             yield f"{section}.block: {wanted.block} does not divide preprocess.shape {list(shape)}; take 1 or 2"
         halvings = 2 ** (len(wanted.channels) - 1) * wanted.block
+        smallest = halvings if wanted.network == "unet" else wanted.block
+        if wanted.patch and (
+            len(wanted.patch) != len(shape)
+            or any(p % smallest or p > n for p, n in zip(wanted.patch, shape, strict=False))
+        ):
+            yield (
+                f"{section}.patch: {wanted.patch}, expected {len(shape)} multiples of {smallest}, none larger than in"
+                f" preprocess.shape {list(shape)}"
+            )
         if wanted.network == "unet" and any(n % halvings for n in shape):
             yield (
                 f"{section}.channels: {len(wanted.channels)} levels of blocks of {wanted.block} need a preprocess.shape"
@@ -724,6 +744,7 @@ RELATIONS: tuple[Callable[[Study], Iterator[str]], ...] = (
     _anomaly,
     _registration,
     _drawn_from_images,
+    _compared_with,
     _group_names,
     _requests,
     _texts,

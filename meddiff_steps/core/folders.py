@@ -95,6 +95,7 @@ OF_STEP: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "out": DERIVATIVE,
     },
     "segmentation_model": {"out": IMAGE_TO_IMAGE},
+    "segmentation_few_labels": {"out": (*NETWORK, "history.parquet")},
     "translation_model": {"out": IMAGE_TO_IMAGE, "lesion": NETWORK, "back": NETWORK},
     **{
         step: {

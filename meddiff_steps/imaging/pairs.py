@@ -89,8 +89,14 @@ class Pairs:
             return len(self.target)
         return 1 if self.kind == "mask" else len(self.labels)
 
+    def of_sources(self) -> Self:
+        """The sources themselves as what is to be drawn, from nothing: all that can be learnt without labels."""
+        return type(self)(self.shards, (), self.source, "contrast")
+
     def sources(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """What is given, float32 (n, s, *spatial) in [0, 1]."""
+        """What is given, float32 (n, s, *spatial) in [0, 1]; s may be 0."""
+        if not self.source:
+            return np.zeros((len(rows), 0, *self.shards.shape("image")[1:]), np.float32)
         return np.concatenate([self.shards.tensors(name, rows) for name in self.source], axis=1)
 
     def truths(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -16,8 +16,9 @@ from meddiff_steps.compute.device import resolve
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path
 from meddiff_steps.core.folders import NETWORK, OF_IMAGE_TO_IMAGE
+from meddiff_steps.core.random_streams import step_generator
 from meddiff_steps.imaging.pairs import Pairs
-from meddiff_steps.models.image_to_image import card_of
+from meddiff_steps.models.image_to_image import ImageToImage
 from meddiff_steps.models.weights import save_model
 from meddiff_steps.training.loop import fit
 from meddiff_steps.training.tasks.image_to_image import ImageToImageTask, Way
@@ -40,6 +41,10 @@ class Network:
         What it learns.
     folder, files
         Where weights and card are written.
+    labelled, base
+        As of `ImageToImageTask`.
+    facts
+        For the card besides.
     """
 
     name: str
@@ -47,6 +52,9 @@ class Network:
     pairs: Pairs
     folder: Path
     files: tuple[str, str] = NETWORK
+    labelled: np.ndarray | None = None
+    base: ImageToImage | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def with_noise_and_without(pairs: Pairs, folder: Path) -> list[Network]:
@@ -68,6 +76,22 @@ def rows_to_train_on(rows: Mapping[str, Sequence[int] | np.ndarray], key: str) -
     if not len(rows["train"]):
         raise UserError(f"{key}: no preprocessed scan is in the train split. Enlarge splits.train.")
     return np.asarray(rows["train"]), np.asarray(rows["val"])
+
+
+def labelled_subjects(subjects: Iterable[str], count: int | None, root: str, key: str) -> list[str]:
+    """The first `count` of an order of subjects that the study's seed decides, so that few are part of more; all for
+    None.
+
+    Raises
+    ------
+    UserError
+        There are fewer; `key` is the study's.
+    """
+    names = sorted(set(subjects))
+    if count is not None and count > len(names):
+        raise UserError(f"{key}: {count} of {len(names)} training subjects. Take fewer, or enlarge splits.train.")
+    order = step_generator(root, "labelled", 0).permutation(len(names))
+    return [names[i] for i in order[:count]]
 
 
 def train(
@@ -96,7 +120,9 @@ def train(
     curves = []
     for network in networks:
         name, pairs = network.name, network.pairs
-        task = ImageToImageTask(network.way, settings, variants, pairs, *rows, f"{root}/{name}", fabric)
+        more: dict[str, Any] = {"labelled": network.labelled, "base": network.base}
+        task = ImageToImageTask(network.way, settings, variants, pairs, *rows, f"{root}/{name}", fabric, **more)
+        kept = task.kept()
         compiled = speed_up(task.costly, compute, fabric, training=True)
         curve = fit(task, settings.optimiser, fabric, state / name, f"{root.rpartition('/')[2]}: {name}")
         curves.append(curve.assign(network=name))
@@ -104,7 +130,7 @@ def train(
             continue
         validation = curve[curve["metric"] == "val/loss"]["value"]
         facts = {
-            **card_of(settings, pairs.shards.shape("image")[1:], len(pairs.source), pairs.channels),
+            **task.card,
             **{"way": network.way, "source": list(pairs.source), "target": list(pairs.target)},
             **{
                 "kind": pairs.kind,
@@ -112,7 +138,9 @@ def train(
                 "optimiser": settings.optimiser.model_dump(mode="json"),
             },
             "precision": resolve(compute)[1],
-            "scans": {"train": len(rows[0]), "val": len(rows[1])},
+            "scans": {"train": len(task.train_rows), "val": len(rows[1])},
+            "kept_for_gradients_bytes": kept,
+            **network.facts,
             "validation_loss": float(validation.iloc[-1]) if len(validation) else None,
             **({"compiled": True} if compiled else {}),
         }
