@@ -139,7 +139,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "segmentation_model": ("seed", "variants", *_trained("segmentation_ensemble"), "compute"),
     "segmentation": (
         *("seed", "segmentation_ensemble", "compute", "evaluate.bootstrap", *_GRID),
-        "release.suffix",
+        *("preprocess.depth", "release.suffix"),
     ),
     "translation_model": ("seed", "variants", *_trained("translation"), "translation.lesion", "compute"),
     "translation": (*("seed", "translation"), "compute", "evaluate.bootstrap", "release.suffix"),

@@ -15,6 +15,7 @@ from meddiff_steps.applications import derivative
 from meddiff_steps.applications.image_to_image import Drawer
 from meddiff_steps.applications.scans import chosen_scans
 from meddiff_steps.applications.segmentation import Brightness, Marked, majority, marked_by, mean_label
+from meddiff_steps.applications.shape_from_picture import Shapes
 from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import Study, load_stage
@@ -61,7 +62,9 @@ def run(
     drawer = Drawer.load(model, cohort.shards, settings, root, fabric, "segmentation_ensemble")
     pairs, train = drawer.pairs, cohort.of_splits(["train"]).rows
     average = mean_label(pairs, train)
-    bright = Brightness.of(pairs, train) if pairs.kind == "mask" else None
+    depth = study.preprocess.depth
+    bright = Brightness.of(pairs, train) if pairs.kind == "mask" and depth is None else None
+    bodies = Shapes.of(pairs, train) if pairs.kind == "mask" and depth is not None else None
     spacing = study.preprocess.voxel_mm or (1.0,) * (len(pairs.shards.shape("image")) - 1)
 
     shutil.rmtree(out, ignore_errors=True)
@@ -71,6 +74,7 @@ def run(
         row = int(scan["row"])
         truth, sources = pairs.truths([row])[0], pairs.sources([row])[0]
         ways = {"mean_label": average, **({"brightness": bright(sources)} if bright else {})}
+        ways |= bodies(sources) if bodies else {}
         ways |= marked_by(drawer, row, scan["scan_id"])
         ways["draw"] = Marked.of_mask(ways["ensemble"].draws[0])
         if pairs.readers > 1:
@@ -89,12 +93,16 @@ def run(
     facts: dict[str, Any] = {"scans": scans["scan_id"].tolist(), "settings": settings.model_dump(mode="json")}
     facts |= {"model": drawer.digests, "readers": pairs.readers}
     facts |= {"brightness": vars(bright) if bright else None}
+    facts |= {"shapes": {key: getattr(bodies, key) for key in ("middle", "factor", "half")} if bodies else None}
     facts["methods"] = segmentation.figures(table, resamples=study.evaluate.bootstrap, seed=study.seed)
     with atomic_path(out / "measurements.parquet") as path:
         table.to_parquet(path, index=False)
     write_json(out / "figures.json", facts)
     columns = ["scan", "readers", "without noise", *(f"draw {k + 1}" for k in range(3)), "mean of draws", "variance"]
-    write_atomic(out / "contact-sheet.png", completion_sheet("Segmentation", _tiles(shown), columns))
+    views = (
+        ("axial", "coronal") if depth is None else ("sagittal", "coronal")
+    )  # what the picture shows, and from the side
+    write_atomic(out / "contact-sheet.png", completion_sheet("Segmentation", _tiles(shown), columns, views=views))
     derivative.complete(out, "Segmentation", README, drawer.digests, "segmentation")
     log.info("%s: %d scans", out, len(scans))
 
