@@ -65,23 +65,35 @@ class Drawer:
             to_channels_last(models[name], len(models[name].image_shape) - 1)
             fabric.to_device(models[name])
         said = cards["diffusion"]
-        asked = {"source": list(settings.source), "target": list(settings.target)}
+        missing = getattr(settings, "missing", False)
+        asked = {"source": list(settings.source), "target": list(settings.target), "missing": missing}
         for name, wanted in asked.items():
-            if said[name] != wanted:
-                raise UserError(f"{key}.{name}: {wanted}, but {folder} was trained with {said[name]}. Train it again.")
-        pairs = Pairs(shards, tuple(said["source"]), tuple(said["target"]), said["kind"], tuple(said["labels"]))
+            found = said.get(name, False)
+            if found != wanted:
+                raise UserError(f"{key}.{name}: {wanted}, but {folder} was trained with {found}. Train it again.")
+        named = tuple(said["source"]), tuple(said["target"])
+        pairs = Pairs(shards, *named, said["kind"], tuple(said["labels"]), missing)
         digests = {name: card["weights_sha256"] for name, card in cards.items()}
         return cls(models["diffusion"], models["regression"], pairs, settings, root, fabric, digests)
 
     @torch.no_grad()
-    def guess(self, row: int) -> np.ndarray:
-        """What the network without noise says of a scan, (channels, *spatial): from -1 to 1, or logits."""
+    def guess(self, row: int, present: np.ndarray | None = None) -> np.ndarray:
+        """What the network without noise says of a scan, (channels, *spatial): from -1 to 1, or logits; `present` as of
+        `draws`.
+        """
         with self.fabric.autocast():
-            found: np.ndarray = self.regression.guess(self._sources(row, 1))[0].cpu().numpy()
+            found: np.ndarray = self.regression.guess(self._sources(row, 1, present))[0].cpu().numpy()
         return found
 
     @torch.no_grad()
-    def draws(self, row: int, scan_id: str, guess: np.ndarray | None = None, start: float = 1.0) -> np.ndarray:
+    def draws(
+        self,
+        row: int,
+        scan_id: str,
+        guess: np.ndarray | None = None,
+        start: float = 1.0,
+        present: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Draws of a scan, float32 (samples, channels, *spatial), about from -1 to 1.
 
         They are a batch of their own and their noise is keyed by scan and draw, so that they do not depend on what else
@@ -91,16 +103,21 @@ class Drawer:
         ----------
         guess, start
             As of `ImageToImage.draw`; guess (channels, *spatial) from -1 to 1.
+        present
+            Which sources, bool (s,), are looked at where any may be missing; None: those that the scan has.
         """
         count, model = self.settings.samples, self.diffusion
         keys = [seed_key(f"{self.root}/{scan_id}", i, 0, "noise") for i in range(count)]
         noise = to_device(batch_noise(keys, model.image_shape), self.fabric)
         begun = None if guess is None else to_device(np.repeat(guess[None], count, axis=0), self.fabric)
         with self.fabric.autocast():
-            drawn = model.draw(self._sources(row, count), noise, self.settings.num_inference_steps, begun, start)
+            drawn = model.draw(
+                self._sources(row, count, present), noise, self.settings.num_inference_steps, begun, start
+            )
         found: np.ndarray = drawn.cpu().numpy()
         return found
 
-    def _sources(self, row: int, count: int) -> torch.Tensor:
-        sources = to_device(self.pairs.sources([row]), self.fabric)
+    def _sources(self, row: int, count: int, present: np.ndarray | None) -> torch.Tensor:
+        left = self.pairs.there([row])[0] if present is None else present[None]
+        sources = to_device(self.pairs.hidden(self.pairs.sources([row]), left), self.fabric)
         return sources.expand(count, *sources.shape[1:])

@@ -1,5 +1,5 @@
-"""The shape of a body from a picture of it: `segmentation` where pictures are repeated along depth (`preprocess.depth`),
-so that a diffusion draws volumes from them (DISPR, Waibel et al. 2023).
+"""The shape of a body from a picture of it: `segmentation` where pictures are repeated along depth, so that a diffusion
+draws volumes from them (`preprocess.depth`; DISPR, Waibel et al. 2023).
 
 Here is what needs no network.
 """

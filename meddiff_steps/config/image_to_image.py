@@ -64,7 +64,7 @@ class ImageToImage(Section):
 
     @model_validator(mode="after")
     def _a_network_can_be_built(self) -> Self:
-        if self.target and set(self.target) & set(self.source):
+        if set(self.target) & set(self.source) and not getattr(self, "missing", False):
             raise ValueError(f"source and target share {sorted(set(self.target) & set(self.source))[0]}")
         for name in ("source", "target"):
             given = getattr(self, name)
@@ -106,10 +106,29 @@ class SegmentationEnsemble(ImageToImage):
 
 
 class Translation(ImageToImage):
-    """Another contrast of real scans, drawn from those that there are."""
+    """Another contrast of real scans, drawn from those that there are.
+
+    With `missing` one model draws any contrast from any others (Palette with sources that are left out at random).
+    """
+
+    missing: bool = Field(
+        False,
+        description="Any of `source` may be missing, also what `target` names: each step of the training leaves some "
+        "out, and the network is told which are there. A channel with `required: false` may be lacking in scans.",
+    )
 
     lesion: Name | None = Field(
         None,
         description="A channel of kind `mask`: a segmenter that learnt to find it in true images of `target` is asked "
         "whether it is still there in translated ones.",
     )
+
+    @model_validator(mode="after")
+    def _something_can_be_missing(self) -> Self:
+        if self.missing and len(self.source) < 2:
+            raise ValueError(
+                f"missing: true needs two sources or more, found {self.source}; name them, or leave it out"
+            )
+        if self.missing and self.lesion is not None:
+            raise ValueError("lesion is looked for in one contrast, found missing: true; leave one of both out")
+        return self

@@ -141,7 +141,9 @@ STAGES: dict[str, tuple[str, ...]] = {
         *("seed", "segmentation_ensemble", "compute", "evaluate.bootstrap", *_GRID),
         *("preprocess.depth", "release.suffix"),
     ),
-    "translation_model": ("seed", "variants", *_trained("translation"), "translation.lesion", "compute"),
+    "translation_model": (
+        *("seed", "variants", *_trained("translation"), "translation.missing", "translation.lesion", "compute"),
+    ),
     "translation": (*("seed", "translation"), "compute", "evaluate.bootstrap", "release.suffix"),
     "downstream_design": ("seed", "covariates", "plan", *_DESIGN),
     "downstream_plan": ("seed", "covariates", *_DESIGN),

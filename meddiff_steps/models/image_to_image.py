@@ -53,15 +53,24 @@ class ImageToImage(nn.Module):
         Spatial.
     sources, targets
         Channels of both.
+    missing
+        Sources may be NaN: they are not there.  The network is told which are, in a channel of each.
     """
 
     offset: Tensor
     scale: Tensor
     place: Tensor
 
-    def __init__(self, settings: config.ImageToImage, image_shape: Sequence[int], sources: int, targets: int) -> None:
+    def __init__(
+        self,
+        settings: config.ImageToImage,
+        image_shape: Sequence[int],
+        sources: int,
+        targets: int,
+        missing: bool = False,
+    ) -> None:
         super().__init__()
-        dims = len(image_shape)
+        dims, self.missing = len(image_shape), missing
         self.stems = nn.ModuleList(Stem(dims, "haar") for _ in range(settings.block.bit_length() - 1))
         volume, grid = settings.block**dims, [n // settings.block for n in image_shape]
         self.blocks_shape, self.image_shape = (targets * volume, *grid), (targets, *image_shape)
@@ -70,7 +79,7 @@ class ImageToImage(nn.Module):
         self.register_buffer("offset", torch.zeros(1, *self.blocks_shape))
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("place", coordinates(grid)[None], persistent=False)
-        inputs, outputs = (sources + targets) * volume, targets * volume
+        inputs, outputs = (sources + targets) * volume + missing * sources, targets * volume
         self.network: LocalNetwork | DiffusionModelUNet
         if settings.network == "resnet":
             width, blocks = settings.channels[0], settings.num_res_blocks
@@ -111,8 +120,14 @@ class ImageToImage(nn.Module):
         return blocks
 
     def told(self, sources: Tensor) -> Tensor:
-        """Sources (b, s, *spatial) in [0, 1] as the network sees them, (b, s * block**d, *blocks)."""
-        return self.in_blocks(sources * 2.0 - 1.0)
+        """Sources (b, s, *spatial) in [0, 1] as the network sees them, (b, s * block**d, *blocks); where they may be
+        missing, those that are not there are grey, and s channels say which are.
+        """
+        if not self.missing:
+            return self.in_blocks(sources * 2.0 - 1.0)
+        there = sources.isfinite().flatten(2).all(2)[(..., *[None] * (sources.ndim - 2))]
+        blocks = self.in_blocks(torch.where(there, sources * 2.0 - 1.0, 0.0))
+        return torch.cat([blocks, there.to(blocks.dtype).expand(*there.shape[:2], *blocks.shape[2:])], 1)
 
     def forward(self, sources: Tensor, x: Tensor | None = None, timesteps: Tensor | None = None) -> Tensor:
         """The prediction from a state x (b, ., *blocks) at timesteps (b,), float32 and shaped as x; without a state,
@@ -182,7 +197,9 @@ class ImageToImage(nn.Module):
         return self.in_voxels(self.standardisation.inverse(drawn)).float()
 
 
-def card_of(settings: config.ImageToImage, image_shape: Sequence[int], sources: int, targets: int) -> dict[str, Any]:
+def card_of(
+    settings: config.ImageToImage, image_shape: Sequence[int], sources: int, targets: int, missing: bool
+) -> dict[str, Any]:
     """What it takes to build a network anew."""
     kept = ("block", "network", "channels", "num_res_blocks", "levels")
     return {
@@ -190,6 +207,7 @@ def card_of(settings: config.ImageToImage, image_shape: Sequence[int], sources: 
         "image_shape": list(image_shape),
         "sources": sources,
         "targets": targets,
+        **({"missing": True} if missing else {}),
     }
 
 
@@ -197,6 +215,6 @@ def load_image_to_image(folder: Path, weights: str, card: str) -> tuple[ImageToI
     """A trained network of a folder, in evaluation mode on the CPU, and its card."""
     said = read_json(folder / card)
     settings = config.ImageToImage.model_validate(said["settings"])
-    model = ImageToImage(settings, said["image_shape"], said["sources"], said["targets"])
+    model = ImageToImage(settings, said["image_shape"], said["sources"], said["targets"], said.get("missing", False))
     load_weights(model, folder, said, weights)
     return model, said

@@ -99,9 +99,8 @@ def run(
         table.to_parquet(path, index=False)
     write_json(out / "figures.json", facts)
     columns = ["scan", "readers", "without noise", *(f"draw {k + 1}" for k in range(3)), "mean of draws", "variance"]
-    views = (
-        ("axial", "coronal") if depth is None else ("sagittal", "coronal")
-    )  # what the picture shows, and from the side
+    # Of pictures: as they are seen, and across
+    views = ("axial", "coronal") if depth is None else ("sagittal", "coronal")
     write_atomic(out / "contact-sheet.png", completion_sheet("Segmentation", _tiles(shown), columns, views=views))
     derivative.complete(out, "Segmentation", README, drawer.digests, "segmentation")
     log.info("%s: %d scans", out, len(scans))

@@ -36,7 +36,7 @@ def run(
     settings, key = study.translation, "translation"
     shards = Shards(images)
     rows = rows_to_train_on(rows_by_split(read_manifest(manifest), shards.column("scan_id")), key)
-    pairs = Pairs.of(shards, settings.source, settings.target, rows[0], key)
+    pairs = Pairs.of(shards, settings.source, settings.target, rows[0], key, settings.missing)
     if pairs.kind != "contrast":
         raise UserError(
             f"{key}.target: {settings.target[0]} is of kind {pairs.kind}, expected a contrast. Mark structures with"

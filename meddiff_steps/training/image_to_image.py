@@ -104,7 +104,7 @@ def train(
             continue
         validation = curve[curve["metric"] == "val/loss"]["value"]
         facts = {
-            **card_of(settings, pairs.shards.shape("image")[1:], len(pairs.source), pairs.channels),
+            **card_of(settings, pairs.shards.shape("image")[1:], len(pairs.source), pairs.channels, pairs.missing),
             **{"way": network.way, "source": list(pairs.source), "target": list(pairs.target)},
             **{
                 "kind": pairs.kind,

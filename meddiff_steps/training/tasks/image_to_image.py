@@ -37,7 +37,8 @@ class ImageToImageTask:
     """Denoising of targets given sources (Saharia et al. 2022), or, of the same network, regression of targets.
 
     Where several readers marked a scan, each look at it has the marks of one of them, at random: what is learnt is how
-    readers mark.
+    readers mark.  Where sources may be missing, each look leaves some out, evenly over what may be left
+    (`Pairs.patterns`); all targets that a scan has are learnt, also those that are given.
 
     Parameters
     ----------
@@ -68,7 +69,7 @@ class ImageToImageTask:
         self.train_rows, self.val_rows = np.asarray(train_rows), np.asarray(val_rows)[:VALIDATION_SCANS]
         shape = pairs.shards.shape("image")[1:]
         torch.manual_seed(int(step_generator(root, "weights", 0).integers(2**31)))
-        self.model = model = ImageToImage(settings, shape, len(pairs.source), pairs.channels)
+        self.model = model = ImageToImage(settings, shape, len(pairs.source), pairs.channels, pairs.missing)
         self._standardise()
         to_channels_last(model, len(shape))
         average = copy.deepcopy(model).requires_grad_(False).eval()
@@ -91,7 +92,9 @@ class ImageToImageTask:
         self.model.scale.copy_((found - found.mean(0)).square().mean().sqrt().clamp_min(1e-6))
 
     def _batch(self, rows: np.ndarray, generator: np.random.Generator, *, varied: bool) -> tuple[np.ndarray, ...]:
-        """Sources (b, s, *spatial), targets (b, c, *spatial), noise (b, ., *blocks) and timesteps (b,) of rows."""
+        """Sources (b, s, *spatial), targets (b, c, *spatial), noise (b, ., *blocks), timesteps (b,), and which targets
+        are there (b, c), of rows.
+        """
         truths = self.pairs.truths(rows)
         reader = generator.integers(self.pairs.readers, size=len(rows))
         if self.pairs.readers > 1:
@@ -105,7 +108,21 @@ class ImageToImageTask:
         levels = self.settings.levels
         timesteps = self.model.process.training_timesteps(uniform, levels.mean, levels.deviation)
         noise = generator.standard_normal((len(rows), *self.model.blocks_shape), dtype=np.float32)
-        return sources, self.pairs.encoded(truths), noise, timesteps
+        given, known = self.pairs.there(rows)
+        sources = self.pairs.hidden(sources, self._left(given, known, generator))
+        return sources, self.pairs.encoded(truths), noise, timesteps, known
+
+    def _left(self, given: np.ndarray, known: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """Which of the sources that scans have, bool (b, s), are left to the network, so that a known target is not."""
+        if not self.pairs.missing:
+            return given
+        left, patterns = given.copy(), self.pairs.patterns()
+        asked = np.stack([self.pairs.asked(one) for one in patterns])
+        for i in range(len(given)):
+            possible = patterns[~(patterns & ~given[i]).any(1) & (asked & known[i]).any(1)]
+            if len(possible):
+                left[i] = possible[generator.integers(len(possible))]
+        return left
 
     def train_step(self, step: int) -> dict[str, Tensor]:
         size, fabric = self.settings.optimiser.batch_size, self.fabric
@@ -123,11 +140,13 @@ class ImageToImageTask:
             optimiser.step()
         return found
 
-    def _loss(self, net: nn.Module, sources: Tensor, targets: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def _loss(
+        self, net: nn.Module, sources: Tensor, targets: Tensor, noise: Tensor, timesteps: Tensor, known: Tensor
+    ) -> Tensor:
         if self.way == "regression":
             guess = net(sources)
             if self.pairs.kind == "contrast":
-                return (guess - targets).square().mean()
+                return self._mean((guess - targets).square(), known)
             shares = (targets + 1.0) / 2.0
             if self.pairs.kind == "mask":
                 entropy = functional.binary_cross_entropy_with_logits(guess, shares)
@@ -139,7 +158,14 @@ class ImageToImageTask:
         noisy = model.process.add_noise(clean, noise, timesteps)
         error = net(sources, noisy, timesteps) - model.process.target(clean, noise, timesteps)
         # In units of what the network gives: every level weighs the same at the start (Karras et al. 2022, table 1)
-        return (error / model.gain(timesteps, error.ndim)).square().mean()
+        error = error / model.gain(timesteps, error.ndim)
+        return self._mean((model.in_voxels(error) if self.pairs.missing else error).square(), known)
+
+    def _mean(self, errors: Tensor, known: Tensor) -> Tensor:
+        """Of errors (b, c, *spatial), where targets may be missing over those that are known (b, c)."""
+        if not self.pairs.missing:
+            return errors.mean()
+        return (errors.flatten(2).mean(2) * known).sum() / known.sum().clamp_min(1)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
