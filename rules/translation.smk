@@ -9,6 +9,8 @@ rule translation_model:
     output:
         out=[f"{RESULTS}/translation_model/{name}" for name in study_files.IMAGE_TO_IMAGE],
         lesion=network(f"{RESULTS}/translation_lesion") if STUDY.translation.lesion else [],
+        volume=network(f"{RESULTS}/translation_volume") if STUDY.translation.volume_steps else [],
+        solid=network(f"{RESULTS}/translation_solid") if STUDY.translation.volume_steps else [],
     log:
         f"{RESULTS}/logs/translation_model.log",
     benchmark:
@@ -36,6 +38,8 @@ rule translation:
         images=COHORT_IMAGES,
         model=rules.translation_model.output.out[:-1],
         lesion=rules.translation_model.output.lesion,
+        volume=rules.translation_model.output.volume,
+        solid=rules.translation_model.output.solid,
     output:
         out=[
             f"{RESULTS}/translation/{name}"

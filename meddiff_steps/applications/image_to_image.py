@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -12,7 +12,7 @@ import torch
 from meddiff_steps import config
 from meddiff_steps.compute.device import to_channels_last, to_device
 from meddiff_steps.core.errors import UserError
-from meddiff_steps.core.folders import OF_IMAGE_TO_IMAGE
+from meddiff_steps.core.folders import NETWORK, OF_IMAGE_TO_IMAGE
 from meddiff_steps.core.random_streams import batch_noise, seed_key
 from meddiff_steps.imaging.pairs import Pairs
 from meddiff_steps.imaging.shards import Shards
@@ -75,6 +75,13 @@ class Drawer:
         pairs = Pairs(shards, *named, said["kind"], tuple(said["labels"]), missing)
         digests = {name: card["weights_sha256"] for name, card in cards.items()}
         return cls(models["diffusion"], models["regression"], pairs, settings, root, fabric, digests)
+
+    def drawing_with(self, folder: Path) -> tuple[Self, str]:
+        """The same with another diffusion, of this folder, and the digest of its weights."""
+        model, card = load_image_to_image(folder, *NETWORK)
+        to_channels_last(model, len(model.image_shape) - 1)
+        self.fabric.to_device(model)
+        return replace(self, diffusion=model), card["weights_sha256"]
 
     @torch.no_grad()
     def guess(self, row: int, present: np.ndarray | None = None) -> np.ndarray:

@@ -99,12 +99,18 @@ def translated(drawer: Drawer, row: int, scan_id: str, present: np.ndarray | Non
     `regression` minimises the squared error; `draws` are single draws, each an image as the target is;
     `mean_of_draws` is their mean.
     """
-    drawn = drawer.pairs.decoded(drawer.draws(row, scan_id, present=present))
     return {
         "regression": drawer.pairs.decoded(drawer.guess(row, present)[None]),
-        "draws": drawn,
-        "mean_of_draws": drawn.mean(0, keepdims=True),
+        **several("", drawer, row, scan_id, present),
     }
+
+
+def several(
+    kind: str, drawer: Drawer, row: int, scan_id: str, present: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """The draws among `translated`, their names after that of a kind."""
+    drawn = drawer.pairs.decoded(drawer.draws(row, scan_id, present=present))
+    return {f"{kind}draws": drawn, f"{kind}mean_of_draws": drawn.mean(0, keepdims=True)}
 
 
 def without_a_network(pairs: Pairs, regression: PatchRegression, row: int) -> dict[str, np.ndarray]:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from meddiff_steps.config.base import Fraction, Name, NetworkOptimiser, PositiveInt, Section
+from meddiff_steps.config.base import Count, Fraction, Name, NetworkOptimiser, PositiveInt, Section
 from meddiff_steps.config.diffusion import Diffusion, NoiseLevels
 
 
@@ -122,6 +122,20 @@ class Translation(ImageToImage):
         description="A channel of kind `mask`: a segmenter that learnt to find it in true images of `target` is asked "
         "whether it is still there in translated ones.",
     )
+
+    volume_steps: Count = Field(
+        0,
+        description="Of volumes: above 0, networks look at one slice at a time (along the last axis), `block` is of "
+        "voxels of a slice, and the diffusion is then made volume-wise by layers across slices that are inserted and "
+        "trained for so many steps (Zhu et al. 2023b); a 3D one of the same cost stands beside it.",
+    )
+
+    @model_validator(mode="after")
+    def _slices_have_a_network(self) -> Self:
+        if self.volume_steps and (self.network != "resnet" or self.missing):
+            found = "missing: true" if self.missing else f"network: {self.network}"
+            raise ValueError(f"volume_steps needs network: resnet, and no contrast missing, found {found}")
+        return self
 
     @model_validator(mode="after")
     def _something_can_be_missing(self) -> Self:

@@ -142,7 +142,8 @@ STAGES: dict[str, tuple[str, ...]] = {
         *("preprocess.depth", "release.suffix"),
     ),
     "translation_model": (
-        *("seed", "variants", *_trained("translation"), "translation.missing", "translation.lesion", "compute"),
+        *("seed", "variants", *_trained("translation"), "translation.missing", "compute"),
+        *("translation.lesion", "translation.volume_steps"),
     ),
     "translation": (*("seed", "translation"), "compute", "evaluate.bootstrap", "release.suffix"),
     "downstream_design": ("seed", "covariates", "plan", *_DESIGN),

@@ -91,11 +91,13 @@ OF_STEP: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "out": ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png"),
     },
     "segmentation_model": {"out": IMAGE_TO_IMAGE},
-    "translation_model": {"out": IMAGE_TO_IMAGE, "lesion": NETWORK},
+    "translation_model": {"out": IMAGE_TO_IMAGE, "lesion": NETWORK, "volume": NETWORK, "solid": NETWORK},
     **{
         step: {
             "model": IMAGE_TO_IMAGE[:-1],
             "lesion": NETWORK,
+            "volume": NETWORK,
+            "solid": NETWORK,
             "out": ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png"),
         }
         for step in ("segmentation", "translation")

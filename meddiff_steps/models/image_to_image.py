@@ -21,6 +21,7 @@ from meddiff_steps.models.denoiser.base import gain
 from meddiff_steps.models.denoiser.resnet import LocalNetwork
 from meddiff_steps.models.first_stage.stem import Stem
 from meddiff_steps.models.latent_statistics import Standardisation
+from meddiff_steps.models.slices import Slices, by_slice, network_of, stacked
 from meddiff_steps.models.weights import load_weights
 
 #: Name of what is given, among the maps of a condition.
@@ -55,6 +56,8 @@ class ImageToImage(nn.Module):
         Channels of both.
     missing
         Sources may be NaN: they are not there.  The network is told which are, in a channel of each.
+    slices
+        Of volumes: how the network looks at their slices; blocks are then of voxels of one slice.
     """
 
     offset: Tensor
@@ -68,11 +71,14 @@ class ImageToImage(nn.Module):
         sources: int,
         targets: int,
         missing: bool = False,
+        slices: Slices | None = None,
     ) -> None:
         super().__init__()
-        dims, self.missing = len(image_shape), missing
-        self.stems = nn.ModuleList(Stem(dims, "haar") for _ in range(settings.block.bit_length() - 1))
-        volume, grid = settings.block**dims, [n // settings.block for n in image_shape]
+        dims, self.missing, self.slices = len(image_shape), missing, slices
+        along = dims - (slices is not None)  # axes that blocks have
+        self.stems = nn.ModuleList(Stem(along, "haar") for _ in range(settings.block.bit_length() - 1))
+        volume = settings.block**along
+        grid = [n // settings.block for n in image_shape[:along]] + list(image_shape[along:])
         self.blocks_shape, self.image_shape = (targets * volume, *grid), (targets, *image_shape)
         self.process = NoiseProcess.of(settings.denoiser)
         # How targets were standardised travels with the weights.
@@ -81,8 +87,10 @@ class ImageToImage(nn.Module):
         self.register_buffer("place", coordinates(grid)[None], persistent=False)
         inputs, outputs = (sources + targets) * volume + missing * sources, targets * volume
         self.network: LocalNetwork | DiffusionModelUNet
-        if settings.network == "resnet":
-            width, blocks = settings.channels[0], settings.num_res_blocks
+        width, blocks = settings.channels[0], settings.num_res_blocks
+        if slices is not None:
+            self.network = network_of(slices, inputs, outputs, width, blocks)
+        elif settings.network == "resnet":
             self.network = LocalNetwork(dims, inputs, outputs, 0, width, blocks)
         else:
             self.network = DiffusionModelUNet(
@@ -108,16 +116,22 @@ class ImageToImage(nn.Module):
 
     def in_blocks(self, images: Tensor) -> Tensor:
         """(b, c, *spatial) -> (b, c * block**d, *blocks)."""
+        batch = len(images)
+        if self.slices is not None:
+            images = by_slice(images)
         for stem in self.stems:
             images = stem(images)
-        return dense(images)
+        return dense(images if self.slices is None else stacked(images, batch))
 
     def in_voxels(self, blocks: Tensor) -> Tensor:
         """The inverse of `in_blocks`."""
+        batch = len(blocks)
+        if self.slices is not None:
+            blocks = by_slice(blocks)
         for stem in reversed(self.stems):
             assert isinstance(stem, Stem)
             blocks = stem.inverse(blocks)
-        return blocks
+        return blocks if self.slices is None else stacked(blocks, batch)
 
     def told(self, sources: Tensor) -> Tensor:
         """Sources (b, s, *spatial) in [0, 1] as the network sees them, (b, s * block**d, *blocks); where they may be
@@ -198,7 +212,12 @@ class ImageToImage(nn.Module):
 
 
 def card_of(
-    settings: config.ImageToImage, image_shape: Sequence[int], sources: int, targets: int, missing: bool
+    settings: config.ImageToImage,
+    image_shape: Sequence[int],
+    sources: int,
+    targets: int,
+    missing: bool,
+    slices: Slices | None,
 ) -> dict[str, Any]:
     """What it takes to build a network anew."""
     kept = ("block", "network", "channels", "num_res_blocks", "levels")
@@ -208,6 +227,7 @@ def card_of(
         "sources": sources,
         "targets": targets,
         **({"missing": True} if missing else {}),
+        **({"slices": slices} if slices else {}),
     }
 
 
@@ -215,6 +235,7 @@ def load_image_to_image(folder: Path, weights: str, card: str) -> tuple[ImageToI
     """A trained network of a folder, in evaluation mode on the CPU, and its card."""
     said = read_json(folder / card)
     settings = config.ImageToImage.model_validate(said["settings"])
-    model = ImageToImage(settings, said["image_shape"], said["sources"], said["targets"], said.get("missing", False))
+    shapes = said["image_shape"], said["sources"], said["targets"]
+    model = ImageToImage(settings, *shapes, said.get("missing", False), said.get("slices"))
     load_weights(model, folder, said, weights)
     return model, said

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,7 @@ import typer
 from meddiff_steps.applications import derivative
 from meddiff_steps.applications.image_to_image import Drawer
 from meddiff_steps.applications.scans import chosen_scans
-from meddiff_steps.applications.translation import PatchRegression, head, translated, without_a_network
+from meddiff_steps.applications.translation import PatchRegression, head, several, translated, without_a_network
 from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import Study, load_stage
@@ -48,6 +48,21 @@ held-out scans, beside copies, a linear regression and the same network without 
 scan and way.
 """
 
+#: What the contact sheet shows beside sources and truth, also where networks look at slices: caption, way, draw.
+TILES = {
+    "patches": ("patches", 0),
+    "without noise": ("regression", 0),
+    "mean of draws": ("mean_of_draws", 0),
+    "draw 1": ("draws", 0),
+    "draw 2": ("draws", 1),
+}
+VOLUME_TILES = {
+    "without noise": ("regression", 0),
+    "slice-wise": ("draws", 0),
+    "volume-wise": ("volume_draws", 0),
+    "3D": ("solid_draws", 0),
+}
+
 
 def run(
     config: options.Config,
@@ -59,6 +74,10 @@ def run(
     lesion: Annotated[
         Path | None, typer.Option(help="folder of what finds lesions; left out where the study names none")
     ] = None,
+    volume: Annotated[
+        Path | None, typer.Option(help="folder of the volume-wise diffusion; left out where the study has none")
+    ] = None,
+    solid: Annotated[Path | None, typer.Option(help="folder of the 3D diffusion of the same cost")] = None,
     threads: options.Threads = 1,
 ) -> None:
     """Draw another contrast of held-out scans, and measure how near it comes to the true one."""
@@ -73,11 +92,17 @@ def run(
     pairs, digests = drawer.pairs, dict(drawer.digests)
     train, patterns = cohort.of_splits(["train"]).rows, pairs.patterns()
     simple = [PatchRegression.of(pairs, train, philox(study.seed, "patches"), present) for present in patterns]
+    others: dict[str, Drawer] = {}
+    for name, folder in {"volume": volume, "solid": solid}.items():
+        if folder is not None:
+            others[name], digests[name] = drawer.drawing_with(folder)
     finder = None
     if lesion is not None:
         finder, card = load_image_to_image(lesion, *NETWORK)
         digests["lesion"] = card["weights_sha256"]
         fabric.to_device(finder)
+
+    best_kind = "volume_" if "volume" in others else ""
 
     shutil.rmtree(out, ignore_errors=True)
     rows: list[dict[str, Any]] = []
@@ -90,13 +115,18 @@ def run(
         marks = None if finder is None else cohort.shards.tensor(str(settings.lesion), row)[0]
         drawn: dict[str, np.ndarray] = {}
         possible = [one for one in simple if not (one.present & ~given).any()]
+        if not possible:
+            log.warning("%s: has none of the sources, it is left out", scan["scan_id"])
+            continue
         fullest = np.max([one.present.sum() * pairs.asked(one.present) for one in possible], axis=0)
         for regression in possible:
             present = regression.present
             best = pairs.asked(present) & (fullest == present.sum())
             ways = without_a_network(pairs, regression, row) | translated(drawer, row, scan["scan_id"], present)
+            for name, other in others.items():
+                ways |= several(f"{name}_", other, row, scan["scan_id"], present)
             told = np.where(present.reshape(-1, *[1] * (sources.ndim - 1)), sources, 0)
-            drawn |= {pairs.target[c]: ways["draws"][:, c] for c in np.flatnonzero(best)}
+            drawn |= {pairs.target[c]: ways[f"{best_kind}draws"][:, c] for c in np.flatnonzero(best)}
             for targets, names in _targets(pairs, present, known):
                 region = head(sources) & (truth[targets] > 0).any(0)
                 if not region.any():
@@ -130,8 +160,9 @@ def run(
     with atomic_path(out / "measurements.parquet") as path:
         table.to_parquet(path, index=False)
     write_json(out / "figures.json", facts)
-    columns = [*pairs.source, "true", "patches", "without noise", "mean of draws", "draw 1", "draw 2"]
-    write_atomic(out / "contact-sheet.png", completion_sheet("Translation", _tiles(shown), columns))
+    tiles = VOLUME_TILES if others else TILES
+    columns = [*pairs.source, "true", *tiles]
+    write_atomic(out / "contact-sheet.png", completion_sheet("Translation", _tiles(shown, tiles), columns))
     derivative.complete(out, "Translation", README, digests, "translation")
     log.info("%s: %d scans", out, len(scans))
 
@@ -162,6 +193,9 @@ def _judged(
             each = [completion.judged(truth[c], draws[:, c], region) for c in range(len(truth))]
             found |= {key: float(np.mean([one[key] for one in each])) for key in each[0]}
             found["texture"] = float(np.mean([completion.texture(truth, draw, region) for draw in draws]))
+            if region.ndim == 3:  # within slices, and from one to the next
+                for key, axes in {"texture_within": (0, 1), "texture_across": (2,)}.items():
+                    found[key] = float(np.mean([completion.texture(truth, draw, region, axes) for draw in draws]))
         if finder is not None and marks is not None:
             found |= lesion_dice(marks, [_found(finder, draw) for draw in draws])
         rows.append(found)
@@ -177,7 +211,7 @@ def _found(finder: ImageToImage, image: np.ndarray) -> np.ndarray:
 
 
 def _tiles(
-    shown: list[tuple[str, np.ndarray, np.ndarray, dict[str, np.ndarray]]],
+    shown: list[tuple[str, np.ndarray, np.ndarray, dict[str, np.ndarray]]], tiles: Mapping[str, tuple[str, int]]
 ) -> list[tuple[str, list[np.ndarray]]]:
     return [
         (
@@ -185,8 +219,7 @@ def _tiles(
             [
                 *(image[None] for image in sources),
                 truth[:1],
-                *(ways[way][0, :1] for way in ("patches", "regression", "mean_of_draws")),
-                *(draw[:1] for draw in ways["draws"][:2]),
+                *(ways[way][number, :1] for way, number in tiles.values()),
             ],
         )
         for name, truth, sources, ways in shown[:6]

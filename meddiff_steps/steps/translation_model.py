@@ -15,7 +15,7 @@ from meddiff_steps.imaging.pairs import Pairs
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.steps import options
 from meddiff_steps.training.checkpoints import state_key
-from meddiff_steps.training.image_to_image import Network, rows_to_train_on, train, with_noise_and_without
+from meddiff_steps.training.image_to_image import Network, rows_to_train_on, train, volume_wise, with_noise_and_without
 
 
 def run(
@@ -26,6 +26,12 @@ def run(
     state: options.State,
     lesion: Annotated[
         Path | None, typer.Option(help="folder to write, where `translation.lesion` is set: what finds lesions")
+    ] = None,
+    volume: Annotated[
+        Path | None, typer.Option(help="folder to write, where `translation.volume_steps` is set: the volume-wise one")
+    ] = None,
+    solid: Annotated[
+        Path | None, typer.Option(help="folder to write, beside `volume`: the 3D one of the same cost")
     ] = None,
     threads: options.Threads = 1,
 ) -> None:
@@ -42,7 +48,10 @@ def run(
             f"{key}.target: {settings.target[0]} is of kind {pairs.kind}, expected a contrast. Mark structures with"
             " `segmentation` (section `segmentation_ensemble`)."
         )
-    networks = with_noise_and_without(pairs, out)
+    more = settings.volume_steps
+    networks = with_noise_and_without(pairs, out, "alone" if more else None)
+    if volume is not None and solid is not None:
+        networks += volume_wise(pairs, out, volume, solid, settings.optimiser.steps, more)
     if settings.lesion is not None and lesion is not None:
         seen = Pairs.of(shards, settings.target, [settings.lesion], rows[0], f"{key}.lesion")
         networks.append(Network("lesion", "regression", seen, lesion))

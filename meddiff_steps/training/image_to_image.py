@@ -17,7 +17,8 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path
 from meddiff_steps.core.folders import NETWORK, OF_IMAGE_TO_IMAGE
 from meddiff_steps.imaging.pairs import Pairs
-from meddiff_steps.models.image_to_image import card_of
+from meddiff_steps.models.image_to_image import card_of, load_image_to_image
+from meddiff_steps.models.slices import Slices
 from meddiff_steps.models.weights import save_model
 from meddiff_steps.training.loop import fit
 from meddiff_steps.training.tasks.image_to_image import ImageToImageTask, Way
@@ -40,6 +41,12 @@ class Network:
         What it learns.
     folder, files
         Where weights and card are written.
+    slices
+        As of `ImageToImage`.
+    start
+        Folder of a network whose weights it begins with.
+    steps
+        Of its training; those of the study when left out.
     """
 
     name: str
@@ -47,13 +54,29 @@ class Network:
     pairs: Pairs
     folder: Path
     files: tuple[str, str] = NETWORK
+    slices: Slices | None = None
+    start: Path | None = None
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        assert self.start is None or self.files == NETWORK, "what begins with another has its own folder"
 
 
-def with_noise_and_without(pairs: Pairs, folder: Path) -> list[Network]:
+def with_noise_and_without(pairs: Pairs, folder: Path, slices: Slices | None = None) -> list[Network]:
     """The two of an application, with their files in one folder."""
     return [
-        Network("diffusion", "diffusion", pairs, folder, OF_IMAGE_TO_IMAGE["diffusion"]),
-        Network("regression", "regression", pairs, folder, OF_IMAGE_TO_IMAGE["regression"]),
+        Network("diffusion", "diffusion", pairs, folder, OF_IMAGE_TO_IMAGE["diffusion"], slices),
+        Network("regression", "regression", pairs, folder, OF_IMAGE_TO_IMAGE["regression"], slices),
+    ]
+
+
+def volume_wise(pairs: Pairs, begun: Path, volume: Path, solid: Path, steps: int, more: int) -> list[Network]:
+    """The diffusion in the folder `begun`, of slices and trained for `steps`, with layers across slices that are
+    inserted and trained for `more` (Zhu et al. 2023b); and one of volumes that costs as much and learns as long.
+    """
+    return [
+        Network("volume", "diffusion", pairs, volume, slices="joined", start=begun, steps=more),
+        Network("solid", "diffusion", pairs, solid, slices="solid", steps=steps + more),
     ]
 
 
@@ -95,21 +118,34 @@ def train(
     """
     curves = []
     for network in networks:
-        name, pairs = network.name, network.pairs
-        task = ImageToImageTask(network.way, settings, variants, pairs, *rows, f"{root}/{name}", fabric)
+        name, pairs, start = network.name, network.pairs, None
+        if network.start is not None:
+            fabric.barrier()  # the first process writes it
+            start = load_image_to_image(network.start, *NETWORK)[0].state_dict()
+        steps = {} if network.steps is None else {"steps": network.steps}
+        optimiser = settings.optimiser.model_copy(update=steps)
+        kind = network.slices, start
+        task = ImageToImageTask(network.way, settings, variants, pairs, *rows, f"{root}/{name}", fabric, *kind)
         compiled = speed_up(task.costly, compute, fabric, training=True)
-        curve = fit(task, settings.optimiser, fabric, state / name, f"{root.rpartition('/')[2]}: {name}")
+        curve = fit(task, optimiser, fabric, state / name, f"{root.rpartition('/')[2]}: {name}")
         curves.append(curve.assign(network=name))
         if not fabric.is_global_zero:
             continue
         validation = curve[curve["metric"] == "val/loss"]["value"]
         facts = {
-            **card_of(settings, pairs.shards.shape("image")[1:], len(pairs.source), pairs.channels, pairs.missing),
+            **card_of(
+                settings,
+                pairs.shards.shape("image")[1:],
+                len(pairs.source),
+                pairs.channels,
+                pairs.missing,
+                network.slices,
+            ),
             **{"way": network.way, "source": list(pairs.source), "target": list(pairs.target)},
             **{
                 "kind": pairs.kind,
                 "labels": list(pairs.labels),
-                "optimiser": settings.optimiser.model_dump(mode="json"),
+                "optimiser": optimiser.model_dump(mode="json"),
             },
             "precision": resolve(compute)[1],
             "scans": {"train": len(rows[0]), "val": len(rows[1])},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from meddiff_steps.core.random_streams import step_generator
 from meddiff_steps.imaging.pairs import Pairs
 from meddiff_steps.imaging.variants import draw_variant
 from meddiff_steps.models.image_to_image import ImageToImage
+from meddiff_steps.models.slices import Slices
 from meddiff_steps.training.loop import batch_rows, clip_gradients, rank_share
 from meddiff_steps.training.optimisers import set_up
 
@@ -50,6 +51,10 @@ class ImageToImageTask:
         Rows of `pairs.shards`.
     root
         The study's seed, and what the network is for.
+    slices
+        As of `ImageToImage`.
+    start
+        Weights to begin with, by name; layers that they lack begin as a fresh network has them.
     """
 
     def __init__(
@@ -62,6 +67,8 @@ class ImageToImageTask:
         val_rows: Sequence[int] | np.ndarray,
         root: str,
         fabric: Fabric,
+        slices: Slices | None = None,
+        start: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.way, self.settings, self.pairs, self.fabric = way, settings, pairs, fabric
         self.variants = variants.model_copy(update={"max_contrast": 0.0})
@@ -69,8 +76,10 @@ class ImageToImageTask:
         self.train_rows, self.val_rows = np.asarray(train_rows), np.asarray(val_rows)[:VALIDATION_SCANS]
         shape = pairs.shards.shape("image")[1:]
         torch.manual_seed(int(step_generator(root, "weights", 0).integers(2**31)))
-        self.model = model = ImageToImage(settings, shape, len(pairs.source), pairs.channels, pairs.missing)
+        self.model = model = ImageToImage(settings, shape, len(pairs.source), pairs.channels, pairs.missing, slices)
         self._standardise()
+        if start is not None:
+            model.load_state_dict({**model.state_dict(), **start})
         to_channels_last(model, len(shape))
         average = copy.deepcopy(model).requires_grad_(False).eval()
         self.net, self.optimisers = set_up(model, settings.optimiser, fabric)
