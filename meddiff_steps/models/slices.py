@@ -46,15 +46,10 @@ class SliceNetwork(LocalNetwork):
         for module in list(self.modules()):
             for name, layer in list(module.named_children()):
                 if isinstance(layer, nn.Conv3d) and name != "across":
-                    setattr(module, name, _flat(layer))
-
-
-def _flat(layer: nn.Conv3d) -> nn.Conv3d:
-    """The layer with a kernel of one voxel along the last axis; silent where the layer is."""
-    found = nn.Conv3d(layer.in_channels, layer.out_channels, (3, 3, 1), padding=(1, 1, 0))
-    if not layer.weight.any():
-        silence(found)
-    return found
+                    flat = nn.Conv3d(layer.in_channels, layer.out_channels, (3, 3, 1), padding=(1, 1, 0))
+                    setattr(module, name, flat)
+                    if name in ("conv2", "last"):  # silent in the network that it is made of
+                        silence(flat)
 
 
 def network_of(slices: Slices, inputs: int, outputs: int, width: int, blocks: int) -> LocalNetwork:

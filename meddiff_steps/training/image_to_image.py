@@ -124,8 +124,8 @@ def train(
             start = load_image_to_image(network.start, *NETWORK)[0].state_dict()
         steps = {} if network.steps is None else {"steps": network.steps}
         optimiser = settings.optimiser.model_copy(update=steps)
-        kind = network.slices, start
-        task = ImageToImageTask(network.way, settings, variants, pairs, *rows, f"{root}/{name}", fabric, *kind)
+        wanted, kind = settings.model_copy(update={"optimiser": optimiser}), (network.slices, start)
+        task = ImageToImageTask(network.way, wanted, variants, pairs, *rows, f"{root}/{name}", fabric, *kind)
         compiled = speed_up(task.costly, compute, fabric, training=True)
         curve = fit(task, optimiser, fabric, state / name, f"{root.rpartition('/')[2]}: {name}")
         curves.append(curve.assign(network=name))
