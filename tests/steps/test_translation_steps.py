@@ -57,7 +57,7 @@ def cohort(tmp_path: Path) -> Path:
             nib.save(nib.Nifti1Image(300 - values, affine), tmp_path / f"sub-{i}_T1w_post.nii.gz")
         split = "train" if i < 4 else "val" if i < 5 else "test"
         found = {"scan_id": f"sub-{i}_T1w", "subject_id": f"sub-{i}", "session_id": None, "split": split, "age": 50.0}
-        rows.append(found | {"path": str(tmp_path / f"sub-{i}_T1w.nii.gz"), "sha256": None, "content_sha256": None})
+        rows.append(found | {"path": str(tmp_path / f"sub-{i}_T1w.nii.gz"), "sha256": "0" * 64, "content_sha256": "0" * 64})
     table = pd.DataFrame(rows)
     table.to_parquet(tmp_path / "manifest.parquet", index=False)
     quality = preprocess_shard(table.drop(columns="sha256"), study(tmp_path).preprocess, tmp_path / "images.arrow")
