@@ -214,10 +214,12 @@ SEGMENTATION_STUDY = [f"{RESULTS}/segmentation_study/{name}" for name in ("resul
 REGISTRATION_NETWORK = f"{RESULTS}/registration_networks/{{network}}"
 SHAPE_NETWORK = network(f"{RESULTS}/shape_network")
 SEGMENTATION_MODEL = image_to_image(f"{RESULTS}/segmentation_model")
-# Networks that draw another contrast, and the way back from it; what foretells it without noise.
+# Networks that draw another contrast, the way back from it, and volume-wise; what foretells it without noise.
 TRANSLATION_MODEL = image_to_image(f"{RESULTS}/translation_model")
 TRANSLATION_LESION = network(f"{RESULTS}/translation_lesion") if STUDY.translation.lesion else []
 TRANSLATION_BACK = network(f"{RESULTS}/translation_back")
+TRANSLATION_VOLUME = network(f"{RESULTS}/translation_volume") if STUDY.translation.volume_steps else []
+TRANSLATION_SOLID = network(f"{RESULTS}/translation_solid") if STUDY.translation.volume_steps else []
 FORETELLING = [f"{RESULTS}/translation_model/{name}" for name in study_files.OF_IMAGE_TO_IMAGE["regression"]]
 LATENTS = f"{RESULTS}/latents/shard-{{shard}}.arrow"
 LATENT_SCALE = f"{RESULTS}/latents/scale.safetensors"

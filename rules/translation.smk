@@ -10,6 +10,8 @@ rule translation_model:
         out=TRANSLATION_MODEL,
         lesion=TRANSLATION_LESION,
         back=TRANSLATION_BACK if STUDY.translation.cycle else [],
+        volume=TRANSLATION_VOLUME,
+        solid=TRANSLATION_SOLID,
     log:
         f"{RESULTS}/logs/translation_model.log",
     benchmark:
@@ -37,6 +39,8 @@ rule translation:
         images=COHORT_IMAGES,
         model=TRANSLATION_MODEL[:-1],
         lesion=TRANSLATION_LESION,
+        volume=TRANSLATION_VOLUME,
+        solid=TRANSLATION_SOLID,
     output:
         out=derivative("translation"),
     log:

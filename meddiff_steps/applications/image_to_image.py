@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -67,28 +67,43 @@ class Drawer:
         for name, files in OF_IMAGE_TO_IMAGE.items():
             models[name], cards[name] = _loaded(folder, files, settings, fabric, key)
         said = cards["diffusion"]
-        pairs = Pairs(shards, tuple(said["source"]), tuple(said["target"]), said["kind"], tuple(said["labels"]))
+        pairs = Pairs(
+            shards,
+            *(tuple(said["source"]), tuple(said["target"]), said["kind"], tuple(said["labels"])),
+            said.get("missing", False),
+        )
         facts = {name: _training(card) for name, card in cards.items()}
         return cls(
             *(models["diffusion"], models["regression"], pairs, settings, root, fabric),
             *({name: card["weights_sha256"] for name, card in cards.items()}, facts),
         )
 
-    def with_guess_of(self, folder: Path, key: str) -> Self:
-        """The same with another network without noise, that of a folder; raises as `load`."""
+    def with_other(self, name: Literal["diffusion", "regression"], folder: Path, key: str) -> Self:
+        """The same with another network of either kind, that of a folder, whose digest and training alone are told;
+        raises as `load`.
+        """
         model, card = _loaded(folder, NETWORK, self.settings, self.fabric, key)
-        digests, facts = {"regression": card["weights_sha256"]}, {"regression": _training(card)}
-        return replace(self, regression=model, digests=digests, training=facts)
+        told = {"digests": {name: card["weights_sha256"]}, "training": {name: _training(card)}}
+        return replace(self, **{name: model}, **told)  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def guess(self, row: int) -> np.ndarray:
-        """What the network without noise says of a scan, (channels, *spatial): from -1 to 1, or logits."""
+    def guess(self, row: int, present: np.ndarray | None = None) -> np.ndarray:
+        """What the network without noise says of a scan, (channels, *spatial): from -1 to 1, or logits; `present` as of
+        `draws`.
+        """
         with self.fabric.autocast():
-            found: np.ndarray = self.regression.guess(self._sources(row, 1))[0].cpu().numpy()
+            found: np.ndarray = self.regression.guess(self._sources(row, 1, present))[0].cpu().numpy()
         return found
 
     @torch.no_grad()
-    def draws(self, row: int, scan_id: str, guess: np.ndarray | None = None, start: float = 1.0) -> np.ndarray:
+    def draws(
+        self,
+        row: int,
+        scan_id: str,
+        guess: np.ndarray | None = None,
+        start: float = 1.0,
+        present: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Draws of a scan, float32 (samples, channels, *spatial), about from -1 to 1.
 
         They are a batch of their own and their noise is keyed by scan and draw, so that they do not depend on what else
@@ -98,18 +113,23 @@ class Drawer:
         ----------
         guess, start
             As of `ImageToImage.draw`; guess (channels, *spatial) from -1 to 1.
+        present
+            Which sources, bool (s,), are looked at where any may be missing; None: those that the scan has.
         """
         count, model = self.settings.samples, self.diffusion
         keys = [seed_key(f"{self.root}/{scan_id}", i, 0, "noise") for i in range(count)]
         noise = to_device(batch_noise(keys, model.image_shape), self.fabric)
         begun = None if guess is None else to_device(np.repeat(guess[None], count, axis=0), self.fabric)
         with self.fabric.autocast():
-            drawn = model.draw(self._sources(row, count), noise, self.settings.num_inference_steps, begun, start)
+            drawn = model.draw(
+                self._sources(row, count, present), noise, self.settings.num_inference_steps, begun, start
+            )
         found: np.ndarray = drawn.cpu().numpy()
         return found
 
-    def _sources(self, row: int, count: int) -> torch.Tensor:
-        sources = to_device(self.pairs.sources([row]), self.fabric)
+    def _sources(self, row: int, count: int, present: np.ndarray | None) -> torch.Tensor:
+        left = self.pairs.there([row])[0] if present is None else present[None]
+        sources = to_device(self.pairs.hidden(self.pairs.sources([row]), left), self.fabric)
         return sources.expand(count, *sources.shape[1:])
 
 
@@ -117,9 +137,10 @@ def _loaded(
     folder: Path, files: tuple[str, str], settings: config.ImageToImage, fabric: Fabric, key: str
 ) -> tuple[ImageToImage, Mapping[str, Any]]:
     model, said = load_image_to_image(folder, *files)
-    for name, wanted in {"source": settings.source, "target": settings.target}.items():
-        if said[name] != list(wanted):
-            raise UserError(f"{key}.{name}: {wanted}, but {folder} was trained with {said[name]}. Train it again.")
+    for name, without in {"source": [], "target": [], "missing": False}.items():
+        wanted, found = getattr(settings, name, without), said.get(name, without)
+        if found != wanted:
+            raise UserError(f"{key}.{name}: {wanted}, but {folder} was trained with {found}. Train it again.")
     to_channels_last(model, len(model.image_shape) - 1)
     fabric.to_device(model)
     return model, said
@@ -129,5 +150,5 @@ def _training(card: Mapping[str, Any]) -> dict[str, Any]:
     """What a training cost, and what it saw."""
     settings, optimiser = card["settings"], card["optimiser"]
     said = {"steps": optimiser["steps"], "batch_size": optimiser["batch_size"], "scans": card["scans"]["train"]}
-    said |= {"patch": settings["patch"], "coordinates": settings["coordinates"]}
-    return said | {name: card[name] for name in ("parameters", "kept_for_gradients_bytes")}
+    said |= {"patch": settings.get("patch"), "coordinates": settings.get("coordinates", True)}
+    return said | {name: card.get(name) for name in ("parameters", "kept_for_gradients_bytes")}

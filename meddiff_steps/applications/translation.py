@@ -29,22 +29,34 @@ PATCH, PATCH_VOXELS, RIDGE = 5, 2000, 1e-3
 
 @dataclass(frozen=True)
 class PatchRegression:
-    """Each voxel of the target as a linear function of the patches of all sources about it, within the head.
+    """Each voxel of the target as a linear function of the patches of sources about it, within the head.
 
     Attributes
     ----------
     weights
-        (patch voxels of all sources + 1, targets).
+        (patch voxels of these sources + 1, targets).
+    present
+        Which sources are looked at, bool (s,).
     """
 
     weights: np.ndarray
+    present: np.ndarray
 
     @classmethod
-    def of(cls, pairs: Pairs, rows: Sequence[int] | np.ndarray, generator: np.random.Generator) -> Self:
-        """Fitted by least squares to voxels of training scans, `PATCH_VOXELS` of each."""
+    def of(
+        cls,
+        pairs: Pairs,
+        rows: Sequence[int] | np.ndarray,
+        generator: np.random.Generator,
+        present: np.ndarray | None = None,
+    ) -> Self:
+        """Fitted by least squares to voxels of training scans that have all, `PATCH_VOXELS` of each."""
+        present = np.ones(len(pairs.source), bool) if present is None else present
         products = moments = 0.0
         for row in rows:
-            sources, truth = pairs.sources([row])[0], pairs.truths([row])[0]
+            if not all(one.all() for one in pairs.there([row])):
+                continue
+            sources, truth = pairs.sources([row])[0][present], pairs.truths([row])[0]
             inside = np.flatnonzero(head(sources))
             if not len(inside):
                 continue
@@ -54,10 +66,11 @@ class PatchRegression:
             y = truth.reshape(len(truth), -1)[:, chosen].T.astype(np.float64)
             products, moments = products + x.T @ x, moments + x.T @ y
         size = np.atleast_2d(products)
-        return cls(np.linalg.solve(size + RIDGE * np.diag(size).mean() * np.eye(len(size)), moments))
+        return cls(np.linalg.solve(size + RIDGE * np.diag(size).mean() * np.eye(len(size)), moments), present)
 
     def __call__(self, sources: np.ndarray) -> np.ndarray:
-        """Of sources (s, *spatial), float32 (targets, *spatial) in [0, 1]; 0 outside of the head."""
+        """Of all sources (s, *spatial), float32 (targets, *spatial) in [0, 1]; 0 outside of the head."""
+        sources = sources[self.present]
         x = patches(sources)
         made = np.tensordot(self.weights[:-1].T, x, 1) + self.weights[-1].reshape(-1, *[1] * (sources.ndim - 1))
         return (made.clip(0.0, 1.0) * head(sources)).astype(np.float32)
@@ -79,25 +92,35 @@ def head(sources: np.ndarray) -> np.ndarray:
     return np.asarray((sources > 0).any(0))
 
 
-def translated(drawer: Drawer, row: int, scan_id: str) -> dict[str, np.ndarray]:
-    """What the networks make of a scan, by way, float32 (draws, targets, *spatial) in [0, 1].
+def translated(drawer: Drawer, row: int, scan_id: str, present: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """What the networks make of a scan, by way, float32 (draws, targets, *spatial) in [0, 1]; `present` as of
+    `Drawer.draws`.
 
     `regression` minimises the squared error; `draws` are single draws, each an image as the target is;
     `mean_of_draws` is their mean.
     """
-    drawn = drawer.pairs.decoded(drawer.draws(row, scan_id))
     return {
-        "regression": drawer.pairs.decoded(drawer.guess(row)[None]),
-        "draws": drawn,
-        "mean_of_draws": drawn.mean(0, keepdims=True),
+        "regression": drawer.pairs.decoded(drawer.guess(row, present)[None]),
+        **several("", drawer, row, scan_id, present),
     }
 
 
+def several(
+    kind: str, drawer: Drawer, row: int, scan_id: str, present: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """The draws among `translated`, their names after that of a kind."""
+    drawn = drawer.pairs.decoded(drawer.draws(row, scan_id, present=present))
+    return {f"{kind}draws": drawn, f"{kind}mean_of_draws": drawn.mean(0, keepdims=True)}
+
+
 def without_a_network(pairs: Pairs, regression: PatchRegression, row: int) -> dict[str, np.ndarray]:
-    """What needs no network, by way, as of `translated`: each source as it is, and the regression on patches."""
+    """What needs no network, by way, as of `translated`: each source that the regression looks at as it is, and the
+    regression on patches.
+    """
     sources = pairs.sources([row])[0]
     copies = {
         f"copy_of_{name}": np.repeat(sources[i][None, None], pairs.channels, axis=1)
         for i, name in enumerate(pairs.source)
+        if regression.present[i]
     }
     return {**copies, "patches": regression(sources)[None]}

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from meddiff_steps.config.base import Fraction, Name, NetworkOptimiser, PositiveInt, Section
+from meddiff_steps.config.base import Count, Fraction, Name, NetworkOptimiser, PositiveInt, Section
 from meddiff_steps.config.diffusion import Diffusion, NoiseLevels
 
 
@@ -75,7 +75,7 @@ class ImageToImage(Section):
 
     @model_validator(mode="after")
     def _a_network_can_be_built(self) -> Self:
-        if self.target and set(self.target) & set(self.source):
+        if set(self.target) & set(self.source) and not getattr(self, "missing", False):
             raise ValueError(f"source and target share {sorted(set(self.target) & set(self.source))[0]}")
         for name in ("source", "target"):
             given = getattr(self, name)
@@ -154,8 +154,16 @@ class SegmentationEnsemble(ImageToImage):
 
 
 class Translation(ImageToImage):
-    """Another contrast of real scans, drawn from those that there are."""
+    """Another contrast of real scans, drawn from those that there are.
 
+    With `missing` one model draws any contrast from any others (Palette with sources that are left out at random).
+    """
+
+    missing: bool = Field(
+        False,
+        description="Any of `source` may be missing, also what `target` names: each step of the training leaves some "
+        "out, and the network is told which are there. A channel with `required: false` may be lacking in scans.",
+    )
     lesion: Name | None = Field(
         None,
         description="A channel of kind `mask`: a segmenter that learnt to find it in true images of `target` is asked "
@@ -166,3 +174,27 @@ class Translation(ImageToImage):
         description="Learn from scans with the values of `anomaly.healthy` alone, and learn the way back from `target` "
         "to the scan, too: what the anomaly map `modality_cycles` asks.",
     )
+    volume_steps: Count = Field(
+        0,
+        description="Of volumes: above 0, networks look at one slice at a time (along the last axis), `block` is of "
+        "voxels of a slice, and the diffusion is then made volume-wise by layers across slices that are inserted and "
+        "trained for so many steps (Zhu et al. 2023b); a 3D one of the same cost stands beside it.",
+    )
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        if self.volume_steps and self.network != "resnet":
+            raise ValueError(f"volume_steps needs network: resnet, found {self.network}")
+        apart = {
+            "missing": ("lesion", "cycle", "volume_steps", "patch"),
+            "volume_steps": ("cycle", "patch"),
+        }
+        for one, others in apart.items():
+            for other in others:
+                if getattr(self, one) and getattr(self, other):
+                    raise ValueError(f"{one} and {other} do not go together; leave one of them out")
+        if self.missing and len(self.source) < 2:
+            raise ValueError(
+                f"missing: true needs two sources or more, found {self.source}; name them, or leave it out"
+            )
+        return self

@@ -143,11 +143,11 @@ STAGES: dict[str, tuple[str, ...]] = {
     ),
     "segmentation": (
         *("seed", "segmentation_ensemble", "compute", "evaluate.bootstrap", *_GRID),
-        "release.suffix",
+        *("preprocess.depth", "release.suffix"),
     ),
     "translation_model": (
-        *("seed", "variants", *_trained("translation"), "translation.lesion", "translation.cycle", "compute"),
-        "anomaly.healthy",
+        *("seed", "variants", *_trained("translation"), "translation.missing", "compute"),
+        *("translation.lesion", "translation.cycle", "anomaly.healthy", "translation.volume_steps"),
     ),
     "translation": (*("seed", "translation"), "compute", "evaluate.bootstrap", "release.suffix"),
     "downstream_design": ("seed", "covariates", "plan", *_DESIGN),

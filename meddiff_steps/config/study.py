@@ -440,8 +440,8 @@ def _compared_with(study: Study) -> Iterator[str]:
 
 def _drawn_from_images(study: Study) -> Iterator[str]:
     known = ["image", *study.preprocess.channels]
-    shape = study.preprocess.shape
     for section in ("segmentation_ensemble", "translation"):
+        shape: tuple[int, ...] = study.preprocess.shape
         wanted = getattr(study, section)
         if not wanted.wanted:
             continue
@@ -459,6 +459,10 @@ def _drawn_from_images(study: Study) -> Iterator[str]:
                     )
         if getattr(wanted, "cycle", False):
             yield from _cycle(study)
+        if getattr(wanted, "volume_steps", 0):
+            if len(shape) == 2:
+                yield f"{section}.volume_steps: needs a 3D preprocess.shape, found {list(shape)}; leave it out"
+            shape = shape[:2]
         if any(n % wanted.block for n in shape):
             yield f"{section}.block: {wanted.block} does not divide preprocess.shape {list(shape)}; take 1 or 2"
         halvings = 2 ** (len(wanted.channels) - 1) * wanted.block

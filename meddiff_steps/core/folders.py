@@ -96,11 +96,19 @@ OF_STEP: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "segmentation_model": {"out": IMAGE_TO_IMAGE},
     "segmentation_few_labels": {"out": (*NETWORK, "history.parquet")},
-    "translation_model": {"out": IMAGE_TO_IMAGE, "lesion": NETWORK, "back": NETWORK},
+    "translation_model": {
+        "out": IMAGE_TO_IMAGE,
+        "lesion": NETWORK,
+        "back": NETWORK,
+        "volume": NETWORK,
+        "solid": NETWORK,
+    },
     **{
         step: {
             "model": IMAGE_TO_IMAGE[:-1],
             "lesion": NETWORK,
+            "volume": NETWORK,
+            "solid": NETWORK,
             "out": DERIVATIVE,
         }
         for step in ("segmentation", "translation")

@@ -23,6 +23,7 @@ from meddiff_steps.models.denoiser.base import gain
 from meddiff_steps.models.denoiser.resnet import LocalNetwork
 from meddiff_steps.models.first_stage.stem import Stem
 from meddiff_steps.models.latent_statistics import Standardisation
+from meddiff_steps.models.slices import Slices, by_slice, network_of, stacked
 from meddiff_steps.models.weights import load_weights, start_from
 
 #: Name of what is given, among the maps of a condition.
@@ -65,6 +66,10 @@ class ImageToImage(nn.Module):
     marks
         Where it is to mark something in the very images that it would draw (Rousseau et al. 2023): channels that it
         gives then.  It has no sources, and `guess` is asked with its targets, which take the place of the state.
+    missing
+        Sources may be NaN: they are not there.  The network is told which are, in a channel of each.
+    slices
+        Of volumes: how the network looks at their slices; blocks are then of voxels of one slice.
     """
 
     offset: Tensor
@@ -72,22 +77,33 @@ class ImageToImage(nn.Module):
     place: Tensor
 
     def __init__(
-        self, settings: config.ImageToImage, image_shape: Sequence[int], sources: int, targets: int, marks: int = 0
+        self,
+        settings: config.ImageToImage,
+        image_shape: Sequence[int],
+        sources: int,
+        targets: int,
+        marks: int = 0,
+        missing: bool = False,
+        slices: Slices | None = None,
     ) -> None:
         super().__init__()
-        dims = len(image_shape)
-        self.stems = nn.ModuleList(Stem(dims, "haar") for _ in range(settings.block.bit_length() - 1))
-        volume, grid = settings.block**dims, [n // settings.block for n in image_shape]
+        dims, self.missing, self.slices = len(image_shape), missing, slices
+        along = dims - (slices is not None)  # axes that blocks have
+        self.stems = nn.ModuleList(Stem(along, "haar") for _ in range(settings.block.bit_length() - 1))
+        volume = settings.block**along
+        grid = [n // settings.block for n in image_shape[:along]] + list(image_shape[along:])
         self.blocks_shape, self.image_shape = (targets * volume, *grid), (targets, *image_shape)
         self.process, self.marks, self.levels = NoiseProcess.of(settings.denoiser), marks, settings.levels
         # How targets were standardised travels with the weights.
         self.register_buffer("offset", torch.zeros(1, *self.blocks_shape))
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("place", coordinates(grid)[None] * settings.coordinates, persistent=False)
-        inputs, outputs = (sources + targets) * volume, (marks or targets) * volume
+        inputs, outputs = (sources + targets) * volume + missing * sources, (marks or targets) * volume
         self.network: LocalNetwork | DiffusionModelUNet
-        if settings.network == "resnet":
-            width, blocks = settings.channels[0], settings.num_res_blocks
+        width, blocks = settings.channels[0], settings.num_res_blocks
+        if slices is not None:
+            self.network = network_of(slices, inputs, outputs, width, blocks)
+        elif settings.network == "resnet":
             self.network = LocalNetwork(dims, inputs, outputs, 0, width, blocks)
         else:
             self.network = DiffusionModelUNet(
@@ -116,7 +132,8 @@ class ImageToImage(nn.Module):
         return Standardisation(part(self.offset, corners, shape), self.scale)
 
     def start(self, base: ImageToImage, key: str) -> None:
-        """Take over all weights of a pretrained network but those of the last layer.
+        """Take over the weights of another network: where this one marks, all but those of the last layer; layers
+        across slices, which the other lacks, stay as they are.
 
         Raises
         ------
@@ -124,25 +141,42 @@ class ImageToImage(nn.Module):
             It is another network; `key` is the study's section.
         """
         head = "network.last." if isinstance(self.network, LocalNetwork) else "network.out.2."
-        mine = {name: value for name, value in self.state_dict().items() if name.startswith(head)}
-        start_from(self, base, key, {**base.state_dict(), **mine})
+        given = base.state_dict()
+        mine = {
+            name: value
+            for name, value in self.state_dict().items()
+            if (self.marks and name.startswith(head)) or (".across." in name and name not in given)
+        }
+        start_from(self, base, key, {**given, **mine})
 
     def in_blocks(self, images: Tensor) -> Tensor:
         """(b, c, *spatial) -> (b, c * block**d, *blocks)."""
+        batch = len(images)
+        if self.slices is not None:
+            images = by_slice(images)
         for stem in self.stems:
             images = stem(images)
-        return dense(images)
+        return dense(images if self.slices is None else stacked(images, batch))
 
     def in_voxels(self, blocks: Tensor) -> Tensor:
         """The inverse of `in_blocks`."""
+        batch = len(blocks)
+        if self.slices is not None:
+            blocks = by_slice(blocks)
         for stem in reversed(self.stems):
             assert isinstance(stem, Stem)
             blocks = stem.inverse(blocks)
-        return blocks
+        return blocks if self.slices is None else stacked(blocks, batch)
 
     def told(self, sources: Tensor) -> Tensor:
-        """Sources (b, s, *spatial) in [0, 1] as the network sees them, (b, s * block**d, *blocks)."""
-        return self.in_blocks(sources * 2.0 - 1.0)
+        """Sources (b, s, *spatial) in [0, 1] as the network sees them, (b, s * block**d, *blocks); where they may be
+        missing, those that are not there are grey, and s channels say which are.
+        """
+        if not self.missing:
+            return self.in_blocks(sources * 2.0 - 1.0)
+        there = sources.isfinite().flatten(2).all(2)[(..., *[None] * (sources.ndim - 2))]
+        blocks = self.in_blocks(torch.where(there, sources * 2.0 - 1.0, 0.0))
+        return torch.cat([blocks, there.to(blocks.dtype).expand(*there.shape[:2], *blocks.shape[2:])], 1)
 
     def forward(
         self,
@@ -256,7 +290,13 @@ def part(whole: Tensor, corners: Tensor | None, shape: Sequence[int]) -> Tensor:
 
 
 def card_of(
-    settings: config.ImageToImage, image_shape: Sequence[int], sources: int, targets: int, marks: int = 0
+    settings: config.ImageToImage,
+    image_shape: Sequence[int],
+    sources: int,
+    targets: int,
+    marks: int = 0,
+    missing: bool = False,
+    slices: Slices | None = None,
 ) -> dict[str, Any]:
     """What it takes to build a network anew."""
     kept = ("block", "network", "channels", "num_res_blocks", "levels", "patch", "coordinates")
@@ -265,14 +305,15 @@ def card_of(
         "image_shape": list(image_shape),
         "sources": sources,
         "targets": targets,
-        "marks": marks,
+        **{"marks": marks, "missing": missing, "slices": slices},
     }
 
 
 def build(said: Mapping[str, Any]) -> ImageToImage:
     """The network that a card tells of (`card_of`), with fresh weights."""
     settings = config.ImageToImage.model_validate(said["settings"])
-    return ImageToImage(settings, said["image_shape"], said["sources"], said["targets"], said["marks"])
+    more = {name: said[name] for name in ("marks", "missing", "slices") if name in said}  # older cards lack them
+    return ImageToImage(settings, said["image_shape"], said["sources"], said["targets"], **more)
 
 
 def load_image_to_image(folder: Path, weights: str, card: str) -> tuple[ImageToImage, Mapping[str, Any]]:

@@ -175,6 +175,7 @@ REQUESTS: dict[str, Request] = {
     "shape_completion": Request(8, 120, 3000),
 }
 #: Those of label maps are the rules of images with other files.
+REQUESTS |= {f"segmentation_{name}": REQUESTS["segmentation_model"] for name in ("beside", "few_labels")}
 REQUESTS |= {f"masks/{name}": REQUESTS[name] for name in ("autoencoder", "latents", "scale", "diffusion")}
 #: Rules of stages whose names they have not.
 RULES: dict[str, str] = {

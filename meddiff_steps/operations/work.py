@@ -79,8 +79,7 @@ def covariate_levels(study: Study) -> list[int]:
 def forward_flops(study: Study, channels: int = 1) -> Flops:
     """What one pass of each of a study's networks takes; of images of so many channels."""
     sections = (study.preprocess.shape, study.autoencoder, study.diffusion, study.decoder, covariate_levels(study))
-    sections = (*sections, channels)
-    key = repr(sections)
+    key = repr((*sections, channels))
     if key not in _COUNTED:
         _COUNTED[key] = _forward_flops(study, channels)
     return _COUNTED[key]
@@ -186,7 +185,7 @@ class Counter:
             "simulate cohort preprocess masks/maps autoencoder decoder latents scale"
             " masks/autoencoder masks/latents masks/scale masks/diffusion diffusion few_step tone embedder calibrate"
             " plan generate filter privacy predictors evaluate showcase images describe ledger report neighbours audit"
-            " segmentation_model segmentation translation_model translation"
+            " segmentation_model segmentation_beside segmentation_few_labels segmentation translation_model translation"
             " registration/train registration shape_completion/train shape_completion"
         ).split()
         return {name: found[name] for name in order if name in found}

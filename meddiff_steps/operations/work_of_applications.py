@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,7 +15,8 @@ from meddiff_steps.models.deformation import RegistrationNetwork
 from meddiff_steps.models.image_to_image import ImageToImage as Network
 from meddiff_steps.models.image_to_image import sampler
 from meddiff_steps.models.points import PointDenoiser, told
-from meddiff_steps.operations.counting import TRAINING, Work, added, counted, times, validations
+from meddiff_steps.models.slices import Slices
+from meddiff_steps.operations.counting import TRAINING, Work, counted, times, validations
 from meddiff_steps.training.tasks.image_to_image import VALIDATION_SCANS
 from meddiff_steps.training.tasks.registration import VALIDATION_PAIRS
 
@@ -39,12 +41,34 @@ def of_applications(study: Study, scans: int) -> dict[str, Work]:
     }
 
 
-def pass_of_images(settings: ImageToImage, shape: Sequence[int], sources: int, targets: int) -> float:
-    """Operations of one pass of a network that draws images from images, per image."""
-    with torch.device("meta"):
-        model = Network(settings, shape, sources, targets)
-        given, state = torch.empty(1, sources, *shape), torch.empty(1, *model.blocks_shape)
-        return counted(lambda: model(given, state, torch.empty(1)))
+@dataclass(frozen=True)
+class Images:
+    """A network that draws images from images: its settings, with those of its training, and all else as of
+    `models.image_to_image.ImageToImage`.
+    """
+
+    settings: ImageToImage
+    sources: int
+    targets: int
+    marks: int = 0
+    missing: bool = False
+    slices: Slices | None = None
+
+    def steps(self, count: int) -> Images:
+        """The same, trained for so many steps."""
+        optimiser = self.settings.optimiser.model_copy(update={"steps": count})
+        return replace(self, settings=self.settings.model_copy(update={"optimiser": optimiser}))
+
+    def one_pass(self, shape: Sequence[int]) -> float:
+        """Operations of one pass, per image of a shape."""
+        with torch.device("meta"):
+            kind = (self.sources, self.targets, self.marks, self.missing, self.slices)
+            model = Network(self.settings, shape, *kind)
+            given = torch.empty(1, self.targets if self.marks else self.sources, *shape)
+            if self.marks:
+                return counted(lambda: model(given))
+            state = torch.empty(1, *model.blocks_shape)
+            return counted(lambda: model(given, state, torch.empty(1)))
 
 
 def pass_of_registration(settings: PairRegistration, shape: Sequence[int], score: bool) -> float:
@@ -71,34 +95,31 @@ def _channels(study: Study, names: Sequence[str]) -> int:
     return 1 if kinds == {"mask"} else LABELS
 
 
-def _trained(study: Study, settings: ImageToImage, val: float, networks: Sequence[tuple[int, int]]) -> Work:
-    """Trainings of networks of so many sources and targets, one after the other."""
-    optimiser, voxels = settings.optimiser, math.prod(study.preprocess.shape)
-    images = optimiser.steps * optimiser.batch_size
-    looked_at = validations(optimiser) * min(VALIDATION_SCANS, val)
-    passes = sum(pass_of_images(settings, study.preprocess.shape, *each) for each in networks)
-    return Work(
-        "applications",
-        1,
-        {"denoiser trained": passes * (images * TRAINING + looked_at)},
-        {
-            "voxel read": (images + looked_at) * voxels * sum(sum(each) for each in networks),
-            "normal number": (images + looked_at) * voxels * sum(targets for _, targets in networks),
-        },
-        networks=len(networks),
-        training=True,
-    )
+def _trained(study: Study, val: float, networks: Sequence[Images], jobs: int = 1) -> Work:
+    """Trainings of networks, one after the other in each of as many jobs."""
+    shape = study.preprocess.shape
+    voxels, flops, read, numbers = math.prod(shape), 0.0, 0.0, 0.0
+    for one in networks:
+        optimiser, patch = one.settings.optimiser, one.settings.patch or shape
+        images = optimiser.steps * optimiser.batch_size
+        looked_at = validations(optimiser) * min(VALIDATION_SCANS, val)
+        flops += one.one_pass(patch) * images * TRAINING + one.one_pass(shape) * looked_at
+        read += (images + looked_at) * voxels * (one.sources + one.targets + one.marks)
+        numbers += (images * math.prod(patch) + looked_at * voxels) * one.targets
+    units = {"voxel read": read, "normal number": numbers}
+    count = math.ceil(len(networks) / jobs)
+    return Work("applications", jobs, {"denoiser trained": flops}, units, networks=count, training=True)
 
 
-def _drawn(study: Study, settings: ImageToImage, test: float, draws: float, ways: int, sources: int) -> Work:
-    """So many evaluations per scan, and ways that are judged."""
-    scans = len(settings.scans) or min(settings.most_scans, test)
-    voxels, targets = math.prod(study.preprocess.shape), _channels(study, settings.target)
+def _drawn(study: Study, settings: ImageToImage, test: float, asked: Sequence[tuple[float, Images]], ways: int) -> Work:
+    """So many evaluations of each network per scan, and ways that are judged."""
+    scans, shape = len(settings.scans) or min(settings.most_scans, test), study.preprocess.shape
+    voxels, sources, targets = math.prod(shape), len(settings.source), _channels(study, settings.target)
     written = min(settings.most_images, scans) * (settings.samples + 3)
     return Work(
         "applications",
         1,
-        {"denoiser": scans * draws * pass_of_images(settings, study.preprocess.shape, sources, targets)},
+        {"denoiser": scans * sum(count * one.one_pass(shape) for count, one in asked)},
         {
             "voxel read": scans * voxels * (sources + targets),
             "normal number": scans * settings.samples * voxels * targets,
@@ -115,32 +136,51 @@ def _segmentation(study: Study, val: float, test: float) -> dict[str, Work]:
         return {}
     sources, targets = len(settings.source), _channels(study, settings.target)
     whole = evaluations(sampler(), settings.num_inference_steps)
-    draws = 1 + settings.samples * (whole + round(settings.start * whole))
-    return {
-        "segmentation_model": _trained(study, settings, val, 2 * [(sources, targets)]),
-        "segmentation": _drawn(study, settings, test, draws, 4 + 2 * settings.samples, sources),
-    }
+    network, few = Images(settings, sources, targets), Images(settings, 0, sources, targets)
+    asked = [(1.0 + settings.samples * (whole + round(settings.start * whole)), network)]
+    found = {"segmentation_model": _trained(study, val, 2 * [network])}
+    if settings.beside:
+        others = [settings.compared(name, study.preprocess.shape) for name in settings.beside]
+        trained = [Images(one, sources, targets) for one in others for _ in range(2)]
+        found["segmentation_beside"] = _trained(study, val, trained, len(others))
+        asked += [(1.0 + settings.samples * whole, Images(one, sources, targets)) for one in others]
+    if settings.few_labels:
+        trained = len(settings.few_labels) * [few]
+        if settings.pretraining_steps:
+            trained.append(Images(settings, 0, sources).steps(settings.pretraining_steps))
+        found["segmentation_few_labels"] = _trained(study, val, trained, len(trained))
+        asked.append((float(len(settings.few_labels)), few))
+    ways = 4 + 2 * settings.samples + len(settings.few_labels) + len(settings.beside) * (1 + settings.samples)
+    return found | {"segmentation": _drawn(study, settings, test, asked, ways)}
 
 
 def _translation(study: Study, val: float, test: float) -> dict[str, Work]:
     settings = study.translation
     if not settings.wanted:
         return {}
-    sources, targets = len(settings.source), len(settings.target)
-    networks = 2 * [(sources, targets)]
+    sources, targets, more = len(settings.source), len(settings.target), settings.volume_steps
+    slices: Slices | None = "alone" if more else None
+    network = Images(settings, sources, targets, missing=settings.missing, slices=slices)
+    volumes = [replace(network, slices="joined"), replace(network, slices="solid")] if more else []
+    networks = 2 * [network]
+    if more:
+        networks += [volumes[0].steps(more), volumes[1].steps(settings.optimiser.steps + more)]
+    finder = Images(settings, targets, 1, slices=slices)
     if settings.lesion is not None:
-        networks.append((targets, 1))
+        networks.append(finder)
     if settings.cycle:
-        networks.append((targets, sources))
-    draws = 1 + settings.samples * evaluations(sampler(), settings.num_inference_steps)
+        networks.append(Images(settings, targets, sources))
+    # Where any may be missing, every choice of what is there
+    given_all = 2 ** (sources - targets) if set(settings.target) <= set(settings.source) else 0
+    choices = 2**sources - 1 - given_all if settings.missing else 1
+    draws = choices * settings.samples * evaluations(sampler(), settings.num_inference_steps)
     # Copies of the sources, the regression on patches, the network without noise, draws and their mean
-    ways = sources + 3 + settings.samples
-    drawn = _drawn(study, settings, test, draws, ways, sources)
+    ways = choices * (sources + 2 + (1 + len(volumes)) * (1 + settings.samples))
+    asked = [(float(choices + draws), network), *((float(draws), one) for one in volumes)]
     if settings.lesion is not None:
-        scans = len(settings.scans) or min(settings.most_scans, test)
-        asked = scans * (ways + 1) * pass_of_images(settings, study.preprocess.shape, targets, 1)
-        drawn = Work("applications", 1, added(drawn.flops, {"denoiser": asked}), drawn.units, networks=3)
-    return {"translation_model": _trained(study, settings, val, networks), "translation": drawn}
+        asked.append((float(ways + 1), finder))
+    drawn = replace(_drawn(study, settings, test, asked, ways), networks=2 + len(volumes) + bool(settings.lesion))
+    return {"translation_model": _trained(study, val, networks), "translation": drawn}
 
 
 def _registration(study: Study, val: float, test: float) -> dict[str, Work]:

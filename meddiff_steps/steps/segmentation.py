@@ -22,6 +22,7 @@ from meddiff_steps.applications.segmentation import (
     marked_by,
     mean_label,
 )
+from meddiff_steps.applications.shape_from_picture import Shapes
 from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import Study, load_stage
@@ -77,9 +78,13 @@ def run(
         folder.name: Drawer.load(folder, cohort.shards, settings, root, fabric, "segmentation_ensemble")
         for folder in _folders(beside)
     }
-    few = {folder.name: drawer.with_guess_of(folder, "segmentation_ensemble") for folder in _folders(few_labels)}
+    few = {
+        folder.name: drawer.with_other("regression", folder, "segmentation_ensemble") for folder in _folders(few_labels)
+    }
     average = mean_label(pairs, train)
-    bright = Brightness.of(pairs, train) if pairs.kind == "mask" else None
+    depth = study.preprocess.depth
+    bright = Brightness.of(pairs, train) if pairs.kind == "mask" and depth is None else None
+    bodies = Shapes.of(pairs, train) if pairs.kind == "mask" and depth is not None else None
     spacing = study.preprocess.voxel_mm or (1.0,) * (len(pairs.shards.shape("image")) - 1)
 
     shutil.rmtree(out, ignore_errors=True)
@@ -89,6 +94,7 @@ def run(
         row = int(scan["row"])
         truth, sources = pairs.truths([row])[0], pairs.sources([row])[0]
         ways = {"mean_label": average, **({"brightness": bright(sources)} if bright else {})}
+        ways |= bodies(sources) if bodies else {}
         ways |= marked_by(drawer, row, scan["scan_id"])
         ways |= marked_beside(compared, few, row, scan["scan_id"])
         ways["draw"] = Marked.of_mask(ways["ensemble"].draws[0])
@@ -115,13 +121,16 @@ def run(
         }
     }
     facts |= {"brightness": vars(bright) if bright else None}
+    facts |= {"shapes": {key: getattr(bodies, key) for key in ("middle", "factor", "half")} if bodies else None}
     facts["methods"] = segmentation.figures(table, resamples=study.evaluate.bootstrap, seed=study.seed)
     with atomic_path(out / "measurements.parquet") as path:
         table.to_parquet(path, index=False)
     write_json(out / "figures.json", facts)
     draws = (f"draw {k + 1}" for k in range(min(settings.samples, 3)))
     columns = ["scan", "readers", "without noise", *draws, "mean of draws", "variance"]
-    write_atomic(out / "contact-sheet.png", completion_sheet("Segmentation", _tiles(shown), columns))
+    # Of pictures: as they are seen, and across
+    views = ("axial", "coronal") if depth is None else ("sagittal", "coronal")
+    write_atomic(out / "contact-sheet.png", completion_sheet("Segmentation", _tiles(shown), columns, views=views))
     derivative.complete(out, "Segmentation", README, drawer.digests, "segmentation")
     log.info("%s: %d scans", out, len(scans))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -15,8 +15,6 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.folders import NETWORK
 from meddiff_steps.imaging.pairs import Pairs
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.models.image_to_image import load_image_to_image
-from meddiff_steps.models.weights import ingredient
 from meddiff_steps.steps import options
 from meddiff_steps.training.checkpoints import state_key
 from meddiff_steps.training.image_to_image import Network, labelled_subjects, rows_to_train_on, train
@@ -50,19 +48,16 @@ def run(
     if way == "pretraining":
         if not settings.pretraining_steps:
             raise UserError(f"--network pretraining: {key}.pretraining_steps is 0. Say how many.")
-        steps = settings.optimiser.model_copy(update={"steps": settings.pretraining_steps})
-        settings = settings.model_copy(update={"optimiser": steps})
-        trained = Network(way, "diffusion", pairs.of_sources(), out)
+        trained = Network(way, "diffusion", pairs.of_sources(), out, steps=settings.pretraining_steps)
     else:
         subject = dict(zip(table["scan_id"], table["subject_id"], strict=True))
         count = None if number == "all" else int(number)
         chosen = labelled_subjects((subject[scans[row]] for row in rows[0]), count, root, f"{key}.labelled")
         labelled = np.array([row for row in rows[0] if subject[scans[row]] in set(chosen)])
         Pairs.of(shards, settings.source, settings.target, labelled, f"{key}.labelled ({number})")  # are there any?
-        start, said = (None, None) if base is None else load_image_to_image(base, *NETWORK)
-        facts = {"labelled_subjects": len(chosen), **ingredient(said)}
+        more: dict[str, Any] = {"labelled": labelled, "base": base, "facts": {"labelled_subjects": len(chosen)}}
         # Named without the way: both look at the same batches
-        trained = Network(f"labels_{number}", "regression", pairs, out, NETWORK, labelled, start, facts)
+        trained = Network(f"labels_{number}", "regression", pairs, out, **more)
     given = [base / name for name in NETWORK] if base else []
     found = state / f"{state_key('segmentation_few_labels', config, [manifest, *images, *given])}-{network}"
     fabric = make_fabric(study.compute, threads, study.compute.devices)

@@ -149,6 +149,7 @@ def test_every_rate_and_request_that_is_counted_with_is_known():
     studies = [load_study(ROOT / "config" / name) for name in ("config.yaml", "studies/ukb.yaml")]
     heads = changed(studies[0], "preprocess", brain_extraction="deepbet", bias_field="n4")
     asked = ("hippocampus_pairs", "lgg_segmentation", "lgg_translation", "registration", "shape_completion")
+    asked += ("hippocampus_patches", "lgg_few_labels")
     studies += [load_study(ROOT / f"config/studies/{name}.yaml") for name in asked]
     for study in [*studies, heads, changed(studies[0], "few_step", method="progressive")]:
         for stage, one in work(study, 1000).items():
@@ -202,13 +203,13 @@ def test_a_pass_of_a_residual_network_is_that_of_its_convolutions():
     width, places, blocks = settings.channels[0], 16 * 16, settings.num_res_blocks
     inputs, outputs = 4 * 16 + 2, 16
     convolutions = 2 * 9 * places * (inputs * width + 2 * blocks * width**2 + width * outputs)
-    assert of_applications.pass_of_images(settings, (64, 64), 3, 1) == pytest.approx(convolutions, rel=0.03)
+    assert of_applications.Images(settings, 3, 1).one_pass((64, 64)) == pytest.approx(convolutions, rel=0.03)
 
 
 def test_segmentation_and_translation_cost_their_steps_and_draws():
     study, found = counted("lgg_segmentation")
     settings = study.segmentation_ensemble
-    one, optimiser = of_applications.pass_of_images(settings, (64, 64), 3, 1), settings.optimiser
+    one, optimiser = of_applications.Images(settings, 3, 1).one_pass((64, 64)), settings.optimiser
     looks = 1 + math.ceil(optimiser.steps / optimiser.validate_every)
     whole = 2 * one * (TRAINING * optimiser.steps * optimiser.batch_size + 64 * looks)
     assert found["segmentation_model"].flops["denoiser trained"] == pytest.approx(whole)
@@ -222,12 +223,53 @@ def test_segmentation_and_translation_cost_their_steps_and_draws():
     _, cycle = counted("lgg_translation", translation={"lesion": None, "source": ["image"], "cycle": True})
     settings = study.translation
     there, finder, short, back = (
-        of_applications.pass_of_images(settings, (64, 64), *each) for each in ((2, 1), (1, 1), (1, 1), (1, 1))
+        of_applications.Images(settings, *each).one_pass((64, 64)) for each in ((2, 1), (1, 1), (1, 1), (1, 1))
     )
     trained = [each["translation_model"].flops["denoiser trained"] for each in (found, alone, cycle)]
     assert trained[0] / trained[1] == pytest.approx(1 + finder / (2 * there))
     assert trained[2] / trained[1] == pytest.approx((2 * short + back) / (2 * there))
     assert [each["translation_model"].networks for each in (found, alone, cycle)] == [3, 2, 3]
+
+
+def test_what_is_compared_is_trained_too():
+    """Networks of few labels, beside patches, of slices and of volumes."""
+    study, found = counted("lgg_few_labels")
+    settings = study.segmentation_ensemble
+    count = len(settings.few_labels)
+    jobs = count + bool(settings.pretraining_steps)
+    assert found["segmentation_few_labels"].jobs == jobs and found["segmentation_few_labels"].networks == 1
+    _, scratch = counted("lgg_few_labels", segmentation_ensemble={"pretraining_steps": 0})
+    few = [each["segmentation_few_labels"].flops["denoiser trained"] for each in (scratch, found)]
+    two = found["segmentation_model"].flops["denoiser trained"]
+    assert 0.9 * two < 2 * few[0] / scratch["segmentation_few_labels"].jobs < 1.1 * two
+    assert few[1] > 2 * few[0]
+
+    study, found = counted("hippocampus_patches")
+    model, beside = (found[f"segmentation_{name}"] for name in ("model", "beside"))
+    assert beside.jobs == len(study.segmentation_ensemble.beside) and beside.networks == model.networks == 2
+    # `whole` looks at as many voxels, in fewer scans
+    each = beside.flops["denoiser trained"] / beside.jobs
+    assert each == pytest.approx(model.flops["denoiser trained"], rel=0.1)
+
+    study, found = counted("hippocampus_slices")
+    one, more = study.translation.optimiser.steps, study.translation.volume_steps
+    first, second = counted("hippocampus_slices", translation={"volume_steps": 2 * more})[1], found
+    added = [each["translation_model"].flops["denoiser trained"] for each in (second, first)]
+    assert added[1] > added[0] and found["translation_model"].networks == 4
+    size = of_applications.Images(study.translation, 1, 1, slices="alone").one_pass(study.preprocess.shape)
+    joined = of_applications.Images(study.translation, 1, 1, slices="joined").one_pass(study.preprocess.shape)
+    solid = of_applications.Images(study.translation, 1, 1, slices="solid").one_pass(study.preprocess.shape)
+    assert size < joined and solid == pytest.approx(joined, rel=0.06)
+    batch = study.translation.optimiser.batch_size
+    steps = added[0] / batch / TRAINING
+    assert steps == pytest.approx(2 * one * size + more * joined + (one + more) * solid, rel=0.1)
+
+    study, found = counted("lgg_missing")
+    _, fixed = counted("lgg_missing", translation={"missing": False, "target": ["post"], "source": ["image", "pre"]})
+    assert len(study.translation.source) == len(study.translation.target) == 3
+    # In six choices of what is there, of all but three at once
+    ratio = found["translation"].flops["denoiser"] / fixed["translation"].flops["denoiser"]
+    assert 6 < ratio < 9
 
 
 def test_registration_costs_both_networks_and_demons_twice_a_pair():

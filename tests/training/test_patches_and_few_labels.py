@@ -105,7 +105,7 @@ def test_batches_are_patches_at_places_all_over_and_held_out_scans_are_whole(sha
     made = task("diffusion", shards, fabric, patch=[8, 6])
     rng, seen = np.random.default_rng(0), set()
     for _ in range(40):
-        sources, targets, noise, _, corners = made._batch(np.arange(8), rng, varied=True)
+        sources, targets, noise, _, _, corners = made._batch(np.arange(8), rng, varied=True)
         assert sources.shape == targets.shape == (8, 1, 8, 6) and noise.shape == (8, 4, 4, 3)
         seen |= {tuple(corner) for corner in corners.tolist()}
         # What is marked is bright: source and target are cut at the same place

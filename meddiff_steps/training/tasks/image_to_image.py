@@ -20,6 +20,7 @@ from meddiff_steps.core.random_streams import step_generator
 from meddiff_steps.imaging.pairs import Pairs
 from meddiff_steps.imaging.variants import draw_variant
 from meddiff_steps.models.image_to_image import ImageToImage, build, card_of
+from meddiff_steps.models.slices import Slices
 from meddiff_steps.training.loop import batch_rows, clip_gradients, rank_share
 from meddiff_steps.training.optimisers import set_up
 
@@ -38,7 +39,8 @@ class ImageToImageTask:
     """Denoising of targets given sources (Saharia et al. 2022), or, of the same network, regression of targets.
 
     Where several readers marked a scan, each look at it has the marks of one of them, at random: what is learnt is how
-    readers mark.
+    readers mark.  Where sources may be missing, each look leaves some out, evenly over what may be left
+    (`Pairs.patterns`); all targets that a scan has are learnt, also those that are given.
 
     Parameters
     ----------
@@ -54,7 +56,9 @@ class ImageToImageTask:
         Rows whose targets it may learn from; all training rows where there are none.  Given, what is trained is a
         network that takes the sources in place of a state (`ImageToImage`, marks).
     base
-        Of such a network: the diffusion of sources whose weights it starts from.
+        A network whose weights it starts from (`ImageToImage.start`): of one that marks, the diffusion of sources.
+    slices
+        As of `ImageToImage`.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class ImageToImageTask:
         fabric: Fabric,
         labelled: np.ndarray | None = None,
         base: ImageToImage | None = None,
+        slices: Slices | None = None,
     ) -> None:
         self.way, self.settings, self.pairs, self.fabric = way, settings, pairs, fabric
         self.variants = variants.model_copy(update={"max_contrast": 0.0})
@@ -76,7 +81,7 @@ class ImageToImageTask:
         self.train_rows, self.val_rows = np.asarray(train_rows), np.asarray(val_rows)[:VALIDATION_SCANS]
         shape = pairs.shards.shape("image")[1:]
         torch.manual_seed(int(step_generator(root, "weights", 0).integers(2**31)))
-        self.card = card_of(settings, shape, len(pairs.source), pairs.channels)
+        self.card = card_of(settings, shape, len(pairs.source), pairs.channels, missing=pairs.missing, slices=slices)
         drawn = pairs
         if labelled is not None:
             drawn = pairs.of_sources()
@@ -113,8 +118,9 @@ class ImageToImageTask:
         self.model.scale.copy_((found - mean).square().mean().sqrt().clamp_min(1e-6))
 
     def _batch(self, rows: np.ndarray, generator: np.random.Generator, *, varied: bool) -> tuple[np.ndarray, ...]:
-        """Sources (b, s, *spatial), targets (b, c, *spatial), noise (b, ., *blocks) and timesteps (b,) of rows; varied,
-        of a patch of each where the study trains on patches, and the blocks (b, d) where these begin.
+        """Sources (b, s, *spatial), targets (b, c, *spatial), noise (b, ., *blocks), timesteps (b,), and which targets
+        are there (b, c), of rows; varied, of a patch of each where the study trains on patches, and the blocks (b, d)
+        where these begin.
         """
         truths = self.pairs.truths(rows)
         reader = generator.integers(self.pairs.readers, size=len(rows))
@@ -131,12 +137,26 @@ class ImageToImageTask:
         patch, (channels, *grid) = self.settings.patch if varied else None, self.model.blocks_shape
         cut = [n // self.settings.block for n in patch] if patch else grid
         noise = generator.standard_normal((len(rows), channels, *cut), dtype=np.float32)
+        given, known = self.pairs.there(rows)
+        sources = self.pairs.hidden(sources, self._left(given, known, generator))
         if not patch:
-            return sources, self.pairs.encoded(truths), noise, timesteps
+            return sources, self.pairs.encoded(truths), noise, timesteps, known
         room = [n - size for n, size in zip(grid, cut, strict=True)]
         corners = np.stack([generator.integers(0, most + 1, len(rows)) for most in room], axis=1)
         sources, truths = (cropped(images, corners * self.settings.block, patch) for images in (sources, truths))
-        return sources, self.pairs.encoded(truths), noise, timesteps, corners
+        return sources, self.pairs.encoded(truths), noise, timesteps, known, corners
+
+    def _left(self, given: np.ndarray, known: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """Which of the sources that scans have, bool (b, s), are left to the network, so that a known target is not."""
+        if not self.pairs.missing:
+            return given
+        left, patterns = given.copy(), self.pairs.patterns()
+        asked = np.stack([self.pairs.asked(one) for one in patterns])
+        for i in range(len(given)):
+            possible = patterns[~(patterns & ~given[i]).any(1) & (asked & known[i]).any(1)]
+            if len(possible):
+                left[i] = possible[generator.integers(len(possible))]
+        return left
 
     def train_step(self, step: int) -> dict[str, Tensor]:
         size, fabric = self.settings.optimiser.batch_size, self.fabric
@@ -174,12 +194,13 @@ class ImageToImageTask:
         targets: Tensor,
         noise: Tensor,
         timesteps: Tensor,
+        known: Tensor,
         corners: Tensor | None = None,
     ) -> Tensor:
         if self.way == "regression":
             guess = net(sources, corners=corners)
             if self.pairs.kind == "contrast":
-                return (guess - targets).square().mean()
+                return self._mean((guess - targets).square(), known)
             shares = (targets + 1.0) / 2.0
             if self.pairs.kind == "mask":
                 entropy = functional.binary_cross_entropy_with_logits(guess, shares)
@@ -191,7 +212,14 @@ class ImageToImageTask:
         noisy = model.process.add_noise(clean, noise, timesteps)
         error = net(sources, noisy, timesteps, corners) - model.process.target(clean, noise, timesteps)
         # In units of what the network gives: every level weighs the same at the start (Karras et al. 2022, table 1)
-        return (error / model.gain(timesteps, error.ndim)).square().mean()
+        error = error / model.gain(timesteps, error.ndim)
+        return self._mean((model.in_voxels(error) if self.pairs.missing else error).square(), known)
+
+    def _mean(self, errors: Tensor, known: Tensor) -> Tensor:
+        """Of errors (b, c, *spatial), where targets may be missing over those that are known (b, c)."""
+        if not self.pairs.missing:
+            return errors.mean()
+        return (errors.flatten(2).mean(2) * known).sum() / known.sum().clamp_min(1)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
