@@ -79,8 +79,7 @@ def covariate_levels(study: Study) -> list[int]:
 def forward_flops(study: Study, channels: int = 1) -> Flops:
     """What one pass of each of a study's networks takes; of images of so many channels."""
     sections = (study.preprocess.shape, study.autoencoder, study.diffusion, study.decoder, covariate_levels(study))
-    sections = (*sections, channels)
-    key = repr(sections)
+    key = repr((*sections, channels))
     if key not in _COUNTED:
         _COUNTED[key] = _forward_flops(study, channels)
     return _COUNTED[key]
