@@ -57,7 +57,9 @@ def cohort(tmp_path: Path) -> Path:
             nib.save(nib.Nifti1Image(300 - values, affine), tmp_path / f"sub-{i}_T1w_post.nii.gz")
         split = "train" if i < 4 else "val" if i < 5 else "test"
         found = {"scan_id": f"sub-{i}_T1w", "subject_id": f"sub-{i}", "session_id": None, "split": split, "age": 50.0}
-        rows.append(found | {"path": str(tmp_path / f"sub-{i}_T1w.nii.gz"), "sha256": "0" * 64, "content_sha256": "0" * 64})
+        rows.append(
+            found | {"path": str(tmp_path / f"sub-{i}_T1w.nii.gz"), "sha256": "0" * 64, "content_sha256": "0" * 64}
+        )
     table = pd.DataFrame(rows)
     table.to_parquet(tmp_path / "manifest.parquet", index=False)
     quality = preprocess_shard(table.drop(columns="sha256"), study(tmp_path).preprocess, tmp_path / "images.arrow")
@@ -87,9 +89,9 @@ def test_whatever_is_missing_is_drawn_and_measured_where_it_is_known(cohort: Pat
     assert ("image", "post", "copy_of_image") in judged and ("image", "post", "copy_of_post") not in judged
     assert {entry["psnr"]["n"] for entry in found["methods"]} == {2}  # the third has nothing to compare with
     written = sorted(path.name for path in (cohort / "out").rglob("*T1w.nii.gz"))
-    assert [name for name in written if "sub-7" in name] == [
+    assert {name for name in written if "sub-7" in name} == {
         f"sub-7_desc-post{kind}_T1w.nii.gz" for kind in ("", "Draw", "Std")
-    ]
+    }
     assert sum("sub-5" in name for name in written) == 6  # each contrast from the other
     drawn = nib.load(next((cohort / "out").rglob("sub-7_desc-post_T1w.nii.gz"))).get_fdata()
     assert drawn.shape == SHAPE and drawn.max() <= 155  # in grey values of the scan itself
