@@ -89,9 +89,9 @@ def test_whatever_is_missing_is_drawn_and_measured_where_it_is_known(cohort: Pat
     assert ("image", "post", "copy_of_image") in judged and ("image", "post", "copy_of_post") not in judged
     assert {entry["psnr"]["n"] for entry in found["methods"]} == {2}  # the third has nothing to compare with
     written = sorted(path.name for path in (cohort / "out").rglob("*T1w.nii.gz"))
-    assert [name for name in written if "sub-7" in name] == [
+    assert {name for name in written if "sub-7" in name} == {
         f"sub-7_desc-post{kind}_T1w.nii.gz" for kind in ("", "Draw", "Std")
-    ]
+    }
     assert sum("sub-5" in name for name in written) == 6  # each contrast from the other
     drawn = nib.load(next((cohort / "out").rglob("sub-7_desc-post_T1w.nii.gz"))).get_fdata()
     assert drawn.shape == SHAPE and drawn.max() <= 155  # in grey values of the scan itself
