@@ -92,10 +92,16 @@ OF_STEP: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "segmentation_model": {"out": IMAGE_TO_IMAGE},
     "translation_model": {"out": IMAGE_TO_IMAGE, "lesion": NETWORK},
+    **{step: {"out": (*NETWORK, "history.parquet")} for step in ("translation_unpaired", "harmonisation_model")},
+    "harmonisation": {
+        "model": NETWORK,
+        "out": ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png"),
+    },
     **{
         step: {
             "model": IMAGE_TO_IMAGE[:-1],
             "lesion": NETWORK,
+            "unpaired": NETWORK,
             "out": ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png"),
         }
         for step in ("segmentation", "translation")

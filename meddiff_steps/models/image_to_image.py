@@ -48,7 +48,7 @@ class ImageToImage(nn.Module):
     Parameters
     ----------
     settings
-        The study's section.
+        What the study says of the network.
     image_shape
         Spatial.
     sources, targets
@@ -59,7 +59,7 @@ class ImageToImage(nn.Module):
     scale: Tensor
     place: Tensor
 
-    def __init__(self, settings: config.ImageToImage, image_shape: Sequence[int], sources: int, targets: int) -> None:
+    def __init__(self, settings: config.DrawingNetwork, image_shape: Sequence[int], sources: int, targets: int) -> None:
         super().__init__()
         dims = len(image_shape)
         self.stems = nn.ModuleList(Stem(dims, "haar") for _ in range(settings.block.bit_length() - 1))

@@ -15,7 +15,15 @@ import typer
 from meddiff_steps.applications import derivative
 from meddiff_steps.applications.image_to_image import Drawer
 from meddiff_steps.applications.scans import chosen_scans
-from meddiff_steps.applications.translation import PatchRegression, head, translated, without_a_network
+from meddiff_steps.applications.translation import (
+    UNPAIRED,
+    PatchRegression,
+    head,
+    translated,
+    without_a_network,
+    without_pairs,
+)
+from meddiff_steps.applications.unpaired import Translator
 from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import Study, load_stage
@@ -57,6 +65,9 @@ def run(
     lesion: Annotated[
         Path | None, typer.Option(help="folder of what finds lesions; left out where the study names none")
     ] = None,
+    unpaired: Annotated[
+        Path | None, typer.Option(help="folder that `translation_unpaired` wrote; left out where the study has none")
+    ] = None,
     threads: options.Threads = 1,
 ) -> None:
     """Draw another contrast of held-out scans, and measure how near it comes to the true one."""
@@ -75,6 +86,10 @@ def run(
         finder, card = load_image_to_image(lesion, *NETWORK)
         digests["lesion"] = card["weights_sha256"]
         fabric.to_device(finder)
+    translator = None
+    if unpaired is not None:
+        translator = Translator.load(unpaired, pairs.source, pairs.target, f"{root}/unpaired", fabric, "translation")
+        digests["unpaired"] = translator.digest
 
     shutil.rmtree(out, ignore_errors=True)
     rows: list[dict[str, Any]] = []
@@ -87,6 +102,8 @@ def run(
             log.warning("%s: its target is empty, it is left out", scan["scan_id"])
             continue
         ways = without_a_network(pairs, simple, row) | translated(drawer, row, scan["scan_id"])
+        if translator is not None:
+            ways |= without_pairs(translator, sources, scan["scan_id"], settings.samples)
         marks = None if finder is None else cohort.shards.tensor(str(settings.lesion), row)[0]
         for name, draws in {**ways, **({} if finder is None else {"truth": truth[None]})}.items():
             found = {"scan_id": scan["scan_id"], "subject_id": scan["subject_id"], "method": name}
@@ -120,6 +137,7 @@ def run(
         table.to_parquet(path, index=False)
     write_json(out / "figures.json", facts)
     columns = [*pairs.source, "true", "patches", "without noise", "mean of draws", "draw 1", "draw 2"]
+    columns += [] if translator is None else ["unpaired: guess", "mean", "draw 1"]
     write_atomic(out / "contact-sheet.png", completion_sheet("Translation", _tiles(shown), columns))
     derivative.complete(out, "Translation", README, digests, "translation")
     log.info("%s: %d scans", out, len(scans))
@@ -144,6 +162,7 @@ def _tiles(
                 truth[:1],
                 *(ways[way][0, :1] for way in ("patches", "regression", "mean_of_draws")),
                 *(draw[:1] for draw in ways["draws"][:2]),
+                *(ways[way][0, :1] for way in UNPAIRED if way in ways),
             ],
         )
         for name, truth, sources, ways in shown[:6]
