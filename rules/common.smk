@@ -531,6 +531,17 @@ def manifest_of_scans_to_translate(wildcards):
     return MANIFEST
 
 
+def manifest_of_scans_to_harmonise(wildcards):
+    """The manifest; without sites nothing is started for it."""
+    if not STUDY.harmonisation.wanted:
+        raise WorkflowError(
+            "harmonisation.covariate: not set, so nothing is harmonised. Name the categorical covariate that says the"
+            " site, and the site whose look is taken, for example with --config 'harmonisation={covariate: site, to:"
+            " A}'."
+        )
+    return MANIFEST
+
+
 def cohort_problem():
     """What is wrong with where the scans should be, in words; None if nothing is, or if they are fetched or were read
     already.

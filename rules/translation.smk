@@ -29,6 +29,33 @@ rule translation_model:
         STEP_WITH_THREADS
 
 
+rule translation_unpaired:
+    input:
+        manifest=manifest_of_scans_to_translate,
+        images=COHORT_IMAGES,
+    output:
+        out=[f"{RESULTS}/translation_unpaired/{name}" for name in (*NETWORK, "history.parquet")],
+    log:
+        f"{RESULTS}/logs/translation_unpaired.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/translation_unpaired.tsv"
+    conda:
+        "../envs/meddiff.yaml"
+    threads: 8
+    resources:
+        mem_mb=memory(
+            3000, 4800, getattr(STUDY.translation.unpaired, "optimiser", STUDY.translation.optimiser).batch_size
+        ),
+        runtime=minutes(2880),
+        gpu=min(GPUS, 1),
+    params:
+        **run_step("translation_unpaired", state=f"{STATE}/translation_unpaired"),
+    message:
+        "Training what draws another contrast, without pairs"
+    shell:
+        STEP_WITH_THREADS
+
+
 rule translation:
     input:
         manifest=MANIFEST,
@@ -36,6 +63,7 @@ rule translation:
         images=COHORT_IMAGES,
         model=rules.translation_model.output.out[:-1],
         lesion=rules.translation_model.output.lesion,
+        unpaired=rules.translation_unpaired.output.out[:-1] if STUDY.translation.unpaired else [],
     output:
         out=[
             f"{RESULTS}/translation/{name}"

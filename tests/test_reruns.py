@@ -68,6 +68,8 @@ SAMPLING = {
 
 #: Stages that draw images from images, or train what does.
 PAIRED = {"segmentation_model", "segmentation", "translation_model", "translation"}
+#: The same, of networks that saw no pairs.
+UNPAIRED = {"translation_unpaired", "harmonisation_model", "harmonisation"}
 
 #: File, what is there, what becomes of it; then the stages.  A network that is trained anew has all that uses it made
 #: anew by its files.
@@ -110,6 +112,8 @@ CODE: dict[str, tuple[str, str, str, set[str]]] = {
             "registration_train",
             "segmentation_model",
             "translation_model",
+            "translation_unpaired",
+            "harmonisation_model",
         },
     ),
     "a constant of the grey levels, from which costs are estimated": (
@@ -182,6 +186,7 @@ STUDIES: dict[str, tuple[Any, set[str]]] = {
                 "normative",
                 "reconstruction",
                 "anomaly",
+                "harmonisation",
                 "downstream_design",
                 "downstream_plan",
                 "downstream_data",
@@ -218,6 +223,8 @@ UNSEALED: dict[str, tuple[Any, set[str]]] = {
     "shape_completion.samples": (9, {"shape_completion"}),
     "segmentation_ensemble.samples": (9, {"segmentation"}),
     "translation.channels": ([32], {"translation_model", "translation"}),
+    "translation.unpaired": ({"cycle_weight": 1.0}, {"translation_unpaired", "translation"}),
+    "harmonisation.samples": (9, {"harmonisation"}),
     "lineup.seed": ("another", {"lineup"}),
     "storage.protect": (False, set()),
 }

@@ -151,7 +151,10 @@ STAGES: dict[str, tuple[str, ...]] = {
         *("seed", "variants", *_named("harmonisation", "covariate", "to", "others", "channel", "unpaired")),
         "compute",
     ),
-    "harmonisation": ("seed", "covariates", "harmonisation", "compute", "evaluate.bootstrap", "release.suffix"),
+    "harmonisation": (
+        *("seed", "covariates", *_UNITS, "harmonisation", "compute"),
+        *("evaluate.bootstrap", "release.suffix"),
+    ),
     "downstream_design": ("seed", "covariates", "plan", *_DESIGN),
     "downstream_plan": ("seed", "covariates", *_DESIGN),
     "downstream_data": ("seed", "covariates", *_DESIGN, "compute"),

@@ -14,8 +14,8 @@ from sklearn.preprocessing import StandardScaler
 from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate, Covariates
 from meddiff_steps.evaluation.completion import closeness
 from meddiff_steps.evaluation.realism.classifier_auc import CLASSIFIER_C
-from meddiff_steps.instruments.predictors import fit_predictors
-from meddiff_steps.statistics.bootstrap import Bootstrap
+from meddiff_steps.instruments.predictors import Predictors, fit_predictors
+from meddiff_steps.statistics.bootstrap import Bootstrap, Figure
 from meddiff_steps.statistics.combat import Combat
 from meddiff_steps.statistics.measures import auc, mean_of, pearson, smaller_side
 
@@ -31,11 +31,29 @@ def by_subject(values: np.ndarray, table: pd.DataFrame) -> tuple[np.ndarray, pd.
     return np.bincount(of_row, values, len(names)) / np.bincount(of_row), table.iloc[first]
 
 
+def site_auc(scores: np.ndarray, table: pd.DataFrame, *, resamples: int, seed: str) -> Figure:
+    """AUC of the site by subjects' mean scores, of scores (n,) of scans."""
+    of_subject, people = by_subject(scores, table)
+    labels, units = people["there"].to_numpy(dtype=bool), people["subject_id"].to_numpy(dtype=str)
+    return Bootstrap(units, resamples, seed, "site").figure(auc(labels, of_subject), smaller_side(labels, units))
+
+
+def scanner(train: np.ndarray, table: pd.DataFrame) -> Predictors:
+    """What tells the site from images as they were scanned, (n, 1, *spatial); table as of `told`."""
+    site: Covariates = {SITE: CategoricalCovariate(levels=LEVELS)}
+    return fit_predictors([train], _sited(table), table["subject_id"].tolist(), site)
+
+
+def _sited(table: pd.DataFrame) -> pd.DataFrame:
+    return table.assign(**{SITE: np.where(table["there"], "to", "other")})
+
+
 def told(
     train: np.ndarray,
     test: np.ndarray,
     tables: tuple[pd.DataFrame, pd.DataFrame],
     covariates: Covariates,
+    as_scanned: Predictors,
     *,
     resamples: int,
     seed: str,
@@ -50,26 +68,26 @@ def told(
         A row per image: `subject_id`, `there` (bool: of the site whose look is taken), and covariates.
     covariates
         What is read beside the site, by name.
+    as_scanned
+        Of `scanner`.
 
     Returns
     -------
     dict
-        `site_auc`, over subjects (their mean score), 0.5 where the site cannot be told; per covariate `r` and `mae`
-        (over scans, resampled by subject), or `auc` of a categorical one.  `carried` has the same of predictors that
-        learnt from scans of the site whose look is taken alone, on scans of the others: what harmonisation is for.
+        `site_auc`, over subjects (their mean score), 0.5 where the site cannot be told: by a classifier that learnt
+        anew from such training images; `site_auc_as_scanned` by one that learnt from scans.  `covariates`: of each `r`
+        and `mae` (over scans, resampled by subject), or `auc` of one with two levels.  `carried` has the same of
+        predictors that learnt from scans of the site whose look is taken alone, on scans of the others: what
+        harmonisation is for.
     """
-    learnt, asked = (table.assign(**{SITE: np.where(table["there"], "to", "other")}) for table in tables)
+    learnt, asked = (_sited(table) for table in tables)
     both: Covariates = {SITE: CategoricalCovariate(levels=LEVELS), **covariates}
     drawn: dict[str, Any] = {"resamples": resamples, "seed": seed}
     measured = fit_predictors([train], learnt, learnt["subject_id"].tolist(), both).measure(test)
     found: dict[str, Any] = {}
-    if SITE in measured:
-        scores, people = by_subject(measured[SITE][:, 1], asked)
-        labels = people["there"].to_numpy(dtype=bool)
-        units = people["subject_id"].to_numpy(dtype=str)
-        found["site_auc"] = Bootstrap(units, resamples, seed, "site").figure(
-            auc(labels, scores), smaller_side(labels, units)
-        )
+    for name, scores in (("site_auc", measured), ("site_auc_as_scanned", as_scanned.measure(test))):
+        if SITE in scores:
+            found[name] = site_auc(scores[SITE][:, 1], asked, **drawn)
     found["covariates"] = read(measured, asked, covariates, **drawn)
     there, others = learnt["there"].to_numpy(dtype=bool), ~asked["there"].to_numpy(dtype=bool)
     own = fit_predictors([train[there]], learnt[there], learnt["subject_id"][there].tolist(), covariates)
@@ -97,9 +115,8 @@ def read(
             }
         elif isinstance(covariate, CategoricalCovariate) and len(covariate.levels) == 2:
             labels = (table[name][known] == covariate.levels[1]).to_numpy(dtype=bool)
-            found[name] = {
-                "auc": units.figure(auc(labels, values[known][:, 1]), smaller_side(labels, units.unit_of_row))
-            }
+            rarer = smaller_side(labels, units.unit_of_row)
+            found[name] = {"auc": units.figure(auc(labels, values[known][:, 1]), rarer)}
     return found
 
 
@@ -168,10 +185,8 @@ def features_told(
         model = make_pipeline(
             StandardScaler(), LogisticRegression(C=CLASSIFIER_C, max_iter=2000, class_weight="balanced")
         ).fit(a, there[0])
-        scores, people = by_subject(model.decision_function(b), asked)
-        labels, units = people["there"].to_numpy(dtype=bool), people["subject_id"].to_numpy(dtype=str)
-        boot = Bootstrap(units, resamples, seed, "site")
-        found[way] = {"site_auc": boot.figure(auc(labels, scores), smaller_side(labels, units)), "covariates": {}}
+        told_site = site_auc(model.decision_function(b), asked, resamples=resamples, seed=seed)
+        found[way] = {"site_auc": told_site, "covariates": {}}
         rows = Bootstrap(asked["subject_id"].tolist(), resamples, seed, "read")
         for column, name in enumerate(names):
             reader = make_pipeline(StandardScaler(), Ridge(RIDGE)).fit(a, told_[0][:, column])

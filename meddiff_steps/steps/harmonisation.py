@@ -88,10 +88,11 @@ def run(
     covariates = {name: study.covariates[name] for name in names}
     chosen: dict[str, Any] = {"resamples": study.evaluate.bootstrap, "seed": study.seed}
     tables = (train.reset_index(drop=True), test)
-    methods = [
-        {"method": way} | judging.told(found["train"][way], found["test"][way], tables, covariates, **chosen)
-        for way in WAYS
-    ]
+    as_scanned = judging.scanner(found["train"]["none"], tables[0])
+    methods = []
+    for way in WAYS:
+        judged = judging.told(found["train"][way], found["test"][way], tables, covariates, as_scanned, **chosen)
+        methods.append({"method": way} | judged)
     moved = np.flatnonzero(~test["there"].to_numpy(dtype=bool))
     rows = pd.DataFrame(
         [
@@ -105,7 +106,7 @@ def run(
     left = judging.anatomy(rows, **chosen)
     for entry in methods:
         entry["anatomy"] = left.get(str(entry["method"]), {})
-    measured = [radiomic_features(torch.from_numpy(found[split]["none"])).numpy() for split in ("train", "test")]
+    features = {split: radiomic_features(torch.from_numpy(each["none"])).numpy() for split, each in found.items()}
 
     shutil.rmtree(out, ignore_errors=True)
     for i in moved[: settings.most_images]:
@@ -116,7 +117,7 @@ def run(
         "settings": settings.model_dump(mode="json"),
         "model": translator.digest,
         "methods": methods,
-        "features": judging.features_told(*measured, tables, covariates, **chosen),
+        "features": judging.features_told(features["train"], features["test"], tables, covariates, **chosen),
     }
     with atomic_path(out / "measurements.parquet") as path:
         rows.to_parquet(path, index=False)
@@ -162,5 +163,5 @@ def _write_image(study: Study, out: Path, scan: pd.Series, quality: pd.DataFrame
     settings, facts = study.harmonisation, quality.loc[scan["scan_id"]]
     source = derivative.Source(scan["scan_id"], scan["path"], study.release.suffix)
     channel = None if settings.channel == "image" else settings.channel
-    said = {"Samples": settings.samples, "From": str(scan[settings.covariate]), "To": settings.to}
+    said = {"Samples": settings.samples, "From": str(scan[str(settings.covariate)]), "To": settings.to}
     derivative.write_image(out, source, "harmonised", *restore(image, facts, channel=channel), said)
