@@ -67,9 +67,10 @@ SAMPLING = {
 }
 
 #: Stages that draw images from images, or train what does.
-PAIRED = {"segmentation_model", "segmentation", "translation_model", "translation"}
-#: The same, of networks that saw no pairs.
-UNPAIRED = {"translation_unpaired", "harmonisation_model", "harmonisation"}
+PAIRED = {
+    *("segmentation_model", "segmentation", "translation_model", "translation_unpaired", "translation"),
+    *("harmonisation_model", "harmonisation"),
+}
 
 #: File, what is there, what becomes of it; then the stages.  A network that is trained anew has all that uses it made
 #: anew by its files.
