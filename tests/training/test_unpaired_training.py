@@ -18,6 +18,7 @@ from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.registries import SAMPLERS
 from meddiff_steps.diffusion.levels import Levels, halving_timesteps
+from meddiff_steps.diffusion.schedules import NoiseProcess
 from meddiff_steps.imaging.domains import Domain, halves
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.models.unpaired import LargeSteps, Side, Unpaired, load_unpaired
@@ -74,8 +75,7 @@ def task(shards: Shards, fabric: Any, steps: int = 6, **changes: Any) -> Unpaire
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_a_large_step_is_one_of_ancestral_sampling(count: int) -> None:
-    process = Unpaired(config.Unpaired(block=1, channels=[8], num_res_blocks=1), (4, 4), {"a": 1, "b": 1})
-    process = process.diffusion("a").process
+    process = NoiseProcess.of(config.Unpaired().denoiser)
     steps, levels = LargeSteps(process, count), Levels.of(process, halving_timesteps(process, count))
     x, x0, noise = (torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
     solver = SAMPLERS.load("ddpm").solver(levels, lambda i: noise)
