@@ -167,6 +167,11 @@ def network(folder):
     return [f"{folder}/{name}" for name in NETWORK]
 
 
+def trained(folder):
+    """The files of a network and its training curve, which comes last."""
+    return [*network(folder), f"{folder}/history.parquet"]
+
+
 def generator(folder):
     """The files of a diffusion model: its network, and the grey levels of what it generates."""
     return [*network(folder), *(f"{folder}/{name}" for name in TONE)]
@@ -221,6 +226,9 @@ TRANSLATION_BACK = network(f"{RESULTS}/translation_back")
 TRANSLATION_VOLUME = network(f"{RESULTS}/translation_volume") if STUDY.translation.volume_steps else []
 TRANSLATION_SOLID = network(f"{RESULTS}/translation_solid") if STUDY.translation.volume_steps else []
 FORETELLING = [f"{RESULTS}/translation_model/{name}" for name in study_files.OF_IMAGE_TO_IMAGE["regression"]]
+# Networks between groups of images that are not paired: contrasts, sites.
+TRANSLATION_UNPAIRED = trained(f"{RESULTS}/translation_unpaired")
+HARMONISATION_MODEL = trained(f"{RESULTS}/harmonisation_model")
 LATENTS = f"{RESULTS}/latents/shard-{{shard}}.arrow"
 LATENT_SCALE = f"{RESULTS}/latents/scale.safetensors"
 DIFFUSION = generator(f"{RESULTS}/diffusion")
@@ -548,6 +556,17 @@ def manifest_of_scans_to_translate(wildcards):
         raise WorkflowError(
             "translation.target: not set, so nothing is drawn. Declare contrasts under preprocess.channels, and name"
             " one."
+        )
+    return MANIFEST
+
+
+def manifest_of_scans_to_harmonise(wildcards):
+    """The manifest; without sites nothing is started for it."""
+    if not STUDY.harmonisation.wanted:
+        raise WorkflowError(
+            "harmonisation.covariate: not set, so nothing is harmonised. Name the categorical covariate that says the"
+            " site, and the site whose look is taken, for example with --config 'harmonisation={covariate: site, to:"
+            " A}'."
         )
     return MANIFEST
 

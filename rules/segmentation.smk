@@ -54,7 +54,7 @@ rule segmentation_few_labels:
             else []
         ),
     output:
-        out=[f"{RESULTS}/segmentation_few_labels/{{network}}/{name}" for name in (*NETWORK, "history.parquet")],
+        out=trained(f"{RESULTS}/segmentation_few_labels/{{network}}"),
     log:
         f"{RESULTS}/logs/segmentation_few_labels/{{network}}.log",
     benchmark:

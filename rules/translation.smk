@@ -32,6 +32,33 @@ rule translation_model:
         STEP_WITH_THREADS
 
 
+rule translation_unpaired:
+    input:
+        manifest=manifest_of_scans_to_translate,
+        images=COHORT_IMAGES,
+    output:
+        out=TRANSLATION_UNPAIRED,
+    log:
+        f"{RESULTS}/logs/translation_unpaired.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/translation_unpaired.tsv"
+    conda:
+        "../envs/meddiff.yaml"
+    threads: 8
+    resources:
+        mem_mb=memory(
+            3000, 4800, getattr(STUDY.translation.unpaired, "optimiser", STUDY.translation.optimiser).batch_size
+        ),
+        runtime=minutes(2880),
+        gpu=min(GPUS, 1),
+    params:
+        **run_step("translation_unpaired", state=f"{STATE}/translation_unpaired"),
+    message:
+        "Training what draws another contrast, without pairs"
+    shell:
+        STEP_WITH_THREADS
+
+
 rule translation:
     input:
         manifest=MANIFEST,
@@ -41,6 +68,7 @@ rule translation:
         lesion=TRANSLATION_LESION,
         volume=TRANSLATION_VOLUME,
         solid=TRANSLATION_SOLID,
+        unpaired=TRANSLATION_UNPAIRED[:-1] if STUDY.translation.unpaired else [],
     output:
         out=derivative("translation"),
     log:

@@ -218,6 +218,13 @@ def test_what_an_optimiser_leaves_out_keeps_the_default_of_its_network():
             {"target": ["image"], "source": ["t2"], "lesion": "t1"},
             "translation.lesion: t1 is no channel of the study, which has image; declare it",
         ),
+        ("harmonisation", {"covariate": "sex"}, "`to` is missing"),
+        ("harmonisation", {"covariate": "sex", "to": "F", "others": ["F"]}, "`others` has 'F', which is `to`"),
+        ("harmonisation", {"covariate": "age", "to": "F"}, "harmonisation.covariate: age: is a number"),
+        ("harmonisation", {"covariate": "eyes", "to": "F"}, "harmonisation.covariate: eyes: no such covariate"),
+        ("harmonisation", {"covariate": "sex", "to": "X"}, "harmonisation.to: 'X' is not one of"),
+        ("harmonisation", {"covariate": "sex", "to": "F", "kept": ["sex"]}, "harmonisation.kept: sex is no other"),
+        ("harmonisation", {"covariate": "sex", "to": "F", "channel": "t2"}, "harmonisation.channel: t2 is no contrast"),
         ("inpainting", {"lesions": {"masks": "m/*.nii"}}, "inpainting.lesions.masks: lie in a template's space"),
         ("registration", {"window": 4}, "`window` has a middle voxel, so it is odd; found 4"),
         ("registration", {"structures": {"a": [1]}}, "`structures` are labels of `labels`"),
@@ -542,7 +549,7 @@ DOWNSTREAM = {f"downstream_{name}" for name in ("design", "plan", "data", "train
             "years",
             {
                 *("neighbours", "describe", "evaluate", "sampler_study", "showcase", "report", "ledger"),
-                *("counterfactual", "inpainting", "normative"),
+                *("counterfactual", "inpainting", "normative", "harmonisation"),
             },
         ),
         ("generate.guidance_scale", 2.0, GENERATED | GUIDED),
@@ -553,8 +560,8 @@ DOWNSTREAM = {f"downstream_{name}" for name in ("design", "plan", "data", "train
             "variants.count",
             2,
             {
-                *("autoencoder", "decoder", "latents", "ledger"),
-                *("segmentation_model", "segmentation_few_labels", "translation_model"),
+                *("autoencoder", "decoder", "latents", "ledger", "segmentation_model", "segmentation_few_labels"),
+                *("translation_model", "translation_unpaired", "harmonisation_model"),
             },
         ),
         ("decoder.channels", 32, {"init_weights", "decoder", "ledger"}),
@@ -578,6 +585,8 @@ DOWNSTREAM = {f"downstream_{name}" for name in ("design", "plan", "data", "train
         ("segmentation_ensemble.labelled", [5], {"segmentation"}),
         ("translation.lesion", "lesion", {"translation_model", "translation"}),
         ("anomaly.healthy", {"sex": "F"}, {"translation_model", "anomaly"}),
+        ("translation.unpaired", {}, {"translation_unpaired", "translation"}),
+        ("harmonisation.samples", 9, {"harmonisation"}),
         ("lineup.images", 30, {"lineup"}),
         ("release.card", {"ethics": "Approved."}, {"describe", "ledger"}),
         ("release.exports", ["webdataset"], set()),
@@ -693,7 +702,7 @@ def test_the_published_study_says_what_each_stage_was_given(tmp_path):
     afterwards = {"counterfactual", "inpainting", "normative", "reconstruction", "anomaly", "lineup", "export_models"}
     afterwards |= {"registration_train", "registration", "shape_completion_train", "shape_completion"}
     afterwards |= {"segmentation_study", "segmentation_model", "segmentation_few_labels", "segmentation"}
-    afterwards |= {"translation_model", "translation"}
+    afterwards |= {"translation_model", "translation_unpaired", "translation", "harmonisation_model", "harmonisation"}
     for stage in config.STAGES.keys() - afterwards:
         given = json.loads(config.freeze(study, stage, tmp_path).read_text())
         assert config.part_of(published, config.STAGES[stage]) == given

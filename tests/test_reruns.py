@@ -67,7 +67,10 @@ SAMPLING = {
 }
 
 #: Stages that draw images from images, or train what does.
-PAIRED = {"segmentation_model", "segmentation_few_labels", "segmentation", "translation_model", "translation"}
+PAIRED = {
+    *("segmentation_model", "segmentation_few_labels", "segmentation"),
+    *("translation_model", "translation_unpaired", "translation", "harmonisation_model", "harmonisation"),
+}
 #: Which count the operations of these networks; no rule runs them.
 COUNTING = {"plan_cost", "status"}
 
@@ -113,6 +116,8 @@ CODE: dict[str, tuple[str, str, str, set[str]]] = {
             "segmentation_model",
             "segmentation_few_labels",
             "translation_model",
+            "translation_unpaired",
+            "harmonisation_model",
         },
     ),
     "a constant of the grey levels, from which costs are estimated": (
@@ -186,6 +191,7 @@ STUDIES: dict[str, tuple[Any, set[str]]] = {
                 "normative",
                 "reconstruction",
                 "anomaly",
+                "harmonisation",
                 "downstream_design",
                 "downstream_plan",
                 "downstream_data",
@@ -223,6 +229,8 @@ UNSEALED: dict[str, tuple[Any, set[str]]] = {
     "segmentation_ensemble.samples": (9, {"segmentation"}),
     "segmentation_ensemble.labelled": ([5], {"segmentation"}),
     "translation.channels": ([32], {"translation_model", "translation"}),
+    "translation.unpaired": ({"cycle_weight": 1.0}, {"translation_unpaired", "translation"}),
+    "harmonisation.samples": (9, {"harmonisation"}),
     "lineup.seed": ("another", {"lineup"}),
     "storage.protect": (False, set()),
 }

@@ -1,7 +1,7 @@
 """Another contrast of a scan, drawn by a diffusion from the contrasts that there are (Palette, Saharia et al. 2022).
 
 Beside it stand what needs no network, copies and a linear regression on patches, and the same network trained without
-noise.
+noise.  Where no subject has both contrasts, networks that saw no pairs draw it (SynDiff, Özbey et al. 2023).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Self
 import numpy as np
 
 from meddiff_steps.applications.image_to_image import Drawer
+from meddiff_steps.applications.unpaired import Translator
 from meddiff_steps.imaging.pairs import Pairs
 
 ENTRY = {
@@ -22,6 +23,8 @@ ENTRY = {
     "needs": ["training scans with both contrasts"],
 }
 
+#: Ways of networks that saw no pairs.
+UNPAIRED = ("unpaired_guess", "unpaired_mean", "unpaired_draws")
 #: Side of the patches of the linear regression, voxels of a training scan that it is fitted to, and the ridge, in mean
 #: squares of a column.
 PATCH, PATCH_VOXELS, RIDGE = 5, 2000, 1e-3
@@ -111,6 +114,14 @@ def several(
     """The draws among `translated`, their names after that of a kind."""
     drawn = drawer.pairs.decoded(drawer.draws(row, scan_id, present=present))
     return {f"{kind}draws": drawn, f"{kind}mean_of_draws": drawn.mean(0, keepdims=True)}
+
+
+def without_pairs(translator: Translator, sources: np.ndarray, scan_id: str, samples: int) -> dict[str, np.ndarray]:
+    """What networks that never saw two contrasts of one subject make of a scan's sources (s, *spatial), by way
+    (`UNPAIRED`), as of `translated`.
+    """
+    drawn = translator.draws(sources[None], [scan_id], samples)[0]
+    return dict(zip(UNPAIRED, (translator.guess(sources[None]), drawn.mean(0, keepdims=True), drawn), strict=True))
 
 
 def without_a_network(pairs: Pairs, regression: PatchRegression, row: int) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Sections `segmentation_ensemble` and `translation`: an image drawn from other images of the same scan."""
+"""Sections `segmentation_ensemble`, `translation` and `harmonisation`: an image drawn from other images."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,16 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from meddiff_steps.config.base import Count, Fraction, Name, NetworkOptimiser, PositiveInt, Section
+from meddiff_steps.config.base import (
+    Count,
+    Fraction,
+    Name,
+    NetworkOptimiser,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Weight,
+)
 from meddiff_steps.config.diffusion import Diffusion, NoiseLevels
 
 
@@ -21,19 +30,9 @@ class ImageToImageOptimiser(NetworkOptimiser):
     ] = 16
 
 
-class ImageToImage(Section):
-    """One image of a scan from others: a diffusion that sees them beside its state (Palette, Saharia et al. 2022), and
-    the same network trained without noise for as many steps, to compare with.
+class DrawingNetwork(Section):
+    """A network that draws an image from images."""
 
-    Off without a `target`.
-    """
-
-    source: list[Name] = Field(
-        ["image"],
-        min_length=1,
-        description="What is given: `image` (the scan itself), contrasts and masks among `preprocess.channels`.",
-    )
-    target: list[Name] = Field([], description="What is drawn, by the same names.")
     block: Literal[1, 2, 4] = Field(
         4,
         description="Voxels along each axis that become channels of one place (Haar wavelets) before the network: 4 "
@@ -51,6 +50,36 @@ class ImageToImage(Section):
         "the last of 32.",
     )
     num_res_blocks: PositiveInt = Field(4, description="Residual blocks per level.")
+
+    @model_validator(mode="after")
+    def _a_network_can_be_built(self) -> Self:
+        _ = self.denoiser  # its keys are checked where they are declared
+        return self
+
+    @property
+    def denoiser(self) -> Diffusion:
+        """The network as a denoiser is built."""
+        return Diffusion(
+            network=self.network,
+            channels=self.channels,
+            attention_levels=[False] * len(self.channels),
+            num_res_blocks=self.num_res_blocks,
+        )
+
+
+class ImageToImage(DrawingNetwork):
+    """One image of a scan from others: a diffusion that sees them beside its state (Palette, Saharia et al. 2022), and
+    the same network trained without noise for as many steps, to compare with.
+
+    Off without a `target`.
+    """
+
+    source: list[Name] = Field(
+        ["image"],
+        min_length=1,
+        description="What is given: `image` (the scan itself), contrasts and masks among `preprocess.channels`.",
+    )
+    target: list[Name] = Field([], description="What is drawn, by the same names.")
     patch: list[PositiveInt] | None = Field(
         None,
         description="Voxels along each axis of patches to train on, at random places, instead of whole scans (Bieder "
@@ -74,31 +103,24 @@ class ImageToImage(Section):
     most_images: PositiveInt = Field(24, description="Scans whose images are written; all of them are measured.")
 
     @model_validator(mode="after")
-    def _a_network_can_be_built(self) -> Self:
+    def _names_differ(self) -> Self:
         if set(self.target) & set(self.source) and not getattr(self, "missing", False):
             raise ValueError(f"source and target share {sorted(set(self.target) & set(self.source))[0]}")
         for name in ("source", "target"):
             given = getattr(self, name)
             if len(set(given)) < len(given):
                 raise ValueError(f"{name} names an image twice, found {given}")
-        _ = self.denoiser  # its keys are checked where they are declared
         return self
+
+    @property
+    def denoiser(self) -> Diffusion:
+        """The network as a denoiser is built."""
+        return super().denoiser.model_copy(update={"levels": self.levels})
 
     @property
     def wanted(self) -> bool:
         """Whether there is anything to do."""
         return bool(self.target)
-
-    @property
-    def denoiser(self) -> Diffusion:
-        """The network as a denoiser is built."""
-        return Diffusion(
-            network=self.network,
-            channels=self.channels,
-            attention_levels=[False] * len(self.channels),
-            num_res_blocks=self.num_res_blocks,
-            levels=self.levels,
-        )
 
 
 class SegmentationEnsemble(ImageToImage):
@@ -153,6 +175,37 @@ class SegmentationEnsemble(ImageToImage):
         return self.model_copy(update={"patch": None, "optimiser": self.optimiser.model_copy(update={"steps": steps})})
 
 
+class UnpairedOptimiser(NetworkOptimiser):
+    """Training of networks between two groups of images that are not paired."""
+
+    steps: Annotated[
+        int, Field(ge=1, description="Gradient steps of all networks together. Too few leave images as they are.")
+    ] = 1000
+    batch_size: Annotated[int, Field(ge=1, description="Images of either group per gradient step. Bounds memory.")] = 8
+    learning_rate: Annotated[
+        float,
+        Field(gt=0.0, description="Largest step size of what draws. Lower it where the critics' loss falls to 0."),
+    ] = 1e-3
+
+
+class Unpaired(DrawingNetwork):
+    """Networks between two groups of images of which no two belong together (SynDiff, Özbey et al. 2023): each way, one
+    that guesses at once, and one that draws in a few large steps of diffusion, from what the other way's guess gives.
+    """
+
+    num_inference_steps: PositiveInt = Field(4, description="Steps of diffusion, which are also those of training.")
+    cycle_weight: Weight = Field(
+        0.5, description="Weight of the way there and back, which has to end where it began, beside the critics."
+    )
+    critic_channels: PositiveInt = Field(32, description="Feature channels of the networks that tell drawn from real.")
+    critic_blocks: PositiveInt = Field(2, description="Residual blocks of these: more of them see further.")
+    critic_rate: PositiveFloat = Field(5e-4, description="Step size of these.")
+    critic_penalty: Weight = Field(
+        1.0, description="Weight of the squared gradient of the critics at real images (R1, Mescheder et al. 2018)."
+    )
+    optimiser: UnpairedOptimiser = Field(UnpairedOptimiser(), description="Training.")
+
+
 class Translation(ImageToImage):
     """Another contrast of real scans, drawn from those that there are.
 
@@ -163,6 +216,11 @@ class Translation(ImageToImage):
         False,
         description="Any of `source` may be missing, also what `target` names: each step of the training leaves some "
         "out, and the network is told which are there. A channel with `required: false` may be lacking in scans.",
+    )
+    unpaired: Unpaired | None = Field(
+        None,
+        description="The same without pairs, beside it: networks that never see two contrasts of one subject. `{}` for "
+        "defaults.",
     )
     lesion: Name | None = Field(
         None,
@@ -186,7 +244,7 @@ class Translation(ImageToImage):
         if self.volume_steps and self.network != "resnet":
             raise ValueError(f"volume_steps needs network: resnet, found {self.network}")
         apart = {
-            "missing": ("lesion", "cycle", "volume_steps", "patch"),
+            "missing": ("lesion", "cycle", "volume_steps", "patch", "unpaired"),
             "volume_steps": ("cycle", "patch"),
         }
         for one, others in apart.items():
@@ -197,4 +255,40 @@ class Translation(ImageToImage):
             raise ValueError(
                 f"missing: true needs two sources or more, found {self.source}; name them, or leave it out"
             )
+        return self
+
+
+class Harmonisation(Section):
+    """Images of some sites or scanners, as those of another show them, by networks that see no person at two of them.
+
+    Off without a `covariate`.
+    """
+
+    covariate: Name | None = Field(None, description="A categorical covariate: the site, the scanner, the protocol.")
+    to: str = Field("", description="Its level whose look is taken.")
+    others: list[str] = Field([], description="Levels that are taken to it; all others where left out.")
+    channel: Name = Field("image", description="Images: `image` (the scan itself) or a contrast among the channels.")
+    kept: list[Name] = Field(
+        [], description="Covariates that shall be as readable afterwards; all of the study's others where left out."
+    )
+    unpaired: Unpaired = Field(Unpaired(), description="Networks and training.")
+    samples: Annotated[int, Field(ge=2)] = Field(4, description="Draws of each image; their mean is written.")
+    scans: list[str] = Field(
+        [],
+        description="Scans by their `scan_id` in the manifest; the first `most_scans` of the test split when left out.",
+    )
+    most_scans: PositiveInt = Field(400, description="Scans at most, where `scans` is left out.")
+    most_images: PositiveInt = Field(24, description="Scans whose images are written; all of them are measured.")
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to do."""
+        return self.covariate is not None
+
+    @model_validator(mode="after")
+    def _says_where_to(self) -> Self:
+        if self.wanted and not self.to:
+            raise ValueError("`to` is missing: the level of `covariate` whose look is taken")
+        if self.to and self.to in self.others:
+            raise ValueError(f"`others` has {self.to!r}, which is `to`")
         return self

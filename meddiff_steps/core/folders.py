@@ -95,7 +95,11 @@ OF_STEP: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "out": DERIVATIVE,
     },
     "segmentation_model": {"out": IMAGE_TO_IMAGE},
-    "segmentation_few_labels": {"out": (*NETWORK, "history.parquet")},
+    **{
+        step: {"out": (*NETWORK, "history.parquet")}
+        for step in ("segmentation_few_labels", "translation_unpaired", "harmonisation_model")
+    },
+    "harmonisation": {"model": NETWORK, "out": DERIVATIVE},
     "translation_model": {
         "out": IMAGE_TO_IMAGE,
         "lesion": NETWORK,
@@ -109,6 +113,7 @@ OF_STEP: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "lesion": NETWORK,
             "volume": NETWORK,
             "solid": NETWORK,
+            "unpaired": NETWORK,
             "out": DERIVATIVE,
         }
         for step in ("segmentation", "translation")

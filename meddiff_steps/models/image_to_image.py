@@ -58,7 +58,7 @@ class ImageToImage(nn.Module):
     Parameters
     ----------
     settings
-        The study's section.
+        What the study says of the network.
     image_shape
         Spatial, of whole images.
     sources, targets
@@ -78,7 +78,7 @@ class ImageToImage(nn.Module):
 
     def __init__(
         self,
-        settings: config.ImageToImage,
+        settings: config.DrawingNetwork,
         image_shape: Sequence[int],
         sources: int,
         targets: int,
@@ -93,11 +93,12 @@ class ImageToImage(nn.Module):
         volume = settings.block**along
         grid = [n // settings.block for n in image_shape[:along]] + list(image_shape[along:])
         self.blocks_shape, self.image_shape = (targets * volume, *grid), (targets, *image_shape)
-        self.process, self.marks, self.levels = NoiseProcess.of(settings.denoiser), marks, settings.levels
+        self.process, self.marks, self.levels = NoiseProcess.of(settings.denoiser), marks, settings.denoiser.levels
         # How targets were standardised travels with the weights.
         self.register_buffer("offset", torch.zeros(1, *self.blocks_shape))
         self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("place", coordinates(grid)[None] * settings.coordinates, persistent=False)
+        placed = getattr(settings, "coordinates", True)
+        self.register_buffer("place", coordinates(grid)[None] * placed, persistent=False)
         inputs, outputs = (sources + targets) * volume + missing * sources, (marks or targets) * volume
         self.network: LocalNetwork | DiffusionModelUNet
         width, blocks = settings.channels[0], settings.num_res_blocks

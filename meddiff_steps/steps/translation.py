@@ -16,7 +16,15 @@ import typer
 from meddiff_steps.applications import derivative
 from meddiff_steps.applications.image_to_image import Drawer
 from meddiff_steps.applications.scans import chosen_scans
-from meddiff_steps.applications.translation import PatchRegression, head, several, translated, without_a_network
+from meddiff_steps.applications.translation import (
+    PatchRegression,
+    head,
+    several,
+    translated,
+    without_a_network,
+    without_pairs,
+)
+from meddiff_steps.applications.unpaired import Translator
 from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import Study, load_stage
@@ -62,6 +70,11 @@ VOLUME_TILES = {
     "volume-wise": ("volume_draws", 0),
     "3D": ("solid_draws", 0),
 }
+UNPAIRED_TILES = {
+    "unpaired: guess": ("unpaired_guess", 0),
+    "unpaired: mean": ("unpaired_mean", 0),
+    "unpaired: draw 1": ("unpaired_draws", 0),
+}
 
 
 def run(
@@ -78,6 +91,9 @@ def run(
         Path | None, typer.Option(help="folder of the volume-wise diffusion; left out where the study has none")
     ] = None,
     solid: Annotated[Path | None, typer.Option(help="folder of the 3D diffusion of the same cost")] = None,
+    unpaired: Annotated[
+        Path | None, typer.Option(help="folder that `translation_unpaired` wrote; left out where the study has none")
+    ] = None,
     threads: options.Threads = 1,
 ) -> None:
     """Draw another contrast of held-out scans, and measure how near it comes to the true one."""
@@ -102,6 +118,10 @@ def run(
         finder, card = load_image_to_image(lesion, *NETWORK)
         digests["lesion"] = card["weights_sha256"]
         fabric.to_device(finder)
+    translator = None
+    if unpaired is not None:
+        translator = Translator.load(unpaired, pairs.source, pairs.target, f"{root}/unpaired", fabric, "translation")
+        digests["unpaired"] = translator.digest
 
     best_kind = "volume_" if "volume" in others else ""
 
@@ -126,6 +146,8 @@ def run(
             ways = without_a_network(pairs, regression, row) | translated(drawer, row, scan["scan_id"], present)
             for name, other in others.items():
                 ways |= several(f"{name}_", other, row, scan["scan_id"], present)
+            if translator is not None:
+                ways |= without_pairs(translator, sources, scan["scan_id"], settings.samples)
             told = np.where(present.reshape(-1, *[1] * (sources.ndim - 1)), sources, 0)
             drawn |= {pairs.target[c]: ways[f"{best_kind}draws"][:, c] for c in np.flatnonzero(best)}
             for targets, names in _targets(pairs, present, known):
@@ -161,7 +183,7 @@ def run(
     with atomic_path(out / "measurements.parquet") as path:
         table.to_parquet(path, index=False)
     write_json(out / "figures.json", facts)
-    tiles = VOLUME_TILES if others else TILES
+    tiles = {**(VOLUME_TILES if others else TILES), **(UNPAIRED_TILES if translator else {})}
     columns = [*pairs.source, "true", *tiles]
     write_atomic(out / "contact-sheet.png", completion_sheet("Translation", _tiles(shown, tiles), columns))
     derivative.complete(out, "Translation", README, digests, "translation")
