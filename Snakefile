@@ -41,6 +41,7 @@ include: "rules/registration.smk"
 include: "rules/shape_completion.smk"
 include: "rules/segmentation.smk"
 include: "rules/translation.smk"
+include: "rules/harmonisation.smk"
 include: "rules/audit.smk"
 include: "rules/regenerate.smk"
 

@@ -27,11 +27,12 @@ import pyarrow as pa
 import torch
 import typer
 
+from benchmarks.drawing import draw, planned
 from meddiff_steps import config
 from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.core.files import read_json, write_atomic, write_json
-from meddiff_steps.core.random_streams import seed_key, step_generator
+from meddiff_steps.core.random_streams import step_generator
 from meddiff_steps.evaluation import spectrum
 from meddiff_steps.evaluation.fidelity import covariate_fidelity
 from meddiff_steps.evaluation.metrics import measure, radial_power
@@ -44,7 +45,6 @@ from meddiff_steps.instruments.feature_spaces.base import Context, extract
 from meddiff_steps.instruments.predictors import load_predictors
 from meddiff_steps.models.trained import TrainedModel
 from meddiff_steps.steps import autoencoder, decoder, diffusion, latents, scale
-from meddiff_steps.synthesis.generate import CohortGenerator
 
 log = logging.getLogger(__name__)
 
@@ -151,29 +151,6 @@ def train(case: Case, study: config.Study, given: bool, folder: Path) -> Trained
     return TrainedModel.load(first, out, fabric, study.compute, decoder=second if drawing else None, toned=False)
 
 
-def plan(case: Case, covariates: config.Covariates) -> pd.DataFrame:
-    """Subjects with the covariates of held-out scans, and noise that every arm gets."""
-    scans = read_manifest(case.manifest, covariates)
-    wanted = scans.loc[scans["split"] == "test", list(covariates)].reset_index(drop=True)
-    count = len(wanted)
-    return wanted.assign(
-        sample_id=[f"syn-{i:04d}" for i in range(count)],
-        index=range(count),
-        noise_index=range(count),
-        cohort_root=case.seed,
-        attempt=0,
-        seed_key=[seed_key(case.seed, i, 0, "noise") for i in range(count)],
-    )
-
-
-def draw(model: TrainedModel, settings: config.Generate, planned: pd.DataFrame, path: Path) -> None:
-    """Write the images of a plan."""
-    columns = {"sample_id": pa.string(), "image": TensorColumn("float16", model.image_shape)}
-    with ShardWriter(path, columns) as writer:
-        for name, image in CohortGenerator(model, settings).images(planned, path.parent.name):
-            writer.append(sample_id=name, image=image)
-
-
 def compare(results: Path, case: Case, covariates: config.Covariates, drawn: Mapping[str, Images]) -> dict[str, Any]:
     """Every figure of every arm, beside real scans of other people."""
     test = Images.of(
@@ -254,7 +231,8 @@ def main(
     case = prepare(results, models or results, subjects, tests, seed, out)
     counts = {"autoencoder": decoding_steps, "decoder": decoding_steps, "diffusion": steps}
     covariates = study_of(case, None, counts, rate).covariates
-    drawn, planned = {}, plan(case, covariates)
+    scans = read_manifest(case.manifest, covariates)
+    drawn, plan = {}, planned(scans.loc[scans["split"] == "test", list(covariates)], seed)
     for name in arms or ARMS:
         folder = out / name.replace(" ", "-").replace(",", "")
         path, study = folder / "images.arrow", study_of(case, ARMS[name], counts, rate)
@@ -262,8 +240,8 @@ def main(
             begun = time.process_time()
             model = train(case, study, ARMS[name] is not None, folder)
             write_json(folder / "cost.json", {"core_seconds": round(time.process_time() - begun)})
-            draw(model, study.generate, planned, path)
-        drawn[name] = Images.of(Shards([path]), "sample_id", "seed_key", planned, str(path))
+            draw(model, study.generate, plan, path)
+        drawn[name] = Images.of(Shards([path]), "sample_id", "seed_key", plan, str(path))
     found = compare(results, case, covariates, drawn)
     write_json(out / "figures.json", found)
     text = rows(found) + "\n"

@@ -25,12 +25,13 @@ import typer
 from safetensors.numpy import load_file, save_file
 from scipy import ndimage
 
-from benchmarks.adapting import RESAMPLES, SPACES, draw
+from benchmarks.adapting import RESAMPLES, SPACES
+from benchmarks.drawing import draw, planned
 from meddiff_steps import config
 from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.core.files import read_json, write_atomic, write_json
-from meddiff_steps.core.random_streams import batch_noise, seed_key
+from meddiff_steps.core.random_streams import batch_noise
 from meddiff_steps.evaluation.fidelity import covariate_fidelity
 from meddiff_steps.evaluation.metrics import measure
 from meddiff_steps.evaluation.realism.base import Draws, Sample, Scale
@@ -72,20 +73,6 @@ def bare(scale: Path, path: Path) -> Path:
     found["effects.deviation"] = np.ones((), np.float32)
     save_file(found, path)
     return path
-
-
-def planned(table: pd.DataFrame, covariates: config.Covariates, seed: str) -> pd.DataFrame:
-    """Subjects with the covariates of held-out scans."""
-    scans = table.loc[table["split"] == "test", ["scan_id", *covariates]].head(MOST).reset_index(drop=True)
-    count = len(scans)
-    return scans.assign(
-        sample_id=[f"syn-{i:04d}" for i in range(count)],
-        index=range(count),
-        noise_index=range(count),
-        cohort_root=seed,
-        attempt=0,
-        seed_key=[seed_key(seed, i, 0, "noise") for i in range(count)],
-    )
 
 
 def drawn_by_maps(
@@ -185,7 +172,7 @@ def main(
     real = Shards(sorted((results / "preprocessed").glob("shard-*.arrow")))
     table = table[table["scan_id"].isin(real.image_ids())]
     scans = Images.of(real, "scan_id", "subject_id", table, "cohort")
-    plan = planned(table, base.covariates, seed)
+    plan = planned(table.loc[table["split"] == "test", ["scan_id", *base.covariates]].head(MOST), seed)
     reference = scans.of_splits(["test"]).at_most(MOST)
     known = scans.of_splits(["train"]).at_most(2 * MOST)
     fabric = make_fabric(base.compute, torch.get_num_threads())

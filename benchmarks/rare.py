@@ -32,12 +32,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from benchmarks.adapting import draw
+from benchmarks.drawing import draw, planned
 from meddiff_steps import config
 from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.compute.device import full_float32, make_fabric
 from meddiff_steps.core.files import read_json, write_atomic, write_json
-from meddiff_steps.core.random_streams import seed_key, step_generator
+from meddiff_steps.core.random_streams import step_generator
 from meddiff_steps.evaluation.realism.base import Draws, Sample, Scale
 from meddiff_steps.evaluation.realism.measure import judge
 from meddiff_steps.imaging.shards import Shards
@@ -167,20 +167,6 @@ def _of_manifest(encoded: list[Path], manifest: Path, path: Path) -> Path:
         for batch in whole.to_batches(max_chunksize=1):
             writer.write_batch(batch)
     return path
-
-
-def planned(trial: Trial, part: str) -> pd.DataFrame:
-    """Subjects with the covariates of the held-out scans of `part`."""
-    scans = trial.table.loc[trial.table["part"] == part, list(trial.covariates)].reset_index(drop=True)
-    count = len(scans)
-    return scans.assign(
-        sample_id=[f"{part}-{i:04d}" for i in range(count)],
-        index=range(count),
-        noise_index=range(count),
-        cohort_root=trial.seed,
-        attempt=0,
-        seed_key=[seed_key(trial.seed, i, 0, f"noise/{part}") for i in range(count)],
-    )
 
 
 def figures(trial: Trial, drawn: Mapping[str, Mapping[str, Path]], models: Mapping[str, Path]) -> dict[str, Any]:
@@ -342,7 +328,10 @@ def main(
         optimiser = {"steps": steps, "learning_rate": rate, "validate_every": steps}
         changes = {"rare": {"covariate": covariate, "level": level, **rare}, "optimiser": optimiser}
         models[name] = train(trial, name, trial.of(changes), ("few",), models[BASE])
-    study, plans = trial.of({}), {part: planned(trial, part) for part in ("with", "without")}
+    study, plans = trial.of({}), {}
+    for part in ("with", "without"):
+        scans = trial.table.loc[trial.table["part"] == part, list(trial.covariates)]
+        plans[part] = planned(scans, trial.seed, part, f"noise/{part}")
     fabric = make_fabric(study.compute, 1)
     drawn: dict[str, dict[str, Path]] = {}
     for name, place in models.items():

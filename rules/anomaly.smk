@@ -7,15 +7,14 @@ rule anomaly:
         manifest=manifest_of_scans_to_map,
         qc=QC,
         images=COHORT_IMAGES,
-        autoencoder=AUTOENCODER,
-        diffusion=DIFFUSION,
+        autoencoder=AUTOENCODER if STUDY.anomaly.need("a trained model") else [],
+        diffusion=DIFFUSION if STUDY.anomaly.need("a trained model") else [],
         latents=expand(LATENTS, shard=COHORT_SHARDS) if STUDY.anomaly.need("latents of the cohort") else [],
         scale=LATENT_SCALE if STUDY.anomaly.need("latents of the cohort") else [],
+        translation=FORETELLING if STUDY.anomaly.need("translation.cycle") else [],
+        back=TRANSLATION_BACK if STUDY.anomaly.need("translation.cycle") else [],
     output:
-        out=[
-            f"{RESULTS}/anomaly/{name}"
-            for name in ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png")
-        ],
+        out=derivative("anomaly"),
     log:
         f"{RESULTS}/logs/anomaly.log",
     benchmark:

@@ -167,9 +167,24 @@ def network(folder):
     return [f"{folder}/{name}" for name in NETWORK]
 
 
+def trained(folder):
+    """The files of a network and its training curve, which comes last."""
+    return [*network(folder), f"{folder}/history.parquet"]
+
+
 def generator(folder):
     """The files of a diffusion model: its network, and the grey levels of what it generates."""
     return [*network(folder), *(f"{folder}/{name}" for name in TONE)]
+
+
+def derivative(application):
+    """What an application writes beside its images."""
+    return [f"{RESULTS}/{application}/{name}" for name in study_files.DERIVATIVE]
+
+
+def image_to_image(folder):
+    """The files of networks that draw an image from images."""
+    return [f"{folder}/{name}" for name in study_files.IMAGE_TO_IMAGE]
 
 
 SIMULATED = f"{RESULTS}/cohort/simulated/participants.tsv"
@@ -200,6 +215,20 @@ LABEL_LATENT = f"{RESULTS}/masks/latents/shard-{{shard}}.arrow"
 LABEL_SCALE = [f"{RESULTS}/masks/latents/scale.safetensors"] if STUDY.pairs else []
 MASKS = [f"{RESULTS}/masks/{name}" for name in study_files.MASKS] if STUDY.pairs else []
 SEGMENTATION_STUDY = [f"{RESULTS}/segmentation_study/{name}" for name in ("results.json", "cases.parquet")]
+# Networks of applications: one that registers, of either kind, the diffusion of points, what marks a structure.
+REGISTRATION_NETWORK = f"{RESULTS}/registration_networks/{{network}}"
+SHAPE_NETWORK = network(f"{RESULTS}/shape_network")
+SEGMENTATION_MODEL = image_to_image(f"{RESULTS}/segmentation_model")
+# Networks that draw another contrast, the way back from it, and volume-wise; what foretells it without noise.
+TRANSLATION_MODEL = image_to_image(f"{RESULTS}/translation_model")
+TRANSLATION_LESION = network(f"{RESULTS}/translation_lesion") if STUDY.translation.lesion else []
+TRANSLATION_BACK = network(f"{RESULTS}/translation_back")
+TRANSLATION_VOLUME = network(f"{RESULTS}/translation_volume") if STUDY.translation.volume_steps else []
+TRANSLATION_SOLID = network(f"{RESULTS}/translation_solid") if STUDY.translation.volume_steps else []
+FORETELLING = [f"{RESULTS}/translation_model/{name}" for name in study_files.OF_IMAGE_TO_IMAGE["regression"]]
+# Networks between groups of images that are not paired: contrasts, sites.
+TRANSLATION_UNPAIRED = trained(f"{RESULTS}/translation_unpaired")
+HARMONISATION_MODEL = trained(f"{RESULTS}/harmonisation_model")
 LATENTS = f"{RESULTS}/latents/shard-{{shard}}.arrow"
 LATENT_SCALE = f"{RESULTS}/latents/scale.safetensors"
 DIFFUSION = generator(f"{RESULTS}/diffusion")
@@ -527,6 +556,17 @@ def manifest_of_scans_to_translate(wildcards):
         raise WorkflowError(
             "translation.target: not set, so nothing is drawn. Declare contrasts under preprocess.channels, and name"
             " one."
+        )
+    return MANIFEST
+
+
+def manifest_of_scans_to_harmonise(wildcards):
+    """The manifest; without sites nothing is started for it."""
+    if not STUDY.harmonisation.wanted:
+        raise WorkflowError(
+            "harmonisation.covariate: not set, so nothing is harmonised. Name the categorical covariate that says the"
+            " site, and the site whose look is taken, for example with --config 'harmonisation={covariate: site, to:"
+            " A}'."
         )
     return MANIFEST
 

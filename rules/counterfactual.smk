@@ -14,10 +14,7 @@ rule counterfactual:
         embedder=EMBEDDER,
         predictors=PREDICTORS,
     output:
-        out=[
-            f"{RESULTS}/counterfactuals/{name}"
-            for name in ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png")
-        ],
+        out=derivative("counterfactuals"),
     log:
         f"{RESULTS}/logs/counterfactual.log",
     benchmark:

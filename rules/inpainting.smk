@@ -12,10 +12,7 @@ rule inpainting:
         diffusion=DIFFUSION,
         predictors=PREDICTORS,
     output:
-        out=[
-            f"{RESULTS}/inpainting/{name}"
-            for name in ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png")
-        ],
+        out=derivative("inpainting"),
     log:
         f"{RESULTS}/logs/inpainting.log",
     benchmark:

@@ -10,10 +10,7 @@ rule normative:
         autoencoder=AUTOENCODER,
         diffusion=DIFFUSION,
     output:
-        out=[
-            f"{RESULTS}/normative/{name}"
-            for name in ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png")
-        ],
+        out=derivative("normative"),
     log:
         f"{RESULTS}/logs/normative.log",
     benchmark:

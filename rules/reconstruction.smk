@@ -10,10 +10,7 @@ rule reconstruction:
         autoencoder=AUTOENCODER,
         diffusion=DIFFUSION,
     output:
-        out=[
-            f"{RESULTS}/reconstruction/{name}"
-            for name in ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png")
-        ],
+        out=derivative("reconstruction"),
     log:
         f"{RESULTS}/logs/reconstruction.log",
     benchmark:

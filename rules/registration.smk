@@ -7,7 +7,7 @@ rule registration_train:
         manifest=manifest_of_scans_to_register,
         images=COHORT_IMAGES,
     output:
-        out=[f"{RESULTS}/registration_networks/{{network}}/{name}" for name in (*NETWORK, "history.parquet")],
+        out=[*network(REGISTRATION_NETWORK), f"{REGISTRATION_NETWORK}/history.parquet"],
     log:
         f"{RESULTS}/logs/registration/train/{{network}}.log",
     benchmark:
@@ -34,13 +34,10 @@ rule registration:
         manifest=manifest_of_scans_to_register,
         qc=QC,
         images=COHORT_IMAGES,
-        score=network(f"{RESULTS}/registration_networks/score"),
-        plain=network(f"{RESULTS}/registration_networks/plain"),
+        score=expand(network(REGISTRATION_NETWORK), network="score"),
+        plain=expand(network(REGISTRATION_NETWORK), network="plain"),
     output:
-        out=[
-            f"{RESULTS}/registration/{name}"
-            for name in ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png")
-        ],
+        out=derivative("registration"),
     log:
         f"{RESULTS}/logs/registration.log",
     benchmark:

@@ -7,7 +7,7 @@ rule segmentation_model:
         manifest=manifest_of_scans_to_mark,
         images=COHORT_IMAGES,
     output:
-        out=[f"{RESULTS}/segmentation_model/{name}" for name in study_files.IMAGE_TO_IMAGE],
+        out=SEGMENTATION_MODEL,
     log:
         f"{RESULTS}/logs/segmentation_model.log",
     benchmark:
@@ -28,17 +28,77 @@ rule segmentation_model:
         STEP_WITH_THREADS
 
 
+# What is compared with patches: `whole` scans at the same cost, patches that are `unplaced`.
+use rule segmentation_model as segmentation_beside with:
+    output:
+        out=[f"{RESULTS}/segmentation_beside/{{beside}}/{name}" for name in study_files.IMAGE_TO_IMAGE],
+    log:
+        f"{RESULTS}/logs/segmentation_beside/{{beside}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/segmentation_beside/{{beside}}.tsv"
+    wildcard_constraints:
+        beside="whole|unplaced",
+    params:
+        **run_step("segmentation_model", beside=lambda wildcards: wildcards.beside, state=f"{STATE}/segmentation_model"),
+    message:
+        "Training what is compared with patches, {wildcards.beside}"
+
+
+rule segmentation_few_labels:
+    input:
+        manifest=manifest_of_scans_to_mark,
+        images=COHORT_IMAGES,
+        base=lambda wildcards: (
+            network(f"{RESULTS}/segmentation_few_labels/pretraining")
+            if wildcards.network.startswith("pretrained")
+            else []
+        ),
+    output:
+        out=trained(f"{RESULTS}/segmentation_few_labels/{{network}}"),
+    log:
+        f"{RESULTS}/logs/segmentation_few_labels/{{network}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/segmentation_few_labels/{{network}}.tsv"
+    wildcard_constraints:
+        network=r"pretraining|(scratch|pretrained)_(\d+|all)",
+    conda:
+        "../envs/meddiff.yaml"
+    threads: 8
+    resources:
+        mem_mb=memory(3000, 2400, STUDY.segmentation_ensemble.optimiser.batch_size),
+        runtime=minutes(2880),
+        gpu=GPUS,
+        nodes=1,  # a process per GPU, all started by one command
+    params:
+        **run_step(
+            "segmentation_few_labels",
+            network=lambda wildcards: wildcards.network,
+            state=f"{STATE}/segmentation_few_labels",
+        ),
+    message:
+        "Training what marks a structure with few labels, {wildcards.network}"
+    shell:
+        STEP_WITH_THREADS
+
+
 rule segmentation:
     input:
         manifest=MANIFEST,
         qc=QC,
         images=COHORT_IMAGES,
-        model=rules.segmentation_model.output.out[:-1],
-    output:
-        out=[
-            f"{RESULTS}/segmentation/{name}"
-            for name in ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png")
+        model=SEGMENTATION_MODEL[:-1],
+        beside=[
+            f"{RESULTS}/segmentation_beside/{name}/{file}"
+            for name in STUDY.segmentation_ensemble.beside
+            for file in study_files.IMAGE_TO_IMAGE[:-1]
         ],
+        few_labels=[
+            file
+            for name in STUDY.segmentation_ensemble.few_labels
+            for file in network(f"{RESULTS}/segmentation_few_labels/{name}")
+        ],
+    output:
+        out=derivative("segmentation"),
     log:
         f"{RESULTS}/logs/segmentation.log",
     benchmark:

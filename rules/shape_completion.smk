@@ -1,6 +1,5 @@
 # snakemake shape_completion --config 'shape_completion={points: shapes.npz}': what is missing of shapes, as points and
 # masks (docs/applications/shape-completion.md).
-SHAPE_NETWORK = network(f"{RESULTS}/shape_network")
 
 
 rule shape_completion_train:
@@ -32,10 +31,7 @@ rule shape_completion:
         points=points_of_shapes,
         network=SHAPE_NETWORK,
     output:
-        out=[
-            f"{RESULTS}/shape_completion/{name}"
-            for name in ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png")
-        ],
+        out=derivative("shape_completion"),
     log:
         f"{RESULTS}/logs/shape_completion.log",
     benchmark:

@@ -7,8 +7,11 @@ rule translation_model:
         manifest=manifest_of_scans_to_translate,
         images=COHORT_IMAGES,
     output:
-        out=[f"{RESULTS}/translation_model/{name}" for name in study_files.IMAGE_TO_IMAGE],
-        lesion=network(f"{RESULTS}/translation_lesion") if STUDY.translation.lesion else [],
+        out=TRANSLATION_MODEL,
+        lesion=TRANSLATION_LESION,
+        back=TRANSLATION_BACK if STUDY.translation.cycle else [],
+        volume=TRANSLATION_VOLUME,
+        solid=TRANSLATION_SOLID,
     log:
         f"{RESULTS}/logs/translation_model.log",
     benchmark:
@@ -29,18 +32,45 @@ rule translation_model:
         STEP_WITH_THREADS
 
 
+rule translation_unpaired:
+    input:
+        manifest=manifest_of_scans_to_translate,
+        images=COHORT_IMAGES,
+    output:
+        out=TRANSLATION_UNPAIRED,
+    log:
+        f"{RESULTS}/logs/translation_unpaired.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/translation_unpaired.tsv"
+    conda:
+        "../envs/meddiff.yaml"
+    threads: 8
+    resources:
+        mem_mb=memory(
+            3000, 4800, getattr(STUDY.translation.unpaired, "optimiser", STUDY.translation.optimiser).batch_size
+        ),
+        runtime=minutes(2880),
+        gpu=min(GPUS, 1),
+    params:
+        **run_step("translation_unpaired", state=f"{STATE}/translation_unpaired"),
+    message:
+        "Training what draws another contrast, without pairs"
+    shell:
+        STEP_WITH_THREADS
+
+
 rule translation:
     input:
         manifest=MANIFEST,
         qc=QC,
         images=COHORT_IMAGES,
-        model=rules.translation_model.output.out[:-1],
-        lesion=rules.translation_model.output.lesion,
+        model=TRANSLATION_MODEL[:-1],
+        lesion=TRANSLATION_LESION,
+        volume=TRANSLATION_VOLUME,
+        solid=TRANSLATION_SOLID,
+        unpaired=TRANSLATION_UNPAIRED[:-1] if STUDY.translation.unpaired else [],
     output:
-        out=[
-            f"{RESULTS}/translation/{name}"
-            for name in ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png")
-        ],
+        out=derivative("translation"),
     log:
         f"{RESULTS}/logs/translation.log",
     benchmark:

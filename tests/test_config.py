@@ -201,11 +201,30 @@ def test_what_an_optimiser_leaves_out_keeps_the_default_of_its_network():
         ("translation", {"target": ["t2", "t2"]}, "target names an image twice"),
         ("translation", {"target": ["t2"], "network": "unet", "channels": [40]}, "multiples of norm_num_groups=16"),
         ("segmentation_ensemble", {"target": ["lesion"]}, "segmentation_ensemble.target: lesion is no channel"),
+        ("segmentation_ensemble", {"target": ["lesion"], "labelled": [5, 5]}, "labelled names something twice"),
+        ("segmentation_ensemble", {"pretraining_steps": 9}, "is compared with training from scratch on few labels"),
+        (
+            "segmentation_ensemble",
+            {"beside": ["whole"]},
+            "segmentation_ensemble.beside: whole is compared with patches",
+        ),
+        (
+            "segmentation_ensemble",
+            {"target": ["image"], "source": ["t2"], "patch": [16, 18, 16]},
+            "segmentation_ensemble.patch: [16, 18, 16], expected 3 multiples of 4, none larger than in",
+        ),
         (
             "translation",
             {"target": ["image"], "source": ["t2"], "lesion": "t1"},
             "translation.lesion: t1 is no channel of the study, which has image; declare it",
         ),
+        ("harmonisation", {"covariate": "sex"}, "`to` is missing"),
+        ("harmonisation", {"covariate": "sex", "to": "F", "others": ["F"]}, "`others` has 'F', which is `to`"),
+        ("harmonisation", {"covariate": "age", "to": "F"}, "harmonisation.covariate: age: is a number"),
+        ("harmonisation", {"covariate": "eyes", "to": "F"}, "harmonisation.covariate: eyes: no such covariate"),
+        ("harmonisation", {"covariate": "sex", "to": "X"}, "harmonisation.to: 'X' is not one of"),
+        ("harmonisation", {"covariate": "sex", "to": "F", "kept": ["sex"]}, "harmonisation.kept: sex is no other"),
+        ("harmonisation", {"covariate": "sex", "to": "F", "channel": "t2"}, "harmonisation.channel: t2 is no contrast"),
         ("inpainting", {"lesions": {"masks": "m/*.nii"}}, "inpainting.lesions.masks: lie in a template's space"),
         ("registration", {"window": 4}, "`window` has a middle voxel, so it is odd; found 4"),
         ("registration", {"structures": {"a": [1]}}, "`structures` are labels of `labels`"),
@@ -230,6 +249,22 @@ def test_what_an_optimiser_leaves_out_keeps_the_default_of_its_network():
         ("anomaly.healthy", {"lesion": "0"}, "anomaly.healthy.lesion: no such covariate"),
         ("anomaly.healthy", {"sex": "X"}, "anomaly.healthy.sex: 'X' is not one of"),
         ("anomaly", {"methods": ["classifier_free"]}, "healthy value of one covariate, and anomaly.healthy has 0"),
+        (
+            "anomaly",
+            {"methods": ["modality_cycles"]},
+            "modality_cycles needs scans of two contrasts, and translation between them; the study has image and no"
+            " other. Declare another one under preprocess.channels, and set translation: {target: [its name], cycle:",
+        ),
+        (
+            "translation",
+            {"target": ["t2"], "source": ["t1"], "cycle": True},
+            "translation.cycle: goes from the scan and back to it; set source: [image], found ['t1']",
+        ),
+        (
+            "translation",
+            {"target": ["t2"], "lesion": "mask", "cycle": True},
+            "translation.lesion: cycle: true learns from healthy scans, which have none; leave one of them out",
+        ),
         ("augment", {"target": "sex"}, "augment.target: this key is now downstream.target (renamed in 0.2.0)"),
         ("augmentation.variants", 4, "augmentation.variants: this key is now variants.count (renamed in 0.2.0)"),
         ("distill", {"subjects": 9}, "distill.subjects: this key is now second_model.subjects (renamed in 0.2.0)"),
@@ -514,7 +549,7 @@ DOWNSTREAM = {f"downstream_{name}" for name in ("design", "plan", "data", "train
             "years",
             {
                 *("neighbours", "describe", "evaluate", "sampler_study", "showcase", "report", "ledger"),
-                *("counterfactual", "inpainting", "normative"),
+                *("counterfactual", "inpainting", "normative", "harmonisation"),
             },
         ),
         ("generate.guidance_scale", 2.0, GENERATED | GUIDED),
@@ -524,7 +559,10 @@ DOWNSTREAM = {f"downstream_{name}" for name in ("design", "plan", "data", "train
         (
             "variants.count",
             2,
-            {"autoencoder", "decoder", "latents", "segmentation_model", "translation_model", "ledger"},
+            {
+                *("autoencoder", "decoder", "latents", "ledger", "segmentation_model", "segmentation_few_labels"),
+                *("translation_model", "translation_unpaired", "harmonisation_model"),
+            },
         ),
         ("decoder.channels", 32, {"init_weights", "decoder", "ledger"}),
         ("diffusion.levels.mean", 0.0, {"diffusion", "ledger"}),
@@ -543,8 +581,12 @@ DOWNSTREAM = {f"downstream_{name}" for name in ("design", "plan", "data", "train
         ("shape_completion.samples", 9, {"shape_completion"}),
         ("shape_completion.blocks", 2, {"shape_completion_train", "shape_completion"}),
         ("segmentation_ensemble.samples", 9, {"segmentation"}),
-        ("segmentation_ensemble.block", 2, {"segmentation_model", "segmentation"}),
+        ("segmentation_ensemble.block", 2, {"segmentation_model", "segmentation_few_labels", "segmentation"}),
+        ("segmentation_ensemble.labelled", [5], {"segmentation"}),
         ("translation.lesion", "lesion", {"translation_model", "translation"}),
+        ("anomaly.healthy", {"sex": "F"}, {"translation_model", "anomaly"}),
+        ("translation.unpaired", {}, {"translation_unpaired", "translation"}),
+        ("harmonisation.samples", 9, {"harmonisation"}),
         ("lineup.images", 30, {"lineup"}),
         ("release.card", {"ethics": "Approved."}, {"describe", "ledger"}),
         ("release.exports", ["webdataset"], set()),
@@ -659,7 +701,8 @@ def test_the_published_study_says_what_each_stage_was_given(tmp_path):
     published = json.loads(config.freeze(study, "ledger", tmp_path).read_text())
     afterwards = {"counterfactual", "inpainting", "normative", "reconstruction", "anomaly", "lineup", "export_models"}
     afterwards |= {"registration_train", "registration", "shape_completion_train", "shape_completion"}
-    afterwards |= {"segmentation_study", "segmentation_model", "segmentation", "translation_model", "translation"}
+    afterwards |= {"segmentation_study", "segmentation_model", "segmentation_few_labels", "segmentation"}
+    afterwards |= {"translation_model", "translation_unpaired", "translation", "harmonisation_model", "harmonisation"}
     for stage in config.STAGES.keys() - afterwards:
         given = json.loads(config.freeze(study, stage, tmp_path).read_text())
         assert config.part_of(published, config.STAGES[stage]) == given
@@ -738,3 +781,15 @@ def test_volumes_are_not_compared_where_all_heads_get_one_size():
         else:
             with pytest.raises(UserError, match=r"segmentation: .*transform: affine.*take rigid"):
                 config.parse_study(study, "a")
+
+
+def test_a_cycle_goes_through_contrasts_that_every_scan_has():
+    def channel(**changes):
+        raw = with_change("preprocess.channels", {"t2": {"path": "x/{scan_id}.nii", **changes}})
+        raw |= {"translation": {"target": ["t2"], "cycle": True}, "anomaly": {"methods": ["modality_cycles"]}}
+        return config.parse_study(raw, "a")
+
+    assert channel().translation.cycle
+    for changes in ({"kind": "mask"}, {"required": False}):
+        with pytest.raises(UserError, match=r"preprocess.channels.t2 must be of kind: contrast, and required: true"):
+            channel(**changes)

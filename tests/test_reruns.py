@@ -67,14 +67,19 @@ SAMPLING = {
 }
 
 #: Stages that draw images from images, or train what does.
-PAIRED = {"segmentation_model", "segmentation", "translation_model", "translation"}
+PAIRED = {
+    *("segmentation_model", "segmentation_few_labels", "segmentation"),
+    *("translation_model", "translation_unpaired", "translation", "harmonisation_model", "harmonisation"),
+}
+#: Which count the operations of these networks; no rule runs them.
+COUNTING = {"plan_cost", "status"}
 
 #: File, what is there, what becomes of it; then the stages.  A network that is trained anew has all that uses it made
 #: anew by its files.
 CODE: dict[str, tuple[str, str, str, set[str]]] = {
     "a constant of the denoiser, whose layers the drawing decoder has, too": (
         *("models/denoiser/resnet.py", "FREQUENCIES, LOWEST, HIGHEST = 32", "FREQUENCIES, LOWEST, HIGHEST = 16"),
-        {"decoder", "diffusion", "init_weights"} | PAIRED,
+        {"decoder", "diffusion", "init_weights"} | PAIRED | COUNTING,
     ),
     "a denoiser that is not the study's": (
         *("models/denoiser/unet.py", "POSITION_CHANNELS = 8", "POSITION_CHANNELS = 4"),
@@ -109,7 +114,10 @@ CODE: dict[str, tuple[str, str, str, set[str]]] = {
             "few_step",
             "registration_train",
             "segmentation_model",
+            "segmentation_few_labels",
             "translation_model",
+            "translation_unpaired",
+            "harmonisation_model",
         },
     ),
     "a constant of the grey levels, from which costs are estimated": (
@@ -133,6 +141,7 @@ CODE: dict[str, tuple[str, str, str, set[str]]] = {
             *("decoder", "tone", "generate", "filter", "showcase", "text_fidelity", "sampler_study", "init_weights"),
             "export_models",
             *PAIRED,
+            *COUNTING,
         },
     ),
     "the solver of a sampler that is not the study's": ("diffusion/samplers/heun.py", "/ 2)", "/ 3)", set()),
@@ -140,7 +149,7 @@ CODE: dict[str, tuple[str, str, str, set[str]]] = {
         *("diffusion/samplers/dpmpp.py", '"summary": "', '"summary": "Well known. '),
         set(),
     ),
-    "how a sampler is run": ("diffusion/sampling.py", "math.hypot(", "2 * math.hypot(", SAMPLING | PAIRED),
+    "how a sampler is run": ("diffusion/sampling.py", "math.hypot(", "2 * math.hypot(", SAMPLING | PAIRED | COUNTING),
     "a caption of the report": (
         "report/page.html.jinja",
         "<figcaption>",
@@ -182,6 +191,7 @@ STUDIES: dict[str, tuple[Any, set[str]]] = {
                 "normative",
                 "reconstruction",
                 "anomaly",
+                "harmonisation",
                 "downstream_design",
                 "downstream_plan",
                 "downstream_data",
@@ -217,7 +227,10 @@ UNSEALED: dict[str, tuple[Any, set[str]]] = {
     "registration.smoothness": (2.0, {"registration_train", "registration"}),
     "shape_completion.samples": (9, {"shape_completion"}),
     "segmentation_ensemble.samples": (9, {"segmentation"}),
+    "segmentation_ensemble.labelled": ([5], {"segmentation"}),
     "translation.channels": ([32], {"translation_model", "translation"}),
+    "translation.unpaired": ({"cycle_weight": 1.0}, {"translation_unpaired", "translation"}),
+    "harmonisation.samples": (9, {"harmonisation"}),
     "lineup.seed": ("another", {"lineup"}),
     "storage.protect": (False, set()),
 }

@@ -158,6 +158,7 @@ def test_paths_of_any_characters_reach_no_shell(tmp_path):
         (["shape_completion"], "shape_completion.points: not set"),
         (["segmentation"], "segmentation_ensemble.target: not set"),
         (["translation"], "translation.target: not set"),
+        (["harmonisation"], "harmonisation.covariate: not set"),
         (["augment", "--config", "downstream={}"], "downstream.target: not set"),
         (["regenerate", "--config", "sealed=~/release"], "begins with ~"),
         (["regenerate", "--config", "sealed=release", "models=a{b}"], "has braces"),
@@ -355,7 +356,10 @@ def test_rules_that_run_the_detectors_ask_for_memory_by_voxels():
 
 def test_several_gpus_are_asked_for_on_one_node():
     several = {name for name, body in gpu_rules().items() if re.search(r"^ +gpu=GPUS,", body, re.M)}
-    assert several == {"autoencoder", "decoder", "diffusion", "few_step", "segmentation_model", "translation_model"}
+    assert several == {
+        *("autoencoder", "decoder", "diffusion", "few_step"),
+        *("segmentation_model", "segmentation_few_labels", "translation_model"),
+    }
     assert all(re.search(r"^ +nodes=1,", gpu_rules()[name], re.M) for name in several)
 
 
@@ -387,9 +391,13 @@ def test_exactly_the_rules_that_run_networks_ask_for_a_gpu():
         "shape_completion_train",
         "shape_completion",
         "segmentation_model",
+        "segmentation_few_labels",
         "segmentation",
         "translation_model",
+        "translation_unpaired",
         "translation",
+        "harmonisation_model",
+        "harmonisation",
         "text_fidelity",
         "audit",
         "segmenter",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ import torch
 from meddiff_steps import config
 from meddiff_steps.compute.device import to_channels_last, to_device
 from meddiff_steps.core.errors import UserError
-from meddiff_steps.core.folders import OF_IMAGE_TO_IMAGE
+from meddiff_steps.core.folders import NETWORK, OF_IMAGE_TO_IMAGE
 from meddiff_steps.core.random_streams import batch_noise, seed_key
 from meddiff_steps.imaging.pairs import Pairs
 from meddiff_steps.imaging.shards import Shards
@@ -38,6 +39,8 @@ class Drawer:
         Of random numbers.
     digests
         SHA-256 of the weights.
+    training
+        What the cards say of it.
     """
 
     diffusion: ImageToImage
@@ -47,6 +50,7 @@ class Drawer:
     root: str
     fabric: Fabric
     digests: dict[str, str]
+    training: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def load(
@@ -60,28 +64,46 @@ class Drawer:
             They were trained for other images.
         """
         models, cards = {}, {}
-        for name, (weights, card) in OF_IMAGE_TO_IMAGE.items():
-            models[name], cards[name] = load_image_to_image(folder, weights, card)
-            to_channels_last(models[name], len(models[name].image_shape) - 1)
-            fabric.to_device(models[name])
+        for name, files in OF_IMAGE_TO_IMAGE.items():
+            models[name], cards[name] = _loaded(folder, files, settings, fabric, key)
         said = cards["diffusion"]
-        asked = {"source": list(settings.source), "target": list(settings.target)}
-        for name, wanted in asked.items():
-            if said[name] != wanted:
-                raise UserError(f"{key}.{name}: {wanted}, but {folder} was trained with {said[name]}. Train it again.")
-        pairs = Pairs(shards, tuple(said["source"]), tuple(said["target"]), said["kind"], tuple(said["labels"]))
-        digests = {name: card["weights_sha256"] for name, card in cards.items()}
-        return cls(models["diffusion"], models["regression"], pairs, settings, root, fabric, digests)
+        pairs = Pairs(
+            shards,
+            *(tuple(said["source"]), tuple(said["target"]), said["kind"], tuple(said["labels"])),
+            said.get("missing", False),
+        )
+        facts = {name: _training(card) for name, card in cards.items()}
+        return cls(
+            *(models["diffusion"], models["regression"], pairs, settings, root, fabric),
+            *({name: card["weights_sha256"] for name, card in cards.items()}, facts),
+        )
+
+    def with_other(self, name: Literal["diffusion", "regression"], folder: Path, key: str) -> Self:
+        """The same with another network of either kind, that of a folder, whose digest and training alone are told;
+        raises as `load`.
+        """
+        model, card = _loaded(folder, NETWORK, self.settings, self.fabric, key)
+        told = {"digests": {name: card["weights_sha256"]}, "training": {name: _training(card)}}
+        return replace(self, **{name: model}, **told)  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def guess(self, row: int) -> np.ndarray:
-        """What the network without noise says of a scan, (channels, *spatial): from -1 to 1, or logits."""
+    def guess(self, row: int, present: np.ndarray | None = None) -> np.ndarray:
+        """What the network without noise says of a scan, (channels, *spatial): from -1 to 1, or logits; `present` as of
+        `draws`.
+        """
         with self.fabric.autocast():
-            found: np.ndarray = self.regression.guess(self._sources(row, 1))[0].cpu().numpy()
+            found: np.ndarray = self.regression.guess(self._sources(row, 1, present))[0].cpu().numpy()
         return found
 
     @torch.no_grad()
-    def draws(self, row: int, scan_id: str, guess: np.ndarray | None = None, start: float = 1.0) -> np.ndarray:
+    def draws(
+        self,
+        row: int,
+        scan_id: str,
+        guess: np.ndarray | None = None,
+        start: float = 1.0,
+        present: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Draws of a scan, float32 (samples, channels, *spatial), about from -1 to 1.
 
         They are a batch of their own and their noise is keyed by scan and draw, so that they do not depend on what else
@@ -91,16 +113,42 @@ class Drawer:
         ----------
         guess, start
             As of `ImageToImage.draw`; guess (channels, *spatial) from -1 to 1.
+        present
+            Which sources, bool (s,), are looked at where any may be missing; None: those that the scan has.
         """
         count, model = self.settings.samples, self.diffusion
         keys = [seed_key(f"{self.root}/{scan_id}", i, 0, "noise") for i in range(count)]
         noise = to_device(batch_noise(keys, model.image_shape), self.fabric)
         begun = None if guess is None else to_device(np.repeat(guess[None], count, axis=0), self.fabric)
         with self.fabric.autocast():
-            drawn = model.draw(self._sources(row, count), noise, self.settings.num_inference_steps, begun, start)
+            drawn = model.draw(
+                self._sources(row, count, present), noise, self.settings.num_inference_steps, begun, start
+            )
         found: np.ndarray = drawn.cpu().numpy()
         return found
 
-    def _sources(self, row: int, count: int) -> torch.Tensor:
-        sources = to_device(self.pairs.sources([row]), self.fabric)
+    def _sources(self, row: int, count: int, present: np.ndarray | None) -> torch.Tensor:
+        left = self.pairs.there([row])[0] if present is None else present[None]
+        sources = to_device(self.pairs.hidden(self.pairs.sources([row]), left), self.fabric)
         return sources.expand(count, *sources.shape[1:])
+
+
+def _loaded(
+    folder: Path, files: tuple[str, str], settings: config.ImageToImage, fabric: Fabric, key: str
+) -> tuple[ImageToImage, Mapping[str, Any]]:
+    model, said = load_image_to_image(folder, *files)
+    for name, without in {"source": [], "target": [], "missing": False}.items():
+        wanted, found = getattr(settings, name, without), said.get(name, without)
+        if found != wanted:
+            raise UserError(f"{key}.{name}: {wanted}, but {folder} was trained with {found}. Train it again.")
+    to_channels_last(model, len(model.image_shape) - 1)
+    fabric.to_device(model)
+    return model, said
+
+
+def _training(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training cost, and what it saw."""
+    settings, optimiser = card["settings"], card["optimiser"]
+    said = {"steps": optimiser["steps"], "batch_size": optimiser["batch_size"], "scans": card["scans"]["train"]}
+    said |= {"patch": settings.get("patch"), "coordinates": settings.get("coordinates", True)}
+    return said | {name: card.get(name) for name in ("parameters", "kept_for_gradients_bytes")}

@@ -6,7 +6,7 @@ Beside it stand what needs no network, and the same network trained without nois
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -20,7 +20,8 @@ from meddiff_steps.imaging.pairs import Pairs
 ENTRY = {
     "order": 9,
     "summary": "A structure marked by several draws, with a map of how unsure they are, or as several readers mark it",
-    "source": "Wolleb et al. 2022; a start from a mask: Guo et al. 2022; readers: Kohl et al. 2018, Rahman et al. 2023",
+    "source": "Wolleb et al. 2022; a start from a mask: Guo et al. 2022; readers: Kohl et al. 2018, Rahman et al. 2023;"
+    " patches: Bieder et al. 2023; few labels: Rousseau et al. 2023",
     "needs": ["masks or label maps of training scans"],
 }
 
@@ -60,14 +61,12 @@ def marked_by(drawer: Drawer, row: int, scan_id: str) -> dict[str, Marked]:
     draws, which lie in each other.  `ensemble`: draws.  `started`: draws that begin at its mask (`settings.start`).
     """
     pairs, settings = drawer.pairs, drawer.settings
-    logits = drawer.guess(row)
-    mask = pairs.decoded(logits[None])[0, 0]
-    # Of a label map the first channel is nothing
-    shares = expit(logits[0]) if pairs.kind == "mask" else 1.0 - softmax(logits, axis=0)[0]
+    guess = guessed(drawer, row)
+    shares, mask = guess.shares, guess.mask
     levels = (np.arange(settings.samples) + 0.5) / settings.samples
     nested = np.stack([np.where(shares > level, np.maximum(mask, 1), 0) for level in levels])
     found = {
-        "regression": Marked(shares, mask, mask[None]),
+        "regression": guess,
         "regression_levels": Marked(shares, mask, nested),
         "ensemble": _ensemble(pairs, drawer.draws(row, scan_id)),
     }
@@ -76,6 +75,28 @@ def marked_by(drawer: Drawer, row: int, scan_id: str) -> dict[str, Marked]:
         begun = pairs.encoded(mask[None, None])[0]
         found["started"] = _ensemble(pairs, drawer.draws(row, scan_id, begun, start))
     return found
+
+
+def guessed(drawer: Drawer, row: int) -> Marked:
+    """What the network without noise says of a scan."""
+    logits, pairs = drawer.guess(row), drawer.pairs
+    mask = pairs.decoded(logits[None])[0, 0]
+    # Of a label map the first channel is nothing
+    shares = expit(logits[0]) if pairs.kind == "mask" else 1.0 - softmax(logits, axis=0)[0]
+    return Marked(shares, mask, mask[None])
+
+
+def marked_beside(
+    beside: Mapping[str, Drawer], few_labels: Mapping[str, Drawer], row: int, scan_id: str
+) -> dict[str, Marked]:
+    """What networks say that were trained to compare with, by way: `NAME_regression` and `NAME_ensemble` of those
+    beside patches, `NAME` of those that learnt from few labels.
+    """
+    found = {}
+    for name, drawer in beside.items():
+        found[f"{name}_regression"] = guessed(drawer, row)
+        found[f"{name}_ensemble"] = _ensemble(drawer.pairs, drawer.draws(row, scan_id))
+    return found | {name: guessed(drawer, row) for name, drawer in few_labels.items()}
 
 
 def _ensemble(pairs: Pairs, drawn: np.ndarray) -> Marked:

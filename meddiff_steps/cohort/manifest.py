@@ -10,7 +10,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ from meddiff_steps.cohort.splits import SPLITS, assign_splits, split_balance
 from meddiff_steps.cohort.table import image_extension
 from meddiff_steps.cohort.texts import COLUMN as TEXT
 from meddiff_steps.cohort.texts import read_texts
-from meddiff_steps.config import CategoricalCovariate, Covariates, Splits
+from meddiff_steps.config import CategoricalCovariate, Covariates, Scalar, Splits
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.pointers import not_fetched
 
@@ -345,6 +345,14 @@ def read_manifest(path: Path, covariates: Covariates | None = None) -> pd.DataFr
             manifest, {name: c.model_copy(update={"column": None}) for name, c in covariates.items()}
         )
     return manifest
+
+
+def having(table: pd.DataFrame, values: Mapping[str, Scalar]) -> pd.DataFrame:
+    """Rows of a manifest whose covariates have these values; levels may be written as numbers."""
+    for name, value in values.items():
+        numbers = pd.api.types.is_numeric_dtype(table[name])
+        table = table[table[name] == (value if numbers else str(value))]
+    return table
 
 
 def rows_by_split(manifest: pd.DataFrame, scan_ids: Sequence[str]) -> dict[str, list[int]]:

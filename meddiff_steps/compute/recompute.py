@@ -1,11 +1,12 @@
-"""Gradient checkpointing: activations of a block are computed again on the way back instead of kept."""
+"""What is kept on the way forward for gradients, and gradient checkpointing, which computes it again instead."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -17,3 +18,17 @@ def recompute(blocks: Iterable[nn.Module]) -> None:
     """
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def kept_for_gradients(loss: Callable[[], Tensor]) -> int:
+    """Bytes that computing a loss keeps for its gradients, each storage once; weights among them."""
+    kept: dict[int, int] = {}
+
+    def noted(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(noted, lambda tensor: tensor):
+        held = loss()  # with its graph, so that no storage is given away twice
+    del held
+    return sum(kept.values())

@@ -53,10 +53,14 @@ from meddiff_steps.config.evaluate import Evaluate, FeatureNetwork
 from meddiff_steps.config.few_step import FewStep, FewStepOptimiser
 from meddiff_steps.config.generate import Generate
 from meddiff_steps.config.image_to_image import (
+    DrawingNetwork,
+    Harmonisation,
     ImageToImage,
     ImageToImageOptimiser,
     SegmentationEnsemble,
     Translation,
+    Unpaired,
+    UnpairedOptimiser,
 )
 from meddiff_steps.config.init_from import InitFrom
 from meddiff_steps.config.inpainting import Hole, Inpainting, Lesions
@@ -122,6 +126,7 @@ __all__ = [
     "DiffusionOptimiser",
     "Downstream",
     "DrawingDecoderName",
+    "DrawingNetwork",
     "Embedder",
     "EmbedderOptimiser",
     "Evaluate",
@@ -133,6 +138,7 @@ __all__ = [
     "Fraction",
     "FreeText",
     "Generate",
+    "Harmonisation",
     "Hole",
     "ImageToImage",
     "ImageToImageOptimiser",
@@ -183,6 +189,8 @@ __all__ = [
     "Study",
     "TableSource",
     "Translation",
+    "Unpaired",
+    "UnpairedOptimiser",
     "Variants",
     "freeze",
     "given_on_command_line",

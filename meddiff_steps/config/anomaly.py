@@ -85,7 +85,9 @@ class Anomaly(Section):
         2, description="Of `coarse_noise`: cells of the latents that one value of the noise fills, along an axis."
     )
     patch_cells: Annotated[int, Field(ge=1)] = Field(
-        4, description="Of `patches`: cells of the latents along an axis that are drawn again at once."
+        4,
+        description="Of `patches` and `modality_cycles`: cells of the latents, and blocks of `translation.block` "
+        "voxels, along an axis that are drawn again at once.",
     )
     inversion_depth: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         0.4, description="Of `classifier_free` and `classifier`: how far scans are taken back, as a share of the noise."

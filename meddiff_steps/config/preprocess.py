@@ -126,6 +126,12 @@ class Preprocess(Section):
         description="What the grey levels of colour pictures are: their luminance, or one of their channels, where "
         "these are contrasts of their own. Grey pictures and volumes are as they are.",
     )
+    depth: Annotated[int, Field(ge=2)] | None = Field(
+        None,
+        description="Pictures in a 3D study: each is repeated so many times along a first axis, its depth, and a pixel "
+        "counts as 1 mm, so that a volume can be drawn from what is seen along it (`segmentation_ensemble`). Volumes "
+        "among `channels` have that many voxels along theirs. Off by default.",
+    )
     interpolation: Literal["auto", "linear", "cubic", "nearest"] = Field(
         "auto",
         description="How grey values come to the grid. `auto`: linear, and cubic splines where a registered scan comes "
@@ -197,6 +203,13 @@ class Preprocess(Section):
         _check_window(self.window)
         if (len(self.shape) == 3) != (self.spacing_mm is not None):
             raise ValueError("a 3D shape needs spacing_mm in millimetres, a 2D shape needs spacing_mm: null")
+        heads = [key for key in ("registration", "bias_field", "brain_extraction") if getattr(self, key) is not None]
+        if self.depth is not None and (len(self.shape) == 2 or heads):
+            raise ValueError(
+                "depth repeats pictures in a 3D study, found "
+                + (f"{heads[0]}, which is of volumes" if heads else f"the 2D shape {list(self.shape)}")
+                + "; leave one of both out"
+            )
         if self.registration is not None and len(self.shape) == 2:
             raise ValueError(
                 "registration turns heads in space and needs a 3D shape with spacing_mm, found the 2D shape "

@@ -29,10 +29,14 @@ def _keys(section: str, model: type[BaseModel], *left_out: str) -> tuple[str, ..
     return tuple(f"{section}.{name}" for name in model.model_fields if name not in left_out)
 
 
+def _named(section: str, *keys: str) -> tuple[str, ...]:
+    return tuple(f"{section}.{key}" for key in keys)
+
+
 def _trained(section: str) -> tuple[str, ...]:
     """What the training of an application's networks reads of its section."""
-    keys = ("source", "target", "block", "network", "channels", "num_res_blocks", "levels", "optimiser")
-    return tuple(f"{section}.{key}" for key in keys)
+    network = ("block", "network", "channels", "num_res_blocks", "levels", "patch", "coordinates")
+    return _named(section, "source", "target", *network, "optimiser")
 
 
 _UNITS = ("covariates.*.unit",)
@@ -58,7 +62,7 @@ _DESIGN = _keys("downstream", Downstream, "jobs", "neighbours")
 _AFTERWARDS = (
     *("release", "storage", "cost", "lineup", "segmentation_study"),
     *("counterfactual", "inpainting", "reconstruction", "normative", "anomaly"),
-    *("registration", "shape_completion", "segmentation_ensemble", "translation"),
+    *("registration", "shape_completion", "segmentation_ensemble", "translation", "harmonisation"),
 )
 
 #: What is told of scans that a model completes.
@@ -137,12 +141,28 @@ STAGES: dict[str, tuple[str, ...]] = {
     ),
     "shape_completion": ("seed", "shape_completion", "compute", "evaluate.bootstrap"),
     "segmentation_model": ("seed", "variants", *_trained("segmentation_ensemble"), "compute"),
+    "segmentation_few_labels": (
+        *("seed", "variants", *_trained("segmentation_ensemble"), "compute"),
+        "segmentation_ensemble.pretraining_steps",
+    ),
     "segmentation": (
         *("seed", "segmentation_ensemble", "compute", "evaluate.bootstrap", *_GRID),
-        "release.suffix",
+        *("preprocess.depth", "release.suffix"),
     ),
-    "translation_model": ("seed", "variants", *_trained("translation"), "translation.lesion", "compute"),
+    "translation_model": (
+        *("seed", "variants", *_trained("translation"), "translation.missing", "compute"),
+        *("translation.lesion", "translation.cycle", "anomaly.healthy", "translation.volume_steps"),
+    ),
+    "translation_unpaired": ("seed", "variants", *_named("translation", "source", "target", "unpaired"), "compute"),
     "translation": (*("seed", "translation"), "compute", "evaluate.bootstrap", "release.suffix"),
+    "harmonisation_model": (
+        *("seed", "variants", *_named("harmonisation", "covariate", "to", "others", "channel", "unpaired")),
+        "compute",
+    ),
+    "harmonisation": (
+        *("seed", "covariates", *_UNITS, "harmonisation", "compute"),
+        *("evaluate.bootstrap", "release.suffix"),
+    ),
     "downstream_design": ("seed", "covariates", "plan", *_DESIGN),
     "downstream_plan": ("seed", "covariates", *_DESIGN),
     "downstream_data": ("seed", "covariates", *_DESIGN, "compute"),

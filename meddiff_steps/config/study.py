@@ -20,7 +20,7 @@ from meddiff_steps.config.downstream import Downstream
 from meddiff_steps.config.evaluate import Evaluate
 from meddiff_steps.config.few_step import FewStep
 from meddiff_steps.config.generate import Generate
-from meddiff_steps.config.image_to_image import SegmentationEnsemble, Translation
+from meddiff_steps.config.image_to_image import DrawingNetwork, Harmonisation, SegmentationEnsemble, Translation
 from meddiff_steps.config.init_from import InitFrom
 from meddiff_steps.config.inpainting import Inpainting
 from meddiff_steps.config.latents import Latents
@@ -111,6 +111,9 @@ class Study(Section):
     )
     translation: Translation = Field(
         Translation(), description="Another contrast of real scans, drawn from those there are. Off by default."
+    )
+    harmonisation: Harmonisation = Field(
+        Harmonisation(), description="Images of some sites, as another site shows them. Off by default."
     )
     release: Release = Field(Release(), description="The synthetic cohort as a BIDS dataset.")
     compute: Compute = Field(Compute(), description="What the machine is asked for.")
@@ -413,6 +416,13 @@ def _anomaly(study: Study) -> Iterator[str]:
                 f"anomaly.methods: {name} moves scans to a healthy value of one covariate, and anomaly.healthy has"
                 f" {len(wanted.healthy)}; name one, or leave the method out"
             )
+    if wanted.need("translation.cycle") and not (study.translation.wanted and study.translation.cycle):
+        contrasts = [name for name, channel in study.preprocess.channels.items() if channel.kind == "contrast"]
+        yield (
+            "anomaly.methods: modality_cycles needs scans of two contrasts, and translation between them; the study has"
+            f" image and {', '.join(contrasts) or 'no other'}. Declare another one under preprocess.channels, and set"
+            " translation: {target: [its name], cycle: true}; or leave the method out"
+        )
     if wanted.lesions.masks is not None and study.preprocess.registration is None:
         yield (
             "anomaly.lesions.masks: lie in a template's space, and scans are not registered; set"
@@ -420,10 +430,21 @@ def _anomaly(study: Study) -> Iterator[str]:
         )
 
 
+def _compared_with(study: Study) -> Iterator[str]:
+    wanted = study.segmentation_ensemble
+    if wanted.pretraining_steps and not wanted.labelled:
+        yield (
+            "segmentation_ensemble.pretraining_steps: is compared with training from scratch on few labels; name"
+            " numbers of subjects in `labelled`"
+        )
+    if wanted.beside and wanted.patch is None:
+        yield f"segmentation_ensemble.beside: {', '.join(wanted.beside)} is compared with patches; set `patch`"
+
+
 def _drawn_from_images(study: Study) -> Iterator[str]:
     known = ["image", *study.preprocess.channels]
-    shape = study.preprocess.shape
     for section in ("segmentation_ensemble", "translation"):
+        shape: tuple[int, ...] = study.preprocess.shape
         wanted = getattr(study, section)
         if not wanted.wanted:
             continue
@@ -439,14 +460,69 @@ def _drawn_from_images(study: Study) -> Iterator[str]:
                         f"{section}.{key}: {name} is no channel of the study, which has {', '.join(known)}; declare it"
                         " under preprocess.channels"
                     )
-        if any(n % wanted.block for n in shape):
-            yield f"{section}.block: {wanted.block} does not divide preprocess.shape {list(shape)}; take 1 or 2"
-        halvings = 2 ** (len(wanted.channels) - 1) * wanted.block
-        if wanted.network == "unet" and any(n % halvings for n in shape):
-            yield (
-                f"{section}.channels: {len(wanted.channels)} levels of blocks of {wanted.block} need a preprocess.shape"
-                f" of multiples of {halvings}, found {list(shape)}; take fewer"
-            )
+        if getattr(wanted, "cycle", False):
+            yield from _cycle(study)
+        if getattr(wanted, "unpaired", None) is not None:
+            yield from _does_not_fit(shape, f"{section}.unpaired", wanted.unpaired)
+        if getattr(wanted, "volume_steps", 0):
+            if len(shape) == 2:
+                yield f"{section}.volume_steps: needs a 3D preprocess.shape, found {list(shape)}; leave it out"
+            shape = shape[:2]
+        yield from _does_not_fit(shape, section, wanted)
+
+
+def _does_not_fit(shape: tuple[int, ...], section: str, wanted: DrawingNetwork) -> Iterator[str]:
+    if any(n % wanted.block for n in shape):
+        yield f"{section}.block: {wanted.block} does not divide preprocess.shape {list(shape)}; take 1 or 2"
+    halvings = 2 ** (len(wanted.channels) - 1) * wanted.block
+    smallest = halvings if wanted.network == "unet" else wanted.block
+    patch = getattr(wanted, "patch", None)
+    if patch and (len(patch) != len(shape) or any(p % smallest or p > n for p, n in zip(patch, shape, strict=False))):
+        yield (
+            f"{section}.patch: {patch}, expected {len(shape)} multiples of {smallest}, none larger than in"
+            f" preprocess.shape {list(shape)}"
+        )
+    if wanted.network == "unet" and any(n % halvings for n in shape):
+        yield (
+            f"{section}.channels: {len(wanted.channels)} levels of blocks of {wanted.block} need a preprocess.shape"
+            f" of multiples of {halvings}, found {list(shape)}; take fewer"
+        )
+
+
+def _harmonisation(study: Study) -> Iterator[str]:
+    wanted = study.harmonisation
+    if wanted.covariate is None:
+        return
+    site = study.covariates.get(wanted.covariate)
+    if not isinstance(site, CategoricalCovariate):
+        listed = ", ".join(study.covariates)
+        said = "is a number, expected a label" if site else f"no such covariate; the study has {listed}"
+        yield f"harmonisation.covariate: {wanted.covariate}: {said}"
+        return
+    for key, levels in (("to", [wanted.to]), ("others", wanted.others)):
+        for level in levels:
+            if level not in site.levels:
+                yield f"harmonisation.{key}: {level!r} is not one of {', '.join(site.levels)}"
+    for name in wanted.kept:
+        if name not in study.covariates or name == wanted.covariate:
+            listed = ", ".join(study.covariates)
+            yield f"harmonisation.kept: {name} is no other covariate of the study, which has {listed}"
+    kind = study.preprocess.channels.get(wanted.channel)
+    if wanted.channel != "image" and (kind is None or kind.kind != "contrast"):
+        yield f"harmonisation.channel: {wanted.channel} is no contrast; give image, or one of preprocess.channels"
+    yield from _does_not_fit(study.preprocess.shape, "harmonisation.unpaired", wanted.unpaired)
+
+
+def _cycle(study: Study) -> Iterator[str]:
+    wanted = study.translation
+    if wanted.source != ["image"]:
+        yield f"translation.cycle: goes from the scan and back to it; set source: [image], found {wanted.source}"
+    if wanted.lesion is not None:
+        yield "translation.lesion: cycle: true learns from healthy scans, which have none; leave one of them out"
+    for name in wanted.target:
+        channel = study.preprocess.channels.get(name)
+        if channel is not None and (channel.kind != "contrast" or not channel.required):
+            yield f"translation.cycle: preprocess.channels.{name} must be of kind: contrast, and required: true"
 
 
 # .................................................................................................. plan
@@ -703,6 +779,8 @@ RELATIONS: tuple[Callable[[Study], Iterator[str]], ...] = (
     _anomaly,
     _registration,
     _drawn_from_images,
+    _compared_with,
+    _harmonisation,
     _group_names,
     _requests,
     _texts,

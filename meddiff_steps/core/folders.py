@@ -12,6 +12,8 @@ TONE = ("tone.safetensors", "tone.json")
 #: Networks that draw an image from other images: files of weights and cards.
 OF_IMAGE_TO_IMAGE = {"diffusion": NETWORK, "regression": ("regression.safetensors", "regression.json")}
 IMAGE_TO_IMAGE = (*(file for files in OF_IMAGE_TO_IMAGE.values() for file in files), "history.parquet")
+#: What an application writes beside its images: a BIDS derivative.
+DERIVATIVE = ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png")
 #: The encoder of texts, and the vectors of the cohort's texts.
 TEXT = (*NETWORK, "tokens.arrow")
 #: Models as a MONAI bundle.
@@ -77,26 +79,42 @@ OF_STEP: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "decoder": ("card.json",),
         "diffusion": ("card.json", "tone.json"),
     },
-    **{
-        step: {"out": ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png")}
-        for step in ("counterfactual", "inpainting", "normative", "reconstruction", "anomaly")
+    **{step: {"out": DERIVATIVE} for step in ("counterfactual", "inpainting", "normative", "reconstruction")},
+    "anomaly": {
+        "translation": OF_IMAGE_TO_IMAGE["regression"],
+        "back": NETWORK,
+        "out": DERIVATIVE,
     },
     "shape_completion": {
         "network": NETWORK,
-        "out": ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png"),
+        "out": DERIVATIVE,
     },
     "registration": {
         "score": NETWORK,
         "plain": NETWORK,
-        "out": ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png"),
+        "out": DERIVATIVE,
     },
     "segmentation_model": {"out": IMAGE_TO_IMAGE},
-    "translation_model": {"out": IMAGE_TO_IMAGE, "lesion": NETWORK},
+    **{
+        step: {"out": (*NETWORK, "history.parquet")}
+        for step in ("segmentation_few_labels", "translation_unpaired", "harmonisation_model")
+    },
+    "harmonisation": {"model": NETWORK, "out": DERIVATIVE},
+    "translation_model": {
+        "out": IMAGE_TO_IMAGE,
+        "lesion": NETWORK,
+        "back": NETWORK,
+        "volume": NETWORK,
+        "solid": NETWORK,
+    },
     **{
         step: {
             "model": IMAGE_TO_IMAGE[:-1],
             "lesion": NETWORK,
-            "out": ("dataset_description.json", "figures.json", "measurements.parquet", "contact-sheet.png"),
+            "volume": NETWORK,
+            "solid": NETWORK,
+            "unpaired": NETWORK,
+            "out": DERIVATIVE,
         }
         for step in ("segmentation", "translation")
     },

@@ -78,9 +78,9 @@ def judged(truth: np.ndarray, draws: np.ndarray, region: np.ndarray) -> dict[str
     return {str(name): float(value) for name, value in each.items()} | uncertainty(truth[region], draws[:, region])
 
 
-def texture(truth: np.ndarray, image: np.ndarray, region: np.ndarray) -> float:
+def texture(truth: np.ndarray, image: np.ndarray, region: np.ndarray, axes: Sequence[int] | None = None) -> float:
     """Steps between neighbours within a region, root mean square, as a share of those of the truth: below 1 an image is
-    smoother than it should be.
+    smoother than it should be, above it flickers.
 
     Parameters
     ----------
@@ -88,11 +88,13 @@ def texture(truth: np.ndarray, image: np.ndarray, region: np.ndarray) -> float:
         (c, *spatial).
     region
         bool (*spatial).
+    axes
+        Along which neighbours lie; all when left out.
     """
     powers = []
     for values in (image, truth):
         power = 0.0
-        for axis in range(region.ndim):
+        for axis in range(region.ndim) if axes is None else axes:
             both = np.take(region, range(1, region.shape[axis]), axis) & np.take(
                 region, range(region.shape[axis] - 1), axis
             )

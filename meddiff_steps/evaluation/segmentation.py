@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from monai.metrics import compute_average_surface_distance
+from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import rankdata
 
@@ -26,18 +27,21 @@ BINS = 10
 def overlap(truth: np.ndarray, mask: np.ndarray, spacing: Sequence[float]) -> dict[str, float]:
     """Of one mask: Dice (mean over labels that `truth` has; NaN where it has none), mean distance of the surfaces of
     what is marked, both ways, in units of `spacing` (NaN where one of them is empty), and voxels marked in both, in
-    the mask, and in truth, over all labels.
+    the mask, and in truth, over all labels.  Of all that is marked, and NaN where `truth` has nothing: `iou`,
+    `volume_error` and `area_error`, absolute differences of volume and surface as shares of the true ones.
 
     Parameters
     ----------
     truth, mask
         (*spatial).
     """
+    there, found_there = truth > 0, mask > 0
+    size, area = int(there.sum()), surface_area(there, spacing)
     labels = [label for label in np.unique(truth) if label]
     shares = [2 * ((truth == k) & (mask == k)).sum() / ((truth == k).sum() + (mask == k).sum()) for k in labels]
     distance = np.nan
-    if (truth > 0).any() and (mask > 0).any():
-        found, true = (torch.from_numpy(one > 0)[None, None] for one in (mask, truth))
+    if there.any() and found_there.any():
+        found, true = (torch.from_numpy(one)[None, None] for one in (found_there, there))
         found = compute_average_surface_distance(
             found, true, include_background=True, symmetric=True, spacing=list(spacing)
         )
@@ -45,10 +49,23 @@ def overlap(truth: np.ndarray, mask: np.ndarray, spacing: Sequence[float]) -> di
     return {
         "dice_scan": float(np.mean(shares)) if shares else np.nan,
         "surface": distance,
-        "voxels_both": float(((truth == mask) & (truth > 0)).sum()),
-        "voxels_marked": float((mask > 0).sum()),
-        "voxels_true": float((truth > 0).sum()),
+        "iou": float((there & found_there).sum() / (there | found_there).sum()) if size else np.nan,
+        "volume_error": abs(int(found_there.sum()) - size) / size if size else np.nan,
+        "area_error": abs(surface_area(found_there, spacing) - area) / area if size else np.nan,
+        "voxels_both": float(((truth == mask) & there).sum()),
+        "voxels_marked": float(found_there.sum()),
+        "voxels_true": float(size),
     }
+
+
+def surface_area(mask: np.ndarray, spacing: Sequence[float]) -> float:
+    """Surface of a mask (*spatial), length of its edge in 2D, in units of `spacing`: the integral of the steepness of
+    the smoothed mask (the coarea formula; standard deviation 1 voxel), which of a smooth surface does not depend on how
+    it lies to the voxels.
+    """
+    smooth = ndimage.gaussian_filter(np.pad(mask.astype(np.float32), 5), 1.0)
+    steepness = np.sqrt(sum(np.square(slope) for slope in np.gradient(smooth, *spacing)))
+    return float(steepness.sum() * np.prod(spacing))
 
 
 def as_probability(truth: np.ndarray, shares: np.ndarray, region: np.ndarray) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.background import background_of
 from meddiff_steps.imaging.intensity import normalise
 from meddiff_steps.imaging.masks import mask_on, on_head
-from meddiff_steps.imaging.reading import Image, ScanError, read_image
+from meddiff_steps.imaging.reading import Image, ScanError, as_volume, read_image
 from meddiff_steps.imaging.resampling import (
     Placement,
     canonical,
@@ -137,11 +137,11 @@ def preprocess_channel(
     channel = config.channels[name]
     present, found = True, dict[str, float | None]()
     try:
-        image = _read(name, channel, path, config.colour)
+        image = _read(name, channel, path, config.colour, config.depth)
         if image is None:
             present, array = False, np.zeros(config.shape)
         else:
-            _check_place(path, image, placement)
+            _check_place(path, image, placement, of_pictures=config.depth is not None)
             if channel.kind == "contrast":
                 array, low, high = _contrast(path, image, placement, config, channel, mask)
                 found = {f"channel_{name}_percentile_low": low, f"channel_{name}_percentile_high": high}
@@ -153,11 +153,11 @@ def preprocess_channel(
     return array[np.newaxis].astype(STORED[channel.kind]), {f"channel_{name}_present": present, **found}
 
 
-def _read(name: str, channel: Channel, path: Path, colour: str) -> Image | None:
+def _read(name: str, channel: Channel, path: Path, colour: str, depth: int | None) -> Image | None:
     """The file, checked against its kind; None where there may be none and is none."""
     labels = channel.kind != "contrast"
     try:
-        image = read_image(path, allow_constant=labels, labels=labels, colour=colour)
+        image = as_volume(path, read_image(path, allow_constant=labels, labels=labels, colour=colour), depth)
     except ScanError as error:
         if error.reason != "missing file":
             raise
@@ -193,16 +193,16 @@ def _whole(path: Path, values: np.ndarray) -> np.ndarray:
     return values.astype(np.int16)
 
 
-def _check_place(path: Path, image: Image, placement: Placement) -> None:
+def _check_place(path: Path, image: Image, placement: Placement, *, of_pictures: bool) -> None:
     if image.array.ndim != len(placement.shape):
         found = f"a {image.array.ndim}D image of a {len(placement.shape)}D scan"
         raise ScanError(path, "wrong dimension", f"{found}. Give an image of the same kind as the scan.")
+    if (image.affine is None or of_pictures) and image.array.shape != placement.scan_shape:
+        found, expected = ("x".join(map(str, s)) for s in (image.array.shape, placement.scan_shape))
+        raise ScanError(
+            path, "wrong size", f"{found} pixels, the scan has {expected}. Give a picture of the same pixels."
+        )
     if image.affine is None:
-        if image.array.shape != placement.scan_shape:
-            found, expected = ("x".join(map(str, s)) for s in (image.array.shape, placement.scan_shape))
-            raise ScanError(
-                path, "wrong size", f"{found} pixels, the scan has {expected}. Give a picture of the same pixels."
-            )
         return
     array, affine, _ = canonical(image)
     if not inside(placement.map_to(affine).matrix, placement.shape, array.shape).any():

@@ -49,7 +49,7 @@ from meddiff_steps.imaging.channels import (
 )
 from meddiff_steps.imaging.intensity import normalise
 from meddiff_steps.imaging.masks import MASK_COLUMNS, mask_on, millilitres, on_head
-from meddiff_steps.imaging.reading import Image, ScanError, read_image
+from meddiff_steps.imaging.reading import Image, ScanError, as_volume, read_image
 from meddiff_steps.imaging.registration import REGISTRATION_COLUMNS, Pose, load_template, register
 from meddiff_steps.imaging.resampling import (
     Placement,
@@ -196,21 +196,23 @@ def _preprocess(
     and the mask if there is one.
     """
     with seconds("reading"):
-        scan = read_image(path, sha256=sha256, colour=config.colour)
+        scan = as_volume(path, read_image(path, sha256=sha256, colour=config.colour), config.depth)
     wanted = len(config.shape)
     if scan.array.ndim != wanted:
         remedy = "Leave it out of the cohort, or give preprocess.shape as many numbers as the images have axes."
         raise ScanError(path, "wrong dimension", f"a {scan.array.ndim}D image in a {wanted}D study. {remedy}")
     facts: dict[str, Any] = dict.fromkeys(name for name in QC_COLUMNS if name != "scan_id")
     facts |= {"path": str(path), "status": "ok", "shape": json.dumps(scan.array.shape)}
-    mask = None if mask_path is None else (Path(mask_path), read_image(mask_path, allow_constant=True))
+    mask = None
+    if mask_path is not None:
+        mask = (Path(mask_path), as_volume(mask_path, read_image(mask_path, allow_constant=True), config.depth))
     if config.brain_extraction is not None:
         with seconds("brain extraction"):
             brain, found = extracted(path, scan, config.foreground)
         facts |= found
         mask = None if brain is None else (path, brain)
     drawn_on = mask is not None or any(c.kind != "contrast" for c in config.channels.values())
-    head = head_of(scan, config.foreground) if drawn_on else None
+    head = head_of(scan, config.foreground) if drawn_on and config.depth is None else None  # no picture is a head
     inside = None
     if mask is not None:
         inside = mask_on(path, scan, mask[1], mask[0])
@@ -229,8 +231,9 @@ def _preprocess(
             scan, found = corrected(path, scan, background.foreground)
         facts |= found
     foreground, scan = background.foreground, background.darkened(scan)
-    with seconds("skull"):
-        facts |= skull_facts(scan, config.foreground)
+    if config.depth is None:
+        with seconds("skull"):
+            facts |= skull_facts(scan, config.foreground)
     if scan.affine is None:
         image, covered, counted, kept, placement = _fit_picture(scan.array, foreground, config)
         facts["picture_box"] = json.dumps(placement.box)

@@ -154,6 +154,30 @@ def read_image(
     return image
 
 
+def as_volume(path: Path, image: Image, depth: int | None) -> Image:
+    """A picture as a volume that shows it `depth` times along its first axis, with voxels of 1 mm; the image as it is
+    without a depth.  A volume lies voxel by voxel as its file has it, whatever its affine.
+
+    Raises
+    ------
+    ScanError
+        A volume has another depth.
+    """
+    if depth is None:
+        return image
+    if image.affine is None:
+        blank = None if image.blank is None else np.repeat(image.blank[np.newaxis], depth, axis=0)
+        return Image(np.repeat(image.array[np.newaxis], depth, axis=0), np.eye(4), blank)
+    if image.array.shape[0] != depth:
+        raise ScanError(
+            path,
+            "another depth",
+            f"{image.array.shape[0]} voxels along the first axis, expected the {depth} of preprocess.depth. Turn the"
+            " volume so that its picture is seen along its first axis, or set preprocess.depth.",
+        )
+    return Image(image.array, np.eye(4), image.blank)
+
+
 def _read_bytes(path: Path) -> bytes:
     if told := not_fetched(path):  # nothing is wrong with the scan
         raise UserError(f"{path}: {told}.")

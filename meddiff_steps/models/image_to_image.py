@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from meddiff_steps import config
 from meddiff_steps.core.files import read_json
 from meddiff_steps.core.registries import SAMPLERS
 from meddiff_steps.diffusion.conditioning import Condition
+from meddiff_steps.diffusion.guidance import Guidance
 from meddiff_steps.diffusion.sampling import levels_of, sample
 from meddiff_steps.diffusion.schedules import NoiseProcess
 from meddiff_steps.models.blocks import coordinates, dense
@@ -21,7 +23,8 @@ from meddiff_steps.models.denoiser.base import gain
 from meddiff_steps.models.denoiser.resnet import LocalNetwork
 from meddiff_steps.models.first_stage.stem import Stem
 from meddiff_steps.models.latent_statistics import Standardisation
-from meddiff_steps.models.weights import load_weights
+from meddiff_steps.models.slices import Slices, by_slice, network_of, stacked
+from meddiff_steps.models.weights import load_weights, start_from
 
 #: Name of what is given, among the maps of a condition.
 SOURCE = "source"
@@ -36,6 +39,10 @@ def sampler() -> str:
 #: What is drawn has unit variance about its mean (`gain`).
 DEVIATION = 1.0
 
+#: The level at which a pretrained network is shown clean images, in deviations from the mean of the levels that it was
+#: trained on: the cleanest of those that it saw often.
+CLEANEST = -2.0
+
 
 class ImageToImage(nn.Module):
     """Draws a target from sources, which it sees beside its state (Saharia et al. 2022, section 3): p(target | source).
@@ -45,35 +52,59 @@ class ImageToImage(nn.Module):
     has it).  Asked by `guess`, the same network sees no state and no noise, and what it gives is the target, or its
     logits: a plain regression, of the same size and cost.
 
+    It may be asked about patches (Bieder et al. 2023): of whole images at `corners`, in blocks.  A patch has the
+    coordinates, and the mean, of its place in the whole.
+
     Parameters
     ----------
     settings
-        The study's section.
+        What the study says of the network.
     image_shape
-        Spatial.
+        Spatial, of whole images.
     sources, targets
         Channels of both.
+    marks
+        Where it is to mark something in the very images that it would draw (Rousseau et al. 2023): channels that it
+        gives then.  It has no sources, and `guess` is asked with its targets, which take the place of the state.
+    missing
+        Sources may be NaN: they are not there.  The network is told which are, in a channel of each.
+    slices
+        Of volumes: how the network looks at their slices; blocks are then of voxels of one slice.
     """
 
     offset: Tensor
     scale: Tensor
     place: Tensor
 
-    def __init__(self, settings: config.ImageToImage, image_shape: Sequence[int], sources: int, targets: int) -> None:
+    def __init__(
+        self,
+        settings: config.DrawingNetwork,
+        image_shape: Sequence[int],
+        sources: int,
+        targets: int,
+        marks: int = 0,
+        missing: bool = False,
+        slices: Slices | None = None,
+    ) -> None:
         super().__init__()
-        dims = len(image_shape)
-        self.stems = nn.ModuleList(Stem(dims, "haar") for _ in range(settings.block.bit_length() - 1))
-        volume, grid = settings.block**dims, [n // settings.block for n in image_shape]
+        dims, self.missing, self.slices = len(image_shape), missing, slices
+        along = dims - (slices is not None)  # axes that blocks have
+        self.stems = nn.ModuleList(Stem(along, "haar") for _ in range(settings.block.bit_length() - 1))
+        volume = settings.block**along
+        grid = [n // settings.block for n in image_shape[:along]] + list(image_shape[along:])
         self.blocks_shape, self.image_shape = (targets * volume, *grid), (targets, *image_shape)
-        self.process = NoiseProcess.of(settings.denoiser)
+        self.process, self.marks, self.levels = NoiseProcess.of(settings.denoiser), marks, settings.denoiser.levels
         # How targets were standardised travels with the weights.
         self.register_buffer("offset", torch.zeros(1, *self.blocks_shape))
         self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("place", coordinates(grid)[None], persistent=False)
-        inputs, outputs = (sources + targets) * volume, targets * volume
+        placed = getattr(settings, "coordinates", True)
+        self.register_buffer("place", coordinates(grid)[None] * placed, persistent=False)
+        inputs, outputs = (sources + targets) * volume + missing * sources, (marks or targets) * volume
         self.network: LocalNetwork | DiffusionModelUNet
-        if settings.network == "resnet":
-            width, blocks = settings.channels[0], settings.num_res_blocks
+        width, blocks = settings.channels[0], settings.num_res_blocks
+        if slices is not None:
+            self.network = network_of(slices, inputs, outputs, width, blocks)
+        elif settings.network == "resnet":
             self.network = LocalNetwork(dims, inputs, outputs, 0, width, blocks)
         else:
             self.network = DiffusionModelUNet(
@@ -95,51 +126,98 @@ class ImageToImage(nn.Module):
     @property
     def standardisation(self) -> Standardisation[Tensor]:
         """From blocks of targets to what is drawn."""
-        return Standardisation(self.offset, self.scale)
+        return self.standardisation_at(None, self.blocks_shape[1:])
+
+    def standardisation_at(self, corners: Tensor | None, shape: Sequence[int]) -> Standardisation[Tensor]:
+        """The same of patches; parameters as of `part`."""
+        return Standardisation(part(self.offset, corners, shape), self.scale)
+
+    def start(self, base: ImageToImage, key: str) -> None:
+        """Take over the weights of another network: where this one marks, all but those of the last layer; layers
+        across slices, which the other lacks, stay as they are.
+
+        Raises
+        ------
+        UserError
+            It is another network; `key` is the study's section.
+        """
+        head = "network.last." if isinstance(self.network, LocalNetwork) else "network.out.2."
+        given = base.state_dict()
+        mine = {
+            name: value
+            for name, value in self.state_dict().items()
+            if (self.marks and name.startswith(head)) or (".across." in name and name not in given)
+        }
+        start_from(self, base, key, {**given, **mine})
 
     def in_blocks(self, images: Tensor) -> Tensor:
         """(b, c, *spatial) -> (b, c * block**d, *blocks)."""
+        batch = len(images)
+        if self.slices is not None:
+            images = by_slice(images)
         for stem in self.stems:
             images = stem(images)
-        return dense(images)
+        return dense(images if self.slices is None else stacked(images, batch))
 
     def in_voxels(self, blocks: Tensor) -> Tensor:
         """The inverse of `in_blocks`."""
+        batch = len(blocks)
+        if self.slices is not None:
+            blocks = by_slice(blocks)
         for stem in reversed(self.stems):
             assert isinstance(stem, Stem)
             blocks = stem.inverse(blocks)
-        return blocks
+        return blocks if self.slices is None else stacked(blocks, batch)
 
     def told(self, sources: Tensor) -> Tensor:
-        """Sources (b, s, *spatial) in [0, 1] as the network sees them, (b, s * block**d, *blocks)."""
-        return self.in_blocks(sources * 2.0 - 1.0)
-
-    def forward(self, sources: Tensor, x: Tensor | None = None, timesteps: Tensor | None = None) -> Tensor:
-        """The prediction from a state x (b, ., *blocks) at timesteps (b,), float32 and shaped as x; without a state,
-        `guess`.
+        """Sources (b, s, *spatial) in [0, 1] as the network sees them, (b, s * block**d, *blocks); where they may be
+        missing, those that are not there are grey, and s channels say which are.
         """
-        return self.guess(sources) if x is None or timesteps is None else self.predict(self.told(sources), x, timesteps)
+        if not self.missing:
+            return self.in_blocks(sources * 2.0 - 1.0)
+        there = sources.isfinite().flatten(2).all(2)[(..., *[None] * (sources.ndim - 2))]
+        blocks = self.in_blocks(torch.where(there, sources * 2.0 - 1.0, 0.0))
+        return torch.cat([blocks, there.to(blocks.dtype).expand(*there.shape[:2], *blocks.shape[2:])], 1)
 
-    def predict(self, told: Tensor, x: Tensor, timesteps: Tensor) -> Tensor:
+    def forward(
+        self,
+        sources: Tensor,
+        x: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        corners: Tensor | None = None,
+    ) -> Tensor:
+        """The prediction from a state x (b, ., *blocks) at timesteps (b,), float32 and shaped as x; without a state,
+        `guess`.  Of patches `corners` (b, d), the whole images' blocks where they begin.
+        """
+        if x is None or timesteps is None:
+            return self.guess(sources, corners)
+        return self.predict(self.told(sources), x, timesteps, corners)
+
+    def predict(self, told: Tensor, x: Tensor, timesteps: Tensor, corners: Tensor | None = None) -> Tensor:
         """As `forward`, of `told` sources."""
         alpha, sigma = (a.float().reshape(-1, *[1] * (x.ndim - 1)) for a in self.process.alpha_sigma(timesteps))
         seen = x * (alpha.square() + sigma.square()).rsqrt()  # of unit variance
         power = alpha.square() + sigma.square()
         known = self.process.target(x * alpha / power, x * sigma / power, timesteps)
-        return known + self.gain(timesteps, x.ndim) * self._network(told, seen, timesteps)
+        return known + self.gain(timesteps, x.ndim) * self._network(told, seen, timesteps, corners)
 
     def gain(self, timesteps: Tensor, ndim: int) -> Tensor:
         """What a unit of the network's output adds to the prediction, float32 (b, 1, ...) with `ndim` axes."""
         return gain(self.process, DEVIATION, timesteps, ndim)
 
-    def guess(self, sources: Tensor) -> Tensor:
-        """The target at once, or logits of it, float32 (b, targets, *spatial)."""
-        told = self.told(sources)
-        level = sources.new_full((len(sources),), self.process.last_timestep)
-        return self.in_voxels(self._network(told, told.new_zeros(len(told), *self.blocks_shape), level)).float()
+    def guess(self, sources: Tensor, corners: Tensor | None = None) -> Tensor:
+        """The target at once, or logits of it, float32 (b, targets or marks, *spatial)."""
+        told, level = self.told(sources), self.process.last_timestep
+        seen = told.new_zeros(len(told), self.blocks_shape[0], *told.shape[2:])
+        if self.marks:
+            seen, told = self.standardisation_at(corners, told.shape[2:])(told), told[:, :0]
+            level = float(self.process.timesteps_at(np.array(self.levels.mean + CLEANEST * self.levels.deviation)))
+        timesteps = sources.new_full((len(sources),), level)
+        return self.in_voxels(self._network(told, seen, timesteps, corners)).float()
 
-    def _network(self, told: Tensor, seen: Tensor, timesteps: Tensor) -> Tensor:
-        place = self.place.to(seen.dtype).expand(len(seen), *self.place.shape[1:])
+    def _network(self, told: Tensor, seen: Tensor, timesteps: Tensor, corners: Tensor | None) -> Tensor:
+        place = part(self.place, corners, seen.shape[2:]).to(seen.dtype)
+        place = place.expand(len(seen), *place.shape[1:])
         if isinstance(self.network, LocalNetwork):
             alpha, sigma = self.process.alpha_sigma(timesteps)
             nothing = seen.new_zeros(len(seen), 0)
@@ -170,33 +248,78 @@ class ImageToImage(nn.Module):
             first = full[min(len(full) - 1, round((1.0 - start) * len(full)))]
             level = torch.full((len(state),), first, dtype=torch.float64, device=state.device)
             state = self.process.add_noise(self.standardisation(self.in_blocks(guess)), state, level)
-        drawn = sample(
+        drawn = self.sampled(self.told(sources), state, num_inference_steps, first)
+        return self.in_voxels(self.standardisation.inverse(drawn)).float()
+
+    def sampled(
+        self,
+        told: Tensor,
+        state: Tensor,
+        num_inference_steps: int,
+        start: float | None = None,
+        stop: float | None = None,
+        guidance: Sequence[Guidance] = (),
+    ) -> Tensor:
+        """Standardised blocks, or a state on the way to them, (b, ., *blocks), from a state and `told` sources; all
+        else as of `diffusion.sampling.sample`.
+        """
+        return sample(
             lambda x, timesteps, condition: self.predict(condition.maps[SOURCE], dense(x), timesteps),
             state,
-            Condition(state.new_zeros(len(state), 0), {SOURCE: self.told(sources)}),
+            Condition(state.new_zeros(len(state), 0), {SOURCE: told}),
             self.process,
             sampler(),
             num_inference_steps=num_inference_steps,
-            start=first,
+            start=start,
+            stop=stop,
+            guidance=guidance,
         )
-        return self.in_voxels(self.standardisation.inverse(drawn)).float()
 
 
-def card_of(settings: config.ImageToImage, image_shape: Sequence[int], sources: int, targets: int) -> dict[str, Any]:
+def part(whole: Tensor, corners: Tensor | None, shape: Sequence[int]) -> Tensor:
+    """Of one whole (1, c, *blocks) what lies at `corners` (b, d), (b, c, *shape); the whole where there are none."""
+    if corners is None:
+        return whole
+    dims = len(shape)
+    along: list[Tensor] = [
+        (corners[:, axis, None] + torch.arange(n, device=corners.device)).reshape(
+            -1, *(n if other == axis else 1 for other in range(dims))
+        )
+        for axis, n in enumerate(shape)
+    ]
+    return torch.stack([channel[tuple(along)] for channel in whole[0]], 1)
+
+
+def card_of(
+    settings: config.ImageToImage,
+    image_shape: Sequence[int],
+    sources: int,
+    targets: int,
+    marks: int = 0,
+    missing: bool = False,
+    slices: Slices | None = None,
+) -> dict[str, Any]:
     """What it takes to build a network anew."""
-    kept = ("block", "network", "channels", "num_res_blocks", "levels")
+    kept = ("block", "network", "channels", "num_res_blocks", "levels", "patch", "coordinates")
     return {
         "settings": settings.model_dump(mode="json", include=set(kept)),
         "image_shape": list(image_shape),
         "sources": sources,
         "targets": targets,
+        **{"marks": marks, "missing": missing, "slices": slices},
     }
+
+
+def build(said: Mapping[str, Any]) -> ImageToImage:
+    """The network that a card tells of (`card_of`), with fresh weights."""
+    settings = config.ImageToImage.model_validate(said["settings"])
+    more = {name: said[name] for name in ("marks", "missing", "slices") if name in said}  # older cards lack them
+    return ImageToImage(settings, said["image_shape"], said["sources"], said["targets"], **more)
 
 
 def load_image_to_image(folder: Path, weights: str, card: str) -> tuple[ImageToImage, Mapping[str, Any]]:
     """A trained network of a folder, in evaluation mode on the CPU, and its card."""
     said = read_json(folder / card)
-    settings = config.ImageToImage.model_validate(said["settings"])
-    model = ImageToImage(settings, said["image_shape"], said["sources"], said["targets"])
+    model = build(said)
     load_weights(model, folder, said, weights)
     return model, said

@@ -386,7 +386,7 @@ def time(found: Sequence[Expected], measured: Path | None) -> Finding:
     """Hours, where they can be told."""
     if not found:
         return Finding("ok", "time", "not known; after `make demo` on this machine, --measured results/demo tells it.")
-    slowest = sorted(found, key=lambda one: -one.jobs * one.hours_each)[:3]
+    slowest = sorted((one for one in found if one.of_all), key=lambda one: -one.jobs * one.hours_each)[:3]
     named = ", ".join(f"{one.stage} {one.jobs * one.hours_each:.1f}" for one in slowest)
     by = f"as {measured} was measured" if measured else "at the rates of a processor core that plan-cost knows"
     return Finding("ok", "time", f"about {hours(found):.1f} hours of jobs ({named}), {by}.")

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from meddiff_steps.config import Compute, Study
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.operations.counting import Group, Work
 from meddiff_steps.operations.rates import (
     COMPILE_S,
     COMPILED_BEFORE_S,
@@ -26,11 +27,13 @@ from meddiff_steps.operations.rates import (
     START_S,
 )
 from meddiff_steps.operations.status import gpus_of, newest_study, ran_without_gpu, seconds, stage_of
-from meddiff_steps.operations.work import Group, Work, work
+from meddiff_steps.operations.work import work
 from meddiff_steps.synthesis.size import planned_subjects
 
-#: Stages before the trainings, these, and those from trained models to an audited release.
+#: Stages before the trainings, these, and those from trained models to an audited release: all of `all`.
 GROUPS: tuple[Group, ...] = ("preparation", "training", "after_training")
+#: And those that are asked for by name.
+APPLICATIONS: Group = "applications"
 #: A stage that started and did next to nothing is taken to have worked for this share of its time, so that no rate is
 #: infinite.
 LEAST_WORK = 0.25
@@ -63,7 +66,7 @@ class Estimate:
     Attributes
     ----------
     stage, group
-        Its name, and whether it comes before, in or after the trainings.
+        Its name, and whether it comes before, in or after the trainings, or is of an application.
     jobs
         How many there are.
     hours_each
@@ -253,6 +256,11 @@ def together(found: Iterable[Estimate]) -> dict[str, float]:
     }
 
 
+def of_all(found: Iterable[Estimate]) -> list[Estimate]:
+    """Those of the target `all`: without applications, which are asked for by name."""
+    return [one for one in found if one.group != APPLICATIONS]
+
+
 def wasted(found: Iterable[Estimate]) -> list[Estimate]:
     """Stages of several jobs that start for too much of their time: fewer, larger jobs would spare it."""
     share, hours = WASTE
@@ -266,7 +274,8 @@ def too_long(found: Iterable[Estimate]) -> list[Estimate]:
 
 def as_json(study: Study, scans: int, found: Sequence[Estimate]) -> dict[str, Any]:
     """All of it as one object."""
-    groups: dict[str, Any] = {name: together(one for one in found if one.group == name) for name in GROUPS}
+    names = (*GROUPS, *([APPLICATIONS] if any(one.group == APPLICATIONS for one in found) else []))
+    groups: dict[str, Any] = {name: together(one for one in found if one.group == name) for name in names}
     return {
         "study": study.study,
         "scans": scans,
@@ -288,5 +297,5 @@ def as_json(study: Study, scans: int, found: Sequence[Estimate]) -> dict[str, An
             for one in found
         ],
         **groups,
-        "together": together(found),
+        "together": together(of_all(found)),
     }

@@ -17,6 +17,8 @@ class Expected:
     jobs: int
     hours_each: float
     disk: float
+    #: Of the target `all`, not of an application.
+    of_all: bool = True
 
 
 def expected(study: Study, scans: int, cores: int, measured: Path | None) -> list[Expected]:
@@ -31,12 +33,13 @@ def expected(study: Study, scans: int, cores: int, measured: Path | None) -> lis
     measured
         Results of a finished study.
     """
-    from meddiff_steps.operations.cost import Machine, estimates  # loads torch
+    from meddiff_steps.operations.cost import Machine, estimates, of_all  # loads torch
 
-    found = estimates(study, scans, Machine(cores=min(8, cores)), measured)
-    return [Expected(one.stage, one.jobs, one.hours_each, one.disk) for one in found]
+    found = list(estimates(study, scans, Machine(cores=min(8, cores)), measured))
+    whole = of_all(found)
+    return [Expected(one.stage, one.jobs, one.hours_each, one.disk, one in whole) for one in found]
 
 
 def hours(found: Sequence[Expected]) -> float:
-    """Of all jobs, one after the other."""
-    return sum(one.jobs * one.hours_each for one in found)
+    """Of all jobs of the target `all`, one after the other."""
+    return sum(one.jobs * one.hours_each for one in found if one.of_all)

@@ -4,8 +4,9 @@ Processors: two cores of an Intel Xeon (Sapphire Rapids, AMX), networks in bf16.
 `python -m benchmarks.units` measures them; brain extraction and bias field as docs/preprocessing.md has them;
 registration, simulation, resamples, pictures of a report and networks that are trained as the stages of the demo took
 them (`tests/operations/test_cost.py` compares all of it with these); single subjects as `make scale` did 100,000
-(docs/cluster.md).  A GPU is one number, the rate that it sustains; nobody has
-measured these networks on one, and a sceptic gives a low one with `--tflops`.
+(docs/cluster.md).  Distances of label maps, affine transform and demons, and deformations were timed once, on a brain
+of 48 x 60 x 48 voxels; networks of the applications are taken to be as fast as the denoiser.  A GPU is one number, the
+rate that it sustains; nobody has measured these networks on one, and a sceptic gives a low one with `--tflops`.
 """
 
 from __future__ import annotations
@@ -61,6 +62,9 @@ PROCESSOR: dict[str, Unit] = {
     "voxel blurred": Unit(3.2e-7),
     "voxel packed": Unit(4.9e-8),
     "voxel checked": Unit(6e-8, shared=True),
+    "voxel distanced": Unit(1.3e-7),
+    "voxel matched": Unit(6.3e-6),
+    "voxel deformed": Unit(1e-7, shared=True),
     "normal number": Unit(1.3e-8),
     "product": Unit(8e-12, shared=True),
     "resample": Unit(1.1e-3),
@@ -160,4 +164,22 @@ REQUESTS: dict[str, Request] = {
     "report": Request(1, 30, 3000),
     "neighbours": Request(1, 30, 3000),
     "audit": Request(8, 240, 4000, _either),
+    "masks/maps": Request(1, 120, 1500, lambda study: 100),
+    "segmentation_model": Request(8, 2880, 3000, lambda study: 2400 * study.segmentation_ensemble.optimiser.batch_size),
+    "segmentation": Request(8, 240, 3000, lambda study: 2400 * study.segmentation_ensemble.samples),
+    "translation_model": Request(8, 2880, 3000, lambda study: 2400 * study.translation.optimiser.batch_size),
+    "translation": Request(8, 240, 3000, lambda study: 2400 * study.translation.samples),
+    "registration/train": Request(8, 720, 3000, lambda study: 600 * study.registration.optimiser.batch_size),
+    "registration": Request(8, 240, 4000, lambda study: 100 * study.registration.pairs),
+    "shape_completion/train": Request(8, 480, 3000),
+    "shape_completion": Request(8, 120, 3000),
+}
+#: Those of label maps are the rules of images with other files.
+REQUESTS |= {f"segmentation_{name}": REQUESTS["segmentation_model"] for name in ("beside", "few_labels")}
+REQUESTS |= {f"masks/{name}": REQUESTS[name] for name in ("autoencoder", "latents", "scale", "diffusion")}
+#: Rules of stages whose names they have not.
+RULES: dict[str, str] = {
+    "masks/maps": "masks",
+    **{f"masks/{name}": f"mask_{name}" for name in ("autoencoder", "latents", "scale", "diffusion")},
+    **{f"{name}/train": f"{name}_train" for name in ("registration", "shape_completion")},
 }

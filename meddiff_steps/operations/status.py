@@ -22,7 +22,9 @@ PLAN_STAGES = ("generate", "filter", "images", "export", "regenerate", "teacher/
 GPU_STAGES = frozenset(
     "autoencoder decoder latents scale diffusion tone calibrate generate filter privacy text_fidelity sampler_study"
     " showcase audit segmenter few_step few_step/tone counterfactual inpainting normative reconstruction anomaly"
-    " segmentation_model segmentation translation_model translation registration/train registration"
+    " segmentation_model segmentation_beside segmentation_few_labels segmentation"
+    " translation_model translation_unpaired translation registration/train registration"
+    " harmonisation_model harmonisation"
     " shape_completion/train shape_completion segmentation_study"
     " masks/autoencoder masks/latents masks/scale masks/diffusion"
     " downstream/train downstream/neighbours regenerate teacher/generate teacher/filter teacher/privacy"
@@ -31,7 +33,9 @@ GPU_STAGES = frozenset(
 )
 TRAININGS = (
     *("autoencoder", "decoder", "diffusion", "few_step", "second_model/diffusion", "downstream/diffusion"),
-    *("segmentation_model", "translation_model", "registration/train", "shape_completion/train"),
+    *("segmentation_model", "segmentation_beside", "segmentation_few_labels"),
+    *("translation_model", "translation_unpaired", "harmonisation_model"),
+    *("registration/train", "shape_completion/train"),
     *("masks/autoencoder", "masks/diffusion"),
 )
 #: Below the results: how many jobs of the last `meddiff run` are done, and how many there are (JSON).
@@ -157,6 +161,7 @@ def stage_of(log: Path) -> str:
         *COHORT_STAGES,
         *PLAN_STAGES,
         *("second_model/latents", "masks/maps", "masks/latents", "registration/train"),
+        *("segmentation_beside", "segmentation_few_labels"),
         *(f"downstream/{name}" for name in ("train", "plan", "generate", "filter", "diffusion", "tone")),
     )
     return (log.parent if many else log.with_suffix("")).as_posix()

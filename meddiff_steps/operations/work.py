@@ -8,17 +8,14 @@ numbers that are drawn, voxels that are packed.  How long a unit takes is in `op
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from monai.networks.nets import PatchDiscriminator
-from torch.utils.flop_counter import FlopCounterMode
 
 from meddiff_steps.audit.request import Request
-from meddiff_steps.config import CategoricalCovariate, FewStep, NetworkOptimiser, Study
+from meddiff_steps.config import Adversarial, CategoricalCovariate, FewStep, Study
 from meddiff_steps.core.choice import chosen
 from meddiff_steps.core.registries import DETECTORS, default_steps, evaluations
 from meddiff_steps.diffusion.conditioning import Condition
@@ -27,6 +24,7 @@ from meddiff_steps.diffusion.sampling import levels_of
 from meddiff_steps.diffusion.schedules import NoiseProcess
 from meddiff_steps.evaluation.metrics import MAX_HELD_OUT, MAX_SYNTHETIC
 from meddiff_steps.evaluation.reconstructions import MAX_RECONSTRUCTIONS
+from meddiff_steps.imaging.signed_distances import channels as distances_of
 from meddiff_steps.instruments.embedder import DIM, Embedder
 from meddiff_steps.instruments.predictors import MAX_TRAINING_SCANS
 from meddiff_steps.models.denoiser.base import Denoiser
@@ -35,6 +33,8 @@ from meddiff_steps.models.denoiser.student import Distilled
 from meddiff_steps.models.drawing.base import build as build_decoder
 from meddiff_steps.models.first_stage.base import build
 from meddiff_steps.models.latent_statistics import FOLDS, MAX_READOUT_ROWS
+from meddiff_steps.operations.counting import RECOMPUTED, TRAINING, Work, added, counted, times, validations
+from meddiff_steps.operations.work_of_applications import of_applications
 from meddiff_steps.privacy.assessment import LOSS_SCANS, LOSS_TIMES, MAX_IMAGES, MAX_PEOPLE
 from meddiff_steps.privacy.detectors.aligned import ALIGNED_SIDE, CANDIDATES
 from meddiff_steps.privacy.duplicates import COARSE_SIDE
@@ -49,10 +49,6 @@ from meddiff_steps.training.tasks import decoder as decoder_task
 from meddiff_steps.training.tasks import few_step as few_step_task
 from meddiff_steps.training.tasks.diffusion import VALIDATION_LATENTS
 
-Group = Literal["preparation", "training", "after_training"]
-
-#: Forward and backward pass over the forward pass; and where features are computed again on the way back.
-TRAINING, RECOMPUTED = 3.0, 4.0
 #: Voxels of a scan as it is stored, where only the cohort knows: a head at 1 mm, a radiograph.
 HEAD_VOXELS = {2: 2**20, 3: 2**23}
 #: Ways in which the scans of the positive controls are copied.
@@ -75,51 +71,17 @@ class Flops:
     discriminator: float
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a stage has to do.
-
-    Attributes
-    ----------
-    group
-        Whether it comes before the trainings, is one, or comes after them.
-    jobs
-        How many jobs share the work.
-    flops
-        Of networks, by network, all jobs together.
-    units
-        Of the processor beside them, by their names in `rates.PROCESSOR`, all jobs together.
-    networks
-        Networks that a job compiles where the study compiles.
-    training
-        Whether these are trained, which is when `compute.compile: auto` compiles.
-    bytes
-        That it leaves on disk.
-    folder
-        Where in the results they lie, None where they are few.
-    """
-
-    group: Group
-    jobs: int
-    flops: Mapping[str, float] = field(default_factory=dict)
-    units: Mapping[str, float] = field(default_factory=dict)
-    networks: int = 0
-    training: bool = False
-    bytes: float = 0.0
-    folder: str | None = None
-
-
 def covariate_levels(study: Study) -> list[int]:
     """Per covariate: the number of levels, or 0 for a continuous one."""
     return [len(c.levels) if isinstance(c, CategoricalCovariate) else 0 for c in study.covariates.values()]
 
 
-def forward_flops(study: Study) -> Flops:
-    """What one pass of each of a study's networks takes."""
+def forward_flops(study: Study, channels: int = 1) -> Flops:
+    """What one pass of each of a study's networks takes; of images of so many channels."""
     sections = (study.preprocess.shape, study.autoencoder, study.diffusion, study.decoder, covariate_levels(study))
-    key = repr(sections)
+    key = repr((*sections, channels))
     if key not in _COUNTED:
-        _COUNTED[key] = _forward_flops(study)
+        _COUNTED[key] = _forward_flops(study, channels)
     return _COUNTED[key]
 
 
@@ -127,31 +89,27 @@ def forward_flops(study: Study) -> Flops:
 _COUNTED: dict[str, Flops] = {}
 
 
-def _forward_flops(study: Study) -> Flops:
+def _forward_flops(study: Study, channels: int) -> Flops:
     dims, shape, levels = study.spatial_dims, study.preprocess.shape, covariate_levels(study)
     adversarial = study.autoencoder.adversarial
 
-    def counted(run: object) -> float:
-        with FlopCounterMode(display=False) as counter:
-            run()  # type: ignore[operator]
-        return float(counter.get_total_flops())
-
     with torch.device("meta"):
-        first_stage, image = build(study.autoencoder, dims), torch.empty(1, 1, *shape)
+        image, scan = (torch.empty(1, count, *shape) for count in (channels, 1))
+        first_stage = build(study.autoencoder, dims, channels)
         latent = first_stage.encode(image).mode()
         denoiser = Denoiser(study.diffusion, latent.shape[1:], levels, names=list(study.covariates))
         return Flops(
             encoder=counted(lambda: first_stage.encode(image)),
             decoder=counted(lambda: first_stage.decode(latent)),
             denoiser=counted(lambda: denoiser(latent, torch.empty(1), Condition(torch.empty(1, len(levels))))),
-            drawing=counted(lambda: build_decoder(study.decoder, (1, *shape)).step(image))
+            drawing=counted(lambda: build_decoder(study.decoder, (1, *shape)).step(scan))
             if study.decoder.network
             else 0.0,
-            embedder=counted(lambda: Embedder(shape)(image)),
+            embedder=counted(lambda: Embedder(shape)(scan)),
             discriminator=counted(
                 lambda: PatchDiscriminator(
                     dims, adversarial.channels, in_channels=1, num_layers_d=adversarial.layers, norm="INSTANCE"
-                )(image)
+                )(scan)
             )
             if adversarial.weight
             else 0.0,
@@ -172,17 +130,6 @@ def passes_per_sample(study: Study) -> float:
     return count * (1 + float(np.mean([is_within(settings.guidance_interval, ratio) for ratio in ratios])))
 
 
-def added(*parts: Mapping[str, float]) -> dict[str, float]:
-    """Sums by name."""
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {name: sum(part.get(name, 0.0) for part in parts) for name in names}
-
-
-def times(count: float, part: Mapping[str, float]) -> dict[str, float]:
-    """So many times what one takes."""
-    return {name: count * value for name, value in part.items()}
-
-
 class Counter:
     """Counts a study.
 
@@ -192,15 +139,17 @@ class Counter:
         The study.
     scans
         In its cohort.
+    channels
+        Of its images.
     """
 
-    def __init__(self, study: Study, scans: int) -> None:
+    def __init__(self, study: Study, scans: int, channels: int = 1) -> None:
         self.study, self.scans = study, scans
         shape, dims = study.preprocess.shape, study.spatial_dims
-        self.voxels = math.prod(shape)
+        self.voxels = channels * math.prod(shape)
         self.shards, self.planned = plan_shards(study.plan, study.generate.shard_size), planned_subjects(study.plan)
-        self.latent = study.autoencoder.latent_channels * self.voxels / study.autoencoder.downsampling**dims
-        self.flops = forward_flops(study)
+        self.latent = study.autoencoder.latent_channels * math.prod(shape) / study.autoencoder.downsampling**dims
+        self.flops = forward_flops(study, channels)
         splits = study.splits
         self.train, self.val, self.calibration, self.test = (
             share * scans for share in (splits.train, splits.val, splits.calibration, splits.test)
@@ -229,10 +178,15 @@ class Counter:
             **self._generation(),
             **self._privacy(),
             **self._release(),
+            **self._label_maps(),
+            **of_applications(self.study, self.scans),
         }
         order = (
-            "simulate cohort preprocess autoencoder decoder latents scale diffusion few_step tone embedder calibrate"
+            "simulate cohort preprocess masks/maps autoencoder decoder latents scale"
+            " masks/autoencoder masks/latents masks/scale masks/diffusion diffusion few_step tone embedder calibrate"
             " plan generate filter privacy predictors evaluate showcase images describe ledger report neighbours audit"
+            " segmentation_model segmentation_beside segmentation_few_labels segmentation translation_model translation"
+            " registration/train registration shape_completion/train shape_completion"
         ).split()
         return {name: found[name] for name in order if name in found}
 
@@ -369,6 +323,32 @@ class Counter:
             networks=2,
             training=True,
         )
+
+    def _label_maps(self) -> dict[str, Work]:
+        """Networks of label maps, which are those of images for as many channels as there are distances; no judge looks
+        at these, and nothing draws their detail.
+        """
+        study, pairs = self.study, self.study.pairs
+        if pairs is None:
+            return {}
+        count = distances_of(len(pairs.structures))
+        unjudged = study.autoencoder.model_copy(update={"adversarial": Adversarial()})
+        alone = {"pairs": None, "autoencoder": unjudged, "decoder": study.decoder.model_copy(update={"network": None})}
+        maps = Counter(study.model_copy(update=alone), self.scans, count)
+        made = {**maps._trainings(), **maps._latents()}
+        found = {
+            f"masks/{name}": replace(made[name], folder=made[name].folder and f"masks/{made[name].folder}")
+            for name in ("autoencoder", "latents", "scale", "diffusion")
+        }
+        voxels = self.scans * maps.voxels
+        found["masks/maps"] = Work(
+            "preparation",
+            study.preprocess.shards,
+            units={"voxel distanced": voxels, "voxel stored": voxels},
+            bytes=2.0 * voxels,
+            folder="masks/maps",
+        )
+        return found
 
     # ------------------------------------------------------------------------------------------ latents, generation
 
@@ -582,11 +562,6 @@ class Counter:
                 networks=1 + self._sampled,
             ),
         }
-
-
-def validations(settings: NetworkOptimiser) -> int:
-    """How often a training looks at held-out scans: before the first step, every so many, and after the last."""
-    return 1 + math.ceil(settings.steps / settings.validate_every)
 
 
 def _reduced(shape: tuple[int, ...], longest: int) -> int:

@@ -58,11 +58,18 @@ class RealScans:
         return RealScans({name: vectors[chosen] for name, vectors in self.directions.items()}, self.subjects[chosen])
 
 
+@dataclass(frozen=True)
+class RealSplits:
+    """The real scans: those that were learnt from, and those that were not."""
+
+    train: RealScans
+    calibration: RealScans
+    test: RealScans
+
+
 def attack(
     synthetic: Mapping[str, np.ndarray],
-    train: RealScans,
-    calibration: RealScans,
-    test: RealScans,
+    real: RealSplits,
     resamples: int,
     seed: str,
     device: torch.device | str = "cpu",
@@ -73,6 +80,7 @@ def attack(
     calibration scans are the reference of the density ratio, which is left out where none of `DENSITY_DETECTORS` is
     among the detectors, and of one image, which has no density.  The nearest are searched on `device`.
     """
+    train, calibration, test = real.train, real.calibration, real.test
     result: dict[str, Any] = {"nearer_to_training": {}, "authenticity": {}, "membership": {}}
     strangers = np.concatenate([calibration.subjects, test.subjects])
     generator = np.random.default_rng(int(hashlib.sha256(f"{seed}/privacy/attack".encode()).hexdigest()[:8], 16))
@@ -135,25 +143,24 @@ class RareLevel:
 def attack_rare(
     rare: RareLevel,
     synthetic: Mapping[str, np.ndarray],
-    train: RealScans,
-    calibration: RealScans,
-    test: RealScans,
+    real: RealSplits,
     resamples: int,
     seed: str,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """`attack` of the images with a rare level, on the few people whom it was learnt from: they are seen most often."""
     found: dict[str, Any] = {
-        "subjects": len(set(train.subjects[rare.train])),
+        "subjects": len(set(real.train.subjects[rare.train])),
         "images": int(rare.images.sum()),
         "strangers": "of that level" if rare.has_strangers else "all",
     }
+    strangers = (real.calibration, real.test)
     if rare.has_strangers:
-        calibration, test = calibration[rare.calibration], test[rare.test]
+        strangers = (real.calibration[rare.calibration], real.test[rare.test])
     if not found["images"] or found["subjects"] < 2:
         return found
     images = {name: vectors[rare.images] for name, vectors in synthetic.items()}
-    return found | attack(images, train[rare.train], calibration, test, resamples, f"{seed}/rare", device)
+    return found | attack(images, RealSplits(real.train[rare.train], *strangers), resamples, f"{seed}/rare", device)
 
 
 @torch.no_grad()

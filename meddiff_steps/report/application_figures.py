@@ -68,6 +68,7 @@ def completion_sheet(
     scans: Sequence[tuple[str, Sequence[np.ndarray]]],
     captions: Sequence[str],
     regions: Sequence[np.ndarray] | None = None,
+    views: Sequence[str] = ("axial", "coronal"),
 ) -> bytes:
     """Per scan a line of images with captions, cut through the middle of what is shown.
 
@@ -77,11 +78,13 @@ def completion_sheet(
         Name, and images (1, *spatial).
     regions
         bool (*spatial) of each scan: planes go through its middle.
+    views
+        Of volumes.
     """
     blocks = []
     for i, (name, images) in enumerate(scans):
         region = np.ones(images[0].shape[1:], dtype=bool) if regions is None else regions[i]
-        tiles = [Tile(_through(image, region)[None], text) for image, text in zip(images, captions, strict=True)]
+        tiles = [Tile(_through(image, region, views)[None], text) for image, text in zip(images, captions, strict=True)]
         blocks.append(Block(name, tiles, columns=len(captions)))
     return image_grid(blocks, width=1.9 * len(captions), title=title)
 
@@ -105,10 +108,11 @@ def deviation_sheet(
     return completion_sheet("Deviations", lines, ("scan", "reference", "z"), regions)
 
 
-def _through(image: np.ndarray, region: np.ndarray) -> np.ndarray:
-    """Axial and coronal plane of an image (1, *spatial) through the middle of a region, side by side."""
+def _through(image: np.ndarray, region: np.ndarray, views: Sequence[str]) -> np.ndarray:
+    """Planes of an image (1, *spatial) through the middle of a region, side by side."""
     cuts = []
-    for view, axis in (("axial", 2), ("coronal", 1)) if region.ndim == 3 else (("axial", None),):
+    axes = {"sagittal": 0, "coronal": 1, "axial": 2}
+    for view, axis in [(view, axes[view]) for view in views] if region.ndim == 3 else [("axial", None)]:
         moved = image
         if axis is not None:
             n, at = region.shape[axis], round(float(np.nonzero(region)[axis].mean()))

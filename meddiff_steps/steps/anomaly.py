@@ -16,13 +16,15 @@ from safetensors.numpy import load_file
 from meddiff_steps import config as settings_of
 from meddiff_steps.applications import anomaly, derivative
 from meddiff_steps.applications.anomaly import Mapped
-from meddiff_steps.applications.anomaly_maps.base import Context, Mapper, Scan, build
+from meddiff_steps.applications.anomaly_maps.base import Context, Mapper, Scan, Translations, build
 from meddiff_steps.applications.guides import latent_guides
 from meddiff_steps.applications.scans import chosen_scans
-from meddiff_steps.cohort.manifest import read_manifest
+from meddiff_steps.cohort.manifest import having, read_manifest
 from meddiff_steps.compute.device import make_fabric
-from meddiff_steps.config import CategoricalCovariate, Study, load_stage
-from meddiff_steps.core.files import atomic_path, write_atomic, write_json
+from meddiff_steps.config import Study, load_stage
+from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import atomic_path, read_json, write_atomic, write_json
+from meddiff_steps.core.folders import NETWORK, OF_IMAGE_TO_IMAGE
 from meddiff_steps.core.random_streams import philox
 from meddiff_steps.evaluation import anomaly as judging
 from meddiff_steps.imaging.places import lesion, mask_of_scan, mask_on_grid, with_lesion
@@ -58,14 +60,20 @@ def run(
     manifest: options.Manifest,
     qc: options.Quality,
     images: options.Images,
-    autoencoder: options.Autoencoder,
-    diffusion: options.Diffusion,
     out: Annotated[Path, typer.Option(help="folder to write: a BIDS derivative dataset, figures.json, pictures")],
+    autoencoder: Annotated[
+        Path | None, typer.Option(help="folder autoencoder/; left out where no method needs a trained model")
+    ] = None,
+    diffusion: Annotated[Path | None, typer.Option(help="folder diffusion/; left out with the autoencoder")] = None,
     latents: Annotated[
         list[Path] | None,
         typer.Option(help="latent shards of the cohort, which the predictor of `classifier` learns from"),
     ] = None,
     scale: Annotated[Path | None, typer.Option(help="latents/scale.safetensors, which goes with them")] = None,
+    translation: Annotated[
+        Path | None, typer.Option(help="folder of the translation to another contrast, for `modality_cycles`")
+    ] = None,
+    back: Annotated[Path | None, typer.Option(help="folder of the way back, for the same")] = None,
     threads: options.Threads = 1,
 ) -> None:
     """Map what is unusual in scans, and measure how well lesions are found where they are known."""
@@ -78,11 +86,22 @@ def run(
     scans = chosen_scans(cohort.table, settings.scans, settings.most_scans, "anomaly")
     known = worker.healthy("calibration", settings.most_calibration_scans)
     anomaly.check_people(known["subject_id"].nunique(), settings)
-    model = TrainedModel.load(autoencoder, diffusion, make_fabric(study.compute, threads), study.compute, toned=False)
-    for network in (model.denoiser, model.first_stage):
-        network.requires_grad_(False)
+    fabric, model, digests = make_fabric(study.compute, threads), None, dict[str, str]()
+    if autoencoder is not None and diffusion is not None:
+        model = TrainedModel.load(autoencoder, diffusion, fabric, study.compute, toned=False)
+        for network in (model.denoiser, model.first_stage):
+            network.requires_grad_(False)
+        digests |= model.digests
+    elif settings.need("a trained model"):
+        raise UserError("anomaly.methods: some need a trained model; give --autoencoder and --diffusion.")
+    translations = None
+    if translation is not None and back is not None:
+        translations = Translations(translation, back, fabric)
+        cards = {"translation": translation / OF_IMAGE_TO_IMAGE["regression"][1], "back": back / NETWORK[1]}
+        digests |= {name: read_json(card)["weights_sha256"] for name, card in cards.items()}
+        worker = replace(worker, contrasts=tuple(read_json(cards["translation"])["target"]))
     guides: Any = ((),)
-    if settings.need("latents of the cohort") and latents and scale:
+    if model is not None and settings.need("latents of the cohort") and latents and scale:
         ((covariate, value),) = settings.healthy.items()
         wanted = settings_of.Counterfactual(covariate=covariate, classifier_guidance=settings.classifier_guidance)
         training = cohort.of_splits(["train"]).table
@@ -91,7 +110,7 @@ def run(
     if settings.need("healthy validation scans"):
         known_well = worker.healthy("val", settings.most_calibration_scans)
         reference = [worker.scan(row) for row in known_well.to_dict("records")]
-    context = Context(model, settings, reference, guides[0])
+    context = Context(model, settings, reference, guides[0], translations)
     mappers = {name: build(name, context) for name in settings.methods}
 
     healthy = []
@@ -126,14 +145,14 @@ def run(
         found.append(entry)
         tables.append(table.assign(method=name))
     facts: dict[str, Any] = {"scans": scans["scan_id"].tolist(), "settings": settings.model_dump(mode="json")}
-    facts |= {"model": model.digests, "calibration_scans": known["scan_id"].tolist(), "methods": found}
+    facts |= {"model": digests, "calibration_scans": known["scan_id"].tolist(), "methods": found}
     with atomic_path(out / "measurements.parquet") as path:
         pd.concat(tables, ignore_index=True).to_parquet(path, index=False)
     write_json(out / "figures.json", facts)
     for case in cases:
         _write_images(study, out, case, calibrations[anomaly.ENSEMBLE])
     write_atomic(out / "contact-sheet.png", _sheet(worker, cases, [*members, anomaly.ENSEMBLE], calibrations))
-    derivative.complete(out, "Anomaly maps", README, model.digests, "anomaly")
+    derivative.complete(out, "Anomaly maps", README, digests, "anomaly")
     log.info("%s: %d scans, thresholds from %d healthy ones", out, len(scans), len(known))
 
 
@@ -151,11 +170,12 @@ class _Case:
 
 @dataclass(frozen=True)
 class _Worker:
-    """Scans of the cohort, as they are read and as their maps are judged."""
+    """Scans of the cohort, as they are read and as their maps are judged; `contrasts` are read beside each."""
 
     study: Study
     cohort: Images
     quality: pd.DataFrame
+    contrasts: tuple[str, ...] = ()
 
     @property
     def settings(self) -> settings_of.Anomaly:
@@ -169,10 +189,7 @@ class _Worker:
     def healthy(self, split: str, most: int) -> pd.DataFrame:
         """Scans of a split that have no lesion: by their masks, and by covariates where the study says so."""
         part = self.cohort.of_splits([split])
-        table = part.table
-        for name, value in self.settings.healthy.items():
-            is_label = isinstance(self.study.covariates[name], CategoricalCovariate)
-            table = table[table[name] == (str(value) if is_label else value)]
+        table = having(part.table, self.settings.healthy)
         if self.settings.masks is not None:
             table = table[[not self._mask(row).any() for row in table.to_dict("records")]]
         return part.taken(table.index.tolist()).at_most(most).table
@@ -183,9 +200,11 @@ class _Worker:
 
     def scan(self, row: dict[Any, Any]) -> Scan:
         """A scan as it is, without what would tell whether it is healthy."""
-        image = self.cohort.shards.tensors("image", np.array([row["row"]]))[0]
+        at = np.array([row["row"]])
+        image, *contrasts = (self.cohort.shards.tensors(name, at)[0] for name in ("image", *self.contrasts))
         subject = pd.DataFrame([row]).assign(**dict.fromkeys(self.settings.healthy))
-        return Scan(image, subject, f"{self.study.seed}/anomaly/{row['scan_id']}")
+        others = np.concatenate(contrasts) if contrasts else None
+        return Scan(image, subject, f"{self.study.seed}/anomaly/{row['scan_id']}", others)
 
     def case(self, row: dict[Any, Any], number: int, mappers: dict[str, Mapper]) -> _Case:
         """A scan with its maps; where lesions are put in, every second scan has one."""

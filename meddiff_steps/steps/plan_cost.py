@@ -12,18 +12,20 @@ import typer
 from meddiff_steps.config import Study, load_study
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.operations.cost import (
+    APPLICATIONS,
     GROUPS,
     Estimate,
     Machine,
     as_json,
     estimates,
+    of_all,
     together,
     too_long,
     wall_hours,
     wasted,
 )
 from meddiff_steps.operations.machine import this_machine
-from meddiff_steps.operations.rates import REQUESTS
+from meddiff_steps.operations.rates import REQUESTS, RULES
 from meddiff_steps.operations.work import forward_flops
 from meddiff_steps.synthesis.size import planned_subjects
 
@@ -50,7 +52,8 @@ def run(
 ) -> None:
     """Estimate hours of GPUs and cores, jobs, memory and disk of every stage.
 
-    The work is counted from the study: floating-point operations of its networks, voxels and subjects elsewhere. With
+    The work is counted from the study: floating-point operations of its networks, voxels and subjects elsewhere.
+    Applications stand apart: they are asked for by name, and are not in what is said of the whole. With
     --tflops a GPU does the networks at that rate; without, processors do, at rates that were measured on one. With
     --measured the rates are those of a finished study; of one that ran without a GPU, for stages that have none.
     """
@@ -76,13 +79,13 @@ def run(
     print("\n".join(_table(found)))
     print(
         f"from start to end with {jobs} jobs at a time, of up to {cores} cores each (--cores; this machine has"
-        f" {this_machine().cores}): {wall_hours(found, jobs):.1f} hours"
+        f" {this_machine().cores}): {wall_hours(of_all(found), jobs):.1f} hours"
     )
     for one in too_long(found):
         minutes = REQUESTS[one.stage].minutes
         print(
             f"{one.stage}: a job takes {one.hours_each:.1f} hours, and its rule asks for {minutes / 60:g}. Let it ask"
-            f" for more: --set-resources {one.stage}:runtime={math.ceil(90 * one.hours_each)}"
+            f" for more: --set-resources {RULES.get(one.stage, one.stage)}:runtime={math.ceil(90 * one.hours_each)}"
         )
     for one in wasted(found):
         print(
@@ -109,25 +112,30 @@ def _scans(config: Path, study: Study, given: int | None) -> int:
 
 def _table(found: list[Estimate]) -> list[str]:
     """A line per stage, and sums."""
+    width = max(17, *(len(one.stage) + 3 for one in found))
     lines = [
-        f"{'stage':<17}{'jobs':>7}{'hours each':>12}{'GPU-hours':>11}{'core-hours':>12}{'PFLOP':>10}{'memory, GB':>12}"
-        f"{'disk, GB':>10}"
+        f"{'stage':<{width}}{'jobs':>7}{'hours each':>12}{'GPU-hours':>11}{'core-hours':>12}{'PFLOP':>10}"
+        f"{'memory, GB':>12}{'disk, GB':>10}"
     ]
 
     def sums(label: str, some: list[Estimate]) -> str:
         whole = together(some)
         return (
-            f"{label:<17}{sum(one.jobs for one in some):>7}{'':>12}{whole['gpu_hours']:>11.2f}"
+            f"{label:<{width}}{sum(one.jobs for one in some):>7}{'':>12}{whole['gpu_hours']:>11.2f}"
             f"{whole['core_hours']:>12.2f}{sum(one.flops for one in some) / 1e15:>10.4g}"
             f"{max((one.memory for one in some), default=0) / 1024:>12.1f}{whole['disk_bytes'] / 1e9:>10.2f}"
         )
 
+    def line(one: Estimate) -> str:
+        return (
+            f"{one.stage + ' *' * one.measured:<{width}}{one.jobs:>7}{one.hours_each:>12.3f}{one.gpu_hours:>11.2f}"
+            f"{one.core_hours:>12.2f}{one.flops / 1e15:>10.4g}{one.memory / 1024:>12.1f}{one.disk / 1e9:>10.2f}"
+        )
+
     for label in GROUPS:
         some = [one for one in found if one.group == label]
-        for one in some:
-            lines.append(
-                f"{one.stage + ' *' * one.measured:<17}{one.jobs:>7}{one.hours_each:>12.3f}{one.gpu_hours:>11.2f}"
-                f"{one.core_hours:>12.2f}{one.flops / 1e15:>10.4g}{one.memory / 1024:>12.1f}{one.disk / 1e9:>10.2f}"
-            )
+        lines += map(line, some)
         lines.append(sums(f"= {label.replace('_', ' ')}", some))
-    return [*lines, sums("= together", found)]
+    lines.append(sums("= together", of_all(found)))
+    some = [one for one in found if one.group == APPLICATIONS]
+    return [*lines, "applications, asked for by name", *map(line, some)] if some else lines

@@ -91,7 +91,7 @@ def run(
         rows = kept[assessment.sample(ids[kept].tolist())]
         if len(rows) and len(held) and len(test):
             made = directions(detectors, drawn, rows)
-            told = (train, held, test, settings.bootstrap, study.seed, fabric.device)
+            told = (assessment.RealSplits(train, held, test), settings.bootstrap, study.seed, fabric.device)
             sets[label] = assessment.attack(made, *told)
             if label == "after" and study.diffusion.rare is not None:
                 of_level = _rare_level(study.diffusion.rare, scans, planned.set_index("sample_id").loc[ids[rows]])

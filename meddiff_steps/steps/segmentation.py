@@ -14,7 +14,15 @@ import typer
 from meddiff_steps.applications import derivative
 from meddiff_steps.applications.image_to_image import Drawer
 from meddiff_steps.applications.scans import chosen_scans
-from meddiff_steps.applications.segmentation import Brightness, Marked, majority, marked_by, mean_label
+from meddiff_steps.applications.segmentation import (
+    Brightness,
+    Marked,
+    majority,
+    marked_beside,
+    marked_by,
+    mean_label,
+)
+from meddiff_steps.applications.shape_from_picture import Shapes
 from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import Study, load_stage
@@ -48,6 +56,12 @@ def run(
     images: options.Images,
     model: Annotated[Path, typer.Option(help="folder that `segmentation_model` wrote")],
     out: Annotated[Path, typer.Option(help="folder to write: a BIDS derivative dataset, figures.json, pictures")],
+    beside: Annotated[
+        list[Path] | None, typer.Option(help="file of a folder that `segmentation_model --beside` wrote; repeat")
+    ] = None,
+    few_labels: Annotated[
+        list[Path] | None, typer.Option(help="file of a folder that `segmentation_few_labels` wrote; repeat")
+    ] = None,
     threads: options.Threads = 1,
 ) -> None:
     """Mark a structure in held-out scans, and measure how well draws agree with what readers marked."""
@@ -60,8 +74,17 @@ def run(
     root = f"{study.seed}/segmentation"
     drawer = Drawer.load(model, cohort.shards, settings, root, fabric, "segmentation_ensemble")
     pairs, train = drawer.pairs, cohort.of_splits(["train"]).rows
+    compared = {
+        folder.name: Drawer.load(folder, cohort.shards, settings, root, fabric, "segmentation_ensemble")
+        for folder in _folders(beside)
+    }
+    few = {
+        folder.name: drawer.with_other("regression", folder, "segmentation_ensemble") for folder in _folders(few_labels)
+    }
     average = mean_label(pairs, train)
-    bright = Brightness.of(pairs, train) if pairs.kind == "mask" else None
+    depth = study.preprocess.depth
+    bright = Brightness.of(pairs, train) if pairs.kind == "mask" and depth is None else None
+    bodies = Shapes.of(pairs, train) if pairs.kind == "mask" and depth is not None else None
     spacing = study.preprocess.voxel_mm or (1.0,) * (len(pairs.shards.shape("image")) - 1)
 
     shutil.rmtree(out, ignore_errors=True)
@@ -71,7 +94,9 @@ def run(
         row = int(scan["row"])
         truth, sources = pairs.truths([row])[0], pairs.sources([row])[0]
         ways = {"mean_label": average, **({"brightness": bright(sources)} if bright else {})}
+        ways |= bodies(sources) if bodies else {}
         ways |= marked_by(drawer, row, scan["scan_id"])
+        ways |= marked_beside(compared, few, row, scan["scan_id"])
         ways["draw"] = Marked.of_mask(ways["ensemble"].draws[0])
         if pairs.readers > 1:
             ways |= {"majority_of_readers": Marked.of_mask(majority(truth))}
@@ -87,16 +112,31 @@ def run(
 
     table = pd.DataFrame(rows)
     facts: dict[str, Any] = {"scans": scans["scan_id"].tolist(), "settings": settings.model_dump(mode="json")}
+    networks = {"": drawer, **compared, **few}
     facts |= {"model": drawer.digests, "readers": pairs.readers}
+    facts |= {"beside": {name: one.digests for name, one in networks.items() if name}}
+    facts |= {
+        "trainings": {
+            f"{name}_{way}".strip("_"): said for name, one in networks.items() for way, said in one.training.items()
+        }
+    }
     facts |= {"brightness": vars(bright) if bright else None}
+    facts |= {"shapes": {key: getattr(bodies, key) for key in ("middle", "factor", "half")} if bodies else None}
     facts["methods"] = segmentation.figures(table, resamples=study.evaluate.bootstrap, seed=study.seed)
     with atomic_path(out / "measurements.parquet") as path:
         table.to_parquet(path, index=False)
     write_json(out / "figures.json", facts)
-    columns = ["scan", "readers", "without noise", *(f"draw {k + 1}" for k in range(3)), "mean of draws", "variance"]
-    write_atomic(out / "contact-sheet.png", completion_sheet("Segmentation", _tiles(shown), columns))
+    draws = (f"draw {k + 1}" for k in range(min(settings.samples, 3)))
+    columns = ["scan", "readers", "without noise", *draws, "mean of draws", "variance"]
+    # Of pictures: as they are seen, and across
+    views = ("axial", "coronal") if depth is None else ("sagittal", "coronal")
+    write_atomic(out / "contact-sheet.png", completion_sheet("Segmentation", _tiles(shown), columns, views=views))
     derivative.complete(out, "Segmentation", README, drawer.digests, "segmentation")
     log.info("%s: %d scans", out, len(scans))
+
+
+def _folders(files: list[Path] | None) -> list[Path]:
+    return list(dict.fromkeys(path.parent for path in files or []))
 
 
 def _judged(truth: np.ndarray, head: np.ndarray, said: Marked, spacing: tuple[float, ...]) -> dict[str, Any]:

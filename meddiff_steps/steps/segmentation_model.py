@@ -24,6 +24,9 @@ def run(
     images: options.Images,
     out: Annotated[Path, typer.Option(help="folder to write: weights and cards of both, training curves")],
     state: options.State,
+    beside: Annotated[
+        str | None, typer.Option(help="whole or unplaced: those that are compared with patches; left out, the study's")
+    ] = None,
     threads: options.Threads = 1,
 ) -> None:
     """Train a diffusion that marks a structure given scans, and the same network without noise for as many steps."""
@@ -37,7 +40,13 @@ def run(
             f"{key}.target: {settings.target[0]} is a contrast, expected masks or labels. Say so (kind: mask) where it"
             " is declared, or draw contrasts with `translation`."
         )
+    name = state_key("segmentation_model", config, [manifest, *images])
+    if beside is not None:
+        if beside not in ("whole", "unplaced") or settings.patch is None:
+            raise UserError(
+                f"--beside {beside}: expected whole or unplaced, of a study with {key}.patch (found {settings.patch})."
+            )
+        settings, name = settings.compared(beside, shards.shape("image")[1:]), f"{name}-{beside}"
     fabric = make_fabric(study.compute, threads, study.compute.devices)
-    found = state / state_key("segmentation_model", config, [manifest, *images])
     networks = with_noise_and_without(pairs, out)
-    train(networks, settings, study.variants, study.compute, rows, f"{study.seed}/segmentation", fabric, found)
+    train(networks, settings, study.variants, study.compute, rows, f"{study.seed}/segmentation", fabric, state / name)

@@ -55,7 +55,7 @@ def run(
 
 
 def estimated_hours(results: Path, measured: Path) -> dict[str, tuple[int, float]]:
-    """Jobs and hours of every stage, as `plan-cost` estimates them.
+    """Jobs and hours of every stage of `all`, as `plan-cost` estimates them.
 
     Raises
     ------
@@ -64,7 +64,7 @@ def estimated_hours(results: Path, measured: Path) -> dict[str, tuple[int, float
     """
     import pyarrow.parquet as pq
 
-    from meddiff_steps.operations.cost import Machine, estimates  # loads torch
+    from meddiff_steps.operations.cost import Machine, estimates, of_all  # loads torch
 
     manifest = results / "cohort/manifest.parquet"
     if not manifest.is_file():
@@ -73,4 +73,4 @@ def estimated_hours(results: Path, measured: Path) -> dict[str, tuple[int, float
             " use plan-cost."
         )
     found = estimates(newest_study(results), pq.read_metadata(manifest).num_rows, Machine(), measured)
-    return {one.stage: (one.jobs, one.jobs * one.hours_each) for one in found}
+    return {one.stage: (one.jobs, one.jobs * one.hours_each) for one in of_all(found)}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -16,9 +16,11 @@ from meddiff_steps.compute.device import resolve
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path
 from meddiff_steps.core.folders import NETWORK, OF_IMAGE_TO_IMAGE
+from meddiff_steps.core.random_streams import step_generator
 from meddiff_steps.imaging.pairs import Pairs
-from meddiff_steps.models.image_to_image import card_of
-from meddiff_steps.models.weights import save_model
+from meddiff_steps.models.image_to_image import load_image_to_image
+from meddiff_steps.models.slices import Slices
+from meddiff_steps.models.weights import ingredient, save_model
 from meddiff_steps.training.loop import fit
 from meddiff_steps.training.tasks.image_to_image import ImageToImageTask, Way
 
@@ -40,6 +42,14 @@ class Network:
         What it learns.
     folder, files
         Where weights and card are written.
+    slices, labelled
+        As of `ImageToImage`, and of `ImageToImageTask`.
+    base
+        Folder of a network whose weights it begins with.
+    steps
+        Of its training; those of the study when left out.
+    facts
+        For the card besides.
     """
 
     name: str
@@ -47,13 +57,31 @@ class Network:
     pairs: Pairs
     folder: Path
     files: tuple[str, str] = NETWORK
+    slices: Slices | None = None
+    labelled: np.ndarray | None = None
+    base: Path | None = None
+    steps: int | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert self.base is None or self.files == NETWORK, "what begins with another has its own folder"
 
 
-def with_noise_and_without(pairs: Pairs, folder: Path) -> list[Network]:
+def with_noise_and_without(pairs: Pairs, folder: Path, slices: Slices | None = None) -> list[Network]:
     """The two of an application, with their files in one folder."""
     return [
-        Network("diffusion", "diffusion", pairs, folder, OF_IMAGE_TO_IMAGE["diffusion"]),
-        Network("regression", "regression", pairs, folder, OF_IMAGE_TO_IMAGE["regression"]),
+        Network("diffusion", "diffusion", pairs, folder, OF_IMAGE_TO_IMAGE["diffusion"], slices),
+        Network("regression", "regression", pairs, folder, OF_IMAGE_TO_IMAGE["regression"], slices),
+    ]
+
+
+def volume_wise(pairs: Pairs, begun: Path, volume: Path, solid: Path, steps: int, more: int) -> list[Network]:
+    """The diffusion in the folder `begun`, of slices and trained for `steps`, with layers across slices that are
+    inserted and trained for `more` (Zhu et al. 2023b); and one of volumes that costs as much and learns as long.
+    """
+    return [
+        Network("volume", "diffusion", pairs, volume, slices="joined", base=begun, steps=more),
+        Network("solid", "diffusion", pairs, solid, slices="solid", steps=steps + more),
     ]
 
 
@@ -68,6 +96,22 @@ def rows_to_train_on(rows: Mapping[str, Sequence[int] | np.ndarray], key: str) -
     if not len(rows["train"]):
         raise UserError(f"{key}: no preprocessed scan is in the train split. Enlarge splits.train.")
     return np.asarray(rows["train"]), np.asarray(rows["val"])
+
+
+def labelled_subjects(subjects: Iterable[str], count: int | None, root: str, key: str) -> list[str]:
+    """The first `count` of an order of subjects that the study's seed decides, so that few are part of more; all for
+    None.
+
+    Raises
+    ------
+    UserError
+        There are fewer; `key` is the study's.
+    """
+    names = sorted(set(subjects))
+    if count is not None and count > len(names):
+        raise UserError(f"{key}: {count} of {len(names)} training subjects. Take fewer, or enlarge splits.train.")
+    order = step_generator(root, "labelled", 0).permutation(len(names))
+    return [names[i] for i in order[:count]]
 
 
 def train(
@@ -87,7 +131,7 @@ def train(
     networks
         In the order in which they are trained; the curves of all lie in the folder of the first.
     settings
-        Of all of them, so that their trainings cost the same.
+        Of all of them, so that their trainings cost the same but for `Network.steps`.
     rows
         Of train and val scans.
     root
@@ -95,24 +139,34 @@ def train(
     """
     curves = []
     for network in networks:
-        name, pairs = network.name, network.pairs
-        task = ImageToImageTask(network.way, settings, variants, pairs, *rows, f"{root}/{name}", fabric)
+        name, pairs, base, said = network.name, network.pairs, None, None
+        if network.base is not None:
+            fabric.barrier()  # the first process may just write it
+            base, said = load_image_to_image(network.base, *NETWORK)
+        steps = {} if network.steps is None else {"steps": network.steps}
+        optimiser = settings.optimiser.model_copy(update=steps)
+        wanted = settings.model_copy(update={"optimiser": optimiser})
+        more: dict[str, Any] = {"labelled": network.labelled, "base": base, "slices": network.slices}
+        task = ImageToImageTask(network.way, wanted, variants, pairs, *rows, f"{root}/{name}", fabric, **more)
+        kept = task.kept()
         compiled = speed_up(task.costly, compute, fabric, training=True)
-        curve = fit(task, settings.optimiser, fabric, state / name, f"{root.rpartition('/')[2]}: {name}")
+        curve = fit(task, optimiser, fabric, state / name, f"{root.rpartition('/')[2]}: {name}")
         curves.append(curve.assign(network=name))
         if not fabric.is_global_zero:
             continue
         validation = curve[curve["metric"] == "val/loss"]["value"]
         facts = {
-            **card_of(settings, pairs.shards.shape("image")[1:], len(pairs.source), pairs.channels),
+            **task.card,
             **{"way": network.way, "source": list(pairs.source), "target": list(pairs.target)},
             **{
                 "kind": pairs.kind,
                 "labels": list(pairs.labels),
-                "optimiser": settings.optimiser.model_dump(mode="json"),
+                "optimiser": optimiser.model_dump(mode="json"),
             },
             "precision": resolve(compute)[1],
-            "scans": {"train": len(rows[0]), "val": len(rows[1])},
+            "scans": {"train": len(task.train_rows), "val": len(rows[1])},
+            "kept_for_gradients_bytes": kept,
+            **{**ingredient(said), **network.facts},
             "validation_loss": float(validation.iloc[-1]) if len(validation) else None,
             **({"compiled": True} if compiled else {}),
         }

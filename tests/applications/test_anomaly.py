@@ -20,14 +20,17 @@ from meddiff_steps.applications.anomaly import (
     members_of,
     score,
 )
+from meddiff_steps.applications.anomaly_maps._tiles import masks
 from meddiff_steps.applications.anomaly_maps.base import Context, Scan, build
 from meddiff_steps.applications.anomaly_maps.coarse_noise import coarse
 from meddiff_steps.applications.anomaly_maps.healing import surprise
-from meddiff_steps.applications.anomaly_maps.patches import masks
-from meddiff_steps.config import Anomaly
+from meddiff_steps.applications.anomaly_maps.modality_cycles import Cycle, cycled
+from meddiff_steps.compute.device import make_fabric
+from meddiff_steps.config import Anomaly, Compute, Translation
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.random_streams import philox
 from meddiff_steps.diffusion.guidance import ClassifierGuidance
+from meddiff_steps.models.image_to_image import ImageToImage
 
 #: The world of `Exact`: voxels are N(0.5, 0.1^2), independent, where size is 1; N(0.4, 0.1^2) where it is not known.
 HEALTHY = {"size": 1.0}
@@ -244,3 +247,115 @@ def test_a_map_ends_at_the_margin_and_knows_its_side() -> None:
     head = Head.of(image, 2)
     found = finished(np.full(image.shape, -0.1), head, wanted)
     assert np.isfinite(found).sum() == 10 * 10 and found[10, 10] == pytest.approx(0.1 / head.spread, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- modality cycles
+
+#: From -1 to 1: scans are N(0.1, SPREAD^2) at each voxel, the other contrast is LINK (scan - 0.1) + N(0, NOISE^2).
+SPREAD, LINK, NOISE = 0.25, 0.8, 0.15
+#: Squared correlation of both, and what is left of a scan's spread once the other contrast is known.
+SHARED = (LINK * SPREAD) ** 2 / ((LINK * SPREAD) ** 2 + NOISE**2)
+LEFT = SPREAD * np.sqrt(1 - SHARED)
+PLANE = (16, 12)
+SPOT = np.zeros(PLANE, bool)
+SPOT[4:8, 4:8] = True
+
+
+class Linear(ImageToImage):
+    """The best of all networks for one of both contrasts given the other, where both are normal."""
+
+    def __init__(self, slope: float, means: tuple[float, float], std: float) -> None:
+        settings = Translation(source=["image"], target=["other"], channels=[8], num_res_blocks=1)
+        super().__init__(settings, PLANE, 1, 1)
+        self.slope, self.means, self.std = slope, means, std
+
+    def predict(self, told: torch.Tensor, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        alpha, sigma = (a.float().reshape(-1, 1, 1, 1) for a in self.process.alpha_sigma(timesteps))
+        source, target = (self.in_blocks(torch.full((1, 1, *PLANE), mean)) for mean in self.means)
+        mean, power = target + self.slope * (told - source), (alpha * self.std) ** 2 + sigma**2
+        clean = mean + alpha * self.std**2 / power * (x - alpha * mean)
+        return self.process.target(clean, (x - alpha * clean) / sigma, timesteps)
+
+    def guess(self, sources: torch.Tensor) -> torch.Tensor:
+        return self.means[1] + self.slope * (sources * 2.0 - 1.0 - self.means[0])
+
+
+def cycle() -> Cycle:
+    forward = Linear(LINK, (0.1, 0.0), NOISE).eval()
+    back = Linear(SHARED / LINK, (0.0, 0.1), LEFT).eval()
+    return Cycle(forward, back, make_fabric(Compute(device="cpu", precision="32-true"), threads=1))
+
+
+def two_contrasts(number: int, lesion: float = 0.0) -> Scan:
+    """A healthy person's, and a lesion that the scan alone shows."""
+    rng = np.random.default_rng(number)
+    scan = 0.1 + SPREAD * rng.standard_normal((1, *PLANE))
+    other = LINK * (scan - 0.1) + NOISE * rng.standard_normal((1, *PLANE))
+    images = ((1 + each) / 2 for each in (np.where(SPOT, lesion or scan, scan), other))
+    image, contrast = (each.astype(np.float32) for each in images)
+    return Scan(image, pd.DataFrame({"subject_id": ["a"]}), f"x/{number}", contrast)
+
+
+def test_a_cycle_gives_back_what_both_contrasts_share() -> None:
+    """In health the difference is (1 - r^2) (scan - mean), 0 in expectation; from the measured contrast it is what that
+    leaves open: 0 in expectation, with a spread of sqrt(1 - r^2) of the scan's.
+    """
+    wanted = settings("modality_cycles", samples=12, num_inference_steps=20, patch_cells=2)
+    mapper = cycled(cycle(), wanted)
+    healthy = [two_contrasts(number) for number in range(8)]
+    found = [mapper(one) for one in healthy]
+    chance = LEFT / np.sqrt(12) / 2  # of a mean of draws, in grey values
+    for one, each in zip(healthy, found, strict=True):
+        assert list(each) == ["", "measured"]
+        expected = (1 - SHARED) * (one.image[0] - 0.55)
+        assert np.abs(each[""].difference - expected).max() < 5 * chance
+        np.testing.assert_allclose(each[""].difference, (one.image - each[""].healed)[0], atol=1e-6)
+    cycled_, measured = (np.stack([each[name].difference for each in found]) for name in ("", "measured"))
+    spread = np.hypot((1 - SHARED) * SPREAD / 2, chance)
+    assert abs(cycled_.mean()) < 4 * spread / np.sqrt(cycled_.size) and cycled_.std() == pytest.approx(spread, rel=0.1)
+    spread = np.hypot(LEFT / 2, chance)
+    assert abs(measured.mean()) < 4 * spread / np.sqrt(measured.size)
+    assert measured.std() == pytest.approx(spread, rel=0.1)
+
+
+def test_what_no_healthy_tissue_shows_is_highest_where_it_is() -> None:
+    wanted = settings("modality_cycles", samples=12, num_inference_steps=20, patch_cells=2)
+    one = two_contrasts(3, lesion=1.0)
+    found = cycled(cycle(), wanted)(one)
+    chance = LEFT / np.sqrt(12) / 2
+    assert found[""].difference[SPOT].mean() == pytest.approx((1 - SHARED) * 0.45, abs=2 * chance)
+    shown = {name: each.difference for name, each in found.items()}
+    for name, difference in shown.items():
+        assert difference[SPOT].mean() > np.abs(difference[~SPOT]).mean() + 2 * difference[~SPOT].std(), name
+    # The other contrast has no lesion there, so that nothing of it comes back
+    expected = 1.0 - (0.1 + SHARED / LINK * (2 * one.contrasts[0] - 1))[SPOT].mean()
+    assert shown["measured"][SPOT].mean() == pytest.approx(expected / 2, abs=2 * chance)
+    assert shown["measured"][SPOT].min() > shown["measured"][~SPOT].max()
+    assert cycled(cycle(), wanted)(one)[""].difference == pytest.approx(shown[""], abs=0), "noise is keyed by the scan"
+
+
+def test_tiles_of_a_cycle_are_drawn_beside_the_scan_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks outside of a tile are the scan's at every level, with that level's noise."""
+    made, seen = cycle(), []
+    predict = made.back.predict
+
+    def watched(told: torch.Tensor, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        seen.append((x.clone(), timesteps))
+        return predict(told, x, timesteps)
+
+    monkeypatch.setattr(made.back, "predict", watched)
+    wanted, one = settings("modality_cycles", samples=1, num_inference_steps=8, patch_cells=1), two_contrasts(0)
+    made.drawn(one.image, one.contrasts, wanted, "x")
+    blocks = made.back.in_blocks(torch.from_numpy(one.image)[None] * 2 - 1)
+    tiles = masks(blocks.shape[2:], 1)
+    for x, timesteps in seen:
+        alpha, sigma = (float(v[0]) for v in made.back.process.alpha_sigma(timesteps))
+        left = (x - alpha * blocks) / sigma
+        assert len(x) == len(tiles)
+        kept = torch.stack([each[:, torch.from_numpy(~tile)] for each, tile in zip(left, tiles, strict=True)])
+        assert float(kept.std()) == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_cycle_without_networks_is_refused() -> None:
+    with pytest.raises(UserError, match=r"modality_cycles needs the networks of both ways .* translation.cycle: true"):
+        build("modality_cycles", Context(None, settings("modality_cycles")))

@@ -15,8 +15,10 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.models.drawing.base import build as build_decoder
 from meddiff_steps.models.first_stage.base import build as build_first_stage
 from meddiff_steps.operations import cost
+from meddiff_steps.operations import work_of_applications as of_applications
 from meddiff_steps.operations.cost import Estimate, Machine, estimates, too_long, wall_hours, wasted
-from meddiff_steps.operations.rates import CORE_FLOPS, PROCESSOR, REQUESTS, extraction_mb
+from meddiff_steps.operations.counting import TRAINING
+from meddiff_steps.operations.rates import CORE_FLOPS, PROCESSOR, REQUESTS, RULES, extraction_mb
 from meddiff_steps.operations.work import Flops, forward_flops, passes_per_sample, work
 from meddiff_steps.privacy.size import BYTES_PER_VALUE, batch_size
 from meddiff_steps.steps import plan_cost
@@ -146,6 +148,9 @@ def test_every_rate_and_request_that_is_counted_with_is_known():
     flops, units, stages = set(), set(), set()
     studies = [load_study(ROOT / "config" / name) for name in ("config.yaml", "studies/ukb.yaml")]
     heads = changed(studies[0], "preprocess", brain_extraction="deepbet", bias_field="n4")
+    asked = ("hippocampus_pairs", "lgg_segmentation", "lgg_translation", "registration", "shape_completion")
+    asked += ("hippocampus_patches", "lgg_few_labels")
+    studies += [load_study(ROOT / f"config/studies/{name}.yaml") for name in asked]
     for study in [*studies, heads, changed(studies[0], "few_step", method="progressive")]:
         for stage, one in work(study, 1000).items():
             stages.add(stage)
@@ -169,11 +174,146 @@ def test_jobs_ask_for_what_their_rules_ask_for(published):
         ),
     }
     for stage, request in REQUESTS.items():
-        (body,) = re.findall(rf"^ *rule {stage}:\n(.*?)(?=^ *rule |\Z)", rules, re.M | re.S)
+        rule = RULES.get(stage, stage)
+        again = re.search(rf"^ *use rule (\w+) as {rule} with:", rules, re.M)
+        if again:
+            assert request is REQUESTS[again[1]], stage
+            continue
+        (body,) = re.findall(rf"^ *rule {rule}:\n(.*?)(?=^ *rule |\Z)", rules, re.M | re.S)
         threads = re.search(r"^ *threads: (\d+)$", body, re.M)
         asked, limit = (re.search(rf"{key}=(.*\)),", body) for key in ("mem_mb", "runtime"))
         expected = (int(threads[1]), eval(limit[1], names), eval(asked[1], names))
         assert (request.cores, request.minutes, request.memory(published)) == expected, stage
+
+
+# -------------------------------------------------------------------------------------------- applications
+
+
+def counted(name, scans=1000, **changes):
+    study = load_study(ROOT / f"config/studies/{name}.yaml")
+    for section, values in changes.items():
+        study = changed(study, section, **values)
+    return study, work(study, scans)
+
+
+def test_a_pass_of_a_residual_network_is_that_of_its_convolutions():
+    """At 16 x 16 places, blocks of 4 x 4 voxels: three contrasts are seen beside the mask that is drawn."""
+    study, _ = counted("lgg_segmentation")
+    settings = study.segmentation_ensemble
+    width, places, blocks = settings.channels[0], 16 * 16, settings.num_res_blocks
+    inputs, outputs = 4 * 16 + 2, 16
+    convolutions = 2 * 9 * places * (inputs * width + 2 * blocks * width**2 + width * outputs)
+    assert of_applications.Images(settings, 3, 1).one_pass((64, 64)) == pytest.approx(convolutions, rel=0.03)
+
+
+def test_segmentation_and_translation_cost_their_steps_and_draws():
+    study, found = counted("lgg_segmentation")
+    settings = study.segmentation_ensemble
+    one, optimiser = of_applications.Images(settings, 3, 1).one_pass((64, 64)), settings.optimiser
+    looks = 1 + math.ceil(optimiser.steps / optimiser.validate_every)
+    whole = 2 * one * (TRAINING * optimiser.steps * optimiser.batch_size + 64 * looks)
+    assert found["segmentation_model"].flops["denoiser trained"] == pytest.approx(whole)
+    evaluations = 1 + 8 * (10 + 5)  # of the network without noise, of draws, and of those that begin at its mask
+    assert found["segmentation"].flops["denoiser"] == pytest.approx(300 * evaluations * one)
+    _, never = counted("lgg_segmentation", segmentation_ensemble={"start": 0.0})
+    assert never["segmentation"].flops["denoiser"] == pytest.approx(300 * (1 + 8 * 10) * one)
+
+    study, found = counted("lgg_translation")
+    _, alone = counted("lgg_translation", translation={"lesion": None})
+    _, cycle = counted("lgg_translation", translation={"lesion": None, "source": ["image"], "cycle": True})
+    settings = study.translation
+    there, finder, short, back = (
+        of_applications.Images(settings, *each).one_pass((64, 64)) for each in ((2, 1), (1, 1), (1, 1), (1, 1))
+    )
+    trained = [each["translation_model"].flops["denoiser trained"] for each in (found, alone, cycle)]
+    assert trained[0] / trained[1] == pytest.approx(1 + finder / (2 * there))
+    assert trained[2] / trained[1] == pytest.approx((2 * short + back) / (2 * there))
+    assert [each["translation_model"].networks for each in (found, alone, cycle)] == [3, 2, 3]
+
+
+def test_what_is_compared_is_trained_too():
+    """Networks of few labels, beside patches, of slices and of volumes."""
+    study, found = counted("lgg_few_labels")
+    settings = study.segmentation_ensemble
+    count = len(settings.few_labels)
+    jobs = count + bool(settings.pretraining_steps)
+    assert found["segmentation_few_labels"].jobs == jobs and found["segmentation_few_labels"].networks == 1
+    _, scratch = counted("lgg_few_labels", segmentation_ensemble={"pretraining_steps": 0})
+    few = [each["segmentation_few_labels"].flops["denoiser trained"] for each in (scratch, found)]
+    two = found["segmentation_model"].flops["denoiser trained"]
+    assert 0.9 * two < 2 * few[0] / scratch["segmentation_few_labels"].jobs < 1.1 * two
+    assert few[1] > 2 * few[0]
+
+    study, found = counted("hippocampus_patches")
+    model, beside = (found[f"segmentation_{name}"] for name in ("model", "beside"))
+    assert beside.jobs == len(study.segmentation_ensemble.beside) and beside.networks == model.networks == 2
+    # `whole` looks at as many voxels, in fewer scans
+    each = beside.flops["denoiser trained"] / beside.jobs
+    assert each == pytest.approx(model.flops["denoiser trained"], rel=0.1)
+
+    study, found = counted("hippocampus_slices")
+    one, more = study.translation.optimiser.steps, study.translation.volume_steps
+    first, second = counted("hippocampus_slices", translation={"volume_steps": 2 * more})[1], found
+    added = [each["translation_model"].flops["denoiser trained"] for each in (second, first)]
+    assert added[1] > added[0] and found["translation_model"].networks == 4
+    size = of_applications.Images(study.translation, 1, 1, slices="alone").one_pass(study.preprocess.shape)
+    joined = of_applications.Images(study.translation, 1, 1, slices="joined").one_pass(study.preprocess.shape)
+    solid = of_applications.Images(study.translation, 1, 1, slices="solid").one_pass(study.preprocess.shape)
+    assert size < joined and solid == pytest.approx(joined, rel=0.06)
+    batch = study.translation.optimiser.batch_size
+    steps = added[0] / batch / TRAINING
+    assert steps == pytest.approx(2 * one * size + more * joined + (one + more) * solid, rel=0.1)
+
+    study, found = counted("lgg_missing")
+    _, fixed = counted("lgg_missing", translation={"missing": False, "target": ["post"], "source": ["image", "pre"]})
+    assert len(study.translation.source) == len(study.translation.target) == 3
+    # In six choices of what is there, of all but three at once
+    ratio = found["translation"].flops["denoiser"] / fixed["translation"].flops["denoiser"]
+    assert 6 < ratio < 9
+
+
+def test_registration_costs_both_networks_and_demons_twice_a_pair():
+    study, found = counted("registration")
+    score, plain = (
+        of_applications.pass_of_registration(study.registration, study.preprocess.shape, kind) for kind in (True, False)
+    )
+    assert score > plain > 0
+    assert found["registration/train"].jobs == 2
+    assert found["registration"].flops["denoiser"] == pytest.approx(12 * (4 * score + 3 * plain))
+    assert found["registration"].units["voxel matched"] == 2 * 12 * 80 * 96 * 80
+    assert not {"registration", "registration/train"} & work(changed(study, "registration", pairs=0), 1000).keys()
+
+
+def test_shapes_cost_attention_among_points_and_to_what_is_left():
+    study, found = counted("shape_completion", scans=100)
+    settings = study.shape_completion
+    c, n, k = settings.channels, settings.drawn, settings.known
+    block = 2 * c * 4 * c + 2 * n * c * c * (1 + 1 + 8) + 2 * (n + k) * c * 2 * c + 2 * 2 * n * (n + k) * c
+    ends = 2 * (n + k) * 33 * c + 2 * (13 + c) * c + 2 * n * c * 3
+    one = of_applications.pass_of_points(settings)
+    assert one == pytest.approx(settings.blocks * block + ends, rel=0.01)
+    assert found["shape_completion"].flops["denoiser"] == pytest.approx(25 * 5 * 25 * one)
+
+
+def test_label_maps_cost_what_images_of_as_many_channels_would():
+    study, found = counted("hippocampus_pairs")
+    assert {f"masks/{name}" for name in ("maps", "autoencoder", "latents", "scale", "diffusion")} < found.keys()
+    assert found["masks/diffusion"].flops == pytest.approx(found["diffusion"].flops)
+    assert found["masks/latents"].flops["encoder"] > found["latents"].flops["encoder"]
+    assert found["masks/latents"].bytes == found["latents"].bytes, "the grid of latents is the same"
+    assert not any(name.startswith("masks/") for name in work(study.model_copy(update={"pairs": None}), 1000))
+
+
+def test_applications_stand_beside_what_all_costs(capsys):
+    plan_cost.run(ROOT / "config/studies/lgg_translation.yaml", scans=1000, cores=2)
+    text = capsys.readouterr().out
+    rows = set(re.findall(r"^(translation\w*|= together) +\d+ ", text, re.M))
+    assert rows == {"translation_model", "translation", "= together"}
+    assert text.index("= together") < text.index("applications, asked for by name") < text.index("translation_model")
+    plan_cost.run(ROOT / "config/studies/lgg_translation.yaml", scans=1000, as_object=True)
+    found = json.loads(capsys.readouterr().out)
+    parts = sum(found[group]["core_hours"] for group in cost.GROUPS)
+    assert found["together"]["core_hours"] == pytest.approx(parts) and found["applications"]["core_hours"] > 0
 
 
 # --------------------------------------------------------------------------------------------------- rates

@@ -114,7 +114,9 @@ def test_a_cohort_of_one_or_two_images_is_attacked_and_little_is_said(released):
         return assessment.RealScans({"learned": unit_rows(rng.normal(size=(count, 4)))}, np.arange(count).astype(str))
 
     train, held, test = people(20), people(8), people(8)
-    found = assessment.attack({"learned": train.directions["learned"][:released]}, train, held, test, 100, "s")
+    found = assessment.attack(
+        {"learned": train.directions["learned"][:released]}, assessment.RealSplits(train, held, test), 100, "s"
+    )
     assert ("density ratio, learned" in found["membership"]) == (released > 1)
     near = found["nearer_to_training"]["learned"]
     assert near["high"] - near["low"] > 0.5
@@ -126,18 +128,18 @@ def test_the_few_of_a_rare_level_are_found_where_images_copy_them_and_are_not_wh
     def people(count):
         return assessment.RealScans({"learned": unit_rows(rng.normal(size=(count, 16)))}, np.arange(count).astype(str))
 
-    train, held, test = people(60), people(40), people(40)
+    real = assessment.RealSplits(people(60), people(40), people(40))
     few, level = np.arange(60) < 8, np.arange(40) < 20
-    copies = np.repeat(train.directions["learned"][few], 6, axis=0) + 0.05 * rng.normal(size=(48, 16))
+    copies = np.repeat(real.train.directions["learned"][few], 6, axis=0) + 0.05 * rng.normal(size=(48, 16))
     fresh = rng.normal(size=(48, 16))
     asked = np.arange(96) < 48
     for images, low, high in ((copies, 0.9, 1.0), (fresh, 0.3, 0.7)):
         synthetic = {"learned": unit_rows(np.concatenate([images, rng.normal(size=(48, 16))]))}
         rare = assessment.RareLevel(few, level, level, asked)
-        found = assessment.attack_rare(rare, synthetic, train, held, test, 100, "s")
+        found = assessment.attack_rare(rare, synthetic, real, 100, "s")
         assert (found["subjects"], found["images"], found["strangers"]) == (8, 48, "of that level")
         assert low <= found["nearer_to_training"]["learned"]["value"] <= high
     alone = assessment.RareLevel(few, np.zeros(40, bool), level, asked)
-    assert assessment.attack_rare(alone, synthetic, train, held, test, 20, "s")["strangers"] == "all"
+    assert assessment.attack_rare(alone, synthetic, real, 20, "s")["strangers"] == "all"
     nobody = assessment.RareLevel(few, level, level, np.zeros(96, bool))
-    assert "nearer_to_training" not in assessment.attack_rare(nobody, synthetic, train, held, test, 20, "s")
+    assert "nearer_to_training" not in assessment.attack_rare(nobody, synthetic, real, 20, "s")

@@ -19,7 +19,7 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.places import ball
 from meddiff_steps.models.first_stage.base import build, latent_shape
 from meddiff_steps.models.trained import DenoiserCard, save_denoiser, save_image_network
-from meddiff_steps.steps import anomaly, cohort, preprocess, quality
+from meddiff_steps.steps import anomaly, cohort, preprocess, quality, translation_model
 
 SIDE, PEOPLE = 32, 24
 
@@ -95,7 +95,7 @@ class Files:
 
     def run(self, out: str, **section: Any) -> Path:
         f, config = self.folder, self.frozen(self.study(**section), "anomaly")
-        anomaly.run(config, self.manifest, self.qc, [self.images], f / "autoencoder", f / "diffusion", f / out)
+        anomaly.run(config, self.manifest, self.qc, [self.images], f / out, f / "autoencoder", f / "diffusion")
         return f / out
 
 
@@ -170,3 +170,45 @@ def test_masks_that_do_not_fit_and_too_few_healthy_people_are_refused(files: Fil
         files.run("bad", subject_false_positive_rate=0.01)
     with pytest.raises(UserError, match=r"anomaly.scans: 'nobody' is no preprocessed scan"):
         files.run("bad", scans=["nobody"])
+
+
+def test_modality_cycles_need_no_autoencoder_and_learn_from_healthy_scans(files: Files, tmp_path: Path) -> None:
+    """From a table with a second contrast to the derivative; lesions are in the first contrast alone."""
+    content = study(files.folder, methods=["modality_cycles"])
+    (tmp_path / "other").mkdir()
+    for path in (files.folder / "images").glob("*.png"):
+        grey = np.asarray(Image.open(files.folder / "images" / f"{path.stem[:-1]}0.png"))[..., 1].astype(float)
+        Image.fromarray(np.where(grey > 0, 200 - grey, 0).clip(0, 255).astype(np.uint8)).save(
+            tmp_path / "other" / path.name
+        )
+    content["preprocess"]["channels"] = {"other": {"path": str(tmp_path / "other/{scan_id}.png")}}
+    optimiser = {"steps": 30, "batch_size": 4, "validate_every": 30, "warmup_steps": 2}
+    content["translation"] = {"target": ["other"], "cycle": True, "block": 2, "channels": [8], "num_res_blocks": 1}
+    content["translation"]["optimiser"] = optimiser
+    made = parse_study(content, "test")
+
+    def frozen(stage: str) -> Path:
+        return freeze(made, stage, tmp_path / "frozen")
+
+    images, qc = tmp_path / "s.arrow", tmp_path / "qc.parquet"
+    preprocess.run(frozen("preprocess"), files.manifest, 0, images, tmp_path / "qc0.parquet")
+    quality.run(frozen("quality"), [tmp_path / "qc0.parquet"], qc)
+    there, back, out = (tmp_path / name for name in ("there", "back", "out"))
+    translation_model.run(frozen("translation_model"), files.manifest, [images], there, tmp_path / "state", back=back)
+    manifest = read_manifest(files.manifest)
+    healthy = (manifest["split"] == "train") & (manifest["lesion"] == "0")
+    card = json.loads((back / "card.json").read_text())
+    assert (card["way"], card["source"], card["target"]) == ("diffusion", ["other"], ["image"])
+    assert card["scans"]["train"] == healthy.sum() < (manifest["split"] == "train").sum()
+    anomaly.run(frozen("anomaly"), files.manifest, qc, [images], out, translation=there, back=back)
+    found = json.loads((out / "figures.json").read_text())
+    methods = {entry["method"]: entry for entry in found["methods"]}
+    assert list(methods)[3:] == ["modality_cycles", "modality_cycles_measured", "ensemble"]
+    assert methods["modality_cycles_measured"]["average_precision"]["value"] > 0.5
+    assert set(found["model"]) == {"translation", "back"} and found["model"]["back"] == card["weights_sha256"]
+    with pytest.raises(UserError, match=r"draws \['other'\] from \['image'\], expected the way back"):
+        anomaly.run(frozen("anomaly"), files.manifest, qc, [images], out, translation=there, back=there)
+    content["anomaly"]["methods"] = ["gaussian_noise"]
+    config = freeze(parse_study(content, "test"), "anomaly", tmp_path / "frozen")
+    with pytest.raises(UserError, match="need a trained model; give --autoencoder and --diffusion"):
+        anomaly.run(config, files.manifest, qc, [images], out)

@@ -15,7 +15,7 @@ from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.pairs import Pairs
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
-from meddiff_steps.models.image_to_image import load_image_to_image
+from meddiff_steps.models.image_to_image import build, card_of, load_image_to_image
 from meddiff_steps.training.image_to_image import rows_to_train_on, train, with_noise_and_without
 from meddiff_steps.training.loop import fit
 from meddiff_steps.training.tasks.image_to_image import ImageToImageTask, Way
@@ -128,3 +128,11 @@ def test_what_is_written_draws_as_what_was_trained(shards: Shards, fabric: Any, 
 def test_without_training_scans_nothing_is_begun() -> None:
     with pytest.raises(UserError, match=r"translation: no preprocessed scan is in the train split"):
         rows_to_train_on({"train": np.array([]), "val": np.array([1])}, "translation")
+
+
+def test_cards_that_say_nothing_of_later_settings_are_read() -> None:
+    card = card_of(config.ImageToImage(block=1, channels=[8]), (8, 8), 2, 1)
+    old = {name: value for name, value in card.items() if name not in ("marks", "missing", "slices")}
+    old["settings"] = {name: v for name, v in card["settings"].items() if name not in ("patch", "coordinates")}
+    shapes = [{name: v.shape for name, v in build(one).state_dict().items()} for one in (card, old)]
+    assert shapes[0] == shapes[1] and build(old).place.any()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -16,6 +18,9 @@ from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.diffusion.guidance import Guidance
 from meddiff_steps.diffusion.samplers import ddim, flow
 from meddiff_steps.models.trained import TrainedModel
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 @dataclass(frozen=True)
@@ -30,11 +35,14 @@ class Scan:
         Its covariates, one row; those that tell whether it is healthy are empty.
     root
         Of its random numbers.
+    contrasts
+        Its others, which `translation` draws, float32 (t, *spatial) in [0, 1]; None where no method needs them.
     """
 
     image: np.ndarray
     subject: pd.DataFrame
     root: str
+    contrasts: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -58,25 +66,43 @@ Mapper = Callable[[Scan], Mapping[str, Finding]]
 
 
 @dataclass(frozen=True)
+class Translations:
+    """Folders of what `translation_model` learnt of healthy scans, there and back, and where it runs."""
+
+    forward: Path
+    back: Path
+    fabric: Fabric
+
+
+@dataclass(frozen=True)
 class Context:
     """What methods can use.
 
     Attributes
     ----------
-    model
-        Trained.
+    trained
+        The study's model, for methods that need it.
     settings
         The study's section.
     reference
         Healthy validation scans.
     guides
         Guidance of the sampler towards the value of `settings.healthy`, for methods that need it.
+    translations
+        Networks of other contrasts, for methods that need them.
     """
 
-    model: TrainedModel
+    trained: TrainedModel | None
     settings: config.Anomaly
     reference: Sequence[Scan] = ()
     guides: tuple[Guidance, ...] = ()
+    translations: Translations | None = None
+
+    @property
+    def model(self) -> TrainedModel:
+        """The trained one."""
+        assert self.trained is not None, "ENTRY's `needs` say `a trained model` of a method that uses it"
+        return self.trained
 
     def healthy(self, subject: pd.DataFrame, count: int = 1) -> Condition:
         """What the model is asked for: a healthy scan of this subject, `count` times."""

@@ -7,7 +7,6 @@ All else is that of `resnet`: the noise level and the variant modulate the secon
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -18,9 +17,9 @@ from meddiff_steps import config
 from meddiff_steps.compute.recompute import recompute
 from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.diffusion.schedules import NoiseProcess
-from meddiff_steps.models.blocks import ChannelNorm, ResidualBlock, convolution, coordinates, dense, silence
+from meddiff_steps.models.blocks import convolution, coordinates, dense, silence
 from meddiff_steps.models.denoiser.effects import covariate_features, feature_count
-from meddiff_steps.models.denoiser.resnet import FREQUENCIES, HIGHEST, LEVELS, LOWEST
+from meddiff_steps.models.denoiser.resnet import ResidualTrunk
 from meddiff_steps.models.denoiser.tokens import CovariateTokens, CrossAttention
 
 ENTRY = {
@@ -77,7 +76,7 @@ class Control(nn.Module):
         return added
 
 
-class Network(nn.Module):
+class Network(ResidualTrunk):
     """What is worth compiling: everything between the encoded condition and the prediction.
 
     Parameters
@@ -96,8 +95,6 @@ class Network(nn.Module):
         `diffusion.conditioning`.
     """
 
-    frequencies: Tensor
-
     def __init__(
         self,
         spatial_dims: int,
@@ -112,16 +109,9 @@ class Network(nn.Module):
         maps: int,
         settings: config.Conditioning,
     ) -> None:
-        super().__init__()
-        frequencies = torch.exp(torch.linspace(math.log(LOWEST), math.log(HIGHEST), FREQUENCIES))
-        self.register_buffer("frequencies", frequencies, persistent=False)
-        embedding, self.settings = 2 * width, settings
-        self.embed = nn.Sequential(
-            nn.Linear(2 * FREQUENCIES + numbers, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
-        )
         constant = features if settings.covariates == "concatenation" else 0
-        self.first = convolution(spatial_dims, inputs + spatial_dims + constant, width)
-        self.blocks = nn.ModuleList(ResidualBlock(spatial_dims, width, embedding) for _ in range(blocks))
+        super().__init__(spatial_dims, inputs + constant, numbers, width, blocks)
+        self.settings = settings
         added = features if settings.covariates == "addition" else 0
         add = [nn.Linear(added, width) for _ in range(blocks if added else 0)]
         for layer in add:
@@ -132,8 +122,7 @@ class Network(nn.Module):
         self.spade = nn.ModuleList(
             SpatialModulation(spatial_dims, width, maps) for _ in range(blocks if spatial else 0)
         )
-        self.norm, self.last = ChannelNorm(width), convolution(spatial_dims, width, outputs)
-        silence(self.last)
+        self.add_end(spatial_dims, width, outputs)
         controlled = settings.maps == "controlnet" and maps > 0
         self.control = Control(spatial_dims, width, maps, self.blocks) if controlled else None
         #: While only what knows no maps is trained; a network that is not being trained has both.
@@ -152,8 +141,7 @@ class Network(nn.Module):
         """x (b, inputs, *spatial), its coordinates, ln(sigma / alpha) (b,), numbers (b, k), features (b, f), tokens
         (b, m, dim), maps (b, c, *spatial) -> (b, outputs, *spatial); what there is none of has no channels.
         """
-        phase = log_ratio.float().clamp(*LEVELS)[:, None] / 4.0 * self.frequencies
-        embedding = self.embed(torch.cat([phase.cos(), phase.sin(), numbers], 1))
+        embedding = self.embedding(log_ratio, numbers)
         flat = features.to(x.dtype)
         parts = [x, place.to(x.dtype)]
         if self.settings.covariates == "concatenation":
@@ -173,7 +161,7 @@ class Network(nn.Module):
                 hidden = self.spade[number](hidden, maps)
             if added:
                 hidden = hidden + added[number]
-        return self.last(functional.silu(self.norm(hidden)))
+        return self.ended(hidden)
 
 
 class ConditionedResNet(nn.Module):

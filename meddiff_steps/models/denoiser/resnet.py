@@ -34,7 +34,45 @@ FREQUENCIES, LOWEST, HIGHEST = 32, 0.2, 12.0
 LEVELS = (-8.0, 8.0)
 
 
-class LocalNetwork(nn.Module):
+class ResidualTrunk(nn.Module):
+    """What networks of residual blocks at one resolution share: an embedding of the noise level and of numbers, the
+    blocks, and an end that starts at zero.
+
+    Parameters
+    ----------
+    spatial_dims, inputs, numbers, width, blocks
+        As of `LocalNetwork`.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, spatial_dims: int, inputs: int, numbers: int, width: int, blocks: int) -> None:
+        super().__init__()
+        frequencies = torch.exp(torch.linspace(math.log(LOWEST), math.log(HIGHEST), FREQUENCIES))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        embedding = 2 * width
+        self.embed = nn.Sequential(
+            nn.Linear(2 * FREQUENCIES + numbers, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
+        )
+        self.first = convolution(spatial_dims, inputs + spatial_dims, width)
+        self.blocks = nn.ModuleList(ResidualBlock(spatial_dims, width, embedding) for _ in range(blocks))
+
+    def add_end(self, spatial_dims: int, width: int, outputs: int) -> None:
+        """The last layers, made after all others, so that these start from the same numbers whatever is beside them."""
+        self.norm, self.last = ChannelNorm(width), convolution(spatial_dims, width, outputs)
+        silence(self.last)
+
+    def embedding(self, log_ratio: Tensor, numbers: Tensor) -> Tensor:
+        """ln(sigma / alpha) (b,) and numbers (b, k) -> (b, 2 * width)."""
+        phase = log_ratio.float().clamp(*LEVELS)[:, None] / 4.0 * self.frequencies
+        return self.embed(torch.cat([phase.cos(), phase.sin(), numbers], 1))
+
+    def ended(self, hidden: Tensor) -> Tensor:
+        """(b, width, *spatial) -> (b, outputs, *spatial)."""
+        return self.last(functional.silu(self.norm(hidden)))
+
+
+class LocalNetwork(ResidualTrunk):
     """Residual blocks that are told coordinates and an embedding of the noise level and of numbers; starts at zero.
 
     Parameters
@@ -51,23 +89,12 @@ class LocalNetwork(nn.Module):
         Width of tokens that every place attends to after each block; 0: there are none.
     """
 
-    frequencies: Tensor
-
     def __init__(
         self, spatial_dims: int, inputs: int, outputs: int, numbers: int, width: int, blocks: int, tokens: int = 0
     ) -> None:
-        super().__init__()
-        frequencies = torch.exp(torch.linspace(math.log(LOWEST), math.log(HIGHEST), FREQUENCIES))
-        self.register_buffer("frequencies", frequencies, persistent=False)
-        embedding = 2 * width
-        self.embed = nn.Sequential(
-            nn.Linear(2 * FREQUENCIES + numbers, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
-        )
-        self.first = convolution(spatial_dims, inputs + spatial_dims, width)
-        self.blocks = nn.ModuleList(ResidualBlock(spatial_dims, width, embedding) for _ in range(blocks))
+        super().__init__(spatial_dims, inputs, numbers, width, blocks)
         self.attend = nn.ModuleList(CrossAttention(width, tokens) for _ in range(blocks if tokens else 0))
-        self.norm, self.last = ChannelNorm(width), convolution(spatial_dims, width, outputs)
-        silence(self.last)
+        self.add_end(spatial_dims, width, outputs)
         #: Voxels around one that its output depends on.
         self.reach = 2 * blocks + 2
 
@@ -83,14 +110,13 @@ class LocalNetwork(nn.Module):
         """x (b, inputs, *spatial), its coordinates (b, d, *spatial), ln(sigma / alpha) (b,), numbers (b, k), and tokens
         (b, m, dim) with which of them are there (b, m) -> (b, outputs, *spatial).
         """
-        phase = log_ratio.float().clamp(*LEVELS)[:, None] / 4.0 * self.frequencies
-        embedding = self.embed(torch.cat([phase.cos(), phase.sin(), numbers], 1))
+        embedding = self.embedding(log_ratio, numbers)
         hidden = self.first(dense(torch.cat([x, place.to(x.dtype)], 1)))
         for number, block in enumerate(self.blocks):
             hidden = block(hidden, embedding)
             if tokens is not None and there is not None:
                 hidden = self.attend[number](hidden, tokens, there)
-        return self.last(functional.silu(self.norm(hidden)))
+        return self.ended(hidden)
 
 
 class ResNet(nn.Module):

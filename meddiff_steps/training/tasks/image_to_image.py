@@ -15,10 +15,12 @@ from torch.nn import functional
 from meddiff_steps import config
 from meddiff_steps.compute.device import to_channels_last, to_device
 from meddiff_steps.compute.micro_batch import MicroBatch
+from meddiff_steps.compute.recompute import kept_for_gradients
 from meddiff_steps.core.random_streams import step_generator
 from meddiff_steps.imaging.pairs import Pairs
 from meddiff_steps.imaging.variants import draw_variant
-from meddiff_steps.models.image_to_image import ImageToImage
+from meddiff_steps.models.image_to_image import ImageToImage, build, card_of
+from meddiff_steps.models.slices import Slices
 from meddiff_steps.training.loop import batch_rows, clip_gradients, rank_share
 from meddiff_steps.training.optimisers import set_up
 
@@ -37,7 +39,8 @@ class ImageToImageTask:
     """Denoising of targets given sources (Saharia et al. 2022), or, of the same network, regression of targets.
 
     Where several readers marked a scan, each look at it has the marks of one of them, at random: what is learnt is how
-    readers mark.
+    readers mark.  Where sources may be missing, each look leaves some out, evenly over what may be left
+    (`Pairs.patterns`); all targets that a scan has are learnt, also those that are given.
 
     Parameters
     ----------
@@ -49,6 +52,13 @@ class ImageToImageTask:
         Rows of `pairs.shards`.
     root
         The study's seed, and what the network is for.
+    labelled
+        Rows whose targets it may learn from; all training rows where there are none.  Given, what is trained is a
+        network that takes the sources in place of a state (`ImageToImage`, marks).
+    base
+        A network whose weights it starts from (`ImageToImage.start`): of one that marks, the diffusion of sources.
+    slices
+        As of `ImageToImage`.
     """
 
     def __init__(
@@ -61,6 +71,9 @@ class ImageToImageTask:
         val_rows: Sequence[int] | np.ndarray,
         root: str,
         fabric: Fabric,
+        labelled: np.ndarray | None = None,
+        base: ImageToImage | None = None,
+        slices: Slices | None = None,
     ) -> None:
         self.way, self.settings, self.pairs, self.fabric = way, settings, pairs, fabric
         self.variants = variants.model_copy(update={"max_contrast": 0.0})
@@ -68,8 +81,17 @@ class ImageToImageTask:
         self.train_rows, self.val_rows = np.asarray(train_rows), np.asarray(val_rows)[:VALIDATION_SCANS]
         shape = pairs.shards.shape("image")[1:]
         torch.manual_seed(int(step_generator(root, "weights", 0).integers(2**31)))
-        self.model = model = ImageToImage(settings, shape, len(pairs.source), pairs.channels)
-        self._standardise()
+        self.card = card_of(settings, shape, len(pairs.source), pairs.channels, missing=pairs.missing, slices=slices)
+        drawn = pairs
+        if labelled is not None:
+            drawn = pairs.of_sources()
+            self.card |= {"sources": 0, "targets": drawn.channels, "marks": pairs.channels}
+        self.model = model = build(self.card)
+        self._standardise(drawn)
+        if labelled is not None:
+            self.train_rows = labelled
+        if base is not None:
+            model.start(base, "segmentation_ensemble")
         to_channels_last(model, len(shape))
         average = copy.deepcopy(model).requires_grad_(False).eval()
         self.net, self.optimisers = set_up(model, settings.optimiser, fabric)
@@ -78,20 +100,28 @@ class ImageToImageTask:
         self.costly = list(model.costly)
         self.dice = DiceLoss(sigmoid=pairs.kind == "mask", softmax=pairs.kind == "labels", batch=True)
 
-    def _standardise(self) -> None:
-        """Mean of targets at every place, and one spread about it, as the network keeps them."""
+    def _standardise(self, pairs: Pairs) -> None:
+        """Mean of what is drawn at every place, and one spread about it, as the network keeps them; the mean of all
+        places where it is not told which is which.
+        """
         rows = self.train_rows[:: max(1, len(self.train_rows) // MEASURED_SCANS)][:MEASURED_SCANS]
         blocks = []
         for row in rows:
-            truths = self.pairs.truths([row])
-            each = np.swapaxes(truths, 0, 1) if self.pairs.readers > 1 else truths
-            blocks.append(self.model.in_blocks(torch.from_numpy(self.pairs.encoded(each))).mean(0))
+            truths = pairs.truths([row])
+            each = np.swapaxes(truths, 0, 1) if pairs.readers > 1 else truths
+            blocks.append(self.model.in_blocks(torch.from_numpy(pairs.encoded(each))).mean(0))
         found = torch.stack(blocks)
-        self.model.offset.copy_(found.mean(0, keepdim=True))
-        self.model.scale.copy_((found - found.mean(0)).square().mean().sqrt().clamp_min(1e-6))
+        mean = found.mean(0)
+        if not self.settings.coordinates:
+            mean = mean.flatten(1).mean(1).reshape(-1, *[1] * (mean.ndim - 1)).expand_as(mean)
+        self.model.offset.copy_(mean[None])
+        self.model.scale.copy_((found - mean).square().mean().sqrt().clamp_min(1e-6))
 
     def _batch(self, rows: np.ndarray, generator: np.random.Generator, *, varied: bool) -> tuple[np.ndarray, ...]:
-        """Sources (b, s, *spatial), targets (b, c, *spatial), noise (b, ., *blocks) and timesteps (b,) of rows."""
+        """Sources (b, s, *spatial), targets (b, c, *spatial), noise (b, ., *blocks), timesteps (b,), and which targets
+        are there (b, c), of rows; varied, of a patch of each where the study trains on patches, and the blocks (b, d)
+        where these begin.
+        """
         truths = self.pairs.truths(rows)
         reader = generator.integers(self.pairs.readers, size=len(rows))
         if self.pairs.readers > 1:
@@ -104,8 +134,29 @@ class ImageToImageTask:
         uniform = (generator.permutation(len(rows)) + generator.random(len(rows))) / len(rows)
         levels = self.settings.levels
         timesteps = self.model.process.training_timesteps(uniform, levels.mean, levels.deviation)
-        noise = generator.standard_normal((len(rows), *self.model.blocks_shape), dtype=np.float32)
-        return sources, self.pairs.encoded(truths), noise, timesteps
+        patch, (channels, *grid) = self.settings.patch if varied else None, self.model.blocks_shape
+        cut = [n // self.settings.block for n in patch] if patch else grid
+        noise = generator.standard_normal((len(rows), channels, *cut), dtype=np.float32)
+        given, known = self.pairs.there(rows)
+        sources = self.pairs.hidden(sources, self._left(given, known, generator))
+        if not patch:
+            return sources, self.pairs.encoded(truths), noise, timesteps, known
+        room = [n - size for n, size in zip(grid, cut, strict=True)]
+        corners = np.stack([generator.integers(0, most + 1, len(rows)) for most in room], axis=1)
+        sources, truths = (cropped(images, corners * self.settings.block, patch) for images in (sources, truths))
+        return sources, self.pairs.encoded(truths), noise, timesteps, known, corners
+
+    def _left(self, given: np.ndarray, known: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """Which of the sources that scans have, bool (b, s), are left to the network, so that a known target is not."""
+        if not self.pairs.missing:
+            return given
+        left, patterns = given.copy(), self.pairs.patterns()
+        asked = np.stack([self.pairs.asked(one) for one in patterns])
+        for i in range(len(given)):
+            possible = patterns[~(patterns & ~given[i]).any(1) & (asked & known[i]).any(1)]
+            if len(possible):
+                left[i] = possible[generator.integers(len(possible))]
+        return left
 
     def train_step(self, step: int) -> dict[str, Tensor]:
         size, fabric = self.settings.optimiser.batch_size, self.fabric
@@ -123,11 +174,33 @@ class ImageToImageTask:
             optimiser.step()
         return found
 
-    def _loss(self, net: nn.Module, sources: Tensor, targets: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def kept(self) -> int:
+        """Bytes that a look at one image more, or patch, keeps for the gradients: what of a training's memory grows
+        with the batch.  Weights, their gradients and the optimiser's moments do not.
+        """
+        drawn = self._batch(np.resize(self.train_rows, 2), step_generator(self.root, "kept", 0), varied=True)
+        model, given = self.modules["model"], [to_device(one, self.fabric) for one in drawn]
+
+        def of(images: int) -> int:
+            return kept_for_gradients(lambda: self._loss(model, *(each[:images] for each in given)))
+
+        with self.fabric.autocast():
+            return of(2) - of(1)
+
+    def _loss(
+        self,
+        net: nn.Module,
+        sources: Tensor,
+        targets: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        known: Tensor,
+        corners: Tensor | None = None,
+    ) -> Tensor:
         if self.way == "regression":
-            guess = net(sources)
+            guess = net(sources, corners=corners)
             if self.pairs.kind == "contrast":
-                return (guess - targets).square().mean()
+                return self._mean((guess - targets).square(), known)
             shares = (targets + 1.0) / 2.0
             if self.pairs.kind == "mask":
                 entropy = functional.binary_cross_entropy_with_logits(guess, shares)
@@ -135,11 +208,18 @@ class ImageToImageTask:
                 entropy = functional.cross_entropy(guess, shares.argmax(1))
             return entropy + self.dice(guess, shares)
         model = self.model
-        clean = model.standardisation(model.in_blocks(targets))
+        clean = model.standardisation_at(corners, noise.shape[2:])(model.in_blocks(targets))
         noisy = model.process.add_noise(clean, noise, timesteps)
-        error = net(sources, noisy, timesteps) - model.process.target(clean, noise, timesteps)
+        error = net(sources, noisy, timesteps, corners) - model.process.target(clean, noise, timesteps)
         # In units of what the network gives: every level weighs the same at the start (Karras et al. 2022, table 1)
-        return (error / model.gain(timesteps, error.ndim)).square().mean()
+        error = error / model.gain(timesteps, error.ndim)
+        return self._mean((model.in_voxels(error) if self.pairs.missing else error).square(), known)
+
+    def _mean(self, errors: Tensor, known: Tensor) -> Tensor:
+        """Of errors (b, c, *spatial), where targets may be missing over those that are known (b, c)."""
+        if not self.pairs.missing:
+            return errors.mean()
+        return (errors.flatten(2).mean(2) * known).sum() / known.sum().clamp_min(1)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -152,3 +232,13 @@ class ImageToImageTask:
                 loss = self._loss(self.modules["average"], *(to_device(one, self.fabric) for one in drawn))
             losses.append((float(loss), len(rows)))
         return {"val/loss": sum(loss * n for loss, n in losses) / len(self.val_rows)} if losses else {}
+
+
+def cropped(images: np.ndarray, corners: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Of each of (n, c, *spatial) the part of a shape that begins at its corner (n, d), in voxels."""
+    return np.stack(
+        [
+            image[(slice(None), *(slice(first, first + size) for first, size in zip(corner, shape, strict=True)))]
+            for image, corner in zip(images, corners, strict=True)
+        ]
+    )
