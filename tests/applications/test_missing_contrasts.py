@@ -162,7 +162,7 @@ def test_the_simple_way_is_least_squares_of_what_is_there() -> None:
 def test_what_can_be_missing_is_said_at_the_door() -> None:
     with pytest.raises(ValueError, match="missing: true needs two sources or more"):
         settings_of(source=["image"])
-    for other, value in {"lesion": "m", "cycle": True, "volume_steps": 3, "patch": [8, 8]}.items():
+    for other, value in {"lesion": "m", "cycle": True, "volume_steps": 3, "patch": [8, 8], "unpaired": {}}.items():
         with pytest.raises(ValueError, match=f"missing and {other} do not go together"):
             settings_of(**{other: value})
     with pytest.raises(ValueError, match="source and target share"):
