@@ -485,7 +485,7 @@ def manifest_of_scans_to_fill(wildcards):
     if not STUDY.inpainting.wanted:
         raise WorkflowError(
             "inpainting.hole: not set, so nothing is hidden. Name a mask (file), a box or a ball (ball_mm), for example"
-            " with --config 'inpainting={hole: {ball_mm: 30}}'."
+            " in the study `inpainting: {hole: {ball_mm: 30}}`."
         )
     return MANIFEST
 
@@ -495,7 +495,7 @@ def manifest_of_scans_to_compare(wildcards):
     if not STUDY.normative.wanted:
         raise WorkflowError(
             "normative.wanted: not set, so no deviation is mapped. Set it, and name a reference if not everybody is,"
-            " for example with --config 'normative={wanted: true, reference: {diagnosis: CN}}'."
+            " for example in the study `normative: {wanted: true, reference: {diagnosis: CN}}`."
         )
     return MANIFEST
 
@@ -504,8 +504,8 @@ def manifest_of_scans_to_reconstruct(wildcards):
     """The manifest; without a measurement nothing is started for it."""
     if not STUDY.reconstruction.operators:
         raise WorkflowError(
-            "reconstruction.operators: not set, so nothing is measured. Name some, for example with"
-            " --config 'reconstruction={operators: [mri]}'."
+            "reconstruction.operators: not set, so nothing is measured. Name some, for example in the"
+            " study `reconstruction: {operators: [mri]}`."
         )
     return MANIFEST
 
@@ -514,8 +514,8 @@ def manifest_of_scans_to_map(wildcards):
     """The manifest; without a method nothing is started for it."""
     if not STUDY.anomaly.methods:
         raise WorkflowError(
-            "anomaly.methods: not set, so no map is made. Name some, for example with"
-            " --config 'anomaly={methods: [gaussian_noise]}'."
+            "anomaly.methods: not set, so no map is made. Name some, for example in the"
+            " study `anomaly: {methods: [gaussian_noise]}`."
         )
     return MANIFEST
 
@@ -524,8 +524,8 @@ def manifest_of_scans_to_register(wildcards):
     """The manifest; without pairs nothing is started for it."""
     if not STUDY.registration.pairs:
         raise WorkflowError(
-            "registration.pairs: 0, so nothing is registered. Say how many pairs of test scans, for example with"
-            " --config 'registration={pairs: 12}'."
+            "registration.pairs: 0, so nothing is registered. Say how many pairs of test scans, for example in the"
+            " study `registration: {pairs: 12}`."
         )
     return MANIFEST
 
@@ -534,8 +534,8 @@ def points_of_shapes(wildcards):
     """The file of shapes; without one nothing is started."""
     if STUDY.shape_completion.points is None:
         raise WorkflowError(
-            "shape_completion.points: not set, so there are no shapes. Name a file (.npz), for example with"
-            " --config 'shape_completion={points: shapes.npz}'."
+            "shape_completion.points: not set, so there are no shapes. Name a file (.npz), for example in the"
+            " study `shape_completion: {points: shapes.npz}`."
         )
     return STUDY.shape_completion.points
 
@@ -565,8 +565,8 @@ def manifest_of_scans_to_harmonise(wildcards):
     if not STUDY.harmonisation.wanted:
         raise WorkflowError(
             "harmonisation.covariate: not set, so nothing is harmonised. Name the categorical covariate that says the"
-            " site, and the site whose look is taken, for example with --config 'harmonisation={covariate: site, to:"
-            " A}'."
+            " site, and the site whose look is taken, for example in the study `harmonisation: {covariate: site, to:"
+            " A}`."
         )
     return MANIFEST
 

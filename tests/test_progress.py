@@ -182,3 +182,10 @@ def test_a_run_that_fails_says_which_log_and_why(tmp_path):
     assert "FAILED  cohort\n  results/tiny/logs/cohort.log:\n" in done.stderr
     assert "participants.tsv" in done.stderr and "begins" not in done.stderr
     assert int((tmp_path / "failed").read_text()) > 0 and not Path(tmp_path, "told").exists()
+
+
+def test_a_folder_that_another_run_holds_is_told_in_our_words():
+    stream = io.StringIO()
+    progress = Progress(stream, quiet=True)
+    progress.said("ERROR", "LockException:\nError: Directory cannot be locked. Please make sure ... --unlock argument.")
+    assert "Another run works in this folder" in stream.getvalue() and "Please" not in stream.getvalue()

@@ -23,6 +23,12 @@ REDRAW_S, REPEAT_S = 1.0, 600.0
 MOST = 8
 #: How Snakemake begins what it says to somebody who stops it.
 STOPPING = ("Will exit after finishing", "Terminating processes on user request")
+#: What Snakemake says where another run holds the folder, and what that means.
+LOCKED = "Directory cannot be locked"
+OTHER_RUN = (
+    "Another run works in this folder, or one was killed. `meddiff status results/STUDY` says which: if none works"
+    " there, `meddiff run STUDY.yaml -- --unlock` and run again."
+)
 #: Seconds of jobs before which what was expected counts more than what is seen: the first jobs are short.
 TRUST_S = 120.0
 
@@ -87,7 +93,11 @@ class Progress:
 
     def said(self, level: str, message: str) -> None:
         """A message that is no event: warnings and errors are shown, and what is said to somebody who stops the run."""
-        if message.startswith(STOPPING) or (level in ("WARNING", "ERROR", "CRITICAL") and message not in ("", "None")):
+        if LOCKED in message:
+            self._line(OTHER_RUN, always=True)
+        elif message.startswith(STOPPING) or (
+            level in ("WARNING", "ERROR", "CRITICAL") and message not in ("", "None")
+        ):
             self._line(message, always=True)
 
     def _run_info(self, said: Mapping[str, Any]) -> None:
@@ -134,7 +144,7 @@ class Progress:
     def _error(self, said: Mapping[str, Any]) -> None:
         message = str(said.get("message") or said.get("msg") or "")
         if message and message != "None":
-            self._line(message, always=True)
+            self._line(OTHER_RUN if LOCKED in message else message, always=True)
 
     # ------------------------------------------------------------------------------------------------ text
 

@@ -385,7 +385,7 @@ def needs(study: Study, jobs: Sequence[Mapping[str, Any]], here: Machine | None)
 def time(found: Sequence[Expected], measured: Path | None) -> Finding:
     """Hours, where they can be told."""
     if not found:
-        return Finding("ok", "time", "not known; after `make demo` on this machine, --measured results/demo tells it.")
+        return Finding("warning", "time", "not known, because the cohort could not be read.")
     slowest = sorted((one for one in found if one.of_all), key=lambda one: -one.jobs * one.hours_each)[:3]
     named = ", ".join(f"{one.stage} {one.jobs * one.hours_each:.1f}" for one in slowest)
     by = f"as {measured} was measured" if measured else "at the rates of a processor core that plan-cost knows"

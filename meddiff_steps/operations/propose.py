@@ -322,10 +322,10 @@ def _pose(lie: Heads) -> list[str]:
     lay = f"turned by {lie.turned:.0f} degrees in the median, scattered by {lie.scattered:.0f} mm"
     if lie.skulls and not lie.extract:
         return [
-            f"# {lie.skulls} of them show a head with its skull. Brains were not taken out: that needs T1w scans and",
-            "# pip install 'meddiff-steps[brain-extraction]' (then remove this file and propose again), or masks of",
-            "# another tool as preprocess.brain_mask. As it is, heads are learnt as they lie, and faces with them: is",
-            "# that meant? <--",
+            f"# {lie.skulls} of them show a head with its skull. Brains were not taken out: that is for T1w scans,",
+            "# and needs pip install 'meddiff-steps[brain-extraction]' (then remove this file and propose again), or",
+            "# masks of another tool as preprocess.brain_mask. As it is, heads are learnt as they lie, and faces with them:",
+            "# is that meant? <--",
         ]
     extracted = [f"# {lie.skulls} of them show a head with its skull: deepbet, made for adults, takes the brain out."]
     taken = extracted if lie.extract else []
@@ -337,11 +337,15 @@ def _pose(lie: Heads) -> list[str]:
             "# If they are heads, give masks as preprocess.brain_mask (docs/own-cohort.md). <--",
         ]
     if lie.registered:
-        return [*taken, "# They are brains in one pose already, so they are not registered again", f"# ({lay})."]
+        return [
+            *taken,
+            f"# They look like brains (correlation with a template {lie.correlation:.2f}) in one pose already, so they",
+            f"# are not registered again ({lay}).",
+        ]
     return [
         *taken,
-        "# They are brains at different places and angles, so they are brought into one pose",
-        f"# ({lay}).",
+        f"# They look like brains (correlation with a template {lie.correlation:.2f}) at different places and angles,",
+        f"# so they are brought into one pose ({lay}).",
     ]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from meddiff_steps.config import Study, parse_study
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.operations.machine import this_machine
 from meddiff_steps.synthesis.size import plan_shards
 
 #: Stages that run once per shard of the cohort and of the plan, by the names of their folders under logs/.
@@ -134,11 +135,13 @@ def gpus_of(stage: str, study: Study) -> int:
 
 
 def ran_without_gpu(results: Path) -> bool:
-    """Whether the training of the autoencoder, by its run record, ran on a processor; False while it has none."""
+    """Whether the training of the autoencoder, by its run record, ran on a processor; while it has none, whether this
+    machine has no GPU.
+    """
     try:
         record = json.loads((results / "records/autoencoder/model.safetensors.json").read_text(encoding="utf-8"))
     except OSError:
-        return False
+        return this_machine().gpus == 0
     return "gpu" not in record["environment"]["torch"]
 
 

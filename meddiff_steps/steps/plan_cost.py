@@ -29,6 +29,9 @@ from meddiff_steps.operations.rates import REQUESTS, RULES
 from meddiff_steps.operations.work import forward_flops
 from meddiff_steps.synthesis.size import planned_subjects
 
+#: That rules ask for at most.
+CORES = 8
+
 
 def run(
     config: Annotated[Path, typer.Argument(help="study (YAML)")],
@@ -46,7 +49,14 @@ def run(
     scans: Annotated[
         int | None, typer.Option(min=1, help="scans in the cohort; `cost.scans` of the study when left out")
     ] = None,
-    cores: Annotated[int, typer.Option(min=1, help="cores of a job at most; rules ask for 8")] = 8,
+    cores: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="cores of a job at most; rules ask for 8, which is the default with --tflops, else what"
+            " this machine has of them",
+        ),
+    ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="jobs at a time")] = 1,
     as_object: Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")] = False,
 ) -> None:
@@ -64,7 +74,9 @@ def run(
             f"{config}: compute.device is cuda, and nothing says how fast a GPU is. Give --tflops (the rate that it"
             " sustains, some tenths of what its data sheet says), or --measured with results from such a machine."
         )
-    machine = Machine(rate * 1e12 if rate and study.compute.device != "cpu" else None, cores)
+    on_gpu = rate is not None and study.compute.device != "cpu"
+    cores = cores or (CORES if on_gpu else min(CORES, this_machine().cores))
+    machine = Machine(rate * 1e12 if rate and on_gpu else None, cores)
     count = _scans(config, study, scans)
     found = list(estimates(study, count, machine, measured))
     if as_object:

@@ -13,14 +13,16 @@ from meddiff_steps.command.progress import Progress
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import hold
 from meddiff_steps.operations import status as progress
+from meddiff_steps.operations.machine import Machine
 from meddiff_steps.steps.status import run
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def results(tmp_path) -> Path:
+def results(tmp_path, monkeypatch) -> Path:
     """A study of two shards: one done, one with a log that the test ends as it likes."""
+    monkeypatch.setattr(progress, "this_machine", lambda: Machine(2, 24000, 1))
     folder = tmp_path / "results/tiny"
     config.freeze(config.parse_study(STUDY, "test"), None, folder / "config")
     job(folder, "plan", "planned\n", seconds=36)
@@ -115,9 +117,11 @@ def test_stages_that_have_a_gpu_are_those_whose_rules_ask_for_one():
 
 
 @pytest.mark.parametrize("gpu", [None, "NVIDIA A100"])
-def test_hours_of_a_processor_are_not_taken_for_hours_of_a_gpu(results, gpu, capsys):
-    run(results)
-    assert "GPU-hours" in capsys.readouterr().out, "before anything was trained nothing is known"
+def test_hours_of_a_processor_are_not_taken_for_hours_of_a_gpu(results, gpu, capsys, monkeypatch):
+    for gpus in (0, 1):
+        monkeypatch.setattr(progress, "this_machine", lambda gpus=gpus: Machine(2, 24000, gpus))
+        run(results)
+        assert ("GPU-hours" in capsys.readouterr().out) is (gpus > 0), "before anything was trained, as it is here"
     record = results / "records/autoencoder/model.safetensors.json"
     record.parent.mkdir(parents=True)
     record.write_text(json.dumps({"environment": {"torch": {"version": "2.13.0"} | ({"gpu": gpu} if gpu else {})}}))
@@ -133,7 +137,7 @@ def test_jobs_of_the_run_are_told_where_it_wrote_them(results, capsys):
     stream.happened("job_info", {"rule_name": "cohort", "jobid": 1})
     stream.happened("job_finished", {"job_id": 1})
     run(results)
-    assert "1 of 3 jobs of the last run are done" in capsys.readouterr().out
+    assert "1 of 3 jobs of the last run are done; the same `meddiff run` goes on" in capsys.readouterr().out
 
 
 def test_a_folder_without_a_study_is_refused(tmp_path):
