@@ -324,8 +324,8 @@ def _pose(lie: Heads) -> list[str]:
         return [
             f"# {lie.skulls} of them show a head with its skull. Brains were not taken out: that is for T1w scans,",
             "# and needs pip install 'meddiff-steps[brain-extraction]' (then remove this file and propose again), or",
-            "# masks of another tool as preprocess.brain_mask. As it is, heads are learnt as they lie, and faces with them:",
-            "# is that meant? <--",
+            "# masks of another tool as preprocess.brain_mask. As it is, heads are learnt as they lie, and",
+            "# faces with them: is that meant? <--",
         ]
     extracted = [f"# {lie.skulls} of them show a head with its skull: deepbet, made for adults, takes the brain out."]
     taken = extracted if lie.extract else []
