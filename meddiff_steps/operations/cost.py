@@ -208,26 +208,39 @@ def finished(folder: Path) -> tuple[Study, dict[str, Work]]:
     return study, work(study, pq.read_metadata(manifest).num_rows)
 
 
-def measured_seconds(folder: Path) -> dict[str, list[float]]:
-    """Seconds of every job of a study, by stage."""
+def measured_seconds(folder: Path, column: str = "s") -> dict[str, list[float]]:
+    """Seconds of every job of a study, by stage: of the clock, or (`cpu_time`) of processors."""
     took: dict[str, list[float]] = {}
     for benchmark in sorted((folder / "benchmarks").rglob("*.tsv")):
-        took.setdefault(stage_of(benchmark.relative_to(folder / "benchmarks")), []).append(seconds(benchmark))
+        took.setdefault(stage_of(benchmark.relative_to(folder / "benchmarks")), []).append(seconds(benchmark, column))
     return took
 
 
+#: Seconds of a job from which Snakemake, which looks every half minute, knows what it took of processors.
+SEEN = 120.0
+
+
 def measured_factors(folder: Path, machine: Machine) -> dict[str, Factor]:
-    """What a finished study says of its stages."""
+    """What a finished study says of its stages.
+
+    Without a GPU by what jobs took of processors, so that neither the threads that they had nor what ran beside them
+    counts; short ones by the clock, of which nothing else is known.
+    """
     study, known = finished(folder)
     had_gpu, found = not ran_without_gpu(folder), {}
+    of_processors = measured_seconds(folder, "cpu_time")
     for stage, took in measured_seconds(folder).items():
         one = known.get(stage)
         mean = sum(took) / len(took)
         if one is None or not mean:
             continue
         gpus = gpus_of(stage, study) if had_gpu and machine.flops else 0
+        by = machine if gpus else replace(machine, cores=1)
+        if not gpus:
+            busy = sum(of_processors[stage]) / len(took)
+            mean = busy if mean > SEEN and busy else mean
         start = min(start_seconds(one, study, gpus > 0), (1 - LEAST_WORK) * mean)
-        found[stage] = Factor(start, (mean - start) / working_seconds(stage, one, machine, gpus), gpus > 0)
+        found[stage] = Factor(start, (mean - start) / working_seconds(stage, one, by, gpus), gpus > 0)
     return found
 
 

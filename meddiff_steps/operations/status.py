@@ -170,11 +170,12 @@ def stage_of(log: Path) -> str:
     return (log.parent if many else log.with_suffix("")).as_posix()
 
 
-def seconds(benchmark: Path) -> float:
-    """Wall time of a job, from the column `s` of Snakemake's benchmark; 0 where it cannot be read."""
+def seconds(benchmark: Path, column: str = "s") -> float:
+    """Wall time of a job, or another column of Snakemake's benchmark in seconds; 0 where it cannot be read."""
     try:
-        return sum(float(line.split("\t")[0]) for line in benchmark.read_text(encoding="utf-8").splitlines()[1:])
-    except (OSError, ValueError):
+        names, *rows = (line.split("\t") for line in benchmark.read_text(encoding="utf-8").splitlines())
+        return sum(float(row[names.index(column)]) for row in rows)
+    except (OSError, ValueError, IndexError):
         return 0.0
 
 

@@ -5,12 +5,14 @@ import math
 import re
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from meddiff_steps import config
-from meddiff_steps.config import Study, load_study
+from meddiff_steps.config import Study, freeze, load_study
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.models.drawing.base import build as build_decoder
 from meddiff_steps.models.first_stage.base import build as build_first_stage
@@ -394,6 +396,22 @@ def test_jobs_that_run_beside_each_other_take_as_long_as_one():
 
 
 # ------------------------------------------------------------------------------------------- the step, studies
+
+
+def test_what_was_measured_on_a_busy_machine_is_what_processors_did(demo, tmp_path):
+    """The same work in ten times the time, because others were there, is the same work; more cores share it."""
+    freeze(demo, None, tmp_path / "config")
+    (tmp_path / "cohort").mkdir()
+    pq.write_table(pa.table({"scan_id": range(1000)}), tmp_path / "cohort/manifest.parquet")
+    benchmark = tmp_path / "benchmarks/decoder.tsv"
+    benchmark.parent.mkdir()
+    hours = {}
+    for wall, cores in ((600, 1), (6000, 1), (6000, 8)):
+        benchmark.write_text(f"s\th:m:s\tcpu_time\n{wall}.0\t-\t590.0\n", encoding="utf-8")
+        found = {one.stage: one for one in estimates(demo, 1000, Machine(cores=cores), tmp_path)}["decoder"]
+        hours[wall, cores] = found.hours_each
+    assert hours[600, 1] == pytest.approx(590 / 3600) and hours[6000, 1] == hours[600, 1]
+    assert hours[6000, 8] < hours[6000, 1]
 
 
 def test_a_folder_without_results_is_refused(demo, tmp_path):
