@@ -27,8 +27,9 @@ from meddiff_steps.imaging.brain_extraction import extraction_installed
 from meddiff_steps.imaging.channels import filled_in
 from meddiff_steps.operations.expected import Expected, hours
 from meddiff_steps.operations.machine import Machine
+from meddiff_steps.operations.proposal import numbers_of
 from meddiff_steps.operations.survey import Header, read_header, spread
-from meddiff_steps.privacy.size import FEW_TRAINING_SUBJECTS, subjects_needed
+from meddiff_steps.privacy.size import FEW_TRAINING_SUBJECTS, SUBJECTS_PER_NUMBER, subjects_needed
 from meddiff_steps.synthesis.size import planned_subjects
 
 State = Literal["ok", "warning", "fail"]
@@ -92,7 +93,7 @@ def cohort(study: Study) -> tuple[list[Finding], Cohort | None]:
     if isinstance(source, SimulatedSource):
         counts = {name: round(source.subjects * getattr(study.splits, name)) for name in SPLITS}
         told = Finding("ok", "cohort", f"{source.subjects} simulated subjects will be made.")
-        split = _splits(counts)
+        split = _splits(counts, study)
         said = replace(split, text=f"about {split.text}")
         return [told, said, *_not_simulated(study)], Cohort(pd.DataFrame(), source.subjects, counts)
     if isinstance(source, BidsSource) and study.storage.cohort and not Path(source.root).exists():
@@ -131,16 +132,26 @@ def cohort(study: Study) -> tuple[list[Finding], Cohort | None]:
         return [*found, Finding("fail", "splits", str(error))], Cohort(raw, subjects, {})
     raw["split"] = raw["subject_id"].map(assigned)
     counts = Counter(assigned.values())
-    found.append(_splits({name: counts[name] for name in SPLITS}))
+    found.append(_splits({name: counts[name] for name in SPLITS}, study))
     found += _learnable(study, raw)
     found += _asked(study, raw)
     return found, Cohort(raw, subjects, counts)
 
 
-def _splits(counts: Mapping[str, int]) -> Finding:
+def _splits(counts: Mapping[str, int], study: Study) -> Finding:
     said = ", ".join(f"{counts[name]} {name}" for name in SPLITS) + " subjects."
-    if counts["train"] >= FEW_TRAINING_SUBJECTS:
+    numbers = sum(map(numbers_of, study.covariates.values()))
+    if counts["train"] >= max(FEW_TRAINING_SUBJECTS, SUBJECTS_PER_NUMBER * numbers):
         return Finding("ok", "splits", said)
+    if counts["train"] >= FEW_TRAINING_SUBJECTS:
+        return Finding(
+            "warning",
+            "splits",
+            f"{said} Covariates are told by {numbers} numbers (two each, or one per level), and training subjects can"
+            f" teach {counts['train'] // SUBJECTS_PER_NUMBER}, at {SUBJECTS_PER_NUMBER} for each: released images may"
+            " come nearer to them than to strangers, which a gate stops after hours. Leave covariates out"
+            " (docs/own-cohort.md).",
+        )
     return Finding(
         "warning",
         "splits",

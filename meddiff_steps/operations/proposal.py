@@ -32,7 +32,7 @@ from meddiff_steps.imaging.preprocess import preprocess_image
 from meddiff_steps.imaging.reading import ScanError
 from meddiff_steps.imaging.skull import shows_skull
 from meddiff_steps.operations.survey import spread
-from meddiff_steps.privacy.size import subjects_needed
+from meddiff_steps.privacy.size import SUBJECTS_PER_NUMBER, subjects_needed
 
 # ------------------------------------------------------------------------------------------------- covariates
 
@@ -44,10 +44,6 @@ MOST_LEVELS, LEAST_OF_LEVEL, LEAST_SHARE = 8, 5, 0.02
 FEW_NUMBERS = 4
 #: Share of missing values from which a column is only listed, and correlation from which two say the same.
 MANY_MISSING, SAME = 0.5, 0.95
-#: Training subjects for each number that a covariate is told by (two, or one per level). What such a number does to
-#: images is a mean over these subjects; of too few, images resemble them. IXI with 125 for 8 numbers passed the gates
-#: of the privacy report, 92 for 12 and 32 for 9 did not (docs/own-cohort.md).
-SUBJECTS_PER_NUMBER = 15
 #: Of the span of the values, added to either side of the range.
 MARGIN = 0.1
 #: Columns that come first, as they are often called.
@@ -117,6 +113,11 @@ def columns(cells: pd.DataFrame, sidecar: Mapping[str, Any]) -> list[Column]:
     return [*taken, *listed]
 
 
+def numbers_of(covariate: Covariate) -> int:
+    """How many tell a covariate to the closed form: two, or one per level (`models.denoiser.effects`)."""
+    return len(covariate.levels) if isinstance(covariate, CategoricalCovariate) else 2
+
+
 def affordable(found: Sequence[Column], subjects: int) -> list[Column]:
     """Columns as they came, of which as many are proposed as so many training subjects can teach; one at least."""
     left = subjects // SUBJECTS_PER_NUMBER
@@ -126,7 +127,7 @@ def affordable(found: Sequence[Column], subjects: int) -> list[Column]:
         if one.why_not is not None or one.covariate is None:
             listed.append(one)
             continue
-        numbers = len(one.covariate.levels) if isinstance(one.covariate, CategoricalCovariate) else 2
+        numbers = numbers_of(one.covariate)
         if taken and numbers > left:
             few = f"{subjects} training subjects can teach no more, at {SUBJECTS_PER_NUMBER} for each number"
             listed.append(_left_out(one, few))

@@ -23,6 +23,10 @@ COMPARED_VOXELS = 2**18
 #: Training subjects below which `meddiff` warns before hours are spent: what covariates do to images is then learnt
 #: from so few that images resemble these.  Of 32 the verdict was FAIL (docs/own-cohort.md).
 FEW_TRAINING_SUBJECTS = 60
+#: Training subjects for each number that a covariate is told by (two, or one per level). What such a number does to
+#: images is a mean over these subjects; of too few, images resemble them. IXI with 125 for 8 numbers passed the gates
+#: of the privacy report, 92 for 12 and 32 for 9 did not (docs/own-cohort.md).
+SUBJECTS_PER_NUMBER = 15
 
 
 def batch_size(shape: Sequence[int]) -> int:

@@ -59,6 +59,15 @@ def told(found: list[Finding], topic: str) -> list[tuple[str, str]]:
     return [(one.state, one.text) for one in found if one.topic == topic]
 
 
+def test_more_covariates_than_training_subjects_can_teach_are_warned_of(root):
+    counts = {"train": 60, "val": 1, "calibration": 1, "test": 1}
+    found = check._splits(counts, study(root))  # age and sex: four numbers
+    assert found.state == "ok"
+    more = study(root, covariates={name: {"unit": "year", "range": [0, 99]} for name in ("age", "height", "weight")})
+    found = check._splits(counts, more)
+    assert found.state == "warning" and "told by 6 numbers" in found.text and "can teach 4, at 15" in found.text
+
+
 def test_a_cohort_that_fits_is_told_in_figures(root):
     found, cohort = check.cohort(study(root))
     ((state, few),) = told(found, "splits")
