@@ -108,7 +108,7 @@ def test_attacks_gates_and_report_are_about_the_chosen_detectors(cohort, every, 
         return audit.RealScans(directions(detectors, shards, rows), rows.astype(str))
 
     made = directions(detectors, shards, np.arange(20, 60))
-    found = audit.attack(made, scans("train"), scans("calibration"), scans("test"), 50, "seed")
+    found = audit.attack(made, audit.RealSplits(scans("train"), scans("calibration"), scans("test")), 50, "seed")
     assert list(found["nearer_to_training"]) == list(found["authenticity"]) == names
     attacks = [f"distance, {name}" for name in names] + ([f"density ratio, {density}"] if density else [])
     assert list(found["membership"]) == attacks

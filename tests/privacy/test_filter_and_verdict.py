@@ -213,7 +213,8 @@ def test_several_scans_of_a_person_do_not_look_like_a_leak(scans):
     shares = []
     for seed in range(6):
         images = {"learned": unit_rows(rng.standard_normal((400, 24)))}
-        found = audit.attack(images, people(150, "t"), people(20, "c"), people(20, "e"), 20, str(seed))
+        real = audit.RealSplits(people(150, "t"), people(20, "c"), people(20, "e"))
+        found = audit.attack(images, real, 20, str(seed))
         shares.append(found["nearer_to_training"]["learned"]["value"])
     assert np.mean(shares) == pytest.approx(0.5, abs=0.05)
 
