@@ -219,6 +219,8 @@ SEGMENTATION_STUDY = [f"{RESULTS}/segmentation_study/{name}" for name in ("resul
 REGISTRATION_NETWORK = f"{RESULTS}/registration_networks/{{network}}"
 SHAPE_NETWORK = network(f"{RESULTS}/shape_network")
 SEGMENTATION_MODEL = image_to_image(f"{RESULTS}/segmentation_model")
+SEGMENTATION_BESIDE = f"{RESULTS}/segmentation_beside/{{beside}}"
+SEGMENTATION_FEW_LABELS = f"{RESULTS}/segmentation_few_labels/{{network}}"
 # Networks that draw another contrast, the way back from it, and volume-wise; what foretells it without noise.
 TRANSLATION_MODEL = image_to_image(f"{RESULTS}/translation_model")
 TRANSLATION_LESION = network(f"{RESULTS}/translation_lesion") if STUDY.translation.lesion else []

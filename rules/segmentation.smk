@@ -31,7 +31,7 @@ rule segmentation_model:
 # What is compared with patches: `whole` scans at the same cost, patches that are `unplaced`.
 use rule segmentation_model as segmentation_beside with:
     output:
-        out=[f"{RESULTS}/segmentation_beside/{{beside}}/{name}" for name in study_files.IMAGE_TO_IMAGE],
+        out=image_to_image(SEGMENTATION_BESIDE),
     log:
         f"{RESULTS}/logs/segmentation_beside/{{beside}}.log",
     benchmark:
@@ -49,12 +49,12 @@ rule segmentation_few_labels:
         manifest=manifest_of_scans_to_mark,
         images=COHORT_IMAGES,
         base=lambda wildcards: (
-            network(f"{RESULTS}/segmentation_few_labels/pretraining")
+            network(SEGMENTATION_FEW_LABELS.format(network="pretraining"))
             if wildcards.network.startswith("pretrained")
             else []
         ),
     output:
-        out=trained(f"{RESULTS}/segmentation_few_labels/{{network}}"),
+        out=trained(SEGMENTATION_FEW_LABELS),
     log:
         f"{RESULTS}/logs/segmentation_few_labels/{{network}}.log",
     benchmark:
@@ -88,14 +88,14 @@ rule segmentation:
         images=COHORT_IMAGES,
         model=SEGMENTATION_MODEL[:-1],
         beside=[
-            f"{RESULTS}/segmentation_beside/{name}/{file}"
+            file
             for name in STUDY.segmentation_ensemble.beside
-            for file in study_files.IMAGE_TO_IMAGE[:-1]
+            for file in image_to_image(SEGMENTATION_BESIDE.format(beside=name))[:-1]
         ],
         few_labels=[
             file
             for name in STUDY.segmentation_ensemble.few_labels
-            for file in network(f"{RESULTS}/segmentation_few_labels/{name}")
+            for file in network(SEGMENTATION_FEW_LABELS.format(network=name))
         ],
     output:
         out=derivative("segmentation"),

@@ -144,7 +144,7 @@ class Progress:
     def _error(self, said: Mapping[str, Any]) -> None:
         message = str(said.get("message") or said.get("msg") or "")
         if message and message != "None":
-            self._line(OTHER_RUN if LOCKED in message else message, always=True)
+            self._line(message, always=True)
 
     # ------------------------------------------------------------------------------------------------ text
 
@@ -197,7 +197,7 @@ class Progress:
         if self.quiet and not always:
             return
         self._erase()
-        self.stream.write(f"{text}\n")
+        self.stream.write(f"{OTHER_RUN if LOCKED in text else text}\n")
         self._draw()
 
     def _erase(self) -> None:

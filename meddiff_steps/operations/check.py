@@ -140,7 +140,7 @@ def cohort(study: Study) -> tuple[list[Finding], Cohort | None]:
 
 def _splits(counts: Mapping[str, int], study: Study) -> Finding:
     said = ", ".join(f"{counts[name]} {name}" for name in SPLITS) + " subjects."
-    numbers = sum(map(numbers_of, study.covariates.values()))
+    numbers = numbers_of(study.covariates.values())
     if counts["train"] >= max(FEW_TRAINING_SUBJECTS, SUBJECTS_PER_NUMBER * numbers):
         return Finding("ok", "splits", said)
     if counts["train"] >= FEW_TRAINING_SUBJECTS:

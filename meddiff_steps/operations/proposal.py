@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,9 +113,11 @@ def columns(cells: pd.DataFrame, sidecar: Mapping[str, Any]) -> list[Column]:
     return [*taken, *listed]
 
 
-def numbers_of(covariate: Covariate) -> int:
-    """How many tell a covariate to the closed form: two, or one per level (`models.denoiser.effects`)."""
-    return len(covariate.levels) if isinstance(covariate, CategoricalCovariate) else 2
+def numbers_of(covariates: Iterable[Covariate]) -> int:
+    """How many numbers tell covariates to a network: two each, or one per level."""
+    from meddiff_steps.models.denoiser.effects import feature_count  # loads torch
+
+    return feature_count([len(one.levels) if isinstance(one, CategoricalCovariate) else 0 for one in covariates])
 
 
 def affordable(found: Sequence[Column], subjects: int) -> list[Column]:
@@ -127,7 +129,7 @@ def affordable(found: Sequence[Column], subjects: int) -> list[Column]:
         if one.why_not is not None or one.covariate is None:
             listed.append(one)
             continue
-        numbers = numbers_of(one.covariate)
+        numbers = numbers_of([one.covariate])
         if taken and numbers > left:
             few = f"{subjects} training subjects can teach no more, at {SUBJECTS_PER_NUMBER} for each number"
             listed.append(_left_out(one, few))
