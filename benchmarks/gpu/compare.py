@@ -114,7 +114,7 @@ class Side:
             "side": self.name,
             "batch": self.batch,
             "seconds_per_image": figure(self.seconds),
-            "making_seconds": round(self.making_seconds, 2),
+            "making_seconds": round(self.making_seconds, 4),
             "compiling_seconds": round(max(self.first_seconds - self.second_seconds, 0.0), 2),
             "peak_gib": round(self.peak_bytes / 2**30, 2),
         }

@@ -235,10 +235,9 @@ def measured_factors(folder: Path, machine: Machine) -> dict[str, Factor]:
         if one is None or not mean:
             continue
         gpus = gpus_of(stage, study) if had_gpu and machine.flops else 0
-        by = machine if gpus else replace(machine, cores=1)
-        if not gpus:
-            busy = sum(of_processors[stage]) / len(took)
-            mean = busy if mean > SEEN and busy else mean
+        by, busy = machine, sum(of_processors[stage]) / len(took)
+        if not gpus and mean > SEEN and busy:
+            by, mean = replace(machine, cores=1), busy
         start = min(start_seconds(one, study, gpus > 0), (1 - LEAST_WORK) * mean)
         found[stage] = Factor(start, (mean - start) / working_seconds(stage, one, by, gpus), gpus > 0)
     return found
