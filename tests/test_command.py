@@ -107,7 +107,8 @@ def test_run_gives_snakemake_what_one_would_type(monkeypatch):
     monkeypatch.chdir(ROOT)
     command = snakemake_command(Path("my.yaml"), ["evaluate"], ["--keep-going"], 8)
     assert command == "snakemake evaluate --cores 8 --keep-going --configfile my.yaml".split()
-    assert snakemake_command(Path("my.yaml"), [], [], dry_run=True) == "snakemake -n --configfile my.yaml".split()
+    planned = snakemake_command(Path("my.yaml"), [], [], 4, dry_run=True)
+    assert planned == "snakemake --cores 4 -n --configfile my.yaml".split()
     cluster = snakemake_command(Path("my.yaml"), [], [], None, "slurm")
     assert "--cores" not in cluster and cluster[1] == "--profile" and Path(cluster[2], "profile.v9+.yaml").is_file()
 
@@ -133,6 +134,12 @@ def test_a_package_without_the_workflow_says_what_to_do(monkeypatch, tmp_path):
 def test_what_follows_the_dashes_goes_to_snakemake():
     assert split_targets(["a", "b", "--config", "x=1"]) == (["a", "b"], ["--config", "x=1"])
     assert split_targets([]) == ([], [])
+
+
+def test_options_of_snakemake_before_the_dashes_are_told_where_they_belong():
+    said = meddiff("run", "my.yaml", "--rerun-incomplete").stderr
+    assert "meddiff run STUDY.yaml -- --rerun-incomplete" in said
+    assert "--cores" in meddiff("run", "my.yaml", "--corse", "3").stderr
 
 
 def test_a_target_that_there_is_not_is_refused_with_the_one_that_was_meant():

@@ -8,7 +8,7 @@ import yaml
 from test_command import meddiff
 from tiny_study import STUDY
 
-from meddiff_steps.command.progress import Progress, duration
+from meddiff_steps.command.progress import Progress, duration, plain, planned
 
 
 class Terminal(io.StringIO):
@@ -130,6 +130,46 @@ def test_who_stops_a_run_is_answered():
     assert stream.getvalue() == "Will exit after finishing currently running jobs (scheduler).\n"
 
 
+def test_an_answer_that_snakemake_repeats_is_given_once():
+    stream = io.StringIO()
+    progress = Progress(stream)
+    for _ in range(5):
+        progress.said("INFO", "Will exit after finishing currently running jobs (scheduler).")
+    assert stream.getvalue().count("Will exit") == 1
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        'InputFunctionException in rule release in file "/a/rules/release.smk", line 5:\nError:\n  WorkflowError:\n'
+        '    release: off.\n    Set it.\nWildcards:\n  shard=1\nTraceback:\n  File "/a/rules/common.smk", line 5, in f',
+        'WorkflowError in file "/a/rules/common.smk", line 41:\nrelease: off.\nSet it.\n  File "/a/Snakefile", line 3, in <module>',
+        'WorkflowError in file "/a/rules/common.smk", line 41:\nrelease: off.\nSet it.',
+    ],
+)
+def test_what_the_workflow_says_is_told_without_where_it_stands_in_it(message):
+    assert plain(message) == "error: release: off.\nSet it."
+
+
+def test_other_messages_are_left_as_they_are():
+    assert plain("MissingInputException in rule a in file F, line 3:\nMissing input") == (
+        "MissingInputException in rule a in file F, line 3:\nMissing input"
+    )
+
+
+def test_a_plan_says_per_rule_how_many_jobs_what_they_need_and_why():
+    first = {"rule_name": "generate", "threads": 2, "resources": {"mem_mb": 4000, "runtime": 480, "gpu": 1}}
+    second = first | {"resources": {"mem_mb": 5000, "runtime": 60, "disk_mb": "<TBD>"}}
+    reason = "Missing output files: a; Input files updated by another job: b"
+    said = planned([first | {"reason": reason}, second | {"reason": "Code has changed since last execution"}])
+    assert said.splitlines()[-1].split(maxsplit=6) == [
+        *("2", "generate", "2", "1", "5000", "480"),
+        "code has changed since last execution, missing output files",
+    ]
+    everything = planned([{"rule_name": "all", "threads": 1, "resources": {}, "reason": reason.rpartition("; ")[2]}])
+    assert everything.endswith("  input files updated by another job")
+
+
 def test_quiet_tells_failures_with_the_end_of_their_log(tmp_path):
     log = tmp_path / "a.log"
     log.write_text("\n".join(f"line {n}" for n in range(30)))
@@ -166,6 +206,17 @@ def test_a_run_shows_its_jobs_and_tells_whom_it_was_asked_to(tmp_path):
     assert (tmp_path / "told").read_text() == "tiny results/tiny\n"
     assert any("MEDDIFF_ON_SUCCESS: ended with 3" in line for line in lines)
     assert not (tmp_path / "failed").exists()
+
+
+def test_a_dry_run_shows_the_plan_and_a_target_that_is_off_what_to_write(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(STUDY))
+    done = meddiff("run", "tiny.yaml", "-n", "--cores", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "jobs would run" in done.stdout.splitlines()[0] and " simulate " in done.stdout
+    assert not list(tmp_path.glob("results/*/cohort")), "nothing was made"
+    off = meddiff("run", "tiny.yaml", "translation", "--cores", "1", cwd=tmp_path)
+    assert off.returncode == 1
+    assert "error: translation.target: not set" in off.stderr and "Traceback" not in off.stderr
 
 
 def test_a_run_that_fails_says_which_log_and_why(tmp_path):

@@ -70,12 +70,28 @@ def examples(name: str | None = None) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
+class BeforeSnakemake(TyperCommand):
+    """A command that hands options on which stand after `--`, and says so where they stand before it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return list(super().parse_args(ctx, args))
+        except Exception as error:
+            # click's NoSuchOption, which typer keeps a copy of for itself
+            if not hasattr(error, "option_name") or not hasattr(error, "format_message"):
+                raise
+            raise UserError(
+                f"{error.format_message().rstrip('.')}. What is meant for Snakemake goes behind --:"
+                f" meddiff run STUDY.yaml -- {error.option_name}"
+            ) from None
+
+
 def loaded(name: str) -> Any:
     """A command with its options; imports its module."""
     folder = "steps" if name in STEPS else "command"
     module = importlib.import_module(f"meddiff_steps.{folder}.{name.replace('-', '_')}")
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command(name, epilog=examples(name))(module.run)
+    app.command(name, epilog=examples(name), cls=BeforeSnakemake if name == "run" else None)(module.run)
     return typer.main.get_command(app)
 
 

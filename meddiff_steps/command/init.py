@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import re
 import shutil
 from importlib.resources import files
@@ -45,7 +46,7 @@ def _from_models(start: str, study: Path, images: int) -> None:
     found = shipping.models_named(start)
     copied = study.parent / found.resolve().name
     text = starting.study_text(found, copied, study.name, study_name(study))
-    if not (copied.exists() and copied.samefile(found)):
+    if not same_files(found, copied):
         new_file(copied)
         shutil.copytree(found, copied)
     write_atomic(study, text.encode())
@@ -53,6 +54,12 @@ def _from_models(start: str, study: Path, images: int) -> None:
     if images:
         print(f"{starting.examples(copied, images, copied / 'examples')}: {images} brains that nobody has")
     print(f"{study}: written. Change the lines marked with <--, then: meddiff check {study}")
+
+
+def same_files(folder: Path, copied: Path) -> bool:
+    """Whether a folder has all files of another, as another study that started from the same models leaves it."""
+    files = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return copied.is_dir() and not any(filecmp.cmpfiles(folder, copied, map(str, files), shallow=False)[1:])
 
 
 def new_file(path: Path) -> None:

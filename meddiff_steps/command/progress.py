@@ -6,8 +6,9 @@ import json
 import os
 import re
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,8 +22,12 @@ WIDTH = 30
 REDRAW_S, REPEAT_S = 1.0, 600.0
 #: Running jobs that have a line of their own on a terminal.
 MOST = 8
-#: How Snakemake begins what it says to somebody who stops it.
-STOPPING = ("Will exit after finishing", "Terminating processes on user request")
+#: How Snakemake begins what is shown though it is no warning: to somebody who stops it, or who has nothing left to do.
+SHOWN = ("Will exit after finishing", "Terminating processes on user request", "Nothing to be done")
+#: What Snakemake writes around the message of a `WorkflowError`: before a rule's, where it stands in which file, and
+#: after either where it was raised.
+OF_A_RULE = re.compile(r"InputFunctionException in rule .*?\n +WorkflowError:\n(.*?)\nWildcards:", re.DOTALL)
+OF_A_FILE = re.compile(r"WorkflowError in file .*?, line \d+:\n(.*?)(?:\n  File \".*)?$", re.DOTALL)
 #: What Snakemake says where another run holds the folder, and what that means.
 LOCKED = "Directory cannot be locked"
 OTHER_RUN = (
@@ -76,6 +81,8 @@ class Progress:
     waiting: dict[str, int] = field(default_factory=dict)
     took: list[tuple[str, float]] = field(default_factory=list)
     """Rule and seconds of every job that ended well."""
+    told: set[str] = field(default_factory=set)
+    """Of what is said to somebody who stops a run, which Snakemake repeats."""
     drawn: int = 0
     drawn_at: float = 0.0
 
@@ -93,12 +100,12 @@ class Progress:
 
     def said(self, level: str, message: str) -> None:
         """A message that is no event: warnings and errors are shown, and what is said to somebody who stops the run."""
-        if LOCKED in message:
-            self._line(OTHER_RUN, always=True)
-        elif message.startswith(STOPPING) or (
-            level in ("WARNING", "ERROR", "CRITICAL") and message not in ("", "None")
-        ):
-            self._line(message, always=True)
+        if message.startswith(SHOWN):
+            if message not in self.told:
+                self._line(message, always=True)
+            self.told.add(message)
+        elif level in ("WARNING", "ERROR", "CRITICAL") and message not in ("", "None"):
+            self._line(plain(message), always=True)
 
     def _run_info(self, said: Mapping[str, Any]) -> None:
         counts = {rule: count for rule, count in said["stats"].items() if rule != "total"}
@@ -144,7 +151,7 @@ class Progress:
     def _error(self, said: Mapping[str, Any]) -> None:
         message = str(said.get("message") or said.get("msg") or "")
         if message and message != "None":
-            self._line(message, always=True)
+            self._line(plain(message), always=True)
 
     # ------------------------------------------------------------------------------------------------ text
 
@@ -197,7 +204,7 @@ class Progress:
         if self.quiet and not always:
             return
         self._erase()
-        self.stream.write(f"{OTHER_RUN if LOCKED in text else text}\n")
+        self.stream.write(f"{text}\n")
         self._draw()
 
     def _erase(self) -> None:
@@ -256,6 +263,54 @@ def done_of(job: Job) -> float | None:
             found = re.match(rf"{job.rule}: +(\d+)%\|", last_line(log))
             return int(found[1]) / 100 if found else None
     return None
+
+
+def plain(message: str) -> str:
+    """What the workflow says of a study, without where in the workflow it is said; other messages as they are.
+
+    >>> plain('WorkflowError in file "/a/rules/common.smk", line 41:\\nWhich one?\\n  File "/a/Snakefile", line 3')
+    'error: Which one?'
+    """
+    if LOCKED in message:
+        return OTHER_RUN
+    found = OF_A_RULE.search(message) or OF_A_FILE.match(message)
+    return f"error: {textwrap.dedent(found[1]).strip()}" if found else message
+
+
+def needs_of(said: Mapping[str, Any]) -> dict[str, Any]:
+    """What a job asks for: rule, threads, mem_mb, runtime (minutes) and GPUs."""
+    asked = said["resources"]
+    numbers = {name: asked.get(name) for name in ("mem_mb", "runtime", "gpu")}
+    return {
+        "rule": said["rule_name"],
+        "threads": said["threads"],
+        **{name: number if isinstance(number, int) else 0 for name, number in numbers.items()},
+    }
+
+
+def planned(jobs: Sequence[Mapping[str, Any]]) -> str:
+    """What a run would do: a line per rule with its number of jobs, what one of them asks for at most, and why they run.
+
+    Parameters
+    ----------
+    jobs
+        Fields of Snakemake's event of every job, in the order of the plan.
+    """
+    rules: dict[str, list[Mapping[str, Any]]] = {}
+    for job in jobs:
+        rules.setdefault(str(job["rule_name"]), []).append(job)
+    width = max(map(len, rules), default=0)
+    lines = [f"{len(jobs)} jobs would run; each asks for:", f"{'jobs':>6}  {'':<{width}}  cores  GPUs       MB  minutes"]
+    for rule, those in rules.items():
+        asked = [needs_of(job) for job in those]
+        cores, gpus, megabytes, minutes = (
+            max(each[name] for each in asked) for name in ("threads", "gpu", "mem_mb", "runtime")
+        )
+        why = {part.partition(":")[0].strip() for job in those for part in str(job.get("reason") or "").split(";")}
+        why = {word.lower() for word in why if word}
+        said = ", ".join(sorted(why - {"input files updated by another job"} or why))
+        lines.append(f"{len(those):>6}  {rule:<{width}}  {cores:>5}{gpus:>6}{megabytes:>9}{minutes:>9}  {said}")
+    return "\n".join(lines)
 
 
 def duration(seconds: float) -> str:

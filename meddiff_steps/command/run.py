@@ -36,8 +36,8 @@ def run(
     targets: Annotated[
         list[str] | None,
         typer.Argument(
-            help="what to make: all (default), quality, evaluate, augment, release, audit, ..., or a file; after --,"
-            " options of Snakemake"
+            help="what to make: all (default), quality, scan_pages, evaluate, augment, release, audit, an application"
+            " such as inpainting (README.md lists them), or a file; after --, options of Snakemake"
         ),
     ] = None,
     cores: Annotated[int | None, typer.Option(min=1, help="processor cores to use; all of them by default")] = None,
@@ -62,8 +62,9 @@ def run(
     check_targets(wanted, workflow_folder())
     command = snakemake_command(study, wanted, extra, cores, profile, dry_run)
     print(f"$ {shlex.join(command)}", file=sys.stderr, flush=True)
+    with_progress = ["-m", "meddiff_steps.command.snakemake_with_progress", *command[1:]]
     if dry_run:
-        done = started(["-m", *command])
+        done = started(with_progress, {"MEDDIFF_PROGRESS": "plan"})
     else:
         shown = {
             "MEDDIFF_PROGRESS": "quiet" if quiet else "lines",
@@ -76,7 +77,7 @@ def run(
                 telling = (content, measured, Path(shown["MEDDIFF_EXPECTED"]))
                 counting = multiprocessing.get_context("spawn").Process(target=tell_hours, args=telling, daemon=True)
                 counting.start()
-            done = started(["-m", "meddiff_steps.command.snakemake_with_progress", *command[1:]], shown)
+            done = started(with_progress, shown)
             if counting is not None:
                 counting.terminate()
                 counting.join()
@@ -148,7 +149,8 @@ def check_targets(targets: list[str], workflow: Path) -> None:
             raise UserError(
                 f"there is no target {target!r}."
                 + (f" Did you mean {near[0]!r}?" if near else "")
-                + " `meddiff run --help` names the usual ones; a file that the study makes is one, too."
+                + " The usual ones are in `meddiff run --help`, all of them in README.md; a file that the study makes is one,"
+            " too."
             )
 
 
@@ -174,7 +176,7 @@ def snakemake_command(
         command += ["--profile", profile_folder(profile, snakefile.parent)]
     if cores is not None:
         command += ["--cores", str(cores)]
-    elif profile is None and not dry_run:
+    elif profile is None:
         command += ["--cores", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else "all")]
     return [*command, *(["-n"] if dry_run else []), *extra, "--configfile", str(study)]
 

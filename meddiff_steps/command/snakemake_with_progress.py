@@ -20,9 +20,10 @@ from snakemake.cli import main
 from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.registry import LoggerPluginRegistry
 
-from meddiff_steps.command.progress import Progress
+from meddiff_steps.command.progress import Progress, needs_of, planned
 
-#: What the handler is to do: `lines`, `quiet`, or `needs`, which writes what jobs ask for to the file NEEDS.
+#: What the handler is to do: `lines`, `quiet`, `plan`, which says what would run, or `needs`, which writes what jobs ask
+#: for to the file NEEDS.
 MODE, NEEDS = "MEDDIFF_PROGRESS", "MEDDIFF_NEEDS"
 #: File with hours of a job by rule (JSON), which is there as soon as they are known.
 EXPECTED = "MEDDIFF_EXPECTED"
@@ -42,6 +43,7 @@ class LogHandler(LogHandlerBase):
     def __post_init__(self) -> None:
         self.mode = os.environ.get(MODE, "lines")
         self.needs: list[dict[str, Any]] = []
+        self.plan: list[dict[str, Any]] = []
         self.expected = Path(os.environ[EXPECTED]) if EXPECTED in os.environ else None
         jobs = Path(os.environ[JOBS]) if JOBS in os.environ else None
         self.progress = Progress(sys.stderr, quiet=self.mode == "quiet", jobs_file=jobs)
@@ -64,6 +66,10 @@ class LogHandler(LogHandlerBase):
             elif record.levelname == "ERROR":
                 print(record.getMessage(), file=sys.stderr)
             return
+        if self.mode == "plan" and event in ("job_info", "run_info", "progress"):
+            if event == "job_info":
+                self.plan.append(said)
+            return
         if event == "run_info":
             silence_jobs()
         if event:
@@ -78,6 +84,8 @@ class LogHandler(LogHandlerBase):
                 Path(os.environ[NEEDS]).write_text(json.dumps(self.needs), encoding="utf-8")
             else:
                 self.progress.close()
+                if self.plan:
+                    print(planned(self.plan), flush=True)
         super().close()
 
 
@@ -86,17 +94,6 @@ def silence_jobs() -> None:
     sys.stdout.flush()
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 1)
-
-
-def needs_of(said: dict[str, Any]) -> dict[str, Any]:
-    """What a job asks for: rule, threads, mem_mb, runtime (minutes) and GPUs."""
-    asked = said["resources"]
-    numbers = {name: asked.get(name) for name in ("mem_mb", "runtime", "gpu")}
-    return {
-        "rule": said["rule_name"],
-        "threads": said["threads"],
-        **{name: number if isinstance(number, int) else 0 for name, number in numbers.items()},
-    }
 
 
 def run(arguments: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -178,9 +179,13 @@ def test_init_from_models_writes_a_study_that_check_accepts(tmp_path, monkeypatc
     init.run(Path("mine.yaml"), name, images=1)
     assert (tmp_path / name / "LICENSE").is_file() and (tmp_path / name / "examples/preview.png").is_file()
     assert "meddiff check mine.yaml" in capsys.readouterr().out
+    init.run(Path("second.yaml"), name, images=0)
+    assert (tmp_path / "second.yaml").is_file(), "which goes on from the same copy"
+    (tmp_path / name / "LICENSE").write_text("other terms")
     with pytest.raises(UserError, match="is there already"):
         init.run(Path("other.yaml"), name, images=0)
-    assert not (tmp_path / "other.yaml").exists()
+    assert not (tmp_path / "other.yaml").exists() and (tmp_path / name / "LICENSE").read_text() == "other terms"
+    shutil.copy(shipping.models_named(name) / "LICENSE", tmp_path / name)
     checked = meddiff("check", "mine.yaml", "--elsewhere", cwd=tmp_path)
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
