@@ -143,7 +143,8 @@ def test_an_answer_that_snakemake_repeats_is_given_once():
     [
         'InputFunctionException in rule release in file "/a/rules/release.smk", line 5:\nError:\n  WorkflowError:\n'
         '    release: off.\n    Set it.\nWildcards:\n  shard=1\nTraceback:\n  File "/a/rules/common.smk", line 5, in f',
-        'WorkflowError in file "/a/rules/common.smk", line 41:\nrelease: off.\nSet it.\n  File "/a/Snakefile", line 3, in <module>',
+        'WorkflowError in file "/a/rules/common.smk", line 41:\nrelease: off.\nSet it.\n'
+        '  File "/a/Snakefile", line 3, in <module>',
         'WorkflowError in file "/a/rules/common.smk", line 41:\nrelease: off.\nSet it.',
     ],
 )

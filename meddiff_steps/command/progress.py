@@ -289,7 +289,7 @@ def needs_of(said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def planned(jobs: Sequence[Mapping[str, Any]]) -> str:
-    """What a run would do: a line per rule with its number of jobs, what one of them asks for at most, and why they run.
+    """What a run would do: a line per rule with its jobs, what one of them asks for at most, and why they run.
 
     Parameters
     ----------
@@ -300,7 +300,10 @@ def planned(jobs: Sequence[Mapping[str, Any]]) -> str:
     for job in jobs:
         rules.setdefault(str(job["rule_name"]), []).append(job)
     width = max(map(len, rules), default=0)
-    lines = [f"{len(jobs)} jobs would run; each asks for:", f"{'jobs':>6}  {'':<{width}}  cores  GPUs       MB  minutes"]
+    lines = [
+        f"{len(jobs)} jobs would run; each asks for:",
+        f"{'jobs':>6}  {'':<{width}}  cores  GPUs       MB  minutes",
+    ]
     for rule, those in rules.items():
         asked = [needs_of(job) for job in those]
         cores, gpus, megabytes, minutes = (

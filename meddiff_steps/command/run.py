@@ -149,8 +149,7 @@ def check_targets(targets: list[str], workflow: Path) -> None:
             raise UserError(
                 f"there is no target {target!r}."
                 + (f" Did you mean {near[0]!r}?" if near else "")
-                + " The usual ones are in `meddiff run --help`, all of them in README.md; a file that the study makes is one,"
-            " too."
+                + " `meddiff run --help` has the usual ones, README.md all; a file that the study makes is one, too."
             )
 
 

@@ -22,8 +22,8 @@ from snakemake_interface_logger_plugins.registry import LoggerPluginRegistry
 
 from meddiff_steps.command.progress import Progress, needs_of, planned
 
-#: What the handler is to do: `lines`, `quiet`, `plan`, which says what would run, or `needs`, which writes what jobs ask
-#: for to the file NEEDS.
+#: What the handler is to do: `lines`, `quiet`, `plan`, which says what would run, or `needs`, which writes to the file
+#: NEEDS what jobs ask for.
 MODE, NEEDS = "MEDDIFF_PROGRESS", "MEDDIFF_NEEDS"
 #: File with hours of a job by rule (JSON), which is there as soon as they are known.
 EXPECTED = "MEDDIFF_EXPECTED"

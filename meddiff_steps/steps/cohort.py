@@ -84,7 +84,7 @@ def run(
             "the calibration split has %d subjects, %s. Otherwise the privacy filter rejects nothing, and the run stops"
             " before the release (docs/own-cohort.md).",
             calibrating,
-            f"which suffice where privacy.level is {least:g} or more" if least < 0.5 else "too few at any privacy.level",
+            f"enough where privacy.level is {least:g} or more" if least < 0.5 else "too few at any privacy.level",
         )
     counts = ", ".join(f"{name} {split['scans']}" for name, split in summary["splits"].items())
     log.info(
