@@ -101,7 +101,7 @@ def explain(release: Path, subject: str) -> list[str]:
     ]
     if row["seed_key"]:
         lines += [f"│  └─ key {row['seed_key']}"]
-    lines += [f"├─ {name} {value}" for name, value in sorted(row["recipe"].items())]
+    lines += [f"├─ {name} {value}" for name, value in sorted(row["recipe"].items()) if value is not None]
     lines += [f"├─ row {place + 1} of {len(leaves)} of the ledger, root {root['ledger']['root']}", "└─ made by"]
     head = f"images/shard-{shard:04d}.parquet" if shard is not None else "plan.parquet"
     told: set[int] = set()
