@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 
 from meddiff_steps import config
@@ -17,7 +18,8 @@ log = logging.getLogger(__name__)
 def chosen_scans(
     scans: pd.DataFrame, wanted: Sequence[str], most: int, section: str = "counterfactual"
 ) -> pd.DataFrame:
-    """The scans that were asked for by scan or subject id; the first `most` of the test split where none was.
+    """The scans that were asked for by scan or subject id; where none was, `most` of the test split: as many of each
+    subject as can be, the same number but for one, evenly spaced where a subject has more (slices of a head).
 
     Parameters
     ----------
@@ -32,12 +34,17 @@ def chosen_scans(
         A scan that was asked for is not there, or there is no test scan.
     """
     if not wanted:
-        found = scans[scans["split"] == "test"].sort_values("scan_id")[:most]
+        found = scans[scans["split"] == "test"].sort_values("scan_id")
         if found.empty:
             raise UserError(
                 f"{section}.scans: no preprocessed scan is in the test split. Name scans, or enlarge splits.test."
             )
-        return found.reset_index(drop=True)
+        turns = found.groupby("subject_id").cumcount().sort_values(kind="stable").index[:most]
+        parts = []
+        for subject, count in found.loc[turns].groupby("subject_id").size().items():
+            rows = found[found["subject_id"] == subject]
+            parts.append(rows.iloc[(2 * np.arange(count) + 1) * len(rows) // (2 * count)])
+        return pd.concat(parts).sort_values("scan_id").reset_index(drop=True)
     parts = []
     for name in wanted:
         rows = scans[(scans["scan_id"] == name) | (scans["subject_id"].isin([name, f"sub-{name}"]))]

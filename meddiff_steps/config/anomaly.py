@@ -4,7 +4,17 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from meddiff_steps.config.base import Count, Name, NoOrPathPattern, PositiveFloat, PositiveInt, Scalar, Section, Weight
+from meddiff_steps.config.base import (
+    SCANS,
+    Count,
+    Name,
+    NoOrPathPattern,
+    PositiveFloat,
+    PositiveInt,
+    Scalar,
+    Section,
+    Weight,
+)
 from meddiff_steps.config.choices import AnomalyMapName
 from meddiff_steps.config.inpainting import Lesions
 from meddiff_steps.core.registries import ANOMALY_MAPS
@@ -24,10 +34,7 @@ class Anomaly(Section):
         description="How a scan is made healthy. Maps without a model (`z_score`, `asymmetry`, `intensity`) always "
         "stand beside them.",
     )
-    scans: list[str] = Field(
-        [],
-        description="Scans by their `scan_id` in the manifest; the first `most_scans` of the test split when left out.",
-    )
+    scans: list[str] = Field([], description=SCANS)
     most_scans: PositiveInt = Field(64, description="Scans at most, where `scans` is left out.")
     most_calibration_scans: PositiveInt = Field(
         200, description="Healthy scans of the calibration split at most, that thresholds are taken from."

@@ -19,6 +19,11 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 Alphanumeric = Annotated[str, Field(pattern=r"^[A-Za-z0-9]+$")]
 #: A value of a covariate: a number, or a level.
 Scalar = float | int | str
+#: Of the keys `scans` of applications, which have `most_scans` beside them.
+SCANS = (
+    "Scans by their `scan_id` in the manifest; when left out `most_scans` of the test split, as many of each subject as"
+    " can be."
+)
 
 
 def per_axis(spacing: float | Sequence[float]) -> tuple[float, float, float]:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from meddiff_steps.config.base import Name, NoOrLocalPath, PositiveInt, Scalar, Section, Weight
+from meddiff_steps.config.base import SCANS, Name, NoOrLocalPath, PositiveInt, Scalar, Section, Weight
 from meddiff_steps.core.errors import UserError
 
 
@@ -21,10 +21,7 @@ class Counterfactual(Section):
         "values over the training subjects' range, or all levels.",
     )
     sweep_steps: Annotated[int, Field(ge=2)] = Field(5, description="Values of a sweep, where `values` is left out.")
-    scans: list[str] = Field(
-        [],
-        description="Scans by their `scan_id` in the manifest; the first `most_scans` of the test split when left out.",
-    )
+    scans: list[str] = Field([], description=SCANS)
     most_scans: PositiveInt = Field(8, description="Scans at most, where `scans` is left out.")
     invert_with: Literal["covariates", "nothing"] = Field(
         "covariates",

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from meddiff_steps.config.base import (
+    SCANS,
     Count,
     Fraction,
     Name,
@@ -95,10 +96,7 @@ class ImageToImage(DrawingNetwork):
         8, description="Draws of each scan: their mean is the best guess, their variance says how unsure it is."
     )
     num_inference_steps: PositiveInt = Field(10, description="Evaluations of the network per draw.")
-    scans: list[str] = Field(
-        [],
-        description="Scans by their `scan_id` in the manifest; the first `most_scans` of the test split when left out.",
-    )
+    scans: list[str] = Field([], description=SCANS)
     most_scans: PositiveInt = Field(400, description="Scans at most, where `scans` is left out.")
     most_images: PositiveInt = Field(24, description="Scans whose images are written; all of them are measured.")
 
@@ -273,10 +271,7 @@ class Harmonisation(Section):
     )
     unpaired: Unpaired = Field(Unpaired(), description="Networks and training.")
     samples: Annotated[int, Field(ge=2)] = Field(4, description="Draws of each image; their mean is written.")
-    scans: list[str] = Field(
-        [],
-        description="Scans by their `scan_id` in the manifest; the first `most_scans` of the test split when left out.",
-    )
+    scans: list[str] = Field([], description=SCANS)
     most_scans: PositiveInt = Field(400, description="Scans at most, where `scans` is left out.")
     most_images: PositiveInt = Field(24, description="Scans whose images are written; all of them are measured.")
 

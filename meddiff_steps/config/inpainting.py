@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from meddiff_steps.config.base import NoOrPathPattern, PositiveFloat, PositiveInt, Section
+from meddiff_steps.config.base import SCANS, NoOrPathPattern, PositiveFloat, PositiveInt, Section
 
 
 class Hole(Section):
@@ -78,10 +78,7 @@ class Inpainting(Section):
         Lesions(),
         description="Lesions that are put into scans and hidden instead of `hole`: does healing bring volumes back?",
     )
-    scans: list[str] = Field(
-        [],
-        description="Scans by their `scan_id` in the manifest; the first `most_scans` of the test split when left out.",
-    )
+    scans: list[str] = Field([], description=SCANS)
     most_scans: PositiveInt = Field(12, description="Scans at most, where `scans` is left out.")
     samples: PositiveInt = Field(
         4, description="Draws for each scan; their spread says how much the rest of the scan leaves open."

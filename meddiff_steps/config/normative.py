@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from meddiff_steps.config.base import Name, PositiveFloat, PositiveInt, Section, Weight
+from meddiff_steps.config.base import SCANS, Name, PositiveFloat, PositiveInt, Section, Weight
 from meddiff_steps.config.inpainting import Lesions
 
 
@@ -26,10 +26,7 @@ class Normative(Section):
         description="Covariates of a scan that the reference shares, for example age and sex; all when left out. What "
         "a disease changes (a volume) should not be among them, else it is normal for a scan of that volume.",
     )
-    scans: list[str] = Field(
-        [],
-        description="Scans by their `scan_id` in the manifest; the first `most_scans` of the test split when left out.",
-    )
+    scans: list[str] = Field([], description=SCANS)
     most_scans: PositiveInt = Field(24, description="Scans at most, where `scans` is left out.")
     calibration_scans: Annotated[int, Field(ge=3)] = Field(
         40, description="Scans of the reference in the calibration split at most, which say how far healthy scans are."

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from meddiff_steps.config.base import NoOrPathPattern, PositiveFloat, PositiveInt, Section, Weight
+from meddiff_steps.config.base import SCANS, NoOrPathPattern, PositiveFloat, PositiveInt, Section, Weight
 from meddiff_steps.config.choices import OperatorName
 from meddiff_steps.config.inpainting import Lesions
 from meddiff_steps.core.registries import OPERATORS
@@ -58,10 +58,7 @@ class Reconstruction(Section):
         "that the model implies; slow), `adaptive` (consistency, then the model itself is fitted to the measurement). "
         "Images of the first are written.",
     )
-    scans: list[str] = Field(
-        [],
-        description="Scans by their `scan_id` in the manifest; the first `most_scans` of the test split when left out.",
-    )
+    scans: list[str] = Field([], description=SCANS)
     most_scans: PositiveInt = Field(8, description="Scans at most, where `scans` is left out.")
     samples: PositiveInt = Field(4, description="Draws for each scan and method; at 1 there is no map of their spread.")
     num_inference_steps: PositiveInt | None = Field(

@@ -172,6 +172,19 @@ def test_scans_by_name_by_subject_or_of_the_test_split() -> None:
         chosen_scans(manifest()[2:], [], 1)
 
 
+def test_of_slices_every_subject_has_its_share_from_all_of_the_head() -> None:
+    table = pd.DataFrame(
+        [
+            {"scan_id": f"{subject}_{number:02d}", "subject_id": subject, "split": "test"}
+            for subject, count in (("a", 10), ("b", 1), ("c", 4))
+            for number in range(count)
+        ]
+    ).sample(frac=1, random_state=0)
+    assert chosen_scans(table, [], 2)["scan_id"].tolist() == ["a_05", "b_00"]
+    assert chosen_scans(table, [], 5)["scan_id"].tolist() == ["a_02", "a_07", "b_00", "c_01", "c_03"]
+    assert chosen_scans(table, [], 100)["scan_id"].tolist() == sorted(table["scan_id"])
+
+
 def test_a_sweep_stays_inside_what_was_trained_on() -> None:
     training = pd.DataFrame({"size": np.linspace(-10, 10, 101), "sex": ["F", "M", None] * 33 + ["F", "M"]})
     values = sweep(Counterfactual(covariate="size", sweep_steps=3), COVARIATES, training)
