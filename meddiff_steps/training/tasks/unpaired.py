@@ -163,12 +163,15 @@ class UnpairedTask:
             total, penalty = torch.zeros((), device=level.device), torch.zeros((), device=level.device)
             for kind, side in judging:
                 true = shown(kind, side, (blocks if kind == "guess" else real)[side][part], part)
-                true = true.detach().requires_grad_(penalised)
                 judged = self.critics(kind, side, true, level[part])
                 fooled = self.critics(kind, side, drawn[kind, side][part], level[part])
                 total = total + functional.softplus(-judged).mean() + functional.softplus(fooled).mean()
                 if penalised:
-                    (gradient,) = torch.autograd.grad(judged.sum(), true, create_graph=True)
+                    # In full precision and by the network itself: Fabric's lets itself be differentiated by its own
+                    # backward alone
+                    watched = true.detach().requires_grad_()
+                    judged = self.modules["critics"](kind, side, watched, level[part])
+                    (gradient,) = torch.autograd.grad(judged.sum(), watched, create_graph=True)
                     penalty = penalty + gradient.square().flatten(1).sum(1).mean() / judged[0].numel()
             loss = total + PENALTY_EVERY * settings.critic_penalty / 2 * penalty
             return loss, {"train/critics": total}
