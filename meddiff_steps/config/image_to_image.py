@@ -129,6 +129,10 @@ class SegmentationEnsemble(ImageToImage):
     differ as readers do.  (Section `segmentation` is about something else: an instrument that measures volumes.)
     """
 
+    levels: NoiseLevels = Field(
+        NoiseLevels(mean=2.0, deviation=1.4),
+        description="Noise levels that are trained on: higher than of images, for marks are seen under more noise.",
+    )
     start: Fraction = Field(
         0.5,
         description="Draws are also begun at this share of the noise levels, from the mask of the network without "
