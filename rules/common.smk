@@ -463,6 +463,14 @@ def pairs_to_learn_from(wildcards):
     )
 
 
+def nowhere_to_publish(wildcards):
+    """What `snakemake publish` asks for without a place."""
+    raise WorkflowError(
+        "storage.publish: not set, so there is nowhere to publish the release. Give a place, for example"
+        " s3://bucket/prefix (docs/cluster.md)."
+    )
+
+
 def manifest_of_scans_to_move(wildcards):
     """The manifest; without a covariate to move nothing is started for it."""
     try:

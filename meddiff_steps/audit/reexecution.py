@@ -65,7 +65,7 @@ def check_reexecution(release: Sealed, models: Path, sample: int, seed: str, thr
         yield Check(6, "images", "not run", "nothing was released")
         return
     rows = choose(everyone, sample, seed, "re-execution")
-    again = remake(rows, study, models, threads, release.version)
+    again = remake(rows, release, models, threads)
     try:
         results = [compare(row, image, release.folder, study, labels)[0] for row, image, labels in again]
         if sorted(result.sample_id for result in results) != [row["sample_id"] for row in rows]:
@@ -91,7 +91,7 @@ def check_reexecution(release: Sealed, models: Path, sample: int, seed: str, thr
         good = f"{len(drawn)} label maps that images were drawn from come out again, bit by bit"
         yield judged(6, "label-maps", wrong, good, "label map(s) do not come out again")
     if any(result.verdict != "bitwise" for result in results):
-        differences = environment_difference(release) or ["none is recorded; the number of threads remains"]
+        differences = environment_difference(release) or ["none is recorded"]
         yield Check(
             6, "environment", "note", "differences between the machine of the release and this one", differences
         )

@@ -416,7 +416,7 @@ def _check_kinds(root: Path, images: list[_Image], source: BidsSource) -> None:
             f"{root}: images of several kinds match, and cohort.entities does not say which are meant:\n  "
             + "\n  ".join(told[key] for key in mixed)
             + f"\nName one of each in cohort.entities ({{{mixed[0]}: null}} for images without it), or a list of those"
-            " that may be mixed."
+            f" that may be mixed; `meddiff propose` takes --entity {mixed[0]}=null for the first."
         )
 
 

@@ -19,7 +19,7 @@ import pandas as pd
 from pydantic import ValidationError
 
 from meddiff_steps.cohort.identity import identity_key
-from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate, Covariate, Covariates
+from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate, Covariate, Covariates, Rare
 from meddiff_steps.core.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -433,3 +433,40 @@ class CovariateEncoding:
                 " the model again."
             ) from None
         return cls(declared, means, stds)
+
+
+def as_declared(trained: CovariateEncoding, covariates: Covariates, rare: Rare | None, place: str) -> CovariateEncoding:
+    """The encoding that weights were trained with, for covariates as a study declares them.
+
+    Parameters
+    ----------
+    rare
+        A level that the weights are to learn, and so need not know.
+    place
+        Where the weights lie, for the message.
+
+    Raises
+    ------
+    UserError
+        The study declares other covariates than the weights know, or other levels.
+    """
+    said = {name: trained.levels.get(name) for name in trained.names}
+    wanted = {
+        name: tuple(each.levels) if isinstance(each, CategoricalCovariate) else None
+        for name, each in covariates.items()
+    }
+    known = said
+    if rare is not None and (levels := said.get(rare.covariate)) is not None and rare.level not in levels:
+        known = said | {rare.covariate: (*levels, rare.level)}
+    if known != wanted:
+        further = f", and {rare.level} as the last of {rare.covariate}" if known is not said and rare else ""
+        raise UserError(
+            f"{place}: trained with covariates {_with_levels(said)}, this study has {_with_levels(wanted)}. Declare the"
+            f" same, with levels in the same order{further}; some values may be n/a, all may not. For other covariates"
+            " take the autoencoder alone, init_from.models: [autoencoder], and train the diffusion model."
+        )
+    return replace(trained, covariates={name: covariates[name].model_copy(update={"column": None}) for name in said})
+
+
+def _with_levels(covariates: Mapping[str, Sequence[str] | None]) -> str:
+    return ", ".join(f"{name} ({', '.join(levels)})" if levels else name for name, levels in covariates.items())

@@ -130,7 +130,7 @@ class SegmentationEnsemble(ImageToImage):
     """
 
     levels: NoiseLevels = Field(
-        NoiseLevels(mean=2.0, deviation=1.4),
+        NoiseLevels(mean=3.0, deviation=1.4),
         description="Noise levels that are trained on: higher than of images, for marks are seen under more noise.",
     )
     start: Fraction = Field(

@@ -14,7 +14,14 @@ import numpy as np
 import pandas as pd
 
 from meddiff_steps.cohort.bids import read_bids
-from meddiff_steps.cohort.covariates import CovariateEncoding, cell_text, is_null, parse_covariates, shorten
+from meddiff_steps.cohort.covariates import (
+    CovariateEncoding,
+    as_declared,
+    cell_text,
+    is_null,
+    parse_covariates,
+    shorten,
+)
 from meddiff_steps.cohort.identity import alike, shown
 from meddiff_steps.cohort.splits import SPLITS, assign_splits
 from meddiff_steps.cohort.table import read_table
@@ -22,6 +29,8 @@ from meddiff_steps.config import BidsSource, CategoricalCovariate, SimulatedSour
 from meddiff_steps.config.cohort import SIMULATED_LEVELS
 from meddiff_steps.config.preprocess import MNI152
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.files import read_json
+from meddiff_steps.core.folders import NETWORK
 from meddiff_steps.core.registries import DETECTORS
 from meddiff_steps.imaging.brain_extraction import extraction_installed
 from meddiff_steps.imaging.channels import filled_in
@@ -116,6 +125,7 @@ def cohort(study: Study) -> tuple[list[Finding], Cohort | None]:
     subjects = raw["subject_id"].nunique()
     found = [Finding("ok", "cohort", f"{len(raw)} scans of {subjects} subjects.")]
     found += [Finding("warning", "cohort", text) for text in warnings.found]
+    found += _given(study)
     found += [finding for name in study.covariates for finding in _covariate(study, raw, name)]
     repeated = sorted(set(raw["scan_id"][raw["scan_id"].duplicated()]))
     if repeated:
@@ -140,7 +150,7 @@ def cohort(study: Study) -> tuple[list[Finding], Cohort | None]:
 
 def _splits(counts: Mapping[str, int], study: Study) -> Finding:
     said = ", ".join(f"{counts[name]} {name}" for name in SPLITS) + " subjects."
-    numbers = numbers_of(study.covariates.values())
+    numbers = 0 if _given_diffusion(study) else numbers_of(study.covariates.values())  # whose covariates are settled
     if counts["train"] >= max(FEW_TRAINING_SUBJECTS, SUBJECTS_PER_NUMBER * numbers):
         return Finding("ok", "splits", said)
     if counts["train"] >= FEW_TRAINING_SUBJECTS:
@@ -159,6 +169,26 @@ def _splits(counts: Mapping[str, int], study: Study) -> Finding:
         f" after hours; it did so with 32. Plan for {FEW_TRAINING_SUBJECTS} or more, or start from somebody's weights"
         " (init_from).",
     )
+
+
+def _given_diffusion(study: Study) -> Path | None:
+    """The card of the diffusion model of ours that the study starts from."""
+    base = study.init_from
+    if base is None or base.path is None or "diffusion" not in base.models:
+        return None
+    card = Path(base.path, "diffusion", NETWORK[1])
+    return card if card.is_file() else None
+
+
+def _given(study: Study) -> Iterator[Finding]:
+    """Whether the study has the covariates that given weights know."""
+    card = _given_diffusion(study)
+    if card is not None:
+        try:
+            trained = CovariateEncoding.from_json(read_json(card)["encoding"])
+            as_declared(trained, study.covariates, study.diffusion.rare, f"{card.parent}")
+        except UserError as error:
+            yield Finding("fail", "init_from", str(error))
 
 
 def _covariate(study: Study, raw: pd.DataFrame, name: str) -> Iterator[Finding]:

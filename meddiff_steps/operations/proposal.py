@@ -107,7 +107,7 @@ def columns(cells: pd.DataFrame, sidecar: Mapping[str, Any]) -> list[Column]:
         elif twin is not None:
             listed.append(_left_out(one, f"says nearly the same as {twin.name}"))
         elif len(taken) == MOST:
-            listed.append(_left_out(one, f"{MOST} are enough to begin with"))
+            listed.append(_left_out(one, f"no more than {MOST} are taken to begin with"))
         else:
             taken.append(one)
     return [*taken, *listed]

@@ -42,7 +42,7 @@ def run(
     images: Annotated[
         bool, typer.Option(help="read the images; without, L1 looks at sizes only and L5 does not run")
     ] = True,
-    threads: options.Threads = 1,
+    threads: options.ThreadsBeside = 1,
     json: Annotated[Path | None, typer.Option(help="report to write (JSON)")] = None,
     html: Annotated[Path | None, typer.Option(help="report to write (HTML)")] = None,
 ) -> None:

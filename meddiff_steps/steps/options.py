@@ -61,3 +61,6 @@ Exclude = Annotated[Path | None, typer.Option(help="Table of scans that a person
 State = Annotated[Path, typer.Option(help="folder for resumable checkpoints")]
 Points = Annotated[Path, typer.Option(help="shapes (.npz): points_mm, missing, ids")]
 Threads = Annotated[int, typer.Option(help="CPU threads; changes the last bits of CPU results")]
+ThreadsBeside = Annotated[
+    int, typer.Option(help="CPU threads; images are made again with as many as drew them, where the release says so")
+]

@@ -43,7 +43,7 @@ def run(
         str | None, typer.Option(help="group of the plan that --count is about, if there are several")
     ] = None,
     json: Annotated[Path | None, typer.Option(help="comparison to write (JSON)")] = None,
-    threads: options.Threads = 1,
+    threads: options.ThreadsBeside = 1,
 ) -> None:
     """Make images again: one subject, one shard, or all; write them, and say whether they are what was released.
 

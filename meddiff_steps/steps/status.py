@@ -49,7 +49,11 @@ def run(
     print(f"{results}: {'a run works here, ' + worker if worker else 'no run works here'}")
     jobs = jobs_of_run(results)
     if jobs is not None:
-        on = "" if worker or jobs[0] == jobs[1] else "; the same `meddiff run` goes on"
+        on = (
+            ""
+            if worker or jobs[0] == jobs[1]
+            else "; the same `meddiff run` goes on (after a kill with `-- --unlock` first)"
+        )
         print(f"{jobs[0]} of {jobs[1]} jobs of the {'run' if worker else 'last run'} are done{on}")
     hours = {name: hours for name, (_, hours) in estimated.items()}
     print("\n".join(table(stages, time.time(), hours, without_gpu=ran_without_gpu(results))))

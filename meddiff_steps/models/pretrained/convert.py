@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from meddiff_steps import config
-from meddiff_steps.cohort.covariates import CovariateEncoding
+from meddiff_steps.cohort.covariates import CovariateEncoding, as_declared
 from meddiff_steps.config.init_from import ARCHITECTURE
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json, sha256_file
@@ -148,7 +148,8 @@ def _take_over(folder: Path, model: str, sections: Sections, out: Path) -> None:
                 f" ({[n * sections.autoencoder.downsampling for n in made.latent_shape[1:]]}); its maps of positions"
                 " fit no other."
             )
-        encoding, rare = _declared(made.encoding, sections, place), sections.diffusion.rare
+        rare = sections.diffusion.rare
+        encoding = as_declared(made.encoding, sections.covariates, rare, f"{place}")
         if rare is not None and encoding.level_counts != made.encoding.level_counts:
             denoiser, made = with_level(denoiser, made, encoding, rare.covariate, rare.like)
         made = replace(made, encoding=encoding)
@@ -173,30 +174,6 @@ def _ingredient(card: Mapping[str, Any], place: Path, said: Mapping[str, str]) -
         **{key: told[key] for key in ("name", "version", "license") if key in told},
         **said,
     }
-
-
-def _declared(found: CovariateEncoding, sections: Sections, place: Path) -> CovariateEncoding:
-    """The encoding that the weights were trained with, for covariates as this study declares them."""
-    covariates, rare = sections.covariates, sections.diffusion.rare
-    said = {name: found.levels.get(name) for name in found.names}
-    wanted = {
-        name: tuple(each.levels) if isinstance(each, config.CategoricalCovariate) else None
-        for name, each in covariates.items()
-    }
-    known = said
-    if rare is not None and (levels := said.get(rare.covariate)) is not None and rare.level not in levels:
-        known = said | {rare.covariate: (*levels, rare.level)}
-    if known != wanted:
-        further = f", and {rare.level} as the last of {rare.covariate}" if known is not said and rare else ""
-        raise UserError(
-            f"{place}: trained with covariates {_words(said)}, this study has {_words(wanted)}. Declare the same, with"
-            f" levels in the same order{further}; where this cohort lacks one, give it a column of n/a."
-        )
-    return replace(found, covariates={name: covariates[name].model_copy(update={"column": None}) for name in said})
-
-
-def _words(covariates: Mapping[str, Sequence[str] | None]) -> str:
-    return ", ".join(f"{name} ({', '.join(levels)})" if levels else name for name, levels in covariates.items())
 
 
 # ------------------------------------------------------------------------------------- published networks
