@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.config import parse_study
+from meddiff_steps.core.files import read_json
 from meddiff_steps.operations import check
 from meddiff_steps.operations.check import Finding
 from meddiff_steps.operations.expected import Expected
 from meddiff_steps.operations.machine import Machine, free_bytes, this_machine
 from meddiff_steps.operations.survey import read_header, spread
+from meddiff_steps.release import shipping
 
 SUBJECTS = 60
 
@@ -94,6 +97,20 @@ def test_levels_are_compared_both_ways(root):
         "no scan has X, which is declared: nothing can be learnt of it.",
     )
     assert told(found, "plan.x") == [("fail", "asks for sex X, which no training scan has.")]
+
+
+def test_given_weights_are_asked_which_covariates_they_know(root):
+    """A few subjects suffice for what they know; with other covariates training would be refused after hours."""
+    given = shipping.models_named("simulated-5mm")
+    known = CovariateEncoding.from_json(read_json(given / "diffusion/card.json")["encoding"])
+    start = {"init_from": {"path": str(given), "source": "x"}, "autoencoder": {"optimiser": {"steps": 0}}}
+    found, _ = check.cohort(study(root, **start))
+    ((state, text),) = told(found, "init_from")
+    assert state == "fail" and all(name in text for name in known.names)
+    assert "init_from.models: [autoencoder]" in text
+    alone = start["init_from"] | {"models": ["autoencoder"]}
+    found, _ = check.cohort(study(root, **start | {"init_from": alone}))
+    assert not told(found, "init_from")
 
 
 def test_a_covariate_from_which_nothing_can_be_learnt(root):

@@ -20,7 +20,8 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.encoding import Grid, encode
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.provenance.verify import labels_path
-from meddiff_steps.release.regeneration import regenerate, regenerate_more
+from meddiff_steps.release import regeneration
+from meddiff_steps.release.regeneration import drawing_threads, regenerate, regenerate_more
 from meddiff_steps.release.sealed import open_release
 from meddiff_steps.steps import generate
 from meddiff_steps.steps import plan as plan_step
@@ -47,6 +48,31 @@ def test_one_subject_alone_is_the_released_file(place, tmp_path):
         assert (comparison.verdict, comparison.same_file, comparison.largest) == ("bitwise", True, 0)
         paths = [rows[0][kind]["path"] for kind in ("image", "labels")]
         assert files(tmp_path / name) == {path: (place.release / path).read_bytes() for path in paths}
+
+
+def test_images_are_drawn_with_the_threads_of_those_who_drew_them(place, monkeypatch):
+    """By the records of the shard's own run; of `filter`, where the first image was rejected."""
+    release = open_release(place.release)
+    rows = list(release.released())
+    assert set(drawing_threads(release).values()) == {1}
+    again = next(row for row in rows if row["attempt"])
+    shards = {row["sample_id"]: shard for shard in (0, 1, 2) for row in release.rows_of(shard=shard)}
+    for record in release.records.values():
+        shard = record["parameters"].get("shard")
+        if record["step"] in ("generate", "filter"):
+            record["environment"]["torch"]["threads"] = {"generate": 2, "filter": 5}[record["step"]] + shard
+    seen = {}
+    monkeypatch.setattr(
+        regeneration,
+        "_drawn",
+        lambda part, study, places, threads: seen.update({row["sample_id"]: threads for row in part}) or iter(()),
+    )
+    list(regeneration.remake(rows, release, place.results, 9))
+    assert seen == {row["sample_id"]: (5 if row["attempt"] else 2) + shards[row["sample_id"]] for row in rows}
+    assert again["sample_id"] in seen and len(set(seen.values())) > 2
+    release.records.clear()
+    list(regeneration.remake(rows, release, place.results, 9))
+    assert set(seen.values()) == {9}, "nothing says how many these were"
 
 
 def test_a_shard_and_the_whole_cohort(place, tmp_path):
