@@ -119,6 +119,8 @@ def test_run_finds_the_workflow_from_elsewhere(monkeypatch, tmp_path):
     assert command[1:3] == ["--snakefile", str(ROOT / "Snakefile")]
     assert profile_folder("workstation", ROOT) == str(ROOT / "profiles/workstation")
     assert profile_folder("of-this-user", ROOT) == "of-this-user"
+    with pytest.raises(UserError, match="Did you mean 'slurm'"):
+        profile_folder("slurmm", ROOT)
 
 
 def test_a_package_without_the_workflow_says_what_to_do(monkeypatch, tmp_path):

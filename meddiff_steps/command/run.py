@@ -205,8 +205,17 @@ def workflow_folder() -> Path:
 
 
 def profile_folder(profile: str, workflow: Path) -> str:
-    """A profile by its folder: as it was given, of the workflow, or one that Snakemake knows by name."""
+    """A profile by its folder: as it was given, of the workflow, or one that Snakemake knows by name.
+
+    Raises
+    ------
+    UserError
+        It is a misspelt one of the workflow.
+    """
     for folder in (Path(profile), workflow / profile, workflow / "profiles" / profile):
         if folder.is_dir() and any(folder.glob("*.yaml")):
             return str(folder)
+    ours = ("slurm", *(folder.name for folder in (workflow / "profiles").glob("*")))
+    if near := difflib.get_close_matches(profile, ours, 1, cutoff=0.8):
+        raise UserError(f"--profile {profile}: there is none of this name. Did you mean {near[0]!r}?")
     return profile

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,14 +113,16 @@ def make_fabric(compute: Compute, threads: int, processes: int = 1) -> Fabric:
             f" in {processes}. Set compute.devices to the number of processes of a training (all nodes together); start"
             " other steps as one process."
         )
-    fabric = Fabric(
-        accelerator=device,
-        devices=processes // nodes,
-        num_nodes=nodes,
-        precision=None if precision == "bf16-mixed" else precision,
-        strategy="ddp" if processes > 1 else "auto",
-        plugins=[environment, Bf16Inside(device)] if precision == "bf16-mixed" else [environment],
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The `srun` command is available")  # jobs are started by Snakemake
+        fabric = Fabric(
+            accelerator=device,
+            devices=processes // nodes,
+            num_nodes=nodes,
+            precision=None if precision == "bf16-mixed" else precision,
+            strategy="ddp" if processes > 1 else "auto",
+            plugins=[environment, Bf16Inside(device)] if precision == "bf16-mixed" else [environment],
+        )
     fabric.launch()
     if fabric.is_global_zero:
         log.info(

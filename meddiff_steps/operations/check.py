@@ -235,7 +235,7 @@ def _learnable(study: Study, frame: pd.DataFrame) -> Iterator[Finding]:
         except UserError as error:
             # A value that cannot be read was told before.
             if "do not fit what the study declares" not in str(error):
-                yield Finding("fail", f"covariates.{name}", str(error))
+                yield Finding("fail", f"covariates.{name}", str(error).removeprefix(f"covariates.{name}: "))
 
 
 def _asked(study: Study, frame: pd.DataFrame) -> Iterator[Finding]:
