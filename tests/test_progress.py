@@ -130,6 +130,21 @@ def test_who_stops_a_run_is_answered():
     assert stream.getvalue() == "Will exit after finishing currently running jobs (scheduler).\n"
 
 
+def test_jobs_of_a_run_that_somebody_stops_have_not_failed():
+    clock, stream = Clock(), io.StringIO()
+    progress = Progress(stream, clock=clock)
+    run(progress, clock)
+    progress.said("INFO", "Terminating processes on user request, this might take some time.")
+    progress.said("ERROR", "RuleException:\nCalledProcessError ... died with <Signals.SIGINT: 2>.")
+    progress.happened("job_error", {"jobid": 2, "rule_name": "diffusion"})
+    progress.happened("error", {"message": "At least one job did not complete successfully."})
+    progress.close()
+    said = stream.getvalue()
+    assert "stopped diffusion" in said and "1 of 3 jobs done, stopped in 00:01:00" in said
+    assert "FAILED" not in said and "SIGINT" not in said and "At least" not in said
+    assert said.endswith("Run the same command to go on: what is done is not done again.\n")
+
+
 def test_an_answer_that_snakemake_repeats_is_given_once():
     stream = io.StringIO()
     progress = Progress(stream)

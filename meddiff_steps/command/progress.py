@@ -23,7 +23,8 @@ REDRAW_S, REPEAT_S = 1.0, 600.0
 #: Running jobs that have a line of their own on a terminal.
 MOST = 8
 #: How Snakemake begins what is shown though it is no warning: to somebody who stops it, or who has nothing left to do.
-SHOWN = ("Will exit after finishing", "Terminating processes on user request", "Nothing to be done")
+STOPPED = "Terminating processes on user request"
+SHOWN = ("Will exit after finishing", STOPPED, "Nothing to be done")
 #: What Snakemake writes around the message of a `WorkflowError`: before a rule's, where it stands in which file, and
 #: after either where it was raised.
 OF_A_RULE = re.compile(r"InputFunctionException in rule .*?\n +WorkflowError:\n(.*?)\nWildcards:", re.DOTALL)
@@ -83,6 +84,8 @@ class Progress:
     """Rule and seconds of every job that ended well."""
     told: set[str] = field(default_factory=set)
     """Of what is said to somebody who stops a run, which Snakemake repeats."""
+    stopped: bool = False
+    """Somebody stopped the run, and its jobs with it."""
     drawn: int = 0
     drawn_at: float = 0.0
 
@@ -104,6 +107,9 @@ class Progress:
             if message not in self.told:
                 self._line(message, always=True)
             self.told.add(message)
+            self.stopped = self.stopped or message.startswith(STOPPED)
+        elif self.stopped:
+            return  # that jobs ended which were killed
         elif level in ("WARNING", "ERROR", "CRITICAL") and message not in ("", "None"):
             self._line(plain(message), always=True)
 
@@ -141,8 +147,11 @@ class Progress:
     def _job_error(self, said: Mapping[str, Any]) -> None:
         number = next((said[name] for name in ("jobid", "job_id") if name in said), None)
         job = self.jobs.pop(number, None) if number is not None else None
-        self.failed += 1
         name = job.rule if job else said.get("rule_name", "a job")
+        if self.stopped:
+            self._line(f"stopped {name}")
+            return
+        self.failed += 1
         logs = job.logs if job else []
         self._line(f"FAILED  {name}" + "".join(f"\n{last_lines(Path(log))}" for log in logs), always=True)
 
@@ -150,7 +159,7 @@ class Progress:
 
     def _error(self, said: Mapping[str, Any]) -> None:
         message = str(said.get("message") or said.get("msg") or "")
-        if message and message != "None":
+        if message and message != "None" and not self.stopped:
             self._line(plain(message), always=True)
 
     # ------------------------------------------------------------------------------------------------ text
@@ -244,11 +253,13 @@ class Progress:
         """The end: what was done, and what failed."""
         self._erase()
         if self.total:
-            failed = f", {self.failed} failed" if self.failed else ""
+            failed = f", {self.failed} failed" if self.failed else ", stopped" if self.stopped else ""
             took = duration(self.clock() - self.began)
             self.stream.write(f"{self.done} of {self.total} jobs done{failed} in {took}\n")
             if self.failed:
                 self.stream.write("When it is mended, run the same command again: what is done is not done again.\n")
+            elif self.stopped:
+                self.stream.write("Run the same command to go on: what is done is not done again.\n")
             self.total = 0
         self.stream.flush()
 
