@@ -175,8 +175,9 @@ def test_one_image_of_an_old_release_that_alone_differs_is_seen(target, place):
 
 
 def test_where_this_version_draws_otherwise_re_execution_did_not_run(place, old, monkeypatch):
-    def otherwise(rows: list[dict[str, Any]], study: config.Study, *_: Any) -> Any:
-        return ((row, np.random.default_rng(0).random(study.preprocess.shape).astype(np.float32), None) for row in rows)
+    def otherwise(rows: list[dict[str, Any]], release: Sealed, *_: Any) -> Any:
+        shape = place.study.preprocess.shape
+        return ((row, np.random.default_rng(0).random(shape).astype(np.float32), None) for row in rows)
 
     monkeypatch.setattr(reexecution, "remake", otherwise)
     report = audit(Request(old, version=OLD, models=place.results))
