@@ -104,7 +104,7 @@ def cohort(study: Study) -> tuple[list[Finding], Cohort | None]:
         told = Finding("ok", "cohort", f"{source.subjects} simulated subjects will be made.")
         split = _splits(counts, study)
         said = replace(split, text=f"about {split.text}")
-        return [told, said, *_not_simulated(study)], Cohort(pd.DataFrame(), source.subjects, counts)
+        return [told, said, *_given(study), *_not_simulated(study)], Cohort(pd.DataFrame(), source.subjects, counts)
     if isinstance(source, BidsSource) and study.storage.cohort and not Path(source.root).exists():
         return [
             Finding("ok", "cohort", f"fetched from {study.storage.cohort} when the run begins; not read here.")
@@ -185,7 +185,7 @@ def _given(study: Study) -> Iterator[Finding]:
     card = _given_diffusion(study)
     if card is not None:
         try:
-            trained = CovariateEncoding.from_json(read_json(card)["encoding"])
+            trained = CovariateEncoding.from_json(read_json(card).get("encoding", {}))
             as_declared(trained, study.covariates, study.diffusion.rare, f"{card.parent}")
         except UserError as error:
             yield Finding("fail", "init_from", str(error))
