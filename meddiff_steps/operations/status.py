@@ -41,9 +41,12 @@ TRAININGS = (
 )
 #: Below the results: how many jobs of the last `meddiff run` are done, and how many there are (JSON).
 JOBS = "logs/jobs.json"
-#: How a log ends whose step has given up; a step that was killed from outside says nothing.
-LAST_WORDS = re.compile(r"^(error: |Traceback |[\w.]+Error\b)|asked to stop \(SIGTERM\)", re.M)
-#: Bytes at the end of a log in which they are looked for.
+#: How a log ends whose step has given up, and whose was asked to stop; a step that was killed from outside says nothing.
+GAVE_UP = re.compile(r"^(error: |Traceback |[\w.]+Error\b)", re.M)
+ASKED_TO_STOP = re.compile(r"asked to stop \(SIGTERM\)|^KeyboardInterrupt\b", re.M)
+#: What a job can be that has begun and is not done.
+NOT_DONE = ("running", "stopped", "failed")
+#: Bytes at the end of a log in which last words are looked for.
 TAIL = 4096
 
 
@@ -59,11 +62,12 @@ class Stage:
     hours: float = 0.0
     gpus: int = 0
     running: list[tuple[float, Path]] = field(default_factory=list)
+    stopped: list[tuple[float, Path]] = field(default_factory=list)
     failed: list[tuple[float, Path]] = field(default_factory=list)
 
     @property
     def total(self) -> int:
-        return max(self.expected or 0, self.done + len(self.running) + len(self.failed))
+        return max(self.expected or 0, self.done + sum(len(getattr(self, state)) for state in NOT_DONE))
 
     @property
     def gpu_hours(self) -> float:
@@ -83,7 +87,7 @@ def read_stages(results: Path, active: bool) -> list[Stage]:
     """Stages of a study in the order in which they were begun.
 
     Snakemake writes a job's benchmark when it has succeeded, after the last line of its log; a log without a younger
-    benchmark is that of a job that runs or has failed.
+    benchmark is that of a job that runs, was stopped from outside, or has failed.
 
     Parameters
     ----------
@@ -111,11 +115,18 @@ def read_stages(results: Path, active: bool) -> list[Stage]:
             stage.hours += seconds(benchmark) / 3600
         if benchmark.exists() and benchmark.stat().st_mtime >= changed:
             stage.done += 1
-        elif active and not LAST_WORDS.search(tail(log)):
-            stage.running.append((changed, log))
         else:
-            stage.failed.append((changed, log))
+            getattr(stage, state_of(tail(log), active)).append((changed, log))
     return list(stages.values())
+
+
+def state_of(end: str, active: bool) -> str:
+    """One of `NOT_DONE`, by the end of a job's log, and whether a run works there."""
+    if ASKED_TO_STOP.search(end):
+        return "stopped"
+    if GAVE_UP.search(end):
+        return "failed"
+    return "running" if active else "stopped"
 
 
 def jobs_of_run(results: Path) -> tuple[int, int] | None:
@@ -194,7 +205,7 @@ def last_line(log: Path) -> str:
 def table(
     stages: list[Stage], now: float, estimated: Mapping[str, float] | None = None, *, without_gpu: bool = False
 ) -> Iterator[str]:
-    """A line per stage, and one per job that runs or has failed.
+    """A line per stage, and one per job that has begun and is not done.
 
     Parameters
     ----------
@@ -207,23 +218,23 @@ def table(
     """
     estimated = estimated or {}
     width = max([len(stage.name) for stage in stages], default=5) + 2
-    widths = (6, 6, 9, 8, 9) if without_gpu else (6, 6, 9, 8, 9, 11, 10)
+    widths = (6, 6, 9, 9, 8, 9) if without_gpu else (6, 6, 9, 9, 8, 9, 11, 10)
 
     def line(name: str, *cells: object) -> str:
         return f"{name:<{width}}" + "".join(f"{cell:>{n}}" for cell, n in zip(cells, widths, strict=False))
 
-    yield line("stage", "done", "of", "running", "failed", "hours", "GPU-hours", "expected")
+    yield line("stage", "done", "of", "running", "stopped", "failed", "hours", "GPU-hours", "expected")
     expected = {stage.name: stage.expected_gpu_hours(estimated.get(stage.name)) for stage in stages}
     for stage in stages:
         ahead = expected[stage.name]
-        counts = (stage.done, stage.total, len(stage.running), len(stage.failed))
+        counts = (stage.done, stage.total, *(len(getattr(stage, state)) for state in NOT_DONE))
         hours = (f"{stage.hours:.2f}", f"{stage.gpu_hours:.2f}", "?" if ahead is None else f"{ahead:.2f}")
         yield line(stage.name, *counts, *hours)
     whole = sum(hours or 0.0 for hours in expected.values())
     sums = tuple(f"{sum(getattr(stage, name) for stage in stages):.2f}" for name in ("hours", "gpu_hours"))
     at_least = ">" if None in expected.values() else ""
-    yield line("together", sum(stage.done for stage in stages), "", "", "", *sums, f"{at_least}{whole:.2f}")
-    for state in ("running", "failed"):
+    yield line("together", sum(stage.done for stage in stages), "", "", "", "", *sums, f"{at_least}{whole:.2f}")
+    for state in NOT_DONE:
         for stage in stages:
             for changed, log in getattr(stage, state):
                 yield f"{state}: {log}, last line {max(0, now - changed) / 60:.0f} min ago: {last_line(log)[-160:]}"

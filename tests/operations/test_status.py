@@ -49,21 +49,25 @@ def test_done_running_and_hours(results):
     assert (found.done, len(found.running), len(found.failed), found.total, found.hours) == (1, 1, 0, 2, 2.0)
 
 
-def test_where_no_run_works_nothing_is_running(results):
-    assert len(stage(results, active=False).failed) == 1
+def test_where_no_run_works_what_said_nothing_was_stopped(results):
+    found = stage(results, active=False)
+    assert (len(found.running), len(found.stopped), len(found.failed)) == (0, 1, 0)
 
 
 @pytest.mark.parametrize(
-    "words",
+    "words, state",
     [
-        "error: shard.arrow is truncated\n",
-        "Traceback (most recent call last):\n ...",
-        "autoencoder: asked to stop (SIGTERM); saved\n",
+        ("error: shard.arrow is truncated\n", "failed"),
+        ("Traceback (most recent call last):\n ...", "failed"),
+        ("autoencoder: asked to stop (SIGTERM); saved\n", "stopped"),
+        ("Traceback (most recent call last):\n ...\nKeyboardInterrupt\n", "stopped"),
     ],
 )
-def test_last_words_tell_a_failure(results, words):
+@pytest.mark.parametrize("active", [True, False])
+def test_last_words_tell_a_failure_from_a_stop(results, words, state, active):
     job(results, "generate/0001", words)
-    assert len(stage(results, active=True).failed) == 1
+    found = stage(results, active)
+    assert [len(getattr(found, one)) for one in progress.NOT_DONE] == [one == state for one in progress.NOT_DONE]
 
 
 def test_a_job_that_runs_again_is_not_done(results):
@@ -79,8 +83,8 @@ def test_the_table_says_who_works_where_the_log_is_and_its_last_line(results, ca
         run(results)
     text = capsys.readouterr().out
     assert f"a run works here, process {os.getpid()} on " in text
-    assert re.search(r"^generate +1 +2 +1 +0 +2\.00 +2\.00 +4\.00$", text, re.M)
-    assert re.search(r"^plan +1 +1 +0 +0 +0\.01 +0\.00 +0\.00$", text, re.M)
+    assert re.search(r"^generate +1 +2 +1 +0 +0 +2\.00 +2\.00 +4\.00$", text, re.M)
+    assert re.search(r"^plan +1 +1 +0 +0 +0 +0\.01 +0\.00 +0\.00$", text, re.M)
     assert re.search(r"^together +2 +2\.01 +2\.00 +4\.00$", text, re.M)
     assert f"running: {results}/logs/generate/0001.log, last line 2 min ago: generating:  50%" in text
 
