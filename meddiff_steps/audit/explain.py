@@ -77,14 +77,7 @@ def explain(release: Path, subject: str) -> list[str]:
         root = verify.read_root(release)
     except verify.Unreadable as error:
         raise UserError(f"{release}: {error}. Run `audit` first.") from None
-    shard = next(
-        (
-            entry["shard"]
-            for entry in root["ledger"]["shards"]
-            if any(first <= place < end for first, end in entry["ranges"])
-        ),
-        None,
-    )
+    shard = ledger.shard_of(root, place)
     records = lineage.read_published(release)
     lines = [f"{row['sample_id']}: {row['privacy']['decision']} after {row['privacy']['attempts']} attempt(s)"]
     image = row["image"]

@@ -41,7 +41,7 @@ TRAININGS = (
 )
 #: Below the results: how many jobs of the last `meddiff run` are done, and how many there are (JSON).
 JOBS = "logs/jobs.json"
-#: How a log ends whose step has given up, and whose was asked to stop; a step that was killed from outside says nothing.
+#: How a log ends whose step has given up, and whose was asked to stop; a step that was killed says nothing.
 GAVE_UP = re.compile(r"^(error: |Traceback |[\w.]+Error\b)", re.M)
 ASKED_TO_STOP = re.compile(r"asked to stop \(SIGTERM\)|^KeyboardInterrupt\b", re.M)
 #: What a job can be that has begun and is not done.

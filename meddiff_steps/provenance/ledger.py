@@ -431,3 +431,9 @@ def shard_roots(written: Written, shard_of: Mapping[str, int]) -> list[dict[str,
             }
         )
     return found
+
+
+def shard_of(root: Mapping[str, Any], place: int) -> int | None:
+    """The shard of a row, by root.json and the row's place in the ledger; None where no shard claims it."""
+    shards = root["ledger"]["shards"]
+    return next((one["shard"] for one in shards if any(first <= place < end for first, end in one["ranges"])), None)

@@ -27,7 +27,7 @@ from meddiff_steps.imaging import encoding
 from meddiff_steps.models.masks import MaskModel
 from meddiff_steps.models.trained import TrainedModel
 from meddiff_steps.provenance import verify
-from meddiff_steps.provenance.ledger import Row, cell
+from meddiff_steps.provenance.ledger import Row, cell, shard_of
 from meddiff_steps.provenance.lineage import step_of
 from meddiff_steps.provenance.record import environment
 from meddiff_steps.release import versions
@@ -138,10 +138,9 @@ def _by_threads(rows: Sequence[Row], release: Sealed, threads: int) -> Iterator[
     shards: dict[str, int] = {}
     if len(set(recorded.values())) > 1:
         wanted = {row["sample_id"] for row in rows}
-        ranges = [(*each, entry["shard"]) for entry in release.root["ledger"]["shards"] for each in entry["ranges"]]
         for place, row in enumerate(release.rows()):
-            if row["sample_id"] in wanted:
-                shards[row["sample_id"]] = next((shard for low, end, shard in ranges if low <= place < end), -1)
+            if row["sample_id"] in wanted and (shard := shard_of(release.root, place)) is not None:
+                shards[row["sample_id"]] = shard
     usual = next((number for (step, _), number in recorded.items() if step == DRAWING[0]), threads)
     found: dict[int, list[Row]] = defaultdict(list)
     for row in rows:

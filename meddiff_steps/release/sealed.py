@@ -155,16 +155,15 @@ class Sealed:
             return rows
         if shard is None:
             return list(self.released())
-        shards = {entry["shard"]: entry["ranges"] for entry in self.root["ledger"]["shards"]}
+        shards = [entry["shard"] for entry in self.root["ledger"]["shards"]]
         if shard not in shards:
             raise UserError(
                 f"{self.folder}: no shard {shard}; there are {len(shards)}, from {min(shards)} to {max(shards)}."
             )
-        ranges = shards[shard]
         return [
             row
             for place, row in enumerate(self.rows())
-            if row["image"] is not None and any(first <= place < end for first, end in ranges)
+            if row["image"] is not None and ledger.shard_of(self.root, place) == shard
         ]
 
 

@@ -32,13 +32,12 @@ def run(
         ),
     ] = None,
 ) -> None:
-    """Per stage: how many jobs are done, running, stopped and failed, hours and GPU-hours used and expected; where the logs
-    are.
+    """Per stage: how many jobs are done, running, stopped and failed, hours and GPU-hours used and expected.
 
     Looks at files alone. A stopped job was ended from outside (Ctrl-C, a time limit, memory) and goes on with the next
-    run; a failed one gave up with an error. A job that was killed without a word (memory, a dead node) counts as
-    running until the run ends or tries again; how long ago its log grew is the sign. GPU-hours are those of jobs that succeeded; what a failed
-    attempt used is in the scheduler's accounts.
+    run; a failed one gave up with an error; the end says where their logs are. A job that was killed without a word
+    (memory, a dead node) counts as running until the run ends or tries again; how long ago its log grew is the sign.
+    GPU-hours are those of jobs that succeeded; what a failed attempt used is in the scheduler's accounts.
     """
     worker = holder(results / ".lock")
     stages = read_stages(results, active=worker is not None)
