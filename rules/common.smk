@@ -437,7 +437,7 @@ def made_again(wildcards):
     if not SEALED:
         raise WorkflowError(
             "Which release? Give --config sealed=FOLDER, its root, and models=FOLDER, where autoencoder/ and diffusion/"
-            " lie."
+            " lie (to `meddiff run` after a --: meddiff run STUDY.yaml regenerate -- --config sealed=FOLDER models=FOLDER)."
         )
     if MORE_SUBJECTS is not None:
         return expand(REGENERATED_SHARD, shard=shard_names(plan_shards([enlarged_group()], STUDY.generate.shard_size)))

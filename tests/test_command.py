@@ -11,7 +11,14 @@ import pytest
 from meddiff_steps import __version__
 from meddiff_steps.command.app import COMMANDS, EXAMPLES, STEPS, loaded, unknown
 from meddiff_steps.command.init import study_name
-from meddiff_steps.command.run import check_targets, profile_folder, snakemake_command, split_targets, workflow_folder
+from meddiff_steps.command.run import (
+    check_profile,
+    check_targets,
+    profile_folder,
+    snakemake_command,
+    split_targets,
+    workflow_folder,
+)
 from meddiff_steps.config import load_study
 from meddiff_steps.core.errors import UserError
 
@@ -148,6 +155,26 @@ def test_a_target_that_there_is_not_is_refused_with_the_one_that_was_meant():
     check_targets(["all", "evaluate", "scan_pages", "results/x/report.html"], workflow_folder())
     with pytest.raises(UserError, match="no target 'evaluat'. Did you mean 'evaluate'"):
         check_targets(["evaluat"], workflow_folder())
+
+
+def test_a_dry_run_for_a_cluster_shows_all_threads():
+    asked = snakemake_command(Path("my.yaml"), [], [], profile="slurm", dry_run=True)
+    assert asked[asked.index("--cores") + 1] == "1000"
+    assert "--cores" not in snakemake_command(Path("my.yaml"), [], [], profile="slurm")
+    assert "--cores" not in snakemake_command(Path("my.yaml"), [], [], profile="workstation", dry_run=True)
+
+
+def test_jobs_of_slurm_are_not_begun_where_no_slurm_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"with sbatch, .*login node .*my.yaml --profile slurm -n"):
+        check_profile("slurm", Path("my.yaml"))
+    check_profile("workstation", Path("my.yaml"))
+    (tmp_path / "sbatch").touch(0o755)
+    check_profile("slurm", Path("my.yaml"))
+
+
+def test_a_target_asked_for_as_a_command_is_told_how_to_run():
+    assert "meddiff run STUDY.yaml publish" in unknown("publish")
 
 
 def test_run_says_what_is_wrong_with_a_study_before_snakemake_starts(tmp_path):

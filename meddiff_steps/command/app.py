@@ -24,7 +24,7 @@ COMMANDS = {
     "init": "write a commented study to begin with",
     "check": "say before a run what would go wrong in it, and what it will take",
     "run": "run a study, or a part of it",
-    "status": "how far a study is: jobs done, running and failed, hours used",
+    "status": "how far a study is: jobs done, running, stopped and failed, hours used",
     "report": "where the report of a study lies; open it",
     "plan-cost": "count hours of GPUs and cores, memory and disk of every stage of a study",
     "audit": "check a release, from its form to making images again",
@@ -45,7 +45,7 @@ EXAMPLES = {
         "meddiff run mycohort.yaml evaluate --profile slurm",
         "meddiff run mycohort.yaml --cores 8 -- --rerun-incomplete --keep-going",
     ],
-    "status": ["meddiff status results/mycohort"],
+    "status": ["meddiff status mycohort.yaml", "meddiff status results/mycohort"],
     "report": ["meddiff report mycohort.yaml --open"],
     "plan-cost": [
         "meddiff plan-cost mycohort.yaml --scans 200 --measured results/demo",
@@ -121,6 +121,10 @@ def unknown(name: str) -> str:
     step = name.replace("-", "_")
     if step.isidentifier() and importlib.util.find_spec(f"meddiff_steps.steps.{step}") and step != "options":
         return f"{name!r} is a step of the workflow, not a command: python -m meddiff_steps {step} --help"
+    from meddiff_steps.command.run import rules_of, workflow_folder
+
+    if step in rules_of(workflow_folder()):
+        return f"{name!r} is a target of the workflow, not a command: meddiff run STUDY.yaml {step}"
     near = difflib.get_close_matches(name, COMMANDS, 1)
     meant = f" Did you mean `meddiff {near[0]}`?" if near else ""
     return f"there is no command {name!r}.{meant} Commands are: {', '.join(COMMANDS)}."

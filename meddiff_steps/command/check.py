@@ -59,6 +59,7 @@ def findings(study: Study, path: Path, measured: Path | None, elsewhere: bool) -
             if len(cohort.frame):
                 yield from check.images(study, check.headers(cohort.frame, _progress))
                 yield from check.beside(study, cohort.frame)
+        yield check.licence(study)
         found = []
         try:
             found = expected(study, scans, this_machine().cores, measured) if scans else []

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from meddiff_steps.config import load_study
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.operations.status import results_of
 
 
 def run(
@@ -26,11 +26,3 @@ def run(
     print(page)
     if open and not webbrowser.open(page.resolve().as_uri()):
         raise UserError(f"no browser could be started. Open {page.resolve()} by hand, or copy it: it is one file.")
-
-
-def results_of(study: Path) -> Path:
-    """The folder of a study's results: itself, or what its file says."""
-    if study.is_dir():
-        return study
-    content = load_study(study)
-    return Path(content.results, content.study)

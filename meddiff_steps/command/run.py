@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,10 @@ from meddiff_steps.operations.status import JOBS
 
 #: Seconds before hours are counted, which loads torch: who runs for less does not ask what is left.
 NOT_YET_S = 15.0
+#: Cores of a dry run for a cluster: Snakemake shows at most as many threads of a job as there are cores, one of itself.
+MANY_CORES = 1000
+#: Programs without which an executor can submit nothing.
+SUBMITTING = {"slurm": "sbatch"}
 #: Where the workflow lies, for packages that were installed without it.
 WORKFLOW = "MEDDIFF_WORKFLOW"
 
@@ -62,6 +67,8 @@ def run(
     check_targets(wanted, workflow_folder())
     command = snakemake_command(study, wanted, extra, cores, profile, dry_run)
     print(f"$ {shlex.join(command)}", file=sys.stderr, flush=True)
+    if profile is not None and not dry_run:
+        check_profile(profile, study)
     with_progress = ["-m", "meddiff_steps.command.snakemake_with_progress", *command[1:]]
     if dry_run:
         done = started(with_progress, {"MEDDIFF_PROGRESS": "plan"})
@@ -130,6 +137,15 @@ def split_targets(words: list[str]) -> tuple[list[str], list[str]]:
     return words[:first], words[first:]
 
 
+def rules_of(workflow: Path) -> set[str]:
+    """Names of all rules of a workflow."""
+    return {
+        name
+        for path in (workflow / "Snakefile", *(workflow / "rules").glob("*.smk"))
+        for name in re.findall(r"^ *(?:use rule \w+ as|rule|checkpoint) (\w+)", path.read_text(encoding="utf-8"), re.M)
+    }
+
+
 def check_targets(targets: list[str], workflow: Path) -> None:
     """Refuse a word that is neither a rule of the workflow nor a file.
 
@@ -138,11 +154,7 @@ def check_targets(targets: list[str], workflow: Path) -> None:
     UserError
         With the rule that was meant.
     """
-    rules = {
-        name
-        for path in (workflow / "Snakefile", *(workflow / "rules").glob("*.smk"))
-        for name in re.findall(r"^ *(?:use rule \w+ as|rule|checkpoint) (\w+)", path.read_text(encoding="utf-8"), re.M)
-    }
+    rules = rules_of(workflow)
     for target in targets:
         if target.isidentifier() and target not in rules and not Path(target).exists():
             near = difflib.get_close_matches(target, rules, 1)
@@ -177,6 +189,8 @@ def snakemake_command(
         command += ["--cores", str(cores)]
     elif profile is None:
         command += ["--cores", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else "all")]
+    elif dry_run and executor_of(profile, snakefile.parent):
+        command += ["--cores", str(MANY_CORES)]
     return [*command, *(["-n"] if dry_run else []), *extra, "--configfile", str(study)]
 
 
@@ -202,6 +216,31 @@ def workflow_folder() -> Path:
             " its folder."
         )
     )
+
+
+def executor_of(profile: str, workflow: Path) -> str | None:
+    """What submits the jobs of a profile that lies in a folder; None where it says nothing: they run here."""
+    for path in sorted(Path(profile_folder(profile, workflow)).glob("*.yaml")):
+        if found := re.search(r"^executor: *([\w-]+)", path.read_text(encoding="utf-8"), re.M):
+            return found[1]
+    return None
+
+
+def check_profile(profile: str, study: Path) -> None:
+    """Refuse a profile whose jobs cannot be submitted from here.
+
+    Raises
+    ------
+    UserError
+        The scheduler's program is not on this machine.
+    """
+    executor = executor_of(profile, workflow_folder())
+    program = SUBMITTING.get(executor or "")
+    if program and shutil.which(program) is None:
+        raise UserError(
+            f"--profile {profile}: jobs are submitted with {program}, which is not on this machine. Start it on a login"
+            f" node of the cluster. `meddiff run {study} --profile {profile} -n` says here what would be submitted."
+        )
 
 
 def profile_folder(profile: str, workflow: Path) -> str:

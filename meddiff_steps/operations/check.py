@@ -39,6 +39,7 @@ from meddiff_steps.operations.machine import Machine
 from meddiff_steps.operations.proposal import numbers_of
 from meddiff_steps.operations.survey import Header, read_header, spread
 from meddiff_steps.privacy.size import FEW_TRAINING_SUBJECTS, SUBJECTS_PER_NUMBER, subjects_needed
+from meddiff_steps.release.licences import KNOWN, spdx
 from meddiff_steps.synthesis.size import planned_subjects
 
 State = Literal["ok", "warning", "fail"]
@@ -252,6 +253,19 @@ def _asked(study: Study, frame: pd.DataFrame) -> Iterator[Finding]:
                         )
 
 
+def licence(study: Study) -> Finding:
+    """Whether a release can say what is allowed with it."""
+    asked = study.release
+    if spdx(asked.licence) or asked.licence_text.strip():
+        return Finding("ok", "release.licence", f"{asked.licence}, whose text goes into the release.")
+    return Finding(
+        "warning",
+        "release.licence",
+        f"{asked.licence} is none of {', '.join(KNOWN)}, whose texts are known, so the release's LICENSE would hold no"
+        " text. Write it into release.licence_text.",
+    )
+
+
 def privacy(study: Study, calibration: int) -> Finding:
     """What the filter can promise with so many calibration subjects."""
     detectors = len(study.privacy.detectors or DETECTORS.names()) + bool(study.pairs)  # one more of label maps
@@ -419,7 +433,9 @@ def needs(study: Study, jobs: Sequence[Mapping[str, Any]], here: Machine | None)
         yield Finding(
             "ok",
             "GPU",
-            f"{here.gpus} of {wanted} here: {', '.join(with_gpu)} will run on processors, in the hours above.",
+            f"none is here, so these rules will run on processors, in the hours above: {', '.join(with_gpu)}."
+            if not here.gpus
+            else f"{here.gpus} here, {wanted} asked for: {', '.join(with_gpu)}.",
         )
 
 

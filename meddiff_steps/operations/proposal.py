@@ -131,7 +131,10 @@ def affordable(found: Sequence[Column], subjects: int) -> list[Column]:
             continue
         numbers = numbers_of([one.covariate])
         if taken and numbers > left:
-            few = f"{subjects} training subjects can teach no more, at {SUBJECTS_PER_NUMBER} for each number"
+            few = (
+                f"to learn it takes {SUBJECTS_PER_NUMBER} training subjects for each number that tells it, and the"
+                f" columns above take the {subjects} that there are"
+            )
             listed.append(_left_out(one, few))
         else:
             taken.append(one)

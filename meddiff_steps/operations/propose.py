@@ -35,6 +35,7 @@ from meddiff_steps.operations.proposal import (
 )
 from meddiff_steps.operations.survey import read_header, spread
 from meddiff_steps.privacy.size import FEW_TRAINING_SUBJECTS
+from meddiff_steps.release.licences import spdx
 
 log = logging.getLogger(__name__)
 
@@ -352,7 +353,8 @@ def _pose(lie: Heads) -> list[str]:
 def _licence(says: dict[str, Any]) -> str:
     given = says.get("License")
     if isinstance(given, str) and given.strip():
-        return f"  licence: {flow(' '.join(given.split()))}      # <-- that of the source; what do its terms allow?"
+        line = f"  licence: {flow(' '.join(given.split()))}      # <-- that of the source; what do its terms allow?"
+        return line if spdx(given.strip()) else f"{line}\n  # licence_text:                   # <-- its full text"
     return "  licence: CC0                      # <-- what the terms of the source data allow; they do not say"
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from meddiff_steps.config import Study, parse_study
+from meddiff_steps.config import Study, load_study, parse_study
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.operations.machine import this_machine
 from meddiff_steps.synthesis.size import plan_shards
@@ -154,6 +154,14 @@ def ran_without_gpu(results: Path) -> bool:
     except OSError:
         return this_machine().gpus == 0
     return "gpu" not in record["environment"]["torch"]
+
+
+def results_of(study: Path) -> Path:
+    """The folder of a study's results: itself, or what its file says."""
+    if study.suffix not in (".yaml", ".yml"):
+        return study
+    content = load_study(study)
+    return Path(content.results, content.study)
 
 
 def newest_study(results: Path) -> Study:

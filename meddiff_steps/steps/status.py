@@ -17,12 +17,13 @@ from meddiff_steps.operations.status import (
     newest_study,
     ran_without_gpu,
     read_stages,
+    results_of,
     table,
 )
 
 
 def run(
-    results: Annotated[Path, typer.Argument(help="results/STUDY")],
+    study: Annotated[Path, typer.Argument(help="study (YAML), or its folder results/STUDY")],
     measured: Annotated[
         Path | None,
         typer.Option(
@@ -39,13 +40,14 @@ def run(
     (memory, a dead node) counts as running until the run ends or tries again; how long ago its log grew is the sign.
     GPU-hours are those of jobs that succeeded; what a failed attempt used is in the scheduler's accounts.
     """
+    results = results_of(study)
     worker = holder(results / ".lock")
     stages = read_stages(results, active=worker is not None)
     estimated = estimated_hours(results, measured) if measured else {}
     known = {stage.name for stage in stages}
-    study = newest_study(results)
+    frozen = newest_study(results)
     stages += [
-        Stage(name, jobs, gpus=gpus_of(name, study)) for name, (jobs, _) in estimated.items() if name not in known
+        Stage(name, jobs, gpus=gpus_of(name, frozen)) for name, (jobs, _) in estimated.items() if name not in known
     ]
     print(f"{results}: {'a run works here, ' + worker if worker else 'no run works here'}")
     jobs = jobs_of_run(results)

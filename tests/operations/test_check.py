@@ -230,6 +230,16 @@ def test_the_package_that_takes_brains_out_is_looked_for(root, monkeypatch):
     assert not list(check.beside(heads, cohort.frame))
 
 
+def test_a_licence_without_a_text_is_warned_of(root):
+    for release, state in (
+        ({"licence": "CC-BY-4.0"}, "ok"),
+        ({"licence": "Ours"}, "warning"),
+        ({"licence": "Ours", "licence_text": "All may use it."}, "ok"),
+    ):
+        found = check.licence(study(root, release=release))
+        assert found.state == state and release["licence"] in found.text
+
+
 def test_a_sample_is_spread_over_all():
     assert spread(list(range(1000)), 5) == [0, 250, 500, 749, 999]
     assert spread([1, 2], 5) == [1, 2]

@@ -97,7 +97,9 @@ def test_as_many_covariates_as_subjects_can_teach():
     for subjects, names in ((200, ["age", "sex", "size"]), (75, ["age", "sex"]), (60, ["age", "size"]), (8, ["age"])):
         found = affordable([age, sex, size, gone], subjects)
         assert [one.name for one in found if one.why_not is None] == names and len(found) == 4
-        assert all("can teach no more" in one.why_not for one in found[len(names) :] if one.name != "site")
+        assert all(
+            "to learn it takes 15 training subjects" in one.why_not for one in found[len(names) :] if one.name != "site"
+        )
 
 
 def test_a_proposal_loads_and_passes_the_check(cohort, tmp_path, monkeypatch):
