@@ -123,8 +123,9 @@ def main() -> int:
         meant = f" Did you mean `{near[0]}`?" if near else ""
         print(f"error: there is no step {name!r}.{meant}\n\n{usage()}", file=sys.stderr)
         return 2
-    # The shell of a rule ignores SIGTERM, so that it outlives the step, and the step inherits that: undo it.
+    # The shell of a rule ignores SIGTERM and SIGINT, so that it outlives the step, and the step inherits that: undo it.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     import typer
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")

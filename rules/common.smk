@@ -28,10 +28,10 @@ environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environ.get
 # For envs/meddiff.post-deploy.sh, with `--sdm conda`.
 environ.setdefault("MEDDIFF_WORKFLOW", str(workflow.basedir))
 
-# A cluster that takes a node back sends SIGTERM to every process of a job. The shell and `tee` must outlive the step,
-# which saves its state then; were the shell to end first, Snakemake would take the job for finished and kill what is
+# A cluster that takes a node back sends SIGTERM to every process of a job, a terminal SIGINT (Ctrl-C). The shell and
+# `tee` must outlive the step, which saves its state then; were the shell to end first, Snakemake would take the job for finished and kill what is
 # left of it.
-shell.prefix("set -euo pipefail; trap '' TERM; ")
+shell.prefix("set -euo pipefail; trap '' TERM INT; ")
 
 
 # `--config sealed=FOLDER models=FOLDER`: a release to make again, with the folder of its models (by default its

@@ -10,7 +10,7 @@ class UserError(Exception):
 
 
 class Preempted(Exception):
-    """A training was asked to stop (SIGTERM), has saved its state and left; the same command goes on from there.
+    """A training was asked to stop (SIGTERM, SIGINT), saved its state and left; the same command goes on from there.
 
     The command line prints the message and exits with `EXIT_PREEMPTED`, so that Snakemake or Slurm starts it again.
     """

@@ -43,7 +43,7 @@ TRAININGS = (
 JOBS = "logs/jobs.json"
 #: How a log ends whose step has given up, and whose was asked to stop; a step that was killed says nothing.
 GAVE_UP = re.compile(r"^(error: |Traceback |[\w.]+Error\b)", re.M)
-ASKED_TO_STOP = re.compile(r"asked to stop \(SIGTERM\)|^KeyboardInterrupt\b", re.M)
+ASKED_TO_STOP = re.compile(r"^\w+: asked to stop; saved |^KeyboardInterrupt\b", re.M)
 #: What a job can be that has begun and is not done.
 NOT_DONE = ("running", "stopped", "failed")
 #: Bytes at the end of a log in which last words are looked for.

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -124,18 +125,26 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
 
 @contextmanager
 def stop_request() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets instead of ending the process; outside the main thread, where Python allows no
-    handler, nothing sets it.
+    """An event that SIGTERM or SIGINT (Ctrl-C) sets instead of ending the process; a second SIGINT ends it.
+
+    Outside the main thread, where Python allows no handler, nothing sets it.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.set()
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def asked_to_stop(asked: threading.Event, fabric: Fabric, done: int) -> bool:
@@ -189,8 +198,8 @@ def fit(task: Task, settings: Optimiser, fabric: Fabric, state: Path, label: str
     Raises
     ------
     Preempted
-        SIGTERM came. The state after the step that was running is saved, with the means of the curve that were not yet
-        complete; called again, the training ends with the same weights and curve as an undisturbed one.
+        SIGTERM or SIGINT came. The state after the step that was running is saved, with the means of the curve that
+        were not yet complete; called again, the training ends with the same weights and curve as an undisturbed one.
     """
     checkpoints = CheckpointFolder(state)
     task.micro.remember(state / "micro-batch")
@@ -258,7 +267,7 @@ def fit(task: Task, settings: Optimiser, fabric: Fabric, state: Path, label: str
                 # The first process to end makes a launcher end the others, and one of them is still writing
                 fabric.barrier()
                 raise Preempted(
-                    f"{label}: asked to stop (SIGTERM); saved step {done} of {settings.steps} in {state}. The same"
+                    f"{label}: asked to stop; saved step {done} of {settings.steps} in {state}. The same"
                     " command goes on from there."
                 )
     if fabric.is_global_zero:

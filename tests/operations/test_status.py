@@ -59,7 +59,7 @@ def test_where_no_run_works_what_said_nothing_was_stopped(results):
     [
         ("error: shard.arrow is truncated\n", "failed"),
         ("Traceback (most recent call last):\n ...", "failed"),
-        ("autoencoder: asked to stop (SIGTERM); saved\n", "stopped"),
+        ("autoencoder: asked to stop; saved step 3\n", "stopped"),
         ("Traceback (most recent call last):\n ...\nKeyboardInterrupt\n", "stopped"),
     ],
 )

@@ -125,7 +125,7 @@ def test_two_processes_leave_together_and_go_on_to_the_same_bytes(tmp_path):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGTERM)
     assert status(process) == EXIT_PREEMPTED, (folder / "log").read_text()
-    assert (folder / "log").read_text().count("asked to stop (SIGTERM)") == 1
+    assert (folder / "log").read_text().count("asked to stop; saved") == 1
     assert status(start(command, folder)) == 0
     for name in OUTPUTS:
         assert (folder / name).read_bytes() == (straight / name).read_bytes(), name
