@@ -247,6 +247,11 @@ def _text(
         "variants: {count: 4, flip: true, max_shift_voxels: 1}",
         "",
         f"# For {machine.gpus} GPU(s) and {machine.cores} cores: {said or '...'}.",
+        *(
+            ()
+            if machine.gpus
+            else ("# On a cluster without GPUs say cpu, or jobs wait for one.", "compute: {device: auto}", "")
+        ),
         "autoencoder:",
         "  latent_channels: 16",
         f"  optimiser: {{steps: {steps(preset.autoencoder)}, batch_size: {preset.autoencoder_batch}, validate_every:"

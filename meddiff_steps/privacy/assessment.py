@@ -352,7 +352,7 @@ def gates(
             share <= settings.max_failed_share,
             failed,
             settings.max_failed_share,
-            "the filter rejects whole regions of the plan, or images are near duplicates of each other",
+            "so many got no image: the filter rejects whole regions of the plan, or images are near duplicates",
         )
     )
     return found

@@ -28,8 +28,8 @@ def run(
     result = read_json(report)
     if (bad := stopping(result["gates"])) and study.privacy.enforce == "stop":
         reasons = [
-            f"  {gate['outcome']}, {gate['name']}: {gate['figure'].get('value')} against {gate['limit']};"
-            f" {gate['meaning']}"
+            f"  {gate['outcome']}, {gate['name']}:"
+            f" {_short(gate['figure'].get('value'))} against {_short(gate['limit'])}; {gate['meaning']}"
             for gate in bad
         ]
         raise UserError(
@@ -49,3 +49,7 @@ def run(
         released[column] = accepted.loc[released["sample_id"], column].to_numpy()
     with atomic_path(out) as path:
         released.to_parquet(path, index=False)
+
+
+def _short(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3g}"
