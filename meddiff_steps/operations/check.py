@@ -271,11 +271,13 @@ def privacy(study: Study, calibration: int) -> Finding:
     detectors = len(study.privacy.detectors or DETECTORS.names()) + bool(study.pairs)  # one more of label maps
     needed = subjects_needed(study.privacy.level, detectors)
     if calibration >= needed:
+        goes_on = study.privacy.enforce == "report"
         return Finding(
-            "ok",
+            "warning" if goes_on and not isinstance(study.cohort, SimulatedSource) else "ok",
             "privacy",
             f"{calibration} calibration subjects, {needed} are needed: the filter takes at most"
-            f" {study.privacy.level:.0%} of strangers for copies.",
+            f" {study.privacy.level:.0%} of strangers for copies."
+            + (" A verdict of FAIL would not stop the release (privacy.enforce: report)." if goes_on else ""),
         )
     least = detectors / (calibration + 1)
     remedy = (

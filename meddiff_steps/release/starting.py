@@ -47,12 +47,15 @@ cohort:
 
 splits: {{train: 0.6, val: 0.05, calibration: 0.15, test: 0.2}}
 
+# Covariates below are those that the models were told: your participants.tsv needs a column for each (`column:` names
+# it, where it is called otherwise).                                          <--
 """
 TAIL = """
 plan:                               # <-- who is to be made
   - {{name: syn, subjects: 100}}
 
-# Few subjects calibrate the filter; a study of 400 and more keeps the defaults (docs/privacy.md).
+# <-- With scans of real people write `enforce: stop`: nothing is released where a privacy test fails. Few subjects
+# calibrate the filter here; a study of 400 and more keeps the level, too, at its default (docs/privacy.md).
 privacy: {{level: 0.2, enforce: report}}
 
 release:

@@ -134,11 +134,13 @@ def test_what_is_missing_is_told_and_what_readers_warn_of(root):
 
 
 @pytest.mark.parametrize(
-    ("calibration", "enforce", "state"), [(59, "stop", "ok"), (58, "stop", "fail"), (9, "report", "warning")]
+    ("calibration", "enforce", "state"),
+    [(59, "stop", "ok"), (59, "report", "warning"), (58, "stop", "fail"), (9, "report", "warning")],
 )
 def test_what_the_filter_can_promise(root, calibration, enforce, state):
     found = check.privacy(study(root, privacy={"enforce": enforce}), calibration)
     assert found.state == state
+    assert ("FAIL would not stop" in found.text) is (calibration == 59 and enforce == "report")
     if calibration == 9:
         assert "Raise privacy.level to 0.3," in found.text
         raised = study(root, privacy={"level": 0.3})
