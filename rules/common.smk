@@ -676,4 +676,4 @@ def cohort_tables():
 # A plan can be made without the scans, a run cannot.
 if workflow.is_main_process:
     for problem in [*problems(), *filter(None, [filter_problem()])]:
-        logger.warning(problem)
+        logger.warning(f"warning: {problem}")

@@ -43,7 +43,7 @@ rule quality:
     params:
         **run_step("quality"),
     message:
-        "Checking that enough scans could be preprocessed"
+        "Checking that enough scans could be preprocessed (look at them: target scan_pages)"
     shell:
         STEP
 

@@ -107,8 +107,8 @@ def require_columns(covariates: Covariates, available: Sequence[str], origin: st
     if missing:
         wanted = ", ".join(f"covariates.{name} reads column {column!r}" for name, column in missing.items())
         raise UserError(
-            f"{origin}: {wanted}, which is not there. Columns are: {', '.join(available)}. Set covariates.NAME.column,"
-            " or add the column."
+            f"{origin}: {wanted}, which is not there. Columns are: {', '.join(available)}. Set"
+            f" covariates.{next(iter(missing))}.column, or add the column."
         )
     return columns
 

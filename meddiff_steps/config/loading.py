@@ -133,7 +133,7 @@ def _explained(problem: ErrorDetails, where: tuple[str, ...], message: str, file
         message += _near(found, re.findall(r"'(\w+)'", message))
     elif problem["type"] == "string_type":
         message += f'. Put it in quotes, as it is to be read: {where[-1]}: "..."'
-    shown = problem["type"] not in ("missing", "union_tag_not_found") and isinstance(
+    shown = problem["type"] not in ("missing", "union_tag_not_found", "extra_forbidden") and isinstance(
         found, (str, int, float, bool, type(None))
     )
     place = where_is(where, files)

@@ -55,7 +55,8 @@ def run(
         on = (
             ""
             if worker or jobs[0] == jobs[1]
-            else "; the same `meddiff run` goes on (after a kill with `-- --unlock` first)"
+            else "; the same `meddiff run` goes on. If it says that the folder is locked, which a kill leaves behind:"
+            " `meddiff run STUDY.yaml -- --unlock`"
         )
         print(f"{jobs[0]} of {jobs[1]} jobs of the {'run' if worker else 'last run'} are done{on}")
     hours = {name: hours for name, (_, hours) in estimated.items()}

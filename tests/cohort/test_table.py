@@ -209,7 +209,7 @@ SPOILT: list[tuple[str, Callable[[Path], object], list[str]]] = [
     (
         "covariate column missing",
         text("path,subject_id,Age,abnormal\nx.png,1,2,0\n"),
-        ["cohort.csv", "covariates.age", "'age'", "Age", "covariates.NAME.column"],
+        ["cohort.csv", "covariates.age", "'age'", "Age", "covariates.age.column"],
     ),
     ("long row", text(HEADER + "x.png,1,2,0,9\n"), ["cohort.csv, line 2", "5 cells", "header has 4"]),
     (
