@@ -169,8 +169,15 @@ def test_jobs_of_slurm_are_not_begun_where_no_slurm_is(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"with sbatch, .*login node .*my.yaml --profile slurm -n"):
         check_profile("slurm", Path("my.yaml"))
     check_profile("workstation", Path("my.yaml"))
+    check_profile("slurm", Path("my.yaml"), dry_run=True)
     (tmp_path / "sbatch").touch(0o755)
     check_profile("slurm", Path("my.yaml"))
+
+
+def test_a_profile_that_speaks_of_a_rule_that_there_is_not_is_refused(tmp_path):
+    (tmp_path / "profile.yaml").write_text("set-resources:\n  autoencodr: {slurm_partition: gpu}\n")
+    with pytest.raises(UserError, match="'autoencodr', and there is no such rule. Did you mean 'autoencoder'"):
+        check_profile(str(tmp_path), Path("my.yaml"), dry_run=True)
 
 
 def test_a_target_asked_for_as_a_command_is_told_how_to_run():

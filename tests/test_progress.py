@@ -182,6 +182,8 @@ def test_a_plan_says_per_rule_how_many_jobs_what_they_need_and_why():
         *("2", "generate", "2", "1", "5000", "480"),
         "code has changed since last execution, missing output files",
     ]
+    elsewhere = {**first, "resources": first["resources"] | {"slurm_partition": "gpu"}, "reason": reason}
+    assert planned([elsewhere]).endswith("  missing output files; partition gpu")
     everything = planned([{"rule_name": "all", "threads": 1, "resources": {}, "reason": reason.rpartition("; ")[2]}])
     assert everything.endswith("  input files updated by another job")
 

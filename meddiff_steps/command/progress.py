@@ -320,10 +320,13 @@ def planned(jobs: Sequence[Mapping[str, Any]]) -> str:
         cores, gpus, megabytes, minutes = (
             max(each[name] for each in asked) for name in ("threads", "gpu", "mem_mb", "runtime")
         )
+        where = {str(job["resources"].get("slurm_partition") or "") for job in those} - {""}
         why = {part.partition(":")[0].strip() for job in those for part in str(job.get("reason") or "").split(";")}
         why = {word.lower() for word in why if word}
         said = ", ".join(sorted(why - {"input files updated by another job"} or why))
         lines.append(f"{len(those):>6}  {rule:<{width}}  {cores:>5}{gpus:>6}{megabytes:>9}{minutes:>9}  {said}")
+        if where:
+            lines[-1] += f"; partition {', '.join(sorted(where))}"
     return "\n".join(lines)
 
 

@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
+import yaml
 
 import meddiff_steps
 from meddiff_steps.config import SimulatedSource, Study, load_study
@@ -67,8 +68,8 @@ def run(
     check_targets(wanted, workflow_folder())
     command = snakemake_command(study, wanted, extra, cores, profile, dry_run)
     print(f"$ {shlex.join(command)}", file=sys.stderr, flush=True)
-    if profile is not None and not dry_run:
-        check_profile(profile, study)
+    if profile is not None:
+        check_profile(profile, study, dry_run)
     with_progress = ["-m", "meddiff_steps.command.snakemake_with_progress", *command[1:]]
     if dry_run:
         done = started(with_progress, {"MEDDIFF_PROGRESS": "plan"})
@@ -226,16 +227,28 @@ def executor_of(profile: str, workflow: Path) -> str | None:
     return None
 
 
-def check_profile(profile: str, study: Path) -> None:
-    """Refuse a profile whose jobs cannot be submitted from here.
+def check_profile(profile: str, study: Path, dry_run: bool = False) -> None:
+    """Refuse a profile that speaks of rules which there are not, or whose jobs cannot be submitted from here.
 
     Raises
     ------
     UserError
-        The scheduler's program is not on this machine.
+        With the rule that was meant; or the scheduler's program is not on this machine.
     """
-    executor = executor_of(profile, workflow_folder())
-    program = SUBMITTING.get(executor or "")
+    workflow = workflow_folder()
+    rules = rules_of(workflow)
+    for path in sorted(Path(profile_folder(profile, workflow)).glob("*.yaml")):
+        said = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        for key in ("set-resources", "set-threads"):
+            for name in said.get(key) or {} if isinstance(said.get(key), dict) else ():
+                if name not in rules:
+                    near = difflib.get_close_matches(str(name), rules, 1)
+                    raise UserError(
+                        f"{path}: {key} names {name!r}, and there is no such rule."
+                        + (f" Did you mean {near[0]!r}?" if near else "")
+                    )
+    executor = executor_of(profile, workflow)
+    program = None if dry_run else SUBMITTING.get(executor or "")
     if program and shutil.which(program) is None:
         raise UserError(
             f"--profile {profile}: jobs are submitted with {program}, which is not on this machine. Start it on a login"

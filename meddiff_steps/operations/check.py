@@ -435,7 +435,7 @@ def needs(study: Study, jobs: Sequence[Mapping[str, Any]], here: Machine | None)
         yield Finding(
             "ok",
             "GPU",
-            f"none is here, so these rules will run on processors, in the hours above: {', '.join(with_gpu)}."
+            f"none is here, so these rules will run on processors: {', '.join(with_gpu)}."
             if not here.gpus
             else f"{here.gpus} here, {wanted} asked for: {', '.join(with_gpu)}.",
         )

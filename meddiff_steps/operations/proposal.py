@@ -107,7 +107,7 @@ def columns(cells: pd.DataFrame, sidecar: Mapping[str, Any]) -> list[Column]:
         elif twin is not None:
             listed.append(_left_out(one, f"says nearly the same as {twin.name}"))
         elif len(taken) == MOST:
-            listed.append(_left_out(one, f"no more than {MOST} are taken to begin with"))
+            listed.append(_left_out(one, f"not among the first {MOST} to choose from"))
         else:
             taken.append(one)
     return [*taken, *listed]
@@ -122,7 +122,7 @@ def numbers_of(covariates: Iterable[Covariate]) -> int:
 
 def affordable(found: Sequence[Column], subjects: int) -> list[Column]:
     """Columns as they came, of which as many are proposed as so many training subjects can teach; one at least."""
-    left = subjects // SUBJECTS_PER_NUMBER
+    left, used = subjects // SUBJECTS_PER_NUMBER, 0
     taken: list[Column] = []
     listed: list[Column] = []
     for one in found:
@@ -132,13 +132,13 @@ def affordable(found: Sequence[Column], subjects: int) -> list[Column]:
         numbers = numbers_of([one.covariate])
         if taken and numbers > left:
             few = (
-                f"to learn it takes {SUBJECTS_PER_NUMBER} training subjects for each number that tells it, and the"
-                f" columns above take the {subjects} that there are"
+                f"needs {numbers * SUBJECTS_PER_NUMBER} training subjects, {SUBJECTS_PER_NUMBER} for each number that"
+                f" tells it; those above leave {max(0, subjects - used * SUBJECTS_PER_NUMBER)} of {subjects}"
             )
             listed.append(_left_out(one, few))
         else:
             taken.append(one)
-            left -= numbers
+            left, used = left - numbers, used + numbers
     return [*taken, *listed]
 
 

@@ -22,7 +22,6 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.operations.expected import expected, hours
 from meddiff_steps.operations.machine import Machine
 from meddiff_steps.operations.proposal import (
-    MOST,
     Column,
     Division,
     Heads,
@@ -220,7 +219,7 @@ def _text(
     ]
     left = [one for one in found if one.why_not is not None]
     if left:
-        lines.append(f"  # Not taken (at most {MOST} are):")
+        lines.append("  # Not taken; take one instead of another if it matters more:")
         lines += [_covariate(one, "  # ") if one.covariate else f"  # {one.column}: {one.why_not}" for one in left]
     counts = ", ".join(f"{count} {split}" for split, count in parts.counts.items())
     lines += ["", f"# {sum(parts.counts.values())} subjects come out as {counts}."]

@@ -11,6 +11,7 @@ from meddiff_steps import __version__
 from meddiff_steps.audit.page import as_html, as_text
 from meddiff_steps.audit.request import Request
 from meddiff_steps.audit.run import audit
+from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import write_atomic, write_json
 from meddiff_steps.steps import options
 
@@ -53,6 +54,11 @@ def run(
     could not run says so and why.  Run it as an installed command, or as `python -P -m meddiff_steps`, and nothing
     that lies in the current folder is run.
     """
+    if models is not None and not any(models.glob("*/model.safetensors")):
+        raise UserError(
+            f"--models {models}: no weights here (autoencoder/model.safetensors, ...). Give the study's results, or the"
+            " unpacked models of the release."
+        )
     drawn = {} if seed is None else {"seed": seed}
     asked = Request(
         release, key, private, models, results, sample, hash_images=images, threads=threads, version=version, **drawn

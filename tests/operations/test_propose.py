@@ -98,7 +98,9 @@ def test_as_many_covariates_as_subjects_can_teach():
         found = affordable([age, sex, size, gone], subjects)
         assert [one.name for one in found if one.why_not is None] == names and len(found) == 4
         assert all(
-            "to learn it takes 15 training subjects" in one.why_not for one in found[len(names) :] if one.name != "site"
+            "training subjects, 15 for each number that" in one.why_not
+            for one in found[len(names) :]
+            if one.name != "site"
         )
 
 
