@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +44,7 @@ from meddiff_steps.instruments.feature_spaces.base import Context, extract
 from meddiff_steps.instruments.predictors import load_predictors
 from meddiff_steps.models.masks import MaskModel
 from meddiff_steps.models.trained import TrainedModel
+from meddiff_steps.report.application_figures import completion_sheet
 from meddiff_steps.statistics.bootstrap import Bootstrap
 from meddiff_steps.steps import diffusion
 
@@ -50,8 +52,8 @@ log = logging.getLogger(__name__)
 
 COVARIATES = ("modulation", "addition", "cross_attention", "concatenation")
 MAPS = ("concatenation", "spade", "controlnet")
-#: Held-out scans whose covariates or label maps are asked for, at most.
-MOST = 100
+#: Held-out scans whose covariates or label maps are asked for, at most, and how many are shown.
+MOST, SHOWN = 100, 6
 
 
 def study_of(content: dict[str, Any], key: str, way: str, steps: int, width: int) -> config.Study:
@@ -203,9 +205,21 @@ def main(
         if label_maps is not None and truth is not None:
             found[way]["figures"]["keeps to the map, r"] = overlap(Shards([path]), label_maps, truth, seed, "own")
     write_json(out / "figures.json", found)
+    drawn = {way: Shards([out / way / "images.arrow"]) for way in found}
+    write_atomic(out / "contact-sheet.png", sheet(real, drawn, plan))
     text = rows(found)
     write_atomic(out / "table.md", text.encode())
     print(text)
+
+
+def sheet(real: Shards, drawn: Mapping[str, Shards], plan: pd.DataFrame) -> bytes:
+    """Held-out scans, each beside what every way drew for its covariates or its label map; PNG."""
+    there = {name: row for row, name in enumerate(real.image_ids())}
+    lines = []
+    for i, name in enumerate(plan["scan_id"].head(SHOWN)):
+        images = [real.tensor("image", there[name]), *(shards.tensor("image", i) for shards in drawn.values())]
+        lines.append((str(name), [np.asarray(image) for image in images]))
+    return completion_sheet("Ways to tell a network what to draw", lines, ["scan", *drawn])
 
 
 def rows(found: dict[str, Any]) -> str:
