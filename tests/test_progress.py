@@ -249,7 +249,7 @@ def test_a_run_that_fails_says_which_log_and_why(tmp_path):
     )
     assert done.returncode == 1
     assert "FAILED  cohort\n  results/tiny/logs/cohort.log:\n" in done.stderr
-    assert "participants.tsv" in done.stderr and "begins" not in done.stderr
+    assert "participants.tsv" in done.stderr and "begins" not in done.stderr and "RuleException" not in done.stderr
     assert int((tmp_path / "failed").read_text()) > 0 and not Path(tmp_path, "told").exists()
 
 

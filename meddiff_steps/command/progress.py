@@ -25,6 +25,8 @@ MOST = 8
 #: How Snakemake begins what is shown though it is no warning: to somebody who stops it, or who has nothing left to do.
 STOPPED = "Terminating processes on user request"
 SHOWN = ("Will exit after finishing", STOPPED, "Nothing to be done")
+#: How Snakemake begins what it says of a job whose command failed.
+OF_A_JOB = "RuleException:\nCalledProcessError"
 #: What Snakemake writes around the message of a `WorkflowError`: before a rule's, where it stands in which file, and
 #: after either where it was raised.
 OF_A_RULE = re.compile(r"InputFunctionException in rule .*?\n +WorkflowError:\n(.*?)\nWildcards:", re.DOTALL)
@@ -108,8 +110,8 @@ class Progress:
                 self._line(message, always=True)
             self.told.add(message)
             self.stopped = self.stopped or message.startswith(STOPPED)
-        elif self.stopped:
-            return  # that jobs ended which were killed
+        elif self.stopped or message.startswith(OF_A_JOB):
+            return  # that jobs ended which were killed; what a failed job says is in the end of its log
         elif level in ("WARNING", "ERROR", "CRITICAL") and message not in ("", "None"):
             self._line(plain(message), always=True)
 
@@ -159,7 +161,7 @@ class Progress:
 
     def _error(self, said: Mapping[str, Any]) -> None:
         message = str(said.get("message") or said.get("msg") or "")
-        if message and message != "None" and not self.stopped:
+        if message and message != "None" and not self.stopped and not message.startswith(OF_A_JOB):
             self._line(plain(message), always=True)
 
     # ------------------------------------------------------------------------------------------------ text

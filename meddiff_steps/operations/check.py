@@ -211,7 +211,8 @@ def _covariate(study: Study, raw: pd.DataFrame, name: str) -> Iterator[Finding]:
     try:
         parse_covariates(raw, {name: covariate})
     except UserError as error:
-        yield Finding("fail", topic, " ".join(str(error).split("\n", 1)[-1].split()).removeprefix(f"{topic}: "))
+        said = [line.strip().removeprefix(f"{topic}: ") for line in str(error).split("\n", 1)[-1].splitlines()]
+        yield Finding("fail", topic, "; ".join(said))
         return
     missing = 1 - len(given) / len(cells)
     absent = f"; {missing:.0%} missing" if missing else ""
