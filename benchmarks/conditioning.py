@@ -103,7 +103,7 @@ def overlap(images: Shards, label_maps: np.ndarray, real: np.ndarray, seed: str,
     found = []
     for row, (labels, scan) in enumerate(zip(label_maps, real, strict=True)):
         near = ndimage.binary_dilation(labels > 0, iterations=2)
-        found.append(float(np.corrcoef(images.tensor("image", row)[0][near].astype(float), scan[0][near])[0, 1]))
+        found.append(float(np.corrcoef(images.tensor("image", row)[0][near].astype(float), scan[near])[0, 1]))
     weights = Bootstrap([str(i) for i in range(len(found))], RESAMPLES, seed, label)
     values = np.array(found)
     return dict(weights.figure(lambda w: (w @ values) / w.sum(1), len(found)))
