@@ -107,14 +107,15 @@ class RegistrationTask:
         return found
 
     def _drawn(self, moving: np.ndarray, fixed: np.ndarray, generator: np.random.Generator) -> tuple[Tensor, ...]:
-        """Moving and fixed scans, reduced, noise and timesteps."""
+        """Moving and fixed scans, reduced, noise and timesteps; half of these 0, as in use."""
         shape = (1, *(n // self.model.factor for n in self.model.shape))
         uniform = generator.random(len(fixed), dtype=np.float32)
         noise = np.zeros((len(fixed), *shape), np.float32)
         if self.model.score:
             noise = generator.standard_normal(noise.shape, dtype=np.float32)
         images = (to_device(self.shards.tensors("image", rows), self.fabric) for rows in (moving, fixed))
-        times = uniform * np.float32(self.model.process.last_timestep)
+        noisy = generator.random(len(fixed)) >= 0.5
+        times = np.where(noisy, uniform, np.float32(0)) * np.float32(self.model.process.last_timestep)
         return (
             *(self.model.reduced(image) for image in images),
             *(to_device(array, self.fabric) for array in (noise, times)),
