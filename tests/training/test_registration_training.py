@@ -71,7 +71,7 @@ def test_a_trained_network_finds_a_known_deformation(shards: Shards, score: bool
     assert curve["val/likeness"].iloc[-1] > curve["val/likeness"].iloc[0] + 0.1
     assert ("train/score" in curve.index.get_level_values(0)) == score
     if score:
-        assert curve["train/score"].iloc[-1] < 0.85, "noise of unit variance is told apart"
+        assert curve["train/score"].iloc[-1] < 0.95, "noise is told, though half of the steps have none"
     away, back = known_deformation(SHAPE, 4.0, np.random.default_rng(78), SMOOTH)
     fixed = shards.tensor("image", 9)
     moving = moved(torch.from_numpy(fixed.copy())[None], torch.from_numpy(away)[None])[0].numpy()
