@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -190,7 +190,7 @@ def snakemake_command(
         command += ["--cores", str(cores)]
     elif profile is None:
         command += ["--cores", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else "all")]
-    elif dry_run and executor_of(profile, snakefile.parent):
+    elif dry_run and "executor" in settings_of(profile, snakefile.parent):
         command += ["--cores", str(MANY_CORES)]
     return [*command, *(["-n"] if dry_run else []), *extra, "--configfile", str(study)]
 
@@ -219,12 +219,10 @@ def workflow_folder() -> Path:
     )
 
 
-def executor_of(profile: str, workflow: Path) -> str | None:
-    """What submits the jobs of a profile that lies in a folder; None where it says nothing: they run here."""
-    for path in sorted(Path(profile_folder(profile, workflow)).glob("*.yaml")):
-        if found := re.search(r"^executor: *([\w-]+)", path.read_text(encoding="utf-8"), re.M):
-            return found[1]
-    return None
+def settings_of(profile: str, workflow: Path) -> dict[str, Any]:
+    """What a profile sets, where it lies in a folder; empty for one that Snakemake knows by name."""
+    files = sorted(Path(profile_folder(profile, workflow)).glob("*.yaml"))
+    return {key: value for path in files for key, value in (yaml.safe_load(path.read_text("utf-8")) or {}).items()}
 
 
 def check_profile(profile: str, study: Path, dry_run: bool = False) -> None:
@@ -237,18 +235,16 @@ def check_profile(profile: str, study: Path, dry_run: bool = False) -> None:
     """
     workflow = workflow_folder()
     rules = rules_of(workflow)
-    for path in sorted(Path(profile_folder(profile, workflow)).glob("*.yaml")):
-        said = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        for key in ("set-resources", "set-threads"):
-            for name in said.get(key) or {} if isinstance(said.get(key), dict) else ():
-                if name not in rules:
-                    near = difflib.get_close_matches(str(name), rules, 1)
-                    raise UserError(
-                        f"{path}: {key} names {name!r}, and there is no such rule."
-                        + (f" Did you mean {near[0]!r}?" if near else "")
-                    )
-    executor = executor_of(profile, workflow)
-    program = None if dry_run else SUBMITTING.get(executor or "")
+    said = settings_of(profile, workflow)
+    for key in ("set-resources", "set-threads"):
+        for name in said.get(key) or {}:
+            if re.split("[:=]", name)[0] not in rules:
+                near = difflib.get_close_matches(name, rules, 1)
+                raise UserError(
+                    f"--profile {profile}: {key} names {name!r}, and there is no such rule."
+                    + (f" Did you mean {near[0]!r}?" if near else "")
+                )
+    program = None if dry_run else SUBMITTING.get(said.get("executor", ""))
     if program and shutil.which(program) is None:
         raise UserError(
             f"--profile {profile}: jobs are submitted with {program}, which is not on this machine. Start it on a login"

@@ -122,23 +122,23 @@ def numbers_of(covariates: Iterable[Covariate]) -> int:
 
 def affordable(found: Sequence[Column], subjects: int) -> list[Column]:
     """Columns as they came, of which as many are proposed as so many training subjects can teach; one at least."""
-    left, used = subjects // SUBJECTS_PER_NUMBER, 0
+    left = subjects  # who are not yet needed for a column above
     taken: list[Column] = []
     listed: list[Column] = []
     for one in found:
         if one.why_not is not None or one.covariate is None:
             listed.append(one)
             continue
-        numbers = numbers_of([one.covariate])
-        if taken and numbers > left:
+        needed = numbers_of([one.covariate]) * SUBJECTS_PER_NUMBER
+        if taken and needed > left:
             few = (
-                f"needs {numbers * SUBJECTS_PER_NUMBER} training subjects, {SUBJECTS_PER_NUMBER} for each number that"
-                f" tells it; those above leave {max(0, subjects - used * SUBJECTS_PER_NUMBER)} of {subjects}"
+                f"needs {needed} training subjects, {SUBJECTS_PER_NUMBER} for each number that tells it; those above"
+                f" leave {max(0, left)} of {subjects}"
             )
             listed.append(_left_out(one, few))
         else:
             taken.append(one)
-            left, used = left - numbers, used + numbers
+            left -= needed
     return [*taken, *listed]
 
 
