@@ -31,7 +31,7 @@ from meddiff_steps.imaging.preprocess import preprocess_image, preprocess_shard
 from meddiff_steps.imaging.shards import Shards, ShardWriter
 from meddiff_steps.imaging.shards import TensorColumn as Column
 from meddiff_steps.release.dataset import write_images
-from meddiff_steps.simulation.brains import one_torch_thread, simulate_cohort
+from meddiff_steps.simulation.dataset import one_torch_thread, simulate_cohort
 from meddiff_steps.statistics.bootstrap import rounded
 from meddiff_steps.training.latent_data import LatentData
 

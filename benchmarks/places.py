@@ -32,7 +32,7 @@ from meddiff_steps.imaging.shards import Shards, ShardWriter
 from meddiff_steps.imaging.shards import TensorColumn as Column
 from meddiff_steps.models.denoiser.effects import covariate_features
 from meddiff_steps.models.latent_statistics import fit_effects, measure_standardisation
-from meddiff_steps.simulation.brains import simulate_cohort
+from meddiff_steps.simulation.dataset import simulate_cohort
 from meddiff_steps.training.latent_data import LatentData
 from meddiff_steps.training.loop import Task, learning_rate_scale, update_average
 

@@ -48,6 +48,17 @@ class SimulatedSource(Section):
     missing_share: Fraction = Field(
         0.02, description="Share of age values left out, so that missing values are exercised."
     )
+    contrasts: list[Literal["T2w", "FLAIR"]] = Field(
+        [], description="Further images of every scan, sub-*_T2w.nii.gz beside sub-*_T1w.nii.gz."
+    )
+    labels: bool = Field(
+        False, description="Write derivatives/truth/sub-*/anat/sub-*_dseg.nii.gz, the tissue of each voxel (dseg.tsv)."
+    )
+    lesion_share: Fraction = Field(
+        0.0,
+        description="Share of subjects with a lesion, 2 to 24 mL of white matter that is dark in T1w and bright "
+        "in T2w and FLAIR. Above 0, sub-*_label-lesion_mask.nii.gz beside the label maps marks it.",
+    )
 
 
 class BidsSource(Section):

@@ -11,7 +11,9 @@ How a subject is made (all random numbers of subject i come from generators keye
 3. Tissue: the template's probabilities of sulcal CSF, ventricular CSF, grey and white matter are sampled there,
    weighted by smooth random fields (individual sulci; atrophy turns cortex into sulcal CSF), and made to add up to the
    brain mask again.
-4. Image: tissue intensities, the template's regional tone, bias field, noise.
+4. A lesion, where the study asks for some: a ball with a bumpy surface in white matter, which takes the place of grey
+   and white matter and displaces nothing.
+5. Images: tissue intensities, the template's regional tone, bias field, noise, for T1w and any further contrast.
 
 Volumes in the table are integrals of the subject's own tissue maps, over the points that the voxels are averaged from:
 they are measured, not requested. Anatomy does not depend on the image grid: subject i at 2.5 mm is subject i at 5 mm,
@@ -23,30 +25,18 @@ Templates: MNI ICBM152 2009a, Fonov et al., NeuroImage 54 (2011) 313, through `n
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
-import shutil
-import sys
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import torch
 from scipy import ndimage
 from scipy.special import ndtr, ndtri
-from tqdm import tqdm
 
 from meddiff_steps.config import SimulatedSource
-from meddiff_steps.config.cohort import SIMULATED_LEVELS
 from meddiff_steps.core.errors import UserError
-from meddiff_steps.core.files import atomic_path, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -77,38 +67,24 @@ FLOW_REACH_MM, FLOW_STEP_MM = 32.0, 2
 #: Mean T1w intensity of CSF, grey and white matter on the template's scale of 0 to 1, and how much it varies between
 #: subjects.
 INTENSITIES, INTENSITY_SD = np.array([0.27, 0.63, 0.88]), np.array([0.015, 0.01, 0.007])
+#: The same of further contrasts (T1w is as above), and what a lesion has in each.
+OTHER_INTENSITIES = {"T2w": np.array([1.0, 0.62, 0.47]), "FLAIR": np.array([0.14, 0.68, 0.49])}
+LESION_INTENSITY = {"T1w": 0.50, "T2w": 0.88, "FLAIR": 0.95}
+#: How much of the template's regional tone, which is of T1w, a contrast shows.
+TONE = {"T1w": 1.0, "T2w": -0.4, "FLAIR": -0.3}
+#: Mean radius of a lesion (mm; smallest and largest), how much it varies over the surface (standard deviation of its
+#: logarithm, mm between control points), and how wide its rim is (mm).
+LESION_MM, LESION_BUMPS, LESION_RIM_MM = (8.0, 18.0), (0.3, 18.0), 1.0
+#: A lesion's middle is the first of so many random places that has at least so much white matter.
+LESION_PLACES, LESION_WHITE = 400, 0.8
+#: Values of a label map, with the tissues that they name; 0 is outside the brain.
+TISSUES = {1: "sulcal CSF", 2: "ventricles", 3: "grey matter", 4: "white matter"}
 #: Standard deviation of the noise, on the same scale: lowest and highest.
 NOISE_SD = (0.006, 0.014)
 #: Blur before voxels are averaged, as full width at half maximum in voxels: an acquired voxel is no sharp-edged box.
 BLUR = 0.8
 #: uint8 value of intensity 1; bias and gain stay below 255 / 190.
 FULL_SCALE = 190.0
-
-SIMULATED = "SIMULATED brain (MNI152 template, randomly deformed); no person"
-DATASET_NAME = "SIMULATED brain cohort (meddiff_steps)"
-
-README = """\
-SIMULATED brain cohort
-======================
-
-Every image here is SIMULATED. No image shows a person, and nothing about people, ageing or disease can be learnt from
-it. It exists to try and test software.
-
-Each image is the MNI ICBM152 2009a template (T1-weighted, grey and white matter maps, as they ship with nilearn),
-deformed at random, with ventricles and sulci that follow a made-up age, sex and diagnosis, and with a contrast, bias
-field and noise of its own. Images are brain-extracted: 0 outside the brain.
-
-participants.tsv holds the made-up covariates, and the volumes that were measured in each subject's own tissue maps.
-
-The template carries this notice:
-
-Copyright (C) 1993-2009 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute, McGill
-University. Permission to use, copy, modify, and distribute this software and its documentation for any purpose and
-without fee is hereby granted, provided that the above copyright notice appear in all copies. The authors and McGill
-University make no representations about the suitability of this software for any purpose. It is provided "as is"
-without express or implied warranty. The authors are not responsible for any data loss, equipment damage, property loss,
-or injury to subjects or patients resulting from the use or misuse of this package.
-"""
 
 
 # ----------------------------------------------------------------------------------------------------------- covariates
@@ -122,11 +98,6 @@ def subject_generator(seed: str, index: int) -> np.random.Generator:
 def _generator(key: str) -> np.random.Generator:
     digest = hashlib.sha256(key.encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "big")))
-
-
-def participant_id(index: int) -> str:
-    """Return `sub-0001` for index 0; longer only beyond 9,999, so that no id depends on the number of subjects."""
-    return f"sub-{index + 1:04d}"
 
 
 @dataclass(frozen=True)
@@ -421,13 +392,50 @@ class Anatomy:
         """Carry points (n, 3) from image mm to head mm."""
         return (points - self.shift) @ self.to_head.T + self.middle
 
+    def maps(self, head: torch.Tensor, template: Template) -> torch.Tensor:
+        """Return the template's maps (5, n) at points (n, 3) in head mm."""
+        at = head + self.warp(head).T
+        return template.maps(at + self.flow(at).T)
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """A ball with a bumpy surface."""
+
+    middle: torch.Tensor  # (3,): head mm
+    radius_mm: float
+    bumps: Grid  # log factor of the radius
+
+    def share(self, head: torch.Tensor) -> torch.Tensor:
+        """Return how much of the tissue (n,) at points (n, 3) in head mm is lesion, 0 to 1."""
+        reach = self.radius_mm * torch.exp(self.bumps(head)[0])
+        return torch.sigmoid((reach - (head - self.middle).norm(dim=1)) / LESION_RIM_MM)
+
+
+def draw_lesion(share: float, seed: str, index: int, anatomy: Anatomy, template: Template) -> Lesion | None:
+    """Draw the lesion of subject `index`, whom one has with probability `share`; from a generator of its own."""
+    rng = _generator(f"meddiff/simulate/lesion/v1|{seed}|{index}")
+    if rng.random() >= share:
+        return None
+    low, high = np.log(LESION_MM)
+    radius = math.exp(rng.uniform(low, high))
+    places = anatomy.middle + torch.from_numpy(rng.uniform(-1, 1, (LESION_PLACES, 3)).astype(np.float32)) * (
+        torch.tensor(FIELD_OF_VIEW_MM) / 2
+    )
+    white = anatomy.maps(places, template)[3]
+    deep = torch.nonzero(white >= LESION_WHITE)[:, 0]
+    middle = places[deep[0] if len(deep) else white.argmax()]
+    half = torch.tensor(FIELD_HALF_MM)
+    sd, spacing = LESION_BUMPS
+    return Lesion(middle, radius, Grid(sd * _smooth_noise(rng, 1, spacing), -half, half))
+
 
 def draw_anatomy(traits: Traits, pose: HeadPose, template: Template, rng: np.random.Generator) -> Anatomy:
     """Draw a subject's anatomy and the settings of its scan."""
     # The first and the last three were the pose until it got a generator of its own: what follows stays what it was.
     _, proportions, _ = rng.standard_normal((3, 3))
     contrast = rng.standard_normal(3)
-    gain, noise_sd = math.exp(0.06 * np.clip(rng.standard_normal(), -2, 2)), rng.uniform(*NOISE_SD)
+    noise_sd, gain = _scan_settings(rng)
 
     half = torch.tensor(FIELD_HALF_MM)
     warp = Grid(
@@ -471,9 +479,15 @@ def draw_anatomy(traits: Traits, pose: HeadPose, template: Template, rng: np.ran
         weights=Grid(torch.cat([sulci, boundary, bias]), -half, half),
         flow=flow,
         intensities=INTENSITIES + INTENSITY_SD * np.clip(contrast, -2, 2),
-        noise_sd=float(noise_sd),
+        noise_sd=noise_sd,
         gain=gain,
     )
+
+
+def _scan_settings(rng: np.random.Generator) -> tuple[float, float]:
+    """Draw the standard deviation of the noise of a scan, and its gain."""
+    gain = math.exp(0.06 * np.clip(rng.standard_normal(), -2, 2))
+    return float(rng.uniform(*NOISE_SD)), gain
 
 
 def _rotation(axis: int, angle: float) -> np.ndarray:
@@ -543,20 +557,28 @@ class Subject:
 
     Attributes
     ----------
-    image
-        uint8, the lattice's shape, 0 outside the brain.
-    head_ml, brain_ml, ventricles_ml
-        Volumes measured in the subject's tissue maps: inside the mask, grey and white matter, lateral and third
-        ventricles.
+    images
+        By contrast, T1w first: uint8, the lattice's shape, 0 outside the brain.
+    tissue
+        uint8, the lattice's shape: the tissue that most of a voxel is, as in TISSUES; 0 outside the brain.  A lesion
+        is what it grew in.
+    lesion
+        bool, the lattice's shape: where a lesion is.
+    head_ml, brain_ml, ventricles_ml, lesion_ml
+        Volumes measured in the subject's tissue maps: inside the mask, grey and white matter (with what is lesion),
+        lateral and third ventricles, the lesion.
     at_edge
         Whether the brain touches the edge of the image, where some of it may be cut off.
     """
 
-    image: np.ndarray
+    images: dict[str, np.ndarray]
+    tissue: np.ndarray
+    lesion: np.ndarray
     traits: Traits
     head_ml: float
     brain_ml: float
     ventricles_ml: float
+    lesion_ml: float
     at_edge: bool
 
 
@@ -569,10 +591,8 @@ def simulate_subject(source: SimulatedSource, seed: str, index: int, lattice: La
     near = anatomy.surface(anatomy.head(lattice.centres))[0]
     # Voxels farther out have traces of the blurred mask: 0.1 % of the head (measured), not worth a third more points.
     chosen = torch.nonzero(near < (0.75 + 0.4 * BLUR) * lattice.spacing_mm)[:, 0]
-    points = (lattice.centres[chosen, None] + lattice.offsets).reshape(-1, 3)
-    head = anatomy.head(points)
-    at = head + anatomy.warp(head).T
-    sulci, ventricles, grey, white, tone = template.maps(at + anatomy.flow(at).T).numpy()
+    head = anatomy.head((lattice.centres[chosen, None] + lattice.offsets).reshape(-1, 3))
+    sulci, ventricles, grey, white, tone = anatomy.maps(head, template).numpy()
     weight_sulci, weight_white, bias = anatomy.weights(head).numpy()
 
     mask = sulci + ventricles + grey + white
@@ -580,183 +600,57 @@ def simulate_subject(source: SimulatedSource, seed: str, index: int, lattice: La
     white = white * weight_white
     scale = mask / np.maximum(sulci + ventricles + grey + white, 1e-6)
     sulci, ventricles, grey, white = sulci * scale, ventricles * scale, grey * scale, white * scale
-    fluid_i, grey_i, white_i = anatomy.intensities.astype(np.float32)
-    signal = ((sulci + ventricles) * fluid_i + grey * grey_i + white * white_i + tone) * bias
+    ill = np.zeros_like(grey)
+    if lesion := draw_lesion(source.lesion_share, seed, index, anatomy, template):
+        ill = lesion.share(head).numpy()
 
     per_voxel = len(lattice.offsets)
-    inside = mask.reshape(-1, per_voxel).mean(1)
-    values = np.zeros(len(lattice.centres), np.float32)
-    noise = rng.standard_normal(len(lattice.centres), dtype=np.float32)[chosen.numpy()]
-    values[chosen.numpy()] = np.where(
-        inside > 0.02, signal.reshape(-1, per_voxel).mean(1) + anatomy.noise_sd * noise * inside, 0
-    )
-    image = np.clip(np.rint(values * (FULL_SCALE * anatomy.gain)), 0, 255).astype(np.uint8).reshape(lattice.shape)
+
+    def by_voxel(values: np.ndarray) -> np.ndarray:
+        """Mean over the points of each chosen voxel."""
+        return values.reshape(-1, per_voxel).mean(1)
+
+    def volume(values: np.ndarray, dtype: type) -> np.ndarray:
+        """Values of chosen voxels on the whole lattice, 0 elsewhere."""
+        whole: np.ndarray = np.zeros(len(lattice.centres), dtype)
+        whole[chosen.numpy()] = values
+        return whole.reshape(lattice.shape)
+
+    inside = by_voxel(mask)
+
+    def image(
+        contrast: str, rng: np.random.Generator, intensities: np.ndarray, noise_sd: float, gain: float
+    ) -> np.ndarray:
+        fluid_i, grey_i, white_i = intensities.astype(np.float32)
+        signal = (sulci + ventricles) * fluid_i + grey * grey_i + white * white_i + np.float32(TONE[contrast]) * tone
+        if lesion:
+            ill_i = LESION_INTENSITY[contrast]
+            signal += ill * (grey * (ill_i - grey_i) + white * (ill_i - white_i))
+        noise = rng.standard_normal(len(lattice.centres), dtype=np.float32)[chosen.numpy()]
+        values = np.where(inside > 0.02, by_voxel(signal * bias) + noise_sd * noise * inside, 0)
+        return np.clip(np.rint(volume(values, np.float32) * (FULL_SCALE * gain)), 0, 255).astype(np.uint8)
+
+    images = {"T1w": image("T1w", rng, anatomy.intensities, anatomy.noise_sd, anatomy.gain)}
+    for contrast in source.contrasts:
+        own = _generator(f"meddiff/simulate/{contrast}/v1|{seed}|{index}")
+        varied = OTHER_INTENSITIES[contrast] + INTENSITY_SD * np.clip(own.standard_normal(3), -2, 2)
+        images[contrast] = image(contrast, own, varied, *_scan_settings(own))
+
+    shares = [by_voxel(part) for part in (sulci, ventricles, grey, white)]
     ml = lattice.spacing_mm**3 / per_voxel / 1000  # of one point
-    head_ml, brain_ml, ventricles_ml = (
-        float(part.sum(dtype=np.float64)) * ml for part in (mask, grey + white, ventricles)
+    head_ml, brain_ml, ventricles_ml, lesion_ml = (
+        float(part.sum(dtype=np.float64)) * ml for part in (mask, grey + white, ventricles, ill * (grey + white))
     )
-    brain = np.zeros(len(lattice.centres), bool)
-    brain[chosen.numpy()] = inside > 0.5
-    at_edge = any(bool(brain.reshape(lattice.shape).take((0, -1), axis).any()) for axis in range(3))
-    return Subject(image, traits, head_ml, brain_ml, ventricles_ml, at_edge)
-
-
-# -------------------------------------------------------------------------------------------------------------- dataset
-
-
-def simulate_cohort(source: SimulatedSource, seed: str, root: Path, threads: int = 1) -> Path:
-    """Write a simulated cohort as a BIDS dataset; `participants.tsv` comes last, so the dataset is complete when it is
-    there.
-
-    Parameters
-    ----------
-    source
-        Number of subjects, grid, share of cases and of missing ages.
-    seed
-        Any text. A subject depends on it and on its own number alone, not on how many subjects are made.
-    root
-        Directory of the dataset. A simulated dataset that is already there is replaced.
-    threads
-        Subjects made at the same time; the files are the same for any number.
-
-    Returns
-    -------
-    Path
-        `root/participants.tsv`: participant_id, age (year), sex (F, M), diagnosis (control, case), brain_ml and
-        ventricles_ml (mL, measured); `n/a` where missing. Images are `sub-*/anat/sub-*_T1w.nii.gz`, uint8, RAS, 0
-        outside the brain.
-
-    Raises
-    ------
-    UserError
-        The grid is too small for a head, or `root` holds subjects that are not simulated.
-    """
-    lattice = make_lattice(source.shape, source.spacing_mm)
-    root = Path(root)
-    _clear(root)
-    for name, content in _descriptions().items():
-        write_atomic(root / name, content.encode())
-    rows = ["participant_id\tage\tsex\tdiagnosis\tbrain_ml\tventricles_ml"]
-    edge = 0
-    with one_torch_thread():
-        template = load_template(lattice.blur_mm)
-        for name, subject in tqdm(
-            _subjects(source, seed, root, lattice, template, threads),
-            "simulate",
-            source.subjects,
-            mininterval=5,
-            file=sys.stderr,
-        ):
-            traits = subject.traits
-            age = "n/a" if traits.age_missing else f"{traits.age:.1f}"
-            rows.append(
-                "\t".join(
-                    [name, age, traits.sex, traits.diagnosis, f"{subject.brain_ml:.2f}", f"{subject.ventricles_ml:.2f}"]
-                )
-            )
-            edge += subject.at_edge
-    log.info("%d simulated subjects in %s; the brain reaches the edge of the image in %d", source.subjects, root, edge)
-    table = root / "participants.tsv"
-    write_atomic(table, ("\n".join(rows) + "\n").encode())
-    return table
-
-
-def _subjects(
-    source: SimulatedSource, seed: str, root: Path, lattice: Lattice, template: Template, threads: int
-) -> Iterator[tuple[str, Subject]]:
-    """Make and write all subjects, a few at a time, and yield them in order."""
-
-    def make(index: int) -> tuple[str, Subject]:
-        name = participant_id(index)
-        subject = simulate_subject(source, seed, index, lattice, template)
-        _write_image(subject.image, lattice.affine, root / name / "anat" / f"{name}_T1w.nii.gz")
-        return name, subject
-
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        pending: deque[Future[tuple[str, Subject]]] = deque()
-        try:
-            for index in range(source.subjects):
-                pending.append(pool.submit(make, index))
-                if len(pending) > 2 * threads:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
-
-
-def _write_image(image: np.ndarray, affine: np.ndarray, path: Path) -> None:
-    nifti = nib.Nifti1Image(image, affine)
-    nifti.header.set_xyzt_units("mm")
-    nifti.header["descrip"] = SIMULATED
-    nifti.set_qform(affine, "scanner")
-    nifti.set_sform(affine, "scanner")
-    with atomic_path(path) as temporary:
-        nib.save(nifti, temporary)
-
-
-def _clear(root: Path) -> None:
-    """Remove an earlier simulated dataset: subjects it has beyond the new number would otherwise stay."""
-    subjects = sorted(root.glob("sub-*"))
-    if subjects:
-        try:
-            ours = (
-                json.loads((root / "dataset_description.json").read_text(encoding="utf-8")).get("Name") == DATASET_NAME
-            )
-        except (OSError, ValueError, AttributeError):
-            ours = False
-        if not ours:
-            raise UserError(
-                f"{root}: holds {subjects[0].name} but its dataset_description.json does not say {DATASET_NAME!r}, so"
-                " these may be real data. Choose another output directory, or remove the subjects yourself."
-            )
-    (root / "participants.tsv").unlink(missing_ok=True)
-    for subject in subjects:
-        shutil.rmtree(subject)
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Work in torch on one thread, as where subjects run side by side."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _descriptions() -> dict[str, str]:
-    """Return the dataset's documents by file name."""
-    description = {
-        "Name": DATASET_NAME,
-        "BIDSVersion": "1.10.0",
-        "DatasetType": "raw",
-        "License": "MNI ICBM152 template licence, see README",
-        "Authors": ["meddiff_steps simulator"],
-        "GeneratedBy": [{"Name": "meddiff_steps simulate", "Description": SIMULATED}],
-        "ReferencesAndLinks": [
-            "Fonov V, et al. Unbiased average age-appropriate atlases for pediatric studies. NeuroImage"
-            " 2011;54:313-327."
-        ],
-    }
-    participants = {
-        "participant_id": {"Description": "SIMULATED subject; no such person exists"},
-        "age": {"Description": "Simulated age", "Units": "year"},
-        "sex": {"Description": "Simulated sex", "Levels": SIMULATED_LEVELS["sex"]},
-        "diagnosis": {
-            "Description": "Simulated diagnosis, a disease that acts like faster ageing",
-            "Levels": SIMULATED_LEVELS["diagnosis"],
-        },
-        "brain_ml": {"Description": "Grey and white matter, integrated over the subject's tissue maps", "Units": "mL"},
-        "ventricles_ml": {
-            "Description": "Lateral and third ventricles, integrated over the subject's tissue maps",
-            "Units": "mL",
-        },
-    }
-    sidecar = {"Description": SIMULATED, "Modality": "MR", "Simulated": True, "SkullStripped": True}
-    documents = {"dataset_description.json": description, "participants.json": participants, "T1w.json": sidecar}
-    return {name: json.dumps(content, indent=1, sort_keys=True) + "\n" for name, content in documents.items()} | {
-        "README": README
-    }
+    in_brain = volume(inside > 0.5, bool)
+    at_edge = any(bool(in_brain.take((0, -1), axis).any()) for axis in range(3))
+    return Subject(
+        images,
+        tissue=volume(np.where(inside > 0.5, 1 + np.argmax(shares, 0), 0), np.uint8),
+        lesion=volume(by_voxel(ill * (grey + white)) > 0.5, bool),
+        traits=traits,
+        head_ml=head_ml,
+        brain_ml=brain_ml,
+        ventricles_ml=ventricles_ml,
+        lesion_ml=lesion_ml,
+        at_edge=at_edge,
+    )

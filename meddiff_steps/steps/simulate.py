@@ -9,7 +9,7 @@ import typer
 
 from meddiff_steps.config import SimulatedSource, load_stage
 from meddiff_steps.core.errors import UserError
-from meddiff_steps.simulation.brains import simulate_cohort
+from meddiff_steps.simulation.dataset import simulate_cohort
 from meddiff_steps.steps import options
 
 

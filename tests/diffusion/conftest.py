@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from meddiff_steps.simulation.brains import one_torch_thread
+from meddiff_steps.simulation.dataset import one_torch_thread
 
 
 @pytest.fixture(scope="package", autouse=True)

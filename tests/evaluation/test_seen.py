@@ -37,7 +37,7 @@ class Brains:
         source = SimulatedSource(subjects=200, shape=SHAPE, spacing_mm=6.0)
         template, lattice = load_template(6.0), make_lattice(SHAPE, 6.0)
         brains = [
-            simulate_subject(source, "test", i, lattice, template).image.astype(np.float32)
+            simulate_subject(source, "test", i, lattice, template).images["T1w"].astype(np.float32)
             for i in range(TRAIN + HELD_OUT + 40)
         ]
         brains = [np.clip(brain / np.quantile(brain[brain > 0], 0.995), 0, 1) for brain in brains]

@@ -41,7 +41,7 @@ def brain(index: int) -> tuple[np.ndarray, np.ndarray]:
     """A simulated brain and its affine."""
     lattice = make_lattice(SHAPE, SPACING)
     subject = simulate_subject(SimulatedSource(), "registration", index, lattice, atlas(lattice.blur_mm))
-    return subject.image, lattice.affine
+    return subject.images["T1w"], lattice.affine
 
 
 def moved(affine: np.ndarray, degrees: tuple[float, float, float], mm: tuple[float, float, float]) -> np.ndarray:

@@ -156,7 +156,7 @@ def test_labels_have_no_window() -> None:
 def brain() -> tuple[np.ndarray, np.ndarray]:
     lattice = make_lattice((32, 40, 32), 5.0)
     subject = simulate_subject(SimulatedSource(), "bias", 3, lattice, load_template(lattice.blur_mm))
-    return np.asarray(subject.image), lattice.affine
+    return np.asarray(subject.images["T1w"]), lattice.affine
 
 
 def test_a_known_field_is_taken_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

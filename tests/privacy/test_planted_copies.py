@@ -67,7 +67,7 @@ def planted(tmp_path_factory):
     images = (
         np.stack(
             [
-                simulate_subject(source, "planted", i, lattice, template).image
+                simulate_subject(source, "planted", i, lattice, template).images["T1w"]
                 for i in range(TRAIN + CALIBRATION + STRANGERS)
             ]
         )

@@ -18,16 +18,20 @@ from meddiff_steps.simulation.brains import (
     draw_traits,
     load_template,
     make_lattice,
-    simulate_cohort,
     simulate_subject,
     subject_generator,
 )
+from meddiff_steps.simulation.dataset import simulate_cohort
 
 SUBJECTS = 100
 
 
 def files(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def read(path: Path) -> np.ndarray:
+    return np.asarray(nib.load(path).dataobj).astype(float)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +131,7 @@ def test_seed_changes_everyone() -> None:
     source = SimulatedSource()
     lattice = make_lattice(source.shape, source.spacing_mm)
     a, b = (simulate_subject(source, seed, 0, lattice, load_template(lattice.blur_mm)) for seed in ("a", "b"))
-    assert np.mean(a.image != b.image) > 0.2 and a.brain_ml != b.brain_ml
+    assert np.mean(a.images["T1w"] != b.images["T1w"]) > 0.2 and a.brain_ml != b.brain_ml
 
 
 def test_anatomy_does_not_depend_on_the_grid() -> None:
@@ -144,9 +148,9 @@ def test_anatomy_does_not_depend_on_the_grid() -> None:
     assert coarse.traits == fine.traits
     assert fine.brain_ml == pytest.approx(coarse.brain_ml, rel=0.005)
     assert fine.ventricles_ml == pytest.approx(coarse.ventricles_ml, rel=0.03)
-    pooled = fine.image.reshape(32, 2, 40, 2, 32, 2).astype(float).mean((1, 3, 5))
-    inside = coarse.image > 0
-    assert np.corrcoef(pooled[inside], coarse.image[inside])[0, 1] > 0.97
+    pooled = fine.images["T1w"].reshape(32, 2, 40, 2, 32, 2).astype(float).mean((1, 3, 5))
+    inside = coarse.images["T1w"] > 0
+    assert np.corrcoef(pooled[inside], coarse.images["T1w"][inside])[0, 1] > 0.97
 
 
 def test_layout_is_bids_and_says_simulated(cohort: tuple[Path, pd.DataFrame, np.ndarray, float]) -> None:
@@ -179,6 +183,50 @@ def test_layout_is_bids_and_says_simulated(cohort: tuple[Path, pd.DataFrame, np.
 def test_missing_ages_are_written_as_na(tmp_path: Path) -> None:
     table = simulate_cohort(SimulatedSource(subjects=20, missing_share=1.0), "s", tmp_path)
     assert pd.read_csv(table, sep="\t", keep_default_na=False).age.eq("n/a").all()
+
+
+def test_further_contrasts_labels_and_lesions(tmp_path: Path) -> None:
+    more = SimulatedSource(subjects=20, contrasts=["T2w", "FLAIR"], labels=True, lesion_share=0.6)
+    table = pd.read_csv(simulate_cohort(more, "test", tmp_path / "more"), sep="\t", na_values="n/a")
+    plain = pd.read_csv(
+        simulate_cohort(SimulatedSource(subjects=20), "test", tmp_path / "plain"), sep="\t", na_values="n/a"
+    )
+    # The anatomy is that of the plain cohort, and so are scans without a lesion.
+    assert plain.equals(table.drop(columns="lesion_ml"))
+    ill = table.lesion_ml > 0
+    assert 6 < ill.sum() < 18 and table.lesion_ml[ill].between(0.5, 40).all()
+    names = (tmp_path / "more/derivatives/truth/dseg.tsv").read_text().splitlines()
+    assert names == ["index\tname", "1\tsulcal CSF", "2\tventricles", "3\tgrey matter", "4\twhite matter"]
+    grey_levels = []
+    for subject, lesion_ml, ventricles_ml in zip(
+        table.participant_id, table.lesion_ml, table.ventricles_ml, strict=True
+    ):
+        scans = {
+            c: read(tmp_path / "more" / subject / "anat" / f"{subject}_{c}.nii.gz") for c in ("T1w", "T2w", "FLAIR")
+        }
+        truth = tmp_path / "more/derivatives/truth" / subject / "anat"
+        tissue, lesion = read(truth / f"{subject}_dseg.nii.gz"), read(truth / f"{subject}_label-lesion_mask.nii.gz") > 0
+        as_it_was = read(tmp_path / "plain" / subject / "anat" / f"{subject}_T1w.nii.gz")
+        assert ((scans["T1w"] != as_it_was).sum() > 0) == (lesion_ml > 0)
+        assert set(np.unique(tissue)) == {0, 1, 2, 3, 4} and not lesion[tissue == 0].any()
+        assert (tissue == 2).sum() * 0.125 == pytest.approx(ventricles_ml, rel=0.5)
+        if not lesion_ml:
+            assert not lesion.any()
+        elif lesion.sum() > 20:
+            assert lesion.sum() * 0.125 == pytest.approx(lesion_ml, rel=0.5)
+            white = (tissue == 4) & ~lesion
+            grey_levels.append([scans[c][lesion].mean() / scans[c][white].mean() for c in scans])
+        fluid, grey, white = ((tissue == value) & ~lesion for value in (2, 3, 4))
+        assert scans["T2w"][fluid].mean() > scans["T2w"][grey].mean() > scans["T2w"][white].mean()
+        assert scans["FLAIR"][fluid].mean() < scans["FLAIR"][white].mean() < scans["FLAIR"][grey].mean()
+    t1, t2, flair = np.array(grey_levels).T
+    assert len(t1) > 4 and (t1 < 0.8).all() and (t2 > 1.3).all() and (flair > 1.4).all()
+
+
+def test_an_earlier_dataset_goes_with_what_was_true_of_it(tmp_path: Path) -> None:
+    simulate_cohort(SimulatedSource(subjects=20, labels=True), "test", tmp_path)
+    simulate_cohort(SimulatedSource(subjects=20), "test", tmp_path)
+    assert not (tmp_path / "derivatives/truth").exists()
 
 
 def test_is_fast(cohort: tuple[Path, pd.DataFrame, np.ndarray, float]) -> None:
