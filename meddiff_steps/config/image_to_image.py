@@ -31,14 +31,16 @@ class ImageToImageOptimiser(NetworkOptimiser):
     ] = 16
 
 
+BLOCK = (
+    "Voxels along each axis that become channels of one place (Haar wavelets) before the network: 4 is 16 times less "
+    "work in 2D than 1, and enough for masks; grey values are grainy in blocks of 4. Must divide `preprocess.shape`."
+)
+
+
 class DrawingNetwork(Section):
     """A network that draws an image from images."""
 
-    block: Literal[1, 2, 4] = Field(
-        4,
-        description="Voxels along each axis that become channels of one place (Haar wavelets) before the network: 4 "
-        "is 16 times less work in 2D than 1. Must divide `preprocess.shape`.",
-    )
+    block: Literal[1, 2, 4] = Field(4, description=BLOCK)
     network: Literal["resnet", "unet"] = Field(
         "resnet",
         description="`resnet`: residual blocks of one size, the first of `channels`; learns fastest, sees what is near "
@@ -182,12 +184,15 @@ class UnpairedOptimiser(NetworkOptimiser):
 
     steps: Annotated[
         int, Field(ge=1, description="Gradient steps of all networks together. Too few leave images as they are.")
-    ] = 1000
+    ] = 1500
     batch_size: Annotated[int, Field(ge=1, description="Images of either group per gradient step. Bounds memory.")] = 8
     learning_rate: Annotated[
         float,
-        Field(gt=0.0, description="Largest step size of what draws. Lower it where the critics' loss falls to 0."),
-    ] = 1e-3
+        Field(
+            gt=0.0,
+            description="Largest step size of what draws, smaller than that of the critics, which have to stay ahead.",
+        ),
+    ] = 3e-4
 
 
 class Unpaired(DrawingNetwork):
@@ -195,15 +200,16 @@ class Unpaired(DrawingNetwork):
     that guesses at once, and one that draws in a few large steps of diffusion, from what the other way's guess gives.
     """
 
+    block: Literal[1, 2, 4] = Field(2, description=BLOCK)
     num_inference_steps: PositiveInt = Field(4, description="Steps of diffusion, which are also those of training.")
     cycle_weight: Weight = Field(
         0.5, description="Weight of the way there and back, which has to end where it began, beside the critics."
     )
     critic_channels: PositiveInt = Field(32, description="Feature channels of the networks that tell drawn from real.")
-    critic_blocks: PositiveInt = Field(2, description="Residual blocks of these: more of them see further.")
-    critic_rate: PositiveFloat = Field(5e-4, description="Step size of these.")
+    critic_blocks: PositiveInt = Field(4, description="Residual blocks of these: more of them see further.")
+    critic_rate: PositiveFloat = Field(1e-3, description="Step size of these.")
     critic_penalty: Weight = Field(
-        1.0, description="Weight of the squared gradient of the critics at real images (R1, Mescheder et al. 2018)."
+        0.1, description="Weight of the squared gradient of the critics at real images (R1, Mescheder et al. 2018)."
     )
     optimiser: UnpairedOptimiser = Field(UnpairedOptimiser(), description="Training.")
 
@@ -214,6 +220,7 @@ class Translation(ImageToImage):
     With `missing` one model draws any contrast from any others (Palette with sources that are left out at random).
     """
 
+    block: Literal[1, 2, 4] = Field(2, description=BLOCK)
     missing: bool = Field(
         False,
         description="Any of `source` may be missing, also what `target` names: each step of the training leaves some "

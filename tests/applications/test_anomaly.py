@@ -265,7 +265,7 @@ class Linear(ImageToImage):
     """The best of all networks for one of both contrasts given the other, where both are normal."""
 
     def __init__(self, slope: float, means: tuple[float, float], std: float) -> None:
-        settings = Translation(source=["image"], target=["other"], channels=[8], num_res_blocks=1)
+        settings = Translation(source=["image"], target=["other"], block=4, channels=[8], num_res_blocks=1)
         super().__init__(settings, PLANE, 1, 1)
         self.slope, self.means, self.std = slope, means, std
 
