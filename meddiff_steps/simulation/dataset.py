@@ -6,10 +6,9 @@ import json
 import logging
 import shutil
 import sys
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -21,6 +20,7 @@ from meddiff_steps.config import SimulatedSource
 from meddiff_steps.config.cohort import SIMULATED_LEVELS
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path, write_atomic
+from meddiff_steps.core.pool import in_order
 from meddiff_steps.simulation.brains import (
     TISSUES,
     Lattice,
@@ -105,9 +105,11 @@ def simulate_cohort(source: SimulatedSource, seed: str, root: Path, threads: int
     rows = ["participant_id\tage\tsex\tdiagnosis\tbrain_ml\tventricles_ml" + "\tlesion_ml" * lesions]
     edge = 0
     with one_torch_thread():
-        template = load_template(lattice.blur_mm)
+        make = partial(
+            _make_subject, source=source, seed=seed, root=root, lattice=lattice, template=load_template(lattice.blur_mm)
+        )
         for name, subject in tqdm(
-            _subjects(source, seed, root, lattice, template, threads),
+            in_order(make, range(source.subjects), max(1, threads)),
             "simulate",
             source.subjects,
             mininterval=5,
@@ -124,36 +126,21 @@ def simulate_cohort(source: SimulatedSource, seed: str, root: Path, threads: int
     return table
 
 
-def _subjects(
-    source: SimulatedSource, seed: str, root: Path, lattice: Lattice, template: Template, threads: int
-) -> Iterator[tuple[str, Subject]]:
-    """Make and write all subjects, a few at a time, and yield them in order."""
-
-    def make(index: int) -> tuple[str, Subject]:
-        name = participant_id(index)
-        subject = simulate_subject(source, seed, index, lattice, template)
-        files = {Path(name, "anat", f"{name}_{contrast}.nii.gz"): image for contrast, image in subject.images.items()}
-        truth = TRUTH / name / "anat"
-        if source.labels:
-            files[truth / f"{name}_dseg.nii.gz"] = subject.tissue
-        if source.lesion_share:
-            files[truth / f"{name}_label-lesion_mask.nii.gz"] = subject.lesion.astype(np.uint8)
-        for path, values in files.items():
-            _write_image(values, lattice.affine, root / path)
-        return name, subject
-
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        pending: deque[Future[tuple[str, Subject]]] = deque()
-        try:
-            for index in range(source.subjects):
-                pending.append(pool.submit(make, index))
-                if len(pending) > 2 * threads:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+def _make_subject(
+    index: int, source: SimulatedSource, seed: str, root: Path, lattice: Lattice, template: Template
+) -> tuple[str, Subject]:
+    """Make a subject and write its files."""
+    name = participant_id(index)
+    subject = simulate_subject(source, seed, index, lattice, template)
+    files = {Path(name, "anat", f"{name}_{contrast}.nii.gz"): image for contrast, image in subject.images.items()}
+    truth = TRUTH / name / "anat"
+    if source.labels:
+        files[truth / f"{name}_dseg.nii.gz"] = subject.tissue
+    if source.lesion_share:
+        files[truth / f"{name}_label-lesion_mask.nii.gz"] = subject.lesion.astype(np.uint8)
+    for path, values in files.items():
+        _write_image(values, lattice.affine, root / path)
+    return name, subject
 
 
 def _write_image(image: np.ndarray, affine: np.ndarray, path: Path) -> None:
