@@ -59,6 +59,9 @@ def run(
             " `meddiff run STUDY.yaml -- --unlock`"
         )
         print(f"{jobs[0]} of {jobs[1]} jobs of the {'run' if worker else 'last run'} are done{on}")
+    if not stages:
+        print("no job has run yet")
+        return
     hours = {name: hours for name, (_, hours) in estimated.items()}
     print("\n".join(table(stages, time.time(), hours, without_gpu=ran_without_gpu(results))))
 

@@ -89,6 +89,13 @@ def test_the_table_says_who_works_where_the_log_is_and_its_last_line(results, ca
     assert f"running: {results}/logs/generate/0001.log, last line 2 min ago: generating:  50%" in text
 
 
+def test_a_study_that_was_only_planned_has_no_table(tmp_path, capsys):
+    (tmp_path / "logs").mkdir()
+    config.freeze(config.parse_study(STUDY, "test"), None, tmp_path / "config")
+    run(tmp_path)
+    assert capsys.readouterr().out.splitlines()[1:] == ["no job has run yet"]
+
+
 def test_gpu_hours_count_the_gpus_of_a_job_and_what_is_not_known_is_said(results):
     job(results, "latents/0000", "encoding")
     job(results, "autoencoder", "done", seconds=3600)
