@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from meddiff_steps.command.dry_run import DryRun
+from meddiff_steps.command.run import check_targets, workflow_folder
 from meddiff_steps.config import Study, load_study
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.operations import check
@@ -23,6 +24,10 @@ MARKS = {"ok": "ok      ", "warning": "warning ", "fail": "FAIL    "}
 
 def run(
     study: Annotated[Path, typer.Argument(help="study (YAML)")],
+    targets: Annotated[
+        list[str] | None,
+        typer.Argument(help="what will be made, as of `meddiff run`: all (default), or an application"),
+    ] = None,
     measured: Annotated[
         Path | None,
         typer.Option(help="results of a finished study on the machine that will run this one, such as results/demo"),
@@ -37,32 +42,38 @@ def run(
     1: something would; 2: the study could not be read.
     """
     content = load_study(study)
+    if targets:
+        check_targets(targets, workflow_folder())
     counts = dict.fromkeys(MARKS, 0)
-    for finding in findings(content, study, measured, elsewhere):
+    for finding in findings(content, study, targets or [], measured, elsewhere):
         counts[finding.state] += 1
         print(f"{MARKS[finding.state]}{finding.topic}: {finding.text}", flush=True)
     print(f"{study}: {counts['ok']} ok, {counts['warning']} to look at, {counts['fail']} would fail")
     raise typer.Exit(1 if counts["fail"] else 0)
 
 
-def findings(study: Study, path: Path, measured: Path | None, elsewhere: bool) -> Iterator[Finding]:
+def findings(
+    study: Study, path: Path, targets: Sequence[str], measured: Path | None, elsewhere: bool
+) -> Iterator[Finding]:
     """Everything that is known, in the order in which it is found out."""
-    with DryRun(path) as planned:  # Snakemake plans while scans are looked at
+    with DryRun(path, targets) as planned:  # Snakemake plans while scans are looked at
         yield Finding("ok", "study", f"{path} can be read: {study.title or study.study}.")
         told, cohort = check.cohort(study)
         yield from told
         scans = 0
+        rules = _rules(planned) if targets else None
         if cohort is not None:
             scans = len(cohort.frame) or cohort.subjects
-            if cohort.splits:
+            if cohort.splits and (rules is None or "filter" in rules):
                 yield check.privacy(study, cohort.splits["calibration"])
             if len(cohort.frame):
                 yield from check.images(study, check.headers(cohort.frame, _progress))
                 yield from check.beside(study, cohort.frame)
-        yield check.licence(study)
+        if rules is None or "describe" in rules:
+            yield check.licence(study)
         found = []
         try:
-            found = expected(study, scans, this_machine().cores, measured) if scans else []
+            found = expected(study, scans, this_machine().cores, measured, rules) if scans else []
         except UserError as error:
             yield Finding("warning", "time", str(error))
         else:
@@ -75,6 +86,14 @@ def findings(study: Study, path: Path, measured: Path | None, elsewhere: bool) -
             yield Finding("fail", "workflow", str(error))
         else:
             yield from check.needs(study, jobs, None if elsewhere else this_machine())
+
+
+def _rules(planned: DryRun) -> set[str] | None:
+    """Rules that have something to do; None where that cannot be planned, which is said when all the rest was."""
+    try:
+        return {job["rule"] for job in planned.jobs()}
+    except UserError:
+        return None
 
 
 def _progress(done: int, total: int) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,22 +23,25 @@ class DryRun:
     ----------
     study
         The study's file.
+    targets
+        Of the workflow; `all` where left out.
     """
 
-    def __init__(self, study: Path) -> None:
+    def __init__(self, study: Path, targets: Sequence[str] = ()) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._needs = Path(self._folder.name, "needs.json")
         self._process: subprocess.Popen[str] | None = None
         self._problem: str | None = None
+        self._said = ""
         try:
             snakefile = workflow_folder() / "Snakefile"
         except UserError as error:
             self._problem = str(error)
             return
         elsewhere = f"results={Path(self._folder.name, 'results')}"
-        command = ["--snakefile", str(snakefile), "-n", "--nolock", "--config", elsewhere, "--configfile", str(study)]
+        options = ["--snakefile", str(snakefile), "-n", "--nolock", "--config", elsewhere, "--configfile", str(study)]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "meddiff_steps.command.snakemake_with_progress", *command],
+            [sys.executable, "-m", "meddiff_steps.command.snakemake_with_progress", *targets, *options],
             env={**os.environ, "MEDDIFF_PROGRESS": "needs", "MEDDIFF_NEEDS": str(self._needs)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -54,9 +58,10 @@ class DryRun:
         """
         if self._process is None:
             raise UserError(self._problem or "")
-        said = self._process.communicate()[1]
+        if self._process.returncode is None:
+            self._said = self._process.communicate()[1]
         if self._process.returncode or not self._needs.is_file():
-            raise UserError(f"Snakemake cannot plan it: {' '.join(said.split())[-600:]}")
+            raise UserError(f"Snakemake cannot plan it: {' '.join(self._said.split())[-600:]}")
         return [dict(job) for job in json.loads(self._needs.read_text(encoding="utf-8"))]
 
     def __enter__(self) -> Self:

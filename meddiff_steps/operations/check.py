@@ -446,10 +446,14 @@ def time(found: Sequence[Expected], measured: Path | None) -> Finding:
     """Hours, where they can be told."""
     if not found:
         return Finding("warning", "time", "not known, because the cohort could not be read.")
-    slowest = sorted((one for one in found if one.of_all), key=lambda one: -one.jobs * one.hours_each)[:3]
-    named = ", ".join(f"{one.stage} {one.jobs * one.hours_each:.1f}" for one in slowest)
+    slowest = sorted((one for one in found if one.asked), key=lambda one: -one.jobs * one.hours_each)[:3]
+    named = ", ".join(f"{one.stage} {_long(one.jobs * one.hours_each)}" for one in slowest)
     by = f"as {measured} was measured" if measured else "at the rates of a processor core that plan-cost knows"
-    return Finding("ok", "time", f"about {hours(found):.1f} hours of jobs ({named}), {by}.")
+    return Finding("ok", "time", f"about {_long(hours(found))} of jobs ({named}), {by}.")
+
+
+def _long(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours >= 0.95 else f"{60 * hours:.0f} minutes"
 
 
 def disk(study: Study, scans: int, found: Sequence[Expected], free: int) -> Finding:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +17,13 @@ class Expected:
     jobs: int
     hours_each: float
     disk: float
-    #: Of the target `all`, not of an application.
-    of_all: bool = True
+    #: Of what is asked for: the target `all`, or others.
+    asked: bool = True
 
 
-def expected(study: Study, scans: int, cores: int, measured: Path | None) -> list[Expected]:
+def expected(
+    study: Study, scans: int, cores: int, measured: Path | None, rules: Container[str] | None = None
+) -> list[Expected]:
     """What every stage will take on a processor, or where a finished study was measured.
 
     Parameters
@@ -32,14 +34,16 @@ def expected(study: Study, scans: int, cores: int, measured: Path | None) -> lis
         Of the machine.
     measured
         Results of a finished study.
+    rules
+        What is asked for; the target `all` where left out.
     """
     from meddiff_steps.operations.cost import Machine, estimates, of_all  # loads torch
 
     found = list(estimates(study, scans, Machine(cores=min(8, cores)), measured))
-    whole = of_all(found)
+    whole = of_all(found) if rules is None else [one for one in found if one.stage in rules]
     return [Expected(one.stage, one.jobs, one.hours_each, one.disk, one in whole) for one in found]
 
 
 def hours(found: Sequence[Expected]) -> float:
-    """Of all jobs of the target `all`, one after the other."""
-    return sum(one.jobs * one.hours_each for one in found if one.of_all)
+    """Of all jobs that are asked for, one after the other."""
+    return sum(one.jobs * one.hours_each for one in found if one.asked)

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from meddiff_steps.cohort.covariates import CovariateEncoding
-from meddiff_steps.config import parse_study
+from meddiff_steps.command.check import findings
+from meddiff_steps.config import load_study, parse_study
 from meddiff_steps.core.files import read_json
 from meddiff_steps.operations import check
 from meddiff_steps.operations.check import Finding
@@ -293,3 +294,16 @@ def test_a_simulated_cohort_is_counted_about_and_has_its_own_levels(root):
     assert told(found, "plan.a") == [("fail", "asks for diagnosis rare, and simulated subjects are control or case.")]
     found, _ = check.cohort(study(root, **content, plan=[{"name": "a", "subjects": 2, "where": {"diagnosis": "case"}}]))
     assert not told(found, "plan.a")
+
+
+def test_what_is_asked_for_is_what_is_checked(monkeypatch):
+    """A study that releases nothing needs no filter, and takes what its targets take."""
+    path = Path(__file__).parents[2] / "config/studies/simulated_lesions.yaml"
+    monkeypatch.chdir(path.parents[2])
+    asked = load_study(path)
+    whole, part = (list(findings(asked, path, targets, None, True)) for targets in ([], ["segmentation"]))
+    assert told(whole, "privacy") and told(whole, "release.licence")
+    assert not told(part, "privacy") and not told(part, "release.licence")
+    assert "translation_model" not in told(part, "time")[0][1] and "segmentation_model" in told(part, "time")[0][1]
+    jobs = [int(told(found, "jobs")[0][1].split()[0]) for found in (whole, part)]
+    assert jobs[1] == 6 < jobs[0]
