@@ -77,13 +77,15 @@ def completion_sheet(
     scans
         Name, and images (1, *spatial).
     regions
-        bool (*spatial) of each scan: planes go through its middle.
+        bool (*spatial) of each scan: planes go through its middle, where it is empty through that of the image.
     views
         Of volumes.
     """
     blocks = []
     for i, (name, images) in enumerate(scans):
-        region = np.ones(images[0].shape[1:], dtype=bool) if regions is None else regions[i]
+        region = np.ones(images[0].shape[1:], dtype=bool)
+        if regions is not None and regions[i].any():
+            region = regions[i]
         tiles = [Tile(_through(image, region, views)[None], text) for image, text in zip(images, captions, strict=True)]
         blocks.append(Block(name, tiles, columns=len(captions)))
     return image_grid(blocks, width=1.9 * len(captions), title=title)

@@ -37,6 +37,9 @@ from meddiff_steps.steps import options
 
 log = logging.getLogger(__name__)
 
+#: Scans in the contact sheet: the first with something marked.
+SHOWN = 6
+
 README = """# Segmentation
 
 What is marked here was drawn by a generative model that learnt from marked scans. The scans are of real people: handle
@@ -130,7 +133,11 @@ def run(
     columns = ["scan", "readers", "without noise", *draws, "mean of draws", "variance"]
     # Of pictures: as they are seen, and across
     views = ("axial", "coronal") if depth is None else ("sagittal", "coronal")
-    write_atomic(out / "contact-sheet.png", completion_sheet("Segmentation", _tiles(shown), columns, views=views))
+    shown = ([one for one in shown if (one[1] > 0).any()] or shown)[:SHOWN]
+    regions = [(truth > 0).any(0) for _, truth, *_ in shown]
+    write_atomic(
+        out / "contact-sheet.png", completion_sheet("Segmentation", _tiles(shown), columns, regions, views=views)
+    )
     derivative.complete(out, "Segmentation", README, drawer.digests, "segmentation")
     log.info("%s: %d scans", out, len(scans))
 
@@ -147,8 +154,7 @@ def _judged(truth: np.ndarray, head: np.ndarray, said: Marked, spacing: tuple[fl
 
 def _tiles(shown: list[tuple[str, np.ndarray, np.ndarray, dict[str, Marked]]]) -> list[tuple[str, list[np.ndarray]]]:
     tiles = []
-    marked = [one for one in shown if (one[1] > 0).any()]
-    for name, truth, sources, ways in (marked or shown)[:6]:
+    for name, truth, sources, ways in shown:
         shares = ways["ensemble"].shares
         masks = [(truth > 0).mean(0), ways["regression"].mask > 0, *(ways["ensemble"].draws[:3] > 0), shares]
         images = [*masks, 4 * shares * (1 - shares)]

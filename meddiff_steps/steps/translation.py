@@ -56,6 +56,8 @@ held-out scans, beside copies, a linear regression and the same network without 
 scan and way.
 """
 
+#: Scans in the contact sheet: the first with a lesion, where lesions are known.
+SHOWN = 6
 #: What the contact sheet shows beside sources and truth, also where networks look at slices: caption, way, draw.
 TILES = {
     "patches": ("patches", 0),
@@ -128,6 +130,7 @@ def run(
     shutil.rmtree(out, ignore_errors=True)
     rows: list[dict[str, Any]] = []
     shown: list[Any] = []
+    regions: list[np.ndarray] = []
     written: list[str] = []
     for scan in scans.to_dict("records"):
         row = int(scan["row"])
@@ -160,6 +163,7 @@ def run(
                 rows += [who | one for one in _judged(truth[targets], of_targets, region, finder, marks)]
                 if best[targets].all() and len(written) < settings.most_images:
                     shown.append((scan["scan_id"], truth[targets], told, of_targets))
+                    regions.append(region if marks is None else marks > 0)
         if drawn and len(written) < settings.most_images:
             written.append(scan["scan_id"])
             _write_images(study, out, scan, quality.loc[scan["scan_id"]], drawn, settings.source)
@@ -185,7 +189,11 @@ def run(
     write_json(out / "figures.json", facts)
     tiles = {**(VOLUME_TILES if others else TILES), **(UNPAIRED_TILES if translator else {})}
     columns = [*pairs.source, "true", *tiles]
-    write_atomic(out / "contact-sheet.png", completion_sheet("Translation", _tiles(shown, tiles), columns))
+    first = sorted(range(len(shown)), key=lambda i: not regions[i].any())[:SHOWN]
+    pictures = _tiles([shown[i] for i in first], tiles)
+    write_atomic(
+        out / "contact-sheet.png", completion_sheet("Translation", pictures, columns, [regions[i] for i in first])
+    )
     derivative.complete(out, "Translation", README, digests, "translation")
     log.info("%s: %d scans", out, len(scans))
 
@@ -245,7 +253,7 @@ def _tiles(
                 *(ways[way][number, :1] for way, number in tiles.values()),
             ],
         )
-        for name, truth, sources, ways in shown[:6]
+        for name, truth, sources, ways in shown
     ]
 
 
