@@ -648,9 +648,20 @@ def init_problem():
     return None
 
 
+def shapes_problem():
+    """That the shapes which are completed are not there, in words; None where they are, or are not asked for."""
+    points = STUDY.shape_completion.points
+    if SEALED or not points or Path(points).is_file():
+        return None
+    return (
+        f"shape_completion.points: {points} is not there. Relative paths start at the working directory, {Path.cwd()}."
+        " docs/applications/shape-completion.md says what such a file holds, and has lines that make one."
+    )
+
+
 def problems():
     """What of the user's files is not where the study says, in words."""
-    return [problem for problem in (cohort_problem(), template_problem(), init_problem()) if problem]
+    return [problem for problem in (cohort_problem(), template_problem(), init_problem(), shapes_problem()) if problem]
 
 
 def tables(files, made):
