@@ -581,6 +581,11 @@ def manifest_of_scans_to_harmonise(wildcards):
     return MANIFEST
 
 
+def not_there(key, path):
+    """That a file which the study names is missing, in words."""
+    return f"{key}: {path} is not there. Relative paths start at the working directory, {Path.cwd()}."
+
+
 def cohort_problem():
     """What is wrong with where the scans should be, in words; None if nothing is, or if they are fetched or were read
     already.
@@ -596,7 +601,7 @@ def cohort_problem():
     ):
         return None
     where = getattr(source, named)
-    return f"cohort.{named}: {where} is not there. Relative paths start at the working directory, {Path.cwd()}."
+    return not_there(f"cohort.{named}", where)
 
 
 def filter_problem():
@@ -629,8 +634,8 @@ def template_problem():
     if SEALED or not TEMPLATE or Path(QC).exists() or Path(TEMPLATE).is_file():
         return None
     return (
-        f"preprocess.registration.template: {TEMPLATE} is not there. Relative paths start at the working directory,"
-        f" {Path.cwd()}. Correct it, or take {study_config.MNI152}, which comes with nilearn."
+        not_there("preprocess.registration.template", TEMPLATE)
+        + f" Correct it, or take {study_config.MNI152}, which comes with nilearn."
     )
 
 
@@ -641,10 +646,7 @@ def init_problem():
     for key in ("path", "autoencoder", "diffusion"):
         place = getattr(BASE, key)
         if place is not None and not Path(place).exists():
-            return (
-                f"init_from.{key}: {place} is not there. Relative paths start at the working directory, {Path.cwd()}."
-                " Nothing is downloaded (docs/pretrained.md)."
-            )
+            return not_there(f"init_from.{key}", place) + " Nothing is downloaded (docs/pretrained.md)."
     return None
 
 
@@ -654,8 +656,8 @@ def shapes_problem():
     if SEALED or not points or Path(points).is_file():
         return None
     return (
-        f"shape_completion.points: {points} is not there. Relative paths start at the working directory, {Path.cwd()}."
-        " docs/applications/shape-completion.md says what such a file holds, and has lines that make one."
+        not_there("shape_completion.points", points)
+        + " docs/applications/shape-completion.md says what such a file holds, and has lines that make one."
     )
 
 

@@ -56,7 +56,7 @@ class SimulatedSource(Section):
     )
     lesion_share: Fraction = Field(
         0.0,
-        description="Share of subjects with a lesion, 2 to 24 mL of white matter that is dark in T1w and bright "
+        description="Share of subjects with a lesion, some 2 to 24 mL of white matter that is dark in T1w and bright "
         "in T2w and FLAIR. Above 0, sub-*_label-lesion_mask.nii.gz beside the label maps marks it.",
     )
 

@@ -31,6 +31,7 @@ class ImageToImageOptimiser(NetworkOptimiser):
     ] = 16
 
 
+#: What `block` means, wherever it has a default of its own.
 BLOCK = (
     "Voxels along each axis that become channels of one place (Haar wavelets) before the network: 4 is 16 times less "
     "work in 2D than 1, and enough for masks; grey values are grainy in blocks of 4. Must divide `preprocess.shape`."

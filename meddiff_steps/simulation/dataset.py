@@ -168,10 +168,11 @@ def _clear(root: Path) -> None:
                 f"{root}: holds {subjects[0].name} but its dataset_description.json does not say {DATASET_NAME!r}, so"
                 " these may be real data. Choose another output directory, or remove the subjects yourself."
             )
+        if (root / TRUTH).exists():  # of subjects that are ours
+            shutil.rmtree(root / TRUTH)
     (root / "participants.tsv").unlink(missing_ok=True)
-    for folder in (root / TRUTH, *subjects):
-        if folder.exists():
-            shutil.rmtree(folder)
+    for subject in subjects:
+        shutil.rmtree(subject)
 
 
 @contextmanager

@@ -229,6 +229,15 @@ def test_an_earlier_dataset_goes_with_what_was_true_of_it(tmp_path: Path) -> Non
     assert not (tmp_path / "derivatives/truth").exists()
 
 
+def test_what_nobody_says_is_simulated_stays(tmp_path: Path) -> None:
+    """A folder without subjects may hold somebody's derivatives."""
+    kept = tmp_path / "derivatives/truth/sub-99/anat/sub-99_dseg.nii.gz"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"real")
+    simulate_cohort(SimulatedSource(subjects=20), "test", tmp_path)
+    assert kept.read_bytes() == b"real"
+
+
 def test_is_fast(cohort: tuple[Path, pd.DataFrame, np.ndarray, float]) -> None:
     """About 0.05 s of processor time per subject; the bound leaves room for a slow or busy machine."""
     *_, seconds = cohort
