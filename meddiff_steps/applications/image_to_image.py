@@ -92,7 +92,7 @@ class Drawer:
         `draws`.
         """
         with self.fabric.autocast():
-            found: np.ndarray = self.regression.guess(self._sources(row, 1, present))[0].cpu().numpy()
+            found: np.ndarray = self.regression.guess(self._sources(row, present))[0].cpu().numpy()
         return found
 
     @torch.no_grad()
@@ -121,16 +121,13 @@ class Drawer:
         noise = to_device(batch_noise(keys, model.image_shape), self.fabric)
         begun = None if guess is None else to_device(np.repeat(guess[None], count, axis=0), self.fabric)
         with self.fabric.autocast():
-            drawn = model.draw(
-                self._sources(row, count, present), noise, self.settings.num_inference_steps, begun, start
-            )
+            drawn = model.draw(self._sources(row, present), noise, self.settings.num_inference_steps, begun, start)
         found: np.ndarray = drawn.cpu().numpy()
         return found
 
-    def _sources(self, row: int, count: int, present: np.ndarray | None) -> torch.Tensor:
+    def _sources(self, row: int, present: np.ndarray | None) -> torch.Tensor:
         left = self.pairs.there([row])[0] if present is None else present[None]
-        sources = to_device(self.pairs.hidden(self.pairs.sources([row]), left), self.fabric)
-        return sources.expand(count, *sources.shape[1:])
+        return to_device(self.pairs.hidden(self.pairs.sources([row]), left), self.fabric)
 
 
 def _loaded(

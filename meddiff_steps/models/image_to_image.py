@@ -43,6 +43,9 @@ DEVIATION = 1.0
 #: trained on: the cleanest of those that it saw often.
 CLEANEST = -2.0
 
+#: What of a card it takes to build a network anew.
+BUILT_FROM = ("settings", "image_shape", "sources", "targets", "marks", "missing", "slices", "mean")
+
 
 class ImageToImage(nn.Module):
     """Draws a target from sources, which it sees beside its state (Saharia et al. 2022, section 3): p(target | source).
@@ -70,6 +73,10 @@ class ImageToImage(nn.Module):
         Sources may be NaN: they are not there.  The network is told which are, in a channel of each.
     slices
         Of volumes: how the network looks at their slices; blocks are then of voxels of one slice.
+    mean
+        A trained network of the same images, with the same blocks, whose `guess` is the mean of what is drawn: what is
+        drawn then is what the target has beyond it (Mardani et al. 2023).  The network sees the guess, and
+        does not change it.
     """
 
     offset: Tensor
@@ -85,6 +92,7 @@ class ImageToImage(nn.Module):
         marks: int = 0,
         missing: bool = False,
         slices: Slices | None = None,
+        mean: ImageToImage | None = None,
     ) -> None:
         super().__init__()
         dims, self.missing, self.slices = len(image_shape), missing, slices
@@ -99,7 +107,9 @@ class ImageToImage(nn.Module):
         self.register_buffer("scale", torch.ones(()))
         placed = getattr(settings, "coordinates", True)
         self.register_buffer("place", coordinates(grid)[None] * placed, persistent=False)
-        inputs, outputs = (sources + targets) * volume + missing * sources, (marks or targets) * volume
+        self.mean = mean if mean is None else mean.requires_grad_(False)
+        inputs = (sources + targets * (1 if mean is None else 2)) * volume + missing * sources
+        outputs = (marks or targets) * volume
         self.network: LocalNetwork | DiffusionModelUNet
         width, blocks = settings.channels[0], settings.num_res_blocks
         if slices is not None:
@@ -121,16 +131,19 @@ class ImageToImage(nn.Module):
     @property
     def costly(self) -> list[nn.Module]:
         """What is worth compiling."""
-        return [self.network]
+        return [self.network, *([] if self.mean is None else self.mean.costly)]
 
     @property
     def standardisation(self) -> Standardisation[Tensor]:
-        """From blocks of targets to what is drawn."""
-        return self.standardisation_at(None, self.blocks_shape[1:])
+        """From blocks of whole targets to what is drawn, of a network without a `mean`."""
+        assert self.mean is None, "the mean is that of each image: standardisation_of"
+        return Standardisation(self.offset, self.scale)
 
-    def standardisation_at(self, corners: Tensor | None, shape: Sequence[int]) -> Standardisation[Tensor]:
-        """The same of patches; parameters as of `part`."""
-        return Standardisation(part(self.offset, corners, shape), self.scale)
+    def standardisation_of(self, told: Tensor, corners: Tensor | None = None) -> Standardisation[Tensor]:
+        """The same of what belongs to `told` sources; of patches `corners` as of `forward`."""
+        if self.mean is not None:
+            return Standardisation(told[:, -self.blocks_shape[0] :], self.scale)
+        return Standardisation(part(self.offset, corners, told.shape[2:]), self.scale)
 
     def start(self, base: ImageToImage, key: str) -> None:
         """Take over the weights of another network: where this one marks, all but those of the last layer; layers
@@ -169,32 +182,37 @@ class ImageToImage(nn.Module):
             blocks = stem.inverse(blocks)
         return blocks if self.slices is None else stacked(blocks, batch)
 
-    def told(self, sources: Tensor) -> Tensor:
+    def told(self, sources: Tensor, corners: Tensor | None = None) -> Tensor:
         """Sources (b, s, *spatial) in [0, 1] as the network sees them, (b, s * block**d, *blocks); where they may be
-        missing, those that are not there are grey, and s channels say which are.
+        missing, those that are not there are grey, and s channels say which are.  The last channels are the guess of
+        `mean`, where there is one.  `corners` as of `forward`.
         """
-        if not self.missing:
-            return self.in_blocks(sources * 2.0 - 1.0)
-        there = sources.isfinite().flatten(2).all(2)[(..., *[None] * (sources.ndim - 2))]
-        blocks = self.in_blocks(torch.where(there, sources * 2.0 - 1.0, 0.0))
-        return torch.cat([blocks, there.to(blocks.dtype).expand(*there.shape[:2], *blocks.shape[2:])], 1)
+        there = sources.isfinite().flatten(2).all(2)[(..., *[None] * (sources.ndim - 2))] if self.missing else None
+        blocks = self.in_blocks((sources if there is None else torch.where(there, sources, 0.5)) * 2.0 - 1.0)
+        found = [blocks]
+        if there is not None:
+            found.append(there.to(blocks.dtype).expand(*there.shape[:2], *blocks.shape[2:]))
+        if self.mean is not None:
+            with torch.no_grad():
+                found.append(self.in_blocks(self.mean.guess(sources, corners)))
+        return torch.cat(found, 1)
 
     def forward(
         self,
-        sources: Tensor,
+        told: Tensor,
         x: Tensor | None = None,
         timesteps: Tensor | None = None,
         corners: Tensor | None = None,
     ) -> Tensor:
-        """The prediction from a state x (b, ., *blocks) at timesteps (b,), float32 and shaped as x; without a state,
-        `guess`.  Of patches `corners` (b, d), the whole images' blocks where they begin.
+        """Of `told` sources, the prediction from a state x (b, ., *blocks) at timesteps (b,), float32 and shaped as x;
+        without a state, `guess`.  Of patches `corners` (b, d), the whole images' blocks where they begin.
         """
         if x is None or timesteps is None:
-            return self.guess(sources, corners)
-        return self.predict(self.told(sources), x, timesteps, corners)
+            return self._guess(told, corners)
+        return self.predict(told, x, timesteps, corners)
 
     def predict(self, told: Tensor, x: Tensor, timesteps: Tensor, corners: Tensor | None = None) -> Tensor:
-        """As `forward`, of `told` sources."""
+        """The prediction from a state, as of `forward`."""
         alpha, sigma = (a.float().reshape(-1, *[1] * (x.ndim - 1)) for a in self.process.alpha_sigma(timesteps))
         seen = x * (alpha.square() + sigma.square()).rsqrt()  # of unit variance
         power = alpha.square() + sigma.square()
@@ -206,13 +224,16 @@ class ImageToImage(nn.Module):
         return gain(self.process, DEVIATION, timesteps, ndim)
 
     def guess(self, sources: Tensor, corners: Tensor | None = None) -> Tensor:
-        """The target at once, or logits of it, float32 (b, targets or marks, *spatial)."""
-        told, level = self.told(sources), self.process.last_timestep
+        """The target at once, or logits of it, float32 (b, targets or marks, *spatial); sources as of `told`."""
+        return self._guess(self.told(sources, corners), corners)
+
+    def _guess(self, told: Tensor, corners: Tensor | None) -> Tensor:
+        level = self.process.last_timestep
         seen = told.new_zeros(len(told), self.blocks_shape[0], *told.shape[2:])
         if self.marks:
-            seen, told = self.standardisation_at(corners, told.shape[2:])(told), told[:, :0]
+            seen, told = self.standardisation_of(told, corners)(told), told[:, :0]
             level = float(self.process.timesteps_at(np.array(self.levels.mean + CLEANEST * self.levels.deviation)))
-        timesteps = sources.new_full((len(sources),), level)
+        timesteps = told.new_full((len(told),), level)
         return self.in_voxels(self._network(told, seen, timesteps, corners)).float()
 
     def _network(self, told: Tensor, seen: Tensor, timesteps: Tensor, corners: Tensor | None) -> Tensor:
@@ -233,7 +254,7 @@ class ImageToImage(nn.Module):
         Parameters
         ----------
         sources
-            (b, s, *spatial) in [0, 1].
+            (b, s, *spatial) in [0, 1]; or (1, s, *spatial), those of all draws.
         noise
             Standard normal, (b, targets, *spatial): all that is random in it.
         num_inference_steps
@@ -242,14 +263,16 @@ class ImageToImage(nn.Module):
             Where draws begin: at this share of the levels, from a guess from -1 to 1 (Guo et al. 2022); from noise
             alone without.
         """
-        state, first = self.in_blocks(noise), None
+        state, first, told = self.in_blocks(noise), None, self.told(sources)
+        told = told.expand(len(noise), *told.shape[1:])
+        standardisation = self.standardisation_of(told)
         if guess is not None:
             full = levels_of(sampler(), self.process, num_inference_steps).timesteps
             first = full[min(len(full) - 1, round((1.0 - start) * len(full)))]
             level = torch.full((len(state),), first, dtype=torch.float64, device=state.device)
-            state = self.process.add_noise(self.standardisation(self.in_blocks(guess)), state, level)
-        drawn = self.sampled(self.told(sources), state, num_inference_steps, first)
-        return self.in_voxels(self.standardisation.inverse(drawn)).float()
+            state = self.process.add_noise(standardisation(self.in_blocks(guess)), state, level)
+        drawn = self.sampled(told, state, num_inference_steps, first)
+        return self.in_voxels(standardisation.inverse(drawn)).float()
 
     def sampled(
         self,
@@ -298,8 +321,9 @@ def card_of(
     marks: int = 0,
     missing: bool = False,
     slices: Slices | None = None,
+    mean: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What it takes to build a network anew."""
+    """What it takes to build a network anew; `mean`: the card of the network that foretells the mean."""
     kept = ("block", "network", "channels", "num_res_blocks", "levels", "patch", "coordinates")
     return {
         "settings": settings.model_dump(mode="json", include=set(kept)),
@@ -307,6 +331,7 @@ def card_of(
         "sources": sources,
         "targets": targets,
         **{"marks": marks, "missing": missing, "slices": slices},
+        **({} if mean is None else {"mean": {name: value for name, value in mean.items() if name in BUILT_FROM}}),
     }
 
 
@@ -314,6 +339,8 @@ def build(said: Mapping[str, Any]) -> ImageToImage:
     """The network that a card tells of (`card_of`), with fresh weights."""
     settings = config.ImageToImage.model_validate(said["settings"])
     more = {name: said[name] for name in ("marks", "missing", "slices") if name in said}  # older cards lack them
+    if "mean" in said:
+        more["mean"] = build(said["mean"])
     return ImageToImage(settings, said["image_shape"], said["sources"], said["targets"], **more)
 
 

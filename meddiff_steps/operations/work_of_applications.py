@@ -53,6 +53,7 @@ class Images:
     marks: int = 0
     missing: bool = False
     slices: Slices | None = None
+    mean: Images | None = None
 
     def steps(self, count: int) -> Images:
         """The same, trained for so many steps."""
@@ -60,15 +61,20 @@ class Images:
         return replace(self, settings=self.settings.model_copy(update={"optimiser": optimiser}))
 
     def one_pass(self, shape: Sequence[int]) -> float:
-        """Operations of one pass, per image of a shape."""
+        """Operations of one pass, per image of a shape, but for those of `mean`."""
         with torch.device("meta"):
-            kind = (self.sources, self.targets, self.marks, self.missing, self.slices)
-            model = Network(self.settings, shape, *kind)
-            given = torch.empty(1, self.targets if self.marks else self.sources, *shape)
+            model = self.built(shape)
+            told = model.told(torch.empty(1, self.targets if self.marks else self.sources, *shape))
             if self.marks:
-                return counted(lambda: model(given))
+                return counted(lambda: model(told))
             state = torch.empty(1, *model.blocks_shape)
-            return counted(lambda: model(given, state, torch.empty(1)))
+            return counted(lambda: model(told, state, torch.empty(1)))
+
+    def built(self, shape: Sequence[int]) -> Network:
+        """The network, for images of a shape."""
+        mean = None if self.mean is None else self.mean.built(shape)
+        kind = (self.sources, self.targets, self.marks, self.missing, self.slices, mean)
+        return Network(self.settings, shape, *kind)
 
 
 def pass_of_registration(settings: PairRegistration, shape: Sequence[int], score: bool) -> float:
@@ -104,6 +110,8 @@ def _trained(study: Study, val: float, networks: Sequence[Images], jobs: int = 1
         images = optimiser.steps * optimiser.batch_size
         looked_at = validations(optimiser) * min(VALIDATION_SCANS, val)
         flops += one.one_pass(patch) * images * TRAINING + one.one_pass(shape) * looked_at
+        if one.mean is not None:
+            flops += one.mean.one_pass(patch) * images + one.mean.one_pass(shape) * looked_at
         read += (images + looked_at) * voxels * (one.sources + one.targets + one.marks)
         numbers += (images * math.prod(patch) + looked_at * voxels) * one.targets
     units = {"voxel read": read, "normal number": numbers}
@@ -160,9 +168,10 @@ def _translation(study: Study, val: float, test: float) -> dict[str, Work]:
         return {}
     sources, targets, more = len(settings.source), len(settings.target), settings.volume_steps
     slices: Slices | None = "alone" if more else None
-    network = Images(settings, sources, targets, missing=settings.missing, slices=slices)
+    regression = Images(settings, sources, targets, missing=settings.missing, slices=slices)
+    network = replace(regression, mean=regression)
     volumes = [replace(network, slices="joined"), replace(network, slices="solid")] if more else []
-    networks = 2 * [network]
+    networks = [regression, network]
     if more:
         networks += [volumes[0].steps(more), volumes[1].steps(settings.optimiser.steps + more)]
     finder = Images(settings, targets, 1, slices=slices)
@@ -176,7 +185,8 @@ def _translation(study: Study, val: float, test: float) -> dict[str, Work]:
     draws = choices * settings.samples * evaluations(sampler(), settings.num_inference_steps)
     # Copies of the sources, the regression on patches, the network without noise, draws and their mean
     ways = choices * (sources + 2 + (1 + len(volumes)) * (1 + settings.samples))
-    asked = [(float(choices + draws), network), *((float(draws), one) for one in volumes)]
+    asked = [(float(draws), network), *((float(draws), one) for one in volumes)]
+    asked.append((float(choices * (2 + len(volumes))), regression))  # as it is, and under the draws of each
     if settings.lesion is not None:
         asked.append((float(ways + 1), finder))
     drawn = replace(_drawn(study, settings, test, asked, ways), networks=2 + len(volumes) + bool(settings.lesion))

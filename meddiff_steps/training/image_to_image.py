@@ -46,6 +46,8 @@ class Network:
         As of `ImageToImage`, and of `ImageToImageTask`.
     base
         Folder of a network whose weights it begins with.
+    mean
+        Folder of the regression whose guess is the mean of what a diffusion draws.
     steps
         Of its training; those of the study when left out.
     facts
@@ -60,6 +62,7 @@ class Network:
     slices: Slices | None = None
     labelled: np.ndarray | None = None
     base: Path | None = None
+    mean: Path | None = None
     steps: int | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -68,20 +71,24 @@ class Network:
 
 
 def with_noise_and_without(pairs: Pairs, folder: Path, slices: Slices | None = None) -> list[Network]:
-    """The two of an application, with their files in one folder."""
+    """The two of an application, with their files in one folder.  Contrasts are drawn about what the one without noise
+    says; marks, of which that says logits, about their mean over scans.
+    """
+    mean = folder if pairs.kind == "contrast" else None
     return [
-        Network("diffusion", "diffusion", pairs, folder, OF_IMAGE_TO_IMAGE["diffusion"], slices),
         Network("regression", "regression", pairs, folder, OF_IMAGE_TO_IMAGE["regression"], slices),
+        Network("diffusion", "diffusion", pairs, folder, OF_IMAGE_TO_IMAGE["diffusion"], slices, mean=mean),
     ]
 
 
 def volume_wise(pairs: Pairs, begun: Path, volume: Path, solid: Path, steps: int, more: int) -> list[Network]:
     """The diffusion in the folder `begun`, of slices and trained for `steps`, with layers across slices that are
-    inserted and trained for `more` (Zhu et al. 2023b); and one of volumes that costs as much and learns as long.
+    inserted and trained for `more` (Zhu et al. 2023b); and one of volumes that costs as much and learns as long.  All
+    draw about what the regression in `begun` says.
     """
     return [
-        Network("volume", "diffusion", pairs, volume, slices="joined", base=begun, steps=more),
-        Network("solid", "diffusion", pairs, solid, slices="solid", steps=steps + more),
+        Network("volume", "diffusion", pairs, volume, slices="joined", base=begun, mean=begun, steps=more),
+        Network("solid", "diffusion", pairs, solid, slices="solid", mean=begun, steps=steps + more),
     ]
 
 
@@ -139,14 +146,16 @@ def train(
     """
     curves = []
     for network in networks:
-        name, pairs, base, said = network.name, network.pairs, None, None
+        name, pairs, base, said, mean = network.name, network.pairs, None, None, None
+        fabric.barrier()  # the first process may just write what this one begins with
         if network.base is not None:
-            fabric.barrier()  # the first process may just write it
             base, said = load_image_to_image(network.base, *NETWORK)
+        if network.mean is not None:
+            mean = load_image_to_image(network.mean, *OF_IMAGE_TO_IMAGE["regression"])
         steps = {} if network.steps is None else {"steps": network.steps}
         optimiser = settings.optimiser.model_copy(update=steps)
         wanted = settings.model_copy(update={"optimiser": optimiser})
-        more: dict[str, Any] = {"labelled": network.labelled, "base": base, "slices": network.slices}
+        more: dict[str, Any] = {"labelled": network.labelled, "base": base, "slices": network.slices, "mean": mean}
         task = ImageToImageTask(network.way, wanted, variants, pairs, *rows, f"{root}/{name}", fabric, **more)
         kept = task.kept()
         compiled = speed_up(task.costly, compute, fabric, training=True)

@@ -13,6 +13,7 @@ import torch
 from meddiff_steps import config
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.folders import OF_IMAGE_TO_IMAGE
 from meddiff_steps.imaging.pairs import Pairs
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.models.image_to_image import build, card_of, load_image_to_image
@@ -72,7 +73,7 @@ def test_a_regression_finds_what_is_marked(shards: Shards, fabric: Any, tmp_path
     fit(made, made.settings.optimiser, fabric, tmp_path, "x")
     model: Any = made.modules["average"]
     with torch.no_grad():
-        guess = model(torch.from_numpy(made.pairs.sources([10, 11]))).numpy()
+        guess = model.guess(torch.from_numpy(made.pairs.sources([10, 11]))).numpy()
     assert (made.pairs.decoded(guess) == made.pairs.truths([10, 11])).mean() > 0.95
 
 
@@ -123,6 +124,30 @@ def test_what_is_written_draws_as_what_was_trained(shards: Shards, fabric: Any, 
         drawn.append(model.draw(sources, noise, 3))
         assert model.guess(sources).shape == drawn[-1].shape == (1, *SHAPE)
     assert not torch.equal(*drawn)
+
+
+def test_contrasts_are_drawn_about_what_the_network_without_noise_says(
+    shards: Shards, fabric: Any, tmp_path: Path
+) -> None:
+    made = task("diffusion", shards, ["other"], fabric)
+    networks = with_noise_and_without(made.pairs, tmp_path)
+    rows = (np.arange(10), np.arange(10, 12))
+    train(networks, made.settings, config.Variants(), config.Compute(), rows, "x", fabric, tmp_path / "state")
+    plain, _ = load_image_to_image(tmp_path, *OF_IMAGE_TO_IMAGE["regression"])
+    model, card = load_image_to_image(tmp_path, *OF_IMAGE_TO_IMAGE["diffusion"])
+    assert model.mean is not None and card["mean"]["sources"] == 1
+    for name, value in plain.state_dict().items():
+        assert torch.equal(model.mean.state_dict()[name], value), f"{name} was trained"
+    with torch.no_grad():
+        sources = torch.from_numpy(made.pairs.sources(rows[0]))
+        guess, truths = plain.guess(sources), torch.from_numpy(made.pairs.encoded(made.pairs.truths(rows[0])))
+        assert float(model.scale) == pytest.approx(float((truths - guess).square().mean().sqrt()), rel=1e-4)
+        # A network that has learnt nothing draws white noise of that spread about the guess.
+        for weight in model.network.last.parameters():
+            weight.zero_()
+        drawn = model.draw(sources[:1], torch.randn(2000, *SHAPE), 40)
+    assert torch.allclose(drawn.mean(0), guess[0], atol=0.15 * float(model.scale))
+    assert float((drawn - guess[:1]).std()) == pytest.approx(float(model.scale), rel=0.05)
 
 
 def test_without_training_scans_nothing_is_begun() -> None:

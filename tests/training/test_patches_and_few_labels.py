@@ -91,8 +91,8 @@ def test_a_patch_is_predicted_as_within_the_whole() -> None:
     inner = (slice(None), slice(reach, size - reach), slice(reach, size - reach))
     with torch.no_grad():
         pairs = [
-            (model(sources, x, level), model(cut, state, level, torch.from_numpy(corners))),
-            (model.in_blocks(model(sources)), model.in_blocks(model(cut, corners=torch.from_numpy(corners)))),
+            (model(model.told(sources), x, level), model(model.told(cut), state, level, torch.from_numpy(corners))),
+            (model.in_blocks(model.guess(sources)), model.in_blocks(model.guess(cut, torch.from_numpy(corners)))),
         ]
     for whole, patch in pairs:
         for i, corner in enumerate(corners):
@@ -130,7 +130,8 @@ def test_place_tells_what_intensities_cannot(
         )
         fit(made, made.settings.optimiser, fabric, tmp_path / str(coordinates), "x")
         with torch.no_grad():
-            guess = made.modules["average"](torch.from_numpy(made.pairs.sources(range(12, 16))))
+            model: Any = made.modules["average"]
+            guess = model.guess(torch.from_numpy(made.pairs.sources(range(12, 16))))
         truth, bright = made.pairs.truths(range(12, 16)), made.pairs.sources(range(12, 16)) > 0.5
         marked = made.pairs.decoded(guess.numpy()) > 0
         found[coordinates] = [(marked == (truth > 0))[bright & upper].mean() for upper in (truth > 0, truth == 0)]
@@ -225,8 +226,8 @@ def test_features_of_a_pretrained_network_are_those_of_its_denoiser(shards: Shar
         clean = drawn.standardisation(drawn.in_blocks(image * 2 - 1))
         levels = drawn.levels
         level = torch.tensor([float(drawn.process.timesteps_at(np.array(levels.mean - 2 * levels.deviation)))])
-        drawn(image[:, :0], clean, level)
-        marking(image)
+        drawn(drawn.told(image[:, :0]), clean, level)
+        marking.guess(image)
     torch.testing.assert_close(*seen)
 
 

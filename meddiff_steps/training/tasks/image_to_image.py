@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -59,6 +59,8 @@ class ImageToImageTask:
         A network whose weights it starts from (`ImageToImage.start`): of one that marks, the diffusion of sources.
     slices
         As of `ImageToImage`.
+    mean
+        A trained regression of the same pairs, and its card: a diffusion learns what targets have beyond it.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class ImageToImageTask:
         labelled: np.ndarray | None = None,
         base: ImageToImage | None = None,
         slices: Slices | None = None,
+        mean: tuple[ImageToImage, Mapping[str, Any]] | None = None,
     ) -> None:
         self.way, self.settings, self.pairs, self.fabric = way, settings, pairs, fabric
         self.variants = variants.model_copy(update={"max_contrast": 0.0})
@@ -81,13 +84,19 @@ class ImageToImageTask:
         self.train_rows, self.val_rows = np.asarray(train_rows), np.asarray(val_rows)[:VALIDATION_SCANS]
         shape = pairs.shards.shape("image")[1:]
         torch.manual_seed(int(step_generator(root, "weights", 0).integers(2**31)))
-        self.card = card_of(settings, shape, len(pairs.source), pairs.channels, missing=pairs.missing, slices=slices)
+        network, card = mean or (None, None)
+        more: dict[str, Any] = {"missing": pairs.missing, "slices": slices, "mean": card}
+        self.card = card_of(settings, shape, len(pairs.source), pairs.channels, **more)
         drawn = pairs
         if labelled is not None:
             drawn = pairs.of_sources()
             self.card |= {"sources": 0, "targets": drawn.channels, "marks": pairs.channels}
         self.model = model = build(self.card)
-        self._standardise(drawn)
+        if model.mean is not None and network is not None:
+            model.mean.load_state_dict(network.state_dict())
+            self._measure_spread()
+        else:
+            self._standardise(drawn)
         if labelled is not None:
             self.train_rows = labelled
         if base is not None:
@@ -104,9 +113,8 @@ class ImageToImageTask:
         """Mean of what is drawn at every place, and one spread about it, as the network keeps them; the mean of all
         places where it is not told which is which.
         """
-        rows = self.train_rows[:: max(1, len(self.train_rows) // MEASURED_SCANS)][:MEASURED_SCANS]
         blocks = []
-        for row in rows:
+        for row in self._measured_rows():
             truths = pairs.truths([row])
             each = np.swapaxes(truths, 0, 1) if pairs.readers > 1 else truths
             blocks.append(self.model.in_blocks(torch.from_numpy(pairs.encoded(each))).mean(0))
@@ -116,6 +124,26 @@ class ImageToImageTask:
             mean = mean.flatten(1).mean(1).reshape(-1, *[1] * (mean.ndim - 1)).expand_as(mean)
         self.model.offset.copy_(mean[None])
         self.model.scale.copy_((found - mean).square().mean().sqrt().clamp_min(1e-6))
+
+    @torch.no_grad()
+    def _measure_spread(self) -> None:
+        """The spread of targets about the guess of `mean`, as the network keeps it: root mean square over voxels, which
+        is that over blocks.
+        """
+        self.fabric.to_device(self.model)
+        mean = self.model.mean
+        assert mean is not None
+        total, count = 0.0, 0
+        for row in self._measured_rows():
+            drawn = self._batch(np.array([row]), step_generator(self.root, "spread", int(row)), varied=False)
+            sources, targets, known = (to_device(drawn[i], self.fabric) for i in (0, 1, 4))
+            with self.fabric.autocast():
+                errors = (mean.guess(sources) - targets).square().flatten(2).mean(2)
+            total, count = total + float((errors * known).sum()), count + int(known.sum())
+        self.model.scale.fill_(max(1e-6, (total / max(1, count)) ** 0.5))
+
+    def _measured_rows(self) -> np.ndarray:
+        return self.train_rows[:: max(1, len(self.train_rows) // MEASURED_SCANS)][:MEASURED_SCANS]
 
     def _batch(self, rows: np.ndarray, generator: np.random.Generator, *, varied: bool) -> tuple[np.ndarray, ...]:
         """Sources (b, s, *spatial), targets (b, c, *spatial), noise (b, ., *blocks), timesteps (b,), and which targets
@@ -197,8 +225,11 @@ class ImageToImageTask:
         known: Tensor,
         corners: Tensor | None = None,
     ) -> Tensor:
+        model = self.model
+        with self.fabric.autocast():
+            told = model.told(sources, corners)
         if self.way == "regression":
-            guess = net(sources, corners=corners)
+            guess = net(told, corners=corners)
             if self.pairs.kind == "contrast":
                 return self._mean((guess - targets).square(), known)
             shares = (targets + 1.0) / 2.0
@@ -207,10 +238,9 @@ class ImageToImageTask:
             else:
                 entropy = functional.cross_entropy(guess, shares.argmax(1))
             return entropy + self.dice(guess, shares)
-        model = self.model
-        clean = model.standardisation_at(corners, noise.shape[2:])(model.in_blocks(targets))
+        clean = model.standardisation_of(told, corners)(model.in_blocks(targets))
         noisy = model.process.add_noise(clean, noise, timesteps)
-        error = net(sources, noisy, timesteps, corners) - model.process.target(clean, noise, timesteps)
+        error = net(told, noisy, timesteps, corners) - model.process.target(clean, noise, timesteps)
         # In units of what the network gives: every level weighs the same at the start (Karras et al. 2022, table 1)
         error = error / model.gain(timesteps, error.ndim)
         return self._mean((model.in_voxels(error) if self.pairs.missing else error).square(), known)
