@@ -17,6 +17,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 REAL, SYNTHETIC, INK, GREY = "#6b7280", "#c2410c", "#111827", "#9ca3af"
@@ -39,10 +40,19 @@ _STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Tile:
-    """One image with what is printed above it."""
+    """One image with what is printed above it; a label map of so many structures in colours, 0 black."""
 
     image: np.ndarray
     caption: str = ""
+    structures: int = 0
+
+    @property
+    def style(self) -> dict[str, Any]:
+        """How it differs from a grey image, for `show`."""
+        if not self.structures:
+            return {}
+        colours = ListedColormap(["black", *matplotlib.colormaps["turbo"](np.linspace(0.1, 0.95, self.structures))])
+        return {"cmap": colours, "vmax": float(self.structures), "interpolation": "nearest"}
 
 
 @dataclass(frozen=True)
@@ -173,7 +183,7 @@ def image_grid(
                 line, column = divmod(i, block.columns)
                 left, up = margin + column * cell, cursor + line * (tall + text + 0.06) + text
                 axes = drawing.add_axes((left / width, 1 - (up + tall) / canvas, (cell - 0.06) / width, tall / canvas))
-                show(axes, picture)
+                show(axes, picture, **tile.style)
                 drawing.text(
                     (left + 0.01) / width,
                     1 - (up - 0.05) / canvas,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import pandas as pd
 from meddiff_steps.config import CategoricalCovariate, Covariates, Study
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.shards import Shards
+from meddiff_steps.models.masks import LABELS
 from meddiff_steps.report import charts, figures, names
 from meddiff_steps.report.lineup import tile
 from meddiff_steps.report.names import Names
@@ -21,6 +22,8 @@ from meddiff_steps.report.viewer import Viewer, viewer
 CAPTIONS = {3: (2, 82), 2: (6, 26)}
 #: Pairs of a real scan and the synthetic image with the most similar request on the contact sheet (3D and 2D).
 PAIRS = {3: 6, 2: 12}
+#: Synthetic images that are shown with their label maps.
+LABELLED = 8
 #: Reconstructions searched for the shown ones (worst, middle, best tenth).
 SEARCHED = 200
 #: Facts about an image, and the image.
@@ -169,6 +172,21 @@ def slices(pairs: list[tuple[Shown, Shown]]) -> Viewer:
         "Move the sliders, or click or drag in a slice: all planes of both volumes follow. Good: the same structures in"
         " the same places, as sharp in every plane. Bad: texture that breaks off from slice to slice, or haze outside"
         " the head. Radiological convention, 256 grey levels.",
+    )
+
+
+def label_maps(synthetic: Shards, planned: pd.DataFrame, structures: Collection[str]) -> Picture:
+    """The first synthetic images of a study with pairs, with the label maps that they were drawn from."""
+    rows = _rows(synthetic, "sample_id", planned)["row"].iloc[:LABELLED].tolist()
+    tiles = []
+    for row in rows:
+        tiles.append(figures.Tile(synthetic.tensor("image", row), "image"))
+        tiles.append(figures.Tile(synthetic.tensor(LABELS, row), "label map", len(structures)))
+    return Picture(
+        figures.image_grid([figures.Block("", tiles, 4)]),
+        f"{len(rows)} synthetic images, each beside its label map.",
+        f"The first of the plan, each with the label map that it was drawn from ({', '.join(structures)}). Good:"
+        " borders of the map are those that the image shows. Bad: tissue beside its label, ragged or torn structures.",
     )
 
 

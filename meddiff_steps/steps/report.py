@@ -92,6 +92,9 @@ def run(
         beside = sections.second_model_section([first[0], judged], [first[1], measured], called)
         exposed = replace(exposed, parts=[beside])
     seen = [Section("images", "Real beside synthetic", pictures=[pictures.gallery(pairs, study)])]
+    if study.pairs is not None:
+        maps = pictures.label_maps(synthetic, planned, study.pairs.structures)
+        seen.append(Section("label-maps", "Synthetic images with their label maps", pictures=[maps]))
     if study.spatial_dims == 3:
         seen.append(Section("slices", "Slice by slice", viewer=pictures.slices(pairs)))
     sweeps = pictures.showcase(Shards([evaluation / "showcase.arrow"]), study)

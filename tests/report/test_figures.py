@@ -52,6 +52,15 @@ def test_mosaic_centres_pictures_on_a_common_height() -> None:
     assert figures.mosaic([tall.T, short], vertical=True).shape == (2 + 1 + 2, 6)
 
 
+def test_label_maps_are_shown_in_colours_that_do_not_mix() -> None:
+    labels = np.zeros((1, 12, 12), np.uint8)
+    labels[0, 3:6], labels[0, 6:9] = 1, 2
+    drawn = figures.image_grid([Block("", [Tile(labels, structures=2), Tile(labels / 2)], 2)])
+    pixels = np.asarray(Image.open(io.BytesIO(drawn)).convert("RGB")).reshape(-1, 3)
+    _, counts = np.unique(pixels[np.ptp(pixels, 1) > 20], axis=0, return_counts=True)
+    assert (counts > 1000).sum() == 2 and counts[counts <= 1000].sum() < 0.03 * counts.sum()  # but for edges
+
+
 def predictions() -> tuple[pd.DataFrame, dict]:
     rng = np.random.default_rng(0)
     rows = [(k, "size", None, v, v + rng.normal()) for k in ("real", "synthetic") for v in rng.uniform(0, 50, 30)]
