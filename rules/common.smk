@@ -547,6 +547,8 @@ def points_of_shapes(wildcards):
             "shape_completion.points: not set, so there are no shapes. Name a file (.npz), for example in the"
             " study `shape_completion: {points: shapes.npz}`."
         )
+    if shapes_problem():
+        raise WorkflowError(shapes_problem())
     return STUDY.shape_completion.points
 
 
@@ -651,9 +653,9 @@ def init_problem():
 
 
 def shapes_problem():
-    """That the shapes which are completed are not there, in words; None where they are, or are not asked for."""
+    """That the shapes which are completed are not there, in words; None where they are."""
     points = STUDY.shape_completion.points
-    if SEALED or not points or Path(points).is_file():
+    if Path(points).is_file():
         return None
     return (
         not_there("shape_completion.points", points)
@@ -663,7 +665,7 @@ def shapes_problem():
 
 def problems():
     """What of the user's files is not where the study says, in words."""
-    return [problem for problem in (cohort_problem(), template_problem(), init_problem(), shapes_problem()) if problem]
+    return [problem for problem in (cohort_problem(), template_problem(), init_problem()) if problem]
 
 
 def tables(files, made):

@@ -156,6 +156,7 @@ def test_paths_of_any_characters_reach_no_shell(tmp_path):
         (["anomaly"], "anomaly.methods: not set"),
         (["registration"], "registration.pairs: 0"),
         (["shape_completion"], "shape_completion.points: not set"),
+        (["shape_completion", "--config", "shape_completion={points: no.npz}"], "points: no.npz is not there"),
         (["segmentation"], "segmentation_ensemble.target: not set"),
         (["translation"], "translation.target: not set"),
         (["harmonisation"], "harmonisation.covariate: not set"),

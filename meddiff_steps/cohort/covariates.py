@@ -6,6 +6,7 @@ replace by a learnt null.  A wrong value is never repaired or dropped in silence
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
 from collections import Counter
@@ -106,9 +107,12 @@ def require_columns(covariates: Covariates, available: Sequence[str], origin: st
     missing = {name: column for name, column in columns.items() if column not in available}
     if missing:
         wanted = ", ".join(f"covariates.{name} reads column {column!r}" for name, column in missing.items())
+        name, column = next(iter(missing.items()))
+        near = difflib.get_close_matches(column.lower(), [one.lower() for one in available], 1)
+        meant = next((f" Did you mean {one!r}?" for one in available if [one.lower()] == near), "")
         raise UserError(
-            f"{origin}: {wanted}, which is not there. Columns are: {', '.join(available)}. Set"
-            f" covariates.{next(iter(missing))}.column, or add the column."
+            f"{origin}: {wanted}, which is not there. Columns are: {', '.join(available)}.{meant} Set"
+            f" covariates.{name}.column, or add the column."
         )
     return columns
 

@@ -17,6 +17,7 @@ from meddiff_steps.operations import check
 from meddiff_steps.operations.check import Finding
 from meddiff_steps.operations.expected import expected
 from meddiff_steps.operations.machine import free_bytes, this_machine
+from meddiff_steps.synthesis.size import planned_subjects
 
 #: Wide enough for the longest state.
 MARKS = {"ok": "ok      ", "warning": "warning ", "fail": "FAIL    "}
@@ -79,7 +80,8 @@ def findings(
         else:
             yield check.time(found, measured)
         if scans and not elsewhere:
-            yield check.disk(study, scans, found, free_bytes(Path(study.results)))
+            drawn = planned_subjects(study.plan) if rules is None or "generate" in rules else 0
+            yield check.disk(study, scans, drawn, found, free_bytes(Path(study.results)))
         try:
             jobs = planned.jobs()
         except UserError as error:

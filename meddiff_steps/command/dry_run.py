@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from meddiff_steps.command.progress import plain
 from meddiff_steps.command.run import workflow_folder
 from meddiff_steps.core.errors import UserError
 
@@ -61,6 +62,9 @@ class DryRun:
         if self._process.returncode is None:
             self._said = self._process.communicate()[1]
         if self._process.returncode or not self._needs.is_file():
+            message = plain(self._said)
+            if message != self._said:
+                raise UserError(message.removeprefix("error: "))
             raise UserError(f"Snakemake cannot plan it: {' '.join(self._said.split())[-600:]}")
         return [dict(job) for job in json.loads(self._needs.read_text(encoding="utf-8"))]
 

@@ -93,7 +93,8 @@ def _listed(problems: Sequence[ErrorDetails], files: Sequence[Path]) -> Iterator
     }
     alternatives: dict[tuple[str, ...], list[str]] = {}
     for problem in problems:
-        alternatives.setdefault(_where(problem), []).append(problem["msg"].removeprefix("Value error, "))
+        message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        alternatives.setdefault(_where(problem), []).append(message)
     told: set[tuple[str, ...]] = set()
     for problem in problems:
         where = _where(problem)

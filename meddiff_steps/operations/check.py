@@ -40,7 +40,6 @@ from meddiff_steps.operations.proposal import numbers_of
 from meddiff_steps.operations.survey import Header, read_header, spread
 from meddiff_steps.privacy.size import FEW_TRAINING_SUBJECTS, SUBJECTS_PER_NUMBER, subjects_needed
 from meddiff_steps.release.licences import KNOWN, spdx
-from meddiff_steps.synthesis.size import planned_subjects
 
 State = Literal["ok", "warning", "fail"]
 
@@ -456,10 +455,12 @@ def _long(hours: float) -> str:
     return f"{hours:.1f} hours" if hours >= 0.95 else f"{60 * hours:.0f} minutes"
 
 
-def disk(study: Study, scans: int, found: Sequence[Expected], free: int) -> Finding:
-    """Bytes that the results take against what is free: as expected, or at least what images alone take."""
+def disk(study: Study, scans: int, planned: int, found: Sequence[Expected], free: int) -> Finding:
+    """Bytes that the results take against what is free: as expected, or at least what images alone take, of scans and
+    of planned subjects.
+    """
     voxels = math.prod(study.preprocess.shape)
-    images = (scans + KEPT_PER_SUBJECT * planned_subjects(study.plan)) * voxels * BYTES_PER_VOXEL
+    images = (scans + KEPT_PER_SUBJECT * planned) * voxels * BYTES_PER_VOXEL
     wanted = max(images, sum(one.disk for one in found))
     sure = "about" if found else "at least"
     enough = wanted <= free

@@ -19,7 +19,7 @@ from meddiff_steps.models.trained import TrainedModel
 from meddiff_steps.privacy import attacks
 from meddiff_steps.privacy.search import nearest, nearest_of_each
 from meddiff_steps.privacy.size import batch_size
-from meddiff_steps.privacy.verdict import FILTER_GATES, Gate, at_most, holds, verdict
+from meddiff_steps.privacy.verdict import FILTER_GATES, STRANGERS, Gate, at_most, holds, verdict
 from meddiff_steps.statistics.bootstrap import Figure
 
 #: Images per set that the attacks look at, chosen by the hash of their id: intervals hardly narrow beyond.
@@ -315,7 +315,7 @@ def gates(
         )
         found.append(
             holds(
-                "strangers are not flagged",
+                STRANGERS,
                 negative["nominal"],
                 negative,
                 calibration["level"],

@@ -47,10 +47,10 @@ class Gate:
         return asdict(self) | {"passed": self.passed}
 
 
+#: The gate that passes where a test finds no more strangers flagged than the level says.
+STRANGERS = "strangers are not flagged"
 #: Gates on plain conditions; the outcome of every other one follows from its interval and limit.
-PLAIN = frozenset(
-    ["calibrated", "planted copies are found", "strangers are not flagged", "planned subjects are filled"]
-)
+PLAIN = frozenset(["calibrated", "planted copies are found", STRANGERS, "planned subjects are filled"])
 
 
 def at_most(name: str, figure: Figure, limit: float, meaning: str) -> Gate:

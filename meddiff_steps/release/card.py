@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from meddiff_steps.config import Card
+from meddiff_steps.privacy.verdict import STRANGERS
 
 _BANDS = {
     "below_quarter": "power below 1/4 of Nyquist, over real",
@@ -123,6 +124,9 @@ def privacy(report: Mapping[str, Any]) -> str:
             [
                 f"Subjects: {said}." if said else "",
                 _table(("test", "figure [95 % interval]", "limit", "outcome"), rows),
+                f"'{STRANGERS}' passes unless its figure is further above the limit than chance explains."
+                if any(gate["name"] == STRANGERS for gate in gates)
+                else "",
             ],
         )
     )

@@ -272,8 +272,8 @@ def test_jobs_are_compared_with_the_machine(root):
 
 def test_room_on_the_disk(root, tmp_path):
     asked = study(root, results=str(tmp_path))
-    assert check.disk(asked, 60, [], 10**9).state == "ok"
-    short = check.disk(asked, 60, [Expected("images", 2, 1.5, 2e9)], 10**9)
+    assert check.disk(asked, 60, 200, [], 10**9).state == "ok"
+    short = check.disk(asked, 60, 200, [Expected("images", 2, 1.5, 2e9)], 10**9)
     assert short.state == "fail" and "about 2.00 GB" in short.text
     assert free_bytes(tmp_path / "not/there/yet") > 0
     assert this_machine().cores >= 1 and this_machine().memory_mb > 0
