@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -224,12 +225,21 @@ def test_segmentation_and_translation_cost_their_steps_and_draws():
     _, alone = counted("lgg_translation", translation={"lesion": None})
     _, cycle = counted("lgg_translation", translation={"lesion": None, "source": ["image"], "cycle": True})
     settings = study.translation
-    there, finder, short, back = (
-        of_applications.Images(settings, *each).one_pass((64, 64)) for each in ((2, 1), (1, 1), (1, 1), (1, 1))
-    )
+    images = settings.optimiser.steps * settings.optimiser.batch_size
+    looked_at = 64 * (1 + math.ceil(settings.optimiser.steps / settings.optimiser.validate_every))
+
+    def learnt(sources, mean=False):
+        """A network of one contrast; with `mean` it is told of another one what that says, which takes a pass."""
+        first = of_applications.Images(settings, sources, 1)
+        one = replace(first, mean=first) if mean else first
+        under = mean * first.one_pass((64, 64)) * (images + looked_at)
+        return one.one_pass((64, 64)) * (TRAINING * images + looked_at) + under
+
     trained = [each["translation_model"].flops["denoiser trained"] for each in (found, alone, cycle)]
-    assert trained[0] / trained[1] == pytest.approx(1 + finder / (2 * there))
-    assert trained[2] / trained[1] == pytest.approx((2 * short + back) / (2 * there))
+    assert trained[1] == pytest.approx(learnt(2) + learnt(2, mean=True))
+    assert trained[0] == pytest.approx(trained[1] + learnt(1))
+    assert trained[2] == pytest.approx(learnt(1) + learnt(1, mean=True) + learnt(1))
+    assert learnt(2, mean=True) == pytest.approx(4 / 3 * learnt(2), rel=0.05)
     assert [each["translation_model"].networks for each in (found, alone, cycle)] == [3, 2, 3]
 
 
@@ -258,13 +268,17 @@ def test_what_is_compared_is_trained_too():
     first, second = counted("hippocampus_slices", translation={"volume_steps": 2 * more})[1], found
     added = [each["translation_model"].flops["denoiser trained"] for each in (second, first)]
     assert added[1] > added[0] and found["translation_model"].networks == 4
-    size = of_applications.Images(study.translation, 1, 1, slices="alone").one_pass(study.preprocess.shape)
-    joined = of_applications.Images(study.translation, 1, 1, slices="joined").one_pass(study.preprocess.shape)
-    solid = of_applications.Images(study.translation, 1, 1, slices="solid").one_pass(study.preprocess.shape)
-    assert size < joined and solid == pytest.approx(joined, rel=0.06)
+    plain = of_applications.Images(study.translation, 1, 1, slices="alone")
+    size = plain.one_pass(study.preprocess.shape)
+    drawing, joined, solid = (
+        replace(plain, slices=slices, mean=plain).one_pass(study.preprocess.shape)
+        for slices in ("alone", "joined", "solid")
+    )
+    assert size < drawing < joined and solid == pytest.approx(joined, rel=0.06)
     batch = study.translation.optimiser.batch_size
     steps = added[0] / batch / TRAINING
-    assert steps == pytest.approx(2 * one * size + more * joined + (one + more) * solid, rel=0.1)
+    under = (2 * one + 2 * more) * size / TRAINING  # what the network without noise says, in each step of all others
+    assert steps == pytest.approx(one * (size + drawing) + more * joined + (one + more) * solid + under, rel=0.1)
 
     study, found = counted("lgg_missing")
     _, fixed = counted("lgg_missing", translation={"missing": False, "target": ["post"], "source": ["image", "pre"]})
