@@ -12,6 +12,7 @@ from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor, nn
 
 from meddiff_steps import config
+from meddiff_steps.compute.device import full_float32
 from meddiff_steps.core.files import read_json
 from meddiff_steps.core.registries import SAMPLERS
 from meddiff_steps.diffusion.conditioning import Condition
@@ -163,18 +164,20 @@ class ImageToImage(nn.Module):
         }
         start_from(self, base, key, {**given, **mine})
 
+    @full_float32()
     def in_blocks(self, images: Tensor) -> Tensor:
-        """(b, c, *spatial) -> (b, c * block**d, *blocks)."""
-        batch = len(images)
+        """(b, c, *spatial) -> (b, c * block**d, *blocks), float32 whatever the precision of the networks."""
+        batch, images = len(images), images.float()
         if self.slices is not None:
             images = by_slice(images)
         for stem in self.stems:
             images = stem(images)
         return dense(images if self.slices is None else stacked(images, batch))
 
+    @full_float32()
     def in_voxels(self, blocks: Tensor) -> Tensor:
         """The inverse of `in_blocks`."""
-        batch = len(blocks)
+        batch, blocks = len(blocks), blocks.float()
         if self.slices is not None:
             blocks = by_slice(blocks)
         for stem in reversed(self.stems):
@@ -233,8 +236,8 @@ class ImageToImage(nn.Module):
         if self.marks:
             seen, told = self.standardisation_of(told, corners)(told), told[:, :0]
             level = float(self.process.timesteps_at(np.array(self.levels.mean + CLEANEST * self.levels.deviation)))
-        timesteps = told.new_full((len(told),), level)
-        return self.in_voxels(self._network(told, seen, timesteps, corners)).float()
+        timesteps = torch.full((len(told),), level, device=told.device)
+        return self.in_voxels(self._network(told, seen, timesteps, corners))
 
     def _network(self, told: Tensor, seen: Tensor, timesteps: Tensor, corners: Tensor | None) -> Tensor:
         place = part(self.place, corners, seen.shape[2:]).to(seen.dtype)
@@ -272,7 +275,7 @@ class ImageToImage(nn.Module):
             level = torch.full((len(state),), first, dtype=torch.float64, device=state.device)
             state = self.process.add_noise(standardisation(self.in_blocks(guess)), state, level)
         drawn = self.sampled(told, state, num_inference_steps, first)
-        return self.in_voxels(standardisation.inverse(drawn)).float()
+        return self.in_voxels(standardisation.inverse(drawn))
 
     def sampled(
         self,

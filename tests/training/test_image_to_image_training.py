@@ -150,6 +150,15 @@ def test_contrasts_are_drawn_about_what_the_network_without_noise_says(
     assert float((drawn - guess[:1]).std()) == pytest.approx(float(model.scale), rel=0.05)
 
 
+def test_images_go_to_blocks_and_back_unrounded_whatever_the_precision() -> None:
+    model = build(card_of(config.ImageToImage(block=2, channels=[8]), (8, 8), 1, 1))
+    images = torch.rand(2, 1, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        torch.testing.assert_close(model.in_voxels(model.in_blocks(images)), images)
+        assert model.told(images).dtype == torch.float32
+        assert torch.isfinite(model.guess(images)).all() and torch.isfinite(model.draw(images, images, 2)).all()
+
+
 def test_without_training_scans_nothing_is_begun() -> None:
     with pytest.raises(UserError, match=r"translation: no preprocessed scan is in the train split"):
         rows_to_train_on({"train": np.array([]), "val": np.array([1])}, "translation")
