@@ -170,7 +170,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "downstream_test": ("seed", "covariates", *_DESIGN),
     "downstream_neighbours": ("seed", "covariates", *_DESIGN, "downstream.neighbours", "compute"),
     "segmentation_study": ("seed", "segmentation_study", "pairs", *_GRID, "compute"),
-    "report": ("study", "title", "cohort", "covariates", *_NAMED, "preprocess", *_GIVEN),
+    "report": ("study", "title", "cohort", "covariates", "pairs", *_NAMED, "preprocess", *_GIVEN),
     "ledger": (
         *(name for name in Study.model_fields if name not in _AFTERWARDS),
         *(*_UNITS, "covariates.*.description", *_DESCRIBED, "release.signing_key", *_GIVEN),
