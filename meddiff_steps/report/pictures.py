@@ -181,7 +181,7 @@ def label_maps(synthetic: Shards, planned: pd.DataFrame, structures: Collection[
     tiles = []
     for row in rows:
         tiles.append(figures.Tile(synthetic.tensor("image", row), "image"))
-        tiles.append(figures.Tile(synthetic.tensor(LABELS, row), "label map", len(structures)))
+        tiles.append(figures.Tile(synthetic.tensor(LABELS, row)[None], "label map", len(structures)))
     return Picture(
         figures.image_grid([figures.Block("", tiles, 4)]),
         f"{len(rows)} synthetic images, each beside its label map.",

@@ -3,14 +3,18 @@
 import io
 import re
 from collections.abc import Callable
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from PIL import Image
 
-from meddiff_steps.report import charts, figures
+from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
+from meddiff_steps.models.masks import LABELS
+from meddiff_steps.report import charts, figures, pictures
 from meddiff_steps.report.charts import Chart
 from meddiff_steps.report.figures import Block, Tile
 
@@ -59,6 +63,19 @@ def test_label_maps_are_shown_in_colours_that_do_not_mix() -> None:
     pixels = np.asarray(Image.open(io.BytesIO(drawn)).convert("RGB")).reshape(-1, 3)
     _, counts = np.unique(pixels[np.ptp(pixels, 1) > 20], axis=0, return_counts=True)
     assert (counts > 1000).sum() == 2 and counts[counts <= 1000].sum() < 0.03 * counts.sum()  # but for edges
+
+
+def test_pairs_are_shown_with_all_their_structures(tmp_path: Path) -> None:
+    columns = {"sample_id": pa.string(), "image": TensorColumn("float16", (1, 8, 8, 8))}
+    with ShardWriter(tmp_path / "shard.arrow", columns | {LABELS: TensorColumn("uint8", (8, 8, 8))}) as shard:
+        for i in range(2):
+            labels = np.arange(8)[:, None, None] // 2 * np.ones((8, 8, 8))
+            shard.append(sample_id=f"s{i}", image=np.full((1, 8, 8, 8), 0.5), labels=labels)
+    plan = pd.DataFrame({"sample_id": ["s0", "s1", "s2"]})
+    shown = pictures.label_maps(Shards([tmp_path / "shard.arrow"]), plan, ["a", "b", "c"])
+    pixels = np.asarray(Image.open(io.BytesIO(shown.png)).convert("RGB")).reshape(-1, 3)
+    counts = np.unique(pixels[np.ptp(pixels, 1) > 20], axis=0, return_counts=True)[1]
+    assert (counts > 1000).sum() == 3 and "2 synthetic images" in shown.alt
 
 
 def predictions() -> tuple[pd.DataFrame, dict]:
