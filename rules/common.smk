@@ -5,7 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 from os import environ
 from pathlib import Path
 
@@ -629,6 +629,20 @@ def filter_problem():
     )
 
 
+@cache
+def warn_of_filter():
+    """Say, once, where the privacy filter will have no threshold."""
+    problem = filter_problem() if workflow.is_main_process else None
+    if problem:
+        logger.warning(f"warning: {problem}")
+
+
+def manifest_of_a_filter(wildcards):
+    """The manifest; what is wrong with the filter is said where there is one."""
+    warn_of_filter()
+    return MANIFEST
+
+
 def template_problem():
     """What is wrong with where the template of the registration should be, in words; None if nothing is, or if scans
     were preprocessed already.
@@ -690,5 +704,5 @@ def cohort_tables():
 
 # A plan can be made without the scans, a run cannot.
 if workflow.is_main_process:
-    for problem in [*problems(), *filter(None, [filter_problem()])]:
+    for problem in problems():
         logger.warning(f"warning: {problem}")

@@ -24,7 +24,7 @@ rule embedder:
 
 rule calibrate:
     input:
-        manifest=MANIFEST,
+        manifest=manifest_of_a_filter,
         images=COHORT_IMAGES,
         autoencoder=AUTOENCODER,
         scale=LATENT_SCALE,

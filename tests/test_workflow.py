@@ -185,7 +185,10 @@ def test_a_dry_run_says_that_the_filter_will_have_no_threshold(enforce, subjects
     study = tiny_study.STUDY | {"privacy": {"enforce": enforce}}
     study |= {"cohort": study["cohort"] | {"subjects": subjects}, "splits": {}}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
-    command = ["snakemake", "-n", "cohort", "--directory", str(tmp_path), "--configfile", str(tmp_path / "study.yaml")]
+    options = ["--directory", str(tmp_path), "--configfile", str(tmp_path / "study.yaml")]
+    command = ["snakemake", "-n", "calibrate", *options]
+    without = run("snakemake", "-n", "cohort", *options)
+    assert "reject nothing" not in without.stdout + without.stderr
     done = run(*command)
     assert done.returncode == 0
     shown = done.stdout + done.stderr

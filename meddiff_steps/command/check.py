@@ -59,10 +59,13 @@ def findings(
     """Everything that is known, in the order in which it is found out."""
     with DryRun(path, targets) as planned:  # Snakemake plans while scans are looked at
         yield Finding("ok", "study", f"{path} can be read: {study.title or study.study}.")
+        rules = _rules(planned) if targets else None
+        if targets and "cohort" not in (rules or ()):
+            yield from _planned(study, planned, elsewhere)
+            return
         told, cohort = check.cohort(study)
         yield from told
         scans = 0
-        rules = _rules(planned) if targets else None
         if cohort is not None:
             scans = len(cohort.frame) or cohort.subjects
             if cohort.splits and (rules is None or "filter" in rules):
@@ -82,16 +85,21 @@ def findings(
         if scans and not elsewhere:
             drawn = planned_subjects(study.plan) if rules is None or "generate" in rules else 0
             yield check.disk(study, scans, drawn, found, free_bytes(Path(study.results)))
-        try:
-            jobs = planned.jobs()
-        except UserError as error:
-            yield Finding("fail", "workflow", str(error))
-        else:
-            yield from check.needs(study, jobs, None if elsewhere else this_machine())
+        yield from _planned(study, planned, elsewhere)
+
+
+def _planned(study: Study, planned: DryRun, elsewhere: bool) -> Iterator[Finding]:
+    """What the jobs ask for, or why they cannot be planned."""
+    try:
+        jobs = planned.jobs()
+    except UserError as error:
+        yield Finding("fail", "workflow", str(error))
+    else:
+        yield from check.needs(study, jobs, None if elsewhere else this_machine())
 
 
 def _rules(planned: DryRun) -> set[str] | None:
-    """Rules that have something to do; None where that cannot be planned, which is said when all the rest was."""
+    """Rules that have something to do; None where that cannot be planned."""
     try:
         return {job["rule"] for job in planned.jobs()}
     except UserError:

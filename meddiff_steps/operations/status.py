@@ -169,8 +169,8 @@ def newest_study(results: Path) -> Study:
     frozen = sorted((results / "config").glob("study-*.json"), key=lambda path: path.stat().st_mtime)
     if not frozen:
         raise UserError(
-            f"{results}: no study here (no config/study-*.json). Give the folder results/STUDY of a study that was"
-            " started."
+            f"{results}: no study was started here (no config/study-*.json). `meddiff run` starts one; give its folder"
+            " results/STUDY, or its file."
         )
     return parse_study(json.loads(frozen[-1].read_text(encoding="utf-8")), str(frozen[-1]))
 

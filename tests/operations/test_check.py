@@ -307,3 +307,19 @@ def test_what_is_asked_for_is_what_is_checked(monkeypatch):
     assert "translation_model" not in told(part, "time")[0][1] and "segmentation_model" in told(part, "time")[0][1]
     jobs = [int(told(found, "jobs")[0][1].split()[0]) for found in (whole, part)]
     assert jobs[1] == 6 < jobs[0]
+
+
+def test_a_target_that_reads_no_scan_is_checked_without_a_cohort(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "shapes.yaml"
+    path.write_text((Path(__file__).parents[2] / "config/studies/simulated_shapes.yaml").read_text())
+    asked = load_study(path)
+    (first, missing) = findings(asked, path, ["shape_completion"], None, True)
+    assert first.state == "ok" and missing.state == "fail"
+    assert missing.text.startswith("shape_completion.points: build/brains.npz is not there. Relative paths start at")
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build/brains.npz").touch()
+    found = list(findings(asked, path, ["shape_completion"], None, True))
+    assert {one.topic for one in found} == {"study", "jobs", "memory", "GPU", "limits"} and all(
+        one.state == "ok" for one in found
+    )
