@@ -38,9 +38,10 @@ def expected(
         What is asked for; the target `all` where left out.
     """
     from meddiff_steps.operations.cost import Machine, estimates, of_all  # loads torch
+    from meddiff_steps.operations.rates import RULES
 
     found = list(estimates(study, scans, Machine(cores=min(8, cores)), measured))
-    whole = of_all(found) if rules is None else [one for one in found if one.stage in rules]
+    whole = of_all(found) if rules is None else [one for one in found if RULES.get(one.stage, one.stage) in rules]
     return [Expected(one.stage, one.jobs, one.hours_each, one.disk, one in whole) for one in found]
 
 

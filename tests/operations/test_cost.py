@@ -21,6 +21,7 @@ from meddiff_steps.operations import cost
 from meddiff_steps.operations import work_of_applications as of_applications
 from meddiff_steps.operations.cost import Estimate, Machine, estimates, too_long, wall_hours, wasted
 from meddiff_steps.operations.counting import TRAINING
+from meddiff_steps.operations.expected import expected
 from meddiff_steps.operations.rates import CORE_FLOPS, PROCESSOR, REQUESTS, RULES, extraction_mb
 from meddiff_steps.operations.work import Flops, forward_flops, passes_per_sample, work
 from meddiff_steps.privacy.size import BYTES_PER_VALUE, batch_size
@@ -187,6 +188,12 @@ def test_jobs_ask_for_what_their_rules_ask_for(published):
         asked, limit = (re.search(rf"{key}=(.*\)),", body) for key in ("mem_mb", "runtime"))
         expected = (int(threads[1]), eval(limit[1], names), eval(asked[1], names))
         assert (request.cores, request.minutes, request.memory(published)) == expected, stage
+
+
+def test_stages_are_asked_for_by_their_rules():
+    study = load_study(ROOT / "config/studies/simulated_pairs.yaml")
+    found = expected(study, 400, 2, None, {"mask_autoencoder", "diffusion"})
+    assert {one.stage for one in found if one.asked} == {"masks/autoencoder", "diffusion"}
 
 
 # -------------------------------------------------------------------------------------------- applications
