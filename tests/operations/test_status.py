@@ -152,7 +152,7 @@ def test_jobs_of_the_run_are_told_where_it_wrote_them(results, capsys):
 
 
 def test_a_folder_without_a_study_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no study here"):
+    with pytest.raises(UserError, match="no study was started here"):
         run(tmp_path)
 
 
