@@ -452,7 +452,10 @@ def time(found: Sequence[Expected], measured: Path | None) -> Finding:
 
 
 def _long(hours: float) -> str:
-    return f"{hours:.1f} hours" if hours >= 0.95 else f"{60 * hours:.0f} minutes"
+    if hours >= 0.95:
+        return f"{hours:.1f} hours"
+    minutes = max(1, round(60 * hours))
+    return f"{minutes} minute{'s' * (minutes > 1)}"
 
 
 def disk(study: Study, scans: int, planned: int, found: Sequence[Expected], free: int) -> Finding:
