@@ -1,7 +1,8 @@
 """Another contrast of a scan, drawn by a diffusion from the contrasts that there are (Palette, Saharia et al. 2022).
 
-Beside it stand what needs no network, copies and a linear regression on patches, and the same network trained without
-noise.  Where no subject has both contrasts, networks that saw no pairs draw it (SynDiff, Özbey et al. 2023).
+It draws what is left of the mean that a network without noise says (CorrDiff, Mardani et al. 2023).  Beside it stand
+that mean, and what needs no network: copies and a linear regression on patches.  Where no
+subject has both contrasts, networks that saw no pairs draw it (SynDiff, Özbey et al. 2023).
 """
 
 from __future__ import annotations

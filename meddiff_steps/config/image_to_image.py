@@ -216,7 +216,8 @@ class Unpaired(DrawingNetwork):
 
 
 class Translation(ImageToImage):
-    """Another contrast of real scans, drawn from those that there are.
+    """Another contrast of real scans, drawn from those that there are: a network without noise says its mean, and a
+    diffusion draws what is left (CorrDiff, Mardani et al. 2023).
 
     With `missing` one model draws any contrast from any others (Palette with sources that are left out at random).
     """

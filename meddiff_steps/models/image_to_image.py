@@ -76,8 +76,8 @@ class ImageToImage(nn.Module):
         Of volumes: how the network looks at their slices; blocks are then of voxels of one slice.
     mean
         A trained network of the same images, with the same blocks, whose `guess` is the mean of what is drawn: what is
-        drawn then is what the target has beyond it (Mardani et al. 2023).  The network sees the guess, and
-        does not change it.
+        drawn then is what the target has beyond it (Mardani et al. 2023).  The network sees the guess, and does not
+        change it.
     """
 
     offset: Tensor
