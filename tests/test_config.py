@@ -282,7 +282,8 @@ def test_a_bad_study_is_refused_with_the_key_and_the_reason(path, value, expecte
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"study: [", "not valid YAML"),
+        (b"study: [", "line 1: not valid YAML"),
+        (b"study: a\nplan:\n\t- name: b\n", "line 3: not valid YAML: .*Indent with spaces, not with tabs"),
         (b"- 1", "expected a mapping"),
         (b"\xff\xfe\x00", "UTF-8"),
         (b"", "expected a mapping"),

@@ -53,16 +53,22 @@ def test_a_file_gets_whole_lines():
     assert "\r" not in stream.getvalue() and "\033" not in stream.getvalue()
 
 
-def test_a_file_hears_from_a_long_job_every_ten_minutes():
+def test_a_file_hears_from_a_long_job_every_minute_and_after_hours_every_ten():
     clock, stream = Clock(), io.StringIO()
     progress = Progress(stream, clock=clock)
     run(progress, clock)
-    before = len(stream.getvalue().splitlines())
-    for _ in range(1200):
-        clock.now += 1
-        progress.tick()
-    assert len(stream.getvalue().splitlines()) == before + 2
-    assert stream.getvalue().endswith("1 of 3 jobs, 00:21:00; running: diffusion\n")
+
+    def written(seconds):
+        before = len(stream.getvalue().splitlines())
+        for _ in range(seconds):
+            clock.now += 1
+            progress.tick()
+        return len(stream.getvalue().splitlines()) - before
+
+    assert written(540) == 9
+    assert stream.getvalue().endswith("1 of 3 jobs, 00:10:00; running: diffusion\n")
+    assert written(3 * 3600) > 18
+    assert written(36000) == 60
 
 
 def test_a_terminal_shows_running_jobs_with_their_last_words_and_one_bar(tmp_path):

@@ -15,7 +15,7 @@ from meddiff_steps.config import Study, load_study
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.operations import check
 from meddiff_steps.operations.check import Finding
-from meddiff_steps.operations.expected import expected
+from meddiff_steps.operations.expected import Expected, expected
 from meddiff_steps.operations.machine import free_bytes, this_machine
 from meddiff_steps.synthesis.size import planned_subjects
 
@@ -61,6 +61,10 @@ def findings(
         yield Finding("ok", "study", f"{path} can be read: {study.title or study.study}.")
         rules = _rules(planned) if targets else None
         if targets and "cohort" not in (rules or ()):
+            told, count = check.shapes(study) if "shape_completion" in (rules or ()) else ([], 0)
+            yield from told
+            if count:
+                yield _time(study, count, measured, rules)[0]
             yield from _planned(study, planned, elsewhere)
             return
         told, cohort = check.cohort(study)
@@ -75,17 +79,23 @@ def findings(
                 yield from check.beside(study, cohort.frame)
         if rules is None or "describe" in rules:
             yield check.licence(study)
-        found = []
-        try:
-            found = expected(study, scans, this_machine().cores, measured, rules) if scans else []
-        except UserError as error:
-            yield Finding("warning", "time", str(error))
-        else:
-            yield check.time(found, measured)
+        finding, found = _time(study, scans, measured, rules)
+        yield finding
         if scans and not elsewhere:
             drawn = planned_subjects(study.plan) if rules is None or "generate" in rules else 0
             yield check.disk(study, scans, drawn, found, free_bytes(Path(study.results)))
         yield from _planned(study, planned, elsewhere)
+
+
+def _time(
+    study: Study, scans: int, measured: Path | None, rules: set[str] | None
+) -> tuple[Finding, Sequence[Expected]]:
+    """Hours, and what stages will take; `scans` may be shapes."""
+    try:
+        found = expected(study, scans, this_machine().cores, measured, rules) if scans else []
+    except UserError as error:
+        return Finding("warning", "time", str(error)), []
+    return check.time(found, measured), found
 
 
 def _planned(study: Study, planned: DryRun, elsewhere: bool) -> Iterator[Finding]:

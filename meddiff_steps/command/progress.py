@@ -18,8 +18,10 @@ from meddiff_steps.operations.status import last_line, tail
 
 #: Characters of the bar.
 WIDTH = 30
-#: Seconds after which the bar is drawn anew on a terminal, and written again to a file.
-REDRAW_S, REPEAT_S = 1.0, 600.0
+#: Seconds after which the bar is drawn anew on a terminal, and written again to a file: in a run of minutes more often.
+REDRAW_S, REPEAT_S = 1.0, (60.0, 600.0)
+#: Share of the run's time after which it is written again to a file, between these.
+REPEAT_SHARE = 0.1
 #: Running jobs that have a line of their own on a terminal.
 MOST = 8
 #: How Snakemake begins what is shown though it is no warning: to somebody who stops it, or who has nothing left to do.
@@ -208,7 +210,9 @@ class Progress:
 
     def tick(self) -> None:
         """Show that time passes: called every second."""
-        if self.clock() - self.drawn_at >= (REDRAW_S if self.terminal else REPEAT_S):
+        least, most = REPEAT_S
+        repeat = min(max(REPEAT_SHARE * (self.clock() - self.began), least), most)
+        if self.clock() - self.drawn_at >= (REDRAW_S if self.terminal else repeat):
             self._draw(force=True)
 
     def _line(self, text: str, always: bool = False) -> None:

@@ -87,6 +87,11 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path}: not a text file ({error.reason}). A study is a YAML file in UTF-8.") from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply. A study has a few levels of keys.") from None
+    except yaml.MarkedYAMLError as error:
+        where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        said = ", ".join(part for part in (error.context, error.problem) if part)
+        hint = " Indent with spaces, not with tabs." if "'\\t'" in said else ""
+        raise UserError(f"{path}{where}: not valid YAML: {said}.{hint}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
 

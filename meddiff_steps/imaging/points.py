@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.npz import read_npz
 
 #: Beyond these, mm, lengths were probably given in another unit.
 SMALLEST_MM, LARGEST_MM = 1.0, 1000.0
@@ -61,14 +61,7 @@ def read_shapes(path: Path) -> Shapes:
     UserError
         It is not readable, lacks an array, or they do not fit to each other.
     """
-    try:
-        with np.load(path, allow_pickle=False) as found:
-            arrays = {name: found[name] for name in found.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not readable as .npz ({error}). Give points_mm, missing and ids.") from None
-    lacking = [name for name in ("points_mm", "missing", "ids") if name not in arrays]
-    if lacking:
-        raise UserError(f"{path}: has no array {lacking[0]}, only {sorted(arrays)}. Give points_mm, missing and ids.")
+    arrays = read_npz(path, ("points_mm", "missing", "ids"), "Give points_mm, missing and ids.")
     points, missing = arrays["points_mm"].astype(np.float32), arrays["missing"]
     ids = [str(name) for name in arrays["ids"]]
     if points.ndim != 3 or points.shape[2] != 3 or missing.shape != points.shape[:2] or len(ids) != len(points):

@@ -34,6 +34,7 @@ from meddiff_steps.core.folders import NETWORK
 from meddiff_steps.core.registries import DETECTORS
 from meddiff_steps.imaging.brain_extraction import extraction_installed
 from meddiff_steps.imaging.channels import filled_in
+from meddiff_steps.imaging.points import read_shapes
 from meddiff_steps.operations.expected import Expected, hours
 from meddiff_steps.operations.machine import Machine
 from meddiff_steps.operations.proposal import numbers_of
@@ -211,7 +212,7 @@ def _covariate(study: Study, raw: pd.DataFrame, name: str) -> Iterator[Finding]:
         parse_covariates(raw, {name: covariate})
     except UserError as error:
         said = [line.strip().removeprefix(f"{topic}: ") for line in str(error).split("\n", 1)[-1].splitlines()]
-        yield Finding("fail", topic, "; ".join(said))
+        yield Finding("fail", topic, f"{said[0]} {'; '.join(said[1:])}")
         return
     missing = 1 - len(given) / len(cells)
     absent = f"; {missing:.0%} missing" if missing else ""
@@ -393,6 +394,21 @@ def beside(study: Study, frame: pd.DataFrame) -> Iterator[Finding]:
             "preprocess.brain_extraction",
             "deepbet is not installed: pip install 'meddiff-steps[brain-extraction]'.",
         )
+
+
+def shapes(study: Study) -> tuple[list[Finding], int]:
+    """What the file of shapes that are completed says, and how many there are; nothing of a file that is not there,
+    which the workflow tells.
+    """
+    if study.shape_completion.points is None or not Path(study.shape_completion.points).is_file():
+        return [], 0
+    path = Path(study.shape_completion.points)
+    try:
+        found = read_shapes(path)
+    except UserError as error:
+        return [Finding("fail", "shapes", str(error))], 0
+    said = f"{len(found.ids)} of {found.points.shape[1]} points, {found.gap} of them missing, in {path}."
+    return [Finding("ok", "shapes", said)], len(found.ids)
 
 
 # ----------------------------------------------------------------------------------------------------- machine

@@ -5,8 +5,8 @@ Processors: two cores of an Intel Xeon (Sapphire Rapids, AMX), networks in bf16.
 registration, simulation, resamples, pictures of a report and networks that are trained as the stages of the demo took
 them (`tests/operations/test_cost.py` compares all of it with these); single subjects as `make scale` did 100,000
 (docs/cluster.md).  Distances of label maps, affine transform and demons, and deformations were timed once, on a brain
-of 48 x 60 x 48 voxels; networks of the applications are taken to be as fast as the denoiser.  A GPU is one number, the
-rate that it sustains; nobody has measured these networks on one, and a sceptic gives a low one with `--tflops`.
+of 48 x 60 x 48 voxels; networks of applications as committed studies took them.  A GPU is one number, the rate that it
+sustains; nobody has measured these networks on one, and a sceptic gives a low one with `--tflops`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ PROCESSOR: dict[str, Unit] = {
     "voxel packed": Unit(4.9e-8),
     "voxel checked": Unit(6e-8, shared=True),
     "voxel distanced": Unit(1.3e-7),
-    "voxel matched": Unit(6.3e-6),
+    "voxel matched": Unit(1.2e-5),
     "voxel deformed": Unit(1e-7, shared=True),
     "normal number": Unit(1.3e-8),
     "product": Unit(8e-12, shared=True),
@@ -88,6 +88,12 @@ CORE_FLOPS: dict[str, float] = {
     "drawing trained": 2.5e11,
     "embedder trained": 1.2e10,
     "discriminator trained": 9.3e10,
+    "image to image": 1.1e11,
+    "image to image trained": 1.6e11,
+    "registration": 7.8e10,
+    "registration trained": 7.8e10,
+    "points": 6.0e9,
+    "points trained": 3.1e10,
 }
 
 

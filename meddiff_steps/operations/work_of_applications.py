@@ -116,7 +116,7 @@ def _trained(study: Study, val: float, networks: Sequence[Images], jobs: int = 1
         numbers += (images * math.prod(patch) + looked_at * voxels) * one.targets
     units = {"voxel read": read, "normal number": numbers}
     count = math.ceil(len(networks) / jobs)
-    return Work("applications", jobs, {"denoiser trained": flops}, units, networks=count, training=True)
+    return Work("applications", jobs, {"image to image trained": flops}, units, networks=count, training=True)
 
 
 def _drawn(study: Study, settings: ImageToImage, test: float, asked: Sequence[tuple[float, Images]], ways: int) -> Work:
@@ -127,7 +127,7 @@ def _drawn(study: Study, settings: ImageToImage, test: float, asked: Sequence[tu
     return Work(
         "applications",
         1,
-        {"denoiser": scans * sum(count * one.one_pass(shape) for count, one in asked)},
+        {"image to image": scans * sum(count * one.one_pass(shape) for count, one in asked)},
         {
             "voxel read": scans * voxels * (sources + targets),
             "normal number": scans * settings.samples * voxels * targets,
@@ -209,7 +209,7 @@ def _registration(study: Study, val: float, test: float) -> dict[str, Work]:
         "registration/train": Work(
             "applications",
             2,
-            {"denoiser trained": (score + plain) * (pairs * TRAINING + looked_at)},
+            {"registration trained": (score + plain) * (pairs * TRAINING + looked_at)},
             times(
                 2,
                 {
@@ -224,7 +224,7 @@ def _registration(study: Study, val: float, test: float) -> dict[str, Work]:
         "registration": Work(
             "applications",
             1,
-            {"denoiser": judged * (OF_SCORE * score + OF_PLAIN * plain)},
+            {"registration": judged * (OF_SCORE * score + OF_PLAIN * plain)},
             {
                 "voxel read": judged * voxels,
                 "voxel matched": judged * TRIES * voxels,
@@ -250,10 +250,10 @@ def _shapes(study: Study, shapes: int) -> dict[str, Work]:
         "shape_completion/train": Work(
             "applications",
             1,
-            {"denoiser trained": learnt * each},
+            {"points trained": learnt * each},
             {"normal number": optimiser.steps * optimiser.batch_size * 3 * settings.drawn},
             networks=1,
             training=True,
         ),
-        "shape_completion": Work("applications", 1, {"denoiser": drawn * each}, networks=1),
+        "shape_completion": Work("applications", 1, {"points": drawn * each}, networks=1),
     }

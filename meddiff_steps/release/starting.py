@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 import yaml
-from lightning_fabric import Fabric
 
 from meddiff_steps.cohort.covariates import CovariateEncoding
-from meddiff_steps.config import CategoricalCovariate, Generate
+from meddiff_steps.compute.device import make_fabric
+from meddiff_steps.config import CategoricalCovariate, Compute, Generate
 from meddiff_steps.config.base import per_axis
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json, write_atomic
@@ -116,7 +117,9 @@ def examples(models: Path, count: int, out: Path) -> Path:
         Folder.
     """
     made = _study_of(models)
-    model = TrainedModel.of_study(models, Fabric(accelerator="cpu", devices=1))
+    model = TrainedModel.of_study(
+        models, make_fabric(Compute(device="cpu", precision="32-true"), torch.get_num_threads())
+    )
     requests = spread(model.encoding, count)
     settings = Generate.model_validate(made["generate"] | {"batch_size": 1})
     root, suffix = EXAMPLES, made["release"]["suffix"]

@@ -88,6 +88,9 @@ def run(
     rates = [f"networks at {machine.flops / 1e12:g} TFLOP/s of a GPU" if machine.flops else "networks on processors"]
     rates += [f"stages marked * as {measured} was measured"] if measured else []
     print("; ".join(rates))
+    never = [one.stage for one in of_all(found) if not one.measured]
+    if measured and never:
+        print(f"not measured in {measured}, so at assumed rates: {', '.join(never)}")
     print("\n".join(_table(found)))
     print(
         f"from start to end with {jobs} jobs at a time, of up to {cores} cores each (--cores; this machine has"

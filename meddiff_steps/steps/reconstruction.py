@@ -28,6 +28,7 @@ from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import Study, load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path, write_atomic, write_json
+from meddiff_steps.core.npz import read_npz
 from meddiff_steps.core.random_streams import philox
 from meddiff_steps.evaluation import completion
 from meddiff_steps.imaging.channels import filled_in
@@ -160,13 +161,7 @@ def _read(
 ) -> Measurement:
     """The measurement of a scan from its file."""
     path = filled_in(str(study.reconstruction.measured), scan, "reconstruction.measured")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            given = {key: file[key] for key in file.files}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as .npz ({error}). Write it with numpy.savez(path, y=...).") from None
-    if "y" not in given:
-        raise UserError(f"{path}: has no array y, only {sorted(given)}. Write it with numpy.savez(path, y=...).")
+    given = read_npz(path, ("y",), "Write it with numpy.savez(path, y=...).")
     values = given.pop("y")
     operator = build(name, strength, study.reconstruction, shape, spacing, philox(study.seed, "unused"), given)
     return Measurement(operator, operator.checked(values, path))

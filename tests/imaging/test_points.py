@@ -63,8 +63,12 @@ def test_files_that_are_no_shapes_are_refused(tmp_path: Path, changed: dict[str,
 
 
 def test_a_file_that_is_not_readable_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "s.npz").write_bytes(b"text")
-    for name in ("s.npz", "none.npz"):
+    (tmp_path / "text.npz").write_bytes(b"text")
+    (tmp_path / "empty.npz").touch()
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    whole = written(tmp_path / "s.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[:-100])
+    for name in ("text.npz", "empty.npz", "array.npy", "cut.npz", "none.npz"):
         with pytest.raises(UserError, match=f"{name}: not readable as .npz"):
             points.read_shapes(tmp_path / name)
 

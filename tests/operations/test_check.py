@@ -319,7 +319,13 @@ def test_a_target_that_reads_no_scan_is_checked_without_a_cohort(root, tmp_path,
     assert missing.text.startswith("shape_completion.points: build/brains.npz is not there. Relative paths start at")
     (tmp_path / "build").mkdir()
     (tmp_path / "build/brains.npz").touch()
+    broken = list(findings(asked, path, ["shape_completion"], None, True))
+    assert told(broken, "shapes")[0][0] == "fail" and not told(broken, "time")
+    points, missing = np.random.default_rng(0).uniform(0, 90, (40, 64, 3)), np.zeros((40, 64), bool)
+    missing[:, :16] = True
+    np.savez(tmp_path / "build/brains.npz", points_mm=points, missing=missing, ids=[f"shape{i}" for i in range(40)])
     found = list(findings(asked, path, ["shape_completion"], None, True))
-    assert {one.topic for one in found} == {"study", "jobs", "memory", "GPU", "limits"} and all(
-        one.state == "ok" for one in found
-    )
+    assert {one.topic for one in found} == {"study", "shapes", "time", "jobs", "memory", "GPU", "limits"}
+    assert all(one.state == "ok" for one in found)
+    assert told(found, "shapes")[0][1] == "40 of 64 points, 16 of them missing, in build/brains.npz."
+    assert "shape_completion/train" in told(found, "time")[0][1]

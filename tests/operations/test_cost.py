@@ -50,6 +50,16 @@ DEMO: dict[str, float] = {
     "report": 10.9,
 }
 
+#: The same of applications of committed studies without data, with scans, or shapes.
+APPLICATIONS: dict[str, tuple[int, dict[str, float]]] = {
+    "simulated_lesions": (
+        200,
+        {"translation_model": 415.9, "translation": 98.0, "segmentation_model": 295.4, "segmentation": 144.3},
+    ),
+    "simulated_registration": (120, {"registration/train": 355.0, "registration": 65.9}),
+    "simulated_shapes": (200, {"shape_completion/train": 140.5, "shape_completion": 82.0}),
+}
+
 
 @pytest.fixture(scope="module")
 def demo() -> Study:
@@ -222,11 +232,11 @@ def test_segmentation_and_translation_cost_their_steps_and_draws():
     one, optimiser = of_applications.Images(settings, 3, 1).one_pass((64, 64)), settings.optimiser
     looks = 1 + math.ceil(optimiser.steps / optimiser.validate_every)
     whole = 2 * one * (TRAINING * optimiser.steps * optimiser.batch_size + 64 * looks)
-    assert found["segmentation_model"].flops["denoiser trained"] == pytest.approx(whole)
+    assert found["segmentation_model"].flops["image to image trained"] == pytest.approx(whole)
     evaluations = 1 + 8 * (10 + 5)  # of the network without noise, of draws, and of those that begin at its mask
-    assert found["segmentation"].flops["denoiser"] == pytest.approx(300 * evaluations * one)
+    assert found["segmentation"].flops["image to image"] == pytest.approx(300 * evaluations * one)
     _, never = counted("lgg_segmentation", segmentation_ensemble={"start": 0.0})
-    assert never["segmentation"].flops["denoiser"] == pytest.approx(300 * (1 + 8 * 10) * one)
+    assert never["segmentation"].flops["image to image"] == pytest.approx(300 * (1 + 8 * 10) * one)
 
     study, found = counted("lgg_translation")
     _, alone = counted("lgg_translation", translation={"lesion": None})
@@ -242,7 +252,7 @@ def test_segmentation_and_translation_cost_their_steps_and_draws():
         under = mean * first.one_pass((64, 64)) * (images + looked_at)
         return one.one_pass((64, 64)) * (TRAINING * images + looked_at) + under
 
-    trained = [each["translation_model"].flops["denoiser trained"] for each in (found, alone, cycle)]
+    trained = [each["translation_model"].flops["image to image trained"] for each in (found, alone, cycle)]
     assert trained[1] == pytest.approx(learnt(2) + learnt(2, mean=True))
     assert trained[0] == pytest.approx(trained[1] + learnt(1))
     assert trained[2] == pytest.approx(learnt(1) + learnt(1, mean=True) + learnt(1))
@@ -258,8 +268,8 @@ def test_what_is_compared_is_trained_too():
     jobs = count + bool(settings.pretraining_steps)
     assert found["segmentation_few_labels"].jobs == jobs and found["segmentation_few_labels"].networks == 1
     _, scratch = counted("lgg_few_labels", segmentation_ensemble={"pretraining_steps": 0})
-    few = [each["segmentation_few_labels"].flops["denoiser trained"] for each in (scratch, found)]
-    two = found["segmentation_model"].flops["denoiser trained"]
+    few = [each["segmentation_few_labels"].flops["image to image trained"] for each in (scratch, found)]
+    two = found["segmentation_model"].flops["image to image trained"]
     assert 0.9 * two < 2 * few[0] / scratch["segmentation_few_labels"].jobs < 1.1 * two
     assert few[1] > 2 * few[0]
 
@@ -267,13 +277,13 @@ def test_what_is_compared_is_trained_too():
     model, beside = (found[f"segmentation_{name}"] for name in ("model", "beside"))
     assert beside.jobs == len(study.segmentation_ensemble.beside) and beside.networks == model.networks == 2
     # `whole` looks at as many voxels, in fewer scans
-    each = beside.flops["denoiser trained"] / beside.jobs
-    assert each == pytest.approx(model.flops["denoiser trained"], rel=0.1)
+    each = beside.flops["image to image trained"] / beside.jobs
+    assert each == pytest.approx(model.flops["image to image trained"], rel=0.1)
 
     study, found = counted("hippocampus_slices")
     one, more = study.translation.optimiser.steps, study.translation.volume_steps
     first, second = counted("hippocampus_slices", translation={"volume_steps": 2 * more})[1], found
-    added = [each["translation_model"].flops["denoiser trained"] for each in (second, first)]
+    added = [each["translation_model"].flops["image to image trained"] for each in (second, first)]
     assert added[1] > added[0] and found["translation_model"].networks == 4
     plain = of_applications.Images(study.translation, 1, 1, slices="alone")
     size = plain.one_pass(study.preprocess.shape)
@@ -291,7 +301,7 @@ def test_what_is_compared_is_trained_too():
     _, fixed = counted("lgg_missing", translation={"missing": False, "target": ["post"], "source": ["image", "pre"]})
     assert len(study.translation.source) == len(study.translation.target) == 3
     # In six choices of what is there, of all but three at once
-    ratio = found["translation"].flops["denoiser"] / fixed["translation"].flops["denoiser"]
+    ratio = found["translation"].flops["image to image"] / fixed["translation"].flops["image to image"]
     assert 6 < ratio < 9
 
 
@@ -302,7 +312,7 @@ def test_registration_costs_both_networks_and_demons_twice_a_pair():
     )
     assert score > plain > 0
     assert found["registration/train"].jobs == 2
-    assert found["registration"].flops["denoiser"] == pytest.approx(12 * (4 * score + 3 * plain))
+    assert found["registration"].flops["registration"] == pytest.approx(12 * (4 * score + 3 * plain))
     assert found["registration"].units["voxel matched"] == 2 * 12 * 80 * 96 * 80
     assert not {"registration", "registration/train"} & work(changed(study, "registration", pairs=0), 1000).keys()
 
@@ -315,7 +325,7 @@ def test_shapes_cost_attention_among_points_and_to_what_is_left():
     ends = 2 * (n + k) * 33 * c + 2 * (13 + c) * c + 2 * n * c * 3
     one = of_applications.pass_of_points(settings)
     assert one == pytest.approx(settings.blocks * block + ends, rel=0.01)
-    assert found["shape_completion"].flops["denoiser"] == pytest.approx(25 * 5 * 25 * one)
+    assert found["shape_completion"].flops["points"] == pytest.approx(25 * 5 * 25 * one)
 
 
 def test_label_maps_cost_what_images_of_as_many_channels_would():
@@ -352,6 +362,20 @@ def test_the_demo_takes_as_long_as_is_counted(demo):
     }
     assert not wrong, f"seconds counted, measured: {wrong}"
     assert min(DEMO.values()) > 10 and {"autoencoder", "generate", "evaluate"} <= DEMO.keys()
+
+
+@pytest.mark.parametrize("name", APPLICATIONS)
+def test_applications_take_as_long_as_is_counted(name):
+    """Within a factor of 1.5."""
+    scans, measured = APPLICATIONS[name]
+    study = load_study(ROOT / f"config/studies/{name}.yaml")
+    counted = {one.stage: 3600 * one.core_hours for one in estimates(study, scans, Machine(cores=1))}
+    wrong = {
+        stage: (round(counted[stage], 1), took)
+        for stage, took in measured.items()
+        if not 1 / 1.5 < counted[stage] / took < 1.5
+    }
+    assert not wrong, f"seconds counted, measured: {wrong}"
 
 
 def test_the_published_scale_fits_into_a_day_of_a_gpu(published):
