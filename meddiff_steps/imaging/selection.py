@@ -7,13 +7,15 @@ import logging
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Self
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from meddiff_steps.config import PlanGroup
+from meddiff_steps.cohort.manifest import read_manifest
+from meddiff_steps.config import Covariates, PlanGroup
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.shards import Shards
 
@@ -99,6 +101,18 @@ class Images:
             table, on=key, how="left", validate="one_to_one"
         )
         return cls(shards, joined, key, unit, origin)
+
+    @classmethod
+    def of_scans(cls, shards: Sequence[Path], manifest: Path, covariates: Covariates | None = None) -> Self:
+        """All preprocessed scans of a cohort, each with its row of the manifest; `covariates` of these are checked.
+
+        Raises
+        ------
+        UserError
+            A shard or the manifest cannot be read, or they do not fit to each other.
+        """
+        table = read_manifest(manifest, covariates)
+        return cls.of(Shards(shards), "scan_id", "subject_id", table, f"{manifest}")
 
     @classmethod
     def accepted(cls, shards: Shards, planned: pd.DataFrame, origin: str, what: str) -> Self:

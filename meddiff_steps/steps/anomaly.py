@@ -19,7 +19,7 @@ from meddiff_steps.applications.anomaly import Mapped
 from meddiff_steps.applications.anomaly_maps.base import Context, Mapper, Scan, Translations, build
 from meddiff_steps.applications.guides import latent_guides
 from meddiff_steps.applications.scans import chosen_scans
-from meddiff_steps.cohort.manifest import having, read_manifest
+from meddiff_steps.cohort.manifest import having
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import Study, load_stage
 from meddiff_steps.core.errors import UserError
@@ -79,9 +79,7 @@ def run(
     """Map what is unusual in scans, and measure how well lesions are found where they are known."""
     study = load_stage(config, "anomaly")
     settings = study.anomaly
-    cohort = Images.of(
-        Shards(images), "scan_id", "subject_id", read_manifest(manifest, study.covariates), f"{manifest}"
-    )
+    cohort = Images.of_scans(images, manifest, study.covariates)
     worker = _Worker(study, cohort, pd.read_parquet(qc).set_index("scan_id"))
     scans = chosen_scans(cohort.table, settings.scans, settings.most_scans, "anomaly")
     known = worker.healthy("calibration", settings.most_calibration_scans)

@@ -18,7 +18,6 @@ from meddiff_steps.applications.counterfactual import Counterfactuals, counterfa
 from meddiff_steps.applications.guides import image_guides, latent_guides
 from meddiff_steps.applications.interpolation import interpolate
 from meddiff_steps.applications.scans import chosen_scans, sweep
-from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import CategoricalCovariate, Study, load_stage
 from meddiff_steps.core.files import atomic_path, write_atomic, write_json
@@ -72,9 +71,7 @@ def run(
     """Move one covariate of real scans, and measure whether it follows and the rest stays."""
     study = load_stage(config, "counterfactual")
     settings = study.counterfactual
-    cohort = Images.of(
-        Shards(images), "scan_id", "subject_id", read_manifest(manifest, study.covariates), f"{manifest}"
-    )
+    cohort = Images.of_scans(images, manifest, study.covariates)
     training = cohort.of_splits(["train"])
     values = sweep(settings, study.covariates, training.table)
     scans = chosen_scans(cohort.table, settings.scans, settings.most_scans)

@@ -16,7 +16,6 @@ from meddiff_steps.applications import derivative
 from meddiff_steps.applications.harmonisation import GreyValues, sides
 from meddiff_steps.applications.scans import chosen_scans
 from meddiff_steps.applications.unpaired import Translator
-from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import Study, load_stage
 from meddiff_steps.core.errors import UserError
@@ -24,7 +23,6 @@ from meddiff_steps.core.files import atomic_path, write_atomic, write_json
 from meddiff_steps.evaluation import harmonisation as judging
 from meddiff_steps.imaging.restoration import restore
 from meddiff_steps.imaging.selection import Images
-from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.instruments.feature_spaces.radiomics import radiomic_features
 from meddiff_steps.report.application_figures import completion_sheet
 from meddiff_steps.steps import options
@@ -58,7 +56,7 @@ def run(
     """Take test scans to the look of another site, and measure what is left of the site, of covariates and anatomy."""
     study = load_stage(config, "harmonisation")
     settings = study.harmonisation
-    cohort = Images.of(Shards(images), "scan_id", "subject_id", read_manifest(manifest), f"{manifest}")
+    cohort = Images.of_scans(images, manifest)
     here, there = sides(settings, cohort.table)
     table = cohort.table.assign(there=there)[here | there]
     train = table[table["split"] == "train"]

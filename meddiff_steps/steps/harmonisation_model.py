@@ -8,11 +8,9 @@ from typing import Annotated
 import typer
 
 from meddiff_steps.applications.harmonisation import domains
-from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import load_stage
 from meddiff_steps.imaging.selection import Images
-from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.steps import options
 from meddiff_steps.training.checkpoints import state_key
 from meddiff_steps.training.unpaired import train_unpaired
@@ -29,7 +27,7 @@ def run(
     """Train networks from scans of some sites to how another shows them, and back."""
     study = load_stage(config, "harmonisation_model")
     settings = study.harmonisation
-    cohort = Images.of(Shards(images), "scan_id", "subject_id", read_manifest(manifest), f"{manifest}")
+    cohort = Images.of_scans(images, manifest)
     groups = domains(settings, cohort.shards, cohort.table)
     fabric = make_fabric(study.compute, threads)
     found = state / state_key("harmonisation_model", config, [manifest, *images])

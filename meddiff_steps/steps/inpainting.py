@@ -14,7 +14,6 @@ import typer
 from meddiff_steps.applications import derivative
 from meddiff_steps.applications.inpainting import Inpainted, inpaint
 from meddiff_steps.applications.scans import chosen_scans
-from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import ContinuousCovariate, Study, load_stage
 from meddiff_steps.core.files import atomic_path, write_atomic, write_json
@@ -25,7 +24,6 @@ from meddiff_steps.imaging.places import hidden_voxels, lesion, with_lesion
 from meddiff_steps.imaging.reading import read_image
 from meddiff_steps.imaging.restoration import restore, restore_difference
 from meddiff_steps.imaging.selection import Images
-from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.instruments.predictors import Predictors, load_predictors
 from meddiff_steps.models.trained import TrainedModel
 from meddiff_steps.report.application_figures import completion_sheet
@@ -60,9 +58,7 @@ def run(
     """Hide parts of real scans, draw them anew, and measure how near they come to what was there."""
     study = load_stage(config, "inpainting")
     settings = study.inpainting
-    cohort = Images.of(
-        Shards(images), "scan_id", "subject_id", read_manifest(manifest, study.covariates), f"{manifest}"
-    )
+    cohort = Images.of_scans(images, manifest, study.covariates)
     scans = chosen_scans(cohort.table, settings.scans, settings.most_scans, "inpainting")
     real = cohort.shards.tensors("image", scans["row"].to_numpy())
     quality = pd.read_parquet(qc).set_index("scan_id")

@@ -16,7 +16,6 @@ from tqdm import tqdm
 from meddiff_steps.applications import derivative
 from meddiff_steps.applications.normative import COUNTERFACTUAL, NormativeMaps, is_reference
 from meddiff_steps.applications.scans import chosen_scans
-from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import Study, load_stage
 from meddiff_steps.core.files import atomic_path, write_atomic, write_json
@@ -25,7 +24,6 @@ from meddiff_steps.evaluation import normative as measuring
 from meddiff_steps.imaging.places import lesion, with_lesion
 from meddiff_steps.imaging.restoration import restore, restore_numbers
 from meddiff_steps.imaging.selection import Images
-from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.trained import TrainedModel
 from meddiff_steps.report.application_figures import SHOWN_Z, deviation_sheet
 from meddiff_steps.steps import options
@@ -60,9 +58,7 @@ def run(
     """Map how far real scans are from a reference population, and measure whether the maps can be believed."""
     study = load_stage(config, "normative")
     settings = study.normative
-    cohort = Images.of(
-        Shards(images), "scan_id", "subject_id", read_manifest(manifest, study.covariates), f"{manifest}"
-    )
+    cohort = Images.of_scans(images, manifest, study.covariates)
     scans = chosen_scans(cohort.table, settings.scans, settings.most_scans, "normative")
     model = TrainedModel.load(autoencoder, diffusion, make_fabric(study.compute, threads), study.compute, toned=False)
     maps = NormativeMaps(study, model, cohort)

@@ -23,7 +23,6 @@ from meddiff_steps.applications.reconstruction import (
     without_a_model,
 )
 from meddiff_steps.applications.scans import chosen_scans
-from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import Study, load_stage
 from meddiff_steps.core.errors import UserError
@@ -36,7 +35,6 @@ from meddiff_steps.imaging.operators.base import build
 from meddiff_steps.imaging.places import lesion, with_lesion
 from meddiff_steps.imaging.restoration import restore, restore_difference
 from meddiff_steps.imaging.selection import Images
-from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.trained import TrainedModel
 from meddiff_steps.report.application_figures import completion_sheet
 from meddiff_steps.steps import options
@@ -70,9 +68,7 @@ def run(
     """Measure scans incompletely, or read what was measured, and make images of it."""
     study = load_stage(config, "reconstruction")
     settings = study.reconstruction
-    cohort = Images.of(
-        Shards(images), "scan_id", "subject_id", read_manifest(manifest, study.covariates), f"{manifest}"
-    )
+    cohort = Images.of_scans(images, manifest, study.covariates)
     scans = chosen_scans(cohort.table, settings.scans, settings.most_scans, "reconstruction")
     quality = pd.read_parquet(qc).set_index("scan_id")
     fabric = make_fabric(study.compute, threads)

@@ -20,7 +20,6 @@ import typer
 from meddiff_steps.applications import derivative
 from meddiff_steps.applications.registration import Deformed, deform, known_deformation
 from meddiff_steps.applications.scans import chosen_scans
-from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import Study, load_stage
 from meddiff_steps.core.errors import UserError
@@ -34,7 +33,6 @@ from meddiff_steps.imaging.label_maps import labels_on_grid, read_labels
 from meddiff_steps.imaging.reading import ScanError
 from meddiff_steps.imaging.restoration import restore
 from meddiff_steps.imaging.selection import Images
-from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.deformation import RegistrationNetwork, load_registration_network
 from meddiff_steps.report.application_figures import registration_sheet
 from meddiff_steps.steps import options
@@ -68,7 +66,7 @@ def run(
     """Bring test scans onto each other in several ways, and measure how well they come to lie."""
     study = load_stage(config, "registration")
     settings = study.registration
-    cohort = Images.of(Shards(images), "scan_id", "subject_id", read_manifest(manifest), f"{manifest}")
+    cohort = Images.of_scans(images, manifest)
     scans = chosen_scans(cohort.table, [], settings.pairs, "registration")
     if len(scans) < 2:
         raise UserError(f"registration.pairs: {len(scans)} test scan, a pair needs 2. Ask for more, or enlarge splits.")

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import typer
 
-from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import load_stage
 from meddiff_steps.core.errors import UserError
@@ -19,7 +18,6 @@ from meddiff_steps.core.files import write_atomic, write_json
 from meddiff_steps.evaluation.realism.base import MIN_IMAGES
 from meddiff_steps.evaluation.sampler_study import Point, compare, points, student_points
 from meddiff_steps.imaging.selection import Images, drawn
-from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.instruments.feature_spaces.assemble import spaces
 from meddiff_steps.instruments.feature_spaces.base import Context
 from meddiff_steps.instruments.predictors import load_predictors
@@ -78,9 +76,7 @@ def run(
             rows, f"{point.sampler}, {point.num_inference_steps} steps, guidance {point.guidance_scale:g}"
         )
 
-    cohort = Images.of(
-        Shards(images), "scan_id", "subject_id", read_manifest(manifest, study.covariates), f"{manifest}"
-    )
+    cohort = Images.of_scans(images, manifest, study.covariates)
     results = compare(
         draw, ways, subjects, cohort, load_predictors(predictors), spaces(SPACES, Context(model.spatial_dims)), study
     )

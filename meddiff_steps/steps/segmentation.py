@@ -23,7 +23,6 @@ from meddiff_steps.applications.segmentation import (
     mean_label,
 )
 from meddiff_steps.applications.shape_from_picture import Shapes
-from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import Study, load_stage
 from meddiff_steps.core.files import atomic_path, write_atomic, write_json
@@ -31,7 +30,6 @@ from meddiff_steps.evaluation import segmentation
 from meddiff_steps.imaging.channels import Kind
 from meddiff_steps.imaging.restoration import restore, restore_numbers
 from meddiff_steps.imaging.selection import Images
-from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.report.application_figures import completion_sheet
 from meddiff_steps.steps import options
 
@@ -70,7 +68,7 @@ def run(
     """Mark a structure in held-out scans, and measure how well draws agree with what readers marked."""
     study = load_stage(config, "segmentation")
     settings = study.segmentation_ensemble
-    cohort = Images.of(Shards(images), "scan_id", "subject_id", read_manifest(manifest), f"{manifest}")
+    cohort = Images.of_scans(images, manifest)
     scans = chosen_scans(cohort.table, settings.scans, settings.most_scans, "segmentation_ensemble")
     quality = pd.read_parquet(qc).set_index("scan_id")
     fabric = make_fabric(study.compute, threads)

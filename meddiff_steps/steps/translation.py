@@ -25,7 +25,6 @@ from meddiff_steps.applications.translation import (
     without_pairs,
 )
 from meddiff_steps.applications.unpaired import Translator
-from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import Study, load_stage
 from meddiff_steps.core.errors import UserError
@@ -37,7 +36,6 @@ from meddiff_steps.evaluation.segmentation import lesion_dice
 from meddiff_steps.imaging.pairs import Pairs
 from meddiff_steps.imaging.restoration import restore, restore_difference
 from meddiff_steps.imaging.selection import Images
-from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.image_to_image import ImageToImage, load_image_to_image
 from meddiff_steps.report.application_figures import completion_sheet
 from meddiff_steps.steps import options
@@ -101,7 +99,7 @@ def run(
     """Draw another contrast of held-out scans, and measure how near it comes to the true one."""
     study = load_stage(config, "translation")
     settings = study.translation
-    cohort = Images.of(Shards(images), "scan_id", "subject_id", read_manifest(manifest), f"{manifest}")
+    cohort = Images.of_scans(images, manifest)
     scans = chosen_scans(cohort.table, settings.scans, settings.most_scans, "translation")
     quality = pd.read_parquet(qc).set_index("scan_id")
     fabric = make_fabric(study.compute, threads)

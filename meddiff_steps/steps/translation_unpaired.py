@@ -8,7 +8,6 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import load_stage
 from meddiff_steps.core.errors import UserError
@@ -16,7 +15,6 @@ from meddiff_steps.core.random_streams import philox
 from meddiff_steps.imaging.domains import Domain, halves
 from meddiff_steps.imaging.pairs import Pairs
 from meddiff_steps.imaging.selection import Images
-from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.unpaired import Side
 from meddiff_steps.steps import options
 from meddiff_steps.training.checkpoints import state_key
@@ -38,7 +36,7 @@ def run(
     settings, key = study.translation, "translation.unpaired"
     if settings.unpaired is None:
         raise UserError(f"{key}: not set, so nothing is trained without pairs. Set it to {{}} for defaults.")
-    cohort = Images.of(Shards(images), "scan_id", "subject_id", read_manifest(manifest), f"{manifest}")
+    cohort = Images.of_scans(images, manifest)
     groups: dict[Side, Domain] = {}
     split = {}
     for name in ("train", "val"):
