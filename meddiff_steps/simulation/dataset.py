@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 #: Folder of what is known of the simulated scans because they are simulated: label maps, masks of lesions.
 TRUTH = Path("derivatives", "truth")
 SIMULATED = "SIMULATED brain (MNI152 template, randomly deformed); no person"
+DESCRIPTION = "dataset_description.json"
 DATASET_NAME = "SIMULATED brain cohort (meddiff_steps)"
 
 README = """\
@@ -158,18 +159,20 @@ def _clear(root: Path) -> None:
     subjects = sorted(root.glob("sub-*"))
     if subjects:
         try:
-            ours = (
-                json.loads((root / "dataset_description.json").read_text(encoding="utf-8")).get("Name") == DATASET_NAME
-            )
+            ours = json.loads((root / DESCRIPTION).read_text(encoding="utf-8")).get("Name") == DATASET_NAME
         except (OSError, ValueError, AttributeError):
             ours = False
         if not ours:
             raise UserError(
-                f"{root}: holds {subjects[0].name} but its dataset_description.json does not say {DATASET_NAME!r}, so"
+                f"{root}: holds {subjects[0].name} but its {DESCRIPTION} does not say {DATASET_NAME!r}, so"
                 " these may be real data. Choose another output directory, or remove the subjects yourself."
             )
-        if (root / TRUTH).exists():  # of subjects that are ours
+        # All that is written again, of subjects that are ours
+        if (root / TRUTH).exists():
             shutil.rmtree(root / TRUTH)
+        for document in root.glob("*.json"):
+            if document.name != DESCRIPTION:  # without which nobody would know whose the rest is
+                document.unlink()
     (root / "participants.tsv").unlink(missing_ok=True)
     for subject in subjects:
         shutil.rmtree(subject)
@@ -217,11 +220,11 @@ def _descriptions(source: SimulatedSource) -> dict[str, str]:
     if source.lesion_share:
         participants["lesion_ml"] = {"Description": "Lesion, integrated over the subject's tissue maps", "Units": "mL"}
     sidecar = {"Description": SIMULATED, "Modality": "MR", "Simulated": True, "SkullStripped": True}
-    documents = {"dataset_description.json": description, "participants.json": participants}
+    documents = {DESCRIPTION: description, "participants.json": participants}
     documents |= {f"{contrast}.json": sidecar for contrast in ("T1w", *source.contrasts)}
     texts = {"README": README}
     if source.labels or source.lesion_share:
-        documents[str(TRUTH / "dataset_description.json")] = description | {"DatasetType": "derivative"}
+        documents[str(TRUTH / DESCRIPTION)] = description | {"DatasetType": "derivative"}
     if source.labels:
         texts[str(TRUTH / "dseg.tsv")] = "index\tname\n" + "".join(f"{i}\t{name}\n" for i, name in TISSUES.items())
     return {name: json.dumps(content, indent=1, sort_keys=True) + "\n" for name, content in documents.items()} | texts

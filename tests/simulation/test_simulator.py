@@ -224,9 +224,15 @@ def test_further_contrasts_labels_and_lesions(tmp_path: Path) -> None:
 
 
 def test_an_earlier_dataset_goes_with_what_was_true_of_it(tmp_path: Path) -> None:
-    simulate_cohort(SimulatedSource(subjects=20, labels=True), "test", tmp_path)
+    simulate_cohort(SimulatedSource(subjects=20, labels=True, contrasts=["T2w"]), "test", tmp_path)
+    assert (tmp_path / "T2w.json").exists()
     simulate_cohort(SimulatedSource(subjects=20), "test", tmp_path)
-    assert not (tmp_path / "derivatives/truth").exists()
+    assert not (tmp_path / "derivatives/truth").exists() and not (tmp_path / "T2w.json").exists()
+    assert {path.name for path in tmp_path.glob("*.json")} == {
+        "dataset_description.json",
+        "participants.json",
+        "T1w.json",
+    }
 
 
 def test_what_nobody_says_is_simulated_stays(tmp_path: Path) -> None:
