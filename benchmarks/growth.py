@@ -35,8 +35,8 @@ from meddiff_steps.operations.work import work
 
 ROOT = Path(__file__).parents[1]
 SIDES, SUBJECTS = (32, 48, 64, 96), (1_000, 3_000, 10_000)
-#: Scans, and synthetic subjects at each of the sizes.
-SCANS, FEW = 60, 8
+#: Scans, and synthetic subjects at each of the sizes: as many as realism is measured on at least.
+SCANS, FEW = 60, 12
 #: As `rates` are measured: in bf16 where the processor has it.
 COMPUTE: dict[str, Any] = {"compute": {"device": "cpu"}}
 #: Networks of the demo, hardly trained.

@@ -73,6 +73,7 @@ PROCESSOR: dict[str, Unit] = {
     "subject attacked": Unit(1e-3),
     "subject described": Unit(1e-4),
     "subject sealed": Unit(1e-4),
+    "subject handled": Unit(1e-3),
 }
 #: FLOP/s of one core in bf16, by network, in passes forward and while it is trained (batches of 1 to 4): small networks
 #: wait for memory.

@@ -412,7 +412,7 @@ class Counter:
                 "after_training",
                 self.shards,
                 times(padded, self.image),
-                times(self.planned, self.made),
+                {**times(self.planned, self.made), "subject handled": 2 * self.planned},
                 networks=self._sampled,
                 bytes=2.0 * self.planned * self.voxels,
                 folder="generated",
@@ -543,7 +543,11 @@ class Counter:
             "images": Work(
                 "after_training",
                 self.shards,
-                units={"voxel packed": planned * voxels, "voxel measured": planned * voxels},
+                units={
+                    "voxel packed": planned * voxels,
+                    "voxel measured": planned * voxels,
+                    "subject handled": planned,
+                },
                 bytes=0.6 * planned * voxels,
                 folder="release",
             ),
@@ -557,7 +561,7 @@ class Counter:
                 added(flops, times(self._padded(AUDITED) * 2, self.image)),
                 added(
                     units,
-                    {"voxel checked": planned * voxels, "subject sealed": planned},
+                    {"voxel checked": planned * voxels, "subject sealed": planned, "subject handled": planned},
                 ),
                 networks=1 + self._sampled,
             ),
