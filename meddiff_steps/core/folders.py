@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-#: A trained network.
-NETWORK = ("model.safetensors", "card.json")
+#: A trained network: its weights, and what it is.
+NETWORK = WEIGHTS, CARD = ("model.safetensors", "card.json")
 #: The grey levels of what a diffusion model generates, fitted after its training and kept beside it.
 TONE = ("tone.safetensors", "tone.json")
 #: Networks that draw an image from other images: files of weights and cards.

@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from meddiff_steps import config
 from meddiff_steps.core.files import read_json
+from meddiff_steps.core.folders import CARD
 from meddiff_steps.core.random_streams import step_generator
 from meddiff_steps.imaging.perturbations import augment
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.models.weights import CARD, load_weights
+from meddiff_steps.models.weights import load_weights
 from meddiff_steps.training.loop import batch_rows, learning_rate_scale
 
 #: Copies are found by their coarse shape; images are reduced until their longest side is at most this many voxels.

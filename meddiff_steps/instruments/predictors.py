@@ -28,13 +28,12 @@ import numpy as np
 import pandas as pd
 import scipy.linalg
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GroupKFold
 
 from meddiff_steps.config import CategoricalCovariate, Covariates
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json
-from meddiff_steps.models.weights import CARD, load_tensors, save_tensors
+from meddiff_steps.core.folders import CARD
+from meddiff_steps.models.weights import load_tensors, save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -220,6 +219,10 @@ def _logistic(
 
     C has the smallest log loss over five folds of subjects.  Two classes have one output, more have one each.
     """
+    # Here, because who measures by predictors does not fit any
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GroupKFold
+
     values, vectors = spectrum
     used = np.flatnonzero(values > 1e-7 * values[-1])[-MAX_COMPONENTS:]
     scale = np.sqrt(values[used])

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from meddiff_steps import config
 from meddiff_steps.core.files import read_json
+from meddiff_steps.core.folders import CARD
 from meddiff_steps.core.random_streams import step_generator
 from meddiff_steps.imaging.background import head_of
 from meddiff_steps.imaging.channels import filled_in
@@ -36,7 +37,7 @@ from meddiff_steps.imaging.masks import on_head
 from meddiff_steps.imaging.reading import Image, ScanError
 from meddiff_steps.imaging.selection import Images
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
-from meddiff_steps.models.weights import CARD, load_weights
+from meddiff_steps.models.weights import load_weights
 from meddiff_steps.statistics.bootstrap import rounded
 from meddiff_steps.training.loop import batch_rows, learning_rate_scale, update_average
 

@@ -16,10 +16,11 @@ from torch.nn import functional
 from meddiff_steps import config
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json
+from meddiff_steps.core.folders import CARD
 from meddiff_steps.diffusion.schedules import NoiseProcess
 from meddiff_steps.imaging.deformation import exponential, finer
 from meddiff_steps.models.blocks import ChannelNorm, ResidualBlock, convolution, dense, silence
-from meddiff_steps.models.weights import CARD, load_weights
+from meddiff_steps.models.weights import load_weights
 
 #: Width of the embedding of the noise level, and features of it.
 EMBEDDING, FREQUENCIES = 64, 16

@@ -11,10 +11,11 @@ from torch.nn import functional
 
 from meddiff_steps import config
 from meddiff_steps.core.files import read_json
+from meddiff_steps.core.folders import CARD
 from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.diffusion.schedules import NoiseProcess
 from meddiff_steps.models.blocks import silence
-from meddiff_steps.models.weights import CARD, load_weights
+from meddiff_steps.models.weights import load_weights
 
 #: Octaves of sines and cosines of coordinates, and of the noise level.
 OCTAVES, LEVEL_OCTAVES = 5, 6

@@ -22,7 +22,7 @@ from meddiff_steps.compute.compilation import cast_weights, speed_up
 from meddiff_steps.compute.device import channels_last, to_channels_last, to_device
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json
-from meddiff_steps.core.folders import TONE
+from meddiff_steps.core.folders import CARD, TONE
 from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.diffusion.guidance import Guidance
 from meddiff_steps.diffusion.inversion import Inversion, invert
@@ -36,7 +36,7 @@ from meddiff_steps.models.first_stage.base import FirstStage, Posterior, build
 from meddiff_steps.models.text_encoder import TextEncoder
 from meddiff_steps.models.text_encoder import build as build_text_encoder
 from meddiff_steps.models.tone import ToneCurve
-from meddiff_steps.models.weights import CARD, load_weights, save_model
+from meddiff_steps.models.weights import load_weights, save_model
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

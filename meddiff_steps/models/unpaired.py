@@ -19,11 +19,12 @@ from torch.nn import functional
 
 from meddiff_steps import config
 from meddiff_steps.core.files import read_json
+from meddiff_steps.core.folders import CARD, WEIGHTS
 from meddiff_steps.diffusion.levels import halving_timesteps
 from meddiff_steps.diffusion.schedules import NoiseProcess
 from meddiff_steps.models.blocks import convolution, coordinates, dense
 from meddiff_steps.models.image_to_image import ImageToImage
-from meddiff_steps.models.weights import CARD, WEIGHTS, load_weights
+from meddiff_steps.models.weights import load_weights
 
 #: The two groups.  What is named after one gives images of that group.
 Side = Literal["a", "b"]

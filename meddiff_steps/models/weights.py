@@ -15,10 +15,7 @@ from torch import Tensor, nn
 from meddiff_steps import __version__
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path, write_json
-from meddiff_steps.core.folders import NETWORK
-
-#: Files of a trained network within its folder.
-WEIGHTS, CARD = NETWORK
+from meddiff_steps.core.folders import CARD, WEIGHTS
 
 
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -18,12 +18,14 @@ import torch
 from meddiff_steps.config import CategoricalCovariate, Covariates
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json
+from meddiff_steps.core.folders import CARD
 from meddiff_steps.imaging.encoding import PICTURE_SCALE, VOLUME_SCALE, Grid
 from meddiff_steps.instruments.predictors import Predictors, load_predictors
-from meddiff_steps.instruments.segmenter import Segmenter, load_segmenter
-from meddiff_steps.models.weights import CARD
 from meddiff_steps.provenance.ledger import MEASURED, SEGMENTED
 from meddiff_steps.release.sealed import Sealed
+
+if TYPE_CHECKING:
+    from meddiff_steps.instruments.segmenter import Segmenter
 
 #: Where a study keeps its instruments.
 FOLDERS = {"predictors": "instruments/predictors", "segmenter": "instruments/segmenter"}
@@ -58,10 +60,14 @@ class Instruments:
         cls, places: Mapping[str, Path | None], covariates: Covariates, grid: Grid, structures: Sequence[str] = ()
     ) -> Self:
         """Instruments by the folders that they lie in, named as in `FOLDERS`."""
-        predictors, segmenter = places.get("predictors"), places.get("segmenter")
+        predictors, segmenter = places.get("predictors"), None
+        if path := places.get("segmenter"):
+            from meddiff_steps.instruments.segmenter import load_segmenter  # loads MONAI, which takes seconds
+
+            segmenter = load_segmenter(path)[0]
         return cls(
             load_predictors(predictors) if predictors else None,
-            load_segmenter(segmenter)[0] if segmenter else None,
+            segmenter,
             covariates,
             grid,
             structures,

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import CHECKSUMS, atomic_path, read_json, write_atomic, write_checksums, write_json
-from meddiff_steps.core.folders import BUNDLE, GIVEN, NETWORK, TONE
+from meddiff_steps.core.folders import BUNDLE, CARD, GIVEN, NETWORK, TONE
 from meddiff_steps.models.trained import load_decoder, load_denoiser, load_first_stage
-from meddiff_steps.models.weights import CARD, save_tensors
+from meddiff_steps.models.weights import save_tensors
 from meddiff_steps.release.models import CONFIG, README
 
 #: Bytes that the weights of one set of models may take: they are in every copy of the package.

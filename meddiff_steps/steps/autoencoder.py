@@ -11,11 +11,12 @@ from meddiff_steps.compute.compilation import speed_up
 from meddiff_steps.compute.device import make_fabric, resolve
 from meddiff_steps.config import load_stage
 from meddiff_steps.core.files import atomic_path
+from meddiff_steps.core.folders import CARD, WEIGHTS
 from meddiff_steps.evaluation.reconstructions import MAX_RECONSTRUCTIONS, codebook_use, write_reconstructions
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.first_stage.base import latent_shape
 from meddiff_steps.models.trained import load_first_stage, save_image_network
-from meddiff_steps.models.weights import CARD, WEIGHTS, ingredient
+from meddiff_steps.models.weights import ingredient
 from meddiff_steps.steps import options
 from meddiff_steps.training.checkpoints import state_key
 from meddiff_steps.training.loop import fit

@@ -13,7 +13,7 @@ import typer
 from meddiff_steps.config import BidsSource, Study, load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json
-from meddiff_steps.models.weights import CARD
+from meddiff_steps.core.folders import CARD
 from meddiff_steps.release.dataset import Story, complete_dataset
 from meddiff_steps.release.facts import facts_of, with_base
 from meddiff_steps.steps import options

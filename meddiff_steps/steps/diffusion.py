@@ -17,13 +17,13 @@ from meddiff_steps.compute.device import make_fabric, resolve
 from meddiff_steps.config import load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path
-from meddiff_steps.core.folders import TEXT
+from meddiff_steps.core.folders import CARD, TEXT, WEIGHTS
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.masks import LABELS
 from meddiff_steps.models.pretrained.convert import published_encoding
 from meddiff_steps.models.text_encoder import TextEncoder
 from meddiff_steps.models.trained import load_denoiser, load_text_encoder, save_denoiser
-from meddiff_steps.models.weights import CARD, WEIGHTS, ingredient, weights_digest
+from meddiff_steps.models.weights import ingredient, weights_digest
 from meddiff_steps.steps import options
 from meddiff_steps.training.checkpoints import state_key
 from meddiff_steps.training.latent_data import CachedMaps, CachedTokens, LatentData

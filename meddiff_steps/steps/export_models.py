@@ -12,9 +12,8 @@ from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import Compute, Study, load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json
-from meddiff_steps.core.folders import BUNDLE
+from meddiff_steps.core.folders import BUNDLE, CARD
 from meddiff_steps.models.trained import TrainedModel
-from meddiff_steps.models.weights import CARD
 from meddiff_steps.release import bundle, card
 from meddiff_steps.release.facts import with_base
 from meddiff_steps.release.models import README, pack, refuse_weights, weights_gate

@@ -11,10 +11,10 @@ from meddiff_steps.cohort.manifest import read_manifest, rows_by_split
 from meddiff_steps.compute.device import make_fabric, resolve
 from meddiff_steps.config import load_stage
 from meddiff_steps.core.files import atomic_path
+from meddiff_steps.core.folders import CARD, WEIGHTS
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.denoiser.student import Distilled
 from meddiff_steps.models.trained import load_denoiser, save_denoiser
-from meddiff_steps.models.weights import CARD, WEIGHTS
 from meddiff_steps.steps import options
 from meddiff_steps.training.checkpoints import state_key
 from meddiff_steps.training.latent_data import LatentData

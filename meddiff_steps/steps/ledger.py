@@ -13,8 +13,7 @@ import typer
 from meddiff_steps.config import load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json, sha256_file
-from meddiff_steps.core.folders import TONE
-from meddiff_steps.models.weights import CARD
+from meddiff_steps.core.folders import CARD, TONE
 from meddiff_steps.privacy.calibration import thresholds_of
 from meddiff_steps.provenance import ledger
 from meddiff_steps.provenance.record import lock

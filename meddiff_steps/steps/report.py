@@ -15,8 +15,8 @@ from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.config import Study, load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json, write_atomic
+from meddiff_steps.core.folders import CARD
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.models.weights import CARD
 from meddiff_steps.provenance.record import checkout
 from meddiff_steps.release.facts import with_base
 from meddiff_steps.report import names, pictures, sections

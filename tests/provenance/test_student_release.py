@@ -12,8 +12,7 @@ from tiny_release import UNTROUBLED, Place
 from meddiff_steps.audit.explain import explain
 from meddiff_steps.audit.request import Request
 from meddiff_steps.audit.run import audit
-from meddiff_steps.core.folders import NETWORK, TONE
-from meddiff_steps.models.weights import CARD
+from meddiff_steps.core.folders import CARD, NETWORK, TONE
 from meddiff_steps.release.models import pack
 
 

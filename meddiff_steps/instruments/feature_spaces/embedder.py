@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from meddiff_steps.core.files import read_json
+from meddiff_steps.core.folders import CARD
 from meddiff_steps.instruments.embedder import load_embedder
 from meddiff_steps.instruments.feature_spaces.base import Context, FeatureSpace, digest_of
-from meddiff_steps.models.weights import CARD
 
 ENTRY = {
     "order": 3,

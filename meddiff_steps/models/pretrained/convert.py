@@ -15,6 +15,7 @@ from meddiff_steps.cohort.covariates import CovariateEncoding, as_declared
 from meddiff_steps.config.init_from import ARCHITECTURE
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json, sha256_file
+from meddiff_steps.core.folders import CARD
 from meddiff_steps.models.first_stage.base import build as build_first_stage
 from meddiff_steps.models.first_stage.base import latent_shape
 from meddiff_steps.models.first_stage.kl import Autoencoder
@@ -30,7 +31,6 @@ from meddiff_steps.models.trained import (
     save_denoiser,
     save_image_network,
 )
-from meddiff_steps.models.weights import CARD
 
 #: Keys that mean nothing to a network; they need not agree.
 UNUSED: Mapping[str, Sequence[str]] = {

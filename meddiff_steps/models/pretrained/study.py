@@ -10,9 +10,9 @@ import yaml
 
 from meddiff_steps.config.init_from import ARCHITECTURE
 from meddiff_steps.core.files import read_json
+from meddiff_steps.core.folders import CARD
 from meddiff_steps.models.pretrained.bundle import read_bundle
 from meddiff_steps.models.pretrained.convert import is_release
-from meddiff_steps.models.weights import CARD
 
 TO_COMPLETE = """\
 # To be completed: `covariates`, and which of them each input is. Of a continuous one, `range` has the values that the
