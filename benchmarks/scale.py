@@ -25,8 +25,7 @@ from typing import Any
 
 import yaml
 
-from meddiff_steps.command.ending import COST
-from meddiff_steps.operations.status import PLAN_STAGES, stage_of
+from meddiff_steps.operations.status import COST, PLAN_STAGES, stage_of
 
 ROOT = Path(__file__).parents[1]
 #: Subjects of a shard: as many at every size, so that what a job holds does not depend on the cohort.

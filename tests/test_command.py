@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -217,6 +219,47 @@ def test_propose_refuses_before_it_looks(tmp_path):
     assert done.returncode == 2 and "expected KEY=LABEL" in done.stderr
     done = meddiff("propose", str(tmp_path), cwd=tmp_path)
     assert done.returncode == 2 and "participants.tsv" in done.stderr
+
+
+STARTER = """
+import sys
+from meddiff_steps.command.run import started
+sys.exit(started(["-c", sys.argv[1], *sys.argv[2:]]))
+"""
+#: Starts itself once more, as Snakemake does with jobs; both say what reached them.
+STARTED = """
+import subprocess, sys, time
+from pathlib import Path
+code, folder, *job = sys.argv[1:]
+other = None if job else subprocess.Popen([sys.executable, "-c", code, code, folder, "job"])
+try:
+    Path(folder, f"began{len(job)}").touch()
+    time.sleep(60)
+except KeyboardInterrupt:
+    Path(folder, f"stopped{len(job)}").touch()
+if other is not None:
+    other.wait()
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["on a terminal", "in the background of a script"])
+def test_a_run_that_is_killed_ends_all_that_it_started(tmp_path, ignored):
+    kept = signal.signal(signal.SIGINT, signal.SIG_IGN) if ignored else signal.getsignal(signal.SIGINT)
+    try:
+        command = [sys.executable, "-c", STARTER, STARTED, STARTED, str(tmp_path)]
+        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)
+    finally:
+        signal.signal(signal.SIGINT, kept)
+    try:
+        end = time.monotonic() + 60
+        while not {"began0", "began1"} <= {path.name for path in tmp_path.iterdir()} and time.monotonic() < end:
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(60) == 3
+    finally:
+        process.kill()
+    assert {"stopped0", "stopped1"} <= {path.name for path in tmp_path.iterdir()}
 
 
 # ------------------------------------------------------------------------------------------------------ docs

@@ -107,12 +107,13 @@ def require_columns(covariates: Covariates, available: Sequence[str], origin: st
     missing = {name: column for name, column in columns.items() if column not in available}
     if missing:
         wanted = ", ".join(f"covariates.{name} reads column {column!r}" for name, column in missing.items())
-        name, column = next(iter(missing.items()))
+        column = next(iter(missing.values()))
         near = difflib.get_close_matches(column.lower(), [one.lower() for one in available], 1)
         meant = next((f" Did you mean {one!r}?" for one in available if [one.lower()] == near), "")
         raise UserError(
             f"{origin}: {wanted}, which is not there. Columns are: {', '.join(available)}.{meant} Set"
-            f" covariates.{name}.column, or add the column."
+            f" {' and '.join(f'covariates.{name}.column' for name in missing)}, add what is missing to the table, or"
+            " leave the covariate out."
         )
     return columns
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import resource
 import sys
 from collections.abc import Callable
@@ -14,8 +13,6 @@ from meddiff_steps.provenance.verify import shown
 
 log = logging.getLogger(__name__)
 
-#: How the last line of a step's log says what it took of the processor.
-COST = re.compile(r": ([\d.]+) s of the processor, ([\d.]+) MB at most$", re.MULTILINE)
 #: Steps that read what a stranger wrote, which may be nested or repeated without end.
 READ_RELEASES = ("audit", "explain", "diff", "prove", "regenerate")
 

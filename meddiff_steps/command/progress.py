@@ -71,7 +71,7 @@ class Progress:
     clock
         Seconds.
     jobs_file
-        Where it writes after every job how many are done and how many there are, for `meddiff status`.
+        Where it writes, first and after every job, how many are done and how many there are, for `meddiff status`.
     """
 
     stream: TextIO = sys.stderr
@@ -121,6 +121,7 @@ class Progress:
         counts = {rule: count for rule, count in said["stats"].items() if rule != "total"}
         self.total, self.waiting = sum(counts.values()), dict(counts)
         self._line(f"{self.total} jobs: " + ", ".join(f"{n} {rule}" for rule, n in counts.items()))
+        self._tell_status()
 
     def _job_info(self, said: Mapping[str, Any]) -> None:
         """A job is announced when it is started, or handed to a cluster."""
@@ -142,6 +143,9 @@ class Progress:
             self.took.append((job.rule, self.clock() - job.since))
             self._line(f"done    {job.rule}: {job.what} ({duration(self.clock() - job.since)})")
         self._draw(force=True)
+        self._tell_status()
+
+    def _tell_status(self) -> None:
         if self.jobs_file is not None:
             write_atomic(self.jobs_file, json.dumps({"done": self.done, "of": self.total}).encode())
 

@@ -13,10 +13,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
+import psutil
 import typer
 import yaml
 
@@ -73,6 +75,10 @@ def run(
     with_progress = ["-m", "meddiff_steps.command.snakemake_with_progress", *command[1:]]
     if dry_run:
         done = started(with_progress, {"MEDDIFF_PROGRESS": "plan"})
+        on_processors = "" if profile or this_machine().gpus else " No GPU is here: processors do what asks for one."
+        if not done:
+            said = f"The cohort was not looked at; `meddiff check {study}` does, and says how long it takes."
+            print(said + on_processors, file=sys.stderr)
     else:
         shown = {
             "MEDDIFF_PROGRESS": "quiet" if quiet else "lines",
@@ -119,13 +125,37 @@ def tell_hours(study: Study, measured: Path | None, out: Path) -> None:
 
 
 def started(arguments: list[str], environment: dict[str, str] | None = None) -> int:
-    """Run Python, which gets what a terminal sends to stop it, and is waited for."""
-    process = subprocess.Popen([sys.executable, *arguments], env={**os.environ, **(environment or {})})
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:  # Snakemake has it, too, and ends its jobs
-            continue
+    """Run Python, which gets what a terminal sends to stop it, and is waited for.
+
+    SIGTERM, which only this process gets, is handed on as a terminal's Ctrl-C: to all that it started.  Scripts let
+    what they start in the background ignore that, so that no terminal stops it; then no terminal reaches it.
+    """
+    background = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    if background:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, it would be so in all that is started
+    command = [sys.executable, *arguments]
+    process = subprocess.Popen(command, env={**os.environ, **(environment or {})}, start_new_session=background)
+    before = signal.signal(signal.SIGTERM, lambda *_: interrupt(process.pid))
+    try:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:  # Snakemake has it, too, and ends its jobs
+                continue
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def interrupt(pid: int) -> None:
+    """Send SIGINT to a process and to all that it has started."""
+    try:
+        found = [psutil.Process(pid)]
+        found += found[0].children(recursive=True)
+    except psutil.NoSuchProcess:
+        return
+    for one in found:
+        with suppress(psutil.NoSuchProcess):
+            one.send_signal(signal.SIGINT)
 
 
 def split_targets(words: list[str]) -> tuple[list[str], list[str]]:

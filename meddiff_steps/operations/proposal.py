@@ -107,7 +107,7 @@ def columns(cells: pd.DataFrame, sidecar: Mapping[str, Any]) -> list[Column]:
         elif twin is not None:
             listed.append(_left_out(one, f"says nearly the same as {twin.name}"))
         elif len(taken) == MOST:
-            listed.append(_left_out(one, f"a proposal takes {MOST} at most"))
+            listed.append(_left_out(one, f"only the {MOST} that come first are weighed"))
         else:
             taken.append(one)
     return [*taken, *listed]

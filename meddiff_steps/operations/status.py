@@ -44,6 +44,8 @@ JOBS = "logs/jobs.json"
 #: How a log ends whose step has given up, and whose was asked to stop; a step that was killed says nothing.
 GAVE_UP = re.compile(r"^(error: |Traceback |[\w.]+Error\b)", re.M)
 ASKED_TO_STOP = re.compile(r"^\w+: asked to stop; saved |^KeyboardInterrupt\b", re.M)
+#: How the last line of a log says what the step took of the processor (`command.ending`).
+COST = re.compile(r": ([\d.]+) s of the processor, ([\d.]+) MB at most$", re.M)
 #: What a job can be that has begun and is not done.
 NOT_DONE = ("running", "stopped", "failed")
 #: Bytes at the end of a log in which last words are looked for.
@@ -205,8 +207,8 @@ def tail(log: Path) -> str:
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that says something; of a progress bar, its last state."""
-    lines = [line for line in tail(log).replace("\r", "\n").splitlines() if line.strip()]
+    """The last line of a log that says something, but what the job took; of a progress bar, its last state."""
+    lines = [line for line in tail(log).replace("\r", "\n").splitlines() if line.strip() and not COST.search(line)]
     return lines[-1].strip() if lines else "(empty)"
 
 

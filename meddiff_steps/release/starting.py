@@ -36,11 +36,12 @@ study: {name}
 title: Brains like those of my cohort     # <--
 seed: {name}
 
-# A stand-in, so that this runs as it is: simulated brains. Your own cohort:    <--
-#   source: bids
-#   root: /data/mycohort
-#   suffix: T1w
 cohort:
+  # <-- Your own, instead of the stand-in below:
+  # source: bids
+  # root: /data/mycohort
+  # suffix: T1w
+  # A stand-in, so that this runs as it is: simulated brains
   source: simulated
   subjects: 200
   shape: [{cells}]
@@ -49,7 +50,8 @@ cohort:
 splits: {{train: 0.6, val: 0.05, calibration: 0.15, test: 0.2}}
 
 # Covariates below are those that the models were told: your participants.tsv needs a column for each (`column:` names
-# it, where it is called otherwise).                                          <--
+# it, where it is called otherwise). Where it lacks one, delete the covariate here, and start from the autoencoder and
+# decoder alone: below, leave diffusion out of `init_from.models`.            <--
 """
 TAIL = """
 plan:                               # <-- who is to be made

@@ -149,6 +149,17 @@ def test_jobs_of_the_run_are_told_where_it_wrote_them(results, capsys):
     stream.happened("job_finished", {"job_id": 1})
     run(results)
     assert "1 of 3 jobs of the last run are done; the same `meddiff run` goes on" in capsys.readouterr().out
+    again = Progress(io.StringIO(), jobs_file=results / progress.JOBS)
+    again.happened("run_info", {"stats": {"evaluate": 5, "total": 5}})
+    run(results)
+    assert "0 of 5 jobs of the last run" in capsys.readouterr().out
+
+
+def test_what_a_job_took_is_not_its_last_word(tmp_path):
+    log = tmp_path / "filter.log"
+    took = "12:00:00 meddiff_steps.command.ending: filter: 3.75 s of the processor, 612 MB at most"
+    log.write_text(f"error: no image is left\n{took}\n")
+    assert progress.last_line(log) == "error: no image is left"
 
 
 def test_a_folder_without_a_study_is_refused(tmp_path):
