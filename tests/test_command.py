@@ -16,12 +16,14 @@ from meddiff_steps.command.init import study_name
 from meddiff_steps.command.run import (
     check_profile,
     check_targets,
+    places,
     profile_folder,
     snakemake_command,
     split_targets,
+    tell_what_would_fail,
     workflow_folder,
 )
-from meddiff_steps.config import load_study
+from meddiff_steps.config import load_study, parse_study
 from meddiff_steps.core.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -102,6 +104,10 @@ def test_the_template_is_one_file():
 def test_the_report_is_found_by_its_study(tmp_path):
     folder = tmp_path / "results/ixi"
     folder.mkdir(parents=True)
+    made = folder / "inpainting"
+    made.mkdir(parents=True)
+    (made / "figures.json").touch()
+    assert "see results/ixi/inpainting (contact" in meddiff("report", str(STUDY), cwd=tmp_path).stderr
     missing = meddiff("report", str(STUDY), cwd=tmp_path)
     assert missing.returncode == 2 and "report.html: not there yet" in missing.stderr
     (folder / "report.html").touch()
@@ -219,6 +225,34 @@ def test_propose_refuses_before_it_looks(tmp_path):
     assert done.returncode == 2 and "expected KEY=LABEL" in done.stderr
     done = meddiff("propose", str(tmp_path), cwd=tmp_path)
     assert done.returncode == 2 and "participants.tsv" in done.stderr
+
+
+def test_a_plan_tells_what_would_fail_and_an_end_where_to_look(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    table = tmp_path / "cohort.csv"
+    rows = "".join(f"s{i},{20 + i},s{i}.png\n" for i in range(40))
+    table.write_text("subject,age,path\n" + rows)
+    content = {
+        "study": "plan",
+        "seed": "s",
+        "cohort": {"source": "table", "table": str(table), "subject_column": "subject"},
+        "covariates": {"agee": {"unit": "year", "range": [0, 100]}},
+        "preprocess": {"shape": [32, 32], "spacing_mm": None},
+        "plan": [{"name": "a", "subjects": 2}],
+    }
+    study = parse_study(content, "study.yaml")
+    tell_what_would_fail(study, Path("study.yaml"), [])
+    said = capsys.readouterr().err
+    assert "would FAIL  cohort: " in said and "Did you mean 'age'?" in said and "`meddiff check study.yaml`" in said
+    tell_what_would_fail(study, Path("study.yaml"), ["shape_completion"])
+    assert "would FAIL" not in capsys.readouterr().err
+    assert places(study, []) == []
+    for name in ("report.html", "anomaly/figures.json"):
+        path = Path("results/plan", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert places(study, []) == [Path("results/plan/report.html")]
+    assert places(study, ["anomaly", "quality"]) == [Path("results/plan/anomaly")]
 
 
 STARTER = """

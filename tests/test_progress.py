@@ -8,7 +8,7 @@ import yaml
 from test_command import meddiff
 from tiny_study import STUDY
 
-from meddiff_steps.command.progress import Progress, duration, plain, planned
+from meddiff_steps.command.progress import GO_ON, Job, Progress, done_of, duration, plain, planned
 
 
 class Terminal(io.StringIO):
@@ -148,7 +148,7 @@ def test_jobs_of_a_run_that_somebody_stops_have_not_failed():
     said = stream.getvalue()
     assert "stopped diffusion" in said and "1 of 3 jobs done, stopped in 00:01:00" in said
     assert "FAILED" not in said and "SIGINT" not in said and "At least" not in said
-    assert said.endswith("Run the same command to go on: what is done is not done again.\n")
+    assert said.endswith(f"{GO_ON}\n")
 
 
 def test_an_answer_that_snakemake_repeats_is_given_once():
@@ -264,3 +264,18 @@ def test_a_folder_that_another_run_holds_is_told_in_our_words():
     progress = Progress(stream, quiet=True)
     progress.said("ERROR", "LockException:\nError: Directory cannot be locked. Please make sure ... --unlock argument.")
     assert "Another run works in this folder" in stream.getvalue() and "Please" not in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("rule", "line", "share"),
+    [
+        ("shape_completion_train", "shape_completion_train:  40%|####      | 600/1500", 0.4),
+        ("registration_train", "registration_train, score:  40%|####      | 8/20", 0.4),
+        ("mask_diffusion", "diffusion:   7%|7         | 7/100", 0.07),
+        ("filter", "scans:  40%|####      | 4/10", None),
+    ],
+)
+def test_a_training_is_believed_by_its_own_bar(tmp_path, rule, line, share):
+    log = tmp_path / "job.log"
+    log.write_text(f"loading\n{line}")
+    assert done_of(Job(rule, rule, [str(log)], 0.0)) == share

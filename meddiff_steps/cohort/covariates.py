@@ -468,7 +468,8 @@ def as_declared(trained: CovariateEncoding, covariates: Covariates, rare: Rare |
         raise UserError(
             f"{place}: trained with covariates {_with_levels(said)}, this study has {_with_levels(wanted)}. Declare the"
             f" same, with levels in the same order{further}; some values may be n/a, all may not. For other covariates"
-            " take the autoencoder alone, init_from.models: [autoencoder], and train the diffusion model."
+            " leave diffusion out of init_from.models: its network is then trained from nothing, and needs steps enough"
+            " for that (diffusion.optimiser.steps)."
         )
     return replace(trained, covariates={name: covariates[name].model_copy(update={"column": None}) for name in said})
 

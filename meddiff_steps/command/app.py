@@ -52,11 +52,11 @@ EXAMPLES = {
         "meddiff plan-cost mycohort.yaml --scans 31740 --tflops 300 --jobs 50",
     ],
     "audit": ["meddiff audit results/mycohort/release --models results/mycohort"],
-    "explain": ["meddiff explain sub-00001 results/mycohort/release"],
+    "explain": ["meddiff explain sub-syn000000 results/mycohort/release"],
     "diff": ["meddiff diff results/mycohort/release results/other/release"],
-    "prove": ["meddiff prove sub-00001 results/mycohort/release --out proof.json"],
+    "prove": ["meddiff prove sub-syn000000 results/mycohort/release --out proof.json"],
     "regenerate": [
-        "meddiff regenerate results/mycohort/release --models results/mycohort --out again --subject sub-00001"
+        "meddiff regenerate results/mycohort/release --models results/mycohort --out again --subject sub-syn000000"
     ],
 }
 

@@ -27,6 +27,8 @@ MOST = 8
 #: How Snakemake begins what is shown though it is no warning: to somebody who stops it, or who has nothing left to do.
 STOPPED = "Terminating processes on user request"
 SHOWN = ("Will exit after finishing", STOPPED, "Nothing to be done")
+#: What is said to somebody who has stopped a run.
+GO_ON = "Run the same command to go on: what is done is not done again, and trainings were saved."
 #: How Snakemake begins what it says of a job whose command failed.
 OF_A_JOB = "RuleException:\nCalledProcessError"
 #: What Snakemake writes around the message of a `WorkflowError`: before a rule's, where it stands in which file, and
@@ -269,7 +271,7 @@ class Progress:
             if self.failed:
                 self.stream.write("When it is mended, run the same command again: what is done is not done again.\n")
             elif self.stopped:
-                self.stream.write("Run the same command to go on: what is done is not done again.\n")
+                self.stream.write(f"{GO_ON}\n")
             self.total = 0
         self.stream.flush()
 
@@ -281,7 +283,8 @@ def done_of(job: Job) -> float | None:
     """
     for log in map(Path, job.logs):
         if log.is_file() and log.stat().st_size:
-            found = re.match(rf"{job.rule}: +(\d+)%\|", last_line(log))
+            name = job.rule.removeprefix("mask_")  # whose training is that of images
+            found = re.match(rf"{name}(?:, \w+)?: +(\d+)%\|", last_line(log))
             return int(found[1]) / 100 if found else None
     return None
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.folders import DERIVATIVE
 from meddiff_steps.operations.status import results_of
 
 
@@ -19,9 +20,11 @@ def run(
     """Print where the report of a study lies."""
     page = results_of(study) / "report.html"
     if not page.is_file():
+        made = sorted(figures.parent for figures in page.parent.glob(f"*/{DERIVATIVE[1]}"))
         raise UserError(
             f"{page}: not there yet. `meddiff status {page.parent}` says how far the study is, `meddiff run STUDY.yaml`"
             " makes it."
+            + (f" Applications have been made, see {', '.join(map(str, made))} (contact-sheet.png)." if made else "")
         )
     print(page)
     if open and not webbrowser.open(page.resolve().as_uri()):

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +27,7 @@ import meddiff_steps
 from meddiff_steps.config import SimulatedSource, Study, load_study
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import write_atomic
+from meddiff_steps.core.folders import DERIVATIVE
 from meddiff_steps.operations.machine import this_machine
 from meddiff_steps.operations.status import JOBS
 
@@ -35,6 +37,8 @@ NOT_YET_S = 15.0
 MANY_CORES = 1000
 #: Programs without which an executor can submit nothing.
 SUBMITTING = {"slurm": "sbatch"}
+#: Below a study's results: its cohort; below what an application has made: its figures.
+MANIFEST, FIGURES = "cohort/manifest.parquet", DERIVATIVE[1]
 #: Where the workflow lies, for packages that were installed without it.
 WORKFLOW = "MEDDIFF_WORKFLOW"
 
@@ -75,10 +79,10 @@ def run(
     with_progress = ["-m", "meddiff_steps.command.snakemake_with_progress", *command[1:]]
     if dry_run:
         done = started(with_progress, {"MEDDIFF_PROGRESS": "plan"})
-        on_processors = "" if profile or this_machine().gpus else " No GPU is here: processors do what asks for one."
         if not done:
-            said = f"The cohort was not looked at; `meddiff check {study}` does, and says how long it takes."
-            print(said + on_processors, file=sys.stderr)
+            tell_what_would_fail(content, study, wanted)
+            if profile is None and not this_machine().gpus:
+                print("No GPU is here: processors do what asks for one.", file=sys.stderr)
     else:
         shown = {
             "MEDDIFF_PROGRESS": "quiet" if quiet else "lines",
@@ -95,7 +99,36 @@ def run(
             if counting is not None:
                 counting.terminate()
                 counting.join()
+        if not done:
+            print("\n".join(f"see {place}" for place in places(content, wanted)), file=sys.stderr)
     raise typer.Exit(done)
+
+
+def tell_what_would_fail(study: Study, path: Path, targets: Sequence[str]) -> None:
+    """What Snakemake, which looks at files alone, does not know of a run that it has planned: of tables and splits."""
+    from meddiff_steps.operations import check
+
+    found: list[check.Finding] = []
+    if targets:
+        looked_at = "The cohort was not looked at"
+    elif Path(study.results, study.study, MANIFEST).is_file():
+        looked_at = "The cohort was read before"
+    else:
+        looked_at = "Tables were looked at, images were not"
+        found, cohort = check.cohort(study)
+        if cohort is not None and cohort.splits:
+            found = [*found, check.privacy(study, cohort.splits["calibration"])]
+    for one in found:
+        if one.state == "fail":
+            print(f"would FAIL  {one.topic}: {one.text}", file=sys.stderr)
+    print(f"{looked_at}; `meddiff check {path}` says all that would fail, and how long it takes.", file=sys.stderr)
+
+
+def places(study: Study, targets: Sequence[str]) -> list[Path]:
+    """Where a person finds what was made: the report, folders of applications."""
+    folder = Path(study.results, study.study)
+    found = [folder / target for target in targets if (folder / target / FIGURES).is_file()]
+    return found or [page for page in (folder / "report.html",) if page.is_file() and not targets]
 
 
 def tell_hours(study: Study, measured: Path | None, out: Path) -> None:
@@ -106,7 +139,7 @@ def tell_hours(study: Study, measured: Path | None, out: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     time.sleep(NOT_YET_S)
     scans = study.cohort.subjects if isinstance(study.cohort, SimulatedSource) else None
-    manifest = Path(study.results, study.study, "cohort/manifest.parquet")
+    manifest = Path(study.results, study.study, MANIFEST)
     while scans is None:
         if manifest.is_file():
             import pyarrow.parquet as pq

@@ -50,8 +50,8 @@ cohort:
 splits: {{train: 0.6, val: 0.05, calibration: 0.15, test: 0.2}}
 
 # Covariates below are those that the models were told: your participants.tsv needs a column for each (`column:` names
-# it, where it is called otherwise). Where it lacks one, delete the covariate here, and start from the autoencoder and
-# decoder alone: below, leave diffusion out of `init_from.models`.            <--
+# it, where it is called otherwise). Where it lacks one, delete the covariate here and leave diffusion out of
+# `init_from.models`: its network is then trained from nothing, so give it thousands of steps.                    <--
 """
 TAIL = """
 plan:                               # <-- who is to be made

@@ -43,7 +43,7 @@ def run(
     task = RegistrationTask(settings, shards, rows["train"], rows["val"], study.seed, fabric, score=network == "score")
     compiled = speed_up(task.costly, study.compute, fabric, training=True)
     folder = state / f"{state_key('registration_train', config, [manifest, *images])}-{network}"
-    curve = fit(task, settings.optimiser, fabric, folder, f"registration, {network}")
+    curve = fit(task, settings.optimiser, fabric, folder, f"registration_train, {network}")
     with atomic_path(out / "history.parquet") as path:
         curve.to_parquet(path, index=False)
     facts = {

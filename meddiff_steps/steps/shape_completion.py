@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 
 README = """# Shape completion
 
-A part of each shape was missing and drawn by a diffusion of points, given the rest. The shapes are those of real
-people's organs: handle them as the scans that they come from.
+A part of each shape was missing and drawn by a diffusion of points, given the rest. If the shapes are of people's
+organs, these are, too: handle them as the scans that they come from.
 
 Per shape, in its own frame, mm: `desc-completed` is the solid whose surface what is left and what was drawn lie on,
 `desc-drawn` what it has that the shape with its defect has not. completions.npz has the points of all draws.

@@ -34,7 +34,7 @@ def run(
     fabric = make_fabric(study.compute, threads)
     task = ShapeTask(settings, shapes, train, val, study.seed, fabric)
     folder = state / state_key("shape_completion_train", config, [points])
-    curve = fit(task, settings.optimiser, fabric, folder, "shapes")
+    curve = fit(task, settings.optimiser, fabric, folder, "shape_completion_train")
     with atomic_path(out / "history.parquet") as path:
         curve.to_parquet(path, index=False)
     facts = {
