@@ -383,6 +383,14 @@ def test_a_value_that_is_no_text_is_refused_with_its_line_and_how_to_write_it(tm
     assert (tmp_path / "study.yaml").read_text().splitlines()[line - 1].startswith("seed:")
 
 
+def test_what_is_wrong_between_sections_is_told_with_the_line_of_the_key_that_it_names(tmp_path):
+    more = "covariates: {age: {unit: year, range: [0, 100]}}\ndownstream:\n  seeds: 3\n  target: age\n"
+    with pytest.raises(UserError, match=r"downstream.target: age is a number.*study.yaml, line (\d+)\]") as caught:
+        written(tmp_path, more)
+    line = int(re.search(r"line (\d+)", str(caught.value))[1])
+    assert (tmp_path / "study.yaml").read_text().splitlines()[line - 1] == "  target: age"
+
+
 @pytest.mark.parametrize("path", ["", "~/x", "$HOME/x", "a/${USER}", "x{y}", "a\nb", "a\tb", "-x"])
 def test_a_path_that_shells_or_snakemake_would_read_as_something_else_is_refused(path):
     for key in ("results", "autoencoder.perceptual.weights", "release.signing_key", "preprocess.registration.template"):

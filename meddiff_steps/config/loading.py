@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 #: Parts of the places that pydantic names which are no keys: kinds of a section, and how a value was tried.
 _NO_KEYS = re.compile(r"(continuous|categorical|simulated|bids|table)$|(tuple|function)\b")
+_KEY_AT_THE_START = re.compile(r"\w+(\.\w+)*")
 _NO_KEY_AT_THE_END = re.compile(r"(bool|int|float|str|none|constrained-\w+)$|(literal|list|dict|nullable)\[")
 
 
@@ -120,7 +121,9 @@ def _keys(where: Sequence[str]) -> Keys:
 def _explained(problem: ErrorDetails, where: tuple[str, ...], message: str, files: Sequence[Path]) -> Iterator[str]:
     """A problem in words, after the key that it is about, and where that stands."""
     if not where:  # a relation between sections, which names its keys itself
-        yield from problem["msg"].removeprefix("Value error, ").split("\n")
+        for line in problem["msg"].removeprefix("Value error, ").split("\n"):
+            key = _KEY_AT_THE_START.match(line)
+            yield line + _place(key[0].split(".") if key else (), files)
         return
     found = problem.get("input")
     if problem["type"] == "extra_forbidden":
@@ -137,8 +140,13 @@ def _explained(problem: ErrorDetails, where: tuple[str, ...], message: str, file
     shown = problem["type"] not in ("missing", "union_tag_not_found", "extra_forbidden") and isinstance(
         found, (str, int, float, bool, type(None))
     )
+    yield f"{'.'.join(where)}: {message}{f' (found {found!r})' if shown else ''}{_place(where, files)}"
+
+
+def _place(where: Sequence[str], files: Sequence[Path]) -> str:
+    """Where a key, or the section that it belongs to, stands, to be put behind what is said of it."""
     place = where_is(where, files)
-    yield f"{'.'.join(where)}: {message}{f' (found {found!r})' if shown else ''}{f' [{place}]' if place else ''}"
+    return f" [{place}]" if place else ""
 
 
 def _near(found: Any, choices: Sequence[str]) -> str:
