@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,6 +197,12 @@ def test_run_says_what_is_wrong_with_a_study_before_snakemake_starts(tmp_path):
     (tmp_path / "bad.yaml").write_text("study: bad\nplann: []\n")
     done = meddiff("run", "bad.yaml", cwd=tmp_path)
     assert done.returncode == 2 and "Did you mean `plan`?" in done.stderr and "snakemake" not in done.stderr
+
+
+def test_a_folder_that_is_unlocked_says_how_to_go_on(tmp_path):
+    shutil.copy(ROOT / "config/config.yaml", tmp_path / "study.yaml")
+    done = meddiff("run", "study.yaml", "--", "--unlock", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr.splitlines()[-1].startswith("Unlocked. The same command without")
 
 
 # ----------------------------------------------------------------------------------------------------- check

@@ -99,7 +99,9 @@ def run(
             if counting is not None:
                 counting.terminate()
                 counting.join()
-        if not done:
+        if not done and "--unlock" in extra:
+            print("Unlocked. The same command without `-- --unlock` goes on.", file=sys.stderr)
+        elif not done:
             print("\n".join(f"see {place}" for place in places(content, wanted)), file=sys.stderr)
     raise typer.Exit(done)
 
