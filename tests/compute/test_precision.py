@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from meddiff_steps import config
-from meddiff_steps.compute.device import adamw, full_float32, make_fabric
+from meddiff_steps.compute.device import adamw, full_float32, make_fabric, to_channels_last
+from meddiff_steps.compute.precision import WITHOUT_ONEDNN, convolve_single_images_fast
 from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.models.denoiser.base import Denoiser
 from meddiff_steps.models.latent_statistics import fit_effects
@@ -146,3 +147,36 @@ def test_gradients_of_weights_are_those_of_float32_but_for_rounding(kernel, stri
 
     exact, rounded = gradient("32-true"), gradient("bf16-mixed")
     assert (rounded - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    ("images", "side", "asked"), [(1, 6, True), (2, 6, False), (1, WITHOUT_ONEDNN // 64 + 1, False)]
+)
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_small_image_alone_is_convolved_by_onednn_to_the_same_result(dims, images, side, asked, monkeypatch):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    torch.manual_seed(0)
+    layer = (torch.nn.Conv2d if dims == 2 else torch.nn.Conv3d)(8, 4, 3, padding=1)
+    to_channels_last(layer, dims)
+    x = torch.randn(images, 8, 8, side, *[5] * (dims - 2), requires_grad=True)
+    through = []
+
+    def of(x: Tensor) -> list[Tensor]:
+        layer.zero_grad()
+        x.grad = None
+        made = layer(x)
+        made.sin().sum().backward()
+        return [made.detach(), x.grad.clone(), layer.weight.grad.clone(), layer.bias.grad.clone()]
+
+    expected = of(x)
+    convolve_single_images_fast(layer)
+    to_mkldnn = Tensor.to_mkldnn
+    monkeypatch.setattr(Tensor, "to_mkldnn", lambda self: through.append(self.shape) or to_mkldnn(self))
+    for one, other in zip(of(x), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert bool(through) == asked
+    through.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+    assert not through

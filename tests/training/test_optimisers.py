@@ -53,6 +53,23 @@ def test_a_step_is_that_of_torch_on_the_weight_as_a_matrix(dims: int, last: bool
     assert layer.weight.data_ptr() == address, "in place"
 
 
+def test_a_processor_that_emulates_bfloat16_makes_nearly_the_same_step_in_float32(monkeypatch) -> None:
+    """Of singular values that Newton-Schulz brings near 1, whichever they are, and not of rounding."""
+    moved = {}
+    for fast in (True, False):
+        monkeypatch.setattr("meddiff_steps.training.optimisers.cpu_has_bf16", lambda fast=fast: fast)
+        layer = convolution(3, True)
+        before = layer.weight.detach().clone()
+        fabric = make_fabric(config.Compute(device="cpu", precision="32-true"), 1)
+        settings = config.DiffusionOptimiser(method="muon", learning_rate=RATE)  # type: ignore[arg-type]
+        optimiser = set_up(layer, settings, fabric)[1]["matrices"]
+        gradient(layer, 0)
+        optimiser.step()
+        moved[fast] = as_matrix(layer.weight.detach() - before)
+        assert optimiser.state[next(iter(optimiser.state))]["momentum_buffer"].dtype == torch.float32
+    assert 0 < float((moved[True] - moved[False]).norm() / moved[True].norm()) < 0.02
+
+
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
 def test_a_matrix_shares_the_memory_of_its_weight(last: bool) -> None:
     weight = convolution(3, last).weight.detach()
