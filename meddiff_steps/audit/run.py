@@ -15,6 +15,7 @@ from meddiff_steps.audit import chain, content, form, integrity, recipes, statem
 from meddiff_steps.audit.private import check_private
 from meddiff_steps.audit.progress import progress
 from meddiff_steps.audit.request import Report, Request
+from meddiff_steps.audit.verdict import check_verdict
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.provenance import signature, verify
 from meddiff_steps.provenance.verify import Check
@@ -112,7 +113,7 @@ def _rows_and_statements(release: Sealed, request: Request) -> Iterator[Check]:
     """L4."""
     checks, tally = recipes.check_recipes(release)
     yield from checks
-    yield statements.check_verdict(release, tally)
+    yield check_verdict(release, tally)
     yield statements.check_settings(release)
     yield check_private(release, request.private, tally.outcomes)
     yield statements.check_metadata(release)

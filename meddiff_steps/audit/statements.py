@@ -1,4 +1,4 @@
-"""L4 of an audit, what the release says of itself: verdict and counts, settings of the runs, metadata, descriptions.
+"""L4 of an audit, what the release says of itself: settings of the runs, metadata, descriptions.
 
 What is made again is made as the version would have made it that sealed the release.  Where that gives something else
 than a version that is not this one wrote, the check is a note: either program may be the reason.
@@ -15,10 +15,8 @@ import pandas as pd
 import rfc8785
 
 from meddiff_steps import __version__, config
-from meddiff_steps.audit.recipes import Tally
 from meddiff_steps.cohort.texts import COLUMN as TEXT
 from meddiff_steps.core.errors import UserError
-from meddiff_steps.privacy.verdict import PLAIN, SEVERITY, within
 from meddiff_steps.provenance import lineage, verify
 from meddiff_steps.provenance.ledger import LABELS
 from meddiff_steps.provenance.lineage import Record
@@ -31,65 +29,6 @@ from meddiff_steps.release.story import Story
 
 #: Where the first of two models lies.
 FIRST_MODEL = "teacher/"
-
-# ------------------------------------------------------------------------------------------------ verdict
-
-
-def check_verdict(release: Sealed, tally: Tally) -> Check:
-    """Verdict and counts of the privacy report are those of the ledger and the description."""
-    wrong = [*_verdict_problems(release), *_count_problems(release, tally)]
-    return judged(4, "verdict", wrong, f"counts and verdict ({_verdict(release)}) fit", "problem(s)")
-
-
-def _verdict(release: Sealed) -> str:
-    """The verdict as it can be shown: a stranger wrote it."""
-    said = release.root["privacy"]["verdict"]
-    return said if said in SEVERITY else repr(said[:40])
-
-
-def _verdict_problems(release: Sealed) -> Iterator[str]:
-    study, said = release.study, release.root["privacy"]
-    assert study is not None
-    if said["verdict"] == "FAIL" and study.privacy.enforce == "stop":
-        yield "the verdict is FAIL and privacy.enforce is stop, but there is a release"
-    described = lineage.read_strictly(release.folder, verify.DESCRIPTION, ascii_only=False)
-    if f"Verdict: {said['verdict']}." not in str(described.get("Description")):
-        yield f"{verify.DESCRIPTION} does not say the verdict that root.json says, {said['verdict'][:40]!r}"
-    if release.is_other:
-        return
-    facts = described["Facts"]
-    if {name: facts["privacy"][name] for name in ("verdict", "counts")} != said:
-        yield f"{verify.DESCRIPTION} tells another verdict or other counts than root.json"
-    for gate in facts["privacy"]["gates"]:
-        if gate["name"] not in PLAIN and (found := within(gate["figure"], gate["limit"])) != gate["outcome"]:
-            yield f"{gate['name']}: {gate['outcome']}, by its interval and limit {found}"
-    worst = max((SEVERITY.index(gate["outcome"]) for gate in facts["privacy"]["gates"]), default=None)
-    if worst is not None and SEVERITY[worst] != said["verdict"]:
-        yield f"the worst outcome of its tests is {SEVERITY[worst]}"
-    told = {card["weights_sha256"] for card in facts["models"]}
-    named = {digest for kind, digest in release.weights if kind != "tone"}
-    if told != named:
-        yield f"{verify.DESCRIPTION} tells of other models than the rows name"
-
-
-def _count_problems(release: Sealed, tally: Tally) -> Iterator[str]:
-    decisions = tally.decisions
-    candidates = sum(made for _, _, made, _ in tally.outcomes.values())
-    found = {
-        "planned": sum(decisions.values()),
-        "released": decisions["released"],
-        "duplicates": decisions["duplicate"],
-        "failed": decisions["rejected"],
-        "candidates": candidates,
-        "rejected": candidates - decisions["released"] - decisions["duplicate"],
-    }
-    counts = release.root["privacy"]["counts"]
-    for name in sorted({*found, *counts}):
-        if found.get(name) != counts.get(name):
-            yield f"{found.get(name)} {name} by the ledger, {counts.get(name)} by the privacy report"
-    if release.root["study"] != release.config["study"]:
-        yield f"root.json is of study {release.root['study'][:40]!r}, the config of {release.config['study']!r}"
-
 
 # ----------------------------------------------------------------------------------------------- settings
 

@@ -78,10 +78,14 @@ class Privacy(Section):
         0.05, description="Gate: copies before the filter beyond those that unseen real scans would be taken for."
     )
     max_membership_auc: Annotated[float, Field(ge=0.5, le=1.0)] = Field(
-        0.6, description="Gate: AUC of every membership attack on the released cohort; 0.5 is guessing."
+        0.6,
+        description="Gate: AUC of every membership attack on the released cohort; 0.5 is guessing, and as far below "
+        "it tells as much.",
     )
     max_nearer_to_training: Annotated[float, Field(ge=0.5, le=1.0)] = Field(
-        0.6, description="Gate: share of released images nearer to the training set than to as many unseen scans."
+        0.6,
+        description="Gate: share of released images nearer to the training set than to as many unseen scans; as far "
+        "below 0.5 tells as much.",
     )
     max_table_risk: Fraction = Field(
         0.1,

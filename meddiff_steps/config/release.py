@@ -67,5 +67,6 @@ class Release(Section):
     membership_limit: Fraction = Field(
         0.6,
         description="Largest AUC by which training scans may be told from unseen ones with the weights, for these to "
-        "be packed: the whole 95 % interval must be below. What happens otherwise says `privacy.enforce`.",
+        "be packed, and as far below 0.5. Where the whole 95 % interval is beyond, or nothing was measured, "
+        "`privacy.enforce` says what happens.",
     )

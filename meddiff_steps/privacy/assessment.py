@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,24 @@ from meddiff_steps.models.trained import TrainedModel
 from meddiff_steps.privacy import attacks
 from meddiff_steps.privacy.search import nearest, nearest_of_each
 from meddiff_steps.privacy.size import batch_size
-from meddiff_steps.privacy.verdict import FILTER_GATES, STRANGERS, Gate, at_most, holds, verdict
+from meddiff_steps.privacy.verdict import (
+    CALIBRATED,
+    COPIES_BEFORE,
+    COPIES_FOUND,
+    DENSITY_DETECTORS,
+    FILLED,
+    PLAIN,
+    SINGLING_OUT,
+    STRANGERS,
+    Gate,
+    holds,
+    inference,
+    limits_of,
+    measured,
+    membership,
+    nearer,
+    verdict,
+)
 from meddiff_steps.statistics.bootstrap import Figure
 
 #: Images per set that the attacks look at, chosen by the hash of their id: intervals hardly narrow beyond.
@@ -29,9 +46,6 @@ MAX_PEOPLE = 1000
 
 #: Members and others whose denoising loss is computed, and the shares of the timesteps it is computed at.
 LOSS_SCANS = 96
-CALIBRATED, COPIES_FOUND = FILTER_GATES
-#: Detectors whose directions the density ratio may be taken in, the first that is chosen: those of few numbers.
-DENSITY_DETECTORS = ("learned", "aligned")
 LOSS_TIMES = (0.1, 0.25, 0.4)
 
 
@@ -260,6 +274,7 @@ def covariate_drift(planned: pd.DataFrame, released: pd.DataFrame, covariates: C
 
 def gates(
     settings: Privacy,
+    covariates: Collection[str],
     calibration: Mapping[str, Any],
     before: Figure | None,
     after: Mapping[str, Any],
@@ -267,10 +282,12 @@ def gates(
     counts: Mapping[str, Any],
     rare: Mapping[str, Any] | None = None,
 ) -> list[Gate]:
-    """All conditions of the verdict.
+    """All conditions of the verdict; what could not be tried is NOT_EVALUATED.
 
     Parameters
     ----------
+    covariates
+        Their names.
     calibration
         The calibration card.
     before
@@ -285,77 +302,41 @@ def gates(
         From `attack_rare`, where a rare level was learnt.
     """
     calibrated = calibration["status"] == "CALIBRATED"
+    limits = limits_of(settings, covariates, calibration, rare is not None)
     enough = {"value": calibration["subjects"], "n": calibration["subjects"]}
-    found = [
-        holds(
-            CALIBRATED,
-            True if calibrated else None,
-            enough,
-            calibration["needed"],
-            "NOT_CALIBRATED: too few calibration subjects to say what is too near, so the filter rejected nothing",
-        )
-    ]
-    if calibrated and before is not None:
+    few = "NOT_CALIBRATED: too few calibration subjects to say what is too near, so the filter rejected nothing"
+    found = [holds(CALIBRATED, True if calibrated else None, enough, limits[CALIBRATED], few)]
+    if calibrated:
         positive, negative = calibration["controls"]["positive"], calibration["controls"]["negative"]
         weakest = min(positive, key=lambda kind: positive[kind]["value"])
         recall = positive[weakest] | {"kind": weakest}
+        found_enough = recall["value"] >= settings.min_recall
         weak = "DETECTOR_WEAK: copies of this kind would pass unseen, so that few flags mean little"
-        found.append(
-            holds(
-                COPIES_FOUND,
-                recall["value"] >= settings.min_recall,
-                recall,
-                settings.min_recall,
-                weak,
-                "NOT_EVALUATED",
-            )
-        )
-        stranger = (
-            "unseen real subjects are flagged more often than the level says: calibration and test subjects differ"
-        )
-        found.append(
-            holds(
-                STRANGERS,
-                negative["nominal"],
-                negative,
-                calibration["level"],
-                stranger,
-                "CONDITIONAL",
-            )
-        )
-        found.append(
-            at_most(
-                "copies before the filter",
-                before,
-                settings.max_excess_copies,
-                "the model has learnt training subjects by heart",
-            )
-        )
-    for who, seen in (("", after), ("rare level: ", rare or {})):
-        for name, figure in seen.get("nearer_to_training", {}).items():
-            meaning = "released images lie nearer to training subjects than to strangers"
-            found.append(at_most(f"{who}nearer to training, {name}", figure, settings.max_nearer_to_training, meaning))
-        for name, figures in seen.get("membership", {}).items():
-            meaning = "from the released images it can be told who was in the training set"
-            found.append(at_most(f"{who}membership, {name}", figures["auc"], settings.max_membership_auc, meaning))
-    if table:
-        meaning = "the released covariates point at single training subjects"
-        found.append(at_most("singling out by covariates", table["singling_out"], settings.max_table_risk, meaning))
-        for name, figure in table["inference"].items():
-            meaning = "the released covariates give away one covariate of a training subject whose others are known"
-            found.append(at_most(f"inference of {name}", figure, settings.max_table_risk, meaning))
+        found.append(holds(COPIES_FOUND, found_enough, recall, limits[COPIES_FOUND], weak, "NOT_EVALUATED"))
+        many = "unseen real subjects are flagged more often than the level says: calibration and test subjects differ"
+        nominal = negative["nominal"] if negative["n"] else None
+        found.append(holds(STRANGERS, nominal, negative, limits[STRANGERS], many, "CONDITIONAL"))
+    figures: dict[str, tuple[Figure | None, str]] = {
+        COPIES_BEFORE: (before, "the model has learnt training subjects by heart"),
+        SINGLING_OUT: (table.get("singling_out"), "the released covariates point at single training subjects"),
+    }
+    near = "released images lie nearer to training subjects than to strangers, or where too many were rejected, farther"
+    told = "from the released images it can be told who was in the training set"
+    guessed = "the released covariates give away one covariate of a training subject whose others are known"
+    for of_level, seen in ((False, after), (True, rare or {})):
+        figures |= {
+            nearer(name, of_level): (figure, near) for name, figure in seen.get("nearer_to_training", {}).items()
+        }
+        figures |= {membership(name, of_level): (one["auc"], told) for name, one in seen.get("membership", {}).items()}
+    figures |= {inference(name): (figure, guessed) for name, figure in table.get("inference", {}).items()}
+    for name, limit in limits.items():
+        if name not in PLAIN:
+            figure, meaning = figures.get(name, (None, "there was too little to try it on"))
+            found.append(measured(name, figure, limit, meaning))
     share = (counts["failed"] + counts["duplicates"]) / max(1, counts["planned"])
     failed = {"value": share, "n": counts["planned"]}
-    found.append(
-        holds(
-            "planned subjects are filled",
-            share <= settings.max_failed_share,
-            failed,
-            settings.max_failed_share,
-            "so many got no image: the filter rejects whole regions of the plan, or images are near duplicates",
-        )
-    )
-    return found
+    region = "so many got no image: the filter rejects whole regions of the plan, or images are near duplicates"
+    return [*found, holds(FILLED, share <= settings.max_failed_share, failed, limits[FILLED], region)]
 
 
 def report(

@@ -38,8 +38,10 @@ def excess_risk(attack: np.ndarray, control: np.ndarray) -> Figure:
     Parameters
     ----------
     attack, control
-        Whether each attempt succeeded, bool.
+        Whether each attempt succeeded, bool.  Of none on either side nothing is known: None.
     """
+    if not len(attack) or not len(control):
+        return {"value": None, "low": None, "high": None, "n": len(attack)}
     a, b = float(np.mean(attack)), float(np.mean(control))
     (a_low, a_high), (b_low, b_high) = (wilson(share, len(x)) for share, x in ((a, attack), (b, control)))
     scale = max(1.0 - b, 1e-9)
@@ -178,8 +180,6 @@ def density_ratio(
     return log_density(x, s) - log_density(x, r)
 
 
-def flag_rate_is_nominal(flags: np.ndarray, level: float) -> bool:
-    """Whether held-out real scans are flagged no more often than the level allows (one-sided binomial test at 1 %)."""
-    return len(flags) > 0 and bool(
-        binomtest(int(np.sum(flags)), len(flags), level, alternative="greater").pvalue > 0.01
-    )
+def flagged_as_expected(flagged: int, people: int, level: float) -> bool:
+    """Whether no more unseen people are flagged than the level allows (one-sided binomial test at 1 %)."""
+    return people > 0 and bool(binomtest(flagged, people, level, alternative="greater").pvalue > 0.01)

@@ -28,7 +28,7 @@ from meddiff_steps.instruments.embedder import load_embedder
 from meddiff_steps.models.first_stage.base import FirstStage, reconstruct
 from meddiff_steps.models.latent_statistics import Standardisation
 from meddiff_steps.models.trained import load_first_stage
-from meddiff_steps.privacy.attacks import flag_rate_is_nominal, share
+from meddiff_steps.privacy.attacks import flagged_as_expected, share
 from meddiff_steps.privacy.calibration import calibrate
 from meddiff_steps.privacy.detectors.base import (
     Context,
@@ -316,7 +316,7 @@ def calibration_card(
     negative = share(flags) | {
         "flagged": int(flags.sum()),
         "level": level,
-        "nominal": flag_rate_is_nominal(flags, level),
+        "nominal": flagged_as_expected(int(flags.sum()), len(flags), level),
     }
     positive = {}
     originals = step_generator(seed, "privacy/controls", 0).permutation(reference["rows"])[:CONTROL_SCANS]

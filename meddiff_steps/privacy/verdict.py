@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from meddiff_steps.config import Privacy
 from meddiff_steps.statistics.bootstrap import Figure
 
 Outcome = Literal["PASS", "CONDITIONAL", "FAIL", "NOT_EVALUATED"]
@@ -14,8 +16,11 @@ Outcome = Literal["PASS", "CONDITIONAL", "FAIL", "NOT_EVALUATED"]
 SEVERITY: tuple[Outcome, ...] = ("PASS", "CONDITIONAL", "NOT_EVALUATED", "FAIL")
 
 
+CALIBRATED, COPIES_FOUND = "calibrated", "planted copies are found"
 #: Gates on the filter itself: where one of them could not be evaluated, there was no filter that filters.
-FILTER_GATES = ("calibrated", "planted copies are found")
+FILTER_GATES = (CALIBRATED, COPIES_FOUND)
+#: Detectors whose directions the density ratio may be taken in, the first that is chosen: those of few numbers.
+DENSITY_DETECTORS = ("learned", "aligned")
 
 
 @dataclass(frozen=True)
@@ -49,21 +54,85 @@ class Gate:
 
 #: The gate that passes where a test finds no more strangers flagged than the level says.
 STRANGERS = "strangers are not flagged"
+COPIES_BEFORE, FILLED = "copies before the filter", "planned subjects are filled"
+SINGLING_OUT, WEIGHTS = "singling out by covariates", "training scans told from the weights, AUC"
+#: Before names of gates on the images of a rare level.
+RARE = "rare level: "
 #: Gates on plain conditions; the outcome of every other one follows from its interval and limit.
-PLAIN = frozenset(["calibrated", "planted copies are found", STRANGERS, "planned subjects are filled"])
+PLAIN = frozenset([*FILTER_GATES, STRANGERS, FILLED])
+#: How names begin of gates on figures that are a half where nothing leaked.  A filter that rejects what is near
+#: training subjects leaves holes about them: then figures are small, and tell as much.
+AROUND_HALF = ("nearer to training, ", "membership, ", WEIGHTS)
 
 
-def at_most(name: str, figure: Figure, limit: float, meaning: str) -> Gate:
-    """A gate on a figure that should be small."""
-    return Gate(name, figure, limit, within(figure, limit), meaning)
+def nearer(detector: str, rare: bool = False) -> str:
+    """The name of a gate on images that lie nearer to training subjects than to others."""
+    return f"{RARE if rare else ''}nearer to training, {detector}"
 
 
-def within(figure: Mapping[str, Any], limit: float) -> Outcome:
-    """Whether the interval of a figure is within a limit."""
+def membership(attack: str, rare: bool = False) -> str:
+    """The name of a gate on an attack that tells members from others."""
+    return f"{RARE if rare else ''}membership, {attack}"
+
+
+def inference(covariate: str) -> str:
+    """The name of a gate on guesses of a covariate."""
+    return f"inference of {covariate}"
+
+
+def limits_of(
+    settings: Privacy, covariates: Collection[str], calibration: Mapping[str, Any], rare: bool
+) -> dict[str, float]:
+    """The limit of every gate that a verdict has, by its name, whether or not it can be evaluated.
+
+    Parameters
+    ----------
+    covariates
+        Their names.
+    calibration
+        The calibration card: status, level, needed, detectors.
+    rare
+        Whether a rare level was learnt.
+    """
+    detectors = calibration["detectors"]
+    attacked = [f"distance, {name}" for name in detectors]
+    attacked += [f"density ratio, {name}" for name in DENSITY_DETECTORS if name in detectors][:1]
+    found: dict[str, float] = {CALIBRATED: calibration["needed"]}
+    if calibration["status"] == "CALIBRATED":
+        found |= {COPIES_FOUND: settings.min_recall, STRANGERS: calibration["level"]}
+        found[COPIES_BEFORE] = settings.max_excess_copies
+    for of_level in (False, True) if rare else (False,):
+        found |= {nearer(name, of_level): settings.max_nearer_to_training for name in detectors}
+        found |= {membership(name, of_level): settings.max_membership_auc for name in attacked}
+    guessed = covariates if len(covariates) > 1 else ()
+    found |= dict.fromkeys((SINGLING_OUT, *(inference(one) for one in guessed)), settings.max_table_risk)
+    return found | {FILLED: settings.max_failed_share}
+
+
+def bounds(name: str, limit: float) -> tuple[float, float]:
+    """Lowest and highest figure within the limit of a gate."""
+    return (1 - limit if name.removeprefix(RARE).startswith(AROUND_HALF) else -math.inf), limit
+
+
+def bounds_text(name: str, limit: float) -> str:
+    """The limit of a gate in words: `0.1`, or `0.4 to 0.6`."""
+    low, high = bounds(name, limit)
+    return f"{high:g}" if low == -math.inf else f"{low:g} to {high:g}"
+
+
+def measured(name: str, figure: Figure | None, limit: float, meaning: str) -> Gate:
+    """A gate on a figure with an interval; None: it could not be measured."""
+    figure = figure or {"value": None, "low": None, "high": None}
+    return Gate(name, figure, limit, within(name, figure, limit), meaning)
+
+
+def within(name: str, figure: Mapping[str, Any], limit: float) -> Outcome:
+    """Whether the interval of a gate's figure is within its limit."""
     low, high = figure.get("low"), figure.get("high")
     if low is None or high is None:
         return "NOT_EVALUATED"
-    return "PASS" if high <= limit else "FAIL" if low > limit else "CONDITIONAL"
+    least, most = bounds(name, limit)
+    return "PASS" if least <= low and high <= most else "FAIL" if low > most or high < least else "CONDITIONAL"
 
 
 def holds(

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from meddiff_steps.config import Card
-from meddiff_steps.privacy.verdict import STRANGERS
+from meddiff_steps.privacy.verdict import STRANGERS, bounds_text
 
 _BANDS = {
     "below_quarter": "power below 1/4 of Nyquist, over real",
@@ -94,7 +94,7 @@ def models(
     unlike
         Why MONAI cannot run them; None where it can.
     """
-    row = (gate["name"], figure(gate["figure"]), f"{gate['limit']:g}", gate["outcome"])
+    row = (gate["name"], figure(gate["figure"]), bounds_text(gate["name"], gate["limit"]), gate["outcome"])
     run = f"configs/ and models/ are a MONAI bundle. With MONAI and torch alone, one image:\n\n```python\n{usage}```"
     return [
         f"## What they are\n\n{model(cards)}",
@@ -108,7 +108,10 @@ def models(
 def privacy(report: Mapping[str, Any]) -> str:
     """A table of the tests behind the verdict, and how many subjects were left out."""
     gates = report.get("gates", [])
-    rows = [(gate["name"], figure(gate["figure"]), f"{gate['limit']:g}", gate["outcome"]) for gate in gates]
+    rows = [
+        (gate["name"], figure(gate["figure"]), bounds_text(gate["name"], gate["limit"]), gate["outcome"])
+        for gate in gates
+    ]
     counts = report.get("counts", {})
     names = {
         "planned": "planned",

@@ -56,9 +56,13 @@ class Metrics(Told):
     realism: dict[Word, Space] = {}
 
 
+class Tested(Figure):
+    n: Count | None = None
+
+
 class Gate(Told):
     name: Word
-    figure: Figure
+    figure: Tested
     limit: float
     outcome: Outcome
 

@@ -11,13 +11,13 @@ from meddiff_steps.config import Study
 from meddiff_steps.core.registries import DETECTORS
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.privacy.table_attacks import FEW
-from meddiff_steps.privacy.verdict import SEVERITY, stopping
+from meddiff_steps.privacy.verdict import SEVERITY, bounds_text, stopping
 from meddiff_steps.release import card
 from meddiff_steps.report import names, tables
 from meddiff_steps.report import pictures as drawn
 from meddiff_steps.report.names import Names
 from meddiff_steps.report.page import Card, Section, Table
-from meddiff_steps.report.wording import counted, interval, limit, number, p_value, percent
+from meddiff_steps.report.wording import counted, interval, number, p_value, percent
 
 
 def lead(counts: Mapping[str, Any], simulated: bool) -> str:
@@ -72,7 +72,7 @@ def privacy_section(report: Mapping[str, Any] | None, called: Names) -> Section:
         [
             called.gate(gate["name"]),
             interval(gate["figure"]),
-            limit(gate["limit"]),
+            bounds_text(gate["name"], gate["limit"]),
             gate["outcome"],
             gate.get("meaning", ""),
         ]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from meddiff_steps.privacy.verdict import PLAIN, stopping
+from meddiff_steps.privacy.verdict import PLAIN, bounds, bounds_text, stopping
 from meddiff_steps.report import names
 from meddiff_steps.report.names import Names
 from meddiff_steps.report.wording import counted, interval, limit, number, percent
@@ -144,13 +144,16 @@ def apart(figure: Measured, reference: Measured | None) -> int:
 
 
 def _gate(gate: Measured, called: Names) -> str:
-    return f"{called.gate(gate['name'])} {interval(gate['figure'])}, limit {limit(gate['limit'])}"
+    return f"{called.gate(gate['name'])} {interval(gate['figure'])}, limit {bounds_text(gate['name'], gate['limit'])}"
 
 
 def _beyond(gate: Measured) -> float:
     """How far a gate's interval reaches over its limit; conditions without an interval come first."""
     found = ends(gate["figure"])
-    return float("inf") if gate["name"] in PLAIN or found is None else found[1] - float(gate["limit"])
+    if gate["name"] in PLAIN or found is None:
+        return float("inf")
+    least, most = bounds(gate["name"], gate["limit"])
+    return max(found[1] - most, least - found[0])
 
 
 def privacy_sentence(report: Measured | None, called: Names) -> Sentence:

@@ -12,7 +12,7 @@ from meddiff_steps.config import load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path, read_json
 from meddiff_steps.imaging.selection import none_accepted
-from meddiff_steps.privacy.verdict import stopping
+from meddiff_steps.privacy.verdict import bounds_text, stopping
 from meddiff_steps.steps import options
 
 
@@ -28,8 +28,8 @@ def run(
     result = read_json(report)
     if (bad := stopping(result["gates"])) and study.privacy.enforce == "stop":
         reasons = [
-            f"  {gate['outcome']}, {gate['name']}:"
-            f" {_short(gate['figure'].get('value'))} against {_short(gate['limit'])}; {gate['meaning']}"
+            f"  {gate['outcome']}, {gate['name']}: {_short(gate['figure'].get('value'))} against"
+            f" {bounds_text(gate['name'], gate['limit'])}; {gate['meaning']}"
             for gate in bad
         ]
         raise UserError(

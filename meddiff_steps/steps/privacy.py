@@ -135,12 +135,13 @@ def run(
     found["covariate_drift"] = assessment.covariate_drift(planned, released, study.covariates)
     gates = assessment.gates(
         settings,
+        study.covariates,
         card,
         copies,
-        sets.get("after", {"nearer_to_training": {}, "membership": {}}),
+        sets.get("after", {}),
         found["covariate_table"],
         counts,
-        rare,
+        rare if rare is not None or study.diffusion.rare is None else {},
     )
     with atomic_path(decisions) as path:
         table.assign(
@@ -186,6 +187,12 @@ def _rare_level(rare: Rare, scans: pd.DataFrame, images: pd.DataFrame) -> assess
     return assessment.RareLevel(train, calibration, test, (images[rare.covariate] == rare.level).to_numpy())
 
 
+def _some_people(scans: pd.DataFrame, rows: np.ndarray) -> np.ndarray:
+    """One scan each of at most `LOSS_SCANS` people, by the hash of their ids: in their order come site after site."""
+    subjects, first = np.unique(scans["subject_id"].to_numpy()[rows].astype(str), return_index=True)
+    return rows[first[assessment.sample(subjects.tolist(), assessment.LOSS_SCANS)]]
+
+
 def _loss_attack(
     study: Study,
     scans: pd.DataFrame,
@@ -195,7 +202,7 @@ def _loss_attack(
     weights: Weights,
 ) -> dict[str, Any] | None:
     """Membership by denoising loss: what somebody who had the weights could do."""
-    members, others = train[: assessment.LOSS_SCANS], test[: assessment.LOSS_SCANS]
+    members, others = (_some_people(scans, rows) for rows in (train, test))
     if len(members) < 2 or len(others) < 2:
         return None
     rows, model, size = (

@@ -101,9 +101,9 @@ def test_the_density_ratio_finds_what_a_generator_has_learnt_by_heart():
 
 
 def test_a_flag_rate_far_above_the_level_is_not_nominal():
-    assert attacks.flag_rate_is_nominal(np.arange(100) < 7, 0.05)
-    assert not attacks.flag_rate_is_nominal(np.arange(100) < 20, 0.05)
-    assert not attacks.flag_rate_is_nominal(np.zeros(0, bool), 0.05)
+    assert attacks.flagged_as_expected(7, 100, 0.05)
+    assert not attacks.flagged_as_expected(20, 100, 0.05)
+    assert not attacks.flagged_as_expected(0, 0, 0.05)
 
 
 @pytest.mark.parametrize("released", [1, 2])

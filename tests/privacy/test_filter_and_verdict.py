@@ -1,3 +1,5 @@
+from types import MappingProxyType
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -9,11 +11,12 @@ from meddiff_steps.core.files import write_json
 from meddiff_steps.core.random_streams import seed_key
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.privacy import assessment as audit
+from meddiff_steps.privacy.attacks import excess_risk
 from meddiff_steps.privacy.calibration import Thresholds
 from meddiff_steps.privacy.duplicates import near_duplicates
 from meddiff_steps.privacy.filter import fill
 from meddiff_steps.privacy.search import unit_rows
-from meddiff_steps.privacy.verdict import at_most, holds, verdict
+from meddiff_steps.privacy.verdict import bounds_text, holds, limits_of, measured, verdict, within
 from meddiff_steps.steps import gate
 
 THRESHOLDS = Thresholds({"brightness": 0.5}, {}, 0.05, 100)
@@ -107,7 +110,25 @@ def test_counts_add_up():
     [(0.0, 0.04, "PASS"), (0.02, 0.2, "CONDITIONAL"), (0.06, 0.2, "FAIL"), (None, None, "NOT_EVALUATED")],
 )
 def test_a_gate_follows_the_interval_and_not_the_figure(low, high, outcome):
-    assert at_most("x", {"value": 0.03, "low": low, "high": high, "n": 9}, 0.05, "").outcome == outcome
+    assert measured("x", {"value": 0.03, "low": low, "high": high, "n": 9}, 0.05, "").outcome == outcome
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "outcome"),
+    [
+        (0.42, 0.58, "PASS"),
+        (0.35, 0.55, "CONDITIONAL"),
+        (0.55, 0.65, "CONDITIONAL"),
+        (0.61, 0.7, "FAIL"),
+        (0.1, 0.39, "FAIL"),
+    ],
+)
+def test_members_that_are_avoided_are_told_as_well_as_members_that_are_met(low, high, outcome):
+    """An attacker turns the sign: a filter that rejects what is near training subjects leaves holes about them."""
+    for name in ("membership, distance, latent", "rare level: nearer to training, learned"):
+        assert within(name, {"low": low, "high": high}, 0.6) == outcome
+        assert bounds_text(name, 0.6) == "0.4 to 0.6"
+    assert within("copies before the filter", {"low": 0.0, "high": 0.1}, 0.6) == "PASS"
 
 
 def test_no_gate_makes_up_for_another():
@@ -125,17 +146,38 @@ def calibrated(recall=1.0, nominal=True):
         "positive": {"rotated": figure, "noised": figure | {"value": 1.0}},
         "negative": {"value": 0.05, "n": 90, "nominal": nominal},
     }
-    return {"status": "CALIBRATED", "subjects": 90, "needed": 59, "level": 0.05, "controls": controls}
+    said = {"status": "CALIBRATED", "subjects": 90, "needed": 59, "level": 0.05, "detectors": ["learned"]}
+    return said | {"controls": controls}
 
 
-NOTHING_LEAKED = {"nearer_to_training": {}, "membership": {}}
+HALF = {"value": 0.5, "low": 0.45, "high": 0.55, "n": 200}
+NOTHING_LEAKED = {
+    "nearer_to_training": {"learned": HALF},
+    "membership": {"distance, learned": {"auc": HALF}, "density ratio, learned": {"auc": HALF}},
+}
 FEW = {"value": 0.0, "low": 0.0, "high": 0.02, "n": 200}
 ALL_FILLED = {"failed": 0, "duplicates": 0, "planned": 200}
 
 
-def outcome(calibration, before=FEW, counts=ALL_FILLED):
-    found = audit.gates(Privacy(), calibration, before, NOTHING_LEAKED, {}, counts)
+def outcome(
+    calibration, before=FEW, counts=ALL_FILLED, after=NOTHING_LEAKED, table=MappingProxyType({"singling_out": FEW})
+):
+    found = audit.gates(Privacy(), ["age"], calibration, before, after, table, counts)
+    assert [gate.name for gate in found] == list(limits_of(Privacy(), ["age"], calibration, False))
     return verdict(found), {gate.name: gate.outcome for gate in found}
+
+
+def test_what_could_not_be_tried_is_not_passed():
+    found, outcomes = outcome(calibrated(), after={}, table={})
+    assert found == "NOT_EVALUATED"
+    untried = {name for name, told in outcomes.items() if told == "NOT_EVALUATED"}
+    attacks = {"membership, distance, learned", "membership, density ratio, learned", "nearer to training, learned"}
+    assert untried == attacks | {"singling out by covariates"}
+    card = calibrated()
+    card["controls"]["negative"] = {"value": None, "n": 0, "nominal": False}
+    assert outcome(card)[1]["strangers are not flagged"] == "NOT_EVALUATED"
+    nothing = excess_risk(np.ones(100, dtype=bool), np.zeros(0, dtype=bool))
+    assert (nothing["value"], outcome(calibrated(), before=nothing)[0]) == (None, "NOT_EVALUATED")
 
 
 def test_the_verdict_of_a_model_that_copies_is_fail():
@@ -145,20 +187,12 @@ def test_the_verdict_of_a_model_that_copies_is_fail():
 
 
 def test_a_weak_detector_or_too_few_subjects_never_pass():
-    assert outcome(calibrated(recall=0.8)) == (
-        "NOT_EVALUATED",
-        {
-            "calibrated": "PASS",
-            "planted copies are found": "NOT_EVALUATED",
-            "strangers are not flagged": "PASS",
-            "copies before the filter": "PASS",
-        }
-        | {"planned subjects are filled": "PASS"},
-    )
-    assert (
-        outcome({"status": "NOT_CALIBRATED", "subjects": 10, "needed": 59, "level": 0.05}, before=None)[0]
-        == "NOT_EVALUATED"
-    )
+    found, outcomes = outcome(calibrated(recall=0.8))
+    assert found == "NOT_EVALUATED"
+    assert [name for name, told in outcomes.items() if told != "PASS"] == ["planted copies are found"]
+    few = {"status": "NOT_CALIBRATED", "subjects": 10, "needed": 59, "level": 0.05, "detectors": ["learned"]}
+    found, outcomes = outcome(few, before=None)
+    assert found == "NOT_EVALUATED" and "copies before the filter" not in outcomes
     assert outcome(calibrated(nominal=False))[0] == "CONDITIONAL"
 
 
@@ -278,8 +312,8 @@ def test_doubles_do_not_fill_the_plan():
     decisions = pd.DataFrame({"sample_id": [f"s{i}" for i in range(10)], "decision": "accepted", "reason": ""})
     counts = audit.count(decisions, plan(10).assign(subgroup="all"), [f"s{i}" for i in range(1, 10)])
     assert (counts["released"], counts["duplicates"], counts["failed"]) == (1, 9, 0)
-    card = {"status": "NOT_CALIBRATED", "subjects": 3, "needed": 59}
-    found = audit.gates(Privacy(), card, None, {"nearer_to_training": {}, "membership": {}}, {}, counts)
+    card = {"status": "NOT_CALIBRATED", "subjects": 3, "needed": 59, "detectors": ["learned"]}
+    found = audit.gates(Privacy(), ["age"], card, None, {}, {}, counts)
     filled = next(gate for gate in found if gate.name == "planned subjects are filled")
     assert filled.outcome == "FAIL" and filled.figure["value"] == 0.9
 

@@ -304,6 +304,10 @@ def _facts(change: Callable[[dict[str, Any]], Any]) -> Callable[[bytes], bytes]:
     return apply
 
 
+def _test(privacy: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(gate for gate in privacy["gates"] if gate["name"] == name)
+
+
 HIDDEN: dict[str, Attack] = {
     "machine and level in the header of the compression": Attack(
         lambda t: _repack(t, lambda c: c[:8] + b"JD" + c[10:]), 5, "bytes"
@@ -378,6 +382,30 @@ HIDDEN: dict[str, Attack] = {
         4,
         "verdict",
     ),
+    **{
+        f"privacy: {name}": Attack(
+            lambda t, change=change: rewrite(t, verify.DESCRIPTION, _facts(lambda f: change(f["privacy"]))),
+            4,
+            "verdict",
+        )
+        for name, change in {
+            "no tests at all": lambda p: p["gates"].clear(),
+            "a test left out": lambda p: p["gates"].remove(_test(p, "membership, distance, latent")),
+            "a test twice": lambda p: p["gates"].append(_test(p, "calibrated")),
+            "a limit that the study does not have": lambda p: _test(p, "membership, distance, latent").update(
+                limit=1.0, figure={"value": 0.95, "low": 0.93, "high": 0.97}
+            ),
+            "few people that calibrate": lambda p: (
+                _test(p, "calibrated").update(figure={"value": 3}) or p["calibration"].update(subjects=3)
+            ),
+            "few people that are enough": lambda p: p["calibration"].update(subjects=3, needed=3),
+            "another level": lambda p: p["calibration"].update(level=0.5),
+            "a detector less": lambda p: p["calibration"]["detectors"].pop(),
+            "copies that nothing finds": lambda p: _test(p, "planted copies are found")["figure"].update(value=0.0),
+            "strangers that are flagged": lambda p: _test(p, "strangers are not flagged")["figure"].update(value=0.5),
+            "subjects without images": lambda p: _test(p, "planned subjects are filled").update(outcome="FAIL"),
+        }.items()
+    },
     "another number of a shard": Attack(
         lambda t: (t.edit(bundle.ROOT, lambda r: r["ledger"]["shards"][0].update(shard=7)), reseal(t)), 1, "shard-roots"
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,17 @@ from meddiff_steps.models.first_stage.base import build as build_first_stage
 from meddiff_steps.models.tone import ToneCurve
 from meddiff_steps.models.trained import save_image_network, save_tone
 from meddiff_steps.models.weights import save_model
+from meddiff_steps.privacy.verdict import (
+    CALIBRATED,
+    COPIES_FOUND,
+    FILLED,
+    STRANGERS,
+    Gate,
+    bounds,
+    holds,
+    limits_of,
+    measured,
+)
 from meddiff_steps.provenance import verify
 from meddiff_steps.provenance.ledger import measured_columns, public_schema
 from meddiff_steps.provenance.record import Observer, recorded
@@ -60,6 +71,21 @@ def schema_of(rows: Sequence[dict[str, Any]], covariates: config.Covariates) -> 
 
 #: Given to planned subjects in turn.
 TEXTS = ["Mass, {age} years.", 'Mass "left", no effusion.']
+
+
+def passing_gates(study: config.Study, calibration: dict[str, Any], counts: dict[str, int]) -> Iterator[Gate]:
+    """All tests of a verdict, each passed with a figure that says so."""
+    left_out = {"value": (counts["failed"] + counts["duplicates"]) / counts["planned"], "n": counts["planned"]}
+    plain = {
+        CALIBRATED: {"value": calibration["subjects"], "n": calibration["subjects"]},
+        COPIES_FOUND: {"value": 1.0, "low": 0.9, "high": 1.0, "n": 40},
+        STRANGERS: {"value": 0.05, "low": 0.02, "high": 0.11, "n": 100},
+        FILLED: left_out,
+    }
+    for name, limit in limits_of(study.privacy, study.covariates, calibration, False).items():
+        middle = 0.5 if bounds(name, limit)[0] > 0 else 0.02
+        interval = {"value": middle, "low": middle - 0.02, "high": middle + 0.02, "n": 40}
+        yield holds(name, True, plain[name], limit, "") if name in plain else measured(name, interval, limit, "")
 
 
 class Place:
@@ -139,7 +165,7 @@ class Place:
                     "batch_size": 4,
                     "shard_size": shard_size,
                 },
-                "privacy": {"max_attempts": 2},
+                "privacy": {"max_attempts": 2, "max_failed_share": 0.5},
                 "compute": {"device": "cpu", "precision": "32-true"},
                 "release": {
                     "name": "Tiny",
@@ -437,7 +463,8 @@ class Place:
                 "subjects": 99,
                 "needed": 59,
             }
-            write_json(report, {"verdict": "PASS", "gates": [], "counts": counts, "calibration": calibration})
+            gates = [gate.to_json() for gate in passing_gates(self.study, calibration, counts)]
+            write_json(report, {"verdict": "PASS", "gates": gates, "counts": counts, "calibration": calibration})
 
         filtered = [root / f"filtered/shard-{shard:04d}.arrow" for shard in self.shards]
         self.stand_in(
