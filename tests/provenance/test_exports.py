@@ -23,6 +23,7 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import sha256_file, write_json
 from meddiff_steps.imaging.encoding import voxel_digest
 from meddiff_steps.provenance.ledger import read_lines
+from meddiff_steps.release.models import weights_gate
 from meddiff_steps.release.regeneration import find_models
 from meddiff_steps.steps import export, export_index, export_models
 
@@ -175,6 +176,15 @@ def test_weights_that_give_people_away_are_kept(place, tmp_path, auc, said):
     with pytest.raises(UserError, match=rf"release\.models: .*{said}.*membership_limit"):
         pack(place, tmp_path / "models", report_of(place, tmp_path / "report.json", **auc))
     assert not (tmp_path / "models").exists()
+
+
+def test_the_few_people_of_a_rare_level_count_as_much_as_all():
+    told = {name: {"auc": {"value": v, "low": v - 0.03, "high": v + 0.03}} for name, v in (("all", 0.5), ("few", 0.9))}
+    attacks = {"denoising_loss": told["all"]}
+    assert weights_gate({"attacks": attacks}, 0.6).outcome == "PASS"
+    assert weights_gate({"attacks": attacks | {"rare": {"denoising_loss": told["few"]}}}, 0.6).outcome == "FAIL"
+    for untried in ({"denoising_loss": None}, {}, attacks | {"rare": {"denoising_loss": None}}):
+        assert weights_gate({"attacks": untried}, 0.6).outcome == "NOT_EVALUATED"
 
 
 @pytest.mark.parametrize("name", ["diffusion/model", "diffusion/tone", "decoder/model", "autoencoder/model"])
