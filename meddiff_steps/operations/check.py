@@ -463,7 +463,7 @@ def time(found: Sequence[Expected], measured: Path | None) -> Finding:
         return Finding("warning", "time", "not known, because the cohort could not be read.")
     slowest = sorted((one for one in found if one.asked), key=lambda one: -one.jobs * one.hours_each)[:3]
     named = ", ".join(f"{one.stage} {_long(one.jobs * one.hours_each)}" for one in slowest)
-    by = f"as {measured} was measured" if measured else "at the rates of a processor core that plan-cost knows"
+    by = f"as {measured} was measured" if measured else "on processor cores as fast as those here"
     return Finding("ok", "time", f"about {_long(hours(found))} of jobs ({named}), {by}.")
 
 

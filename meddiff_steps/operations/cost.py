@@ -7,8 +7,8 @@ work would take at the assumed rates, says by how much such a machine is faster 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,13 @@ class Machine:
         FLOP/s that a GPU sustains on the study's networks; None where jobs have none.
     cores
         Of a job at most.
+    slower
+        By how much networks take longer on a core than on that of `operations.rates`, by their names there.
     """
 
     flops: float | None = None
     cores: int = 8
+    slower: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,8 @@ def working_seconds(stage: str, one: Work, machine: Machine, gpus: int) -> float
     if gpus and machine.flops:
         networks = sum(one.flops.values()) / (gpus * machine.flops)
     else:
-        networks = sum(amount / CORE_FLOPS[name] for name, amount in one.flops.items()) / cores
+        each = (amount * machine.slower.get(name, 1.0) / CORE_FLOPS[name] for name, amount in one.flops.items())
+        networks = sum(each) / cores
     units = ((PROCESSOR[name], amount) for name, amount in one.units.items())
     beside = sum(unit.seconds * amount / (cores if unit.shared else 1) for unit, amount in units)
     return (networks + beside) / one.jobs

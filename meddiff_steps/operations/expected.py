@@ -24,7 +24,8 @@ class Expected:
 def expected(
     study: Study, scans: int, cores: int, measured: Path | None, rules: Container[str] | None = None
 ) -> list[Expected]:
-    """What every stage will take on a processor, or where a finished study was measured.
+    """What every stage will take on processors like this machine's, on which networks are timed for it, or where a
+    finished study was measured.
 
     Parameters
     ----------
@@ -37,10 +38,12 @@ def expected(
     rules
         What is asked for; the target `all` where left out.
     """
+    from meddiff_steps.operations.core_speed import slowness
     from meddiff_steps.operations.cost import Machine, estimates, of_all  # loads torch
     from meddiff_steps.operations.rates import RULES
 
-    found = list(estimates(study, scans, Machine(cores=min(8, cores)), measured))
+    machine = Machine(cores=min(8, cores), slower=slowness() if measured is None else {})
+    found = list(estimates(study, scans, machine, measured))
     whole = of_all(found) if rules is None else [one for one in found if RULES.get(one.stage, one.stage) in rules]
     return [Expected(one.stage, one.jobs, one.hours_each, one.disk, one in whole) for one in found]
 

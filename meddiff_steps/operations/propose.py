@@ -148,7 +148,7 @@ def propose(
     said = "how long it takes is not known before something was measured on such a GPU (meddiff plan-cost)"
     if whole is not None:
         whole = _expected(written(spacing, factor, ""), len(frame), machine, preset, measured) or 0.0
-        said = f"about {whole:.1f} hours on {machine.cores} cores; {allowed:g} were allowed"
+        said = f"about {whole:.1f} hours on {machine.cores} cores like those here; {allowed:g} were allowed"
         if whole > 1.1 * allowed:
             said += ":\n# these are the shortest trainings, on the coarsest voxels, that are proposed"
     text = written(spacing, factor, said)

@@ -11,6 +11,7 @@ import typer
 
 from meddiff_steps.config import Study, load_study
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.operations.core_speed import slowness
 from meddiff_steps.operations.cost import (
     APPLICATIONS,
     GROUPS,
@@ -58,14 +59,18 @@ def run(
         ),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="jobs at a time")] = 1,
+    here: Annotated[
+        bool, typer.Option("--here", help="time networks on a core of this machine, instead of taking known rates")
+    ] = False,
     as_object: Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")] = False,
 ) -> None:
     """Estimate hours of GPUs and cores, jobs, memory and disk of every stage.
 
     The work is counted from the study: floating-point operations of its networks, voxels and subjects elsewhere.
     Applications stand apart: they are asked for by name, and are not in what is said of the whole. With
-    --tflops a GPU does the networks at that rate; without, processors do, at rates that were measured on one. With
-    --measured the rates are those of a finished study; of one that ran without a GPU, for stages that have none.
+    --tflops a GPU does the networks at that rate; without, processors do, at rates that were measured on one with
+    bfloat16 in hardware; others can take ten times as long, and --here times networks on this one. With --measured the
+    rates are those of a finished study; of one that ran without a GPU, for stages that have none.
     """
     study = load_study(config)
     rate = tflops or study.cost.tflops
@@ -76,7 +81,7 @@ def run(
         )
     on_gpu = rate is not None and study.compute.device != "cpu"
     cores = cores or (CORES if on_gpu else min(CORES, this_machine().cores))
-    machine = Machine(rate * 1e12 if rate and on_gpu else None, cores)
+    machine = Machine(rate * 1e12 if rate and on_gpu else None, cores, slowness() if here else {})
     count = _scans(config, study, scans)
     found = list(estimates(study, count, machine, measured))
     if as_object:
@@ -86,6 +91,8 @@ def run(
     passes = vars(forward_flops(study))
     print("TFLOP of one pass: " + ", ".join(f"{name} {value / 1e12:.3g}" for name, value in passes.items() if value))
     rates = [f"networks at {machine.flops / 1e12:g} TFLOP/s of a GPU" if machine.flops else "networks on processors"]
+    if machine.slower:
+        rates[0] += f", of which a core here takes {max(machine.slower.values()):.2g} times as long as the known one"
     rates += [f"stages marked * as {measured} was measured"] if measured else []
     print("; ".join(rates))
     never = [one.stage for one in of_all(found) if not one.measured]

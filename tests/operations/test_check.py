@@ -108,7 +108,7 @@ def test_given_weights_are_asked_which_covariates_they_know(root):
     found, _ = check.cohort(study(root, **start))
     ((state, text),) = told(found, "init_from")
     assert state == "fail" and all(name in text for name in known.names)
-    assert "init_from.models: [autoencoder]" in text
+    assert "init_from.models: its network is then trained from nothing" in text
     alone = start["init_from"] | {"models": ["autoencoder"]}
     found, _ = check.cohort(study(root, **start | {"init_from": alone}))
     assert not told(found, "init_from")

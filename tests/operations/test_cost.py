@@ -19,6 +19,7 @@ from meddiff_steps.models.drawing.base import build as build_decoder
 from meddiff_steps.models.first_stage.base import build as build_first_stage
 from meddiff_steps.operations import cost
 from meddiff_steps.operations import work_of_applications as of_applications
+from meddiff_steps.operations.core_speed import slowness
 from meddiff_steps.operations.cost import Estimate, Machine, estimates, too_long, wall_hours, wasted
 from meddiff_steps.operations.counting import TRAINING
 from meddiff_steps.operations.expected import expected
@@ -198,6 +199,21 @@ def test_jobs_ask_for_what_their_rules_ask_for(published):
         asked, limit = (re.search(rf"{key}=(.*\)),", body) for key in ("mem_mb", "runtime"))
         expected = (int(threads[1]), eval(limit[1], names), eval(asked[1], names))
         assert (request.cores, request.minutes, request.memory(published)) == expected, stage
+
+
+def test_networks_are_timed_on_a_core_of_this_machine():
+    """Roughly: a processor without bfloat16 takes several times as long as one with it, and none a hundredth."""
+    threads, drawn = torch.get_num_threads(), torch.random.get_rng_state()
+    slower = slowness()
+    assert set(slower) == set(CORE_FLOPS) and all(0.05 < one < 50 for one in slower.values())
+    assert torch.get_num_threads() == threads and torch.equal(torch.random.get_rng_state(), drawn)
+    study = load_study(ROOT / "config/config.yaml")
+    twice = dict.fromkeys(CORE_FLOPS, 2.0)
+    known, slow = (
+        {one.stage: one.core_hours for one in estimates(study, 1000, Machine(cores=1, slower=rates))}
+        for rates in ({}, twice)
+    )
+    assert 1.8 < slow["diffusion"] / known["diffusion"] <= 2 and slow["images"] == known["images"]
 
 
 def test_stages_are_asked_for_by_their_rules():

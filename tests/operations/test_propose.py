@@ -19,6 +19,7 @@ from meddiff_steps.operations import check
 from meddiff_steps.operations.machine import Machine
 from meddiff_steps.operations.proposal import Column, Heads, affordable, columns, covariate_name, division, grid, heads
 from meddiff_steps.operations.propose import flow, propose
+from meddiff_steps.operations.rates import CORE_FLOPS
 
 SUBJECTS = 90
 CORES, GPU = Machine(2, 24000), Machine(8, 64000, 1, 80000)
@@ -42,6 +43,14 @@ def saved(path, array, shift=(0, 0, 0)):
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(image, path)
     return str(path)
+
+
+@pytest.fixture(autouse=True)
+def speed(monkeypatch) -> dict[str, float]:
+    """By how much networks take longer here: not at all, whatever machine tests run on."""
+    slower = dict.fromkeys(CORE_FLOPS, 1.0)
+    monkeypatch.setattr("meddiff_steps.operations.core_speed.slowness", lambda: slower)
+    return slower
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +155,15 @@ def test_fewer_hours_give_shorter_trainings_and_a_gpu_other_networks(cohort, mon
     steps = [one["autoencoder"]["optimiser"]["steps"] for one in (short, long)]
     assert 2000 <= steps[0] < steps[1] == 8000
     assert gpu["diffusion"]["channels"] == [192] and long["diffusion"]["channels"] == [96]
+
+
+def test_slow_cores_get_shorter_trainings(cohort, monkeypatch, speed):
+    lie = Heads(8, (160.0, 192.0, 160.0), True, 0.9, 15.0, 18.0)
+    monkeypatch.setattr("meddiff_steps.operations.propose.heads", lambda *_: lie)
+    fast = parse_yaml(propose(cohort, "brains", CORES, 0.5))["decoder"]["optimiser"]["steps"]
+    speed.update(dict.fromkeys(speed, 3.0))
+    text = propose(cohort, "brains", CORES, 0.5)
+    assert parse_yaml(text)["decoder"]["optimiser"]["steps"] < fast / 2 and "cores like those here" in text
 
 
 def test_what_the_dataset_says_of_itself_is_taken_over(cohort, monkeypatch):
