@@ -125,6 +125,15 @@ def test_what_an_optimiser_leaves_out_keeps_the_default_of_its_network():
         ("decoder.network", "nothing", "decoder.network"),
         ("generate.guidance_interval", [2, 1], "guidance_interval: expected [low, high]"),
         ("generate.guidance", "autoguidance", "set diffusion.guide_share"),
+        (
+            "",
+            {
+                "diffusion": {"network": "conditioned", "conditioning": {"maps": "controlnet"}},
+                "pairs": {"channel": "labels", "structures": {"a": [1]}},
+                "compute": {"devices": 2},
+            },
+            "compute.devices: 2 processes cannot train diffusion.conditioning.maps: controlnet",
+        ),
         ("", {"preprocess": {"shape": [9, 12], "spacing_mm": None}, "autoencoder": ODD}, "take even numbers"),
         ("diffusion.beta_start", 0.5, "beta_start"),
         ("diffusion", {"prediction_type": "epsilon", "zero_terminal_snr": True}, "zero_terminal_snr"),

@@ -593,6 +593,16 @@ def _guide(study: Study) -> Iterator[str]:
         )
 
 
+def _control_branch(study: Study) -> Iterator[str]:
+    wanted, devices = study.diffusion, study.compute.devices
+    branch = wanted.network == "conditioned" and wanted.conditioning.maps == "controlnet" and study.pairs is not None
+    if branch and devices > 1:  # a process waits for gradients of all weights that it began with
+        yield (
+            f"compute.devices: {devices} processes cannot train diffusion.conditioning.maps: controlnet, which freezes"
+            " weights on the way; set devices: 1, or take maps: concatenation or spade"
+        )
+
+
 def _student(study: Study) -> Iterator[str]:
     student, generate = study.few_step, study.generate
     if student.method is not None and study.second_model.subjects:
@@ -786,6 +796,7 @@ RELATIONS: tuple[Callable[[Study], Iterator[str]], ...] = (
     _texts,
     _samplers,
     _guide,
+    _control_branch,
     _student,
     _decoder,
     _given_weights,
