@@ -125,6 +125,15 @@ def test_what_an_optimiser_leaves_out_keeps_the_default_of_its_network():
         ("decoder.network", "nothing", "decoder.network"),
         ("generate.guidance_interval", [2, 1], "guidance_interval: expected [low, high]"),
         ("generate.guidance", "autoguidance", "set diffusion.guide_share"),
+        (
+            "",
+            {
+                "diffusion": {"network": "conditioned", "conditioning": {"maps": "controlnet"}},
+                "pairs": {"channel": "labels", "structures": {"a": [1]}},
+                "compute": {"devices": 2},
+            },
+            "compute.devices: 2 processes cannot train diffusion.conditioning.maps: controlnet",
+        ),
         ("", {"preprocess": {"shape": [9, 12], "spacing_mm": None}, "autoencoder": ODD}, "take even numbers"),
         ("diffusion.beta_start", 0.5, "beta_start"),
         ("diffusion", {"prediction_type": "epsilon", "zero_terminal_snr": True}, "zero_terminal_snr"),
@@ -137,6 +146,16 @@ def test_what_an_optimiser_leaves_out_keeps_the_default_of_its_network():
         ("generate.guidance_scale", -1, "guidance_scale"),
         ("generate.sampler", "progressive", "few_step.method is None; set few_step.method: progressive"),
         ("", {"few_step": {"method": "progressive"}, "second_model": {"subjects": 9}}, "a second model has no student"),
+        (
+            "",
+            {"few_step": {"method": "consistency"}, "diffusion": {"num_train_timesteps": 500}},
+            "num_train_timesteps: 500, and are one; take 8, or let",
+        ),
+        (
+            "",
+            {"few_step": {"method": "progressive"}, "diffusion": {"num_train_timesteps": 100}},
+            "num_train_timesteps: 100, and are one; let the schedule",
+        ),
         ("few_step.teacher_steps", 12, "num_inference_steps=4 doubled once or several times, found 12"),
         (
             "",

@@ -3,7 +3,7 @@
 The scan's latents are taken back along the sampler's own path to a state at which only coarse anatomy is left, and from
 there forward again with another value of one covariate.  What the covariate does not touch comes back, because the
 state remembers it.  Beside each counterfactual stands the same way there and back with nothing moved: what the model
-changes for no reason at all, the floor of every difference.
+changes for no reason at all, the floor of every difference (but for what a classifier's guidance adds).
 """
 
 from __future__ import annotations
@@ -83,8 +83,9 @@ def counterfactuals(
 ) -> Counterfactuals:
     """Move the covariate `settings.covariate` of some scans to each of `values`.
 
-    The way back with nothing moved is guided as strongly as the counterfactuals, so that it is the floor of all that
-    guidance does.
+    The way back with nothing moved is guided by the scan's own covariates as strongly as the counterfactuals are by
+    theirs (`guidance_scale`): it is the floor of what that and the way there and back change.  Further guidance does
+    not act on it, so what a classifier's gradient changes for no reason is not in this floor.
 
     Parameters
     ----------

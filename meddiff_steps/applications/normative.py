@@ -91,17 +91,26 @@ def smoothed(image: np.ndarray, settings: config.Normative, spacing_mm: tuple[fl
 
 
 def design_of(model: TrainedModel, subjects: pd.DataFrame) -> np.ndarray:
-    """Columns of a normative model by regression, (n, p): 1, standardised numbers, and levels but the first; a missing
-    value is the mean.
+    """Columns of a normative model by regression, (n, p): 1, standardised numbers, and levels but the first; NaN where
+    a value is missing.
     """
     encoded = model.encoding.encode(subjects)
-    columns = [np.ones(len(subjects))]
+    columns = [np.ones((len(subjects), 1))]
     for k, name in enumerate(model.encoding.names):
-        if name in model.encoding.means:
-            columns.append(np.nan_to_num(encoded[:, k]))
-        else:
-            columns += [(encoded[:, k] == code).astype(float) for code in range(1, len(model.encoding.levels[name]))]
-    return np.stack(columns, axis=1)
+        found = encoded[:, [k]]
+        if name not in model.encoding.means:
+            codes = np.arange(1, len(model.encoding.levels[name]))
+            found = np.where(np.isnan(found), np.nan, found == codes)
+        columns.append(found)
+    return np.concatenate(columns, axis=1)
+
+
+def known_means(designs: np.ndarray) -> np.ndarray:
+    """What a missing value is taken for, (p,): the mean of each column (n, p) of training subjects where it is known,
+    which of a level is the share of those who have it; 0 where nobody's is known.
+    """
+    known = np.isfinite(designs)
+    return np.where(known, designs, 0.0).sum(0) / np.maximum(known.sum(0), 1)
 
 
 class NormativeMaps:
@@ -143,12 +152,16 @@ class NormativeMaps:
     def of(self, image: np.ndarray, subject: pd.DataFrame) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """The draws of one scan (1, *spatial), and its z map (*spatial) by each method."""
         draws, difference = self._difference(image, subject)
-        usual = design_of(self.model, of_reference(subject, self.settings, self.study.covariates))[0]
+        usual = self._design(of_reference(subject, self.settings, self.study.covariates))[0]
         smooth = smoothed(image[0], self.settings, self.spacing)
         return draws, {
             COUNTERFACTUAL: self.by_draws.z(np.ones(1), difference.ravel()).reshape(self.shape),
             REGRESSION: self.by_regression.z(usual, smooth.ravel()).reshape(self.shape),
         }
+
+    def _design(self, subjects: pd.DataFrame) -> np.ndarray:
+        designs = design_of(self.model, subjects)
+        return np.where(np.isnan(designs), self.means, designs)
 
     def _difference(self, image: np.ndarray, subject: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
         root = f"{self.study.seed}/normative/{subject['scan_id'].iloc[0]}"
@@ -156,7 +169,9 @@ class NormativeMaps:
         return draws, smoothed(image[0] - draws.mean(0)[0], self.settings, self.spacing)
 
     def _regression(self, training: pd.DataFrame) -> Norm:
-        designs = design_of(self.model, matched(training, self.settings, self.study.covariates))
+        subjects = matched(training, self.settings, self.study.covariates)
+        self.means = known_means(design_of(self.model, subjects))
+        designs = self._design(subjects)
         sums = NormSums(designs.shape[1], int(np.prod(self.shape)))
         for design, row in zip(tqdm(designs, "training scans", unit="scan"), training["row"], strict=True):
             image = self.shards.tensors("image", np.array([row]))[0, 0]

@@ -208,10 +208,11 @@ class Reconstructor:
         """Latents that the model makes of these once it was fitted to the measurement: Gungor et al. 2023.
 
         The weights of a copy of the denoiser are moved until what it predicts leaves no more of y than noise does
-        (Morozov's discrepancy principle), or the steps are over.
+        (Morozov's discrepancy principle), or the steps are over.  The copy is in float32, whatever type the weights
+        have (`compute.compilation.cast_weights`): bfloat16 rounds most moves away, as small as they are.
         """
         model, settings = copy.copy(self.model), self.settings
-        model.denoiser = copy.deepcopy(self.model.denoiser).requires_grad_(True)
+        model.denoiser = copy.deepcopy(self.model.denoiser).float().requires_grad_(True)
         process = model.process
         level = process.timestep_at(ADAPTED_AT / (1 + ADAPTED_AT) if process.is_flow else ADAPTED_AT)
         timesteps = torch.full((len(latents),), level, dtype=torch.float64, device=latents.device)

@@ -1,6 +1,7 @@
 """A whole study: its sections, and what must hold between them."""
 
 import difflib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Self
 
@@ -593,6 +594,16 @@ def _guide(study: Study) -> Iterator[str]:
         )
 
 
+def _control_branch(study: Study) -> Iterator[str]:
+    wanted, devices = study.diffusion, study.compute.devices
+    branch = wanted.network == "conditioned" and wanted.conditioning.maps == "controlnet" and study.pairs is not None
+    if branch and devices > 1:  # a process waits for gradients of all weights that it began with
+        yield (
+            f"compute.devices: {devices} processes cannot train diffusion.conditioning.maps: controlnet, which freezes"
+            " weights on the way; set devices: 1, or take maps: concatenation or spade"
+        )
+
+
 def _student(study: Study) -> Iterator[str]:
     student, generate = study.few_step, study.generate
     if student.method is not None and study.second_model.subjects:
@@ -621,6 +632,31 @@ def _student(study: Study) -> Iterator[str]:
         yield (
             "downstream.retrain: further models are trained and have no student; set it to false, or take a"
             " generate.sampler that draws from the diffusion model itself"
+        )
+
+
+def _levels_of_student(study: Study) -> Iterator[str]:
+    """The levels of a student's teacher are equal steps of the angle arctan(sigma / alpha), each at a timestep of its
+    own.
+    """
+    student, process = study.few_step, study.diffusion
+    if student.method is None or process.prediction_type == "flow":
+        return
+    from meddiff_steps.core.schedules import alphas_cumprod  # which needs numpy: few studies have a student
+
+    table = alphas_cumprod(process)
+    least, most = (math.atan(math.sqrt(1.0 / power - 1.0)) / (math.pi / 2) for power in (table[0], table[-1]))
+
+    def fits(levels: int) -> bool:
+        return 1.0 - 1.0 / levels < most and 2.0 / levels > least
+
+    if not fits(student.teacher_steps):
+        fewer = [student.num_inference_steps * 2**k for k in range(6, 0, -1)]
+        found = next((f"take {levels}, or " for levels in fewer if levels < student.teacher_steps and fits(levels)), "")
+        yield (
+            f"few_step.teacher_steps: some of {student.teacher_steps} levels lie beyond the least or the most noise of"
+            f" diffusion.schedule: {process.schedule} with num_train_timesteps: {process.num_train_timesteps}, and are"
+            f" one; {found}let the schedule begin with less noise and end with more, as its defaults do"
         )
 
 
@@ -786,7 +822,9 @@ RELATIONS: tuple[Callable[[Study], Iterator[str]], ...] = (
     _texts,
     _samplers,
     _guide,
+    _control_branch,
     _student,
+    _levels_of_student,
     _decoder,
     _given_weights,
     _untrained,

@@ -50,7 +50,8 @@ class Levels:
     alpha, sigma
         Signal and noise amplitude, n + 1 numbers each; (1, 0) is clean.
     first
-        Number of the first step in the sampler's full run: more than 0 where a run starts midway.
+        Number of the first step in the sampler's full run: more than 0 where a run starts midway.  0 where it starts
+        noisier than a full run, too: from there every step has the number after its own, as none is below 0.
     """
 
     timesteps: tuple[float, ...]

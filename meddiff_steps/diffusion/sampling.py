@@ -94,7 +94,7 @@ def sample(
         A less trained denoiser, for autoguidance instead of the classifier-free one (`guidance.predict`).
     step_noise
         Needed by a stochastic sampler: step_noise(i) gives the standard normal noise (b, c, *spatial) that step i of a
-        full run adds, wherever this run starts.
+        full run adds, wherever this run starts; but see `Levels.first` for starts noisier than a full run's.
     on_step
         Called after every evaluation as on_step(evaluation, x0), for progress and previews.
 

@@ -214,6 +214,8 @@ def test_too_few_people_are_refused() -> None:
     with pytest.raises(UserError, match="needs healthy scans of 9 people in the calibration split, found 8"):
         Calibration.of(*people(8, 0), settings("gaussian_noise"))
     Calibration.of(*people(9, 0), settings("gaussian_noise"))
+    with pytest.raises(UserError, match="0.9 needs healthy scans of 2 people"):
+        Calibration.of(*people(1, 0), settings("gaussian_noise", subject_false_positive_rate=0.9))
 
 
 def test_maps_are_scaled_by_healthy_voxels_and_scores_are_their_highest() -> None:
@@ -238,6 +240,28 @@ def test_the_ensemble_is_the_mean_in_units_of_healthy_people() -> None:
     found = calibrations[ENSEMBLE].scaled(one.maps[ENSEMBLE])
     assert found[LESION].mean() > np.nanmean(found[~LESION]) + 2
     assert set(calibrations) == {"z_score", "asymmetry", "intensity", "gaussian_noise", ENSEMBLE}
+
+
+def test_the_ensemble_flags_no_more_newcomers_than_was_asked_for() -> None:
+    """9 people, and eight members whose sizes differ from person to person: none of them is scored in his own units."""
+    wanted, flagged = (
+        settings(*"gaussian_noise simplex_noise coarse_noise classifier_free classifier healing".split()),
+        [],
+    )
+    members, inside = members_of(wanted), np.ones((20, 20), bool)
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+
+        def person(rng: np.random.Generator = rng) -> Mapped:
+            maps = {name: np.exp(rng.standard_normal()) * rng.standard_normal((20, 20)) for name in members}
+            return Mapped(scan(), Head(inside, inside, 1.0), maps, {})
+
+        calibrations, _ = calibrated([person() for _ in range(9)], [f"p{i}" for i in range(9)], wanted)
+        limit = calibrations[ENSEMBLE]
+        for _ in range(20):
+            new = person().with_ensemble(calibrations, members).maps[ENSEMBLE]
+            flagged.append(limit.scored(new, wanted.score_share) > limit.score_threshold)
+    assert 0.03 < np.mean(flagged) <= 0.12, "in units of themselves 30 %"
 
 
 def test_a_map_ends_at_the_margin_and_knows_its_side() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,16 @@ import pytest
 import torch
 
 from meddiff_steps.applications.normative import (
+    NormativeMaps,
     design_of,
     is_reference,
+    known_means,
     matched,
     of_reference,
     reference_draws,
     smoothed,
 )
+from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate, Normative
 from meddiff_steps.evaluation import normative as measuring
 from meddiff_steps.statistics.norms import NormSums
@@ -105,9 +109,20 @@ def test_the_reference_is_its_levels_and_the_rest_the_scans_own() -> None:
     assert matched(people, Normative(matched=["size"]), declared)["dx"].tolist() == [None] * 3
 
 
-def test_a_design_has_missing_values_at_the_mean() -> None:
-    design = design_of(Exact(), pd.DataFrame({"size": [None, 1.0]}))
-    np.testing.assert_allclose(design, [[1, 0], [1, 1]], atol=1e-3)
+def test_a_missing_value_is_the_mean_and_a_missing_label_the_share_of_each_level() -> None:
+    declared: Any = {
+        "size": ContinuousCovariate(unit="mL", range=(0, 9)),
+        "dx": CategoricalCovariate(levels=["CN", "MCI", "AD"]),
+    }
+    people = pd.DataFrame({"size": [1.0, 3.0, None, 2.0, 2.0], "dx": ["CN", "AD", "AD", "MCI", None]})
+    model: Any = SimpleNamespace(encoding=CovariateEncoding.fit(people, declared))
+    maps = object.__new__(NormativeMaps)
+    maps.model, maps.means = model, known_means(design_of(model, people))
+    found = maps._design(people)
+    np.testing.assert_allclose(found[:, 0], 1.0)
+    np.testing.assert_allclose(found[[2, 3], 1], 0.0, atol=1e-6)
+    np.testing.assert_array_equal(found[:, 2:], [[0, 0], [0, 1], [0, 1], [1, 0], [0.25, 0.5]])
+    np.testing.assert_array_equal(known_means(np.full((3, 2), np.nan)), [0, 0])
 
 
 def test_figures_say_what_was_measured() -> None:

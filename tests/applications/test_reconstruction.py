@@ -100,15 +100,18 @@ def test_what_a_first_stage_loses_becomes_noise_of_the_measurement() -> None:
     assert measured().noise_variance(torch.full(SHAPE, 0.03)) == pytest.approx(0.01 + 0.03, rel=0.2)
 
 
-def test_adaptation_stops_where_noise_is_left_and_changes_no_model() -> None:
-    """A denoiser that is wrong by a constant, which fitting can take off."""
+@pytest.mark.parametrize(("kept_in", "rate", "steps"), [(torch.float32, 0.05, 200), (torch.bfloat16, 0.003, 900)])
+def test_adaptation_stops_where_noise_is_left_and_changes_no_model(
+    kept_in: torch.dtype, rate: float, steps: int
+) -> None:
+    """A denoiser that is wrong by a constant, which fitting can take off; also in steps that bfloat16 rounds away."""
 
     class Shifted(torch.nn.Module):
         text = None  # it knows no texts
 
         def __init__(self) -> None:
             super().__init__()
-            self.shift = torch.nn.Parameter(torch.tensor(2.0))
+            self.shift = torch.nn.Parameter(torch.tensor(2.0, dtype=kept_in))
 
         def latents(self, z: torch.Tensor) -> torch.Tensor:
             return z
@@ -125,12 +128,13 @@ def test_adaptation_stops_where_noise_is_left_and_changes_no_model() -> None:
             return self.process.target(x0, torch.where(sigma > 0, (x - alpha * x0) / sigma, 0.0), timesteps)
 
     model, measurement = Wrong(), measured(strength=0.02)
-    settings = Reconstruction(operators=["denoising"], samples=1, adaptation_steps=200, adaptation_rate=0.05)
+    settings = Reconstruction(operators=["denoising"], samples=1, adaptation_steps=steps, adaptation_rate=rate)
     made = Reconstructor(model, settings, torch.full(SHAPE, LEAST_VARIANCE))
     roots, condition = ["x"], model.condition(SUBJECT)
     start = model.encode(scan()[None])
     found = made._adapted(start, measurement, condition, roots)
-    assert float(model.denoiser.shift.detach()) == 2.0  # type: ignore[arg-type]
+    shift = model.denoiser.shift.detach()  # type: ignore[operator]
+    assert float(shift) == 2.0 and shift.dtype == kept_in
     assert float((model.decode(found) - torch.from_numpy(scan())).abs().mean()) < 0.05
     not_fitted = Reconstructor(model, settings.model_copy(update={"adaptation_steps": 1}), made.first_stage_variance)
     assert float((model.decode(not_fitted._adapted(start, measurement, condition, roots)) - scan()).abs().mean()) > 0.1

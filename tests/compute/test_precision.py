@@ -71,6 +71,7 @@ def test_the_closed_form_prior_never_rounds_what_it_multiplies(denoiser):
     for call in (
         lambda: denoiser.effects(x, *levels, INPUT[1].covariates),
         lambda: denoiser.effects.outside_readout(x),
+        lambda: denoiser.effects.path(x, *levels, levels[0] / 2 + 0.5, levels[1] / 2, INPUT[1].covariates),
     ):
         with torch.autocast("cpu", torch.bfloat16), Products() as products:
             call()

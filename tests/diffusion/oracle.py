@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from meddiff_steps.core.schedules import PredictionType, Schedule
 from meddiff_steps.diffusion.conditioning import Condition
-from meddiff_steps.diffusion.schedules import NoiseProcess, PredictionType, Schedule
+from meddiff_steps.diffusion.schedules import NoiseProcess
 
 
 @dataclass

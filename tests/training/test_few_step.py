@@ -178,6 +178,18 @@ def test_a_student_that_has_learnt_nothing_draws_the_gaussian_that_is_known(pred
     torch.testing.assert_close(outside, 0.8 * from_outside, **tolerance)
 
 
+def test_every_level_of_the_most_steps_leads_to_the_next():
+    """Also those that lie nearer to a neighbour than to their angle, as the process has no more, or no less, noise."""
+    denoiser = random_denoiser(card_of())
+    timesteps = torch.from_numpy(halving_timesteps(denoiser.process, 64))
+    x, covariates = standard_normal(64 * math.prod(SHAPE)).reshape(64, *SHAPE), torch.full((64, 1), 0.7)
+    angle = math.pi / 2 * (1.0 - torch.arange(1, 65).double() / 64)
+    alpha_sigma = denoiser.process.alpha_sigma(timesteps.float())
+    expected = denoiser.effects.path(x, *alpha_sigma, angle.cos(), angle.sin(), covariates)
+    found = denoiser.taking(64).known(x, timesteps.float(), Condition(covariates)).clean
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("known", [0.7, float("nan")])
 def test_what_is_not_known_of_a_subject_varies(known):
     """In one step, too: a student draws all of the prior of those whose covariate is missing."""

@@ -12,6 +12,7 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.imaging.variants import Variant, draw_variant, untouched
 from meddiff_steps.models.first_stage.base import build as build_first_stage
+from meddiff_steps.models.tone import ToneCurve
 from meddiff_steps.models.torchscript import load_torchscript
 from meddiff_steps.models.weights import weights_digest
 from meddiff_steps.training import loop
@@ -123,7 +124,7 @@ def diffusion_task(latents, fabric, **changes):
     return DiffusionTask(settings, latents, TWO_NUMBERS, "seed", fabric)
 
 
-def decoder_task(images, first_stage, fabric, variants=2, **changes):
+def decoder_task(images, first_stage, fabric, variants=2, base=None, **changes):
     settings = config.Decoder(
         **{"channels": 8, "num_res_blocks": 1, "crop": 4, "optimiser": OPTIMISER.model_dump(), **changes}
     )
@@ -136,6 +137,7 @@ def decoder_task(images, first_stage, fabric, variants=2, **changes):
         range(8, 10),
         "seed",
         fabric,
+        base,
     )
 
 
@@ -372,6 +374,18 @@ def test_without_held_out_scans_there_is_no_validation_and_no_failure(tmp_path, 
     task = AutoencoderTask(settings, config.Variants(), images, range(10), [], "seed", fabric)
     curve = loop.fit(task, OPTIMISER, fabric, tmp_path, "test")
     assert len(curve) and not curve["metric"].str.startswith("val/").any()
+
+
+def test_grey_levels_are_fitted_on_draws_without_the_curve_of_a_base(images, first_stage, fabric):
+    """The same weights are given the same curve, whether they came with one or not."""
+    fresh = decoder_task(images, first_stage, fabric)
+    fresh.fit_grey_levels()
+    fitted = fresh.modules["average"]
+    expected = fitted.tone.values.clone()
+    assert not torch.equal(expected, ToneCurve().values)
+    later = decoder_task(images, first_stage, fabric, base=fitted)
+    later.fit_grey_levels()
+    assert torch.equal(later.modules["average"].tone.values, expected)
 
 
 def test_epochs_are_permutations_and_steps_are_reproducible():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from meddiff_steps import config
 from meddiff_steps.core.registries import DENOISERS
 from meddiff_steps.diffusion.conditioning import Condition
+from meddiff_steps.diffusion.levels import halving_timesteps
 from meddiff_steps.diffusion.schedules import NoiseProcess
 from meddiff_steps.models.denoiser.effects import CovariateEffects, Estimate
 from meddiff_steps.models.latent_statistics import Standardisation
@@ -131,9 +132,10 @@ class Denoiser(nn.Module):
         if self.steps is None:
             return found
         sigma = sigma.clamp_min(1e-6)  # a flow ends at 0
+        levels = torch.from_numpy(halving_timesteps(self.process, self.steps)).to(timesteps.device)
+        level = (timesteps[:, None] - levels).abs().argmin(1)
         # The level that follows, as arctan(sigma / alpha): a path does not depend on how amplitudes are scaled.
-        level = (self.steps * (1.0 - torch.atan2(sigma, alpha) * 2 / math.pi)).round().clamp(0, self.steps - 1)
-        angle = math.pi / 2 * (1.0 - (level + 1) / self.steps)
+        angle = math.pi / 2 * (1.0 - (level.double() + 1) / self.steps)
         clean = self.effects.path(x, alpha, sigma, angle.cos(), angle.sin(), condition.covariates)
         alpha, sigma = (a.float().reshape(-1, *[1] * (x.ndim - 1)) for a in (alpha, sigma))
         return replace(found, clean=clean, noise=(x.float() - alpha * clean) / sigma)

@@ -122,8 +122,7 @@ class CovariateEffects(nn.Module):
         flat = learnt.flatten(1)
         return self._scaled(flat, flat.new_ones(1, 1), flat.new_zeros(1, 1)).reshape(learnt.shape)
 
-    @torch.autocast("cuda", enabled=False)
-    @torch.autocast("cpu", enabled=False)
+    @full_float32()
     def path(
         self, x: Tensor, alpha: Tensor, sigma: Tensor, alpha_next: Tensor, sigma_next: Tensor, covariates: Tensor
     ) -> Tensor:

@@ -20,7 +20,7 @@ from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.imaging.variants import draw_variant
 from meddiff_steps.models.drawing.base import DrawingDecoder, build
 from meddiff_steps.models.first_stage.base import FirstStage, reconstruct
-from meddiff_steps.models.tone import level_counts
+from meddiff_steps.models.tone import ToneCurve, level_counts
 from meddiff_steps.models.weights import start_from
 from meddiff_steps.training.loop import batch_rows, clip_gradients, rank_share
 from meddiff_steps.training.optimisers import set_up
@@ -208,8 +208,12 @@ class DecoderTask:
         return image[0].cpu().numpy(), drawn[0].cpu().numpy()
 
     def fit_grey_levels(self) -> None:
-        """Give what is drawn the grey levels of training scans, after the last step."""
+        """Give what is drawn the grey levels of training scans, after the last step.
+
+        The curve that a base has goes: it is for what the base draws, and would change what this one is fitted on.
+        """
         average = self._average()
+        average.tone = ToneCurve().to(self.fabric.device)
         count = min(GREY_LEVEL_SCANS, len(self.train_rows))
         rows = self.train_rows[
             np.sort(step_generator(self.root, "sample", 0).permutation(len(self.train_rows))[:count])
