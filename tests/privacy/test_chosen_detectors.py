@@ -116,7 +116,8 @@ def test_attacks_gates_and_report_are_about_the_chosen_detectors(cohort, every, 
     assert card["detectors"] == names
     assert set(thresholds_of(card).overall) == set(names)
     counts = {"failed": 0, "duplicates": 0, "planned": 2}
-    gates = audit.gates(Privacy(level=0.2), card, {"value": 0.0, "low": 0.0, "high": 0.01, "n": 9}, found, {}, counts)
+    few = {"value": 0.0, "low": 0.0, "high": 0.01, "n": 9}
+    gates = audit.gates(Privacy(level=0.2), ["age"], card, few, found, {}, counts)
     assert {gate.name for gate in gates} >= {f"nearer to training, {name}" for name in names} | {
         f"membership, {name}" for name in attacks
     }
