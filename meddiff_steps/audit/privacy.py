@@ -94,7 +94,8 @@ def _check_images(release: Sealed, rows: list[Row], results: Path, threads: int)
             labels = _label_maps(release, rows)
         except encoding.Undecodable as error:
             return Check(7, "images", "finding", f"a label map cannot be decoded ({error})")
-        similarity[LABELS] = LabelMapDetector(reference[LABELS], calibration["structures"]).similarity(labels)[0]
+        of_labels = LabelMapDetector(reference[LABELS], calibration["structures"], calibration.get("mirrors", True))
+        similarity[LABELS] = of_labels.similarity(labels)[0]
     near = _too_near(release, rows, similarity, thresholds)
     if not near:
         allowed = "1 detector allows" if len(similarity) == 1 else f"{len(similarity)} detectors allow"

@@ -170,10 +170,20 @@ def verdict(difference: Figure, margin: float) -> tuple[Verdict, bool | None]:
     return ("helps" if low > 0 else "harms" if high < 0 else "no evidence"), low > -margin
 
 
-def verdict_text(word: Verdict, non_inferior: bool | None, arm: str, reference: str, margin: float) -> str:
-    """The verdict as a sentence."""
+#: What a gain of arms that learn from a share of the real scans may be.
+TRANSFER = (
+    "The generator learnt from all training scans, these arms from a share of them: the gain can be what it took from"
+    " scans that they were not given."
+)
+
+
+def verdict_text(
+    word: Verdict, non_inferior: bool | None, arm: str, reference: str, margin: float, share: float = 1.0
+) -> str:
+    """The verdict in words; `share` of the real training subjects is what the reference arm learns from."""
     if word == "helps":
-        return f"Arm {arm} tells the classes apart better than {reference}."
+        better = f"Arm {arm} tells the classes apart better than {reference}."
+        return better if share == 1 else f"{better} {TRANSFER}"
     if word == "not evaluated":
         return (
             f"The difference of {arm} and {reference} has no interval: the test split holds too few subjects of one"

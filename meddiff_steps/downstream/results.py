@@ -322,6 +322,8 @@ def summarise(
             sets[name], other = measure(data, downstream, root, name)
             if name == "shifted":
                 shifted = compare(data, other, contrasts_of(downstream, primary))
+    reference = downstream.primary.reference
+    share = next(arm.real for arm in downstream.arms if arm.name == reference)
     listed = []
     for arm in arms:
         of_arm = validation[validation["arm"] == arm["name"]]
@@ -339,11 +341,11 @@ def summarise(
     counts = np.bincount(test.levels, minlength=len(levels))
     return {
         "verdict": word,
-        "verdict_text": verdict_text(word, non_inferior, primary, downstream.primary.reference, downstream.margin),
+        "verdict_text": verdict_text(word, non_inferior, primary, reference, downstream.margin, share),
         "target": downstream.target,
         "levels": list(levels),
         "primary": {
-            "contrast": f"{primary} minus {downstream.primary.reference}",
+            "contrast": f"{primary} minus {reference}",
             "chosen_on": "val" if len(downstream.primary.arms) > 1 else "declared beforehand",
             "candidates": list(downstream.primary.arms),
             "margin": downstream.margin,

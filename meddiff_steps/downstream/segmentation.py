@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from meddiff_steps.config import SegmentationStudy
 from meddiff_steps.core.random_streams import step_generator
-from meddiff_steps.downstream.comparison import Draws, Resampling, verdict
+from meddiff_steps.downstream.comparison import TRANSFER, Draws, Resampling, verdict
 from meddiff_steps.imaging.variants import Variant
 from meddiff_steps.models.first_stage.stem import Stem
 from meddiff_steps.statistics.bootstrap import Figure, Statistic, figure
@@ -311,7 +311,8 @@ def compare(table: pd.DataFrame, settings: SegmentationStudy, subjects: Sequence
     arm, reference = contrasts(settings)[0]
     told = {"arm": arm, "reference": reference, "margin": settings.margin, "non_inferior": non_inferior}
     said = {
-        "helps": f"Segmenters of arm {arm} draw better than those of {reference}.",
+        "helps": f"Segmenters of arm {arm} draw better than those of {reference}."
+        + (f" {TRANSFER}" if settings.shares[0] < 1 else ""),
         "harms": f"Segmenters of arm {arm} draw worse than those of {reference}.",
         "no evidence": f"Segmenters of arms {arm} and {reference} do not differ measurably.",
         "not evaluated": f"The difference of {arm} and {reference} has no interval: too few test subjects.",

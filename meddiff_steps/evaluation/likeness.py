@@ -67,7 +67,7 @@ class Measured:
     space
         Which.
     scale
-        Learnt from the training scans.
+        Learnt from the held-out scans.
     samples
         By kind, in standard deviations; `originals`: the held-out scans that reconstructions are of.
     """
@@ -117,7 +117,7 @@ def measured(spaces: Sequence[FeatureSpace], kinds: Mapping[str, Kind], change: 
     found = {kind: some.features(spaces, words.get(kind, kind), change) for kind, some in kinds.items()}
     out = []
     for space in spaces:
-        scale = Scale.of(found["training"][space.name], smallest(kinds))
+        scale = Scale.of(found["held_out"][space.name], smallest(kinds))
         samples = {
             kind: Sample(scale.standard(features[space.name]), kinds[kind].images.units)
             for kind, features in found.items()

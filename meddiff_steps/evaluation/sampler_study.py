@@ -211,7 +211,7 @@ class _Yardstick:
         self, space: FeatureSpace, training: np.ndarray, held: np.ndarray, some: Images, real: Images, study: Study
     ) -> None:
         self.space, self.settings, self.seed = space, study.evaluate, study.seed
-        self.scale = Scale.of(training, min(len(training), len(held)))
+        self.scale = Scale.of(held, min(len(training), len(held)))
         self.held = Sample(self.scale.standard(held), real.units)
         self.training = Sample(self.scale.standard(training), some.units)
         self.width = kernel_width(self.training.features)

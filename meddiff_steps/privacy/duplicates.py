@@ -32,7 +32,8 @@ def near_duplicates(shards: Shards, planned: pd.DataFrame, limit: float) -> list
     earlier ones of every image are looked at, so that of many that are the same the first alone remains, in whatever
     shards they lie.
 
-    Subjects of a counterfactual group share their noise on purpose and are not compared with each other.
+    Subjects of a counterfactual group share their noise on purpose and are not compared with each other; the 8 are
+    those outside its own group.
 
     Returns
     -------
@@ -55,9 +56,10 @@ def near_duplicates(shards: Shards, planned: pd.DataFrame, limit: float) -> list
     coarse /= np.maximum(norms, 1e-12)[:, None]
     coarse, norms = coarse[rows], norms[rows]
     dropped = []
+    looked_at = NEIGHBOURS + int(pd.Series(origin).value_counts().max()) - 1  # its group may be nearest, and is no copy
     with tqdm(total=len(ids), desc="looking for duplicates", unit="image", mininterval=5, file=sys.stderr) as progress:
         for start in range(0, len(ids), QUERIES):
-            similarity, index = nearest_earlier(coarse, start, min(start + QUERIES, len(ids)), NEIGHBOURS)
+            similarity, index = nearest_earlier(coarse, start, min(start + QUERIES, len(ids)), looked_at)
             for place, (near, found) in enumerate(zip(similarity, index, strict=True), start):
                 apart = norms[place] ** 2 + norms[found] ** 2 - 2 * norms[place] * norms[found] * near
                 # 1e-4: what single precision may have added.

@@ -10,6 +10,7 @@ import torch
 from scipy import ndimage
 
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.imaging.perturbations import flip
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.imaging.signed_distances import from_distances, structures_of, to_distances
 from meddiff_steps.privacy.detectors.base import reduced
@@ -38,10 +39,12 @@ class LabelMapDetector:
         `vectors` of the training scans, (m, d).
     structures
         How many there are.
+    mirrors
+        Whether mirror images are compared, too: where training scans were mirrored, a copy may be.
     """
 
-    def __init__(self, references: np.ndarray, structures: int) -> None:
-        self.references, self.structures = references, structures
+    def __init__(self, references: np.ndarray, structures: int, mirrors: bool) -> None:
+        self.references, self.structures, self.mirrors = references, structures, mirrors
 
     def similarity(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of label maps (b, *spatial): similarity to the nearest training label map, and its number, (b,) each."""
@@ -49,8 +52,11 @@ class LabelMapDetector:
         return np.concatenate([values for values, _ in found]), np.concatenate([index for _, index in found])
 
     def _nearest(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        similarity, index = nearest(vectors(labels, self.structures), self.references)
-        return similarity[:, 0], index[:, 0]
+        ways = [labels, mirrored(labels)] if self.mirrors else [labels]
+        found = [nearest(vectors(way, self.structures), self.references) for way in ways]
+        similarity, index = (np.concatenate(parts, 1) for parts in zip(*found, strict=True))
+        best = similarity.argmax(1)[:, None]
+        return np.take_along_axis(similarity, best, 1)[:, 0], np.take_along_axis(index, best, 1)[:, 0]
 
 
 def vectors(labels: np.ndarray, structures: int) -> np.ndarray:
@@ -84,8 +90,15 @@ def moved(labels: np.ndarray, shift: np.ndarray) -> np.ndarray:
     return made
 
 
-def copies(labels: np.ndarray, structures: int) -> dict[str, np.ndarray]:
-    """Label maps (b, *spatial) as they are, shifted, and with surfaces as smooth as a network's: what must be found."""
+def mirrored(labels: np.ndarray) -> np.ndarray:
+    """Label maps (b, *spatial), mirrored left-right as training scans are; structures keep their numbers."""
+    return flip(torch.from_numpy(labels)[:, None])[:, 0].numpy()
+
+
+def copies(labels: np.ndarray, structures: int, mirrors: bool) -> dict[str, np.ndarray]:
+    """Label maps (b, *spatial) as they are, shifted, with surfaces as smooth as a network's, and mirrored where the
+    detector `mirrors`: what must be found.
+    """
     shift = np.full(labels.ndim - 1, SHIFT)
     blur = [0.0, *(SMOOTHING,) * (labels.ndim - 1)]
     smooth = [from_distances(ndimage.gaussian_filter(to_distances(one, structures), blur)) for one in labels]
@@ -93,6 +106,7 @@ def copies(labels: np.ndarray, structures: int) -> dict[str, np.ndarray]:
         "label map": labels,
         "label map, shifted": np.stack([moved(one, shift) for one in labels]),
         "label map, smoothed": np.stack(smooth),
+        **({"label map, mirrored": mirrored(labels)} if mirrors else {}),
     }
 
 

@@ -284,15 +284,15 @@ def calibration_card(
     -------
     dict
         status (`CALIBRATED` or `NOT_CALIBRATED`), level, detectors, mirrors (whether the autoencoder also encodes
-        mirror images), subjects, needed, thresholds, groups, and under `controls`:
-        positive (recall per kind of copy), negative (share of unseen real subjects flagged, and whether that is
-        nominal).
+        mirror images, and those of label maps are compared), subjects, needed, thresholds, groups, and under
+        `controls`: positive (recall per kind of copy), negative (share of unseen real subjects flagged, and whether
+        that is nominal).
     """
     names = chosen(DETECTORS, names, "privacy.detectors")
     mirrors = encodes_mirrors(flip, names)
     detectors = load_detectors(files, reference, names, mirrors, fabric)
 
-    of_labels = None if maps is None else LabelMapDetector(reference[LABELS], maps.structures)
+    of_labels = None if maps is None else LabelMapDetector(reference[LABELS], maps.structures, mirrors)
 
     def of(split: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
         scans = table[table["split"] == split]
@@ -325,7 +325,7 @@ def calibration_card(
     for kind, copies in _copies(files.autoencoder, fabric, images, seed).items():
         positive[kind] = _recall(thresholds.only(names).flags(score(detectors, copies)[0], owner))
     if maps is not None and of_labels is not None:
-        for kind, labels in copies_of_labels(maps[originals], maps.structures).items():
+        for kind, labels in copies_of_labels(maps[originals], maps.structures, mirrors).items():
             positive[kind] = _recall(thresholds.only([LABELS]).flags({LABELS: of_labels.similarity(labels)[0]}, owner))
     return card | {"controls": {"positive": positive, "negative": negative}}
 

@@ -7,18 +7,21 @@ package pins an old numpy, so the definitions are implemented here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import csr_array
 
 from meddiff_steps.config import CategoricalCovariate, Covariates
 from meddiff_steps.core.random_streams import philox
 from meddiff_steps.privacy.attacks import excess_risk, share
-from meddiff_steps.statistics.bootstrap import Figure
+from meddiff_steps.statistics.bootstrap import Figure, rounded, wilson
 
-#: Predicates that are tried, and covariates that each combines.
-PREDICATES, COMBINED = 500, 3
+#: Predicates that are tried, covariates that each combines, and times that people change sides for the interval.
+PREDICATES, COMBINED, RESAMPLES = 500, 3, 1000
 
 #: A number that fewer training subjects have is one that could point at somebody.
 FEW = 5
@@ -76,8 +79,12 @@ def singling_out(
 ) -> Figure:
     """Predicates true of exactly one synthetic subject: how much oftener are they true of exactly one training subject?
 
-    A predicate takes a random synthetic subject and up to three of its covariates: a level as it is, a number as "at
-    least" where it is above the median and "at most" where it is below, a missing value as missing.
+    A predicate takes a synthetic subject and up to three of its covariates: a level as it is, a number as "at least"
+    where it is above the median and "at most" where it is below, a missing value as missing.  At most `PREDICATES` are
+    tried, at random and each once.
+
+    Many of them speak of the same people, so they are no independent trials.  The interval is as wide as the difference
+    of both rates varies when people change sides at random, as it does where nothing leaked.
 
     Parameters
     ----------
@@ -87,35 +94,62 @@ def singling_out(
     Returns
     -------
     dict
-        The excess risk with its interval, and the two success rates `attack` and `control`.  Where no predicate fits
-        one released subject alone, as among many subjects with labels only, all have failed.
+        The excess risk with its interval, the two success rates `attack` and `control`, how many `predicates` name one
+        released subject alone, and as `n` the people on either side.  Where there is no such predicate, as among many
+        subjects with labels only, nobody was singled out.
     """
     names = list(covariates)
     medians = {
         name: released[name].median() for name in names if not isinstance(covariates[name], CategoricalCovariate)
     }
-    hits: list[tuple[bool, bool]] = []
-    for _ in range(PREDICATES):
-        row = released.iloc[int(generator.integers(len(released)))]
-        chosen = [names[i] for i in generator.permutation(len(names))[:COMBINED]]
+    combined = list(combinations(names, min(COMBINED, len(names))))
+    total = len(released) * len(combined)
+    found = []
+    for number in generator.choice(total, size=min(PREDICATES, total), replace=False):
+        row = released.iloc[int(number) // len(combined)]
+        chosen = combined[int(number) % len(combined)]
+        if _matches(released, row, chosen, medians).sum() == 1:
+            found.append(np.concatenate([_matches(table, row, chosen, medians) for table in (train, others)]))
+    return _singled_out(np.array(found, dtype=bool).reshape(-1, len(train) + len(others)), len(train), generator)
 
-        def matches(table: pd.DataFrame, row: pd.Series = row, chosen: list[str] = chosen) -> int:
-            true = np.ones(len(table), dtype=bool)
-            for name in chosen:
-                column, value = table[name], row[name]
-                if pd.isna(value):
-                    true &= column.isna().to_numpy()
-                elif name in medians:
-                    true &= ((column >= value) if value >= medians[name] else (column <= value)).to_numpy()
-                else:
-                    true &= (column == value).to_numpy()
-            return int(true.sum())
 
-        if matches(released) == 1:
-            hits.append((matches(train) == 1, matches(others) == 1))
-    if not hits and len(released):  # no predicate even names one released subject: all of them failed
-        hits = [(False, False)] * PREDICATES
-    return _against_control(np.array(hits, dtype=bool).reshape(-1, 2).T)
+def _matches(table: pd.DataFrame, row: pd.Series, chosen: Iterable[str], medians: Mapping[str, float]) -> np.ndarray:
+    """Of whom the predicate of `row` and the `chosen` covariates is true, bool (len(table),)."""
+    true = np.ones(len(table), dtype=bool)
+    for name in chosen:
+        column, value = table[name], row[name]
+        if pd.isna(value):
+            true &= column.isna().to_numpy()
+        elif name in medians:
+            true &= ((column >= value) if value >= medians[name] else (column <= value)).to_numpy()
+        else:
+            true &= (column == value).to_numpy()
+    return true
+
+
+def _singled_out(found: np.ndarray, training: int, generator: np.random.Generator) -> Figure:
+    """The figure of `singling_out`, of whom each predicate is true (predicates, people), training people first."""
+    matches = csr_array(found.astype(np.int32))
+
+    def rates(is_training: np.ndarray) -> np.ndarray:
+        sides = np.stack([is_training, ~is_training], 1).astype(np.int32)
+        return (matches @ sides == 1).sum(0) / max(len(found), 1)
+
+    as_it_is = np.arange(found.shape[1]) < training
+    attack, control = rates(as_it_is)
+    changed = [np.subtract(*rates(generator.permutation(as_it_is))) for _ in range(RESAMPLES)]
+    half = float(np.percentile(np.abs(changed), 95))
+    scale = max(1.0 - control, 1e-9)
+    value, low, high = (min(1.0, max(0.0, (attack - control + x) / scale)) for x in (0.0, -half, half))
+    if high == 0 or half == 0:  # surely none; what so few people leave open is said all the same
+        high = max(high, wilson(attack, training)[1] - attack)
+    return {
+        **{name: rounded(float(x)) for name, x in (("value", value), ("low", low), ("high", high))},
+        "n": training,
+        "predicates": len(found),
+        "attack": round(float(attack), 4),
+        "control": round(float(control), 4),
+    }
 
 
 def rare_values(

@@ -298,7 +298,7 @@ def realism(places: pd.DataFrame, spaces: Mapping[str, Any]) -> list[Charts]:
     if places.empty:
         return []
     caption = (
-        "Each point is an image, along the two directions in which real training scans vary most. Good: orange crosses"
+        "Each point is an image, along the two directions in which held-out scans vary most. Good: orange crosses"
         " mix with grey circles and spread as far. Bad: crosses beside the circles (not real), in a clump (not"
         " various), or missing where circles are (a kind of image is left out). Two directions show only a part of what"
         " differs; the table is about all of them."

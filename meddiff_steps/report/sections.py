@@ -248,6 +248,7 @@ def downstream_section(
         drawn_by = (
             f"Intervals cover test subjects, the seeds of classifiers and {generators} generator seeds ({models})."
         )
+    part = any(0 < arm["settings"]["real"] < 1 for arm in arms)
     text = [
         (
             f"Verdict: {results['verdict']}. {results['verdict_text']} The AUC of {primary['arm']}{chosen} minus that"
@@ -258,6 +259,11 @@ def downstream_section(
         (
             f"Classifiers learnt to tell {called.covariate(results['target'])} from the image, with the same number of"
             f" steps in every arm. Test images: {cases}. The generator learnt from training subjects alone. {drawn_by}"
+            + (
+                " It learnt from all of them: what arms of a smaller real share gain can be from others."
+                if part
+                else ""
+            )
         ),
         (
             "The test split was opened once, after everything was fixed."

@@ -57,7 +57,7 @@ def run(
     files = ReferenceFiles(reference_scans, autoencoder, scale, embedder)
     known = load_file(reference)
     detectors = load_detectors(files, known, limits["detectors"], limits["mirrors"], fabric)
-    of_labels = LabelMapDetector(known[LABELS], limits["structures"]) if LABELS in known else None
+    of_labels = LabelMapDetector(known[LABELS], limits["structures"], limits["mirrors"]) if LABELS in known else None
     drawn = Shards([generated])
     paired = LABELS in drawn.schema.names
     first = (

@@ -285,6 +285,8 @@ def test_verdict_and_margin() -> None:
     assert "cannot be excluded" in verdict_text("no evidence", False, "a", "b", 0.03)
     assert "is excluded" in verdict_text("no evidence", True, "a", "b", 0.03)
     assert "worse than b" in verdict_text("harms", False, "a", "b", 0.03)
+    assert verdict_text("helps", True, "a", "b", 0.03) == "Arm a tells the classes apart better than b."
+    assert "scans that they were not given" in verdict_text("helps", True, "a", "b", 0.03, share=0.25)
 
 
 def test_one_class_in_the_test_split_is_not_evaluated() -> None:

@@ -64,6 +64,7 @@ def good() -> dict:
 def test_pairs_that_are_as_good_as_real_ones_help_who_has_one(good):
     figures = dice(good)
     assert good["verdict"] == "helps" and good["primary"]["difference"]["low"] > 0
+    assert "scans that they were not given" in good["verdict_text"]
     assert figures["both_20"] > figures["real_20"] + 0.05 and figures["synthetic"] > 0.8
     assert figures["commonest_label"] < figures["real_100"]
 

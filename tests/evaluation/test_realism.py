@@ -1,10 +1,14 @@
 """Frechet distance, KID and the classifier against other ways to compute them."""
 
+from types import SimpleNamespace
+from typing import Any, cast
+
 import numpy as np
 import pytest
 import scipy.linalg
 
 from meddiff_steps.core.random_streams import philox
+from meddiff_steps.evaluation.likeness import measured
 from meddiff_steps.evaluation.realism import classifier_auc, frechet, kid
 from meddiff_steps.evaluation.realism.base import Draws, Sample, Scale, resampled, shared_units
 from meddiff_steps.evaluation.realism.measure import measure
@@ -158,6 +162,31 @@ def test_scale_standardises_and_survives_constant_features() -> None:
     np.testing.assert_allclose(np.cov(reduced, rowvar=False) * (1 - np.eye(4)), 0, atol=1e-10)
     assert scale.explained.sum() == pytest.approx(1.0)
     np.testing.assert_allclose(scale.standard(np.full((1, 4), 8.0))[0, 3], 1.0)  # its own unit: nothing to divide by
+
+
+class Given:
+    """Images of which the features are known."""
+
+    def __init__(self, features: np.ndarray) -> None:
+        self.known, self.images = features, SimpleNamespace(units=np.arange(len(features)))
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+    def features(self, *told: Any) -> dict[str, np.ndarray]:
+        return {"any": self.known}
+
+
+def test_the_floor_is_what_a_perfect_generator_gets() -> None:
+    """Many features that hardly go together: the directions of one sample are not those of another."""
+    found = []
+    for number in range(6):
+        kinds = {kind: Given(draw(f"{kind} {number}", 50, 300)) for kind in ("synthetic", "training", "held_out")}
+        (one,) = measured(cast(Any, [SimpleNamespace(name="any")]), cast(Any, kinds))
+        parts = {kind: one.scale.components(sample.features) for kind, sample in one.samples.items()}
+        found.append([frechet.frechet_distance(parts[kind], parts["held_out"]) for kind in ("training", "synthetic")])
+    floor, ideal = np.mean(found, 0)
+    assert floor == pytest.approx(ideal, rel=0.1)
 
 
 @pytest.mark.parametrize("names", [["kid"], ["classifier_auc", "frechet"], ["frechet", "kid", "classifier_auc"]])

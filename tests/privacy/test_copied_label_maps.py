@@ -25,7 +25,7 @@ def shapes(count: int, seed: int = 0) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def detector() -> LabelMapDetector:
-    return LabelMapDetector(vectors(shapes(20), 2), 2)
+    return LabelMapDetector(vectors(shapes(20), 2), 2, mirrors=False)
 
 
 def test_a_copy_is_found_wherever_it_was_moved(detector):
@@ -39,8 +39,19 @@ def test_other_people_are_less_alike_than_copies(detector):
     """A threshold that unseen people hold finds every copy, shifted and smoothed ones too."""
     limit = detector.similarity(shapes(60, seed=1))[0].max()
     assert 0.5 < limit < 0.97
-    for labels in copies(shapes(20), 2).values():
+    for labels in copies(shapes(20), 2, mirrors=False).values():
         assert (detector.similarity(labels)[0] > limit).mean() > 0.8
+
+
+def test_mirrored_copies_are_found_and_planted_where_training_scans_were_mirrored(detector):
+    mirrors = LabelMapDetector(vectors(shapes(20), 2), 2, mirrors=True)
+    planted = copies(shapes(20), 2, mirrors=True)["label map, mirrored"]
+    assert np.array_equal(planted, shapes(20)[:, ::-1])
+    similarity, nearest = mirrors.similarity(planted)
+    assert similarity == pytest.approx(1, abs=1e-5) and np.array_equal(nearest, np.arange(20))
+    limit = mirrors.similarity(shapes(60, seed=1))[0].max()
+    assert limit < 0.97 and (detector.similarity(planted)[0] > limit).mean() < 0.2, "not mirrored, hardly any is found"
+    assert "label map, mirrored" not in copies(shapes(2), 2, mirrors=False)
 
 
 def test_it_is_nearly_dice(detector):
@@ -48,14 +59,14 @@ def test_it_is_nearly_dice(detector):
     a, b = centred(one), centred(other)
     overlap = sum(((a == n) & (b == n)).sum() for n in (1, 2))
     dice = 2 * overlap / ((a > 0).sum() + (b > 0).sum())
-    found = LabelMapDetector(vectors(one[None], 2), 2).similarity(other[None])[0][0]
+    found = LabelMapDetector(vectors(one[None], 2), 2, False).similarity(other[None])[0][0]
     assert found == pytest.approx(dice, abs=0.05)
 
 
 def test_which_structure_a_voxel_belongs_to_counts():
     one = shapes(1)
     swapped = np.array([0, 2, 1], np.uint8)[one]
-    assert LabelMapDetector(vectors(one, 2), 2).similarity(swapped)[0][0] < 0.1
+    assert LabelMapDetector(vectors(one, 2), 2, False).similarity(swapped)[0][0] < 0.1
 
 
 def test_an_empty_map_is_like_nothing(detector):

@@ -210,6 +210,20 @@ def test_near_duplicates_are_found_but_not_among_counterfactuals(tmp_path):
     assert near_duplicates(Shards([tmp_path / "x.arrow"]), planned, 0.99) == ["s4"]
 
 
+def test_a_group_of_many_points_does_not_hide_whose_duplicate_it_is(tmp_path):
+    """All of a counterfactual group of 13 are duplicates of an image of other noise, and nearer to each other."""
+    rng = np.random.default_rng(0)
+    one = rng.random((1, 1, 8, 8))
+    group = one + 0.02 * rng.random((1, 1, 8, 8)) + 1e-4 * rng.random((13, 1, 8, 8))
+    with ShardWriter(
+        tmp_path / "x.arrow", {"sample_id": pa.string(), "image": TensorColumn("float32", (1, 8, 8))}
+    ) as shard:
+        for i, picture in enumerate(np.concatenate([one, group]).astype(np.float32)):
+            shard.append(sample_id=f"s{i}", image=picture)
+    planned = plan(14).assign(noise_index=[0] + [1] * 13)
+    assert near_duplicates(Shards([tmp_path / "x.arrow"]), planned, 0.99) == sorted(f"s{i}" for i in range(1, 14))
+
+
 def test_of_many_that_are_the_same_the_first_of_the_plan_remains_in_whatever_shards_they_lie(tmp_path):
     """More copies than neighbours that are looked at, and more images than are compared at once, stored in another
     order than planned.

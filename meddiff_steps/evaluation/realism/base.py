@@ -46,16 +46,20 @@ class Sample:
 
 @dataclass(frozen=True)
 class Scale:
-    """Units of a feature space: standard deviations over training scans, and the main directions of their variation.
+    """Units of a feature space: standard deviations over held-out scans, and the main directions of their variation.
+
+    They are of the very scans that all samples are compared with, so that a sample of training scans, which is the
+    floor, and one of a generator as good as reality are alike to them.  Learnt from the floor's own sample, its
+    directions would be those in which this one happens to vary, and the floor too large.
 
     Attributes
     ----------
     mean, spread
-        (d,); a feature that is constant over training scans keeps its own unit.
+        (d,); a feature that is constant over held-out scans keeps its own unit.
     basis
         Principal components, orthonormal (d, k).
     explained
-        Share of the variance of training scans along each, (k,).
+        Share of the variance of held-out scans along each, (k,).
     """
 
     mean: np.ndarray
@@ -64,9 +68,9 @@ class Scale:
     explained: np.ndarray
 
     @classmethod
-    def of(cls, training: np.ndarray, images: int) -> Self:
-        """Learn from training features (n, d); `images` is the size of the smallest sample that will be measured."""
-        features = np.asarray(training, dtype=np.float64)
+    def of(cls, held_out: np.ndarray, images: int) -> Self:
+        """Learn from held-out features (n, d); `images` is the size of the smallest sample that will be measured."""
+        features = np.asarray(held_out, dtype=np.float64)
         mean, spread = features.mean(0), features.std(0)
         spread = np.where(spread > 1e-6 * np.maximum(np.abs(mean), 1e-3), spread, 1.0)
         _, singular, directions = np.linalg.svd((features - mean) / spread, full_matrices=False)
@@ -79,7 +83,7 @@ class Scale:
         return cls(mean, spread, directions.T, power[:count] / max(power.sum(), 1e-300))
 
     def standard(self, features: np.ndarray) -> np.ndarray:
-        """Features in standard deviations of training scans, float64 (n, d)."""
+        """Features in standard deviations of held-out scans, float64 (n, d)."""
         return (np.asarray(features, dtype=np.float64) - self.mean) / self.spread
 
     def components(self, standard: np.ndarray) -> np.ndarray:
