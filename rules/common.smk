@@ -305,6 +305,15 @@ if DOWNSTREAM_RESULTS and STUDY.downstream.neighbours.count:
     DOWNSTREAM_RESULTS.append(f"{DOWNSTREAM}/neighbours.json")
 
 
+def tables(files, made):
+    """Files of the user's (tables, a template) that a rule reads, where they are there.
+
+    Once the rule's output `made` is, they always count: without them Snakemake takes it as it is, where a shorter list
+    would make it again.
+    """
+    return [file for file in files if Path(file).exists() or Path(made).exists()]
+
+
 def shard_names(count):
     return [f"{i:04d}" for i in range(count)]
 
@@ -680,15 +689,6 @@ def shapes_problem():
 def problems():
     """What of the user's files is not where the study says, in words."""
     return [problem for problem in (cohort_problem(), template_problem(), init_problem()) if problem]
-
-
-def tables(files, made):
-    """Files of the user's (tables, a template) that a rule reads, where they are there.
-
-    Once the rule's output `made` is, they always count: without them Snakemake takes it as it is, where a shorter list
-    would make it again.
-    """
-    return [file for file in files if Path(file).exists() or Path(made).exists()]
 
 
 def cohort_tables():

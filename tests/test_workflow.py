@@ -287,6 +287,17 @@ def test_a_changed_template_is_noticed_and_a_missing_one_stops_a_run(tmp_path):
     assert re.search(r"^preprocess +1$", snakemake("-n").stdout, re.M)
 
 
+def test_a_table_of_excluded_scans_reaches_preprocessing(tmp_path):
+    study = tiny_study.STUDY | {"preprocess": tiny_study.STUDY["preprocess"] | {"exclude": "excluded.tsv"}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    (tmp_path / "excluded.tsv").touch()
+    done = run(
+        "snakemake", "-n", "-p", "quality", "--directory", str(tmp_path), "--configfile", f"{tmp_path}/study.yaml"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "--exclude excluded.tsv" in done.stdout
+
+
 def test_no_profile_asks_for_job_arrays():
     for path in [ROOT / "slurm/profile.v9+.yaml", *(ROOT / "profiles").glob("*/profile*.yaml")]:
         assert "slurm-array-jobs" not in yaml.safe_load(path.read_text())
