@@ -342,6 +342,8 @@ wildcard_constraints:
 VOXELS = math.prod(STUDY.preprocess.shape)
 # Attempts up to which requests grow; a training that is preempted twenty times must not ask for 3000 times the memory.
 MOST_GROWTH = 4
+# Minutes beyond which no further attempt goes: what trainings ask for, which partitions must allow in any case.
+MOST_MINUTES = 2880
 # Bytes per voxel that the copy detectors need for as many images as they look at together, and a shard that is drawn as
 # well.
 DETECTING = BYTES_PER_VALUE * batch_size(STUDY.preprocess.shape)
@@ -361,8 +363,10 @@ def memory(base_mb, bytes_per_voxel=0, images=1):
 
 
 def minutes(value):
-    """runtime of a job in minutes; doubles at attempts 2 to 4."""
-    return lambda wildcards, attempt: int(value * 2 ** (min(attempt, MOST_GROWTH) - 1))
+    """runtime of a job in minutes; twice as long at each further attempt, up to MOST_MINUTES. A training, which goes on
+    where it stopped, asks for the same at every attempt.
+    """
+    return lambda wildcards, attempt: min(value * 2 ** (attempt - 1), MOST_MINUTES)
 
 
 def passing(kind, path):

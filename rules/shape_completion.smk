@@ -16,7 +16,7 @@ rule shape_completion_train:
     threads: 8
     resources:
         mem_mb=memory(3000),
-        runtime=minutes(480),
+        runtime=480,
         gpu=min(GPUS, 1),
     params:
         **run_step("shape_completion_train", state=f"{STATE}/shape_completion"),

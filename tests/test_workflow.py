@@ -347,11 +347,29 @@ def test_the_state_of_a_kubernetes_job_in_snakemakes_words(tmp_path, script, wor
     assert kubernetes_job(tmp_path, "status", "--namespace", "lab", "job", script=script).stdout.strip() == word
 
 
+def rules_with(pattern: str) -> dict[str, str]:
+    """What the rules say, but for those made of others, in which a line begins with `pattern`."""
+    rules = "\n".join(path.read_text() for path in (ROOT / "rules").glob("*.smk"))
+    blocks = re.findall(r"^ *rule (\w+):\n(.*?)(?=^ *(?:use )?rule |\Z)", rules, re.M | re.S)
+    return {name: body for name, body in blocks if re.search(rf"^ +{pattern}", body, re.M)}
+
+
 def gpu_rules() -> dict[str, str]:
     """What the rules that ask for a GPU by themselves say."""
-    rules = "\n".join(path.read_text() for path in (ROOT / "rules").glob("*.smk"))
-    blocks = re.findall(r"^ *rule (\w+):\n(.*?)(?=^ *rule |\Z)", rules, re.M | re.S)
-    return {name: body for name, body in blocks if re.search(r"^ +gpu=", body, re.M)}
+    return rules_with("gpu=")
+
+
+def test_trainings_ask_for_the_same_time_at_every_attempt():
+    """They go on where they stopped; a job that begins again asks for more, and never for more than they do."""
+    trainings = rules_with(r".*\bstate=f")
+    assert {"autoencoder", "decoder", "diffusion", "few_step", "segmentation_few_labels"} <= trainings.keys()
+    for name, body in rules_with("runtime=").items():
+        (asked,) = re.findall(r"^ +runtime=(.*),", body, re.M)
+        assert asked.isdigit() if name in trainings else asked.startswith("minutes("), name
+    source = (ROOT / "rules/common.smk").read_text()
+    found: dict = {}
+    exec("".join(re.findall(r"^(?:MOST_MINUTES = .*\n|def minutes\(.*\n(?:    .*\n)+)", source, re.M)), found)
+    assert [found["minutes"](720)(None, attempt) for attempt in (1, 2, 3, 21)] == [720, 1440, 2880, 2880]
 
 
 def test_the_slurm_profile_names_every_rule_that_asks_for_a_gpu():
