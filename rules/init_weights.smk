@@ -9,7 +9,6 @@ if INIT:
             f"{RESULTS}/logs/init_weights.log",
         benchmark:
             f"{RESULTS}/benchmarks/init_weights.tsv"
-        localrule: True
         conda:
             "../envs/meddiff.yaml"
         threads: 1

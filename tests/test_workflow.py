@@ -359,6 +359,14 @@ def gpu_rules() -> dict[str, str]:
     return rules_with("gpu=")
 
 
+def test_what_runs_beside_snakemake_needs_little():
+    """On a login node."""
+    for name, body in rules_with("localrule: True").items():
+        asked = re.search(r"^ +mem_mb=memory\((\d+)\),", body, re.M)
+        assert asked is None or int(asked[1]) <= 3000, name
+        assert asked or "mem_mb" not in body, f"{name}: grows with images"
+
+
 def test_trainings_ask_for_the_same_time_at_every_attempt():
     """They go on where they stopped; a job that begins again asks for more, and never for more than they do."""
     trainings = rules_with(r".*\bstate=f")
