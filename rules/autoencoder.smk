@@ -2,7 +2,7 @@ rule autoencoder:
     input:
         manifest=MANIFEST,
         images=COHORT_IMAGES,
-        features=[STUDY.autoencoder.perceptual.weights] if STUDY.autoencoder.perceptual.weight else [],
+        features=given("autoencoder", PERCEPTUAL),
         after_quality=QC,
         base=INIT.get("autoencoder", []),
     output:

@@ -2,7 +2,7 @@ if INIT:
 
     rule init_weights:
         input:
-            given=GIVEN_FILES,
+            given=given("init_weights", GIVEN_FILES),
         output:
             also=[file for files in INIT.values() for file in files],
         log:

@@ -4,7 +4,7 @@
 
 rule shape_completion_train:
     input:
-        points=points_of_shapes,
+        points=points_of_shapes("shape_completion_train"),
     output:
         out=[*SHAPE_NETWORK, f"{RESULTS}/shape_network/history.parquet"],
     log:
@@ -28,7 +28,7 @@ rule shape_completion_train:
 
 rule shape_completion:
     input:
-        points=points_of_shapes,
+        points=points_of_shapes("shape_completion"),
         network=SHAPE_NETWORK,
     output:
         out=derivative("shape_completion"),

@@ -13,6 +13,8 @@ import pytest
 import tiny_study
 import yaml
 
+from meddiff_steps.config import freeze, parse_study
+
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 
@@ -296,6 +298,67 @@ def test_a_table_of_excluded_scans_reaches_preprocessing(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "--exclude excluded.tsv" in done.stdout
+
+
+def test_a_file_that_is_gone_stops_a_run_once_the_study_was_changed(tmp_path):
+    """Snakemake itself leaves out a rule whose input is missing where its output is there."""
+    results = tmp_path / "results/tiny"
+    study = tiny_study.STUDY | {
+        "results": f"{tmp_path}/results",
+        "cohort": {"source": "table", "table": f"{tmp_path}/people.csv"},
+        "covariates": {"age": {"unit": "year", "range": [0, 120]}},
+        "preprocess": {"exclude": "x.tsv", "registration": {"template": "t.nii"}, "shards": 1},
+        "autoencoder": {"perceptual": {"weight": 1, "weights": "w.pt"}},
+        "plan": [{"name": "a", "subjects": 1, "covariates": "table", "table": "plan.csv"}],
+        "evaluate": {"features": [{"name": "mine", "weights": "f.pt"}]},
+        "counterfactual": {"covariate": "age", "classifier_guidance": 1, "predictor": "p.pt"},
+        "inpainting": {"hole": {"file": "hole.nii"}},
+        "shape_completion": {"points": "s.npz"},
+    }
+    made = {
+        "cohort": ["cohort/manifest.parquet", "cohort/card.json"],
+        "preprocess": ["preprocessed/shard-0000.arrow", "preprocessed/qc/shard-0000.parquet"],
+        "autoencoder": ["autoencoder/model.safetensors"],
+        "plan": ["plan.parquet"],
+        "evaluate": ["evaluation/metrics.json"],
+        "counterfactual": ["counterfactuals/dataset_description.json"],
+        "inpainting": ["inpainting/dataset_description.json"],
+        "shape_completion_train": ["shape_network/model.safetensors"],
+        "shape_completion": ["shape_completion/dataset_description.json"],
+    }
+    parsed = parse_study(study, "test")
+    for stage, names in made.items():
+        for name in names:
+            (results / name).parent.mkdir(parents=True, exist_ok=True)
+            (results / name).touch()
+        config = freeze(parsed, stage, results / "config").relative_to(results)
+        record = results / f"records/{names[0]}.json"
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps({"inputs": {"config": [{"path": str(config)}]}}))
+
+    def snakemake(*options: str) -> tuple[int, str, set[str]]:
+        (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+        triggers = ("--rerun-triggers", "mtime", "params", "--", str(results / "plan.parquet"))
+        done = run("snakemake", *options, "--configfile", f"{tmp_path}/study.yaml", *triggers)
+        said = done.stdout + done.stderr
+        return done.returncode, said, set(re.findall(r"^(?:warning: )?([\w.]+): \S+ is not there", said, re.M))
+
+    assert snakemake("-n")[2] == set(), "what was made of them by these settings is taken as it is"
+    study |= {"seed": "another", "covariates": {"age": {"unit": "year", "range": [0, 110]}}}
+    study["evaluate"] |= {"bootstrap": 500}
+    study["preprocess"] |= {"shape": [16, 16, 16]}
+    (tmp_path / "people.csv").touch()
+    code, said, missing = snakemake("-n")
+    assert code == 0 and re.search(r"^plan +1$", said, re.M), said
+    assert missing == {
+        *("preprocess.registration.template", "preprocess.exclude", "autoencoder.perceptual.weights", "plan.a.table"),
+        *("evaluate.features.mine.weights", "counterfactual.predictor", "inpainting.hole.file"),
+        "shape_completion.points",
+    }
+    assert "The settings of plan were changed since it ran" in said
+    code, said, missing = snakemake("--cores", "1")
+    assert code != 0 and "plan.a.table" in said.rpartition("WorkflowError")[2]
+    assert "counterfactual.predictor" not in said.rpartition("WorkflowError")[2], "nobody asked for it"
 
 
 def test_no_profile_asks_for_job_arrays():
