@@ -7,8 +7,10 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import tiny_study
 import yaml
@@ -386,7 +388,8 @@ def test_a_kubernetes_job_asks_for_what_the_rule_says(tmp_path):
     assert done.returncode == 0, done.stderr
     sent = json.loads((tmp_path / "sent").read_text())
     assert done.stdout.strip() == sent["metadata"]["name"]
-    assert sent["spec"]["activeDeadlineSeconds"] == 480 * 60
+    assert sent["spec"]["template"]["spec"]["activeDeadlineSeconds"] == 480 * 60
+    assert "activeDeadlineSeconds" not in sent["spec"], "time in the queue does not count"
     (container,) = sent["spec"]["template"]["spec"]["containers"]
     assert container["resources"] == {
         "requests": {"memory": "3000Mi", "nvidia.com/gpu": "1", "cpu": "8"},
@@ -394,6 +397,35 @@ def test_a_kubernetes_job_asks_for_what_the_rule_says(tmp_path):
     }
     assert container["workingDir"] == str(tmp_path)
     assert container["env"] == [{"name": "MEDDIFF_STUDY", "value": "results/x/config/study.json"}]
+
+
+NAMESPACE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None or subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode != 0,
+    reason="needs a first process of its own, as containers have",
+)
+@pytest.mark.parametrize(
+    ("script", "ends"), [("exit 0", 0), ("exit 3", 3), ("python step.py && exit 0 || exit 1", 143)]
+)
+def test_a_kubernetes_job_hands_on_that_it_is_to_stop(tmp_path, monkeypatch, script, ends):
+    monkeypatch.syspath_prepend(ROOT / "profiles/kubernetes")
+    first = importlib.import_module("job").FIRST
+    (tmp_path / "job.sh").write_text(f"cd {tmp_path} && {script}\n")
+    (tmp_path / "step.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "def stop(*_):\n    time.sleep(0.5)\n    pathlib.Path('saved').touch()\n    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, stop)\npathlib.Path('begun').touch()\ntime.sleep(60)\n"
+    )
+    container = subprocess.Popen([*NAMESPACE, "/bin/sh", "-c", first, str(tmp_path / "job.sh")])
+    if ends == 143:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.1)
+        (process,) = psutil.Process(container.pid).children()
+        process.terminate()
+    assert container.wait(60) == ends
+    assert (tmp_path / "saved").exists() == (ends == 143)
 
 
 @pytest.mark.parametrize(
