@@ -452,7 +452,7 @@ FEATURE_NETWORKS = given("evaluate", [network.weights for network in STUDY.evalu
 
 
 wildcard_constraints:
-    shard=r"\d{4}",
+    shard=r"\d{4}\d*",  # Snakemake takes no {4,}
     generator=r"[1-9]\d*",
 
 

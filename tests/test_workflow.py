@@ -363,6 +363,14 @@ def test_a_file_that_is_gone_stops_a_run_once_the_study_was_changed(tmp_path):
     assert "counterfactual.predictor" not in said.rpartition("WorkflowError")[2], "nobody asked for it"
 
 
+def test_there_may_be_more_than_ten_thousand_shards(tmp_path):
+    plan = {"plan": [{"name": "a", "subjects": 10_001}], "generate": tiny_study.STUDY["generate"] | {"shard_size": 1}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(tiny_study.STUDY | plan))
+    shard = "results/tiny/generated/shard-10000.arrow"
+    done = run("snakemake", "-n", shard, "--directory", str(tmp_path), "--configfile", f"{tmp_path}/study.yaml")
+    assert done.returncode == 0 and re.search(r"^generate +1$", done.stdout, re.M), done.stdout + done.stderr
+
+
 def test_no_profile_asks_for_job_arrays():
     for path in [ROOT / "slurm/profile.v9+.yaml", *(ROOT / "profiles").glob("*/profile*.yaml")]:
         assert "slurm-array-jobs" not in yaml.safe_load(path.read_text())
