@@ -15,7 +15,7 @@ import pytest
 import tiny_study
 import yaml
 
-from meddiff_steps.config import freeze, parse_study
+from meddiff_steps.config import freeze, parse_study, published
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -369,6 +369,27 @@ def test_there_may_be_more_than_ten_thousand_shards(tmp_path):
     shard = "results/tiny/generated/shard-10000.arrow"
     done = run("snakemake", "-n", shard, "--directory", str(tmp_path), "--configfile", f"{tmp_path}/study.yaml")
     assert done.returncode == 0 and re.search(r"^generate +1$", done.stdout, re.M), done.stdout + done.stderr
+
+
+def test_a_shard_is_made_again_of_all_models_that_draw_it(tmp_path):
+    provenance, models = tmp_path / "release/provenance", tmp_path / "models"
+    provenance.mkdir(parents=True)
+    (provenance / "config.json").write_text(json.dumps(published(parse_study(tiny_study.STUDY, "test"))))
+    (provenance / "root.json").write_text(json.dumps({"ledger": {"shards": [{"shard": 0}]}}))
+    weights = {f"{folder}/model.safetensors" for folder in ("autoencoder", "decoder", "diffusion", "masks/diffusion")}
+    for name in weights | {"diffusion/tone.safetensors"}:
+        (models / name).parent.mkdir(parents=True, exist_ok=True)
+        (models / name).touch()
+    made = tmp_path / "regenerated/tiny/comparison/shard-0000.json"
+    made.parent.mkdir(parents=True)
+    for path in (provenance / "root.json", made):
+        path.touch()
+        os.utime(path, (1e9, 1e9))
+    given = ("--config", f"sealed={tmp_path}/release", f"models={models}")
+    done = run("snakemake", "-n", "--directory", str(tmp_path), "regenerate", *given)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (newer,) = re.findall(r"Updated input files: (.*)", done.stdout)
+    assert set(newer.split(", ")) == {f"{models}/{name}" for name in weights | {"diffusion/tone.safetensors"}}
 
 
 def test_no_profile_asks_for_job_arrays():
