@@ -40,7 +40,7 @@ help:
 ONE_THREAD := autoencoder=1 embedder=1 decoder=1 diffusion=1 latents=1 scale=1 tone=1 generate=1 calibrate=1 showcase=1 evaluate=1 privacy=1 downstream_data=1 downstream_train=1 downstream_test=1
 
 demo: $(VENV)/.ready
-	$(BIN)/meddiff run config/config.yaml --cores $(CORES) -- --set-threads $(ONE_THREAD) --rerun-incomplete
+	$(BIN)/meddiff run config/config.yaml --cores $(CORES) -- --set-threads $(ONE_THREAD)
 	@echo
 	@echo "The demo is complete. Look at:"
 	@echo "  results/demo/report.html          real beside synthetic, measured figures"

@@ -2,7 +2,7 @@ rule autoencoder:
     input:
         manifest=MANIFEST,
         images=COHORT_IMAGES,
-        features=[STUDY.autoencoder.perceptual.weights] if STUDY.autoencoder.perceptual.weight else [],
+        features=given("autoencoder", PERCEPTUAL),
         after_quality=QC,
         base=INIT.get("autoencoder", []),
     output:
@@ -16,7 +16,7 @@ rule autoencoder:
     threads: 8
     resources:
         mem_mb=memory(2500, 2000, STUDY.autoencoder.optimiser.batch_size),
-        runtime=minutes(2880),
+        runtime=2880,
         gpu=GPUS,
         nodes=1,  # a process per GPU, all started by one command
     params:

@@ -23,7 +23,7 @@ rule cohort:
     input:
         simulated=SIMULATED if STUDY.cohort.source == "simulated" else [],
         after_fetching=FETCHED if STUDY.storage.cohort else [],
-        after_tables=cohort_tables(),
+        after_tables=given("cohort", COHORT_TABLE),
     output:
         out=MANIFEST,
         card=COHORT_CARD,

@@ -8,6 +8,7 @@ import sys
 from functools import cache, partial
 from os import environ
 from pathlib import Path
+from typing import NamedTuple
 
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import update_config
@@ -20,6 +21,7 @@ from meddiff_steps.core.registries import DETECTORS
 from meddiff_steps.core import folders as study_files
 from meddiff_steps.core.folders import BUNDLE, GIVEN, NETWORK, TONE, files_of_base, folders_of
 from meddiff_steps.operations.rates import extraction_mb
+from meddiff_steps.provenance.record import record_path
 from meddiff_steps.privacy.size import BYTES_PER_VALUE, batch_size, subjects_needed
 from meddiff_steps.synthesis.size import enlarged, plan_shards
 
@@ -125,8 +127,9 @@ def refuse_protected():
 
 onstart:
     if workflow.is_main_process:
-        if problems():
-            raise WorkflowError("\n".join(problems()))
+        missing = problems({job.rule.name for job in workflow.dag.jobs})
+        if missing:
+            raise WorkflowError("\n".join(missing))
         refuse_protected()
         lock_results()
 
@@ -319,12 +322,137 @@ LABEL_MAPS, LABEL_LATENTS = (
 REGISTRATION = STUDY.preprocess.registration
 TEMPLATE = REGISTRATION.template if REGISTRATION and REGISTRATION.template != study_config.MNI152 else None
 # Scans that a person excluded: the study's table, or the one that lies with its results.
-DECIDED = STUDY.preprocess.exclude or f"{RESULTS}/qc.tsv"
-EXCLUDE = tables([DECIDED], QC) if STUDY.preprocess.exclude else [DECIDED] if Path(DECIDED).exists() else []
+DECIDED = f"{RESULTS}/qc.tsv"
+
+# ------------------------------------------------------------------------------------- files of the user's
+# Where they are gone, what was made of them is taken as it is: a cohort need not stay mounted. Not so when the study has
+# changed since: Snakemake would leave out a rule whose input is missing, without a word.
+
+# What stages that read them make, by which run records are found.
+MADE_OF_GIVEN = {
+    "cohort": [MANIFEST],
+    "preprocess": COHORT_IMAGES,
+    "text": TEXT[:1],
+    "init_weights": [file for files in INIT.values() for file in files],
+    "autoencoder": AUTOENCODER[:1],
+    "plan": [PLAN],
+    "evaluate": [METRICS],
+    "counterfactual": derivative("counterfactuals")[:1],
+    "inpainting": derivative("inpainting")[:1],
+    "shape_completion_train": SHAPE_NETWORK[:1],
+    "shape_completion": derivative("shape_completion")[:1],
+}
+
+
+class Given(NamedTuple):
+    """A file or folder of the user's: the key that names it, the stage that reads it, and what helps if it is gone."""
+
+    key: str
+    path: str
+    stage: str
+    remedy: str = ""
+
+
+def files_given():
+    """All that the study names and stages read, but for what is fetched and for paths with fields of a scan."""
+    if SEALED:
+        return
+    if not STUDY.storage.cohort and STUDY.cohort.source in ("bids", "table"):
+        key = {"bids": "root", "table": "table"}[STUDY.cohort.source]
+        yield Given(f"cohort.{key}", getattr(STUDY.cohort, key), "cohort")
+    if TEMPLATE:
+        remedy = f" Correct it, or take {study_config.MNI152}, which comes with nilearn."
+        yield Given("preprocess.registration.template", TEMPLATE, "preprocess", remedy)
+    if STUDY.preprocess.exclude:
+        yield Given("preprocess.exclude", STUDY.preprocess.exclude, "preprocess")
+    if STUDY.text.column and STUDY.text.encoder:
+        yield Given("text.encoder", f"{STUDY.text.encoder}/config.json", "text")
+    for key in ("path", "autoencoder", "diffusion") if INIT else ():
+        if getattr(BASE, key):
+            yield Given(
+                f"init_from.{key}", getattr(BASE, key), "init_weights", " Nothing is downloaded (docs/pretrained.md)."
+            )
+    for weights in PERCEPTUAL:
+        yield Given("autoencoder.perceptual.weights", weights, "autoencoder")
+    for group in STUDY.plan:
+        if group.table:
+            yield Given(f"plan.{group.name}.table", group.table, "plan")
+    for one in STUDY.evaluate.features:
+        yield Given(f"evaluate.features.{one.name}.weights", one.weights, "evaluate")
+    if STUDY.counterfactual.predictor:
+        yield Given("counterfactual.predictor", STUDY.counterfactual.predictor, "counterfactual")
+    for file in HOLE:
+        yield Given("inpainting.hole.file", file, "inpainting")
+    for stage in ("shape_completion_train", "shape_completion"):
+        if STUDY.shape_completion.points:
+            remedy = " docs/applications/shape-completion.md says what such a file holds, and has lines that make one."
+            yield Given("shape_completion.points", STUDY.shape_completion.points, stage, remedy)
+
+
+def there(stage):
+    """Whether all that a stage makes of the user's files is there."""
+    return all(Path(file).exists() for file in MADE_OF_GIVEN[stage])
+
+
+def kept(stage):
+    """Whether what a stage made needs the user's files no more: it is there, and no run record names other settings."""
+    today = Path(settings(stage)).name
+    return there(stage) and all(made_by(file) in (None, today) for file in MADE_OF_GIVEN[stage])
+
+
+def made_by(file):
+    """Name of the frozen config by which a file was made, by its run record; None where there is none."""
+    try:
+        record = json.loads(record_path(Path(RESULTS), str(Path(file).relative_to(RESULTS))).read_text())
+        return Path(record["inputs"]["config"][0]["path"]).name
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def given(stage, files):
+    """Those of the user's files that are there, as inputs of a stage.
+
+    Where what it made is kept they always count: without them Snakemake takes it as it is, where a shorter list would
+    make it again.
+    """
+    keep = kept(stage)
+    return [file for file in files if keep or Path(file).exists()]
+
+
+def problems(stages=None):
+    """What of the user's files is not where the study says, in words: of all stages, or of some."""
+    return [
+        f"{one.key}: {one.path} is not there. Relative paths start at the working directory, {Path.cwd()}."
+        + (
+            f" The settings of {one.stage} were changed since it ran, so that this is needed again: bring it back, or"
+            " undo the change."
+            if there(one.stage)
+            else ""
+        )
+        + one.remedy
+        for one in files_given()
+        if (stages is None or one.stage in stages) and not Path(one.path).exists() and not kept(one.stage)
+    ]
+
+
+PERCEPTUAL = [STUDY.autoencoder.perceptual.weights] if STUDY.autoencoder.perceptual.weight else []
+# A mask for all scans; those of single scans are too many to watch.
+HOLE = [file for file in (STUDY.inpainting.hole.file,) if file and "{" not in file]
+# The table that says who the subjects are. A fetched cohort is watched where it comes from; sub-*_sessions.tsv
+# are too many.
+COHORT_TABLE = []
+if not STUDY.storage.cohort and STUDY.cohort.source in ("bids", "table"):
+    COHORT_TABLE = [STUDY.cohort.table if STUDY.cohort.source == "table" else f"{STUDY.cohort.root}/participants.tsv"]
+EXCLUDE = (
+    given("preprocess", [STUDY.preprocess.exclude])
+    if STUDY.preprocess.exclude
+    else [file for file in (DECIDED,) if Path(file).exists()]
+)
+FEATURE_NETWORKS = given("evaluate", [network.weights for network in STUDY.evaluate.features])
 
 
 wildcard_constraints:
-    shard=r"\d{4}",
+    shard=r"\d{4}\d*",  # Snakemake takes no {4,}
     generator=r"[1-9]\d*",
 
 
@@ -333,6 +461,8 @@ wildcard_constraints:
 VOXELS = math.prod(STUDY.preprocess.shape)
 # Attempts up to which requests grow; a training that is preempted twenty times must not ask for 3000 times the memory.
 MOST_GROWTH = 4
+# Minutes beyond which no further attempt goes: what trainings ask for, which partitions must allow in any case.
+MOST_MINUTES = 2880
 # Bytes per voxel that the copy detectors need for as many images as they look at together, and a shard that is drawn as
 # well.
 DETECTING = BYTES_PER_VALUE * batch_size(STUDY.preprocess.shape)
@@ -352,8 +482,10 @@ def memory(base_mb, bytes_per_voxel=0, images=1):
 
 
 def minutes(value):
-    """runtime of a job in minutes; doubles at attempts 2 to 4."""
-    return lambda wildcards, attempt: int(value * 2 ** (min(attempt, MOST_GROWTH) - 1))
+    """runtime of a job in minutes; twice as long at each further attempt, up to MOST_MINUTES. A training, which goes on
+    where it stopped, asks for the same at every attempt.
+    """
+    return lambda wildcards, attempt: min(value * 2 ** (attempt - 1), MOST_MINUTES)
 
 
 def passing(kind, path):
@@ -484,7 +616,7 @@ def guides_of_counterfactuals():
     """What predictors that guide counterfactuals are made from: a network of the user's, or training latents."""
     wanted = STUDY.counterfactual
     if wanted.predictor is not None:
-        return {"after_predictor": wanted.predictor}
+        return {"after_predictor": given("counterfactual", [wanted.predictor])}
     return (
         {"latents": expand(LATENTS, shard=COHORT_SHARDS), "scale": LATENT_SCALE} if wanted.classifier_guidance else {}
     )
@@ -540,16 +672,20 @@ def manifest_of_scans_to_register(wildcards):
     return MANIFEST
 
 
-def points_of_shapes(wildcards):
-    """The file of shapes; without one nothing is started."""
-    if STUDY.shape_completion.points is None:
-        raise WorkflowError(
-            "shape_completion.points: not set, so there are no shapes. Name a file (.npz), for example in the"
-            " study `shape_completion: {points: shapes.npz}`."
-        )
-    if shapes_problem():
-        raise WorkflowError(shapes_problem())
-    return STUDY.shape_completion.points
+def points_of_shapes(stage):
+    """What a stage reads shapes from; without a file of them nothing is started."""
+
+    def points(wildcards):
+        if STUDY.shape_completion.points is None:
+            raise WorkflowError(
+                "shape_completion.points: not set, so there are no shapes. Name a file (.npz), for example in the"
+                " study `shape_completion: {points: shapes.npz}`."
+            )
+        if problems({stage}) and not there(stage):
+            raise WorkflowError("\n".join(problems({stage})))
+        return given(stage, [STUDY.shape_completion.points])
+
+    return points
 
 
 def manifest_of_scans_to_mark(wildcards):
@@ -581,29 +717,6 @@ def manifest_of_scans_to_harmonise(wildcards):
             " A}`."
         )
     return MANIFEST
-
-
-def not_there(key, path):
-    """That a file which the study names is missing, in words."""
-    return f"{key}: {path} is not there. Relative paths start at the working directory, {Path.cwd()}."
-
-
-def cohort_problem():
-    """What is wrong with where the scans should be, in words; None if nothing is, or if they are fetched or were read
-    already.
-    """
-    source = STUDY.cohort
-    named = {"bids": "root", "table": "table"}.get(source.source)
-    if (
-        SEALED
-        or named is None
-        or STUDY.storage.cohort
-        or Path(MANIFEST).exists()
-        or Path(getattr(source, named)).exists()
-    ):
-        return None
-    where = getattr(source, named)
-    return not_there(f"cohort.{named}", where)
 
 
 def filter_problem():
@@ -641,65 +754,6 @@ def manifest_of_a_filter(wildcards):
     """The manifest; what is wrong with the filter is said where there is one."""
     warn_of_filter()
     return MANIFEST
-
-
-def template_problem():
-    """What is wrong with where the template of the registration should be, in words; None if nothing is, or if scans
-    were preprocessed already.
-    """
-    if SEALED or not TEMPLATE or Path(QC).exists() or Path(TEMPLATE).is_file():
-        return None
-    return (
-        not_there("preprocess.registration.template", TEMPLATE)
-        + f" Correct it, or take {study_config.MNI152}, which comes with nilearn."
-    )
-
-
-def init_problem():
-    """What is wrong with where given weights should be, in words; None if nothing is, or if they were read already."""
-    if not INIT or all(Path(file).exists() for files in INIT.values() for file in files):
-        return None
-    for key in ("path", "autoencoder", "diffusion"):
-        place = getattr(BASE, key)
-        if place is not None and not Path(place).exists():
-            return not_there(f"init_from.{key}", place) + " Nothing is downloaded (docs/pretrained.md)."
-    return None
-
-
-def shapes_problem():
-    """That the shapes which are completed are not there, in words; None where they are."""
-    points = STUDY.shape_completion.points
-    if Path(points).is_file():
-        return None
-    return (
-        not_there("shape_completion.points", points)
-        + " docs/applications/shape-completion.md says what such a file holds, and has lines that make one."
-    )
-
-
-def problems():
-    """What of the user's files is not where the study says, in words."""
-    return [problem for problem in (cohort_problem(), template_problem(), init_problem()) if problem]
-
-
-def tables(files, made):
-    """Files of the user's (tables, a template) that a rule reads, where they are there.
-
-    Once the rule's output `made` is, they always count: without them Snakemake takes it as it is, where a shorter list
-    would make it again.
-    """
-    return [file for file in files if Path(file).exists() or Path(made).exists()]
-
-
-def cohort_tables():
-    """What says who the subjects are. A fetched cohort is watched where it comes from; sub-*_sessions.tsv are too
-    many.
-    """
-    if STUDY.storage.cohort or STUDY.cohort.source == "simulated":
-        return []
-    return tables(
-        [STUDY.cohort.table if STUDY.cohort.source == "table" else f"{STUDY.cohort.root}/participants.tsv"], MANIFEST
-    )
 
 
 # A plan can be made without the scans, a run cannot.

@@ -17,7 +17,7 @@ if DECODER:
         threads: 8
         resources:
             mem_mb=memory(2500, 600, STUDY.decoder.optimiser.batch_size),
-            runtime=minutes(2880),
+            runtime=2880,
             gpu=GPUS,
             nodes=1,  # a process per GPU, all started by one command
         params:

@@ -18,7 +18,7 @@ rule diffusion:
     threads: 8
     resources:
         mem_mb=memory(4000, 200, STUDY.diffusion.optimiser.batch_size),
-        runtime=minutes(4320),
+        runtime=4320,
         gpu=GPUS,
         nodes=1,  # a process per GPU, all started by one command
     params:

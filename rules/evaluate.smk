@@ -60,7 +60,7 @@ rule evaluate:
         embedder=EMBEDDER,
         predictors=PREDICTORS,
         segmenter=SEGMENTER,
-        after_networks=[network.weights for network in STUDY.evaluate.features],
+        after_networks=FEATURE_NETWORKS,
     output:
         out=[report(METRICS, caption="../workflow/report/metrics.rst", category="Figures"), *EVALUATION[1:]],
     log:

@@ -68,7 +68,6 @@ rule export_models:
         f"{RESULTS}/logs/export_models.log",
     benchmark:
         f"{RESULTS}/benchmarks/export_models.tsv"
-    localrule: True
     conda:
         "../envs/meddiff.yaml"
     threads: 1

@@ -19,7 +19,7 @@ if STUDY.few_step.method:
         threads: 8
         resources:
             mem_mb=memory(4000, 200, STUDY.few_step.optimiser.batch_size),
-            runtime=minutes(2880),
+            runtime=2880,
             gpu=GPUS,
             nodes=1,  # a process per GPU, all started by one command
         params:

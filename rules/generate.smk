@@ -1,7 +1,7 @@
 rule plan:
     input:
         manifest=MANIFEST,
-        after_tables=tables([group.table for group in STUDY.plan if group.table], PLAN),
+        after_tables=given("plan", [group.table for group in STUDY.plan if group.table]),
     output:
         out=PLAN,
     log:

@@ -17,7 +17,7 @@ rule harmonisation_model:
     threads: 8
     resources:
         mem_mb=memory(3000, 4800, STUDY.harmonisation.unpaired.optimiser.batch_size),
-        runtime=minutes(2880),
+        runtime=2880,
         gpu=min(GPUS, 1),
     params:
         **run_step("harmonisation_model", state=f"{STATE}/harmonisation_model"),

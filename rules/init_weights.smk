@@ -2,14 +2,13 @@ if INIT:
 
     rule init_weights:
         input:
-            given=GIVEN_FILES,
+            given=given("init_weights", GIVEN_FILES),
         output:
             also=[file for files in INIT.values() for file in files],
         log:
             f"{RESULTS}/logs/init_weights.log",
         benchmark:
             f"{RESULTS}/benchmarks/init_weights.tsv"
-        localrule: True
         conda:
             "../envs/meddiff.yaml"
         threads: 1

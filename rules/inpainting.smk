@@ -11,6 +11,7 @@ rule inpainting:
         decoder=DECODER,
         diffusion=DIFFUSION,
         predictors=PREDICTORS,
+        after_hole=given("inpainting", HOLE),
     output:
         out=derivative("inpainting"),
     log:

@@ -1,7 +1,7 @@
 rule preprocess:
     input:
         manifest=MANIFEST,
-        template=tables([TEMPLATE] if TEMPLATE else [], QC),
+        template=given("preprocess", [TEMPLATE] if TEMPLATE else []),
         exclude=EXCLUDE,
     output:
         out=PREPROCESSED,
@@ -54,7 +54,7 @@ rule scan_pages:
     input:
         qc=QC,
         images=COHORT_IMAGES,
-        template=tables([TEMPLATE] if TEMPLATE else [], QC),
+        template=given("preprocess", [TEMPLATE] if TEMPLATE else []),
         exclude=EXCLUDE,
     output:
         out=SCAN_PAGES,

@@ -1,11 +1,15 @@
 # snakemake regenerate --config sealed=FOLDER models=FOLDER [count=NUMBER [group=NAME]]: a released cohort made again,
 # shard by shard, and compared; or one group of it with more subjects.
 if SEALED:
+    # Beside the first two whatever is there; which of them draw, the ledger says by their digests.
+    MODELS = [f"{SEALED_MODELS}/{model}/model.safetensors" for model in ("autoencoder", "diffusion")]
+    for folder in "decoder diffusion few_step second_model/diffusion masks/autoencoder masks/diffusion".split():
+        MODELS += [str(file) for file in Path(SEALED_MODELS, folder).glob("*.safetensors") if str(file) not in MODELS]
 
     rule regenerate_shard:
         input:
             root=f"{SEALED}/provenance/root.json",
-            models=expand(f"{SEALED_MODELS}/{{model}}/model.safetensors", model=["autoencoder", "diffusion"]),
+            models=sorted(MODELS),
         output:
             REGENERATED_SHARD,
         log:

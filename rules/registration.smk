@@ -19,7 +19,7 @@ rule registration_train:
     threads: 8
     resources:
         mem_mb=memory(3000, 600, STUDY.registration.optimiser.batch_size),
-        runtime=minutes(720),
+        runtime=720,
         gpu=min(GPUS, 1),
     params:
         **run_step("registration_train", network=lambda wildcards: wildcards.network, state=f"{STATE}/registration"),

@@ -96,7 +96,7 @@ if STUDY.second_model.subjects:
             embedder=EMBEDDER,
             predictors=PREDICTORS,
             segmenter=SEGMENTER,
-            after_networks=[network.weights for network in STUDY.evaluate.features],
+            after_networks=FEATURE_NETWORKS,
         output:
             out=[
                 TEACHER_REPORTS[1],

@@ -17,7 +17,7 @@ rule segmentation_model:
     threads: 8
     resources:
         mem_mb=memory(3000, 2400, STUDY.segmentation_ensemble.optimiser.batch_size),
-        runtime=minutes(2880),
+        runtime=2880,
         gpu=GPUS,
         nodes=1,  # a process per GPU, all started by one command
     params:
@@ -66,7 +66,7 @@ rule segmentation_few_labels:
     threads: 8
     resources:
         mem_mb=memory(3000, 2400, STUDY.segmentation_ensemble.optimiser.batch_size),
-        runtime=minutes(2880),
+        runtime=2880,
         gpu=GPUS,
         nodes=1,  # a process per GPU, all started by one command
     params:

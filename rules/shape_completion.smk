@@ -4,7 +4,7 @@
 
 rule shape_completion_train:
     input:
-        points=points_of_shapes,
+        points=points_of_shapes("shape_completion_train"),
     output:
         out=[*SHAPE_NETWORK, f"{RESULTS}/shape_network/history.parquet"],
     log:
@@ -16,7 +16,7 @@ rule shape_completion_train:
     threads: 8
     resources:
         mem_mb=memory(3000),
-        runtime=minutes(480),
+        runtime=480,
         gpu=min(GPUS, 1),
     params:
         **run_step("shape_completion_train", state=f"{STATE}/shape_completion"),
@@ -28,7 +28,7 @@ rule shape_completion_train:
 
 rule shape_completion:
     input:
-        points=points_of_shapes,
+        points=points_of_shapes("shape_completion"),
         network=SHAPE_NETWORK,
     output:
         out=derivative("shape_completion"),

@@ -3,7 +3,7 @@ if TEXT:
     rule text:
         input:
             manifest=MANIFEST,
-            after_encoder=tables([f"{STUDY.text.encoder}/config.json"], TEXT[0]) if STUDY.text.encoder else [],
+            after_encoder=given("text", [f"{STUDY.text.encoder}/config.json"]) if STUDY.text.encoder else [],
         output:
             out=TEXT,
         log:

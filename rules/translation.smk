@@ -21,7 +21,7 @@ rule translation_model:
     threads: 8
     resources:
         mem_mb=memory(3000, 2400, STUDY.translation.optimiser.batch_size),
-        runtime=minutes(2880),
+        runtime=2880,
         gpu=GPUS,
         nodes=1,  # a process per GPU, all started by one command
     params:
@@ -49,7 +49,7 @@ rule translation_unpaired:
         mem_mb=memory(
             3000, 4800, getattr(STUDY.translation.unpaired, "optimiser", STUDY.translation.optimiser).batch_size
         ),
-        runtime=minutes(2880),
+        runtime=2880,
         gpu=min(GPUS, 1),
     params:
         **run_step("translation_unpaired", state=f"{STATE}/translation_unpaired"),

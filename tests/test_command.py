@@ -122,11 +122,11 @@ def test_the_report_is_found_by_its_study(tmp_path):
 def test_run_gives_snakemake_what_one_would_type(monkeypatch):
     monkeypatch.chdir(ROOT)
     command = snakemake_command(Path("my.yaml"), ["evaluate"], ["--keep-going"], 8)
-    assert command == "snakemake evaluate --cores 8 --keep-going --configfile my.yaml".split()
+    assert command == "snakemake evaluate --rerun-incomplete --cores 8 --keep-going --configfile my.yaml".split()
     planned = snakemake_command(Path("my.yaml"), [], [], 4, dry_run=True)
-    assert planned == "snakemake --cores 4 -n --configfile my.yaml".split()
+    assert planned == "snakemake --rerun-incomplete --cores 4 -n --configfile my.yaml".split()
     cluster = snakemake_command(Path("my.yaml"), [], [], None, "slurm")
-    assert "--cores" not in cluster and cluster[1] == "--profile" and Path(cluster[2], "profile.v9+.yaml").is_file()
+    assert "--cores" not in cluster and cluster[2] == "--profile" and Path(cluster[3], "profile.v9+.yaml").is_file()
 
 
 def test_run_finds_the_workflow_from_elsewhere(monkeypatch, tmp_path):
@@ -155,8 +155,8 @@ def test_what_follows_the_dashes_goes_to_snakemake():
 
 
 def test_options_of_snakemake_before_the_dashes_are_told_where_they_belong():
-    said = meddiff("run", "my.yaml", "--rerun-incomplete").stderr
-    assert "meddiff run STUDY.yaml -- --rerun-incomplete" in said
+    said = meddiff("run", "my.yaml", "--keep-going").stderr
+    assert "meddiff run STUDY.yaml -- --keep-going" in said
     assert "--cores" in meddiff("run", "my.yaml", "--corse", "3").stderr
 
 

@@ -7,11 +7,15 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import tiny_study
 import yaml
+
+from meddiff_steps.config import freeze, parse_study, published
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -287,6 +291,107 @@ def test_a_changed_template_is_noticed_and_a_missing_one_stops_a_run(tmp_path):
     assert re.search(r"^preprocess +1$", snakemake("-n").stdout, re.M)
 
 
+def test_a_table_of_excluded_scans_reaches_preprocessing(tmp_path):
+    study = tiny_study.STUDY | {"preprocess": tiny_study.STUDY["preprocess"] | {"exclude": "excluded.tsv"}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    (tmp_path / "excluded.tsv").touch()
+    done = run(
+        "snakemake", "-n", "-p", "quality", "--directory", str(tmp_path), "--configfile", f"{tmp_path}/study.yaml"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "--exclude excluded.tsv" in done.stdout
+
+
+def test_a_file_that_is_gone_stops_a_run_once_the_study_was_changed(tmp_path):
+    """Snakemake itself leaves out a rule whose input is missing where its output is there."""
+    results = tmp_path / "results/tiny"
+    study = tiny_study.STUDY | {
+        "results": f"{tmp_path}/results",
+        "cohort": {"source": "table", "table": f"{tmp_path}/people.csv"},
+        "covariates": {"age": {"unit": "year", "range": [0, 120]}},
+        "preprocess": {"exclude": "x.tsv", "registration": {"template": "t.nii"}, "shards": 1},
+        "autoencoder": {"perceptual": {"weight": 1, "weights": "w.pt"}},
+        "plan": [{"name": "a", "subjects": 1, "covariates": "table", "table": "plan.csv"}],
+        "evaluate": {"features": [{"name": "mine", "weights": "f.pt"}]},
+        "counterfactual": {"covariate": "age", "classifier_guidance": 1, "predictor": "p.pt"},
+        "inpainting": {"hole": {"file": "hole.nii"}},
+        "shape_completion": {"points": "s.npz"},
+    }
+    made = {
+        "cohort": ["cohort/manifest.parquet", "cohort/card.json"],
+        "preprocess": ["preprocessed/shard-0000.arrow", "preprocessed/qc/shard-0000.parquet"],
+        "autoencoder": ["autoencoder/model.safetensors"],
+        "plan": ["plan.parquet"],
+        "evaluate": ["evaluation/metrics.json"],
+        "counterfactual": ["counterfactuals/dataset_description.json"],
+        "inpainting": ["inpainting/dataset_description.json"],
+        "shape_completion_train": ["shape_network/model.safetensors"],
+        "shape_completion": ["shape_completion/dataset_description.json"],
+    }
+    parsed = parse_study(study, "test")
+    for stage, names in made.items():
+        for name in names:
+            (results / name).parent.mkdir(parents=True, exist_ok=True)
+            (results / name).touch()
+        config = freeze(parsed, stage, results / "config").relative_to(results)
+        record = results / f"records/{names[0]}.json"
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps({"inputs": {"config": [{"path": str(config)}]}}))
+
+    def snakemake(*options: str) -> tuple[int, str, set[str]]:
+        (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+        triggers = ("--rerun-triggers", "mtime", "params", "--", str(results / "plan.parquet"))
+        done = run("snakemake", *options, "--configfile", f"{tmp_path}/study.yaml", *triggers)
+        said = done.stdout + done.stderr
+        return done.returncode, said, set(re.findall(r"^(?:warning: )?([\w.]+): \S+ is not there", said, re.M))
+
+    assert snakemake("-n")[2] == set(), "what was made of them by these settings is taken as it is"
+    study |= {"seed": "another", "covariates": {"age": {"unit": "year", "range": [0, 110]}}}
+    study["evaluate"] |= {"bootstrap": 500}
+    study["preprocess"] |= {"shape": [16, 16, 16]}
+    (tmp_path / "people.csv").touch()
+    code, said, missing = snakemake("-n")
+    assert code == 0 and re.search(r"^plan +1$", said, re.M), said
+    assert missing == {
+        *("preprocess.registration.template", "preprocess.exclude", "autoencoder.perceptual.weights", "plan.a.table"),
+        *("evaluate.features.mine.weights", "counterfactual.predictor", "inpainting.hole.file"),
+        "shape_completion.points",
+    }
+    assert "The settings of plan were changed since it ran" in said
+    code, said, missing = snakemake("--cores", "1")
+    assert code != 0 and "plan.a.table" in said.rpartition("WorkflowError")[2]
+    assert "counterfactual.predictor" not in said.rpartition("WorkflowError")[2], "nobody asked for it"
+
+
+def test_there_may_be_more_than_ten_thousand_shards(tmp_path):
+    plan = {"plan": [{"name": "a", "subjects": 10_001}], "generate": tiny_study.STUDY["generate"] | {"shard_size": 1}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(tiny_study.STUDY | plan))
+    shard = "results/tiny/generated/shard-10000.arrow"
+    done = run("snakemake", "-n", shard, "--directory", str(tmp_path), "--configfile", f"{tmp_path}/study.yaml")
+    assert done.returncode == 0 and re.search(r"^generate +1$", done.stdout, re.M), done.stdout + done.stderr
+
+
+def test_a_shard_is_made_again_of_all_models_that_draw_it(tmp_path):
+    provenance, models = tmp_path / "release/provenance", tmp_path / "models"
+    provenance.mkdir(parents=True)
+    (provenance / "config.json").write_text(json.dumps(published(parse_study(tiny_study.STUDY, "test"))))
+    (provenance / "root.json").write_text(json.dumps({"ledger": {"shards": [{"shard": 0}]}}))
+    weights = {f"{folder}/model.safetensors" for folder in ("autoencoder", "decoder", "diffusion", "masks/diffusion")}
+    for name in weights | {"diffusion/tone.safetensors"}:
+        (models / name).parent.mkdir(parents=True, exist_ok=True)
+        (models / name).touch()
+    made = tmp_path / "regenerated/tiny/comparison/shard-0000.json"
+    made.parent.mkdir(parents=True)
+    for path in (provenance / "root.json", made):
+        path.touch()
+        os.utime(path, (1e9, 1e9))
+    given = ("--config", f"sealed={tmp_path}/release", f"models={models}")
+    done = run("snakemake", "-n", "--directory", str(tmp_path), "regenerate", *given)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (newer,) = re.findall(r"Updated input files: (.*)", done.stdout)
+    assert set(newer.split(", ")) == {f"{models}/{name}" for name in weights | {"diffusion/tone.safetensors"}}
+
+
 def test_no_profile_asks_for_job_arrays():
     for path in [ROOT / "slurm/profile.v9+.yaml", *(ROOT / "profiles").glob("*/profile*.yaml")]:
         assert "slurm-array-jobs" not in yaml.safe_load(path.read_text())
@@ -312,7 +417,8 @@ def test_a_kubernetes_job_asks_for_what_the_rule_says(tmp_path):
     assert done.returncode == 0, done.stderr
     sent = json.loads((tmp_path / "sent").read_text())
     assert done.stdout.strip() == sent["metadata"]["name"]
-    assert sent["spec"]["activeDeadlineSeconds"] == 480 * 60
+    assert sent["spec"]["template"]["spec"]["activeDeadlineSeconds"] == 480 * 60
+    assert "activeDeadlineSeconds" not in sent["spec"], "time in the queue does not count"
     (container,) = sent["spec"]["template"]["spec"]["containers"]
     assert container["resources"] == {
         "requests": {"memory": "3000Mi", "nvidia.com/gpu": "1", "cpu": "8"},
@@ -320,6 +426,35 @@ def test_a_kubernetes_job_asks_for_what_the_rule_says(tmp_path):
     }
     assert container["workingDir"] == str(tmp_path)
     assert container["env"] == [{"name": "MEDDIFF_STUDY", "value": "results/x/config/study.json"}]
+
+
+NAMESPACE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None or subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode != 0,
+    reason="needs a first process of its own, as containers have",
+)
+@pytest.mark.parametrize(
+    ("script", "ends"), [("exit 0", 0), ("exit 3", 3), ("python step.py && exit 0 || exit 1", 143)]
+)
+def test_a_kubernetes_job_hands_on_that_it_is_to_stop(tmp_path, monkeypatch, script, ends):
+    monkeypatch.syspath_prepend(ROOT / "profiles/kubernetes")
+    first = importlib.import_module("job").FIRST
+    (tmp_path / "job.sh").write_text(f"cd {tmp_path} && {script}\n")
+    (tmp_path / "step.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "def stop(*_):\n    time.sleep(0.5)\n    pathlib.Path('saved').touch()\n    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, stop)\npathlib.Path('begun').touch()\ntime.sleep(60)\n"
+    )
+    container = subprocess.Popen([*NAMESPACE, "/bin/sh", "-c", first, str(tmp_path / "job.sh")])
+    if ends == 143:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.1)
+        (process,) = psutil.Process(container.pid).children()
+        process.terminate()
+    assert container.wait(60) == ends
+    assert (tmp_path / "saved").exists() == (ends == 143)
 
 
 @pytest.mark.parametrize(
@@ -336,11 +471,37 @@ def test_the_state_of_a_kubernetes_job_in_snakemakes_words(tmp_path, script, wor
     assert kubernetes_job(tmp_path, "status", "--namespace", "lab", "job", script=script).stdout.strip() == word
 
 
+def rules_with(pattern: str) -> dict[str, str]:
+    """What the rules say, but for those made of others, in which a line begins with `pattern`."""
+    rules = "\n".join(path.read_text() for path in (ROOT / "rules").glob("*.smk"))
+    blocks = re.findall(r"^ *rule (\w+):\n(.*?)(?=^ *(?:use )?rule |\Z)", rules, re.M | re.S)
+    return {name: body for name, body in blocks if re.search(rf"^ +{pattern}", body, re.M)}
+
+
 def gpu_rules() -> dict[str, str]:
     """What the rules that ask for a GPU by themselves say."""
-    rules = "\n".join(path.read_text() for path in (ROOT / "rules").glob("*.smk"))
-    blocks = re.findall(r"^ *rule (\w+):\n(.*?)(?=^ *rule |\Z)", rules, re.M | re.S)
-    return {name: body for name, body in blocks if re.search(r"^ +gpu=", body, re.M)}
+    return rules_with("gpu=")
+
+
+def test_what_runs_beside_snakemake_needs_little():
+    """On a login node."""
+    for name, body in rules_with("localrule: True").items():
+        asked = re.search(r"^ +mem_mb=memory\((\d+)\),", body, re.M)
+        assert asked is None or int(asked[1]) <= 3000, name
+        assert asked or "mem_mb" not in body, f"{name}: grows with images"
+
+
+def test_trainings_ask_for_the_same_time_at_every_attempt():
+    """They go on where they stopped; a job that begins again asks for more, and never for more than they do."""
+    trainings = rules_with(r".*\bstate=f")
+    assert {"autoencoder", "decoder", "diffusion", "few_step", "segmentation_few_labels"} <= trainings.keys()
+    for name, body in rules_with("runtime=").items():
+        (asked,) = re.findall(r"^ +runtime=(.*),", body, re.M)
+        assert asked.isdigit() if name in trainings else asked.startswith("minutes("), name
+    source = (ROOT / "rules/common.smk").read_text()
+    found: dict = {}
+    exec("".join(re.findall(r"^(?:MOST_MINUTES = .*\n|def minutes\(.*\n(?:    .*\n)+)", source, re.M)), found)
+    assert [found["minutes"](720)(None, attempt) for attempt in (1, 2, 3, 21)] == [720, 1440, 2880, 2880]
 
 
 def test_the_slurm_profile_names_every_rule_that_asks_for_a_gpu():

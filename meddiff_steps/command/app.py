@@ -43,7 +43,7 @@ EXAMPLES = {
         "meddiff run mycohort.yaml -n",
         "meddiff run mycohort.yaml --cores 8",
         "meddiff run mycohort.yaml evaluate --profile slurm",
-        "meddiff run mycohort.yaml --cores 8 -- --rerun-incomplete --keep-going",
+        "meddiff run mycohort.yaml --cores 8 -- --keep-going",
     ],
     "status": ["meddiff status mycohort.yaml", "meddiff status results/mycohort"],
     "report": ["meddiff report mycohort.yaml --open"],

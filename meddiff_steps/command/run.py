@@ -241,6 +241,8 @@ def snakemake_command(
 ) -> list[str]:
     """The command that runs a study, as one would type it here.
 
+    What a run that was killed left half done is made again: files appear under their names when they are whole.
+
     Raises
     ------
     UserError
@@ -248,7 +250,7 @@ def snakemake_command(
     """
     snakefile = workflow_folder() / "Snakefile"
     here = snakefile.resolve() == Path("Snakefile").resolve()
-    command = ["snakemake", *targets, *([] if here else ["--snakefile", str(snakefile)])]
+    command = ["snakemake", *targets, *([] if here else ["--snakefile", str(snakefile)]), "--rerun-incomplete"]
     if profile is not None:
         command += ["--profile", profile_folder(profile, snakefile.parent)]
     if cores is not None:

@@ -16,7 +16,7 @@ class Storage(Section):
     temporary: list[Literal["latents", "generated", "filtered"]] = Field(
         [],
         description="Shards that are deleted when the last job that reads them has ended. A later change that needs "
-        "them makes them again.",
+        "them makes them, and all that was made of them, again (docs/cluster.md).",
     )
     protect: bool = Field(
         True,

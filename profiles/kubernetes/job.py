@@ -14,6 +14,14 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+#: Runs a script as the first process of a container. Kubernetes sends SIGTERM to that one alone, and a shell does not
+#: hand it on: here all others get it, and are waited for, so that a training saves its state.
+FIRST = """trap 'stopped=1; kill -TERM -1' TERM
+/bin/sh "$0" & script=$!
+wait $script; code=$?
+if [ "$stopped" ]; then wait $script; code=$?; while kill -0 -1; do sleep 1; done 2>/dev/null; fi
+exit $code"""
+
 
 def kubectl(namespace: str, *arguments: str, text: str | None = None) -> str:
     """Output of a kubectl command; the program ends with kubectl's own message if that fails."""
@@ -41,7 +49,7 @@ def manifest(script: Path, image: str, claim: str, mount: str) -> dict[str, Any]
     container = {
         "name": "step",
         "image": image,
-        "command": ["/bin/sh", str(script.resolve())],
+        "command": ["/bin/sh", "-c", FIRST, str(script.resolve())],
         "workingDir": str(Path.cwd()),
         "env": [{"name": name, "value": os.environ[name]} for name in ("MEDDIFF_STUDY",) if name in os.environ],
         "resources": {"requests": limits | {"cpu": str(job.get("threads", 1))}, "limits": limits},
@@ -53,6 +61,8 @@ def manifest(script: Path, image: str, claim: str, mount: str) -> dict[str, Any]
     ]
     pod = {
         "restartPolicy": "Never",
+        # Of the pod, whose time begins on a node; that of the job would count the time in the queue, too.
+        "activeDeadlineSeconds": 60 * int(asked.get("runtime", 30)),
         "terminationGracePeriodSeconds": 300,
         "containers": [container],
         "volumes": volumes,
@@ -63,11 +73,7 @@ def manifest(script: Path, image: str, claim: str, mount: str) -> dict[str, Any]
         "kind": "Job",
         "metadata": {"name": f"meddiff-{name}-{uuid.uuid4().hex[:10]}", "labels": {"app": "meddiff", "rule": name}},
         # Snakemake tries again, with more memory and time; Kubernetes must not.
-        "spec": {
-            "backoffLimit": 0,
-            "activeDeadlineSeconds": 60 * int(asked.get("runtime", 30)),
-            "template": {"spec": pod},
-        },
+        "spec": {"backoffLimit": 0, "template": {"spec": pod}},
     }
 
 

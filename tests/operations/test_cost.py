@@ -196,7 +196,7 @@ def test_jobs_ask_for_what_their_rules_ask_for(published):
             continue
         (body,) = re.findall(rf"^ *rule {rule}:\n(.*?)(?=^ *rule |\Z)", rules, re.M | re.S)
         threads = re.search(r"^ *threads: (\d+)$", body, re.M)
-        asked, limit = (re.search(rf"{key}=(.*\)),", body) for key in ("mem_mb", "runtime"))
+        asked, limit = (re.search(rf"{key}=(.*\)|\d+),", body) for key in ("mem_mb", "runtime"))
         expected = (int(threads[1]), eval(limit[1], names), eval(asked[1], names))
         assert (request.cores, request.minutes, request.memory(published)) == expected, stage
 
