@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -38,7 +39,9 @@ def slowness() -> Mapping[str, float]:
     do not; a processor without bfloat16 can take ten times as long.
     """
     threads = torch.get_num_threads()
+    logging.disable(logging.INFO)  # this is no step of the study
     fabric = make_fabric(config.Compute(device="cpu", compile=False), 1)
+    logging.disable(logging.NOTSET)
     try:
         with torch.random.fork_rng(devices=[]):
             first_stage = build(AUTOENCODER, 3, 1)
