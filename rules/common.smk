@@ -25,6 +25,13 @@ from meddiff_steps.provenance.record import record_path
 from meddiff_steps.privacy.size import BYTES_PER_VALUE, batch_size, subjects_needed
 from meddiff_steps.synthesis.size import enlarged, plan_shards
 
+if workflow.modifier.namespace:
+    # Which is given neither the files of the study nor handlers that hold the lock and look after what is protected.
+    raise WorkflowError(
+        "meddiff cannot be a `module` of another workflow. Run it as it is (meddiff run STUDY.yaml, or snakemake"
+        " --snakefile CHECKOUT/Snakefile --configfile STUDY.yaml); its release is what another workflow may read."
+    )
+
 # Jobs run `python`; make that the interpreter that runs Snakemake, also when its environment was not activated.
 environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environ.get("PATH", "")])
 # For envs/meddiff.post-deploy.sh, with `--sdm conda`.

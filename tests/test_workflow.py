@@ -392,6 +392,14 @@ def test_a_shard_is_made_again_of_all_models_that_draw_it(tmp_path):
     assert set(newer.split(", ")) == {f"{models}/{name}" for name in weights | {"diffusion/tone.safetensors"}}
 
 
+def test_a_module_of_another_workflow_is_refused(tmp_path):
+    """It would run the demo, whatever its `config`, without a lock."""
+    text = f'module meddiff:\n    snakefile: "{ROOT}/Snakefile"\n    config: config\n\nuse rule * from meddiff\n'
+    (tmp_path / "Snakefile").write_text(text)
+    done = run("snakemake", "-n", "--directory", str(tmp_path), "-s", str(tmp_path / "Snakefile"))
+    assert done.returncode != 0 and "cannot be a `module`" in done.stdout + done.stderr
+
+
 def test_no_profile_asks_for_job_arrays():
     for path in [ROOT / "slurm/profile.v9+.yaml", *(ROOT / "profiles").glob("*/profile*.yaml")]:
         assert "slurm-array-jobs" not in yaml.safe_load(path.read_text())
