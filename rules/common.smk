@@ -134,7 +134,7 @@ def refuse_protected():
 
 onstart:
     if workflow.is_main_process:
-        missing = problems({job.rule.name for job in workflow.dag.jobs})
+        missing = problems({job.rule.name for job in workflow.dag.jobs}) + left_out(workflow.dag)
         if missing:
             raise WorkflowError("\n".join(missing))
         refuse_protected()
@@ -335,19 +335,19 @@ DECIDED = f"{RESULTS}/qc.tsv"
 # Where they are gone, what was made of them is taken as it is: a cohort need not stay mounted. Not so when the study has
 # changed since: Snakemake would leave out a rule whose input is missing, without a word.
 
-# What stages that read them make, by which run records are found.
+# What stages that read them make. A shard has a run record each, of other files the first.
 MADE_OF_GIVEN = {
-    "cohort": [MANIFEST],
+    "cohort": [MANIFEST, COHORT_CARD],
     "preprocess": COHORT_IMAGES,
-    "text": TEXT[:1],
+    "text": TEXT,
     "init_weights": [file for files in INIT.values() for file in files],
-    "autoencoder": AUTOENCODER[:1],
+    "autoencoder": [*AUTOENCODER, AUTOENCODER_CURVE, AUTOENCODER_RECONSTRUCTIONS],
     "plan": [PLAN],
-    "evaluate": [METRICS],
-    "counterfactual": derivative("counterfactuals")[:1],
-    "inpainting": derivative("inpainting")[:1],
-    "shape_completion_train": SHAPE_NETWORK[:1],
-    "shape_completion": derivative("shape_completion")[:1],
+    "evaluate": EVALUATION,
+    "counterfactual": derivative("counterfactuals"),
+    "inpainting": derivative("inpainting"),
+    "shape_completion_train": SHAPE_NETWORK,
+    "shape_completion": derivative("shape_completion"),
 }
 
 
@@ -439,6 +439,21 @@ def problems(stages=None):
         + one.remedy
         for one in files_given()
         if (stages is None or one.stage in stages) and not Path(one.path).exists() and not kept(one.stage)
+    ]
+
+
+def left_out(dag):
+    """The same of stages that a run leaves out, their file being gone, though what they read besides is made again."""
+    remade = {str(file) for job in dag.needrun_jobs() for file in job.output}
+    wanted = {str(file) for files in (dag.targetfiles, *(job.input for job in dag.jobs)) for file in files}
+    return [
+        f"{one.key}: {one.path} is not there. {one.stage} needs it again, since what it reads besides is made again."
+        + one.remedy
+        for one in files_given()
+        if not Path(one.path).exists()
+        and kept(one.stage)
+        and wanted.intersection(MADE_OF_GIVEN[one.stage])
+        and remade.intersection(str(file) for file in workflow.get_rule(one.stage).input if not callable(file))
     ]
 
 

@@ -16,6 +16,7 @@ import tiny_study
 import yaml
 
 from meddiff_steps.config import freeze, parse_study, published
+from meddiff_steps.core.folders import DERIVATIVE, NETWORK, OF_STEP
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -320,13 +321,13 @@ def test_a_file_that_is_gone_stops_a_run_once_the_study_was_changed(tmp_path):
     made = {
         "cohort": ["cohort/manifest.parquet", "cohort/card.json"],
         "preprocess": ["preprocessed/shard-0000.arrow", "preprocessed/qc/shard-0000.parquet"],
-        "autoencoder": ["autoencoder/model.safetensors"],
+        "autoencoder": [f"autoencoder/{name}" for name in OF_STEP["autoencoder"]["out"]],
         "plan": ["plan.parquet"],
-        "evaluate": ["evaluation/metrics.json"],
-        "counterfactual": ["counterfactuals/dataset_description.json"],
-        "inpainting": ["inpainting/dataset_description.json"],
-        "shape_completion_train": ["shape_network/model.safetensors"],
-        "shape_completion": ["shape_completion/dataset_description.json"],
+        "evaluate": [f"evaluation/{name}" for name in OF_STEP["evaluate"]["out"]],
+        "counterfactual": [f"counterfactuals/{name}" for name in DERIVATIVE],
+        "inpainting": [f"inpainting/{name}" for name in DERIVATIVE],
+        "shape_completion_train": [f"shape_network/{name}" for name in NETWORK],
+        "shape_completion": [f"shape_completion/{name}" for name in DERIVATIVE],
     }
     parsed = parse_study(study, "test")
     for stage, names in made.items():
@@ -340,16 +341,20 @@ def test_a_file_that_is_gone_stops_a_run_once_the_study_was_changed(tmp_path):
 
     def snakemake(*options: str) -> tuple[int, str, set[str]]:
         (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
-        triggers = ("--rerun-triggers", "mtime", "params", "--", str(results / "plan.parquet"))
+        triggers = ("--rerun-triggers", "mtime", "params", "--", f"{results}/generated/shard-0000.arrow")
         done = run("snakemake", *options, "--configfile", f"{tmp_path}/study.yaml", *triggers)
         said = done.stdout + done.stderr
         return done.returncode, said, set(re.findall(r"^(?:warning: )?([\w.]+): \S+ is not there", said, re.M))
 
-    assert snakemake("-n")[2] == set(), "what was made of them by these settings is taken as it is"
+    code, said, missing = snakemake("-n")
+    assert code == 0 and not missing and "plan" not in said.rpartition("Job stats")[2].partition("Reasons")[0]
+    (tmp_path / "people.csv").touch()
+    code, said, _ = snakemake("--cores", "1")
+    assert code != 0 and "plan needs it again, since what it reads besides is made again" in said
+    assert "counterfactual needs it again" not in said, "nobody asked for it"
     study |= {"seed": "another", "covariates": {"age": {"unit": "year", "range": [0, 110]}}}
     study["evaluate"] |= {"bootstrap": 500}
     study["preprocess"] |= {"shape": [16, 16, 16]}
-    (tmp_path / "people.csv").touch()
     code, said, missing = snakemake("-n")
     assert code == 0 and re.search(r"^plan +1$", said, re.M), said
     assert missing == {
