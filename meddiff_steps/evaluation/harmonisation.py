@@ -17,7 +17,7 @@ from meddiff_steps.evaluation.realism.classifier_auc import CLASSIFIER_C
 from meddiff_steps.instruments.predictors import Predictors, fit_predictors
 from meddiff_steps.statistics.bootstrap import Bootstrap, Figure
 from meddiff_steps.statistics.combat import Combat
-from meddiff_steps.statistics.measures import auc, mean_of, pearson, smaller_side
+from meddiff_steps.statistics.measures import auc, mean_of, mean_where_known, pearson, smaller_side
 
 #: Levels of what is told: a scan of the site whose look is taken, or not.
 SITE, LEVELS = "site", ["other", "to"]
@@ -135,12 +135,15 @@ def kept(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
 
 
 def anatomy(rows: pd.DataFrame, *, resamples: int, seed: str) -> dict[str, Any]:
-    """Means of `kept` over scans, as figures over subjects, by `method`."""
+    """Means of `kept` over the scans where they are known, as figures over subjects, by `method`."""
+    drawn: dict[str, Any] = {"resamples": resamples, "seed": seed, "label": "kept"}
     found: dict[str, Any] = {}
     for method, part in rows.groupby("method", sort=False):
-        units = Bootstrap(part["subject_id"].tolist(), resamples, seed, "kept")
-        columns = [c for c in ("correlation", "ssim", "moved") if np.isfinite(part[c]).all()]
-        found[str(method)] = {c: units.figure(mean_of(part[c].to_numpy(dtype=float))) for c in columns}
+        figures = {
+            column: mean_where_known(part[column].to_numpy(dtype=float), part["subject_id"], **drawn)
+            for column in ("correlation", "ssim", "moved")
+        }
+        found[str(method)] = {column: figure for column, figure in figures.items() if figure is not None}
     return found
 
 
