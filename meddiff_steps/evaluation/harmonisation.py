@@ -25,17 +25,14 @@ SITE, LEVELS = "site", ["other", "to"]
 RIDGE = 10.0
 
 
-def by_subject(values: np.ndarray, table: pd.DataFrame) -> tuple[np.ndarray, pd.DataFrame]:
-    """Mean of values (n,) of each subject, and the first row of each, in the same order."""
-    names, first, of_row = np.unique(table["subject_id"].to_numpy(dtype=str), return_index=True, return_inverse=True)
-    return np.bincount(of_row, values, len(names)) / np.bincount(of_row), table.iloc[first]
-
-
 def site_auc(scores: np.ndarray, table: pd.DataFrame, *, resamples: int, seed: str) -> Figure:
-    """AUC of the site by subjects' mean scores, of scores (n,) of scans."""
-    of_subject, people = by_subject(scores, table)
-    labels, units = people["there"].to_numpy(dtype=bool), people["subject_id"].to_numpy(dtype=str)
-    return Bootstrap(units, resamples, seed, "site").figure(auc(labels, of_subject), smaller_side(labels, units))
+    """AUC of the site by the mean score of each subject at each side, of scores (n,) of scans; resampled by subject, so
+    with both sides of one who was scanned at both.
+    """
+    sides = table.assign(score=scores).groupby(["subject_id", "there"], sort=True)["score"].mean().reset_index()
+    labels, units = sides["there"].to_numpy(dtype=bool), sides["subject_id"].to_numpy(dtype=str)
+    statistic = auc(labels, sides["score"].to_numpy(dtype=float))
+    return Bootstrap(units, resamples, seed, "site").figure(statistic, smaller_side(labels, units))
 
 
 def scanner(train: np.ndarray, table: pd.DataFrame) -> Predictors:
@@ -74,7 +71,7 @@ def told(
     Returns
     -------
     dict
-        `site_auc`, over subjects (their mean score), 0.5 where the site cannot be told: by a classifier that learnt
+        `site_auc`, over subjects (their mean score at each side), 0.5 where the site cannot be told: by a classifier that learnt
         anew from such training images; `site_auc_as_scanned` by one that learnt from scans.  `covariates`: of each `r`
         and `mae` (over scans, resampled by subject), or `auc` of one with two levels.  `carried` has the same of
         predictors that learnt from scans of the site whose look is taken alone, on scans of the others: what
