@@ -18,6 +18,7 @@ from scipy import ndimage
 from meddiff_steps import config
 from meddiff_steps.applications.anomaly_maps.base import Finding, Mapper, Scan
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.random_streams import philox
 from meddiff_steps.imaging import conspicuity
 
 ENTRY = {
@@ -248,6 +249,14 @@ class Mapped:
         """The same with the mean of some methods' maps, each in its units of healthy people."""
         scaled = [units[name].scaled(self.maps[name]) for name in members]
         return replace(self, maps={**self.maps, ENSEMBLE: np.stack(scaled).mean(0, dtype=np.float32)})
+
+
+def planted(scans: int, root: str) -> dict[int, int]:
+    """Which of so many scans get a lesion, by position, and the number of each of these: half of them, by lot, so that
+    a lesion goes with no session and no place of a slice.
+    """
+    ill = np.sort(philox(root, "ill").permutation(scans)[: (scans + 1) // 2])
+    return {int(position): number for number, position in enumerate(ill)}
 
 
 def members_of(settings: config.Anomaly) -> list[str]:

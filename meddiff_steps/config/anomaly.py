@@ -46,7 +46,7 @@ class Anomaly(Section):
     )
     lesions: Lesions = Field(
         Lesions(),
-        description="Lesions that are put into every second scan, instead of `masks`: a truth where there is none.",
+        description="Lesions that are put into half of the scans, by lot, instead of `masks`: a truth where there is none.",
     )
     healthy: dict[Name, Scalar] = Field(
         {},

@@ -18,6 +18,7 @@ from meddiff_steps.applications.anomaly import (
     calibrated,
     finished,
     members_of,
+    planted,
     score,
 )
 from meddiff_steps.applications.anomaly_maps._tiles import masks
@@ -208,6 +209,14 @@ def test_the_threshold_of_scores_holds_for_people_with_the_stated_probability() 
         scores = [calibration.scored(one, wanted.score_share) for one in maps[38:]]
         flagged += [max(scores[i : i + 2]) > calibration.score_threshold for i in range(0, 20, 2)]
     assert np.mean(flagged) == pytest.approx(0.1, abs=0.035)
+
+
+def test_which_scans_get_a_lesion_goes_with_no_session() -> None:
+    """Scans in the order of their ids, two sessions of each person: half of each session's, or nearly."""
+    ill = planted(64, "x/anomaly")
+    assert len(ill) == 32 and list(ill.values()) == list(range(32)) and list(ill) == sorted(ill)
+    assert 8 <= sum(position % 2 for position in ill) <= 24
+    assert planted(64, "x/anomaly") == ill != planted(64, "y/anomaly") and len(planted(5, "x")) == 3
 
 
 def test_too_few_people_are_refused() -> None:
