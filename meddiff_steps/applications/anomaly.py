@@ -7,6 +7,7 @@ of the calibration split.  There thresholds come from as well, so a map means th
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from meddiff_steps.applications.anomaly_maps.base import Finding, Mapper, Scan
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.random_streams import philox
 from meddiff_steps.imaging import conspicuity
+
+log = logging.getLogger(__name__)
 
 ENTRY = {
     "order": 6,
@@ -151,8 +154,8 @@ class Calibration(Units):
 
         The threshold of scores is that of split conformal prediction (Vovk et al. 2005) with people as units: a
         person's score is the highest of his scans, and that of a new person is exceeded by at most
-        `subject_false_positive_rate`, whatever the distribution; if nothing in the maps was learnt from these people,
-        which of the ensemble does not quite hold (`calibrated`).  That of voxels is the empirical share, over heads
+        `subject_false_positive_rate`, whatever the distribution; if the new person has as many scans as they had, and
+        nothing in the maps was learnt from these people, which of the ensemble does not quite hold (`calibrated`).  That of voxels is the empirical share, over heads
         and people alike, and comes with no such guarantee.
 
         Raises
@@ -194,6 +197,25 @@ class Calibration(Units):
     def marked(self, values: np.ndarray) -> np.ndarray:
         """Voxels of a scaled map above the threshold, bool."""
         return np.nan_to_num(values, nan=-np.inf) > self.threshold
+
+
+def warn_of_scans_each(known: Sequence[str], asked: Sequence[str]) -> None:
+    """Warn where people that are asked about have more than twice as many scans each, on average, as people that
+    thresholds come from, or fewer than half: with more scans, one of them scores high more easily.
+
+    Parameters
+    ----------
+    known, asked
+        Subject of each scan.
+    """
+    each = [len(subjects) / len(set(subjects)) for subjects in (known, asked)]
+    if max(each) > 2 * min(each):
+        log.warning(
+            "anomaly: thresholds come from people with %.3g scans each, and those that are asked about have %.3g: %s"
+            " healthy people are flagged than subject_false_positive_rate says",
+            *each,
+            "more" if each[1] > each[0] else "fewer",
+        )
 
 
 def check_people(count: int, settings: config.Anomaly) -> None:

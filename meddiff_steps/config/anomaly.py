@@ -70,8 +70,8 @@ class Anomaly(Section):
     )
     subject_false_positive_rate: Rate = Field(
         0.1,
-        description="Share of healthy people of whom any scan is flagged: the threshold of scores, from the same "
-        "scans. It needs 1 / rate - 1 of these people, and at least 2.",
+        description="Share of healthy people of whom any scan is flagged, if they have as many scans as those of the "
+        "calibration split: the threshold of scores, from the same scans. It needs 1 / rate - 1 of these people, and at least 2.",
     )
     num_inference_steps: PositiveInt = Field(30, description="Levels of noise of a whole run.")
     samples: PositiveInt = Field(2, description="Draws that are averaged, of methods that add noise.")

@@ -84,6 +84,7 @@ def run(
     scans = chosen_scans(cohort.table, settings.scans, settings.most_scans, "anomaly")
     known = worker.healthy("calibration", settings.most_calibration_scans)
     anomaly.check_people(known["subject_id"].nunique(), settings)
+    anomaly.warn_of_scans_each(known["subject_id"].tolist(), scans["subject_id"].tolist())
     fabric, model, digests = make_fabric(study.compute, threads), None, dict[str, str]()
     if autoencoder is not None and diffusion is not None:
         model = TrainedModel.load(autoencoder, diffusion, fabric, study.compute, toned=False)
