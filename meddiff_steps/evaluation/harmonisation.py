@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from meddiff_steps.instruments.predictors import Predictors, fit_predictors
 from meddiff_steps.statistics.bootstrap import Bootstrap, Figure
 from meddiff_steps.statistics.combat import Combat
 from meddiff_steps.statistics.measures import auc, mean_of, mean_where_known, pearson, smaller_side
+
+log = logging.getLogger(__name__)
 
 #: Levels of what is told: a scan of the site whose look is taken, or not.
 SITE, LEVELS = "site", ["other", "to"]
@@ -144,6 +147,26 @@ def anatomy(rows: pd.DataFrame, *, resamples: int, seed: str) -> dict[str, Any]:
     return found
 
 
+def known_at_both(names: Sequence[str], tables: tuple[pd.DataFrame, pd.DataFrame]) -> list[str]:
+    """Covariates that, together with those before, are known of two training scans and a test scan of either side, or
+    more; others are warned of.
+    """
+    left, found = list(tables), []
+    for name in names:
+        known = [table[table[name].notna()] for table in left]
+        counts = [(table["there"] == side).sum() for table in known for side in (True, False)]
+        if min(counts[:2]) >= 2 and min(counts[2:]) >= 1:
+            left, found = known, [*found, name]
+        else:
+            log.warning(
+                "harmonisation.kept: %s is known of %d training scans of `to` and %d of the others, and of %d and %d test"
+                " scans: too few, ComBat is not told it",
+                name,
+                *counts,
+            )
+    return found
+
+
 def features_told(
     train: np.ndarray,
     test: np.ndarray,
@@ -157,7 +180,8 @@ def features_told(
     classifier, over subjects, and `r` of a ridge regression of each continuous covariate.
 
     ComBat is fitted to training scans, whose covariates it keeps.  Of test scans it is not told them, or they could be
-    read from what it does.  Scans without a covariate are left out of both.
+    read from what it does.  A covariate that is hardly known at one of the sites cannot be told from the site, and is
+    left out with a warning; scans without one of the others are left out of both.
 
     Parameters
     ----------
@@ -166,7 +190,8 @@ def features_told(
     tables
         As of `told`.
     """
-    names = [name for name, each in covariates.items() if isinstance(each, ContinuousCovariate)]
+    continuous = [name for name, each in covariates.items() if isinstance(each, ContinuousCovariate)]
+    names = known_at_both(continuous, tables)
     sides = []
     for features, table in zip((train, test), tables, strict=True):
         known = table[names].notna().all(axis=1).to_numpy(dtype=bool)
