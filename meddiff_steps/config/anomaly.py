@@ -46,7 +46,8 @@ class Anomaly(Section):
     )
     lesions: Lesions = Field(
         Lesions(),
-        description="Lesions that are put into half of the scans, by lot, instead of `masks`: a truth where there is none.",
+        description="Lesions that are put into half of the scans, by lot, instead of `masks`: a truth where there is "
+        "none.",
     )
     healthy: dict[Name, Scalar] = Field(
         {},
@@ -71,7 +72,8 @@ class Anomaly(Section):
     subject_false_positive_rate: Rate = Field(
         0.1,
         description="Share of healthy people of whom any scan is flagged, if they have as many scans as those of the "
-        "calibration split: the threshold of scores, from the same scans. It needs 1 / rate - 1 of these people, and at least 2.",
+        "calibration split: the threshold of scores, from the same scans. It needs 1 / rate - 1 of these people, and "
+        "at least 2.",
     )
     num_inference_steps: PositiveInt = Field(30, description="Levels of noise of a whole run.")
     samples: PositiveInt = Field(2, description="Draws that are averaged, of methods that add noise.")

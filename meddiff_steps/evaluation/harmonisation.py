@@ -74,10 +74,10 @@ def told(
     Returns
     -------
     dict
-        `site_auc`, over subjects (their mean score at each side), 0.5 where the site cannot be told: by a classifier that learnt
-        anew from such training images; `site_auc_as_scanned` by one that learnt from scans.  `covariates`: of each `r`
-        and `mae` (over scans, resampled by subject), or `auc` of one with two levels.  `carried` has the same of
-        predictors that learnt from scans of the site whose look is taken alone, on scans of the others: what
+        `site_auc`, over subjects (their mean score at each side), 0.5 where the site cannot be told: by a classifier
+        that learnt anew from such training images; `site_auc_as_scanned` by one that learnt from scans.  `covariates`:
+        of each `r` and `mae` (over scans, resampled by subject), or `auc` of one with two levels.  `carried` has the
+        same of predictors that learnt from scans of the site whose look is taken alone, on scans of the others: what
         harmonisation is for.
     """
     learnt, asked = (_sited(table) for table in tables)
@@ -151,7 +151,7 @@ def known_at_both(names: Sequence[str], tables: tuple[pd.DataFrame, pd.DataFrame
     """Covariates that, together with those before, are known of two training scans and a test scan of either side, or
     more; others are warned of.
     """
-    left, found = list(tables), []
+    left, found = list(tables), list[str]()
     for name in names:
         known = [table[table[name].notna()] for table in left]
         counts = [(table["there"] == side).sum() for table in known for side in (True, False)]
@@ -159,8 +159,8 @@ def known_at_both(names: Sequence[str], tables: tuple[pd.DataFrame, pd.DataFrame
             left, found = known, [*found, name]
         else:
             log.warning(
-                "harmonisation.kept: %s is known of %d training scans of `to` and %d of the others, and of %d and %d test"
-                " scans: too few, ComBat is not told it",
+                "harmonisation.kept: %s is known of %d training scans of `to` and %d of the others, and of %d and %d"
+                " test scans: too few, ComBat is not told it",
                 name,
                 *counts,
             )

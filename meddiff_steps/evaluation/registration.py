@@ -58,7 +58,8 @@ def distance(found: np.ndarray, known: np.ndarray, region: np.ndarray, voxel_mm:
 def figures(
     rows: pd.DataFrame, by: Sequence[str], reference: str, *, resamples: int, seed: str
 ) -> list[dict[str, Any]]:
-    """A dictionary per group of rows: its names, and every measured column as a figure over the pairs where it is known.
+    """A dictionary per group of rows: its names, and every measured column as a figure over the pairs where it is
+    known.
 
     Parameters
     ----------

@@ -47,7 +47,8 @@ def figures(rows: pd.DataFrame, reference: str, *, resamples: int, seed: str) ->
         if method != reference:
             values["nearer_mm"] = base[part["id"]].to_numpy() - values["chamfer_mm"]
         figures = {name: mean_where_known(each, part["id"], **drawn) for name, each in values.items()}
-        entry = {"method": method} | {name: figure for name, figure in figures.items() if figure is not None}
+        entry: dict[str, Any] = {"method": method}
+        entry |= {name: figure for name, figure in figures.items() if figure is not None}
         if "nearer_mm" in entry:
             entry["nearer_mm"] |= {"than": reference}
         found.append(entry)

@@ -22,7 +22,7 @@ def mean_of(values: np.ndarray) -> Statistic:
 
 
 def mean_where_known(
-    values: np.ndarray, units: Sequence[Any] | np.ndarray, *, resamples: int, seed: str, label: str
+    values: np.ndarray, units: Iterable[Any], *, resamples: int, seed: str, label: str
 ) -> Figure | None:
     """Mean of `values` (rows,) over the rows where they are numbers, as a figure whose `n` are the units of these; None
     where no row is.
@@ -32,7 +32,7 @@ def mean_where_known(
     known = np.isfinite(values)
     if not known.any():
         return None
-    return Bootstrap(np.asarray(units)[known], resamples, seed, label).figure(mean_of(values[known]))
+    return Bootstrap(np.array(list(units))[known], resamples, seed, label).figure(mean_of(values[known]))
 
 
 def smaller_side(labels: np.ndarray, units: Iterable[Any]) -> int:

@@ -19,8 +19,8 @@ from meddiff_steps.applications.anomaly import (
     finished,
     members_of,
     planted,
-    warn_of_scans_each,
     score,
+    warn_of_scans_each,
 )
 from meddiff_steps.applications.anomaly_maps._tiles import masks
 from meddiff_steps.applications.anomaly_maps.base import Context, Scan, build
