@@ -155,8 +155,8 @@ class Calibration(Units):
         The threshold of scores is that of split conformal prediction (Vovk et al. 2005) with people as units: a
         person's score is the highest of his scans, and that of a new person is exceeded by at most
         `subject_false_positive_rate`, whatever the distribution; if the new person has as many scans as they had, and
-        nothing in the maps was learnt from these people, which of the ensemble does not quite hold (`calibrated`).  That of voxels is the empirical share, over heads
-        and people alike, and comes with no such guarantee.
+        nothing in the maps was learnt from these people, which of the ensemble does not quite hold (`calibrated`).
+        That of voxels is the empirical share, over heads and people alike, and comes with no such guarantee.
 
         Raises
         ------
@@ -218,6 +218,11 @@ def warn_of_scans_each(known: Sequence[str], asked: Sequence[str]) -> None:
         )
 
 
+def people_needed(settings: config.Anomaly) -> int:
+    """Healthy people that thresholds of scores need."""
+    return max(math.ceil(1.0 / settings.subject_false_positive_rate - 1.0 - 1e-9), LEAST_PEOPLE)
+
+
 def check_people(count: int, settings: config.Anomaly) -> None:
     """Whether there are enough healthy people to take thresholds from.
 
@@ -226,7 +231,7 @@ def check_people(count: int, settings: config.Anomaly) -> None:
     UserError
         There are not.
     """
-    needed = max(math.ceil(1.0 / settings.subject_false_positive_rate - 1.0 - 1e-9), LEAST_PEOPLE)
+    needed = people_needed(settings)
     if count < needed:
         raise UserError(
             f"anomaly.subject_false_positive_rate: {settings.subject_false_positive_rate:g} needs healthy scans of"

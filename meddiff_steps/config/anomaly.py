@@ -37,7 +37,9 @@ class Anomaly(Section):
     scans: list[str] = Field([], description=SCANS)
     most_scans: PositiveInt = Field(64, description="Scans at most, where `scans` is left out.")
     most_calibration_scans: PositiveInt = Field(
-        200, description="Healthy scans of the calibration split at most, that thresholds are taken from."
+        200,
+        description="Healthy scans of the calibration split at most, that thresholds are taken from: all "
+        "of each person, where that leaves enough people.",
     )
     masks: NoOrPathPattern = Field(
         None,

@@ -187,12 +187,14 @@ class _Worker:
         return self.settings.masks is not None or self.settings.lesions.given
 
     def healthy(self, split: str, most: int) -> pd.DataFrame:
-        """Scans of a split that have no lesion: by their masks, and by covariates where the study says so."""
+        """Scans of a split that have no lesion: by their masks, and by covariates where the study says so; all of each
+        person, where that leaves enough people, for a score is the highest of a person's scans.
+        """
         part = self.cohort.of_splits([split])
         table = having(part.table, self.settings.healthy)
         if self.settings.masks is not None:
             table = table[[not self._mask(row).any() for row in table.to_dict("records")]]
-        return part.taken(table.index.tolist()).at_most(most).table
+        return part.taken(table.index.tolist()).whole_units(most, anomaly.people_needed(self.settings)).table
 
     def _mask(self, row: dict[Any, Any]) -> np.ndarray:
         assert self.settings.masks is not None
