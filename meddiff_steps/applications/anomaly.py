@@ -7,6 +7,7 @@ of the calibration split.  There thresholds come from as well, so a map means th
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,10 @@ from scipy import ndimage
 from meddiff_steps import config
 from meddiff_steps.applications.anomaly_maps.base import Finding, Mapper, Scan
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.random_streams import philox
 from meddiff_steps.imaging import conspicuity
+
+log = logging.getLogger(__name__)
 
 ENTRY = {
     "order": 6,
@@ -150,9 +154,9 @@ class Calibration(Units):
 
         The threshold of scores is that of split conformal prediction (Vovk et al. 2005) with people as units: a
         person's score is the highest of his scans, and that of a new person is exceeded by at most
-        `subject_false_positive_rate`, whatever the distribution; if nothing in the maps was learnt from these people,
-        which of the ensemble does not quite hold (`calibrated`).  That of voxels is the empirical share, over heads
-        and people alike, and comes with no such guarantee.
+        `subject_false_positive_rate`, whatever the distribution; if the new person has as many scans as they had, and
+        nothing in the maps was learnt from these people, which of the ensemble does not quite hold (`calibrated`).
+        That of voxels is the empirical share, over heads and people alike, and comes with no such guarantee.
 
         Raises
         ------
@@ -195,6 +199,30 @@ class Calibration(Units):
         return np.nan_to_num(values, nan=-np.inf) > self.threshold
 
 
+def warn_of_scans_each(known: Sequence[str], asked: Sequence[str]) -> None:
+    """Warn where people that are asked about have more than twice as many scans each, on average, as people that
+    thresholds come from, or fewer than half: with more scans, one of them scores high more easily.
+
+    Parameters
+    ----------
+    known, asked
+        Subject of each scan.
+    """
+    each = [len(subjects) / len(set(subjects)) for subjects in (known, asked)]
+    if max(each) > 2 * min(each):
+        log.warning(
+            "anomaly: thresholds come from people with %.3g scans each, and those that are asked about have %.3g: %s"
+            " healthy people are flagged than subject_false_positive_rate says",
+            *each,
+            "more" if each[1] > each[0] else "fewer",
+        )
+
+
+def people_needed(settings: config.Anomaly) -> int:
+    """Healthy people that thresholds of scores need."""
+    return max(math.ceil(1.0 / settings.subject_false_positive_rate - 1.0 - 1e-9), LEAST_PEOPLE)
+
+
 def check_people(count: int, settings: config.Anomaly) -> None:
     """Whether there are enough healthy people to take thresholds from.
 
@@ -203,7 +231,7 @@ def check_people(count: int, settings: config.Anomaly) -> None:
     UserError
         There are not.
     """
-    needed = max(math.ceil(1.0 / settings.subject_false_positive_rate - 1.0 - 1e-9), LEAST_PEOPLE)
+    needed = people_needed(settings)
     if count < needed:
         raise UserError(
             f"anomaly.subject_false_positive_rate: {settings.subject_false_positive_rate:g} needs healthy scans of"
@@ -248,6 +276,14 @@ class Mapped:
         """The same with the mean of some methods' maps, each in its units of healthy people."""
         scaled = [units[name].scaled(self.maps[name]) for name in members]
         return replace(self, maps={**self.maps, ENSEMBLE: np.stack(scaled).mean(0, dtype=np.float32)})
+
+
+def planted(scans: int, root: str) -> dict[int, int]:
+    """Which of so many scans get a lesion, by position, and the number of each of these: half of them, by lot, so that
+    a lesion goes with no session and no place of a slice.
+    """
+    ill = np.sort(philox(root, "ill").permutation(scans)[: (scans + 1) // 2])
+    return {int(position): number for number, position in enumerate(ill)}
 
 
 def members_of(settings: config.Anomaly) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from meddiff_steps.core.files import atomic_path, write_atomic, write_json
 BIDS_VERSION = "1.10.0"
 #: What every header and sidecar says.
 EDITED = "EDITED: made by a generative model from a real person's scan"
+#: The id of a BIDS scan: entities, and a suffix where it has one.
+BIDS_ID = "sub-[a-zA-Z0-9]+(_[a-zA-Z]+-[a-zA-Z0-9]+)*(_[a-zA-Z0-9]+)?"
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,15 @@ class Source:
     suffix: str = "T1w"
 
     def name(self, description: str, extension: str, shows: str | None = None) -> PurePosixPath:
-        """Place of a derived image: that of a BIDS scan with `desc-...`; of any other scan a name made of its id.
+        """Place of a derived image: that of a BIDS scan with `desc-...`; of any other scan a name made of its id, with
+        a short hash of it where that has more than letters and digits.
 
         `shows` is the BIDS suffix where the image shows something else than the scan does, such as `mask`.
         """
         entities = re.findall(r"(?:^|_)([a-zA-Z]+)-([a-zA-Z0-9]+)", self.scan_id)
         suffix = self.scan_id.rpartition("_")[2]
-        if not entities or entities[0][0] != "sub":
-            entities, suffix = [("sub", re.sub("[^a-zA-Z0-9]", "", self.scan_id))], self.suffix
+        if not re.fullmatch(BIDS_ID, self.scan_id):
+            entities, suffix = [("sub", _plain(self.scan_id))], self.suffix
         elif "-" in suffix:
             own = re.search(r"_([a-zA-Z0-9]+)\.[^/]+$", self.in_dataset() or "")
             suffix = own[1] if own else self.suffix
@@ -63,15 +67,22 @@ class Source:
         return found[1] if found else None
 
 
-def label(covariate: str, value: Any) -> str:
-    """A BIDS label of a requested value, letters and digits only.
+def _plain(text: str) -> str:
+    """Letters and digits of a text; where it has anything else, and a short hash of it, so that no two are alike."""
+    plain = re.sub("[^a-zA-Z0-9]", "", text)
+    return plain if plain == text else plain + hashlib.sha256(text.encode()).hexdigest()[:6]
 
-    >>> label("ventricles_ml", 60.5), label("sex", "F"), label("change", -2)
-    ('ventriclesml60p5', 'sexF', 'changeminus2')
+
+def label(covariate: str, value: Any) -> str:
+    """A BIDS label of a requested value, letters and digits only; a level that has others ends in a hash of it.
+
+    >>> label("ventricles_ml", 60.5), label("sex", "F"), label("change", -2), label("grade", "<5")
+    ('ventriclesml60p5', 'sexF', 'changeminus2', 'grade549498f')
     """
-    text = f"{value:g}" if isinstance(value, (int, float)) else str(value)
-    text = text.replace("-", "minus").replace(".", "p")
-    return re.sub("[^a-zA-Z0-9]", "", covariate) + re.sub("[^a-zA-Z0-9]", "", text)
+    name = re.sub("[^a-zA-Z0-9]", "", covariate)
+    if isinstance(value, (int, float)):
+        return name + re.sub("[^a-zA-Z0-9]", "", f"{value:g}".replace("-", "minus").replace(".", "p"))
+    return name + _plain(str(value))
 
 
 def write_image(

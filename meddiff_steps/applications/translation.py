@@ -7,6 +7,7 @@ subject has both contrasts, networks that saw no pairs draw it (SynDiff, Özbey 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -16,6 +17,8 @@ import numpy as np
 from meddiff_steps.applications.image_to_image import Drawer
 from meddiff_steps.applications.unpaired import Translator
 from meddiff_steps.imaging.pairs import Pairs
+
+log = logging.getLogger(__name__)
 
 ENTRY = {
     "order": 10,
@@ -53,12 +56,16 @@ class PatchRegression:
         rows: Sequence[int] | np.ndarray,
         generator: np.random.Generator,
         present: np.ndarray | None = None,
-    ) -> Self:
-        """Fitted by least squares to voxels of training scans that have all, `PATCH_VOXELS` of each."""
+    ) -> Self | None:
+        """Fitted by least squares to voxels of training scans that have these sources and what is drawn from them,
+        `PATCH_VOXELS` of each; None where no scan has.
+        """
         present = np.ones(len(pairs.source), bool) if present is None else present
+        asked = pairs.asked(present)
         products = moments = 0.0
         for row in rows:
-            if not all(one.all() for one in pairs.there([row])):
+            given, known = (one[0] for one in pairs.there([row]))
+            if not (given[present].all() and known[asked].all()):
                 continue
             sources, truth = pairs.sources([row])[0][present], pairs.truths([row])[0]
             inside = np.flatnonzero(head(sources))
@@ -69,7 +76,11 @@ class PatchRegression:
             x = np.concatenate([x, np.ones((len(x), 1))], 1).astype(np.float64)
             y = truth.reshape(len(truth), -1)[:, chosen].T.astype(np.float64)
             products, moments = products + x.T @ x, moments + x.T @ y
-        size = np.atleast_2d(products)
+        if np.ndim(products) == 0:
+            names = [name for name, one in zip(pairs.source, present, strict=True) if one]
+            log.warning("no training scan has %s and all that is drawn from it: no patches", " and ".join(names))
+            return None
+        size = np.asarray(products)
         return cls(np.linalg.solve(size + RIDGE * np.diag(size).mean() * np.eye(len(size)), moments), present)
 
     def __call__(self, sources: np.ndarray) -> np.ndarray:
@@ -125,14 +136,16 @@ def without_pairs(translator: Translator, sources: np.ndarray, scan_id: str, sam
     return dict(zip(UNPAIRED, (translator.guess(sources[None]), drawn.mean(0, keepdims=True), drawn), strict=True))
 
 
-def without_a_network(pairs: Pairs, regression: PatchRegression, row: int) -> dict[str, np.ndarray]:
-    """What needs no network, by way, as of `translated`: each source that the regression looks at as it is, and the
-    regression on patches.
+def without_a_network(
+    pairs: Pairs, present: np.ndarray, regression: PatchRegression | None, row: int
+) -> dict[str, np.ndarray]:
+    """What needs no network, by way, as of `translated`: each source that is present (s,) as it is, and the regression
+    on patches, if there is one.
     """
     sources = pairs.sources([row])[0]
     copies = {
         f"copy_of_{name}": np.repeat(sources[i][None, None], pairs.channels, axis=1)
         for i, name in enumerate(pairs.source)
-        if regression.present[i]
+        if present[i]
     }
-    return {**copies, "patches": regression(sources)[None]}
+    return copies if regression is None else {**copies, "patches": regression(sources)[None]}

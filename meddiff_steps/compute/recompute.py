@@ -25,6 +25,9 @@ def kept_for_gradients(loss: Callable[[], Tensor]) -> int:
     kept: dict[int, int] = {}
 
     def noted(tensor: Tensor) -> Tensor:
+        if tensor.is_mkldnn:  # whose storage cannot be seen
+            kept[id(tensor)] = tensor.numel() * tensor.element_size()
+            return tensor
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 

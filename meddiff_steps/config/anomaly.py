@@ -37,7 +37,9 @@ class Anomaly(Section):
     scans: list[str] = Field([], description=SCANS)
     most_scans: PositiveInt = Field(64, description="Scans at most, where `scans` is left out.")
     most_calibration_scans: PositiveInt = Field(
-        200, description="Healthy scans of the calibration split at most, that thresholds are taken from."
+        200,
+        description="Healthy scans of the calibration split at most, that thresholds are taken from: all "
+        "of each person, where that leaves enough people.",
     )
     masks: NoOrPathPattern = Field(
         None,
@@ -46,7 +48,8 @@ class Anomaly(Section):
     )
     lesions: Lesions = Field(
         Lesions(),
-        description="Lesions that are put into every second scan, instead of `masks`: a truth where there is none.",
+        description="Lesions that are put into half of the scans, by lot, instead of `masks`: a truth where there is "
+        "none.",
     )
     healthy: dict[Name, Scalar] = Field(
         {},
@@ -70,8 +73,9 @@ class Anomaly(Section):
     )
     subject_false_positive_rate: Rate = Field(
         0.1,
-        description="Share of healthy people of whom any scan is flagged: the threshold of scores, from the same "
-        "scans. It needs 1 / rate - 1 of these people, and at least 2.",
+        description="Share of healthy people of whom any scan is flagged, if they have as many scans as those of the "
+        "calibration split: the threshold of scores, from the same scans. It needs 1 / rate - 1 of these people, and "
+        "at least 2.",
     )
     num_inference_steps: PositiveInt = Field(30, description="Levels of noise of a whole run.")
     samples: PositiveInt = Field(2, description="Draws that are averaged, of methods that add noise.")

@@ -33,8 +33,8 @@ class PairRegistration(Section):
 
     pairs: Count = Field(
         0,
-        description="Pairs of test scans that are registered and judged: each scan, by its id, is moved onto the next, "
-        "and the last onto the first. 0: nothing is registered.",
+        description="Pairs of test scans that are registered and judged, one scan of each person: each, by its id, is "
+        "moved onto the next, and the last onto the first. 0: nothing is registered.",
     )
     labels: NoOrPathPattern = Field(
         None,

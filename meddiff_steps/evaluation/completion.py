@@ -14,7 +14,7 @@ import pandas as pd
 
 from meddiff_steps.evaluation.image_quality import SsimSettings, psnr, structural_similarity
 from meddiff_steps.statistics.bootstrap import Bootstrap
-from meddiff_steps.statistics.measures import mean_of
+from meddiff_steps.statistics.measures import mean_of, mean_where_known
 
 #: Voxels around a region that its SSIM is computed with.
 MARGIN = 3
@@ -128,7 +128,8 @@ def nominal_coverage(draws: int) -> float | None:
 def figures(
     rows: pd.DataFrame, by: Sequence[str], best_of: Sequence[str], *, resamples: int, seed: str
 ) -> list[dict[str, Any]]:
-    """A dictionary per group of rows: its names, and every measured column as a figure over subjects.
+    """A dictionary per group of rows: its names, and every measured column as a figure over subjects, of the
+    scans where it is known.
 
     Parameters
     ----------
@@ -138,6 +139,7 @@ def figures(
         Methods without a model; `gain` is the PSNR beyond that of the best of them (on average), scan by scan.
     """
     measured = [c for c in rows.columns if c not in (*by, "subject_id", "scan_id")]
+    drawn: dict[str, Any] = {"resamples": resamples, "seed": seed, "label": "completion"}
     found: list[dict[str, Any]] = []
     others = list(by[:-1])
     for names, group in rows.groupby(others, sort=False) if others else [((), rows)]:
@@ -146,15 +148,16 @@ def figures(
         best = max(simple, key=lambda name: means[name]) if simple else None
         reference = group[group["method"] == best].set_index("scan_id")["psnr"] if best else None
         for method, part in group.groupby("method", sort=False):
-            units = Bootstrap(part["subject_id"].tolist(), resamples, seed, "completion")
             entry: dict[str, Any] = {**dict(zip(others, names, strict=True)), "method": method}
             for column in measured:
-                values = part[column].to_numpy(dtype=float)
-                if np.isfinite(values).all():
-                    entry[column] = units.figure(mean_of(values))
+                known = mean_where_known(part[column].to_numpy(dtype=float), part["subject_id"], **drawn)
+                if known is not None:
+                    entry[column] = known
             if reference is not None and method not in simple:
                 gain = part["psnr"].to_numpy() - reference[part["scan_id"]].to_numpy()
-                entry["gain"] = units.figure(mean_of(gain)) | {"beyond": best}
+                known = mean_where_known(gain, part["subject_id"], **drawn)
+                if known is not None:
+                    entry["gain"] = known | {"beyond": best}
             found.append(entry)
     return found
 

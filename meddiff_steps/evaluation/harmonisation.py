@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from meddiff_steps.evaluation.realism.classifier_auc import CLASSIFIER_C
 from meddiff_steps.instruments.predictors import Predictors, fit_predictors
 from meddiff_steps.statistics.bootstrap import Bootstrap, Figure
 from meddiff_steps.statistics.combat import Combat
-from meddiff_steps.statistics.measures import auc, mean_of, pearson, smaller_side
+from meddiff_steps.statistics.measures import auc, mean_of, mean_where_known, pearson, smaller_side
+
+log = logging.getLogger(__name__)
 
 #: Levels of what is told: a scan of the site whose look is taken, or not.
 SITE, LEVELS = "site", ["other", "to"]
@@ -25,17 +28,14 @@ SITE, LEVELS = "site", ["other", "to"]
 RIDGE = 10.0
 
 
-def by_subject(values: np.ndarray, table: pd.DataFrame) -> tuple[np.ndarray, pd.DataFrame]:
-    """Mean of values (n,) of each subject, and the first row of each, in the same order."""
-    names, first, of_row = np.unique(table["subject_id"].to_numpy(dtype=str), return_index=True, return_inverse=True)
-    return np.bincount(of_row, values, len(names)) / np.bincount(of_row), table.iloc[first]
-
-
 def site_auc(scores: np.ndarray, table: pd.DataFrame, *, resamples: int, seed: str) -> Figure:
-    """AUC of the site by subjects' mean scores, of scores (n,) of scans."""
-    of_subject, people = by_subject(scores, table)
-    labels, units = people["there"].to_numpy(dtype=bool), people["subject_id"].to_numpy(dtype=str)
-    return Bootstrap(units, resamples, seed, "site").figure(auc(labels, of_subject), smaller_side(labels, units))
+    """AUC of the site by the mean score of each subject at each side, of scores (n,) of scans; resampled by subject, so
+    with both sides of one who was scanned at both.
+    """
+    sides = table.assign(score=scores).groupby(["subject_id", "there"], sort=True)["score"].mean().reset_index()
+    labels, units = sides["there"].to_numpy(dtype=bool), sides["subject_id"].to_numpy(dtype=str)
+    statistic = auc(labels, sides["score"].to_numpy(dtype=float))
+    return Bootstrap(units, resamples, seed, "site").figure(statistic, smaller_side(labels, units))
 
 
 def scanner(train: np.ndarray, table: pd.DataFrame) -> Predictors:
@@ -74,10 +74,10 @@ def told(
     Returns
     -------
     dict
-        `site_auc`, over subjects (their mean score), 0.5 where the site cannot be told: by a classifier that learnt
-        anew from such training images; `site_auc_as_scanned` by one that learnt from scans.  `covariates`: of each `r`
-        and `mae` (over scans, resampled by subject), or `auc` of one with two levels.  `carried` has the same of
-        predictors that learnt from scans of the site whose look is taken alone, on scans of the others: what
+        `site_auc`, over subjects (their mean score at each side), 0.5 where the site cannot be told: by a classifier
+        that learnt anew from such training images; `site_auc_as_scanned` by one that learnt from scans.  `covariates`:
+        of each `r` and `mae` (over scans, resampled by subject), or `auc` of one with two levels.  `carried` has the
+        same of predictors that learnt from scans of the site whose look is taken alone, on scans of the others: what
         harmonisation is for.
     """
     learnt, asked = (_sited(table) for table in tables)
@@ -135,12 +135,35 @@ def kept(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
 
 
 def anatomy(rows: pd.DataFrame, *, resamples: int, seed: str) -> dict[str, Any]:
-    """Means of `kept` over scans, as figures over subjects, by `method`."""
+    """Means of `kept` over the scans where they are known, as figures over subjects, by `method`."""
+    drawn: dict[str, Any] = {"resamples": resamples, "seed": seed, "label": "kept"}
     found: dict[str, Any] = {}
     for method, part in rows.groupby("method", sort=False):
-        units = Bootstrap(part["subject_id"].tolist(), resamples, seed, "kept")
-        columns = [c for c in ("correlation", "ssim", "moved") if np.isfinite(part[c]).all()]
-        found[str(method)] = {c: units.figure(mean_of(part[c].to_numpy(dtype=float))) for c in columns}
+        figures = {
+            column: mean_where_known(part[column].to_numpy(dtype=float), part["subject_id"], **drawn)
+            for column in ("correlation", "ssim", "moved")
+        }
+        found[str(method)] = {column: figure for column, figure in figures.items() if figure is not None}
+    return found
+
+
+def known_at_both(names: Sequence[str], tables: tuple[pd.DataFrame, pd.DataFrame]) -> list[str]:
+    """Covariates that, together with those before, are known of two training scans and a test scan of either side, or
+    more; others are warned of.
+    """
+    left, found = list(tables), list[str]()
+    for name in names:
+        known = [table[table[name].notna()] for table in left]
+        counts = [(table["there"] == side).sum() for table in known for side in (True, False)]
+        if min(counts[:2]) >= 2 and min(counts[2:]) >= 1:
+            left, found = known, [*found, name]
+        else:
+            log.warning(
+                "harmonisation.kept: %s is known of %d training scans of `to` and %d of the others, and of %d and %d"
+                " test scans: too few, ComBat is not told it",
+                name,
+                *counts,
+            )
     return found
 
 
@@ -157,7 +180,8 @@ def features_told(
     classifier, over subjects, and `r` of a ridge regression of each continuous covariate.
 
     ComBat is fitted to training scans, whose covariates it keeps.  Of test scans it is not told them, or they could be
-    read from what it does.  Scans without a covariate are left out of both.
+    read from what it does.  A covariate that is hardly known at one of the sites cannot be told from the site, and is
+    left out with a warning; scans without one of the others are left out of both.
 
     Parameters
     ----------
@@ -166,7 +190,8 @@ def features_told(
     tables
         As of `told`.
     """
-    names = [name for name, each in covariates.items() if isinstance(each, ContinuousCovariate)]
+    continuous = [name for name, each in covariates.items() if isinstance(each, ContinuousCovariate)]
+    names = known_at_both(continuous, tables)
     sides = []
     for features, table in zip((train, test), tables, strict=True):
         known = table[names].notna().all(axis=1).to_numpy(dtype=bool)

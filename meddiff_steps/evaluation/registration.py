@@ -9,8 +9,7 @@ import numpy as np
 import pandas as pd
 
 from meddiff_steps.imaging.deformation import folds_and_spread
-from meddiff_steps.statistics.bootstrap import Bootstrap
-from meddiff_steps.statistics.measures import mean_of
+from meddiff_steps.statistics.measures import mean_where_known
 
 
 def dice_by_label(first: np.ndarray, second: np.ndarray) -> dict[int, float]:
@@ -59,7 +58,8 @@ def distance(found: np.ndarray, known: np.ndarray, region: np.ndarray, voxel_mm:
 def figures(
     rows: pd.DataFrame, by: Sequence[str], reference: str, *, resamples: int, seed: str
 ) -> list[dict[str, Any]]:
-    """A dictionary per group of rows: its names, and every measured column as a figure over pairs.
+    """A dictionary per group of rows: its names, and every measured column as a figure over the pairs where it is
+    known.
 
     Parameters
     ----------
@@ -70,18 +70,20 @@ def figures(
     """
     measured = [c for c in rows.columns if c not in (*by, "fixed", "moving")]
     others = list(by[:-1])
+    drawn: dict[str, Any] = {"resamples": resamples, "seed": seed, "label": "registration"}
     found: list[dict[str, Any]] = []
     for names, group in rows.groupby(others, sort=False) if others else [((), rows)]:
         base = group[group["method"] == reference].set_index("fixed")
         for method, part in group.groupby("method", sort=False):
-            units = Bootstrap(part["fixed"].tolist(), resamples, seed, "registration")
             entry: dict[str, Any] = {**dict(zip(others, names, strict=True)), "method": method}
             for column in measured:
-                values = part[column].to_numpy(dtype=float)
-                if np.isfinite(values).all():
-                    entry[column] = units.figure(mean_of(values))
+                known = mean_where_known(part[column].to_numpy(dtype=float), part["fixed"], **drawn)
+                if known is not None:
+                    entry[column] = known
             if "dice" in entry and method != reference and len(base):
                 gain = part["dice"].to_numpy() - base["dice"][part["fixed"]].to_numpy()
-                entry["gain"] = units.figure(mean_of(gain)) | {"beyond": reference}
+                known = mean_where_known(gain, part["fixed"], **drawn)
+                if known is not None:
+                    entry["gain"] = known | {"beyond": reference}
             found.append(entry)
     return found

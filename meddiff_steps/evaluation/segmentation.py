@@ -26,8 +26,9 @@ BINS = 10
 
 def overlap(truth: np.ndarray, mask: np.ndarray, spacing: Sequence[float]) -> dict[str, float]:
     """Of one mask: Dice (mean over labels that `truth` has; NaN where it has none), mean distance of the surfaces of
-    what is marked, both ways, in units of `spacing` (NaN where one of them is empty), and voxels marked in both, in
-    the mask, and in truth, over all labels.  Of all that is marked, and NaN where `truth` has nothing: `iou`,
+    what is marked, both ways, in units of `spacing` (the grid's diagonal, more than any other, where nothing is marked
+    of a truth that has something; NaN where `truth` has nothing), and voxels marked in both, in the mask, and in
+    truth, over all labels.  Of all that is marked, and NaN where `truth` has nothing: `iou`,
     `volume_error` and `area_error`, absolute differences of volume and surface as shares of the true ones.
 
     Parameters
@@ -39,8 +40,8 @@ def overlap(truth: np.ndarray, mask: np.ndarray, spacing: Sequence[float]) -> di
     size, area = int(there.sum()), surface_area(there, spacing)
     labels = [label for label in np.unique(truth) if label]
     shares = [2 * ((truth == k) & (mask == k)).sum() / ((truth == k).sum() + (mask == k).sum()) for k in labels]
-    distance = np.nan
-    if there.any() and found_there.any():
+    distance = float(np.linalg.norm(np.array(spacing) * truth.shape)) if size else np.nan
+    if size and found_there.any():
         found, true = (torch.from_numpy(one)[None, None] for one in (found_there, there))
         found = compute_average_surface_distance(
             found, true, include_background=True, symmetric=True, spacing=list(spacing)

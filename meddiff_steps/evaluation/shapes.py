@@ -9,8 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.spatial import cKDTree
 
-from meddiff_steps.statistics.bootstrap import Bootstrap
-from meddiff_steps.statistics.measures import mean_of
+from meddiff_steps.statistics.measures import mean_where_known
 
 
 def chamfer(first: np.ndarray, second: np.ndarray) -> float:
@@ -30,7 +29,7 @@ def dice(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def figures(rows: pd.DataFrame, reference: str, *, resamples: int, seed: str) -> list[dict[str, Any]]:
-    """A dictionary per method: every measured column as a figure over shapes.
+    """A dictionary per method: every measured column as a figure over the shapes where it is known.
 
     Parameters
     ----------
@@ -40,15 +39,17 @@ def figures(rows: pd.DataFrame, reference: str, *, resamples: int, seed: str) ->
         A method; `nearer_mm` is by how much the `chamfer_mm` is below its, shape by shape.
     """
     base = rows[rows["method"] == reference].set_index("id")["chamfer_mm"]
+    drawn: dict[str, Any] = {"resamples": resamples, "seed": seed, "label": "shapes"}
     found: list[dict[str, Any]] = []
     measured: Sequence[str] = [c for c in rows.columns if c not in ("id", "method")]
     for method, part in rows.groupby("method", sort=False):
-        units = Bootstrap(part["id"].tolist(), resamples, seed, "shapes")
         values = {column: part[column].to_numpy(dtype=float) for column in measured}
-        entry: dict[str, Any] = {"method": method}
-        entry |= {name: units.figure(mean_of(each)) for name, each in values.items() if np.isfinite(each).all()}
         if method != reference:
-            nearer = base[part["id"]].to_numpy() - values["chamfer_mm"]
-            entry["nearer_mm"] = units.figure(mean_of(nearer)) | {"than": reference}
+            values["nearer_mm"] = base[part["id"]].to_numpy() - values["chamfer_mm"]
+        figures = {name: mean_where_known(each, part["id"], **drawn) for name, each in values.items()}
+        entry: dict[str, Any] = {"method": method}
+        entry |= {name: figure for name, figure in figures.items() if figure is not None}
+        if "nearer_mm" in entry:
+            entry["nearer_mm"] |= {"than": reference}
         found.append(entry)
     return found

@@ -67,8 +67,17 @@ def biharmonic(image: np.ndarray, hidden: np.ndarray) -> np.ndarray:
 
 
 def mirror(image: np.ndarray, hidden: np.ndarray) -> np.ndarray:
-    """The same place of the other side of the head (the first axis turned round); harmonic where it is hidden."""
-    other, covered = image[::-1], hidden[::-1]
+    """The same place of the other side of the head; harmonic where that is hidden, too, or beyond the grid.
+
+    Left and right are the first axis of a volume and the last of a picture; the mirror stands in the middle of what is
+    known of the head.
+    """
+    axis = 0 if image.ndim == 3 else image.ndim - 1
+    found, size = np.nonzero(~hidden & (image > 0))[axis], image.shape[axis]
+    shift = round(2 * float(found.mean()) - (size - 1)) if found.size else 0
+    other, covered = (np.roll(np.flip(each, axis), shift, axis) for each in (image, hidden))
+    beyond = slice(0, shift) if shift >= 0 else slice(size + shift, size)
+    covered[(slice(None),) * axis + (beyond,)] = True
     filled = np.where(hidden & ~covered, other, image)
     both = hidden & covered
     return harmonic(filled, both) if both.any() else filled

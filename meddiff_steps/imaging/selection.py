@@ -158,6 +158,15 @@ class Images:
         logger.info("%d rows chosen by hash of %s", most, self.key)
         return replace(self, table=self.table[digests.rank(method="first") <= most].reset_index(drop=True))
 
+    def whole_units(self, most: int, least: int) -> Self:
+        """As `at_most`, but all of each of some units, where `least` units or more fit into `most` rows."""
+        names, counts = np.unique(self.units, return_counts=True)
+        order = np.argsort([hashlib.sha256(name.encode()).hexdigest() for name in names])
+        taken = names[order[np.cumsum(counts[order]) <= most]]
+        if len(taken) < least:
+            return self.at_most(most)
+        return self.taken(np.flatnonzero(np.isin(self.units, taken)).tolist())
+
     def column(self, name: str = "image") -> Column:
         return Column(self.shards, name, self.rows)
 

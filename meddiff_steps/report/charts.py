@@ -381,7 +381,7 @@ def bars(panels: Sequence[Bars], label: str) -> list[Chart]:
                         )
             axes.set_xticks(
                 range(len(panel.across)),
-                [wrapped([plain(name.replace("_", " "))], 13) for name in panel.across],
+                [wrapped([name.replace("_", " ")], 13) for name in panel.across],
                 fontsize=8,
             )
             axes.set(ylabel=label)

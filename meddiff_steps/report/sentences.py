@@ -53,6 +53,8 @@ RULES: dict[str, str] = {
         " released; middling otherwise"
     ),
 }
+#: Below this p, adjusted for all contrasts but the primary one, an arm is said to lose.
+LEVEL = 0.05
 _WORST: tuple[Grade, ...] = ("good", "middling", "bad")
 
 
@@ -437,8 +439,15 @@ def usefulness_sentence(results: Measured | None, opened: Measured | None, calle
     ]
     if primary.get("non_inferior") is False and verdict != "harms":
         clauses.append(f"a loss of more than {limit(primary['margin'])} cannot be excluded")
+    with_synthetic = {arm["name"] for arm in results["arms"] if arm["settings"]["synthetic"]}
     worse = [
-        row for row in results["contrasts"] if not row["primary"] and (ends(row["difference"]) or (0.0, 0.0))[1] < 0
+        row
+        for row in results["contrasts"]
+        if not row["primary"]
+        and row["arm"] in with_synthetic
+        and row["p_holm"] is not None
+        and row["p_holm"] < LEVEL
+        and (row["difference"]["value"] or 0.0) < 0
     ]
     if worse:
         shown = ", ".join(f"{row['arm']} against {row['reference']} {interval(row['difference'])}" for row in worse)

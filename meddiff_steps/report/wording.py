@@ -57,15 +57,24 @@ def limit(value: float) -> str:
 
 
 def percent(figure: Mapping[str, Any] | None) -> str:
-    """A ratio figure in percent, such as "92 % [90, 95]"."""
+    """A ratio figure in percent, such as "92 % [90, 95]"; what is not quite 0 or 100 % does not read so: "99.6 %"."""
     if not figure or figure.get("value") is None:
         return "not defined"
-    text = f"{100 * figure['value']:.0f} %"
+    text = f"{_hundredths(figure['value'])} %"
     return (
         text
         if figure.get("low") is None or figure.get("high") is None
-        else f"{text} [{100 * figure['low']:.0f}, {100 * figure['high']:.0f}]"
+        else f"{text} [{_hundredths(figure['low'])}, {_hundredths(figure['high'])}]"
     )
+
+
+def _hundredths(ratio: float) -> str:
+    share = 100 * ratio
+    if share in (0, 100) or round(share) not in (0, 100):
+        return f"{share:.0f}"
+    if round(share, 1) not in (0, 100):
+        return f"{share:.1f}"
+    return "< 0.1" if 0 < share < 1 else "> 99.9" if 99 < share < 100 else str(round(share))
 
 
 def counted(count: int, word: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from meddiff_steps.statistics.bootstrap import Statistic
+from meddiff_steps.statistics.bootstrap import Bootstrap, Figure, Statistic
 
 #: Bins of equal width of the expected calibration error.
 ECE_BINS = 10
@@ -19,6 +19,20 @@ def mean_of(values: np.ndarray) -> Statistic:
     """Mean of `values` (rows,)."""
     column = np.asarray(values, dtype=np.float64)
     return lambda weights: weights @ column / weights.sum(1)
+
+
+def mean_where_known(
+    values: np.ndarray, units: Iterable[Any], *, resamples: int, seed: str, label: str
+) -> Figure | None:
+    """Mean of `values` (rows,) over the rows where they are numbers, as a figure whose `n` are the units of these; None
+    where no row is.
+
+    The other arguments are those of `Bootstrap`.
+    """
+    known = np.isfinite(values)
+    if not known.any():
+        return None
+    return Bootstrap(np.array(list(units))[known], resamples, seed, label).figure(mean_of(values[known]))
 
 
 def smaller_side(labels: np.ndarray, units: Iterable[Any]) -> int:

@@ -84,6 +84,7 @@ def run(
     scans = chosen_scans(cohort.table, settings.scans, settings.most_scans, "anomaly")
     known = worker.healthy("calibration", settings.most_calibration_scans)
     anomaly.check_people(known["subject_id"].nunique(), settings)
+    anomaly.warn_of_scans_each(known["subject_id"].tolist(), scans["subject_id"].tolist())
     fabric, model, digests = make_fabric(study.compute, threads), None, dict[str, str]()
     if autoencoder is not None and diffusion is not None:
         model = TrainedModel.load(autoencoder, diffusion, fabric, study.compute, toned=False)
@@ -117,8 +118,9 @@ def run(
         log.info("%s: done, %d of %d healthy scans for thresholds", row["scan_id"], number + 1, len(known))
     calibrations, members = anomaly.calibrated(healthy, known["subject_id"].tolist(), settings)
     cases = []
+    ill = anomaly.planted(len(scans), f"{study.seed}/anomaly") if settings.lesions.given else {}
     for number, row in enumerate(scans.to_dict("records")):
-        case = worker.case(row, number, mappers)
+        case = worker.case(row, ill.get(number), mappers)
         cases.append(replace(case, mapped=case.mapped.with_ensemble(calibrations, members)))
         log.info("%s: done, %d of %d", row["scan_id"], number + 1, len(scans))
 
@@ -185,12 +187,14 @@ class _Worker:
         return self.settings.masks is not None or self.settings.lesions.given
 
     def healthy(self, split: str, most: int) -> pd.DataFrame:
-        """Scans of a split that have no lesion: by their masks, and by covariates where the study says so."""
+        """Scans of a split that have no lesion: by their masks, and by covariates where the study says so; all of each
+        person, where that leaves enough people, for a score is the highest of a person's scans.
+        """
         part = self.cohort.of_splits([split])
         table = having(part.table, self.settings.healthy)
         if self.settings.masks is not None:
             table = table[[not self._mask(row).any() for row in table.to_dict("records")]]
-        return part.taken(table.index.tolist()).at_most(most).table
+        return part.taken(table.index.tolist()).whole_units(most, anomaly.people_needed(self.settings)).table
 
     def _mask(self, row: dict[Any, Any]) -> np.ndarray:
         assert self.settings.masks is not None
@@ -204,15 +208,13 @@ class _Worker:
         others = np.concatenate(contrasts) if contrasts else None
         return Scan(image, subject, f"{self.study.seed}/anomaly/{row['scan_id']}", others)
 
-    def case(self, row: dict[Any, Any], number: int, mappers: dict[str, Mapper]) -> _Case:
-        """A scan with its maps; where lesions are put in, every second scan has one."""
+    def case(self, row: dict[Any, Any], number: int | None, mappers: dict[str, Mapper]) -> _Case:
+        """A scan with its maps, and with the lesion of a number put in, where it gets one."""
         settings, facts, scan, share = self.settings, self.quality.loc[row["scan_id"]], self.scan(row), None
-        if settings.lesions.given and number % 2 == 0:
+        if number is not None:
             interior = anomaly.Head.of(scan.image[0], settings.margin_voxels).interior
             spacing = self.study.preprocess.voxel_mm or (1.0,) * interior.ndim
-            share = lesion(
-                settings.lesions, number // 2, facts, interior, spacing, philox(scan.root, "place"), "anomaly"
-            )
+            share = lesion(settings.lesions, number, facts, interior, spacing, philox(scan.root, "place"), "anomaly")
             scan = replace(scan, image=with_lesion(scan.image[0], share, settings.lesions.contrast)[None])
         return _Case(row, facts, Mapped.of(scan, mappers, settings), share)
 

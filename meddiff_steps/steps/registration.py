@@ -67,9 +67,18 @@ def run(
     study = load_stage(config, "registration")
     settings = study.registration
     cohort = Images.of_scans(images, manifest)
-    scans = chosen_scans(cohort.table, [], settings.pairs, "registration")
+    one_each = cohort.table.sort_values("scan_id").drop_duplicates("subject_id")
+    scans = chosen_scans(one_each, [], settings.pairs, "registration")
     if len(scans) < 2:
-        raise UserError(f"registration.pairs: {len(scans)} test scan, a pair needs 2. Ask for more, or enlarge splits.")
+        raise UserError(
+            f"registration.pairs: test scans of {len(scans)} person, a pair needs 2. Ask for more, or enlarge splits."
+        )
+    if len(scans) < settings.pairs:
+        log.warning(
+            "registration.pairs: %d were asked for, there are %d, one for each person with a test scan",
+            settings.pairs,
+            len(scans),
+        )
     real = cohort.shards.tensors("image", scans["row"].to_numpy())
     quality = pd.read_parquet(qc).set_index("scan_id")
     voxel_mm = study.preprocess.voxel_mm

@@ -107,7 +107,9 @@ def run(
     drawer = Drawer.load(model, cohort.shards, settings, root, fabric, "translation")
     pairs, digests = drawer.pairs, dict(drawer.digests)
     train, patterns = cohort.of_splits(["train"]).rows, pairs.patterns()
-    simple = [PatchRegression.of(pairs, train, philox(study.seed, "patches"), present) for present in patterns]
+    simple = [
+        (present, PatchRegression.of(pairs, train, philox(study.seed, "patches"), present)) for present in patterns
+    ]
     others: dict[str, Drawer] = {}
     for name, folder in {"volume": volume, "solid": solid}.items():
         if folder is not None:
@@ -136,15 +138,15 @@ def run(
         given, known = (one[0] for one in pairs.there([row]))
         marks = None if finder is None else cohort.shards.tensor(str(settings.lesion), row)[0]
         drawn: dict[str, np.ndarray] = {}
-        possible = [one for one in simple if not (one.present & ~given).any()]
+        possible = [one for one in simple if not (one[0] & ~given).any()]
         if not possible:
             log.warning("%s: has none of the sources, it is left out", scan["scan_id"])
             continue
-        fullest = np.max([one.present.sum() * pairs.asked(one.present) for one in possible], axis=0)
-        for regression in possible:
-            present = regression.present
+        fullest = np.max([present.sum() * pairs.asked(present) for present, _ in possible], axis=0)
+        for present, regression in possible:
             best = pairs.asked(present) & (fullest == present.sum())
-            ways = without_a_network(pairs, regression, row) | translated(drawer, row, scan["scan_id"], present)
+            ways = without_a_network(pairs, present, regression, row)
+            ways |= translated(drawer, row, scan["scan_id"], present)
             for name, other in others.items():
                 ways |= several(f"{name}_", other, row, scan["scan_id"], present)
             if translator is not None:
@@ -186,6 +188,7 @@ def run(
         table.to_parquet(path, index=False)
     write_json(out / "figures.json", facts)
     tiles = {**(VOLUME_TILES if others else TILES), **(UNPAIRED_TILES if translator else {})}
+    tiles = {name: tile for name, tile in tiles.items() if all(tile[0] in ways for *_, ways in shown)}
     columns = [*pairs.source, "true", *tiles]
     first = sorted(range(len(shown)), key=lambda i: not regions[i].any())[:SHOWN]
     pictures = _tiles([shown[i] for i in first], tiles)

@@ -18,7 +18,9 @@ from meddiff_steps.applications.anomaly import (
     calibrated,
     finished,
     members_of,
+    planted,
     score,
+    warn_of_scans_each,
 )
 from meddiff_steps.applications.anomaly_maps._tiles import masks
 from meddiff_steps.applications.anomaly_maps.base import Context, Scan, build
@@ -208,6 +210,24 @@ def test_the_threshold_of_scores_holds_for_people_with_the_stated_probability() 
         scores = [calibration.scored(one, wanted.score_share) for one in maps[38:]]
         flagged += [max(scores[i : i + 2]) > calibration.score_threshold for i in range(0, 20, 2)]
     assert np.mean(flagged) == pytest.approx(0.1, abs=0.035)
+
+
+def test_which_scans_get_a_lesion_goes_with_no_session() -> None:
+    """Scans in the order of their ids, two sessions of each person: half of each session's, or nearly."""
+    ill = planted(64, "x/anomaly")
+    assert len(ill) == 32 and list(ill.values()) == list(range(32)) and list(ill) == sorted(ill)
+    assert 8 <= sum(position % 2 for position in ill) <= 24
+    assert planted(64, "x/anomaly") == ill != planted(64, "y/anomaly") and len(planted(5, "x")) == 3
+
+
+def test_people_with_many_more_scans_than_the_thresholds_come_from_are_told_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    two_each = [f"p{i // 2}" for i in range(18)]
+    warn_of_scans_each(two_each, ["a"] * 4 + ["b"] * 3)
+    assert not caplog.records
+    warn_of_scans_each(two_each, ["a"] * 30)
+    assert "people with 2 scans each, and those that are asked about have 30: more healthy" in caplog.text
 
 
 def test_too_few_people_are_refused() -> None:

@@ -21,13 +21,23 @@ from meddiff_steps.applications.derivative import EDITED, Source, complete, labe
         ("sub-01_T1w", "sub-01/anat/sub-01_desc-x_T1w.nii.gz"),
         ("sub-01_ses-2_acq-mprage_T1w", "sub-01/ses-2/anat/sub-01_ses-2_acq-mprage_desc-x_T1w.nii.gz"),
         ("sub-01_desc-brain_T1w", "sub-01/anat/sub-01_desc-x_T1w.nii.gz"),
-        ("patient 7/left", "sub-patient7left/anat/sub-patient7left_desc-x_FLAIR.nii.gz"),
-        ("patient_7", "sub-patient7/anat/sub-patient7_desc-x_FLAIR.nii.gz"),
+        ("patient 7/left", "sub-patient7left9bc068/anat/sub-patient7left9bc068_desc-x_FLAIR.nii.gz"),
+        ("patient_7", "sub-patient7dd26db/anat/sub-patient7dd26db_desc-x_FLAIR.nii.gz"),
+        ("patient7", "sub-patient7/anat/sub-patient7_desc-x_FLAIR.nii.gz"),
         ("sub-01", "sub-01/anat/sub-01_desc-x_FLAIR.nii.gz"),
     ],
 )
 def test_names(scan_id: str, place: str) -> None:
     assert str(Source(scan_id, "anywhere", "FLAIR").name("x", ".nii.gz")) == place
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("case1_11", "case11_1"), ("Müller", "Möller"), ("p-1", "p1"), ("sub-Müller_T1w", "sub-Möller_T1w"), ("男", "女")],
+)
+def test_no_two_ids_or_levels_share_a_name(one: str, other: str) -> None:
+    assert Source(one, "x").name("x", ".png") != Source(other, "x").name("x", ".png")
+    assert label("grade", one) != label("grade", other) and label("grade", one).isascii()
 
 
 def test_labels_of_values_are_letters_and_digits() -> None:

@@ -107,6 +107,18 @@ def test_measured_features_without_the_site(figures: dict[str, dict[str, Any]]) 
     assert found["combat"]["covariates"]["age"]["r"]["value"] > 0.8
 
 
+def test_a_covariate_that_one_site_does_not_know_is_not_told_to_combat(caplog: pytest.LogCaptureFixture) -> None:
+    (_, seen, table), (_, shown, asked) = scans(30, 0), scans(20, 1)
+    unknown = [each.assign(score=each["age"].where(each["there"])) for each in (table, asked)]
+    covariates = {"score": config.ContinuousCovariate(unit="", range=(0, 100)), **AGE}
+    features = [images.reshape(len(images), -1)[:, ::16] for images in (seen, shown)]
+    found = judging.features_told(features[0], features[1], (unknown[0], unknown[1]), covariates, **DRAWN)
+    assert list(found["combat"]["covariates"]) == ["age"] and found["combat"]["site_auc"]["n"] == 20
+    assert "score is known of 15 training scans of `to` and 0 of the others, and of 10 and 0 test scans" in caplog.text
+    alone = judging.features_told(*features, (unknown[0], unknown[1]), {"score": covariates["score"]}, **DRAWN)
+    assert alone["combat"]["covariates"] == {} and alone["none"]["site_auc"]["n"] == 20
+
+
 # ---------------------------------------------------------------------------------------------------------- sides
 
 

@@ -144,6 +144,7 @@ def test_each_pattern_is_looked_at_as_often(fabric: Any) -> None:
 def test_the_simple_way_is_least_squares_of_what_is_there() -> None:
     pairs, present = pairs_of(Scans(12)), np.array([False, True, False])
     found = translation.PatchRegression.of(pairs, range(12), np.random.default_rng(0), present)
+    assert found is not None
     rows = [row for row in range(12) if row != 1]  # that has no c
     x = np.concatenate([translation.patches(pairs.sources([r])[0][present]).reshape(25, -1) for r in rows], 1).T
     x = np.concatenate([x, np.ones((len(x), 1))], 1).astype(np.float64)
@@ -151,12 +152,26 @@ def test_the_simple_way_is_least_squares_of_what_is_there() -> None:
     ridge = np.sqrt(translation.RIDGE * np.square(x).sum(0).mean())
     rest = np.linalg.lstsq(np.concatenate([x, ridge * np.eye(26)]), np.concatenate([y, np.zeros((26, 3))]), rcond=None)
     np.testing.assert_allclose(found.weights, rest[0], atol=1e-6)
-    ways = translation.without_a_network(pairs, found, 0)
+    ways = translation.without_a_network(pairs, present, found, 0)
     assert list(ways) == ["copy_of_b", "patches"]
     hidden = Scans(12)
     hidden.images["image"][:] = 0.77
-    again = translation.without_a_network(pairs_of(hidden), found, 0)
+    again = translation.without_a_network(pairs_of(hidden), present, found, 0)
     assert np.array_equal(again["patches"], ways["patches"])
+
+
+def test_the_simple_way_is_left_out_where_no_scan_has_all_of_it(caplog: pytest.LogCaptureFixture) -> None:
+    """No scan has both image and c; some have image and b."""
+    shards = Scans(6)
+    shards.images["c"][:3], shards.images["image"][3:] = 0, 0
+    pairs = Pairs(shards, ("image", "c"), ("b",), "contrast", missing=True)  # type: ignore[arg-type]
+    fitted = [
+        translation.PatchRegression.of(pairs, range(6), np.random.default_rng(0), present)
+        for present in (np.array([True, False]), np.array([True, True]))
+    ]
+    assert fitted[0] is not None and fitted[1] is None
+    assert "no training scan has image and c and all that is drawn from it" in caplog.text
+    assert list(translation.without_a_network(pairs, np.array([True, True]), None, 0)) == ["copy_of_image", "copy_of_c"]
 
 
 def test_what_can_be_missing_is_said_at_the_door() -> None:

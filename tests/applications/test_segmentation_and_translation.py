@@ -97,7 +97,9 @@ def test_a_start_from_a_guess_ends_where_a_full_run_does(fabric: Any) -> None:
 def test_translation_beside_what_needs_no_network(fabric: Any) -> None:
     found = drawer(fabric, "post", samples=8)
     simple = translation.PatchRegression.of(found.pairs, [0, 1], np.random.default_rng(0))
-    ways = translation.translated(found, 0, "a") | translation.without_a_network(found.pairs, simple, 0)
+    ways = translation.translated(found, 0, "a") | translation.without_a_network(
+        found.pairs, np.array([True]), simple, 0
+    )
     shapes = {name: image.shape[:2] for name, image in ways.items()}
     assert shapes == {
         "regression": (1, 1),

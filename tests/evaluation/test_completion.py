@@ -76,3 +76,16 @@ def test_volumes_are_compared_with_those_without_a_lesion() -> None:
     rows["subject_id"] = np.array(["a", "b"])[rows["row"]]
     found = volume_figures(rows, {"v": "mL"}, resamples=100, seed="x")
     assert [(e["kind"], e["v"]["value"], e["v"]["unit"]) for e in found] == [("true", 0.0, "mL"), ("lesion", 4.0, "mL")]
+
+
+def test_a_scan_where_something_is_not_known_leaves_the_others() -> None:
+    rows = pd.DataFrame(
+        [
+            {"scan_id": scan, "subject_id": scan, "method": method, "psnr": psnr, "texture": texture}
+            for method, psnr in (("mean", 10.0), ("model", 12.0))
+            for scan, texture in (("a", 0.5), ("b", np.nan), ("c", 0.7))
+        ]
+    )
+    model = figures(rows, ["method"], ["mean"], resamples=50, seed="x")[1]
+    assert model["texture"]["value"] == pytest.approx(0.6) and model["texture"]["n"] == 2
+    assert model["psnr"]["n"] == model["gain"]["n"] == 3

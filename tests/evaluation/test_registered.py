@@ -60,3 +60,16 @@ def test_figures_are_over_pairs_and_gain_is_pair_by_pair() -> None:
         (1.0, "plain"),
         (1.0, "score"),
     ]
+
+
+def test_a_pair_without_label_maps_leaves_the_dice_of_the_others() -> None:
+    rows = pd.DataFrame(
+        [
+            {"fixed": pair, "moving": "x", "method": method, "dice": np.nan if pair == "3" else dice}
+            for pair in map(str, range(8))
+            for method, dice in (("plain", 0.5), ("score", 0.6))
+        ]
+    )
+    plain, score = registration.figures(rows, ["method"], "plain", resamples=50, seed="x")
+    assert plain["dice"]["value"] == pytest.approx(0.5) and plain["dice"]["n"] == 7
+    assert score["gain"]["value"] == pytest.approx(0.1) and score["gain"]["n"] == 7

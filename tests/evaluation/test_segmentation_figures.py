@@ -39,6 +39,8 @@ def test_overlap_by_label_and_of_nothing() -> None:
     truth = strip(0, 1) + strip(4, 5, label=2)
     assert overlap(truth, strip(0, 1) + strip(4, label=2), (1.0, 1.0))["dice_scan"] == pytest.approx((1 + 2 / 3) / 2)
     assert overlap(truth, strip(0, 1, label=2), (1.0, 1.0))["voxels_both"] == 0  # the right place, the wrong label
+    missed, diagonal = overlap(truth, strip(), (2.0, 1.0)), np.linalg.norm([2.0 * truth.shape[0], truth.shape[1]])
+    assert missed["dice_scan"] == 0 and missed["surface"] == pytest.approx(diagonal)
     nothing = overlap(strip(), strip(3), (1.0, 1.0))
     assert np.isnan(nothing["dice_scan"]) and np.isnan(nothing["surface"])
 

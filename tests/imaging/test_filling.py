@@ -42,16 +42,28 @@ def test_a_large_hole_is_filled_by_iteration_to_the_same(monkeypatch: pytest.Mon
     np.testing.assert_allclose(harmonic(image, hidden), direct, atol=1e-4)
 
 
-def test_the_other_side_is_copied() -> None:
-    half = np.random.default_rng(0).random((5, 6, 6))
-    truth = np.concatenate([half, half[::-1]])
+@pytest.mark.parametrize(
+    ("shape", "axis", "shift"), [((10, 6, 6), 0, 0), ((10, 6, 6), 0, 3), ((8, 10), 1, 0), ((8, 10), 1, -3)]
+)
+def test_the_other_side_is_copied(shape: tuple[int, ...], axis: int, shift: int) -> None:
+    """Of volumes along the first axis, of pictures along the last, wherever the head lies in the grid."""
+    half = np.random.default_rng(0).uniform(0.1, 1.0, [n // 2 if a == axis else n for a, n in enumerate(shape)])
+    head = np.concatenate([half, np.flip(half, axis)], axis)
+    room = [(4, 4) if a == axis else (0, 0) for a in range(len(shape))]
+    truth = np.roll(np.pad(head, room), shift, axis)
     hidden = np.zeros(truth.shape, bool)
-    hidden[1:4, 2:5, 2:5] = True
+    hidden[tuple(slice(4 + shift + 2, 4 + shift + 4) if a == axis else slice(2, 4) for a in range(len(shape)))] = True
     np.testing.assert_array_equal(mirror(np.where(hidden, 0, truth), hidden), truth)
-    hidden |= hidden[::-1]
+    hidden |= np.roll(np.flip(hidden, axis), 2 * shift, axis)
     filled = mirror(np.where(hidden, 0, truth), hidden)
     np.testing.assert_array_equal(filled[~hidden], truth[~hidden])
     np.testing.assert_allclose(filled, harmonic(truth, hidden))
+
+
+def test_what_is_mirrored_from_beyond_the_grid_is_not_known() -> None:
+    truth, hidden = np.zeros((6, 10)), np.zeros((6, 10), bool)
+    truth[:, 6:], hidden[2:4, 1:3] = 0.5, True  # mirrored about column 7.5, the hole lies beyond the last column
+    np.testing.assert_allclose(mirror(truth, hidden), harmonic(truth, hidden))
 
 
 def test_the_mean_is_of_the_head() -> None:

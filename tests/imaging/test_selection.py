@@ -27,3 +27,14 @@ def test_where_the_filter_accepted_nothing_it_is_said_so(tmp_path: Path) -> None
         UserError, match=r"shard-0000.arrow: no candidate was accepted, so there is nothing to measure\. privacy/report"
     ):
         Images.accepted(shards(tmp_path, []), planned, "plan.parquet", "measure")
+
+
+def test_of_too_many_scans_whole_people_are_taken_where_these_are_enough(tmp_path: Path) -> None:
+    names = [f"{person}{scan}" for person in "abcdefgh" for scan in range(3)]
+    table = pd.DataFrame({"sample_id": names, "person": [name[0] for name in names]})
+    images = Images.of(shards(tmp_path, names), "sample_id", "person", table, "table")
+    part = images.whole_units(13, 4)
+    assert len(part) == 12 and pd.Series(part.units).value_counts().eq(3).all()
+    assert part.ids == sorted(part.ids) == images.whole_units(13, 1).ids  # in their order, and always the same
+    assert images.whole_units(13, 5).ids == images.at_most(13).ids
+    assert images.whole_units(24, 8).ids == names

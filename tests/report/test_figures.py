@@ -171,6 +171,12 @@ def test_charts_are_svg_with_ids_of_their_own_and_the_same_twice(name: str) -> N
     assert draw() == first
 
 
+def test_a_dollar_under_a_bar_is_a_dollar() -> None:
+    bar = charts.Bars("by group", ["a$ $b"], {"F": [{"value": 0.5, "low": 0.4, "high": 0.6}]})
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", charts.bars([bar], "AUC")[0].marks)
+    assert "a$ $b" in texts
+
+
 def test_what_good_training_does_is_said_right() -> None:
     titles = "".join(panel.marks for panel in all_charts()["losses"]())
     assert "PSNR, dB: good if it rises" in titles and "l1: good if it falls" in titles

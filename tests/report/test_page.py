@@ -40,6 +40,11 @@ def test_figures_read_well() -> None:
     figure = {"value": 0.9423, "low": 0.93, "high": 0.9512, "n": 3}
     assert interval(figure) == "0.942 [0.930, 0.951]"
     assert percent(figure) == "94 % [93, 95]"
+    assert percent({"value": 0.996, "low": 0.9799, "high": 1.0}) == "99.6 % [98, 100]"
+    assert percent({"value": 0.00496, "low": 0.0, "high": 0.0002}) == "0.5 % [0, < 0.1]"
+    assert [percent({"value": v}) for v in (0.0, 1.0, 0.9998, 1.0002, 1.004, -0.0002)] == [
+        *("0 %", "100 %", "> 99.9 %", "100 %", "100.4 %", "0 %")
+    ]
     assert interval({"value": None, "low": None, "high": None}) == percent(None) == "not defined"
     assert interval({"value": 0.5, "low": None, "high": None}) == "0.500"
 

@@ -91,6 +91,10 @@ def results(verdict: str, difference: dict[str, Any], **primary: Any) -> dict[st
         "target": "diagnosis",
         "primary": first | primary,
         "contrasts": [],
+        "arms": [
+            {"name": name, "settings": {"synthetic": synthetic}}
+            for name, synthetic in {"real": 0, "quarter": 0, "both": 1, "alone": 1, "mixed": 1, "better": 1}.items()
+        ],
         "n": {"test_subjects": 93},
     }
 
@@ -317,8 +321,15 @@ def test_usefulness_follows_the_verdict_and_shows_the_difference(verdict: str, g
 
 def test_losses_and_second_looks_are_told() -> None:
     found = results("no evidence", figure(0.0, 0.1), non_inferior=False)
-    found["contrasts"] = [{"arm": "alone", "reference": "real", "difference": figure(-0.3), "primary": False}]
+    lost = {"reference": "real", "difference": figure(-0.3), "primary": False}
+    found["contrasts"] = [
+        lost | {"arm": "alone", "p_holm": 0.0},
+        lost | {"arm": "mixed", "p_holm": 0.06},  # no loss once adjusted
+        lost | {"arm": "quarter", "p_holm": 0.01},  # fewer real scans, and no synthetic image
+        lost | {"arm": "better", "p_holm": 0.01, "difference": figure(0.2)},
+    ]
     said = told.usefulness_sentence(found, {"designs": 3}, CALLED)
+    assert not any(says(said, word) for word in ("mixed", "quarter", "better"))
     assert says(said, "a loss of more than 0.03 cannot be excluded")
     assert says(said, "other arms lose: alone against real -0.300") and says(said, "opened with 3 designs")
 

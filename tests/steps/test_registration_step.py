@@ -108,10 +108,11 @@ def judge(folder: Path, wanted: config.Study) -> Path:
     return folder / "out"
 
 
-def test_scans_are_brought_onto_each_other_and_judged(cohort: Path) -> None:
+def test_scans_are_brought_onto_each_other_and_judged(cohort: Path, caplog: pytest.LogCaptureFixture) -> None:
     for network in ("score", "plain"):
         train(cohort, study(cohort), network)
-    out = judge(cohort, study(cohort))
+    out = judge(cohort, study(cohort, pairs=3))
+    assert "registration.pairs: 3 were asked for, there are 2, one for each person" in caplog.text
     figures = json.loads((out / "figures.json").read_text())
     methods = {one["method"]: one for one in figures["methods"]}
     assert list(methods) == ["none", "affine", "demons", "plain", "score"]
@@ -136,6 +137,14 @@ def test_scans_are_brought_onto_each_other_and_judged(cohort: Path) -> None:
     labels = nib.load(place / "sub-7_desc-fromsub6labels_T1w.nii.gz").get_fdata()
     own = nib.load(cohort / "sub-6_T1w_dseg.nii.gz").get_fdata()
     assert set(np.unique(labels)) == {0, 1, 7} and (labels == own).mean() > 0.9
+
+
+def test_a_pair_is_of_two_people(cohort: Path) -> None:
+    manifest = pd.read_parquet(cohort / "manifest.parquet")
+    manifest["subject_id"] = manifest["subject_id"].replace("sub-7", "sub-6")  # his second session
+    manifest.to_parquet(cohort / "manifest.parquet")
+    with pytest.raises(UserError, match=r"registration.pairs: test scans of 1 person, a pair needs 2"):
+        judge(cohort, study(cohort))
 
 
 def test_labels_that_are_not_there_are_refused(cohort: Path) -> None:

@@ -159,6 +159,10 @@ def test_what_is_kept_is_counted_once() -> None:
     # Of two squares of one tensor it is kept once; the product keeps both of its factors
     y = torch.ones(7, 10, requires_grad=True)
     assert kept_for_gradients(lambda: (y.square() * y.square()).sum()) == 3 * y.nbytes
+    # A convolution keeps its input and its weights, also where oneDNN lays them out in its own way
+    fold, image = torch.nn.Conv2d(1, 1, 3, bias=False), torch.ones(1, 1, 8, 8)
+    kept = kept_for_gradients(lambda: fold(image.to_mkldnn()).to_dense().sum())
+    assert kept >= image.nbytes + fold.weight.nbytes == kept_for_gradients(lambda: fold(image).sum())
 
 
 def test_whole_scans_at_the_cost_of_patches() -> None:
