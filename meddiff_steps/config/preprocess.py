@@ -221,6 +221,11 @@ class Preprocess(Section):
                 + ("foreground: ct" if len(self.shape) == 3 else f"the 2D shape {list(self.shape)}")
                 + "; leave preprocess.bias_field out"
             )
+        if self.brain_mask is not None and self.foreground == "ct" and self.window is None:
+            raise ValueError(
+                "brain_mask of CT (foreground: ct) needs a window, whose lower end stands for what the mask cuts away: "
+                "air of -1000 HU would be interpolated into the brain; set preprocess.window, e.g. [0, 80] for brains"
+            )
         if self.brain_extraction is not None and self.brain_mask is not None:
             raise ValueError("brain_mask and brain_extraction both say what the brain is; give one of them")
         if self.brain_extraction is not None and (len(self.shape) == 2 or self.foreground != "nonzero"):
