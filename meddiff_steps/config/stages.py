@@ -109,7 +109,7 @@ STAGES: dict[str, tuple[str, ...]] = {
         *("segmentation", "pairs", *_DESCRIBED, *_GRID, "generate", "second_model.subjects", *_GIVEN),
     ),
     "predictors": ("covariates",),
-    "segmenter": ("seed", "segmentation", *_GRID, "compute"),
+    "segmenter": ("seed", "segmentation", "variants.flip", *_GRID, "compute"),
     "evaluate": ("seed", "covariates", *_UNITS, "plan", "evaluate", *_GRID, "preprocess.foreground"),
     "text_fidelity": (
         *("seed", "generate", "compute", "evaluate.bootstrap"),

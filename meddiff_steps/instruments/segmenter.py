@@ -234,7 +234,7 @@ def new_segmenter(settings: config.Segmentation, shape: Sequence[int], root: str
 
 
 def train_segmenter(
-    model: Segmenter, settings: config.Segmentation, scans: Images, labels: Shards, root: str, device: str
+    model: Segmenter, settings: config.Segmentation, scans: Images, labels: Shards, flip: bool, root: str, device: str
 ) -> Segmenter:
     """Train with soft labels.
 
@@ -248,6 +248,8 @@ def train_segmenter(
         Of `new_segmenter`.
     scans, labels
         Training scans and the shares of their voxels, as `labelled` gives them.
+    flip
+        Mirror half of the batches left-right, structures included: never where one of them has a side.
     root
         The study's seed.
     device
@@ -273,7 +275,7 @@ def train_segmenter(
         rows = batch_rows(f"{root}/segmenter", step, min(schedule.batch_size, len(scans)), len(scans))
         seen = _varied(model.reduce(torch.from_numpy(images[rows])), generator)
         truth = torch.from_numpy(labels.tensors("shares", rows))
-        if generator.integers(2):
+        if generator.integers(2) and flip:
             seen, truth = seen.flip(2), truth.flip(2)
         for group in optimiser.param_groups:
             group["lr"] = schedule.learning_rate * learning_rate_scale(step, schedule)

@@ -13,7 +13,7 @@ import torch
 
 from meddiff_steps.audit.measurements import DOUBT
 from meddiff_steps.cohort.manifest import write_manifest
-from meddiff_steps.config import Structure, freeze, parse_study
+from meddiff_steps.config import Structure, Variants, freeze, parse_study
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.channels import filled_in
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
@@ -181,6 +181,18 @@ def test_the_step_learns_to_measure_volumes(root, tmp_path):
     assert np.array_equal(doubt > 0, moved != labels) and (doubt[moved != labels] > DOUBT).mean() > 0.95
     rounded = copy.deepcopy(model).double().label_map(images[:1].double())
     assert model.doubt(images[:1], rounded).max() < DOUBT / 10, "what rounding changes, it hardly doubts"
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_only_a_study_that_mirrors_scans_mirrors_them_for_the_segmenter(root, tmp_path, monkeypatch, flip):
+    """Else "left" would be learnt on the right."""
+    mirrored = []
+    plain = torch.Tensor.flip
+    monkeypatch.setattr(torch.Tensor, "flip", lambda x, *axes: mirrored.append(axes) or plain(x, *axes))
+    made = study(root, optimiser={"steps": 4}).model_copy(update={"variants": Variants(flip=flip)})
+    frozen = freeze(made, "segmenter", tmp_path)
+    step.run(frozen, root / "manifest.parquet", root / "qc.parquet", [root / "images.arrow"], tmp_path)
+    assert bool(mirrored) == flip
 
 
 def test_label_maps_beside_the_head_are_left_out(root, tmp_path):
