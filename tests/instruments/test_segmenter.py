@@ -47,6 +47,24 @@ def test_shares_of_aligned_grids_are_block_means(tmp_path):
         np.testing.assert_allclose(share, mask.reshape(12, 2, 14, 2, 12, 2).mean(axis=(1, 3, 5)), atol=1e-6)
 
 
+def test_what_lies_between_two_voxels_counts_half_for_each(tmp_path):
+    labels = np.zeros((21, 21, 21), dtype=int)
+    labels[7:14, 7:14, 7:14] = 3
+    path = written(tmp_path / "l.nii.gz", labels, np.eye(4))
+    grid = np.diag([2.0, 2.0, 2.0, 1.0])
+    grid[:3, 3] = 1.0  # places of a voxel: half a voxel of the label map before and behind one's centre
+    share = label_shares(path, {"core": STRUCTURES["core"]}, grid, (10, 10, 10))[0]
+    middle = (np.indices(share.shape) * share).sum(axis=(1, 2, 3)) / share.sum() * 2 + 1
+    assert middle == pytest.approx([10, 10, 10], abs=1e-4)
+
+
+def test_the_outer_half_of_a_label_maps_voxels_counts(tmp_path):
+    path = written(tmp_path / "l.nii.gz", np.full((10, 10, 10), 3), np.eye(4))
+    finer = np.diag([0.5, 0.5, 0.5, 1.0])
+    finer[:3, 3] = -0.25
+    assert label_shares(path, {"core": STRUCTURES["core"]}, finer, (20, 20, 20)).min() == 1
+
+
 @pytest.mark.parametrize("spacing", [1.0, 2.0, 3.1, 5.0])
 def test_volumes_survive_another_grid(tmp_path, spacing):
     """Also turned and with other axes: what the label map holds in mm3, the grid holds."""
