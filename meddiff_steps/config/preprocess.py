@@ -47,7 +47,7 @@ class Channel(Section):
     kind: Literal["contrast", "mask", "labels"] = Field(
         "contrast",
         description="`contrast`: grey values, interpolated and scaled to [0, 1] like the scan; `mask`: 0 outside and "
-        "1 inside; `labels`: whole numbers. Masks and labels take the nearest voxel.",
+        "1 inside; `labels`: whole numbers. Masks and labels take what fills most of a voxel.",
     )
     window: tuple[float, float] | None = Field(
         None,
