@@ -166,8 +166,8 @@ def build(
         if power.size and np.abs(power - 1).max() > MAPS_TOLERANCE:
             raise UserError(
                 "reconstruction.measured: the root sum of squares of maps over the coils is"
-                f" {power.min():.3g} to {power.max():.3g} where it is not 0, expected 1: y would be in another scale than"
-                " the image. Divide maps by it, and y by what then makes the image's white 1."
+                f" {power.min():.3g} to {power.max():.3g} where it is not 0, expected 1: y would be in another scale"
+                " than the image. Divide maps by it, and y by what then makes the image's white 1."
             )
         return Mri(maps, mask, settings.noise_std)
     mask = sampling_mask(shape, strength, settings.calibration_share, generator)
