@@ -47,7 +47,7 @@ class Channel(Section):
     kind: Literal["contrast", "mask", "labels"] = Field(
         "contrast",
         description="`contrast`: grey values, interpolated and scaled to [0, 1] like the scan; `mask`: 0 outside and "
-        "1 inside; `labels`: whole numbers. Masks and labels take the nearest voxel.",
+        "1 inside; `labels`: whole numbers. Masks and labels take what fills most of a voxel.",
     )
     window: tuple[float, float] | None = Field(
         None,
@@ -220,6 +220,11 @@ class Preprocess(Section):
                 "bias_field corrects the receiving coil of MR volumes, found "
                 + ("foreground: ct" if len(self.shape) == 3 else f"the 2D shape {list(self.shape)}")
                 + "; leave preprocess.bias_field out"
+            )
+        if self.brain_mask is not None and self.foreground == "ct" and self.window is None:
+            raise ValueError(
+                "brain_mask of CT (foreground: ct) needs a window, whose lower end stands for what the mask cuts away: "
+                "air of -1000 HU would be interpolated into the brain; set preprocess.window, e.g. [0, 80] for brains"
             )
         if self.brain_extraction is not None and self.brain_mask is not None:
             raise ValueError("brain_mask and brain_extraction both say what the brain is; give one of them")

@@ -91,8 +91,8 @@ STAGES: dict[str, tuple[str, ...]] = {
         *(f"generate.{key}" for key in ("guidance", "guidance_scale", "guidance_interval")),
     ),
     "tone": ("seed", "covariates", "generate", "compute"),
-    "embedder": ("seed", "privacy.embedder"),
-    "calibrate": ("seed", "privacy.level", "privacy.detectors", "privacy.subgroup", "variants.flip", "compute"),
+    "embedder": ("seed", "privacy.embedder", *_GRID),
+    "calibrate": ("seed", "privacy.level", "privacy.detectors", "privacy.subgroup", "variants.flip", *_GRID, "compute"),
     "plan": (
         *("seed", "covariates", "plan", "generate.shard_size"),
         *(f"text.{key}" for key in ("column", "encoder", "min_subjects", "shared_words")),
@@ -109,7 +109,7 @@ STAGES: dict[str, tuple[str, ...]] = {
         *("segmentation", "pairs", *_DESCRIBED, *_GRID, "generate", "second_model.subjects", *_GIVEN),
     ),
     "predictors": ("covariates",),
-    "segmenter": ("seed", "segmentation", *_GRID, "compute"),
+    "segmenter": ("seed", "segmentation", "variants.flip", *_GRID, "compute"),
     "evaluate": ("seed", "covariates", *_UNITS, "plan", "evaluate", *_GRID, "preprocess.foreground"),
     "text_fidelity": (
         *("seed", "generate", "compute", "evaluate.bootstrap"),
@@ -166,7 +166,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "downstream_design": ("seed", "covariates", "plan", *_DESIGN),
     "downstream_plan": ("seed", "covariates", *_DESIGN),
     "downstream_data": ("seed", "covariates", *_DESIGN, "compute"),
-    "downstream_train": ("seed", *_DESIGN, "downstream.jobs", "compute"),
+    "downstream_train": ("seed", *_DESIGN, "downstream.jobs", *_GRID, "compute"),
     "downstream_test": ("seed", "covariates", *_DESIGN),
     "downstream_neighbours": ("seed", "covariates", *_DESIGN, "downstream.neighbours", "compute"),
     "segmentation_study": ("seed", "segmentation_study", "pairs", *_GRID, "compute"),

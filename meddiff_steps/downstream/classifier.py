@@ -113,6 +113,7 @@ def train(
     classes: int,
     read: Reader,
     validation: tuple[np.ndarray, np.ndarray],
+    spacing: Sequence[float] | None,
     root: str,
     device: str,
 ) -> Trained:
@@ -127,6 +128,8 @@ def train(
         Starting point; it is changed.
     validation
         Rows and levels of the val split.
+    spacing
+        Voxel size in mm along each axis; None of pictures.
     """
     schedule = settings.optimiser
     spatial_dims = model.conv1.weight.ndim - 2
@@ -145,7 +148,7 @@ def train(
         chosen = draw_batch(task, root, step, schedule.batch_size, classes)
         images = torch.from_numpy(read(task.rows[chosen]))
         if task.arm.classical:
-            images = perturb(images, generator)
+            images = perturb(images, generator, spacing)
         targets = functional.one_hot(torch.from_numpy(task.levels[chosen]), classes).float()
         if task.arm.mixup:
             share, order = (
@@ -191,6 +194,7 @@ def train_all(
     classes: int,
     read: Reader,
     validation: tuple[np.ndarray, np.ndarray],
+    spacing: Sequence[float] | None,
     root: str,
     device: str,
     workers: int,
@@ -202,7 +206,7 @@ def train_all(
     workers = workers if device == "cpu" else 1
 
     def run(task: Task, model: ResNet) -> Trained:
-        return train(task, model, settings, classes, read, validation, root, device)
+        return train(task, model, settings, classes, read, validation, spacing, root, device)
 
     done: list[Trained] = []
     with (

@@ -48,13 +48,14 @@ class Background:
     value
         Its grey value in the image, if it has one.
     fill
-        The grey value that stands for it from here on: not brighter than anything.
+        The grey value that stands for it from here on: not brighter than anything.  None where a mask cuts and there
+        is no window: the smallest value of what counts.
     """
 
     foreground: np.ndarray
     origin: str | None
     value: float | None
-    fill: float
+    fill: float | None
 
     def facts(self) -> dict[str, object]:
         """The columns of `BACKGROUND_COLUMNS`."""
@@ -65,13 +66,22 @@ class Background:
         }
 
     def darkened(self, image: Image) -> Image:
-        """The image with `fill` as its background, which would else be grey in an image around 0."""
+        """The image with `fill` as its background, which would else be grey in an image around 0; what is darker is
+        raised to it.
+        """
         if self.foreground.size == 1:
             return image
-        return replace(image, array=np.where(self.foreground, image.array, np.float32(self.fill)))
+        fill = np.float32(image.array[self.foreground].min() if self.fill is None else self.fill)
+        return replace(image, array=np.where(self.foreground, np.maximum(image.array, fill), fill))
 
 
-def background_of(path: Path, image: Image, setting: Setting, inside: np.ndarray | None = None) -> Background:
+def background_of(
+    path: Path,
+    image: Image,
+    setting: Setting,
+    inside: np.ndarray | None = None,
+    window: tuple[float, float] | None = None,
+) -> Background:
     """Where an image shows nothing.
 
     Parameters
@@ -85,34 +95,38 @@ def background_of(path: Path, image: Image, setting: Setting, inside: np.ndarray
         Hounsfield units; `all`: nothing, but for what the format or the mask says.
     inside
         Bool, of the image's shape: what a mask leaves.
+    window
+        The grey values that become 0 and 1, if they are given.  What a mask cuts away is filled with the lower: air
+        or padding beside the brain would be interpolated into it.
 
     Raises
     ------
     ScanError
         Nothing counts, or `ct` is asked of an image that is not in Hounsfield units.
     """
-    array, origin, fill = image.array, None, float(image.array.min())
+    array, origin = image.array, None
+    fill: float | None = float(array.min())
     foreground = np.ones((1,) * array.ndim, dtype=bool)
     value = None if setting == "all" else surrounding_value(array)
     if value is not None:
         foreground, origin = ~_surroundings(array, value), "surroundings"
-    elif setting == "nonzero" and fill >= 0:
+    elif setting == "nonzero" and array.min() >= 0:
         foreground, origin, value = array != 0, "zero", 0.0
     elif setting == "nonzero":
         origin = "unknown"
     if setting == "ct":
-        if fill > SOME_AIR_HU:
+        if array.min() > SOME_AIR_HU:
             raise ScanError(
                 path,
                 "no Hounsfield units",
-                f"the darkest value is {fill:g}, expected air of about {AIR_HU:g} HU. Apply the rescale slope and"
-                " intercept, or set preprocess.foreground to what the images are.",
+                f"the darkest value is {array.min():g}, expected air of about {AIR_HU:g} HU. Apply the rescale slope"
+                " and intercept, or set preprocess.foreground to what the images are.",
             )
         foreground, origin, fill = foreground & (array > DENSER_THAN_AIR_HU), "air", AIR_HU
     if image.blank is not None:
         foreground, origin = foreground & ~image.blank, origin or "format"
     if inside is not None:
-        foreground, origin = foreground & inside, "mask"
+        foreground, origin, fill = foreground & inside, "mask", None if window is None else window[0]
     if not foreground.any():
         found = "all of it is background" + ("" if value is None else f" ({value:g})")
         within = "" if inside is None else " inside the mask. Check that the mask belongs to this scan"

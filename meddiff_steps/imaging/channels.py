@@ -224,7 +224,7 @@ def _contrast(
 ) -> tuple[np.ndarray, float, float]:
     inside_mask = None if mask is None else mask_on(path, image, mask[1], mask[0])
     setting = "nonzero" if config.foreground == "ct" else config.foreground  # a channel may be of another modality
-    background = background_of(path, image, setting, inside_mask)
+    background = background_of(path, image, setting, inside_mask, channel.window)
     foreground, image = background.foreground, background.darkened(image)
     scale = (config.percentiles, channel.window)
     if image.affine is None:

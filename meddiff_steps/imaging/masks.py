@@ -9,6 +9,7 @@ import pandas as pd
 from scipy import ndimage
 
 from meddiff_steps.imaging.reading import Image, ScanError
+from meddiff_steps.imaging.resampling import nearest_label
 
 #: Share of a mask or label map that lies on the head (of the head in it, where it is larger than the head) below which
 #: it belongs to another place or scan, and below which it is worth a warning.
@@ -40,12 +41,7 @@ def mask_on(path: Path, scan: Image, mask: Image, mask_path: Path) -> np.ndarray
     if scan.affine is not None and mask.affine is not None:
         to_mask = np.linalg.inv(mask.affine) @ scan.affine
         if inside.shape != scan.array.shape or not np.allclose(to_mask, np.eye(4), atol=1e-3):
-            inside = (
-                ndimage.affine_transform(
-                    inside.astype(np.uint8), to_mask[:3, :3], to_mask[:3, 3], output_shape=scan.array.shape, order=0
-                )
-                > 0
-            )
+            inside = nearest_label(inside.astype(np.uint8), to_mask, scan.array.shape) > 0
     elif inside.shape != scan.array.shape:
         found, expected = ("x".join(map(str, a.shape)) for a in (inside, scan.array))
         raise ScanError(

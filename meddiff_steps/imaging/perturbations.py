@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,7 +24,9 @@ def flip(images: Tensor) -> Tensor:
     return images.flip(2 if images.ndim == 5 else 3)
 
 
-def affine(images: Tensor, degrees: Tensor, translation: Tensor, zoom: Tensor) -> Tensor:
+def affine(
+    images: Tensor, degrees: Tensor, translation: Tensor, zoom: Tensor, spacing: Sequence[float] | None = None
+) -> Tensor:
     """Rotated, shifted and zoomed about the centre, linear interpolation, zeros outside.
 
     Parameters
@@ -35,9 +39,12 @@ def affine(images: Tensor, degrees: Tensor, translation: Tensor, zoom: Tensor) -
         (b, dims), shares of half a side, in the order of `torch.nn.functional.affine_grid` (last axis first).
     zoom
         (b,), 0 for none.
+    spacing
+        Voxel size along each spatial axis, in any unit; None where it is the same along all.
     """
     dims = images.ndim - 2
-    sides = torch.tensor([float(n) for n in reversed(images.shape[2:])])
+    size = [1.0] * dims if spacing is None else [mm / min(spacing) for mm in spacing]
+    sides = torch.tensor([n * mm for n, mm in zip(reversed(images.shape[2:]), reversed(size), strict=True)])
     matrix = torch.eye(dims).repeat(len(images), 1, 1)
     for number, (i, j) in enumerate([(0, 1), (0, 2), (1, 2)] if dims == 3 else [(0, 1)]):
         angle = torch.deg2rad(degrees[:, number])
@@ -53,7 +60,7 @@ def affine(images: Tensor, degrees: Tensor, translation: Tensor, zoom: Tensor) -
     return functional.grid_sample(images, grid, align_corners=False)
 
 
-def augment(images: Tensor, generator: np.random.Generator) -> Tensor:
+def augment(images: Tensor, generator: np.random.Generator, spacing: Sequence[float] | None = None) -> Tensor:
     """A random change of every image: mirrored or not, moved, re-contrasted, with a bias field, noise, or a part cut
     off.
 
@@ -61,6 +68,8 @@ def augment(images: Tensor, generator: np.random.Generator) -> Tensor:
     ----------
     images
         (b, 1, *spatial) in [0, 1].
+    spacing
+        As of `affine`.
     """
     b, dims = len(images), images.ndim - 2
 
@@ -74,6 +83,7 @@ def augment(images: Tensor, generator: np.random.Generator) -> Tensor:
         MAX_ROTATION * uniform(b, 3 if dims == 3 else 1),
         2 * MAX_TRANSLATION * uniform(b, dims),
         MAX_ZOOM * uniform(b),
+        spacing,
     )
     one = [1] * (dims + 1)
     x = x.clamp(0, 1) ** torch.exp2(MAX_GAMMA * uniform(b)).reshape(-1, *one)
@@ -98,13 +108,17 @@ def crop(images: Tensor, shares: np.ndarray) -> Tensor:
     return out
 
 
-def perturbed_copies(images: Tensor, generator: np.random.Generator) -> dict[str, Tensor]:
+def perturbed_copies(
+    images: Tensor, generator: np.random.Generator, spacing: Sequence[float] | None = None
+) -> dict[str, Tensor]:
     """The positive controls: each image changed in one way, by kind; strengths are those a thief would get away with.
 
     Parameters
     ----------
     images
         (b, 1, *spatial) in [0, 1].
+    spacing
+        As of `affine`.
     """
     b, dims = len(images), images.ndim - 2
     zeros = {
@@ -116,7 +130,7 @@ def perturbed_copies(images: Tensor, generator: np.random.Generator) -> dict[str
     angle[:, 0] = torch.from_numpy(generator.choice([-3.0, 3.0], b).astype(np.float32))
     noise = torch.from_numpy(generator.standard_normal(images.shape, dtype=np.float32))
     return {
-        "rotated": affine(images, **(zeros | {"degrees": angle})),
+        "rotated": affine(images, **(zeros | {"degrees": angle}), spacing=spacing),
         "mirrored": flip(images),
         "noised": (images + 0.03 * noise).clamp(0, 1),
         "recontrasted": images.clamp(0, 1) ** 1.2,

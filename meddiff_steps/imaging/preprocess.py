@@ -224,7 +224,7 @@ def _preprocess(
                 " it again, or leave preprocess.brain_mask out.",
             )
         facts |= {"mask_ml": millilitres(mask[1]), "mask_on_head": on_head(path, head, mask[1], mask[0])}
-    background = background_of(path, scan, config.foreground, inside)
+    background = background_of(path, scan, config.foreground, inside, config.window)
     facts |= background.facts()
     if config.bias_field is not None:
         with seconds("bias field"):

@@ -30,8 +30,8 @@ _PICTURE_FILTERS = {
 SNAP_TOLERANCE = 0.05
 #: A voxel belongs to a grid when its centre is within the grid's outer voxel faces; rounding must not decide.
 _FACE = 0.5 + 1e-3
-#: Added before rounding down: a half goes down, whatever the rounding of the header.
-_HALF_DOWN = 0.5 - 1e-3
+#: Added before rounding down: a half goes down, whatever the rounding of the header; or up.
+_HALF_DOWN, _HALF_UP = 0.5 - 1e-3, 0.5 + 1e-3
 #: Excess (square of a ratio less 1) below which two spacings count as the same; a Gaussian of it would change nothing.
 _SAME_WIDTH = 1e-3
 #: Places that `majority` looks at in one go; bounds its memory (a few times as many bytes per label).
@@ -351,7 +351,8 @@ def scaled_picture(
 def majority(labels: np.ndarray, matrix: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """The label that fills most of each voxel of a grid.
 
-    A voxel of the grid is looked at in evenly spaced places, about one per voxel of the label map that it covers; where
+    A voxel of the grid is looked at in evenly spaced places, about one per voxel of the label map that it covers, and
+    twice, so that places between two voxels of the label map count for both and structures stay where they are; where
     it covers one or less this is nearest neighbour.  When two labels fill the same part the one at the voxel's centre
     wins, else the smaller.  (A fixed rule for ties, such as "outside", would shrink every structure whose surface lies
     in the middle of the grid's voxels; halving the resolution makes that the usual case.)  What is thinner than half a
@@ -371,24 +372,36 @@ def majority(labels: np.ndarray, matrix: np.ndarray, shape: tuple[int, ...]) -> 
     numpy.ndarray
         (*shape), of the type of `labels`; 0 outside of the label map.
     """
-    axes = labels.ndim
-    parts = np.maximum(1, np.ceil(np.linalg.norm(matrix[:axes, :axes], axis=0) - 0.01).astype(int))
+    axes, (parts, finer) = labels.ndim, places_of(matrix)
     places = int(parts.prod())
     if places == 1:
         return nearest_label(labels, matrix, shape)
-    finer = np.diag([*(1 / parts), 1.0])
-    finer[:axes, axes] = (1 / parts - 1) / 2
     found = np.empty(shape, labels.dtype)
-    rows = max(1, _PLACES // (places * int(np.prod(shape[1:]))))
+    rows = max(1, _PLACES // (2 * places * int(np.prod(shape[1:]))))
     for first in range(0, shape[0], rows):
         slab = found[first : first + rows]
         moved = matrix.copy()
         moved[:axes, axes] += first * matrix[:axes, 0]
-        fine = nearest_label(labels, moved @ finer, tuple(int(n) for n in np.array(slab.shape) * parts))
-        blocks = fine.reshape([n for pair in zip(slab.shape, parts, strict=True) for n in pair])
-        samples = np.moveaxis(blocks, range(1, 2 * axes, 2), range(axes, 2 * axes)).reshape(-1, places)
+        fine_shape = tuple(int(n) for n in np.array(slab.shape) * parts)
+        both = []
+        for half_up in (False, True):
+            fine = nearest_label(labels, moved @ finer, fine_shape, half_up)
+            blocks = fine.reshape([n for pair in zip(slab.shape, parts, strict=True) for n in pair])
+            both.append(np.moveaxis(blocks, range(1, 2 * axes, 2), range(axes, 2 * axes)).reshape(-1, places))
+        samples = np.concatenate(both, axis=1)
         slab[...] = _commonest(samples, nearest_label(labels, moved, slab.shape).ravel()).reshape(slab.shape)
     return found
+
+
+def places_of(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """In how many places along each axis (n,) a voxel of a grid is looked at under the index map `matrix` (n + 1,
+    n + 1), about one per voxel of the label map that it covers; and the map (n + 1, n + 1) from them to the grid.
+    """
+    axes = len(matrix) - 1
+    parts = np.maximum(1, np.ceil(np.linalg.norm(matrix[:axes, :axes], axis=0) - 0.01).astype(int))
+    finer = np.diag([*(1 / parts), 1.0])
+    finer[:axes, axes] = (1 / parts - 1) / 2
+    return parts, finer
 
 
 def _commonest(samples: np.ndarray, centre: np.ndarray) -> np.ndarray:
@@ -405,12 +418,15 @@ def _commonest(samples: np.ndarray, centre: np.ndarray) -> np.ndarray:
     return found
 
 
-def nearest_label(labels: np.ndarray, matrix: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Labels on a grid by nearest neighbour, 0 outside of the label map; parameters as of `majority`."""
-    axes = labels.ndim
+def nearest_label(labels: np.ndarray, matrix: np.ndarray, shape: tuple[int, ...], half_up: bool = False) -> np.ndarray:
+    """Labels on a grid by nearest neighbour, 0 outside of the label map; parameters as of `majority`.
+
+    In the middle between two voxels it is the one before along each axis, or with `half_up` the one behind.
+    """
+    axes, half = labels.ndim, _HALF_UP if half_up else _HALF_DOWN
     starts, steps = matrix[:axes, axes], np.diag(matrix)[:axes]
     if not np.array_equal(matrix[:axes, :axes], np.diag(steps)):
-        down = starts - (0.5 - _HALF_DOWN)
+        down = starts + (half - 0.5)
         return ndimage.affine_transform(
             labels, matrix[:axes, :axes], down, output_shape=shape, order=0, mode="grid-constant", cval=0
         )
@@ -418,7 +434,7 @@ def nearest_label(labels: np.ndarray, matrix: np.ndarray, shape: tuple[int, ...]
     for start, step, count, size in zip(starts, steps, shape, labels.shape, strict=True):
         positions = start + step * np.arange(count)
         outside.append((positions < -_FACE) | (positions > size - 1 + _FACE))
-        index.append(np.clip(np.floor(positions + _HALF_DOWN).astype(np.int64), 0, size - 1))
+        index.append(np.clip(np.floor(positions + half).astype(np.int64), 0, size - 1))
     found = labels[np.ix_(*index)]
     for axis, beyond in enumerate(outside):
         found[(slice(None),) * axis + (beyond,)] = 0

@@ -67,7 +67,7 @@ class Embedder(nn.Module):
 
 
 def train_embedder(
-    settings: config.Embedder, shards: Shards, rows: np.ndarray, root: str
+    settings: config.Embedder, shards: Shards, rows: np.ndarray, spacing: Sequence[float] | None, root: str
 ) -> tuple[Embedder, list[float]]:
     """Train on `rows`; every batch is two changed copies of the same images (NT-Xent).
 
@@ -77,6 +77,8 @@ def train_embedder(
         Preprocessed images.
     rows
         Of the train split, at least two.
+    spacing
+        Voxel size in mm along each axis; None of pictures.
     root
         The study's seed.
 
@@ -98,7 +100,7 @@ def train_embedder(
         images = model.reduce(torch.from_numpy(shards.tensors("image", rows[chosen])))
         for group in optimiser.param_groups:
             group["lr"] = schedule.learning_rate * learning_rate_scale(step, schedule)
-        loss = criterion(model.embed(augment(images, generator)), model.embed(augment(images, generator)))
+        loss = criterion(*(model.embed(augment(images, generator, spacing)) for _ in range(2)))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.gradient_clip)

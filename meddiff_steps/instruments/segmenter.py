@@ -21,7 +21,6 @@ from monai.losses import DiceLoss
 from monai.metrics import compute_dice
 from monai.networks.nets import BasicUNet
 from monai.networks.utils import pixelshuffle, pixelunshuffle
-from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -35,6 +34,7 @@ from meddiff_steps.imaging.channels import filled_in
 from meddiff_steps.imaging.label_maps import read_labels
 from meddiff_steps.imaging.masks import on_head
 from meddiff_steps.imaging.reading import Image, ScanError
+from meddiff_steps.imaging.resampling import nearest_label, places_of
 from meddiff_steps.imaging.selection import Images
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.models.weights import load_weights
@@ -181,21 +181,17 @@ def label_shares(
     whole = labels.array
     on_head(path, head, labels, path)
     to_labels = np.linalg.inv(labels.affine) @ affine
-    # Each voxel is sampled at `parts` places per axis, about one per voxel of the label map that it covers; its share
-    # is their mean.
-    parts = np.maximum(1, np.ceil(np.linalg.norm(to_labels[:3, :3], axis=0) - 0.01).astype(int))
-    fine = np.diag([*(1 / parts), 1.0])
-    fine[:3, 3] = (1 / parts - 1) / 2
-    matrix = to_labels @ fine
-    sampled = ndimage.affine_transform(
-        whole, matrix[:3, :3], matrix[:3, 3], output_shape=tuple(np.array(shape) * parts), order=0, mode="constant"
-    )
-    blocks = sampled.reshape(shape[0], parts[0], shape[1], parts[1], shape[2], parts[2])
-    held = (
-        np.isin(blocks, s.labels) if s.labels else (blocks > 0) & ~np.isin(blocks, s.all_but)
-        for s in structures.values()
-    )
-    return np.stack([mask.mean(axis=(1, 3, 5), dtype=np.float32) for mask in held])
+    # Each voxel is sampled at `parts` places per axis, twice: what lies between two voxels of the label map counts half
+    # for each.  Its share is their mean.
+    parts, fine = places_of(to_labels)
+    shares = np.zeros((len(structures), *shape), np.float32)
+    for half_up in (False, True):
+        sampled = nearest_label(whole, to_labels @ fine, tuple(int(n) for n in np.array(shape) * parts), half_up)
+        blocks = sampled.reshape(shape[0], parts[0], shape[1], parts[1], shape[2], parts[2])
+        for share, s in zip(shares, structures.values(), strict=True):
+            held = np.isin(blocks, s.labels) if s.labels else (blocks > 0) & ~np.isin(blocks, s.all_but)
+            share += held.mean(axis=(1, 3, 5), dtype=np.float32) / 2
+    return shares
 
 
 @contextmanager
@@ -234,7 +230,7 @@ def new_segmenter(settings: config.Segmentation, shape: Sequence[int], root: str
 
 
 def train_segmenter(
-    model: Segmenter, settings: config.Segmentation, scans: Images, labels: Shards, root: str, device: str
+    model: Segmenter, settings: config.Segmentation, scans: Images, labels: Shards, flip: bool, root: str, device: str
 ) -> Segmenter:
     """Train with soft labels.
 
@@ -248,6 +244,8 @@ def train_segmenter(
         Of `new_segmenter`.
     scans, labels
         Training scans and the shares of their voxels, as `labelled` gives them.
+    flip
+        Mirror half of the batches left-right, structures included: never where one of them has a side.
     root
         The study's seed.
     device
@@ -273,7 +271,7 @@ def train_segmenter(
         rows = batch_rows(f"{root}/segmenter", step, min(schedule.batch_size, len(scans)), len(scans))
         seen = _varied(model.reduce(torch.from_numpy(images[rows])), generator)
         truth = torch.from_numpy(labels.tensors("shares", rows))
-        if generator.integers(2):
+        if generator.integers(2) and flip:
             seen, truth = seen.flip(2), truth.flip(2)
         for group in optimiser.param_groups:
             group["lr"] = schedule.learning_rate * learning_rate_scale(step, schedule)

@@ -257,6 +257,7 @@ def calibration_card(
     flip: bool = False,
     fabric: Fabric | None = None,
     maps: RealLabelMaps | None = None,
+    spacing: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """Thresholds from the calibration split, and both controls.
 
@@ -279,6 +280,8 @@ def calibration_card(
     maps
         The scans' label maps, where images are generated with such: one more to share the level.  Its threshold is
         that of `labels`, and `structures` says how many there are.
+    spacing
+        Voxel size in mm along each axis; None of pictures.
 
     Returns
     -------
@@ -322,7 +325,7 @@ def calibration_card(
     originals = step_generator(seed, "privacy/controls", 0).permutation(reference["rows"])[:CONTROL_SCANS]
     owner = groups.reindex(table.set_index("row").loc[originals, "subject_id"]).to_numpy()
     images = torch.from_numpy(shards.tensors("image", originals))
-    for kind, copies in _copies(files.autoencoder, fabric, images, seed).items():
+    for kind, copies in _copies(files.autoencoder, fabric, images, seed, spacing).items():
         positive[kind] = _recall(thresholds.only(names).flags(score(detectors, copies)[0], owner))
     if maps is not None and of_labels is not None:
         for kind, labels in copies_of_labels(maps[originals], maps.structures, mirrors).items():
@@ -336,7 +339,9 @@ def _recall(flags: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _copies(autoencoder: Path, fabric: Fabric | None, images: Tensor, seed: str) -> dict[str, Tensor]:
+def _copies(
+    autoencoder: Path, fabric: Fabric | None, images: Tensor, seed: str, spacing: Sequence[float] | None
+) -> dict[str, Tensor]:
     """Each image reconstructed by the autoencoder, and changed in the ways of `perturbed_copies`."""
     first_stage = placed_first_stage(autoencoder, fabric)
     made = []
@@ -344,4 +349,4 @@ def _copies(autoencoder: Path, fabric: Fabric | None, images: Tensor, seed: str)
         for part in images.split(batch_size(images.shape[1:])):
             made.append(reconstruct(first_stage, part if fabric is None else fabric.to_device(part)).cpu())
     copies = {"reconstructed": torch.cat(made)}
-    return copies | perturbed_copies(images, step_generator(seed, "privacy/copies", 0))
+    return copies | perturbed_copies(images, step_generator(seed, "privacy/copies", 0), spacing)

@@ -71,8 +71,10 @@ def run(
         if subgroup
         else pd.Series("all", index=scans["subject_id"].unique())
     )
-    level, flip = study.privacy.level, study.variants.flip
-    card = calibration_card(files, shards, tensors, table, groups, level, study.seed, names, flip, fabric, maps)
+    level, flip, spacing = study.privacy.level, study.variants.flip, study.preprocess.voxel_mm
+    card = calibration_card(
+        files, shards, tensors, table, groups, level, study.seed, names, flip, fabric, maps, spacing
+    )
     write_json(out, card)
     if card["status"] != "CALIBRATED":
         log.warning(

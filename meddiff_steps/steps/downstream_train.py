@@ -60,6 +60,7 @@ def run(
         len(levels),
         lambda rows: shards.tensors("image", rows),
         (held, level[held]),
+        study.preprocess.voxel_mm,
         study.seed,
         device,
         threads,

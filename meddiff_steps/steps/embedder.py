@@ -35,7 +35,7 @@ def run(
             f"{manifest}: {len(rows)} training scan; telling subjects apart cannot be learnt from fewer than 2. Add"
             " scans or change splits."
         )
-    model, losses = train_embedder(study.privacy.embedder, shards, rows, study.seed)
+    model, losses = train_embedder(study.privacy.embedder, shards, rows, study.preprocess.voxel_mm, study.seed)
     last = losses[-max(1, len(losses) // 10) :]
     facts = {"image_shape": list(shards.shape("image")), "training_scans": len(rows)}
     save_model(model, out, facts | {"loss": round(float(np.mean(last)), 5)})

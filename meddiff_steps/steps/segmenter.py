@@ -62,7 +62,7 @@ def run(
                 f" {segmenter.MIN_SCANS} are needed; looked for {example} and others. Correct the pattern, or leave"
                 " the section out."
             )
-        model = segmenter.train_segmenter(model, settings, found, labels, study.seed, device)
+        model = segmenter.train_segmenter(model, settings, found, labels, study.variants.flip, study.seed, device)
         content = {
             "image_shape": list(shards.shape("image")),
             "structures": list(settings.structures),

@@ -134,6 +134,34 @@ def test_a_mask_says_what_counts_whatever_stands_outside(tmp_path: Path, foregro
     assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
 
 
+@pytest.mark.parametrize(
+    ("modality", "outside", "settings"),
+    [("ct", -1000, {"foreground": "ct", "window": [0, 80]}), ("mr", -5000, {}), ("mr", -5000, {"foreground": "all"})],
+)
+def test_nothing_from_outside_a_mask_is_interpolated_into_the_brain(
+    tmp_path: Path, modality: str, outside: float, settings: dict[str, Any]
+) -> None:
+    """Half of the voxels at the surface of a brain of 40 units on a coarser grid are partly outside."""
+    nib.save(nib.Nifti1Image(INSIDE.astype(np.uint8), AFFINE), tmp_path / "mask.nii.gz")
+    values = np.where(INSIDE, 40.0, outside)
+    values[10:13, 14:17, 12:15] = 0 if modality == "mr" else 60
+    path = tmp_path / "channel.nii.gz"
+    nib.save(nib.Nifti1Image(values.astype(np.float32), AFFINE), path)
+    coarse = {"shape": (12, 16, 14), "spacing_mm": 8.0, **settings}
+    image, facts = processed(tmp_path, values, tmp_path / "mask.nii.gz", **coarse)
+    channel = {"channels": {"again": {"path": str(path), "window": settings.get("window")}}}
+    arrays, _ = preprocess_scan(path, config(**coarse, **channel), tmp_path / "mask.nii.gz", channels={"again": path})
+    visible = facts["percentile_low"] + image * (facts["percentile_high"] - facts["percentile_low"]) > 20
+    assert visible.sum() * 8 == pytest.approx(INSIDE.sum(), rel=0.08)
+    assert np.allclose(arrays["again"][0], image, atol=1e-3)
+
+
+def test_masked_ct_needs_a_window() -> None:
+    with pytest.raises(ValueError, match=r"set preprocess\.window, e\.g\. \[0, 80\] for brains"):
+        config(foreground="ct", brain_mask="{scan_id}.nii.gz")
+    assert config(foreground="ct", brain_mask="{scan_id}.nii.gz", window=[0, 80]).window == (0, 80)
+
+
 def test_noise_around_a_head_and_a_tight_box_are_as_they_were(tmp_path: Path) -> None:
     """No one value around the head: what is not 0 counts, as ever; a brain that touches its box has a background."""
     rng = np.random.default_rng(1)

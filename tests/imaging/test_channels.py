@@ -277,6 +277,14 @@ def test_halving_does_not_shrink_what_ends_within_a_voxel(tmp_path: Path) -> Non
     assert found.sum() == 10 * 10 * 10
 
 
+def test_a_structure_stays_where_it_is_though_every_place_lies_between_two_voxels(tmp_path: Path) -> None:
+    """An odd number of voxels at half of the grid's: the grid, centred on the scan, looks between voxels alone."""
+    shape = (47, 63, 55)
+    affine = affine_of("RAS", (2, 2, 2), shape)
+    found = channel(tmp_path, ball(affine, shape, 24).astype(np.uint8), affine, "mask")
+    assert np.argwhere(found).mean(axis=0) == pytest.approx((np.array(found.shape) - 1) / 2, abs=1e-6)
+
+
 def test_labels_go_by_majority_not_by_chance(tmp_path: Path) -> None:
     """Stripes of 9 in a field of 4 that the centres of the grid's voxels fall on; the field is most of each voxel."""
     shape = (96, 128, 112)

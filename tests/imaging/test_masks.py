@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 
 from meddiff_steps.config import Preprocess
-from meddiff_steps.imaging.masks import misplaced
+from meddiff_steps.imaging.masks import mask_on, misplaced
 from meddiff_steps.imaging.preprocess import preprocess_scan, preprocess_shard
-from meddiff_steps.imaging.reading import ScanError
+from meddiff_steps.imaging.reading import Image, ScanError
 
 AFFINE = np.diag([4.0, 4, 4, 1])
 SHAPE = (32, 36, 34)
@@ -67,6 +67,14 @@ def test_what_is_far_off_the_head_leaves_the_scan_out(
             preprocess_scan(scan, settings, channels={"x": other})
     assert caught.value.reason.endswith(("lies beside the head", "lies elsewhere", "empty mask"))
     assert "other.nii.gz" in str(caught.value)
+
+
+@pytest.mark.parametrize("tilt", [0.0, 1e-3])
+def test_the_outer_half_of_a_masks_voxels_counts(tilt: float) -> None:
+    finer = np.diag([0.5, 0.5, 0.5, 1.0])
+    finer[:3, 3], finer[0, 1] = -0.24, tilt
+    image = Image(np.ones((20, 20, 20), np.float32), finer)
+    assert mask_on(Path("scan"), image, Image(np.ones((10, 10, 10), np.float32), np.eye(4)), Path("mask")).all()
 
 
 def test_an_inverted_mask_is_beside_the_head(scan: Path, tmp_path: Path) -> None:

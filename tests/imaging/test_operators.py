@@ -115,6 +115,10 @@ def test_a_measurement_of_another_operator_is_refused() -> None:
 
 def test_arrays_of_a_measurement_must_fit() -> None:
     maps, mask = coil_maps((8, 8, 8), 5), np.ones((8, 8, 8))
+    with pytest.raises(UserError, match=r"root sum of squares of maps .* expected 1.*Divide maps by it"):
+        made("mri", (1, 8, 8, 8), {"maps": maps, "mask": mask})
+    maps /= np.sqrt((np.abs(maps) ** 2).sum(0))
+    maps[:, 0] = 0
     assert made("mri", (1, 8, 8, 8), {"maps": maps, "mask": mask}).measured_shape == (5, 8, 8, 8)
     with pytest.raises(UserError, match=r"mask has the shape \(8, 8\), expected \(8, 8, 8\)"):
         made("mri", (1, 8, 8, 8), {"maps": maps, "mask": mask[0]})
@@ -122,6 +126,33 @@ def test_arrays_of_a_measurement_must_fit() -> None:
         made("mri", (1, 8, 8, 8), {"maps": maps})
     with pytest.raises(UserError, match="mask is empty"):
         made("mri", (1, 8, 8, 8), {"maps": maps, "mask": 0 * mask})
+
+
+def test_k_space_with_its_zero_in_the_middle_is_refused_with_the_way_to_turn_it() -> None:
+    """As fastMRI, BART and ISMRMRD have it; what the advice makes of it is the image."""
+    shape, axes = (12, 8, 10), (-3, -2, -1)
+    maps = coil_maps(shape, 3)
+    maps /= np.sqrt((np.abs(maps) ** 2).sum(0))
+    operator = made("mri", (1, *shape), {"maps": maps, "mask": np.ones(shape)})
+    image = np.zeros(shape)
+    image[3:9, 2:6, 2:7] = 1
+    centred = np.fft.ifftshift(maps * image, axes=axes)
+    centred = np.fft.fftshift(np.fft.fftn(centred, axes=axes, norm="ortho"), axes=axes)
+    with pytest.raises(UserError, match=r"scan.npz: .* along axis 1, so that .* expected at index 0 .*ifftshift"):
+        operator.checked(centred, "scan.npz")
+    turned = np.fft.ifftn(np.fft.ifftshift(centred, axes=axes), axes=axes, norm="ortho")
+    turned = np.fft.fftn(np.fft.fftshift(turned, axes=axes), axes=axes, norm="ortho")
+    np.testing.assert_allclose(operator.first_look(operator.checked(turned, "scan.npz"))[0, 0], image, atol=1e-5)
+
+
+def test_counts_of_less_than_one_are_not_taken_for_more() -> None:
+    """x of 0.01 and 10 counts: a rate of 0.1, below the least one."""
+    rate = np.full((1, 8, 8, 8), 0.1, np.float32)
+    operator = build(
+        "low_count", 10.0, Reconstruction(), rate.shape, (2.0,) * 3, np.random.default_rng(0), {"rate": rate}
+    )
+    found = operator.first_look(operator.checked(rate / np.sqrt(rate), "scan.npz"))
+    np.testing.assert_allclose(found, 0.01, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ total variation

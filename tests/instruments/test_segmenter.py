@@ -13,7 +13,7 @@ import torch
 
 from meddiff_steps.audit.measurements import DOUBT
 from meddiff_steps.cohort.manifest import write_manifest
-from meddiff_steps.config import Structure, freeze, parse_study
+from meddiff_steps.config import Structure, Variants, freeze, parse_study
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.channels import filled_in
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
@@ -45,6 +45,24 @@ def test_shares_of_aligned_grids_are_block_means(tmp_path):
     found = label_shares(path, STRUCTURES, grid, (12, 14, 12))
     for share, mask in zip(found, (np.isin(labels, [3, 7]), (labels > 0) & (labels != 1)), strict=True):
         np.testing.assert_allclose(share, mask.reshape(12, 2, 14, 2, 12, 2).mean(axis=(1, 3, 5)), atol=1e-6)
+
+
+def test_what_lies_between_two_voxels_counts_half_for_each(tmp_path):
+    labels = np.zeros((21, 21, 21), dtype=int)
+    labels[7:14, 7:14, 7:14] = 3
+    path = written(tmp_path / "l.nii.gz", labels, np.eye(4))
+    grid = np.diag([2.0, 2.0, 2.0, 1.0])
+    grid[:3, 3] = 1.0  # places of a voxel: half a voxel of the label map before and behind one's centre
+    share = label_shares(path, {"core": STRUCTURES["core"]}, grid, (10, 10, 10))[0]
+    middle = (np.indices(share.shape) * share).sum(axis=(1, 2, 3)) / share.sum() * 2 + 1
+    assert middle == pytest.approx([10, 10, 10], abs=1e-4)
+
+
+def test_the_outer_half_of_a_label_maps_voxels_counts(tmp_path):
+    path = written(tmp_path / "l.nii.gz", np.full((10, 10, 10), 3), np.eye(4))
+    finer = np.diag([0.5, 0.5, 0.5, 1.0])
+    finer[:3, 3] = -0.25
+    assert label_shares(path, {"core": STRUCTURES["core"]}, finer, (20, 20, 20)).min() == 1
 
 
 @pytest.mark.parametrize("spacing", [1.0, 2.0, 3.1, 5.0])
@@ -181,6 +199,18 @@ def test_the_step_learns_to_measure_volumes(root, tmp_path):
     assert np.array_equal(doubt > 0, moved != labels) and (doubt[moved != labels] > DOUBT).mean() > 0.95
     rounded = copy.deepcopy(model).double().label_map(images[:1].double())
     assert model.doubt(images[:1], rounded).max() < DOUBT / 10, "what rounding changes, it hardly doubts"
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_only_a_study_that_mirrors_scans_mirrors_them_for_the_segmenter(root, tmp_path, monkeypatch, flip):
+    """Else "left" would be learnt on the right."""
+    mirrored = []
+    plain = torch.Tensor.flip
+    monkeypatch.setattr(torch.Tensor, "flip", lambda x, *axes: mirrored.append(axes) or plain(x, *axes))
+    made = study(root, optimiser={"steps": 4}).model_copy(update={"variants": Variants(flip=flip)})
+    frozen = freeze(made, "segmenter", tmp_path)
+    step.run(frozen, root / "manifest.parquet", root / "qc.parquet", [root / "images.arrow"], tmp_path)
+    assert bool(mirrored) == flip
 
 
 def test_label_maps_beside_the_head_are_left_out(root, tmp_path):

@@ -98,7 +98,7 @@ def test_the_learned_detector_finds_rotated_copies(scans):
     settings = config.Embedder(
         optimiser=config.EmbedderOptimiser(steps=120, batch_size=30, learning_rate=1e-3, warmup_steps=5)
     )
-    embedder, losses = train_embedder(settings, scans.shards, scans.rows, "seed")
+    embedder, losses = train_embedder(settings, scans.shards, scans.rows, None, "seed")
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
     detector = Embedding("learned", embedder)
     detector.references = references(detector, scans)
@@ -155,6 +155,24 @@ def test_rotating_back_and_forth_gives_the_image_again(dims):
     back = perturbations.affine(there, -degrees, none, zoom)
     assert (back - image).abs().max() < 0.5 * (there - image).abs().max()  # interpolation smooths
     assert torch.allclose(perturbations.affine(image, 0 * degrees, none, zoom), image, atol=1e-4)
+
+
+def test_rotations_are_of_lengths_not_of_voxels():
+    """A bar along the second axis that turns into the third, whose voxels are four times as long."""
+    thin = np.indices((9, 65, 17)).reshape(3, -1).T - [4, 32, 8]
+    bar = (
+        (np.abs(thin * [1, 1, 4] * [1 / 4, 1 / 28, 1 / 10]).max(axis=1) < 1).astype(np.float32).reshape(1, 1, 9, 65, 17)
+    )
+    degrees = torch.tensor([[10.0, 0, 0]])
+    none, zoom = torch.zeros(1, 3), torch.zeros(1)
+    angles = {}
+    for name, spacing in (("lengths", (1.0, 1.0, 4.0)), ("voxels", None), ("alike", (3.0, 3.0, 3.0))):
+        turned = perturbations.affine(torch.from_numpy(bar), degrees, none, zoom, spacing)[0, 0].numpy()
+        spread = np.cov((thin * [1, 1, 4])[:, 1:].T, aweights=turned.ravel())
+        along = np.linalg.eigh(spread)[1][:, -1]
+        angles[name] = np.degrees(np.arctan(abs(along[1] / along[0])))
+    assert angles["lengths"] == pytest.approx(10, abs=0.5)
+    assert angles["voxels"] == angles["alike"] > 20
 
 
 def test_a_mirror_image_is_mirrored_left_right():

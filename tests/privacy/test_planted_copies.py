@@ -89,6 +89,7 @@ def planted(tmp_path_factory):
         ),
         training.shards,
         training.rows,
+        None,
         "planted",
     )
     torch.manual_seed(0)

@@ -29,8 +29,8 @@ RATE_WIDTH = 3.0
 class LowCount(Operator):
     """A = W P with a Gaussian point spread P and weights W = counts / sqrt(rate), so that all noise has variance 1.
 
-    `rate` (1, *spatial) is how many quanta a voxel is expected to have, and so their variance.  A measurement is counts
-    / sqrt(rate).
+    `rate` (1, *spatial) is how many quanta a voxel is expected to have, and so their variance, at least `LEAST_COUNTS`.
+    A measurement is counts / sqrt(rate).
     """
 
     noise_std = 1.0
@@ -38,6 +38,7 @@ class LowCount(Operator):
     def __init__(self, image_shape: tuple[int, ...], widths: tuple[float, ...], counts: float, rate: Tensor) -> None:
         self.image_shape = self.measured_shape = image_shape
         self.counts, self.widths, self.rate = counts, widths, rate.clamp(min=LEAST_COUNTS)
+        self._raised = (rate.clamp(min=0) / self.rate).sqrt()
         self._weights = counts / self.rate.sqrt()
         self._spread = [gaussian_matrix(n, width) for n, width in zip(image_shape[1:], widths, strict=True)]
         self._back = [matrix.T for matrix in self._spread]
@@ -58,6 +59,10 @@ class LowCount(Operator):
         counts = torch.from_numpy(generator.poisson(mean.numpy()).astype(np.float32))
         known = self.of_counts(counts[0])
         return known, counts / known.rate.sqrt()
+
+    def checked(self, measured: np.ndarray, origin: object) -> Tensor:
+        """As of every operator; counts / sqrt(rate) with the rate as it was given become those with the least one."""
+        return super().checked(measured, origin) * self._raised
 
     def of_counts(self, counts: Tensor) -> LowCount:
         """The operator whose rate are these counts (1, *spatial), averaged over `RATE_WIDTH`."""

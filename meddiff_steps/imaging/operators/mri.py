@@ -26,11 +26,16 @@ COIL_WIDTH, COIL_DISTANCE = 0.9, 1.2
 PHASE = 0.8
 #: Power of the distance from the middle of k-space by which sampling thins out.
 DENSITY_POWER = 3.0
+#: How far the root sum of squares of given maps may be from 1, where it is not 0.
+MAPS_TOLERANCE = 0.02
+#: Times as much energy in the higher half of the frequencies along an axis as in the lower: their order is another.
+MISPLACED = 2.0
 
 
 class Mri(Operator):
     """A = M F S: sensitivities S (coils, *spatial), complex and with the image's phase in them; a unitary Fourier
-    transform F; a mask M (*spatial) of what is measured.
+    transform F; a mask M (*spatial) of what is measured.  Both the frequency 0 and the image's origin are at index 0,
+    as in `numpy.fft`.
 
     Maps are scaled so that the sum of |S|^2 over coils is 1 wherever it is not 0; then no singular value is above 1.
     """
@@ -59,6 +64,21 @@ class Mri(Operator):
         """Noise on what is measured alone; the rest of k-space stays 0."""
         operator, measured = super().measure(image, generator)
         return operator, self._mask * measured
+
+    def checked(self, measured: np.ndarray, origin: object) -> Tensor:
+        """As of every operator; refuses k-space whose frequency 0 is in the middle, too."""
+        found = super().checked(measured, origin)
+        energy = (self._mask * found).abs().square()
+        for axis in self._axes:
+            high = torch.from_numpy(np.abs(np.fft.fftfreq(energy.shape[axis])) >= 0.25)
+            along_axis = energy.movedim(axis, -1)
+            if along_axis[..., high].sum() > MISPLACED * along_axis[..., ~high].sum():
+                raise UserError(
+                    f"{origin}: most of the energy of y lies at high frequencies along axis {axis - 1}, so that its"
+                    " frequency 0 is in the middle, expected at index 0 (numpy.fft). Of fastMRI, BART and ISMRMRD, save"
+                    " ifftshift(mask) and fftn(fftshift(ifftn(ifftshift(y)))), over the spatial axes, norm='ortho'."
+                )
+        return found
 
     @property
     def acceleration(self) -> float:
@@ -141,6 +161,14 @@ def build(
         mask, maps = array(given, "mask", shape) > 0, array(given, "maps", (coils, *shape))
         if not mask.any():
             raise UserError("reconstruction.measured: mask is empty, so nothing was measured. Check the file.")
+        power = np.sqrt((np.abs(maps) ** 2).sum(0))
+        power = power[power > 0]
+        if power.size and np.abs(power - 1).max() > MAPS_TOLERANCE:
+            raise UserError(
+                "reconstruction.measured: the root sum of squares of maps over the coils is"
+                f" {power.min():.3g} to {power.max():.3g} where it is not 0, expected 1: y would be in another scale"
+                " than the image. Divide maps by it, and y by what then makes the image's white 1."
+            )
         return Mri(maps, mask, settings.noise_std)
     mask = sampling_mask(shape, strength, settings.calibration_share, generator)
     maps = coil_maps(shape, settings.coils) * np.exp(1j * smooth_phase(shape, generator))
