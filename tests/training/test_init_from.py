@@ -50,7 +50,8 @@ def test_a_decoder_that_is_trained_alone_leaves_latents_what_they_are(images, fa
     task, base = autoencoder(images, fabric, 7, "decoder", network)
     average, _ = trained(task, fabric, tmp_path)
     x = torch.from_numpy(images.tensors("image", [0, 1]).astype(np.float32))
-    assert torch.equal(average.encode(x).mode(), base.encode(x).mode())
+    # Weights lie otherwise in memory than the base's, so that processors without bfloat16 add up in another order.
+    torch.testing.assert_close(average.encode(x).mode(), base.encode(x).mode(), rtol=1e-5, atol=1e-5)
     changed = [name for name, value in average.state_dict().items() if not torch.equal(value, base.state_dict()[name])]
     assert changed and not [name for name in changed if "encoder" in name or "quant_conv_mu" in name]
     z = torch.randn(1, 4, 2, 2, 2)
