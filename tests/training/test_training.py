@@ -22,9 +22,9 @@ from meddiff_steps.training.tasks.autoencoder import AutoencoderTask, perceptual
 from meddiff_steps.training.tasks.decoder import BLACK, LEAST_SHARE, DecoderTask
 from meddiff_steps.training.tasks.diffusion import DiffusionTask
 
-#: Sums of parts are rounded otherwise. Largest relative difference of a point of the curve: 2e-7 when measured with
+#: Sums of parts are rounded otherwise. Largest relative difference of a point of the curve: 2e-7 (AVX2: 2e-5) with
 #: AdamW; 2.1e-3 with Muon, which makes matrices orthogonal in bfloat16.
-CURVE_TOLERANCE = {"adamw": 1e-5, "muon": 1e-2}
+CURVE_TOLERANCE = {"adamw": 5e-5, "muon": 1e-2}
 OPTIMISER = config.NetworkOptimiser(
     steps=7, batch_size=4, learning_rate=1e-3, warmup_steps=2, log_every=2, checkpoint_every=3, validate_every=4
 )
