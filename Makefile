@@ -1,5 +1,5 @@
 # make demo    a synthetic cohort from the embedded simulated one (15 to 30 minutes on 2 cores, more on old ones)
-# make test    the tests (15 to 20 minutes); make test-slow those that kill, preempt, distil, or start a Slurm
+# make test    the tests (half an hour or more on 2 cores); make test-slow those that kill, preempt, distil, or start a Slurm
 # make bench   our way beside that of MONAI's tutorials, what planning 100,000 subjects takes, and docs/benchmarks.md (half an hour on 2 quiet cores)
 # make scale   a cohort of many small images through the workflow, at two sizes (SCALE="10000 100000" by default: hours; SCALE=1000 for a try)
 # make docs    the pages of docs/ as a site in build/site, which opens without a server or a network

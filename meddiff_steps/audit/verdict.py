@@ -66,7 +66,7 @@ def _verdict_problems(release: Sealed) -> Iterator[str]:
 def _gate_problems(study: Study, facts: Mapping[str, Any]) -> Iterator[str]:
     """A verdict has all its tests, each is held to the study's own limit, and each outcome follows from its figure."""
     said, counts = facts["calibration"], facts["counts"]
-    for name in {*chosen(DETECTORS, study.privacy.detectors, "privacy.detectors")} - {*said["detectors"]}:
+    for name in sorted({*chosen(DETECTORS, study.privacy.detectors, "privacy.detectors")} - {*said["detectors"]}):
         yield f"calibration: {name} is a detector of the study, and did not judge"
     level, sharing = study.privacy.level, len(said["detectors"]) + (study.pairs is not None)
     wanted = {"level": level, "needed": subjects_needed(level, sharing)}

@@ -64,9 +64,11 @@ def convolve_single_images_fast(module: nn.Module) -> None:
     """Let convolutions of one small float32 image be computed by oneDNN, as those of larger ones and of batches are, in
     place; for networks that are trained on processors.
 
-    torch takes its own kernels there, which made a training by single brains 2.5 times as long on a processor with
-    AVX2.  Results differ in their last bits.
+    torch takes its own kernels there, which made passes through a network twice as long on a processor with AVX2.
+    Results differ in their last bits.  A torch without oneDNN, as on Macs, is left as it is.
     """
+    if not torch.backends.mkldnn.is_available():
+        return
     for part in module.modules():
         if isinstance(part, nn.Conv2d | nn.Conv3d) and max(part.kernel_size) > 1:
             _by_onednn(part)
