@@ -38,11 +38,10 @@ def slowness() -> Mapping[str, float]:
     an autoencoder by one image at a time, and of a denoiser, are a few convolutions that wait for memory and many that
     do not; a processor without bfloat16 can take ten times as long.
     """
-    threads = torch.get_num_threads()
+    threads, told = torch.get_num_threads(), logging.root.manager.disable
     logging.disable(logging.INFO)  # this is no step of the study
-    fabric = make_fabric(config.Compute(device="cpu", compile=False), 1)
-    logging.disable(logging.NOTSET)
     try:
+        fabric = make_fabric(config.Compute(device="cpu", compile=False), 1)
         with torch.random.fork_rng(devices=[]):
             first_stage = build(AUTOENCODER, 3, 1)
             latents = latent_shape(AUTOENCODER, (1, *SHAPE))
@@ -73,6 +72,7 @@ def slowness() -> Mapping[str, float]:
                 took[name] = min(seconds[1:]) / REFERENCE_S[name]
     finally:
         torch.set_num_threads(threads)
+        logging.disable(told)
     return {name: took["autoencoder" if name.startswith(OF_IMAGES) else "denoiser"] for name in CORE_FLOPS}
 
 

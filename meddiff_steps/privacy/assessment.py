@@ -57,6 +57,14 @@ def sample(ids: Sequence[str], most: int = MAX_IMAGES) -> np.ndarray:
     return np.sort(sorted(range(len(ids)), key=digests.__getitem__)[:most])
 
 
+def some_people(subjects: Sequence[str]) -> np.ndarray:
+    """Rows of one scan each of at most `LOSS_SCANS` people, by the hash of their ids: in the order of ids one site may
+    come after the other.
+    """
+    people, first = np.unique(np.asarray(subjects, dtype=str), return_index=True)
+    return first[sample(people.tolist(), LOSS_SCANS)]
+
+
 @dataclass(frozen=True)
 class RealScans:
     """Directions of the real scans of one split, and whose they are."""

@@ -187,12 +187,6 @@ def _rare_level(rare: Rare, scans: pd.DataFrame, images: pd.DataFrame) -> assess
     return assessment.RareLevel(train, calibration, test, (images[rare.covariate] == rare.level).to_numpy())
 
 
-def _some_people(scans: pd.DataFrame, rows: np.ndarray) -> np.ndarray:
-    """One scan each of at most `LOSS_SCANS` people, by the hash of their ids: in their order come site after site."""
-    subjects, first = np.unique(scans["subject_id"].to_numpy()[rows].astype(str), return_index=True)
-    return rows[first[assessment.sample(subjects.tolist(), assessment.LOSS_SCANS)]]
-
-
 def _loss_attack(
     study: Study,
     scans: pd.DataFrame,
@@ -202,7 +196,7 @@ def _loss_attack(
     weights: Weights,
 ) -> dict[str, Any] | None:
     """Membership by denoising loss: what somebody who had the weights could do."""
-    members, others = (_some_people(scans, rows) for rows in (train, test))
+    members, others = (rows[assessment.some_people(scans["subject_id"].iloc[rows].tolist())] for rows in (train, test))
     if len(members) < 2 or len(others) < 2:
         return None
     rows, model, size = (
