@@ -38,7 +38,7 @@ def slowness() -> Mapping[str, float]:
     an autoencoder by one image at a time, and of a denoiser, are a few convolutions that wait for memory and many that
     do not; a processor without bfloat16 can take ten times as long.
     """
-    threads, told = torch.get_num_threads(), logging.root.manager.disable
+    threads, silenced = torch.get_num_threads(), logging.root.manager.disable
     logging.disable(logging.INFO)  # this is no step of the study
     try:
         fabric = make_fabric(config.Compute(device="cpu", compile=False), 1)
@@ -72,7 +72,7 @@ def slowness() -> Mapping[str, float]:
                 took[name] = min(seconds[1:]) / REFERENCE_S[name]
     finally:
         torch.set_num_threads(threads)
-        logging.disable(told)
+        logging.disable(silenced)
     return {name: took["autoencoder" if name.startswith(OF_IMAGES) else "denoiser"] for name in CORE_FLOPS}
 
 
