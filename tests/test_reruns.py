@@ -250,7 +250,10 @@ def keys_of(folder: Path, study: Mapping[str, Any] = STUDY) -> dict[str, Any]:
 
 
 def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
-    """Steps that would run again; `plan_cost` is no job, and its code that of all networks which it counts and times."""
+    """Steps that would run again.
+
+    `plan_cost` is no job, and its code is that of all networks which it counts and times.
+    """
     return {step for step in before if before[step] != after[step] and step != "plan_cost"}
 
 

@@ -28,6 +28,7 @@ def read(folder: Path, name: str = "mri", pattern: str = "{scan_id}.npz") -> Mea
 
 def test_k_space_of_a_scan_is_read_with_its_maps_and_mask(tmp_path: Path) -> None:
     maps, mask = coil_maps(SHAPE[1:], 3), np.zeros(SHAPE[1:])
+    maps = maps / np.sqrt((np.abs(maps) ** 2).sum(0))
     mask[:, ::2] = 1
     image = torch.rand(1, *SHAPE, generator=torch.Generator().manual_seed(0))
     measured = Mri(maps, mask, 0.02).forward(image)
