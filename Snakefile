@@ -12,6 +12,10 @@ report: "workflow/report/workflow.rst"
 
 
 include: "rules/common.smk"
+include: "rules/paths.smk"
+include: "rules/given.smk"
+include: "rules/jobs.smk"
+include: "rules/targets.smk"
 include: "rules/remote.smk"
 include: "rules/cohort.smk"
 include: "rules/preprocess.smk"

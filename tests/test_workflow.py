@@ -511,7 +511,7 @@ def test_trainings_ask_for_the_same_time_at_every_attempt():
     for name, body in rules_with("runtime=").items():
         (asked,) = re.findall(r"^ +runtime=(.*),", body, re.M)
         assert asked.isdigit() if name in trainings else asked.startswith("minutes("), name
-    source = (ROOT / "rules/common.smk").read_text()
+    source = (ROOT / "rules/jobs.smk").read_text()
     found: dict = {}
     exec("".join(re.findall(r"^(?:MOST_MINUTES = .*\n|def minutes\(.*\n(?:    .*\n)+)", source, re.M)), found)
     assert [found["minutes"](720)(None, attempt) for attempt in (1, 2, 3, 21)] == [720, 1440, 2880, 2880]
