@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from meddiff_steps import config
+from meddiff_steps.cohort.texts import without_text
 from meddiff_steps.core.random_streams import batch_noise
 from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.diffusion.guidance import Guidance
@@ -92,7 +93,8 @@ def counterfactuals(
     images
         Preprocessed scans, float32 (n, 1, *spatial) in [0, 1].
     subjects
-        Their covariates, a row each; empty cells are missing.
+        Their covariates, a row each; empty cells are missing.  A report is told on neither way: it still says what the
+        covariate was.
     values
         In the covariate's own units.
     guidance
@@ -110,7 +112,7 @@ def counterfactuals(
     forward = sampler_settings(model, settings)
     decoded, returned, moved = [], [], []
     for row in range(len(images)):
-        subject = subjects.iloc[[row]]
+        subject = without_text(subjects.iloc[[row]])
         latents, own = model.encode(images[row : row + 1]), model.condition(subject)
         inversion = model.invert(
             latents,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from meddiff_steps import config
 from meddiff_steps.applications.counterfactual import deepest, inversion_condition, sampler_settings
+from meddiff_steps.cohort.texts import without_text
 from meddiff_steps.core.random_streams import batch_noise
 from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.models.trained import TrainedModel
@@ -49,7 +50,8 @@ def interpolate(
     images
         Two preprocessed scans, float32 (2, 1, *spatial) in [0, 1].
     subjects
-        Their covariates.  Numbers change evenly; labels, and what one of the two lacks, change in the middle.
+        Their covariates.  Numbers change evenly; labels, and what one of the two lacks, change in the middle.  Reports,
+        which have no middle, are not told.
     settings
         How far the scans are taken back, and how images are sampled from there.
     key
@@ -58,7 +60,7 @@ def interpolate(
     """
     noise = None if key is None else torch.from_numpy(batch_noise([key], model.image_shape))
     forward, states = sampler_settings(model, settings), []
-    own = [model.condition(subjects.iloc[[row]]) for row in (0, 1)]
+    own = [model.condition(without_text(subjects.iloc[[row]])) for row in (0, 1)]
     for row, condition in enumerate(own):
         inversion = model.invert(
             model.encode(images[row : row + 1]),

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from meddiff_steps import config
 from meddiff_steps.applications.neighbours import neighbours
+from meddiff_steps.cohort.texts import without_text
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.selection import Images
 from meddiff_steps.models.trained import TrainedModel
@@ -62,12 +63,12 @@ def reference_draws(
 
 
 def matched(subjects: pd.DataFrame, settings: config.Normative, covariates: config.Covariates) -> pd.DataFrame:
-    """Subjects of whom only the covariates that are matched, and those of the reference, are told."""
+    """Subjects of whom only the covariates that are matched, and those of the reference, are told; no report."""
     kept = {*(settings.matched or covariates), *settings.reference}
     hidden = {
         name: pd.Series([None] * len(subjects), subjects.index, object) for name in covariates if name not in kept
     }
-    return subjects.assign(**hidden)
+    return without_text(subjects).assign(**hidden)
 
 
 def of_reference(subject: pd.DataFrame, settings: config.Normative, covariates: config.Covariates) -> pd.DataFrame:

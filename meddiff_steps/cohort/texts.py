@@ -47,6 +47,11 @@ def read_texts(frame: pd.DataFrame, column: str) -> list[str | None]:
     return texts
 
 
+def without_text(subjects: pd.DataFrame) -> pd.DataFrame:
+    """Subjects as their covariates alone say: a scan's own report tells what its covariates are not to tell."""
+    return subjects.drop(columns=COLUMN, errors="ignore")
+
+
 def text_digest(text: str) -> str:
     """What a text is known by where it must not be shown: SHA-256 of it in UTF-8."""
     return hashlib.sha256(text.encode()).hexdigest()

@@ -107,7 +107,7 @@ class Neighbours(Section):
     `count`."""
 
     count: Annotated[int, Field(ge=0)] = Field(
-        0, description="Neighbours of every test scan, which are drawn with its covariates but the target."
+        0, description="Neighbours of every test scan, which are drawn without its covariates and report."
     )
     depth: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         0.2,

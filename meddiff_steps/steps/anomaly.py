@@ -20,6 +20,7 @@ from meddiff_steps.applications.anomaly_maps.base import Context, Mapper, Scan, 
 from meddiff_steps.applications.guides import latent_guides
 from meddiff_steps.applications.scans import chosen_scans
 from meddiff_steps.cohort.manifest import having
+from meddiff_steps.cohort.texts import without_text
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import Study, load_stage
 from meddiff_steps.core.errors import UserError
@@ -201,10 +202,10 @@ class _Worker:
         return mask_of_scan(self.settings.masks, row, self.quality.loc[row["scan_id"]], "anomaly.masks")
 
     def scan(self, row: dict[Any, Any]) -> Scan:
-        """A scan as it is, without what would tell whether it is healthy."""
+        """A scan as it is, without what would tell whether it is healthy: covariates, and its report."""
         at = np.array([row["row"]])
         image, *contrasts = (self.cohort.shards.tensors(name, at)[0] for name in ("image", *self.contrasts))
-        subject = pd.DataFrame([row]).assign(**dict.fromkeys(self.settings.healthy))
+        subject = without_text(pd.DataFrame([row])).assign(**dict.fromkeys(self.settings.healthy))
         others = np.concatenate(contrasts) if contrasts else None
         return Scan(image, subject, f"{self.study.seed}/anomaly/{row['scan_id']}", others)
 

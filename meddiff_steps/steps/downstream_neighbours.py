@@ -85,19 +85,20 @@ def run(
 def _reader(study: configuration.Study, shards: Shards, scans: pd.DataFrame, model: TrainedModel) -> Reader:
     """Reads scans by their rows, each followed by its neighbours, reduced."""
     settings, side = study.downstream.neighbours, study.downstream.classifier.longest_side
-    by_row = scans.set_index("row")
+    scan_ids = scans.set_index("row")["scan_id"]
+    # Classifiers see images alone.  What neighbours were told (the target, its traces in other covariates, a report)
+    # they would show.
+    nothing = pd.DataFrame([dict.fromkeys(study.covariates)])
 
     def read(chosen: np.ndarray) -> np.ndarray:
         views = []
         for row in chosen:
-            image, scan = shards.tensors("image", np.array([row])), by_row.loc[[row]]
-            # The target is what is asked for: a neighbour must not be told it.
-            told = scan.assign(**{str(study.downstream.target): pd.Series([None], index=scan.index, dtype=object)})
+            image, name = shards.tensors("image", np.array([row])), scan_ids[row]
             drawn = neighbours(
                 model,
                 image[0],
-                told,
-                f"{study.seed}/neighbours/{scan['scan_id'].iloc[0]}",
+                nothing,
+                f"{study.seed}/neighbours/{name}",
                 samples=settings.count,
                 depth=settings.depth,
                 num_inference_steps=settings.num_inference_steps,

@@ -107,6 +107,16 @@ def test_a_scan_is_what_it_is_whatever_stands_beside_it() -> None:
     np.testing.assert_array_equal(both.moved[1:], alone.moved)
 
 
+def test_a_report_is_told_on_no_way_for_it_says_what_the_covariate_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[pd.DataFrame] = []
+    plain = Exact.condition
+    monkeypatch.setattr(Exact, "condition", lambda self, subjects: told.append(subjects) or plain(self, subjects))
+    settings, subjects = Counterfactual(covariate="size", num_inference_steps=5), SUBJECTS.assign(text="No atrophy.")
+    counterfactuals(Exact(), scans(), subjects, [0.0], settings)
+    interpolate(Exact(), scans(), subjects, [0.5], settings)
+    assert len(told) == 6 and not any("text" in subject for subject in told)
+
+
 def test_a_classifier_moves_a_scan_that_the_model_is_told_nothing_about() -> None:
     """Its training latents say how latents go with size; the condition, a label, does not."""
     rng = np.random.default_rng(1)

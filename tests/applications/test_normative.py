@@ -101,7 +101,7 @@ def test_the_reference_is_its_levels_and_the_rest_the_scans_own() -> None:
         "age": ContinuousCovariate(unit="year", range=(0, 99)),
         "size": ContinuousCovariate(unit="mL", range=(0, 99)),
     }
-    people["size"] = 5.0
+    people["size"], people["text"] = 5.0, "Atrophy."
     found = of_reference(people.iloc[[1]], settings, declared)
     assert found.to_dict("records") == [{"dx": "CN", "age": 2.0, "size": 5.0}]
     found = of_reference(people.iloc[[1]], settings.model_copy(update={"matched": ["age"]}), declared)

@@ -123,17 +123,19 @@ def test_what_cannot_be_tested_is_refused_when_the_study_is_read(
 # ---------------------------------------------------------------------------------------------------- neighbours
 
 
-def test_a_scan_and_its_neighbours_are_averaged_and_the_target_is_not_told(
+def test_a_scan_and_its_neighbours_are_averaged_and_the_model_is_told_nothing_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = Tiny(tmp_path, ARMS[:2], jobs=1)
+    made.table["text"] = "Signs of " + made.table["diagnosis"]
+    made.write_cohort()
     results = made.everything()
     raw = made.study.model_dump(mode="json")
     raw["downstream"]["neighbours"] = {"count": 2}
     told = []
 
     def drawn(_: Any, scan: np.ndarray, subject: pd.DataFrame, root: str, *, samples: int, **__: Any) -> np.ndarray:
-        told.append((subject["diagnosis"].iloc[0], subject["sex"].iloc[0], root))
+        told.append((subject[list(made.study.covariates)].isna().all(axis=None), "text" in subject, root))
         return np.stack([scan, scan, 1 - scan])[:samples]
 
     def run(name: str) -> dict[str, Any]:
@@ -156,8 +158,7 @@ def test_a_scan_and_its_neighbours_are_averaged_and_the_target_is_not_told(
     monkeypatch.setattr(step, "neighbours", drawn)
     found = run("same")
     assert len(told) == 40
-    assert {diagnosis for diagnosis, _, _ in told} == {None}
-    assert {sex for _, sex, _ in told} == {"F", "M"}
+    assert {(empty, text) for empty, text, _ in told} == {(True, False)}
     assert len({root for _, _, root in told}) == 40
     for arm, alone in zip(found["arms"], results["arms"], strict=True):
         assert arm["name"] == alone["name"]
@@ -169,8 +170,8 @@ def test_a_scan_and_its_neighbours_are_averaged_and_the_target_is_not_told(
     cases = made.table.set_index("scan_id")["diagnosis"]
     names = {level: cases.index[cases == level][0] for level in ("control", "case")}
 
-    def opposite(_: Any, scan: np.ndarray, subject: pd.DataFrame, *__: Any, **___: Any) -> np.ndarray:
-        own = cases[subject["scan_id"].iloc[0]]
+    def opposite(_: Any, scan: np.ndarray, subject: pd.DataFrame, root: str, **__: Any) -> np.ndarray:
+        own = cases[root.rpartition("/")[2]]
         return np.stack([other[names["control" if own == "case" else "case"]]] * 2).astype(np.float32)
 
     monkeypatch.setattr(step, "neighbours", opposite)

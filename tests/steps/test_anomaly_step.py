@@ -17,6 +17,7 @@ from meddiff_steps.cohort.manifest import read_manifest
 from meddiff_steps.config import freeze, parse_study
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.places import ball
+from meddiff_steps.imaging.selection import Images
 from meddiff_steps.models.first_stage.base import build, latent_shape
 from meddiff_steps.models.trained import DenoiserCard, save_denoiser, save_image_network
 from meddiff_steps.steps import anomaly, cohort, preprocess, quality, translation_model
@@ -139,6 +140,14 @@ def test_lesions_are_found_and_everything_is_written(files: Files) -> None:
     assert (out / "contact-sheet.png").stat().st_size > 10_000 and (out / "dataset_description.json").is_file()
     again = files.run("again", healthy={"lesion": 0})  # a level that is written as a number is the same
     assert json.loads((again / "figures.json").read_text())["methods"] == found["methods"]
+
+
+def test_a_scan_tells_by_no_report_whether_it_is_healthy(files: Files) -> None:
+    made = files.study()
+    cohort = Images.of_scans([files.images], files.manifest, made.covariates)
+    worker = anomaly._Worker(made, cohort, pd.read_parquet(files.qc).set_index("scan_id"))
+    subject = worker.scan(cohort.table.iloc[0].to_dict() | {"text": "A lesion."}).subject
+    assert "text" not in subject and subject["lesion"].isna().all() and subject["level"].notna().all()
 
 
 def test_without_masks_there_are_maps_and_scores_alone(files: Files) -> None:
