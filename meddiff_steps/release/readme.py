@@ -149,7 +149,8 @@ def _about_limits(story: Story, metrics: Mapping[str, Any]) -> str:
     told = [story.config.card.limitations.strip()]
     if fine.get("value") is not None:
         told.append(f"The finest detail has {card.figure(fine)} of the power that it has in real images.")
-    told.append(f"The model knows what a cohort of {story.card['subjects']} subjects shows, and nothing beyond it.")
+    people = story.card["subjects"]
+    told.append(f"The model knows what the training part of a cohort of {people} subjects shows, and nothing beyond it.")
     return " ".join(filter(None, told))
 
 

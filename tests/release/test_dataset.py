@@ -368,6 +368,8 @@ def test_the_card_holds_figures_and_blanks(tmp_path: Path) -> None:
         and readme.count("[NOT STATED") == 4
     )
     assert "verify.py" in readme and "first model" not in readme
+    people = place.card["subjects"]
+    assert f"knows what the training part of a cohort of {people} subjects shows" in readme, "others were held out"
     place.metrics, place.study["second_model"], place.drawing = {}, {"subjects": 50}, False
     place.complete()
     readme = (place.release / "README.md").read_text()
