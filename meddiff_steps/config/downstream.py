@@ -32,7 +32,9 @@ class Arm(Section):
         "none", description="Rare classes weigh more in the loss, or are drawn more often."
     )
     classical: bool = Field(
-        False, description="Change every training image at random: mirrored, moved, re-contrasted, noised, cropped."
+        False,
+        description="Change every training image at random: mirrored (with `variants.flip`), moved, re-contrasted, "
+        "noised, cropped.",
     )
     mixup: Weight = Field(0.0, description="Alpha of mixup (Zhang et al. 2018); 0 leaves it out.")
     test: Literal["real", "synthetic"] = Field(

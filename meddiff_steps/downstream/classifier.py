@@ -114,6 +114,7 @@ def train(
     read: Reader,
     validation: tuple[np.ndarray, np.ndarray],
     spacing: Sequence[float] | None,
+    mirror: bool,
     root: str,
     device: str,
 ) -> Trained:
@@ -130,6 +131,8 @@ def train(
         Rows and levels of the val split.
     spacing
         Voxel size in mm along each axis; None of pictures.
+    mirror
+        Whether `classical` arms mirror images left-right.
     """
     schedule = settings.optimiser
     spatial_dims = model.conv1.weight.ndim - 2
@@ -148,7 +151,7 @@ def train(
         chosen = draw_batch(task, root, step, schedule.batch_size, classes)
         images = torch.from_numpy(read(task.rows[chosen]))
         if task.arm.classical:
-            images = perturb(images, generator, spacing)
+            images = perturb(images, generator, spacing, mirror)
         targets = functional.one_hot(torch.from_numpy(task.levels[chosen]), classes).float()
         if task.arm.mixup:
             share, order = (
@@ -195,6 +198,7 @@ def train_all(
     read: Reader,
     validation: tuple[np.ndarray, np.ndarray],
     spacing: Sequence[float] | None,
+    mirror: bool,
     root: str,
     device: str,
     workers: int,
@@ -206,7 +210,7 @@ def train_all(
     workers = workers if device == "cpu" else 1
 
     def run(task: Task, model: ResNet) -> Trained:
-        return train(task, model, settings, classes, read, validation, spacing, root, device)
+        return train(task, model, settings, classes, read, validation, spacing, mirror, root, device)
 
     done: list[Trained] = []
     with (

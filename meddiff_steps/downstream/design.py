@@ -335,9 +335,13 @@ def needed(downstream: Downstream, levels: list[str], samples: pd.DataFrame) -> 
     ]
 
 
-def design_digest(downstream: Downstream) -> str:
-    """SHA-256 of everything that was decided beforehand."""
+def design_digest(downstream: Downstream, flip: bool) -> str:
+    """SHA-256 of everything that was decided beforehand; `flip` of `variants` is a part of it for `classical` arms."""
     # With one generator seed the digest is that of designs from before there could be several.
     left_out = {"jobs"} | ({"generator_seeds", "retrain"} if downstream.generator_seeds == 1 else set())
     left_out |= {"neighbours"} if downstream.stress.groups else {"neighbours", "stress"}
-    return hashlib.sha256(rfc8785.dumps(downstream.model_dump(mode="json", exclude=left_out))).hexdigest()
+    decided = downstream.model_dump(mode="json", exclude=left_out)
+    # Classical arms mirrored images before `variants.flip` was asked: digests of then say the same.
+    if not flip and any(arm.classical for arm in downstream.arms):
+        decided["flip"] = False
+    return hashlib.sha256(rfc8785.dumps(decided)).hexdigest()

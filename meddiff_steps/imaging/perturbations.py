@@ -60,7 +60,9 @@ def affine(
     return functional.grid_sample(images, grid, align_corners=False)
 
 
-def augment(images: Tensor, generator: np.random.Generator, spacing: Sequence[float] | None = None) -> Tensor:
+def augment(
+    images: Tensor, generator: np.random.Generator, spacing: Sequence[float] | None = None, mirror: bool = True
+) -> Tensor:
     """A random change of every image: mirrored or not, moved, re-contrasted, with a bias field, noise, or a part cut
     off.
 
@@ -70,13 +72,15 @@ def augment(images: Tensor, generator: np.random.Generator, spacing: Sequence[fl
         (b, 1, *spatial) in [0, 1].
     spacing
         As of `affine`.
+    mirror
+        Whether half of them are mirrored; all else is drawn alike with and without.
     """
     b, dims = len(images), images.ndim - 2
 
     def uniform(*shape: int) -> Tensor:
         return torch.from_numpy(generator.uniform(-1.0, 1.0, shape).astype(np.float32))
 
-    mirrored = torch.from_numpy(generator.random(b) < 0.5).reshape(-1, *[1] * (dims + 1))
+    mirrored = torch.from_numpy((generator.random(b) < 0.5) & mirror).reshape(-1, *[1] * (dims + 1))
     x = torch.where(mirrored, flip(images), images)
     x = affine(
         x,

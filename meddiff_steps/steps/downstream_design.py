@@ -56,7 +56,7 @@ def run(
             "seeds": downstream.seeds,
             "generator_seeds": downstream.generator_seeds,
             "classifier": downstream.classifier.model_dump(mode="json"),
-            "design_sha256": design_digest(downstream),
+            "design_sha256": design_digest(downstream, study.variants.flip),
         },
     )
     for arm in arms:

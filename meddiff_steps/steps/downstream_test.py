@@ -56,7 +56,8 @@ def run(
     study = load_stage(config, "downstream_test")
     downstream, levels = study.downstream, levels_of(study.downstream, study.covariates)
     torch.set_num_threads(threads)
-    if read_json(design)["design_sha256"] != design_digest(downstream):
+    decided = design_digest(downstream, study.variants.flip)
+    if read_json(design)["design_sha256"] != decided:
         raise UserError(
             f"{design}: it is of another design than the config. Run `downstream_design` and what follows again."
         )
@@ -71,7 +72,7 @@ def run(
     primary = choose(downstream, by_arm)
     arms = check(downstream, levels, table, len(table))
     frozen = {
-        "design": design_digest(downstream),
+        "design": decided,
         "samples": sha256_file(samples),
         "weights": [sha256_file(path) for path in weights],
         "primary": primary,

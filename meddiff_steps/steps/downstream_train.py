@@ -61,6 +61,7 @@ def run(
         lambda rows: shards.tensors("image", rows),
         (held, level[held]),
         study.preprocess.voxel_mm,
+        study.variants.flip,
         study.seed,
         device,
         threads,

@@ -319,7 +319,17 @@ def test_a_further_seed_draws_what_arms_need_and_a_reserve() -> None:
 
 def test_the_digest_of_a_design_with_one_generator_is_what_it_was() -> None:
     assert (
-        design_digest(downstream({"name": "other", "synthetic": 1}))
+        design_digest(downstream({"name": "other", "synthetic": 1}), False)
         == "bb576998af459f36a83a1f1f287f60565ace26d115d551b7c6a855d8dd171b9b"
     )
-    assert design_digest(downstream({"name": "other", "synthetic": 1}, generator_seeds=2)) != design_digest(SETTINGS)
+    several = downstream({"name": "other", "synthetic": 1}, generator_seeds=2)
+    assert design_digest(several, False) != design_digest(SETTINGS, False)
+
+
+def test_the_digest_says_whether_classical_arms_mirror() -> None:
+    classical = downstream({"name": "other", "classical": True})
+    assert (
+        design_digest(classical, True) == "27db96042388561a49537a25f5c05197e676abc5a99440509a2466e727d3cd68"
+    ), "as before `variants.flip` was asked"
+    assert design_digest(classical, False) != design_digest(classical, True)
+    assert design_digest(SETTINGS, False) == design_digest(SETTINGS, True)

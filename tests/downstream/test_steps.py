@@ -13,11 +13,12 @@ import torch
 from safetensors.numpy import load_file
 
 from meddiff_steps.cohort.manifest import write_manifest
-from meddiff_steps.config import Study, freeze, parse_study
+from meddiff_steps.config import Study, Variants, freeze, parse_study
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.random_streams import seed_key
 from meddiff_steps.downstream import classifier
 from meddiff_steps.downstream.images import reduce
+from meddiff_steps.imaging.perturbations import augment
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.models.first_stage.base import build as build_first_stage
 from meddiff_steps.models.weights import save_model
@@ -354,6 +355,24 @@ def test_equal_budgets_and_the_same_bits_with_any_number_of_workers(
     assert all(np.array_equal(one[name], many[name]) for name in one)
     recipe = next(iter(one)).split("/")[0]
     assert not np.array_equal(one[f"{recipe}/0/conv1.weight"], one[f"{recipe}/1/conv1.weight"])
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_classical_arms_mirror_only_where_the_study_does(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flip: bool
+) -> None:
+    """Else a heart would be learnt on the right."""
+    lit = torch.zeros(40, 1, *SHAPE)
+    lit[..., :5] = 1.0
+    sides = augment(lit, np.random.default_rng(0), None, flip).unflatten(-1, (2, -1)).mean(dim=(1, 2, 4))
+    assert (sides[:, 0] < sides[:, 1]).any() == flip
+
+    asked = set()
+    monkeypatch.setattr(classifier, "perturb", lambda images, _, spacing, mirror: asked.add(mirror) or images)
+    study = tiny.study.model_copy(update={"variants": Variants(flip=flip)})
+    monkeypatch.setitem(tiny.stage, "downstream_train", freeze(study, "downstream_train", tmp_path))
+    tiny.train(tag=f"-flip{flip}")
+    assert asked == {flip}
 
 
 def test_results_say_what_a_reader_needs(tiny: Tiny) -> None:
