@@ -19,7 +19,7 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path, read_json, sha256_file, write_json
 from meddiff_steps.downstream.design import check, design_digest, generators_of, held_group, levels_of, recipe, recipes
 from meddiff_steps.downstream.images import reduce
-from meddiff_steps.downstream.opening import record_opening
+from meddiff_steps.downstream.opening import record_opening, scans_digest
 from meddiff_steps.downstream.results import choose, summarise
 from meddiff_steps.downstream.scoring import load_classifiers, score
 from meddiff_steps.downstream.stress import stress_figures
@@ -89,6 +89,7 @@ def run(
             f"{manifest}: no preprocessed scan with a known {downstream.target} is in the test split. Raise"
             " splits.test, or see preprocessed/qc.parquet."
         )
+    frozen["test"] = scans_digest(test, downstream)
     record = record_opening(
         ledger, frozen, {"scans": len(test), "subjects": int(test["subject_id"].nunique()), "split": "test"}
     )

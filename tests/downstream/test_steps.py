@@ -18,6 +18,7 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.random_streams import seed_key
 from meddiff_steps.downstream import classifier
 from meddiff_steps.downstream.images import reduce
+from meddiff_steps.downstream.opening import frozen_digest
 from meddiff_steps.imaging.perturbations import augment
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.models.first_stage.base import build as build_first_stage
@@ -319,6 +320,39 @@ def test_the_record_of_openings_counts_designs_and_not_reruns(tiny: Tiny) -> Non
     ledger.write_text("not a record\n")
     with pytest.raises(UserError, match="record of openings"):
         tiny.test("-damaged", ledger=ledger)
+
+
+def test_other_test_scans_are_another_design(tiny: Tiny, tmp_path: Path) -> None:
+    """Who leaves out scans, or says something else of them, has seen the result."""
+    ledger = tmp_path / "openings.jsonl"
+    first = tiny.test("-scans", ledger=ledger)["opened"]
+    test = tiny.table["split"] == "test"
+    given = {"manifest": tmp_path / "manifest.parquet", "ledger": ledger}
+    changes = [
+        tiny.table[~test | (np.cumsum(test) > 1)],
+        tiny.table.assign(sex=tiny.table["sex"].where(~test, "F")),
+        tiny.table.assign(content_sha256=np.where(test, "1", "0")),
+    ]
+    for number, table in enumerate(changes):
+        write_manifest(table, given["manifest"])
+        found = tiny.test("-scans", **given)["opened"]
+        assert found["designs"] == number + 2 and found["frozen_sha256"] != first["frozen_sha256"]
+    write_manifest(tiny.table.iloc[::-1], given["manifest"])
+    assert tiny.test("-scans", **given)["opened"] == first | {"designs": 4}, "their order says nothing"
+
+
+def test_a_record_from_before_scans_were_recorded_goes_on(tiny: Tiny, tmp_path: Path) -> None:
+    ledger = tmp_path / "openings.jsonl"
+    entry = json.loads((tiny.root / "state/openings.jsonl").read_text())
+    del entry["frozen"]["test"]
+    old = entry | {"frozen_sha256": frozen_digest(entry["frozen"]), "time": "2026-01-01T00:00:00+00:00"}
+    ledger.write_text(json.dumps(old) + "\n")
+    found = tiny.test("-old", ledger=ledger)["opened"]
+    assert found["designs"] == 1 and found["frozen_sha256"] != old["frozen_sha256"]
+    (line,) = ledger.read_text().splitlines()
+    assert json.loads(line)["time"] == old["time"] and "test" in json.loads(line)["frozen"]
+    ledger.write_text(json.dumps(old | {"opened": old["opened"] | {"scans": 41}}) + "\n")
+    assert tiny.test("-old", ledger=ledger)["opened"]["designs"] == 2, "it was of other scans"
 
 
 def test_a_changed_design_is_refused(tiny: Tiny, tmp_path: Path) -> None:
