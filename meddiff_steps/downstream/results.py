@@ -12,7 +12,7 @@ import pandas as pd
 from meddiff_steps.config import Arm, Downstream
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.downstream.comparison import FIGURES, Draws, Resampling, verdict, verdict_text
-from meddiff_steps.statistics.bootstrap import Statistic, figure, rounded
+from meddiff_steps.statistics.bootstrap import Statistic, centred, figure, rounded
 from meddiff_steps.statistics.differences import delong_difference, holm
 from meddiff_steps.statistics.measures import auc, auc_within, one_versus_rest, smaller_side
 
@@ -149,6 +149,8 @@ def measure(
         max(cells) for cells in zip(*(probability.shape[:2] for probability in data.probability.values()), strict=True)
     )
     draws = Resampling(data.units, seeds, downstream.bootstrap, root, label, generators).draws(_statistics(data, names))
+    for key in (f"{arm}|ece" for arm in names):  # a resample repeats images, which makes it look worse calibrated
+        draws[key] = replace(draws[key], draws=centred(draws[key].value, draws[key].draws, 0.0))
     entries: dict[str, dict[str, Any]] = {}
     everyone = np.ones((1, len(data.units)))
     for arm in names:

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
+from meddiff_steps.config import Downstream
 from meddiff_steps.core.random_streams import philox
 from meddiff_steps.downstream.comparison import Draws, Resampling, calibration_error, verdict, verdict_text
+from meddiff_steps.downstream.results import Scored, measure
 from meddiff_steps.statistics.differences import delong, delong_difference, holm
 from meddiff_steps.statistics.measures import auc, auc_within, average_precision, brier, one_versus_rest
 
@@ -126,6 +128,17 @@ def test_calibration_error_of_known_bins() -> None:
     # Bin 0.2 to 0.3: mean 0.25, none of 2 positive. Bin 0.9 to 1: mean 0.95, 1 of 2 positive.
     labels, scores = np.array([0, 0, 1, 0]), np.array([0.2, 0.3 - 1e-9, 0.9, 1.0])
     assert calibration_error(labels, scores)(np.ones((1, 4)))[0] == pytest.approx(0.5 * 0.25 + 0.5 * 0.45)
+
+
+def test_the_interval_of_the_calibration_error_lies_about_its_value() -> None:
+    """Of classifiers that are calibrated: resamples repeat images, which alone looks like an error of calibration."""
+    rng = philox("test", "calibrated")
+    scores = rng.random(200)
+    probability = np.broadcast_to(np.stack([1 - scores, scores], axis=1), (1, 3, 200, 2))
+    data = Scored(np.arange(200), (rng.random(200) < scores).astype(int), np.full(200, None), {"real": probability})
+    found = measure(data, Downstream(target="x"), "root", "test")[0]["real"]["ece"]
+    assert found["low"] < found["value"] < found["high"]
+    assert (found["low"] + found["high"]) / 2 == pytest.approx(found["value"], rel=0.2)
 
 
 # ------------------------------------------------------------------------------------- intervals and verdict
