@@ -7,6 +7,7 @@ synthetic figures say something of the generator and not of the classifier.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -46,9 +47,9 @@ class Strata:
         unit = f" {declared.unit}" if declared.unit else ""
         if len(found) <= bins:
             edges = np.concatenate([found[:1], (found[1:] + found[:-1]) / 2, found[-1:]])
-            return cls(tuple(f"{value:.4g}{unit}" for value in found), edges)
+            return cls(tuple(f"{value}{unit}" for value in _written(found)), edges)
         edges = np.unique(np.quantile(numbers, np.linspace(0, 1, bins + 1)))
-        return cls(tuple(f"{low:.4g} to {high:.4g}{unit}" for low, high in pairwise(edges)), edges)
+        return cls(tuple(f"{low} to {high}{unit}" for low, high in pairwise(_written(edges))), edges)
 
     def label(self, values: pd.Series) -> np.ndarray:
         """The stratum of each value, None outside of all, object (rows,)."""
@@ -58,6 +59,13 @@ class Strata:
         inside = (numbers >= self.edges[0]) & (numbers <= self.edges[-1])
         at = np.clip(np.searchsorted(self.edges, numbers, side="right") - 1, 0, len(self.names) - 1)
         return np.array([self.names[i] if ok else None for i, ok in zip(at, inside, strict=True)], dtype=object)
+
+
+def _written(numbers: np.ndarray) -> list[str]:
+    """Distinct numbers with four significant digits, or as many more as tell them apart; never as powers of ten."""
+    form = functools.partial(np.format_float_positional, unique=False, fractional=False, trim="-")
+    written = ([form(number, digits) for number in numbers] for digits in range(4, 18))
+    return next(names for names in written if len(set(names)) == len(numbers))
 
 
 def stress_figures(

@@ -33,6 +33,15 @@ def test_numbers_have_bins_of_equal_counts_and_few_values_one_each() -> None:
     assert few.label(pd.Series([40.0, 74.0, 90.0, 91.0])).tolist() == ["40 year", "60 year", "90 year", None]
 
 
+def test_strata_of_large_numbers_have_names_of_their_own() -> None:
+    count = ContinuousCovariate(unit="", range=(0, 1e9))
+    few = Strata.of(count, pd.Series([100001.0, 100002.0, 100003.0]), 4)
+    assert few.names == ("100001", "100002", "100003")
+    assert few.label(pd.Series([100002.0, 100003.0])).tolist() == ["100002", "100003"]
+    many = Strata.of(count, pd.Series(np.arange(1e6, 1e6 + 41)), 4)
+    assert many.names == tuple(f"10000{low:02d} to 10000{low + 10}" for low in (0, 10, 20, 30))
+
+
 def test_labels_have_a_stratum_per_level_that_was_planned() -> None:
     found = Strata.of(CategoricalCovariate(levels=["A", "B", "C"]), pd.Series(["A", "C"]), 4)
     assert found.names == ("A", "C")
