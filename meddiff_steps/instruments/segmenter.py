@@ -38,7 +38,8 @@ from meddiff_steps.imaging.resampling import nearest_label, places_of
 from meddiff_steps.imaging.selection import Images
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.models.weights import load_weights
-from meddiff_steps.statistics.bootstrap import rounded
+from meddiff_steps.statistics.bootstrap import Bootstrap
+from meddiff_steps.statistics.measures import mean_of, pearson
 from meddiff_steps.training.loop import batch_rows, learning_rate_scale, update_average
 
 #: Images are reduced until their longest side is at most this many voxels; volumes need no finer grid, and time stays
@@ -137,6 +138,8 @@ logger = logging.getLogger(__name__)
 MAX_SCANS = 500
 #: Training scans with a label map that a segmenter needs.
 MIN_SCANS = 10
+#: Resamples of held-out subjects.
+RESAMPLES = 1000
 #: Training images get another contrast (grey values to a power between 1 / GAMMA and GAMMA) and noise, because
 #: synthetic images are not the scanner's.
 GAMMA, NOISE = 1.25, 0.02
@@ -303,7 +306,7 @@ def segmented_volumes(model: Segmenter, images: Images, voxel_ml: float, task: s
     return dict(zip(model.structures, np.concatenate(volumes).T, strict=True))
 
 
-def agreement(model: Segmenter, scans: Images, labels: Shards, voxel_ml: float) -> dict[str, Any]:
+def agreement(model: Segmenter, scans: Images, labels: Shards, voxel_ml: float, root: str) -> dict[str, Any]:
     """How well the segmenter finds structures in scans that it did not learn from.
 
     Parameters
@@ -312,12 +315,15 @@ def agreement(model: Segmenter, scans: Images, labels: Shards, voxel_ml: float) 
         Held-out scans and the shares of their voxels.
     voxel_ml
         Volume of a voxel of the scans.
+    root
+        The study's seed, of the resamples of subjects.
 
     Returns
     -------
     dict
-        Per structure `dice` (mean over scans of the Dice coefficient where more than half of a voxel belongs to it),
-        and `r`, `mae_ml` and `bias_ml` of its volume against that of the label map; `scans` is their number.
+        Per structure figures over subjects: `dice` (mean over scans of the Dice coefficient where more than half of a
+        voxel belongs to it), and `r` (of three scans or more), `mae_ml` and `bias_ml` of its volume against that of the
+        label map; `scans` is their number.
     """
     found = segmented_volumes(model, scans, voxel_ml, "segmenting held-out scans")
     images, overlaps, truths = scans.column(), [], []
@@ -327,13 +333,17 @@ def agreement(model: Segmenter, scans: Images, labels: Shards, voxel_ml: float) 
             guess = model(model.reduce(torch.from_numpy(images[at : at + 1])))
         overlaps.append(compute_dice((guess > 0).float(), (truth > 0.5).float(), ignore_empty=False)[0].numpy())
         truths.append(truth.double().sum(dim=(0, 2, 3, 4)).numpy() * voxel_ml * model.factor**3)
-    dice, true = np.mean(overlaps, axis=0), np.array(truths)
+    boot = Bootstrap(scans.units, RESAMPLES, root, "segmenter")
     card: dict[str, Any] = {"scans": len(scans)}
-    for i, name in enumerate(model.structures):
-        error = found[name] - true[:, i]
-        r = np.corrcoef(found[name], true[:, i])[0, 1] if len(scans) > 2 else np.nan
-        figures = {"dice": dice[i], "r": r, "mae_ml": np.abs(error).mean(), "bias_ml": error.mean()}
-        card[name] = {key: rounded(float(value)) for key, value in figures.items()}
+    for name, dice, true in zip(model.structures, np.transpose(overlaps), np.transpose(truths), strict=True):
+        error = found[name] - true
+        statistics = {
+            "dice": mean_of(dice),
+            "r": pearson(found[name], true) if len(scans) > 2 else mean_of(np.full(len(scans), np.nan)),
+            "mae_ml": mean_of(np.abs(error)),
+            "bias_ml": mean_of(error),
+        }
+        card[name] = {key: boot.figure(statistic) for key, statistic in statistics.items()}
     return card
 
 

@@ -355,7 +355,7 @@ def _instrument(measured: Mapping[str, Any], called: Names) -> list[str]:
 def _second_instrument(segmentation: Mapping[str, Any], called: Names) -> str:
     held = segmentation["held_out"]
     found = "; ".join(
-        f"{called.covariate(name)} Dice {number(entry['dice'])}, r {number(entry['r'])}"
+        f"{called.covariate(name)} Dice {interval(entry['dice'])}, r {interval(entry['r'])}"
         for name, entry in held.items()
         if isinstance(entry, dict)
     )

@@ -71,6 +71,8 @@ def run(
         content |= {"training_scans": len(found), "steps": settings.optimiser.steps}
     with segmenter.labelled(held, affines, settings, model) as (found, labels):
         content["held_out"] = (
-            segmenter.agreement(model, found, labels, math.prod(voxel_mm) / 1000) if len(found) else {"scans": 0}
+            segmenter.agreement(model, found, labels, math.prod(voxel_mm) / 1000, study.seed)
+            if len(found)
+            else {"scans": 0}
         )
     save_model(model, out, content)

@@ -18,6 +18,8 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.channels import filled_in
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.instruments.segmenter import Segmenter, label_shares, load_segmenter
+from meddiff_steps.report.names import Names
+from meddiff_steps.report.sections import _second_instrument
 from meddiff_steps.steps import segmenter as step
 
 SHAPE, SPACING = (16, 20, 16), 2.0
@@ -184,8 +186,11 @@ def test_the_step_learns_to_measure_volumes(root, tmp_path):
     assert card["training_scans"] == 29, "one training scan has no label map"
     held = card["held_out"]
     assert held["scans"] == 10
-    assert held["core_ml"]["dice"] > 0.8 and held["core_ml"]["r"] > 0.97
-    assert held["whole_ml"]["dice"] > 0.9
+    assert held["core_ml"]["dice"]["value"] > 0.8 and held["core_ml"]["r"]["value"] > 0.97
+    assert held["whole_ml"]["dice"]["value"] > 0.9
+    for figure in (*held["core_ml"].values(), *held["whole_ml"].values()):
+        assert figure["low"] < figure["value"] < figure["high"] and figure["n"] == 10
+    assert "Dice 0." in (told := _second_instrument({"held_out": held}, Names())) and told.count(" [") == 4
     model, _ = load_segmenter(tmp_path)
     images = torch.from_numpy(Shards([root / "images.arrow"]).tensors("image", np.arange(40)))
     volumes = model.volumes(images, SPACING**3 / 1000)
