@@ -17,8 +17,8 @@ class Variants(Section):
     flip: bool = Field(
         False,
         description="Mirror left-right in half of the variants, in half of the batches that the segmenter learns "
-        "from, and in half of the images of `classical` arms (`downstream`). Sensible for brains, wrong for chests (the heart has a side) and for structures of one side "
-        "(`segmentation`: they would swap names).",
+        "from, and in half of the images of `classical` arms (`downstream`). Sensible for brains, wrong for chests "
+        "(the heart has a side) and for structures of one side (`segmentation`: they would swap names).",
     )
     max_shift_voxels: Count = Field(
         0, description="Largest whole-voxel shift per axis; no interpolation, so nothing is blurred."

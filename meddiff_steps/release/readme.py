@@ -149,8 +149,8 @@ def _about_limits(story: Story, metrics: Mapping[str, Any]) -> str:
     told = [story.config.card.limitations.strip()]
     if fine.get("value") is not None:
         told.append(f"The finest detail has {card.figure(fine)} of the power that it has in real images.")
-    people = story.card["subjects"]
-    told.append(f"The model knows what the training part of a cohort of {people} subjects shows, and nothing beyond it.")
+    part = f"the training part of a cohort of {story.card['subjects']} subjects"
+    told.append(f"The model knows what {part} shows, and nothing beyond it.")
     return " ".join(filter(None, told))
 
 

@@ -328,8 +328,8 @@ def test_the_digest_of_a_design_with_one_generator_is_what_it_was() -> None:
 
 def test_the_digest_says_whether_classical_arms_mirror() -> None:
     classical = downstream({"name": "other", "classical": True})
-    assert (
-        design_digest(classical, True) == "27db96042388561a49537a25f5c05197e676abc5a99440509a2466e727d3cd68"
-    ), "as before `variants.flip` was asked"
+    assert design_digest(classical, True) == "27db96042388561a49537a25f5c05197e676abc5a99440509a2466e727d3cd68", (
+        "as before `variants.flip` was asked"
+    )
     assert design_digest(classical, False) != design_digest(classical, True)
     assert design_digest(SETTINGS, False) == design_digest(SETTINGS, True)
