@@ -31,8 +31,9 @@ def scans_digest(scans: pd.DataFrame, downstream: Downstream) -> str:
     shift = downstream.shift.covariate if downstream.shift else None
     names = ["scan_id", "subject_id", "content_sha256", *filter(None, (downstream.target, downstream.subgroup, shift))]
     contents = scans["content_sha256"].fillna(scans["sha256"])
-    rows = scans.assign(content_sha256=contents).sort_values("scan_id")[names].astype(object)
-    return frozen_digest({"columns": names, "rows": rows.where(rows.notna(), None).to_numpy().tolist()})
+    rows = scans.assign(content_sha256=contents).sort_values("scan_id")[names].to_numpy(dtype=object)
+    cells = [[None if pd.isna(cell) else cell for cell in row] for row in rows]
+    return frozen_digest({"columns": names, "rows": cells})
 
 
 def record_opening(ledger: Path, frozen: Mapping[str, Any], opened: Mapping[str, Any]) -> dict[str, Any]:
