@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from meddiff_steps.cohort.covariates import require_columns, shorten
+from meddiff_steps.cohort.covariates import is_null, require_columns, shorten
 from meddiff_steps.cohort.identity import alike, identity_key, shown
 from meddiff_steps.cohort.table import read_delimited
 from meddiff_steps.cohort.texts import text_columns
-from meddiff_steps.config import BidsSource, Covariates
+from meddiff_steps.config import BidsSource, CategoricalCovariate, Covariates
 from meddiff_steps.core.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -169,9 +169,12 @@ def read_bids(source: BidsSource, covariates: Covariates, text_column: str | Non
             shorten(unlisted),
         )
 
+    levels = {level for c in covariates.values() if isinstance(c, CategoricalCovariate) for level in c.levels}
     rows = []
     for image in sorted(images, key=lambda i: i.name.stem):
-        values = participants[image.subject] | session_rows.get(image.subject, {}).get(image.session or "", {})
+        session = session_rows.get(image.subject, {}).get(image.session or "", {})
+        known = {name: cell for name, cell in session.items() if cell.strip() in levels or not is_null(cell.strip())}
+        values = session | participants[image.subject] | known
         row: dict[str, str | None] = {
             "scan_id": image.name.stem,
             "subject_id": image.subject,

@@ -9,8 +9,12 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
+
+#: Column of the manifest with a subject's id as it was written, where several spellings were joined: files may be named
+#: by it.
+SPELLING = "spelling"
 
 _NUMBER = re.compile(r"\+?\d+(?:,\d{3})*(?:\.\d*)?(?:e\+?\d{1,2})?")
 #: Zeros before a digit, but not behind the point of a number.
@@ -60,3 +64,12 @@ def alike(names: Iterable[str]) -> list[list[str]]:
     for name in names:
         spellings[identity_key(name)].add(name)
     return sorted(sorted(found) for found in spellings.values() if len(found) > 1)
+
+
+def one_spelling(groups: Iterable[Sequence[str]]) -> dict[str, str]:
+    """The first of its group for each spelling in groups that `alike` found.
+
+    >>> one_spelling([["sub-01", "sub-1"]])
+    {'sub-01': 'sub-01', 'sub-1': 'sub-01'}
+    """
+    return {name: group[0] for group in groups for name in group}

@@ -25,9 +25,12 @@ DECIMALS = 6
 
 @dataclass(frozen=True)
 class LearntNumber:
-    """The values of a continuous covariate among training rows, sorted, (n,), in its unit."""
+    """The values of a continuous covariate among training rows, sorted, (n,), in its unit, and how many people have
+    them (n, if it is not said).
+    """
 
     values: np.ndarray
+    people: int | None = None
 
     def beyond(self, wanted: Iterable[Any]) -> list[float]:
         """Those of `wanted` that lie outside the range of the training rows."""
@@ -66,8 +69,8 @@ class LearntNumber:
     @cached_property
     def marks(self) -> np.ndarray | None:
         """The values of a setting, sorted; None where it is none."""
-        known = np.unique(self.values)
-        return known if 0 < len(known) <= SETTINGS and len(known) * HOLDERS <= len(self.values) else None
+        known, people = np.unique(self.values), len(self.values) if self.people is None else self.people
+        return known if 0 < len(known) <= SETTINGS and len(known) * HOLDERS <= people else None
 
     @cached_property
     def step(self) -> tuple[float, float, int] | None:
@@ -105,9 +108,12 @@ class LearntLevels:
 Learnt = LearntNumber | LearntLevels
 
 
-def learnt(training: pd.Series, covariate: Covariate) -> Learnt:
-    """What the training rows' column of a covariate holds; missing values are nothing."""
+def learnt(training: pd.Series, covariate: Covariate, subjects: pd.Series | None = None) -> Learnt:
+    """What the training rows' column of a covariate holds, and whose rows they are (one person's each, if it is not
+    said); missing values are nothing.
+    """
     present = training.dropna()
     if isinstance(covariate, CategoricalCovariate):
         return LearntLevels(tuple(level for level in covariate.levels if (present == level).any()))
-    return LearntNumber(np.sort(present.to_numpy(dtype=np.float64)))
+    people = None if subjects is None else int(subjects[present.index].nunique())
+    return LearntNumber(np.sort(present.to_numpy(dtype=np.float64)), people)

@@ -31,7 +31,7 @@ from meddiff_steps.cohort.covariates import (
     parse_covariates,
     shorten,
 )
-from meddiff_steps.cohort.identity import alike, shown
+from meddiff_steps.cohort.identity import SPELLING, alike, one_spelling, shown
 from meddiff_steps.cohort.splits import SPLITS, assign_splits, split_balance
 from meddiff_steps.cohort.table import image_extension
 from meddiff_steps.cohort.texts import COLUMN as TEXT
@@ -174,15 +174,15 @@ def build_manifest(
     source
         Where the scans come from; `simulated` marks the card.
     alike_ids
-        Subjects whose ids differ in spelling alone (`identity_key`): `refuse`, `join` in one split, or `distinct`.
+        Subjects whose ids differ in spelling alone (`identity_key`): `refuse`, `join` to one, or `distinct`.
     text_column
         What the column `text` of `frame` was called, where there is one.
 
     Returns
     -------
     manifest : pandas.DataFrame
-        scan_id, subject_id, session_id, path, sha256, content_sha256, split, a column per covariate, and `text`
-        where the study has texts; sorted by scan_id.
+        scan_id, subject_id, session_id, path, sha256, content_sha256, split, a column per covariate, `text` where the
+        study has texts, and `spelling`, the subject's id as it was written, where ids were joined; sorted by scan_id.
     card : dict
         Counts, covariate summaries, balance of the splits, duplicates (pairs of scan ids with equal content) and scans
         that could not be decoded.
@@ -208,8 +208,8 @@ def build_manifest(
         found = "; ".join(shorten([shown(name) for name in names]) for names in same[:5])
         raise UserError(
             f"{len(same)} subject(s) have ids that differ in spelling alone: {found}. If each is one person, write the"
-            " id in one way, or set cohort.alike_ids: join, which keeps the spellings in one split; if they are"
-            " different people, set cohort.alike_ids: distinct."
+            " id in one way, or set cohort.alike_ids: join, which makes them one subject; if they are different"
+            " people, set cohort.alike_ids: distinct."
         )
     # An empty split, and a covariate that nothing can be learnt from, are usually known before hashing, too.
     expected = assign_splits(typed["subject_id"], same, splits, seed)
@@ -228,11 +228,15 @@ def build_manifest(
     for subjects in united:
         log.warning("subjects %s share an identical image and go to one split", shorten(subjects))
     for names in same:
-        log.warning("subjects %s are one person and go to one split (cohort.alike_ids: join)", shorten(names))
+        log.warning("subjects %s are one person, called %s here (cohort.alike_ids: join)", shorten(names), names[0])
     united = sorted([*united, *same])
     assigned = assign_splits(typed["subject_id"], united, splits, seed)
     typed["split"] = typed["subject_id"].map(assigned)
-    manifest = typed[[*RESERVED, *covariates, *([TEXT] if text_column is not None else [])]]
+    if same:
+        typed[SPELLING] = typed["subject_id"]
+        typed["subject_id"] = typed["subject_id"].replace(one_spelling(same))
+    further = [name for name, there in ((TEXT, text_column is not None), (SPELLING, bool(same))) if there]
+    manifest = typed[[*RESERVED, *covariates, *further]]
 
     card = {
         "source": source,

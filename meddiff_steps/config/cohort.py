@@ -21,7 +21,8 @@ AlikeIds = Annotated[
     Literal["refuse", "join", "distinct"],
     Field(
         description="Ids that differ only in capitals, leading zeros, number format or Unicode form (`sub-1` and "
-        "`sub-01`): `refuse` stops, `join` takes them for one person, who is in one split, `distinct` for several."
+        "`sub-01`): `refuse` stops, `join` takes them for one person, who is called by the first as sorted, "
+        "`distinct` for several. Path patterns are filled in with the id as it was written."
     ),
 ]
 

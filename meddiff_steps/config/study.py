@@ -216,7 +216,7 @@ def values_as_declared(content: Mapping[str, Any]) -> Mapping[str, Any]:
 
 #: Columns of the manifest, the plan and the released table; no covariate can have their names.
 RESERVED_COLUMNS = frozenset(
-    "scan_id subject_id session_id path sha256 content_sha256 split "
+    "scan_id subject_id session_id path sha256 content_sha256 split spelling "
     "sample_id group index attempt cohort_root noise_index seed_key shard participant_id image".split()
 )
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import pandas as pd
 
+from meddiff_steps.cohort.identity import SPELLING
 from meddiff_steps.config import Channel, Preprocess
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.background import background_of
@@ -261,7 +262,7 @@ def channel_paths(row: Mapping[Any, Any], config: Preprocess) -> dict[str, Path]
 
 
 def filled_in(pattern: str, row: Mapping[Any, Any], key: str) -> Path:
-    """A path pattern of config key `key` with the fields of a manifest row in it.
+    """A path pattern of config key `key` with the fields of a manifest row in it; subject_id as it was written.
 
     Raises
     ------
@@ -271,6 +272,8 @@ def filled_in(pattern: str, row: Mapping[Any, Any], key: str) -> Path:
     fields = {
         name: "" if pd.isna(row.get(name)) else str(row[name]) for name in ("subject_id", "session_id", "scan_id")
     }
+    if not pd.isna(row.get(SPELLING)):
+        fields["subject_id"] = str(row[SPELLING])
     try:
         return Path(pattern.format_map(fields))
     except (KeyError, ValueError, IndexError) as error:

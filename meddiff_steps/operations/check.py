@@ -22,7 +22,7 @@ from meddiff_steps.cohort.covariates import (
     parse_covariates,
     shorten,
 )
-from meddiff_steps.cohort.identity import alike, shown
+from meddiff_steps.cohort.identity import alike, one_spelling, shown
 from meddiff_steps.cohort.splits import SPLITS, assign_splits
 from meddiff_steps.cohort.table import read_table
 from meddiff_steps.config import BidsSource, CategoricalCovariate, SimulatedSource, Study, TableSource
@@ -123,7 +123,8 @@ def cohort(study: Study) -> tuple[list[Finding], Cohort | None]:
         log.removeHandler(warnings)
         log.propagate = propagated
     assert raw is not None
-    subjects = raw["subject_id"].nunique()
+    same = [] if source.alike_ids == "distinct" else alike(raw["subject_id"])
+    subjects = raw["subject_id"].replace(one_spelling(same)).nunique()
     found = [Finding("ok", "cohort", f"{len(raw)} scans of {subjects} subjects.")]
     found += [Finding("warning", "cohort", text) for text in warnings.found]
     found += _given(study)
@@ -131,7 +132,6 @@ def cohort(study: Study) -> tuple[list[Finding], Cohort | None]:
     repeated = sorted(set(raw["scan_id"][raw["scan_id"].duplicated()]))
     if repeated:
         found.append(Finding("fail", "cohort", f"scan_id {shorten(repeated)} occurs more than once."))
-    same = [] if source.alike_ids == "distinct" else alike(raw["subject_id"])
     if same and source.alike_ids == "refuse":
         listed = "; ".join(shorten([shown(name) for name in names]) for names in same[:3])
         found.append(
@@ -142,7 +142,7 @@ def cohort(study: Study) -> tuple[list[Finding], Cohort | None]:
     except UserError as error:
         return [*found, Finding("fail", "splits", str(error))], Cohort(raw, subjects, {})
     raw["split"] = raw["subject_id"].map(assigned)
-    counts = Counter(assigned.values())
+    counts = Counter(raw.groupby(raw["subject_id"].replace(one_spelling(same)))["split"].first())
     found.append(_splits({name: counts[name] for name in SPLITS}, study))
     found += _learnable(study, raw)
     found += _asked(study, raw)

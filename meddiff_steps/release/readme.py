@@ -22,7 +22,7 @@ from meddiff_steps.release.story import VERSION, Part, Story, origin, privacy
 BIDS_VERSION = "1.10.0"
 _CAUTION = """Do not mix these images with scans of people without keeping the mark, and draw no diagnosis from them.
 Every image says in its own file that it is synthetic; converting to another format can lose that."""
-_READ = 'pd.read_csv("participants.tsv", sep="\\t", na_values="n/a")'
+_READ = 'pd.read_csv("participants.tsv", sep="\\t", na_values="n/a", keep_default_na=False)'
 
 
 def readme(
@@ -232,7 +232,7 @@ from pathlib import Path
 
 tables = []
 for folder in sorted(Path(".").glob("shard-*")):
-    table = pd.read_csv(folder / "participants.tsv", sep="\\t", na_values="n/a")
+    table = pd.read_csv(folder / "participants.tsv", sep="\\t", na_values="n/a", keep_default_na=False)
     tables.append(table.assign(folder=str(folder)))
 subjects = pd.concat(tables, ignore_index=True)
 print(subjects.groupby(["folder", "split"]).size())"""

@@ -31,8 +31,8 @@ def run(
 ) -> None:
     """Decide which synthetic subjects to make: one row each, with its covariates, its seed key and its shard.
 
-    The covariates come from a copula fitted to the training rows, from the user's table, or from a grid.  A subject's
-    row does not depend on how many subjects are asked for.
+    The covariates come from a copula fitted to the training subjects, from the user's table, or from a grid.  A
+    subject's row does not depend on how many subjects are asked for.
     """
     study = load_stage(config, "plan")
     scans = read_manifest(manifest, study.covariates)

@@ -18,6 +18,7 @@ import pandas as pd
 
 from meddiff_steps.cohort.covariates import shorten
 from meddiff_steps.cohort.learnt import Learnt, LearntLevels, LearntNumber, learnt
+from meddiff_steps.cohort.splits import stable_fraction
 from meddiff_steps.cohort.texts import COLUMN as TEXT
 from meddiff_steps.cohort.texts import clean_text
 from meddiff_steps.config import CategoricalCovariate, Condition, Covariates, PlanGroup, Scalar
@@ -65,7 +66,8 @@ def build_plan(
     covariates
         The declared schema.
     training
-        Training rows of the manifest: a column per covariate.  The copula is fitted to them, if any group needs it.
+        Training rows of the manifest: a column per covariate; `scan_id` and `subject_id` where several may be of one
+        person.  The copula is fitted to their subjects, if any group needs it.
     seed
         Seed of the study; a group's root is "SEED/GROUP".
     shard_size
@@ -224,18 +226,30 @@ def _typed(name: str, value: Scalar, covariates: Covariates) -> float | str:
 # ------------------------------------------------------------------------------------------------ sources
 
 
+def one_row_each(scans: pd.DataFrame) -> pd.DataFrame:
+    """A row per subject, whoever was scanned often: of each covariate the value of one scan, by a hash of the scan ids.
+
+    A value that this scan lacks is that of the next one which has it.  Without several scans of a subject, `scans`.
+    """
+    if "subject_id" not in scans or scans["subject_id"].is_unique:
+        return scans
+    lot = scans["scan_id"].map(lambda scan: stable_fraction(f"meddiff/plan/v1|{scan}"))
+    return scans.loc[lot.sort_values().index].groupby("subject_id").first()
+
+
 class _Source:
     """The copula, fitted when first needed, and how subjects are drawn from it by their own streams."""
 
     def __init__(self, covariates: Covariates, training: pd.DataFrame, seed: str) -> None:
         self.covariates, self.training, self.seed = covariates, training, seed
-        self.learnt = {name: learnt(training[name], covariate) for name, covariate in covariates.items()}
+        whose = training.get("subject_id")
+        self.learnt = {name: learnt(training[name], covariate, whose) for name, covariate in covariates.items()}
         self._copula: GaussianCopula | None = None
 
     @property
     def copula(self) -> GaussianCopula:
         if self._copula is None:
-            self._copula = GaussianCopula.fit(self.training, self.covariates)
+            self._copula = GaussianCopula.fit(one_row_each(self.training), self.covariates)
         return self._copula
 
     def draw(self, group: PlanGroup, indices: np.ndarray, conditions: Conditions) -> pd.DataFrame:

@@ -45,7 +45,7 @@ def tiles(
     starts = [noise(seed_key(f"{seed}/showcase", row, 0, "noise"), latent_shape) for row in range(ROWS + 1)]
     found = []
     for name, covariate in covariates.items():
-        known = learnt(training[name], covariate)
+        known = learnt(training[name], covariate, training["subject_id"])
         values: list[object]
         if isinstance(known, LearntNumber):
             values = [round(float(v), 3) for v in known.sweep(steps)]

@@ -61,11 +61,18 @@ def test_sessions_and_runs_are_scans_and_sessions_tsv_overrides_participants_tsv
     assert list(frame.columns) == ["scan_id", "subject_id", "session_id", "path", "age", "sex"]
     assert frame.drop(columns="path").to_numpy().tolist() == [
         ["sub-01", "sub-01", None, "50", "F"],
-        ["sub-02_ses-1", "sub-02", "ses-1", "n/a", "n/a"],
+        ["sub-02_ses-1", "sub-02", "ses-1", "60", "n/a"],  # n/a of a session says nothing against a value
         ["sub-02_ses-2_acq-mprage_run-1", "sub-02", "ses-2", "63", "n/a"],
         ["sub-02_ses-2_acq-mprage_run-2", "sub-02", "ses-2", "63", "n/a"],
     ]
     assert frame["path"][0] == f"{root}/sub-01/anat/sub-01_T1w.nii.gz"
+
+
+def test_a_level_that_looks_like_a_missing_value_overrides_participants_tsv(root: Path) -> None:
+    write(root / "participants.tsv", "participant_id\tregion\nsub-01\tEU\nsub-02\tEU\n")
+    write(root / "sub-02/sub-02_sessions.tsv", "session_id\tregion\nses-1\tNA\nses-2\tnull\n")
+    frame = read(root, {"region": CategoricalCovariate(levels=["EU", "NA"])})
+    assert frame["region"].tolist() == ["EU", "NA", "EU", "EU"]
 
 
 def test_filters(root: Path) -> None:

@@ -22,6 +22,7 @@ from PIL import Image
 from meddiff_steps.cohort.manifest import build_manifest, content_digest, digest_file, read_manifest, write_manifest
 from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate, Covariates, Splits, freeze, parse_study
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.imaging.channels import filled_in
 from meddiff_steps.steps.cohort import run
 
 COVARIATES: Covariates = {
@@ -248,8 +249,13 @@ def test_ids_that_differ_in_spelling_alone_are_refused_joined_or_distinct(frame:
         build(frame)
     manifest, card = build(frame, alike_ids="join")
     assert card["united_subjects"] == [["SUB-02", "sub-02", "sub-2"]]
-    assert manifest[manifest["subject_id"].isin(["SUB-02", "sub-02", "sub-2"])]["split"].nunique() == 1
-    assert build(frame, alike_ids="distinct")[1]["united_subjects"] == []
+    person = manifest[manifest["spelling"].isin(["SUB-02", "sub-02", "sub-2"])]
+    assert len(person) == 3 and set(person["subject_id"]) == {"SUB-02"} and person["split"].nunique() == 1
+    assert card["subjects"] == 10
+    files = [filled_in("{subject_id}.nii", row, "mask").name for row in person.to_dict("records")]
+    assert files == ["sub-02.nii", "SUB-02.nii", "sub-2.nii"]
+    manifest, card = build(frame, alike_ids="distinct")
+    assert card["united_subjects"] == [] and card["subjects"] == 12 and "spelling" not in manifest
 
 
 def remove(path: Path) -> None:

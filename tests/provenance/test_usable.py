@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -69,7 +70,24 @@ def run_code(folder: Path) -> dict[str, str]:
 
 
 def table_of(folder: Path) -> pd.DataFrame:
-    return pd.read_csv(folder / "participants.tsv", sep="\t", na_values="n/a")
+    return pd.read_csv(folder / "participants.tsv", sep="\t", na_values="n/a", keep_default_na=False)
+
+
+@pytest.mark.parametrize("parts", [False, True], ids=["a dataset", "parts"])
+def test_levels_that_look_like_missing_values_are_read_as_levels(place, large, parts):
+    """The line of code that reads the table, of either README."""
+    (line,) = [
+        one
+        for one in code_of(large.release if parts else place.release)[
+            "pandas, all datasets" if parts else "pandas"
+        ].splitlines()
+        if "read_csv" in one
+    ]
+    table = "participant_id\tage\trace\nsub-1\t61.5\tNone\nsub-2\tn/a\tNA\nsub-3\t50\tn/a\n"
+    reads = re.sub(r'(folder / )?"participants.tsv"', "io.StringIO(table)", line.split("=", 1)[1].strip())
+    found = eval(reads, {"pd": pd, "io": io, "table": table})
+    assert found["race"].tolist()[:2] == ["None", "NA"] and found["race"].isna().tolist() == [False, False, True]
+    assert found["age"].dtype == np.float64 and found["age"].isna().tolist() == [False, True, False]
 
 
 def test_the_code_of_the_readme_runs(place):

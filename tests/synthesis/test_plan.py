@@ -11,10 +11,11 @@ import pandas as pd
 import pytest
 from pydantic import TypeAdapter
 
+from meddiff_steps.cohort.learnt import learnt
 from meddiff_steps.config import Covariates, PlanGroup
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.random_streams import seed_key
-from meddiff_steps.synthesis.plan import COLUMNS, build_plan
+from meddiff_steps.synthesis.plan import COLUMNS, build_plan, one_row_each
 from meddiff_steps.synthesis.size import plan_shards, planned_subjects
 
 SCHEMA: Covariates = TypeAdapter(Covariates).validate_python(
@@ -215,6 +216,30 @@ def test_counts_scores_and_settings_keep_their_own_values(column, possible):
     rows = build_plan([group(subjects=300)], schema, pd.DataFrame({"x": values}), "seed", 100)
     assert set(rows["x"]) <= possible and rows["x"].nunique() > 1
     assert rows["x"].between(values.min(), values.max()).all()
+
+
+def test_who_was_scanned_often_counts_once():
+    """Fifty old people with nine visits each, one of which has no age, and a hundred and fifty young ones with one."""
+    rng = np.random.default_rng(0)
+    visits = np.repeat(np.arange(200), [9] * 50 + [1] * 150)
+    age = np.where(visits < 50, 80, 30) + rng.uniform(0, 5, len(visits))
+    scans = pd.DataFrame({"subject_id": visits.astype(str), "age": age, "volume": age + rng.uniform(0, 1, len(visits))})
+    scans["scan_id"] = [f"scan-{i}" for i in range(len(scans))]
+    scans.loc[scans["subject_id"].drop_duplicates()[:50].index, "age"] = np.nan
+    schema = {name: SCHEMA[name] for name in ("age", "volume")}
+    rows = build_plan([group(subjects=2000)], schema, scans, "seed", 100)
+    assert (rows["age"] > 60).mean() == pytest.approx(0.25, abs=0.03)
+    each = one_row_each(scans)
+    assert len(each) == 200 and each["age"].notna().all()
+    pd.testing.assert_frame_equal(each, one_row_each(scans.sample(frac=1, random_state=0)))
+    once = scans.drop_duplicates("subject_id")
+    assert one_row_each(once) is once
+
+
+def test_a_number_of_few_people_with_many_scans_is_no_setting():
+    column = pd.Series(np.repeat([31.0, 47.0, 52.0], 20))
+    assert learnt(column, SCHEMA["age"], pd.Series(np.repeat(["a", "b", "c"], 20))).marks is None  # type: ignore[union-attr]
+    assert learnt(column, SCHEMA["age"]).marks is not None  # type: ignore[union-attr]
 
 
 def test_a_chosen_value_between_those_that_there_are_is_told(caplog):
