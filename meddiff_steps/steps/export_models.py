@@ -62,7 +62,7 @@ def run(
     def as_bundle() -> Sequence[str]:
         fabric = make_fabric(Compute(device="cpu", precision="32-true"), 1)
         model = TrainedModel.load(autoencoder, diffusion, fabric, decoder=decoder)
-        bundle.write(model, study.generate, out.parent, facts)
+        bundle.write(model, study.generate, out.parent, facts, study.preprocess.spacing_mm)
         return BUNDLE
 
     written = as_bundle if unlike is None else None
