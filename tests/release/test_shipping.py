@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from test_bundle import model_of
 
 from meddiff_steps import config
+from meddiff_steps.cohort.covariates import RESERVED
 from meddiff_steps.command import init
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import CHECKSUMS, read_json, sha256_file
@@ -29,6 +30,7 @@ from meddiff_steps.release import card, shipping
 from meddiff_steps.release.facts import with_base
 from meddiff_steps.release.starting import examples, spread, study_text
 from meddiff_steps.report.sections import given_weights
+from meddiff_steps.steps import init_weights
 
 IMAGE = (1, 8, 16, 8)
 LICENCE = "A licence of the models"
@@ -153,6 +155,22 @@ def test_a_study_that_starts_from_models_can_be_converted_and_names_them(shipped
     (lacking := tmp_path / "lacking").mkdir()
     with pytest.raises(UserError, match="config.json: not there"):
         study_text(lacking, lacking, "x.yaml", "x")
+
+
+def test_whom_given_weights_learnt_from_must_not_be_held_out(release, tmp_path, caplog):
+    models = shutil.copytree(release, tmp_path / "base/model-release")
+    (tmp_path / "mine.yaml").write_text(study_text(models, models, "mine.yaml", "mine"))
+    frozen = config.freeze(config.load_study(tmp_path / "mine.yaml"), "init_weights", tmp_path)
+    rows = pd.DataFrame({name: [f"{name}{i}" for i in range(3)] for name in RESERVED})
+    ours, theirs = tmp_path / "manifest.parquet", tmp_path / "base/cohort/manifest.parquet"
+    theirs.parent.mkdir()
+    rows.assign(split=["train", "calibration", "test"]).to_parquet(ours)
+    init_weights.run(frozen, ours, tmp_path / "init")
+    assert "nothing here says whom the given weights learnt from" in caplog.text
+    rows.assign(split=["train", "train", "test"]).to_parquet(theirs)
+    with pytest.raises(UserError, match=r"learnt from scans of 1 subject\(s\).*\(subject_id1\)"):
+        init_weights.run(frozen, ours, tmp_path / "second")
+    assert not (tmp_path / "second").exists()
 
 
 def with_settings(release, folder, metadata=None, **sections):
