@@ -3,6 +3,7 @@
 # without a word.
 from typing import NamedTuple
 
+from meddiff_steps.cohort.base import check_units
 from meddiff_steps.provenance.record import record_path
 
 # What stages that read them make. A shard has a run record each, of other files the first.
@@ -96,9 +97,19 @@ def given(stage, files):
     return [file for file in files if keep or Path(file).exists()]
 
 
+def other_units(stages):
+    """A covariate that given weights are still to be told in another unit than they learnt it in, in words."""
+    if INIT and (stages is None or "init_weights" in stages) and not kept("init_weights"):
+        try:
+            check_units(BASE, STUDY.covariates)
+        except UserError as error:
+            return [str(error)]
+    return []
+
+
 def problems(stages=None):
-    """What of the user's files is not where the study says, in words: of all stages, or of some."""
-    return [
+    """What of the user's files is not where or what the study says, in words: of all stages, or of some."""
+    return other_units(stages) + [
         f"{one.key}: {one.path} is not there. Relative paths start at the working directory, {Path.cwd()}."
         + (
             f" The settings of {one.stage} were changed since it ran, so that this is needed again: bring it back, or"

@@ -2,6 +2,7 @@ if INIT:
 
     rule init_weights:
         input:
+            manifest=MANIFEST,
             given=given("init_weights", GIVEN_FILES),
         output:
             also=[file for files in INIT.values() for file in files],

@@ -292,6 +292,32 @@ def test_a_changed_template_is_noticed_and_a_missing_one_stops_a_run(tmp_path):
     assert re.search(r"^preprocess +1$", snakemake("-n").stdout, re.M)
 
 
+def test_given_weights_that_know_another_unit_stop_a_run(tmp_path):
+    models = ROOT / "meddiff_steps/shipped/simulated-5mm"
+    study = {
+        "study": "tiny",
+        "results": f"{tmp_path}/results",
+        "cohort": {"source": "simulated"},
+        "covariates": {"age": {"unit": "month", "range": [0, 1200]}},
+        "init_from": {"path": str(models)},
+        "autoencoder": {"optimiser": {"steps": 0}},
+        "plan": [{"name": "a", "subjects": 1}],
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    card = f"{tmp_path}/results/tiny/init/diffusion/card.json"
+
+    def snakemake(*options: str) -> subprocess.CompletedProcess[str]:
+        return run("snakemake", *options, "--configfile", f"{tmp_path}/study.yaml", "--", card)
+
+    said = "covariates.age.unit: 'month', but the given diffusion network learnt age in 'year'"
+    planned = snakemake("-n", "-p")
+    assert planned.returncode == 0 and said in planned.stdout + planned.stderr
+    assert f"--manifest {tmp_path}/results/tiny/cohort/manifest.parquet" in planned.stdout
+    refused = snakemake("--cores", "1")
+    assert refused.returncode != 0 and said in refused.stdout + refused.stderr
+    assert not (tmp_path / "results/tiny/cohort").exists()
+
+
 def test_a_table_of_excluded_scans_reaches_preprocessing(tmp_path):
     study = tiny_study.STUDY | {"preprocess": tiny_study.STUDY["preprocess"] | {"exclude": "excluded.tsv"}}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))

@@ -13,11 +13,13 @@ from meddiff_steps.config.study import Study
 PATH_KEYS = marked(Study, PATH)
 #: Names that can stand where else a path does.
 NAMES = frozenset([MNI152])
+#: What stands in the place of all others.
+BLANK = "(path)"
 
 
 def without_paths(content: dict[str, Any]) -> dict[str, Any]:
-    """A study, or the part of it that a stage may read, as published: paths of the user's machine are "(path)"."""
-    return replaced(content, PATH_KEYS, "(path)", but=NAMES)
+    """A study, or the part of it that a stage may read, as published: paths of the user's machine are BLANK."""
+    return replaced(content, PATH_KEYS, BLANK, but=NAMES)
 
 
 def published(study: Study) -> dict[str, Any]:

@@ -181,6 +181,7 @@ STAGES: dict[str, tuple[str, ...]] = {
         *("study", "release.name", "release.authors", "release.models_licence", "release.membership_limit"),
         *(
             "privacy.enforce",
+            "preprocess.spacing_mm",
             "generate",
             "diffusion.prediction_type",
             "diffusion.zero_terminal_snr",

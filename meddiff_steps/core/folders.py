@@ -25,6 +25,8 @@ OF_BASE = (
     *(f"{folder}*.{suffix}" for folder in ("configs/", "") for suffix in ("json", "yaml")),
     *(f"{folder}*.{suffix}" for folder in ("models/", "") for suffix in ("pt", "pth", "safetensors")),
 )
+#: The study that made weights, in the folder of a model release or in a study's results.
+CONFIGS_OF_BASE = ("config.json", "release/provenance/config.json")
 #: The networks of label maps.
 MASKS = tuple(f"{name}/{file}" for name in ("autoencoder", "diffusion") for file in NETWORK)
 CARDS_OF_MASKS = MASKS[1::2]
@@ -129,7 +131,14 @@ def files_of_base(path: str | None, *files: str | None) -> list[str]:
     folder = Path(path)
     ours = [folder / name / file for name in GIVEN for file in NETWORK if (folder / name / NETWORK[1]).is_file()]
     found = [found for pattern in OF_BASE for found in sorted(folder.glob(pattern))]
-    return [*(str(one) for one in (ours or found)), *named]
+    learnt = manifest_of_base(path) if ours else None
+    return [*(str(one) for one in (ours or found)), *([str(learnt)] if learnt else []), *named]
+
+
+def manifest_of_base(path: str | None) -> Path | None:
+    """The manifest that given weights learnt from, of the results that they are or lie in; None where there is none."""
+    folders = [] if path is None else [Path(path), Path(path).parent]
+    return next((found for each in folders if (found := each / "cohort" / "manifest.parquet").is_file()), None)
 
 
 def folders_of(step: str) -> dict[str, tuple[str, ...]]:

@@ -163,7 +163,7 @@ class TransformerEncoder(TextEncoder):
         mapping = transformers.MODEL_FOR_TEXT_ENCODING_MAPPING
         family = transformers.AutoModelForTextEncoding if type(settings) in mapping else transformers.AutoModel
         self.network = family.from_config(settings).float().eval()
-        width, longest = _width(settings), getattr(settings, "max_position_embeddings", None)
+        width, longest = _width(settings), _longest(settings, self.network)
         if longest is not None and max_tokens > longest:
             raise UserError(
                 f"text.max_tokens: {max_tokens}, but {kind} reads {longest} at most. Set it to that, or less."
@@ -259,7 +259,10 @@ def read_transformer(folder: Path, max_tokens: int) -> TransformerEncoder:
         raise UserError(
             f"text.encoder: {folder / TOKENIZER} has {size} tokens, the weights have {rows}. Take both from one place."
         )
-    encoder.network.load_state_dict(network.state_dict())
+    # What is missing came fresh from a global generator, and would give another digest each time.
+    state = network.state_dict()
+    state |= {name: torch.zeros_like(state[name]) for name in told["missing_keys"]}
+    encoder.network.load_state_dict(state)
     return encoder.finish()
 
 
@@ -268,6 +271,14 @@ def _width(settings: Any) -> int:
         if isinstance(getattr(settings, name, None), int):
             return int(getattr(settings, name))
     raise UserError(f"text.encoder: {settings.model_type} is no text encoder: its config has no hidden_size.")
+
+
+def _longest(settings: Any, network: nn.Module) -> int | None:
+    """Tokens that a network has places for; None: any number. RoBERTa and its kin count from behind that of padding."""
+    longest: int | None = getattr(settings, "max_position_embeddings", None)
+    places = [each for name, each in network.named_modules() if name.endswith("position_embeddings")]
+    paddings = [each.padding_idx for each in places if getattr(each, "padding_idx", None) is not None]
+    return longest if longest is None else longest - max((padding + 1 for padding in paddings), default=0)
 
 
 def _libraries() -> tuple[Any, Any]:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from meddiff_steps.cohort.base import check_units
 from meddiff_steps.cohort.bids import read_bids
 from meddiff_steps.cohort.covariates import (
     CovariateEncoding,
@@ -182,12 +183,14 @@ def _given_diffusion(study: Study) -> Path | None:
 
 
 def _given(study: Study) -> Iterator[Finding]:
-    """Whether the study has the covariates that given weights know."""
+    """Whether the study has the covariates that given weights know, in their units."""
     card = _given_diffusion(study)
     if card is not None:
         try:
             trained = CovariateEncoding.from_json(read_json(card).get("encoding", {}))
             as_declared(trained, study.covariates, study.diffusion.rare, f"{card.parent}")
+            assert study.init_from is not None, "it names the card"
+            check_units(study.init_from, study.covariates)
         except UserError as error:
             yield Finding("fail", "init_from", str(error))
 

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 
 from meddiff_steps import __version__, config
+from meddiff_steps.config.base import Spacing, per_axis
 from meddiff_steps.core.files import write_json
 from meddiff_steps.core.folders import BUNDLE
+from meddiff_steps.imaging.encoding import Grid
 from meddiff_steps.models.exported import export
 from meddiff_steps.models.trained import TrainedModel
 
@@ -32,11 +34,24 @@ image = bundle.get_parsed_content("image")  # (1, 1, ...) in [0, 1]
 """
 
 
-def write(model: TrainedModel, settings: config.Generate, folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write the bundle; `facts` are said in metadata.json beside what follows from the model."""
+def write(
+    model: TrainedModel,
+    settings: config.Generate,
+    folder: Path,
+    facts: Mapping[str, Any],
+    spacing_mm: Spacing | None,
+) -> None:
+    """Write the bundle; `facts` are said in metadata.json beside what follows from the model.
+
+    Parameters
+    ----------
+    spacing_mm
+        Voxel size of the model's 3D grid, in mm: images are saved with it.  None for 2D images.
+    """
+    grid = Grid(tuple(model.image_shape[1:]), spacing_mm)
     export(model, settings, folder / DENOISER, folder / DECODER)
-    write_json(folder / INFERENCE, _inference(model))
-    write_json(folder / METADATA, _metadata(model) | dict(facts))
+    write_json(folder / INFERENCE, _inference(model, grid))
+    write_json(folder / METADATA, _metadata(model, grid) | dict(facts))
 
 
 def usage(covariates: Sequence[str]) -> str:
@@ -44,7 +59,7 @@ def usage(covariates: Sequence[str]) -> str:
     return USE.replace("{covariates}", str(dict.fromkeys(covariates)))
 
 
-def _inference(model: TrainedModel) -> dict[str, Any]:
+def _inference(model: TrainedModel, grid: Grid) -> dict[str, Any]:
     settings = model.card.settings
     scheduler: dict[str, Any]
     if model.process.is_flow:
@@ -98,11 +113,12 @@ def _inference(model: TrainedModel) -> dict[str, Any]:
             "output_postfix": "$'sample_' + str(@seed)",
             "separate_folder": False,
         },
-        "run": ["$@saver(@image[0])"],
+        "affine": None if grid.affine is None else grid.affine.tolist(),
+        "run": ["$@saver(@image[0], @affine and {'affine': torch.tensor(@affine, dtype=torch.float64)})"],
     }
 
 
-def _metadata(model: TrainedModel) -> dict[str, Any]:
+def _metadata(model: TrainedModel, grid: Grid) -> dict[str, Any]:
     encoding = model.encoding
     meanings = {
         str(place): name
@@ -113,7 +129,6 @@ def _metadata(model: TrainedModel) -> dict[str, Any]:
         )
         for place, (name, count) in enumerate(zip(encoding.names, encoding.level_counts, strict=True))
     }
-    shape = list(model.image_shape[1:])
     return {
         "schema": SCHEMA,
         "version": __version__,
@@ -124,6 +139,7 @@ def _metadata(model: TrainedModel) -> dict[str, Any]:
         "required_packages_version": {},
         "task": "Synthesis of medical images, one subject at a time",
         "intended_use": "Research. Not for diagnosis.",
+        **({} if grid.spacing_mm is None else {"spacing_mm": list(per_axis(grid.spacing_mm))}),
         "network_data_format": {
             "inputs": {
                 "covariates": {
@@ -142,7 +158,7 @@ def _metadata(model: TrainedModel) -> dict[str, Any]:
                     "type": "image",
                     "format": "magnitude",
                     "num_channels": 1,
-                    "spatial_shape": shape,
+                    "spatial_shape": list(grid.shape),
                     "dtype": "float32",
                     "value_range": [0, 1],
                     "is_patch_data": False,

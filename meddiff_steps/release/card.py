@@ -51,7 +51,8 @@ def model(cards: Mapping[str, Mapping[str, Any]], distilled: int = 0) -> str:
 #: What has to be said of images that a model made which did not begin here.
 GIVEN = (
     "Nothing that was measured here tells of the people whose images the given weights were made from: neither filter"
-    " nor verdict compares with them. Their licence holds for the models made of them, and may hold for images."
+    " nor verdict compares with them. Were calibration or test subjects among them, thresholds, floors and the gate of"
+    " the weights would be too kind. Their licence holds for the models made of them, and may hold for images."
 )
 
 

@@ -16,6 +16,8 @@ from meddiff_steps.provenance import ledger
 from meddiff_steps.release import seal
 
 CONFIG, README = "config.json", "README.md"
+#: What stands where nobody named a licence.
+NOT_STATED = "not stated"
 
 
 def weights_gate(privacy: Mapping[str, Any], limit: float) -> Gate:

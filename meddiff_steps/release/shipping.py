@@ -73,8 +73,17 @@ def ship(release: Path, out: Path) -> int:
     Raises
     ------
     UserError
-        There is no licence, the release lacks a model, or its weights are too large.
+        There is no licence, the release lacks a file, or its weights are too large.
     """
+    copied = (*(f"diffusion/{name}" for name in TONE), CONFIG)
+    needed = (f"autoencoder/{CARD}", f"diffusion/{CARD}", *copied, README, METADATA)
+    absent = [name for name in needed if not (release / name).is_file()]
+    if absent:
+        raise UserError(
+            f"{release}: {', '.join(absent)} not there. Give the folder of a model release (model-release/) that is a"
+            " MONAI bundle, too; its README says why one is none. Models that are drawn by a student (few_step), told"
+            " texts (text.column), or of diffusion.zero_terminal_snr cannot be shipped."
+        )
     if not (out / LICENCE).is_file():
         raise UserError(f"{out / LICENCE}: not there. Write under which terms these models and their data are, first.")
     names, digests = [LICENCE], {}
@@ -89,7 +98,7 @@ def ship(release: Path, out: Path) -> int:
         save_tensors(halved(network), out / model, {**card, "full_precision_sha256": card["weights_sha256"]})
         digests[model] = read_json(out / model / CARD)["weights_sha256"]
         names += [f"{model}/{file}" for file in NETWORK]
-    for file in (*(f"diffusion/{name}" for name in TONE), CONFIG):
+    for file in copied:
         with atomic_path(out / file) as path:
             shutil.copyfile(release / file, path)
         names.append(file)

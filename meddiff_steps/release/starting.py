@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ import yaml
 
 from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.compute.device import make_fabric
-from meddiff_steps.config import CategoricalCovariate, Compute, Generate
+from meddiff_steps.config import CategoricalCovariate, Compute, Generate, Preprocess
 from meddiff_steps.config.base import per_axis
+from meddiff_steps.config.publishing import BLANK
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json, write_atomic
 from meddiff_steps.core.random_streams import seed_key
+from meddiff_steps.core.registries import is_of_students
 from meddiff_steps.imaging.encoding import Grid, encode
 from meddiff_steps.models.pretrained.study import sections_of
 from meddiff_steps.models.trained import TrainedModel
-from meddiff_steps.release.models import CONFIG
+from meddiff_steps.release.models import CONFIG, NOT_STATED
 from meddiff_steps.release.preview import picture
 from meddiff_steps.release.shipping import METADATA
 from meddiff_steps.synthesis.generate import CohortGenerator
@@ -29,6 +32,12 @@ from meddiff_steps.synthesis.generate import CohortGenerator
 FURTHER = {"trains": "all", "optimiser": {"steps": 500, "batch_size": 4, "learning_rate": 1e-3}}
 #: Root of the noise of example subjects: the same ones of every copy of the models.
 EXAMPLES = "examples"
+#: Of `preprocess`, what is for each study to say; no model that is released learnt from `channels`.
+NOT_TAKEN = frozenset({"shape", "exclude", "shards", "max_failed_share", "channels"})
+#: What simulated brains do not have, so that they cannot stand in for scans.
+NOT_SIMULATED = frozenset({"foreground", "window", "colour", "depth", "brain_mask"})
+#: What a path becomes that only the user can give.
+TO_FILL_IN = {"brain_mask": "PATH/{subject_id}_mask.nii.gz", "template": "PATH/template.nii.gz"}
 HEAD = """\
 # A study that starts from the models in {folder}/ (their README.md says what they are, LICENSE under which terms).
 # Change the lines marked with <--, then: meddiff check {file}; meddiff run {file} --cores 4. Keys: config/keys.md.
@@ -37,6 +46,14 @@ title: Brains like those of my cohort     # <--
 seed: {name}
 
 cohort:
+{cohort}
+splits: {{train: 0.6, val: 0.05, calibration: 0.15, test: 0.2}}
+
+# Covariates below are those that the models were told: your participants.tsv needs a column for each (`column:` names
+# it, where it is called otherwise). Where it lacks one, delete the covariate here and leave diffusion out of
+# `init_from.models`: its network is then trained from nothing, so give it thousands of steps.                    <--
+"""
+STAND_IN = """\
   # <-- Your own, instead of the stand-in below:
   # source: bids
   # root: /data/mycohort
@@ -45,13 +62,18 @@ cohort:
   source: simulated
   subjects: 200
   shape: [{cells}]
-  spacing_mm: {spacing}
-
-splits: {{train: 0.6, val: 0.05, calibration: 0.15, test: 0.2}}
-
-# Covariates below are those that the models were told: your participants.tsv needs a column for each (`column:` names
-# it, where it is called otherwise). Where it lacks one, delete the covariate here and leave diffusion out of
-# `init_from.models`: its network is then trained from nothing, so give it thousands of steps.                    <--
+  spacing_mm: {spacing:g}
+"""
+VOLUMES = """\
+  # <-- Your own; simulated brains are not what these models know
+  source: bids
+  root: /data/mycohort
+  suffix: T1w     # <-- as your images are named
+"""
+PICTURES = """\
+  # <-- Your own: a table with a row per image (path, subject_id, covariates)
+  source: table
+  table: /data/mycohort/images.csv
 """
 TAIL = """
 plan:                               # <-- who is to be made
@@ -64,7 +86,7 @@ privacy: {{level: 0.2, enforce: report}}
 release:
   name: Synthetic brains that started from {base}     # <--
   authors: [Jane Doe]               # <--
-  licence: {licence}     # <-- what the terms of your cohort and of these models allow
+  licence: {licence}     # <-- {terms}
 """
 
 
@@ -83,25 +105,75 @@ def study_text(models: Path, place: Path, file: str, name: str) -> str:
     Raises
     ------
     UserError
-        The release does not say how its images were preprocessed.
+        The release does not say how its images were preprocessed, or no training goes on from its models.
     """
     made = _study_of(models)
+    _refuse(models, made)
     said = yaml.safe_load(sections_of(models))
-    licence = _metadata(models).get("license", "")
+    licence = " ".join(_metadata(models).get("license", "").split())
+    licence = "" if licence == NOT_STATED else licence
     said["init_from"] |= {"path": str(place), "source": place.name, "licence": licence}
     said["covariates"] = {
         name: {key: value for key, value in each.items() if key != "column"}
         for name, each in made["covariates"].items()
     }
-    said["preprocess"] |= {key: made["preprocess"][key] for key in ("spacing_mm", "registration", "center")}
+    said["preprocess"] |= _preprocess(made["preprocess"])
     said["variants"] = made["variants"]
     said["diffusion"] |= FURTHER
     said["generate"] = {key: made["generate"][key] for key in ("sampler", "guidance_scale")}
-    spacing = per_axis(made["preprocess"]["spacing_mm"])[0]
-    cells = ", ".join(str(n + 4) for n in said["preprocess"]["shape"])
-    head = HEAD.format(folder=place, file=file, name=name, cells=cells, spacing=f"{spacing:g}")
+    head = HEAD.format(folder=place, file=file, name=name, cohort=_cohort(said["preprocess"]))
     middle = yaml.safe_dump(said, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
-    return head + middle + TAIL.format(base=place.name, licence=(licence or "CC0").partition(";")[0])
+    if "PATH/" in middle:
+        middle = middle.replace(
+            "\npreprocess:", "\n# <-- PATH: where yours lie; these models learnt with such.\npreprocess:"
+        )
+    terms = "what the terms of your cohort and of these models allow"
+    if not licence:
+        terms = f"NOT STATED by these models: ask who made them, and write {terms}"
+    written = yaml.safe_dump(licence or "to be decided", allow_unicode=True, width=100_000).splitlines()[0]
+    return head + middle + TAIL.format(base=place.name, licence=written, terms=terms)
+
+
+def _refuse(models: Path, made: Mapping[str, Any]) -> None:
+    """Models that no training goes on from."""
+    sampler, text = made["generate"]["sampler"], made.get("text") or {}
+    remedy = "or write a study by hand (meddiff init), with init_from.models: [autoencoder]"
+    if is_of_students(sampler):
+        raise UserError(
+            f"{models / CONFIG}: generate.sampler is {sampler}, so its diffusion network is a student of few steps,"
+            " whose training cannot be continued. Give models whose diffusion network draws itself (a study without"
+            f" few_step), {remedy}."
+        )
+    if text.get("column") is not None:
+        raise UserError(
+            f"{models / CONFIG}: text.column is {text['column']}, so its diffusion network is told texts, and no"
+            f" training goes on from that. Give models that covariates alone ask, {remedy}."
+        )
+
+
+def _preprocess(made: Mapping[str, Any]) -> dict[str, Any]:
+    """How the images were made that models know, where it is not the default; paths are to be filled in."""
+    usual = Preprocess().model_dump(mode="json")
+    differs = [key for key in usual if key not in NOT_TAKEN and key in made and made[key] != usual[key]]
+
+    def filled(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {below: filled(below, one) for below, one in value.items()}
+        return TO_FILL_IN[key] if value == BLANK else value
+
+    return {"spacing_mm": made["spacing_mm"]} | {key: filled(key, made[key]) for key in differs}
+
+
+def _cohort(preprocess: Mapping[str, Any]) -> str:
+    """Lines that say where scans come from: simulated brains, where these can stand in for them."""
+    if preprocess["spacing_mm"] is None:
+        return PICTURES
+    if NOT_SIMULATED & preprocess.keys() or "PATH/" in str(preprocess):
+        return VOLUMES
+    sizes = per_axis(preprocess["spacing_mm"])
+    finest = min(sizes)
+    cells = [round(n * size / finest) + 4 for n, size in zip(preprocess["shape"], sizes, strict=True)]
+    return STAND_IN.format(cells=", ".join(map(str, cells)), spacing=finest)
 
 
 def examples(models: Path, count: int, out: Path) -> Path:

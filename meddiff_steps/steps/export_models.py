@@ -16,7 +16,7 @@ from meddiff_steps.core.folders import BUNDLE, CARD
 from meddiff_steps.models.trained import TrainedModel
 from meddiff_steps.release import bundle, card
 from meddiff_steps.release.facts import with_base
-from meddiff_steps.release.models import README, pack, refuse_weights, weights_gate
+from meddiff_steps.release.models import NOT_STATED, README, pack, refuse_weights, weights_gate
 from meddiff_steps.steps import options
 
 
@@ -62,7 +62,7 @@ def run(
     def as_bundle() -> Sequence[str]:
         fabric = make_fabric(Compute(device="cpu", precision="32-true"), 1)
         model = TrainedModel.load(autoencoder, diffusion, fabric, decoder=decoder)
-        bundle.write(model, study.generate, out.parent, facts)
+        bundle.write(model, study.generate, out.parent, facts, study.preprocess.spacing_mm)
         return BUNDLE
 
     written = as_bundle if unlike is None else None
@@ -73,6 +73,6 @@ def _licence(study: Study, cards: dict[str, Any]) -> str:
     """Of the weights; where they started from others, theirs goes with it."""
     said = [study.release.models_licence]
     for base in (each["base"] for each in cards.values() if "base" in each):
-        theirs = (study.init_from.licence if study.init_from else "") or base.get("license") or "not stated"
+        theirs = (study.init_from.licence if study.init_from else "") or base.get("license") or NOT_STATED
         said.append(f"started from weights under: {theirs}")
-    return "; ".join(dict.fromkeys(filter(None, said))) or "not stated"
+    return "; ".join(dict.fromkeys(filter(None, said))) or NOT_STATED

@@ -15,7 +15,7 @@ from meddiff_steps.models.denoiser.base import Denoiser
 from meddiff_steps.models.denoiser.tokens import AttendedTokens, CrossAttention
 from meddiff_steps.models.text_encoder import TextEncoder, WordEncoder, build, read_transformer
 from meddiff_steps.models.trained import load_text_encoder
-from meddiff_steps.models.weights import save_model
+from meddiff_steps.models.weights import save_model, weights_digest
 from meddiff_steps.training.word_vectors import fit_words
 
 TEXTS = ["left effusion", "right effusion", "left mass", "right mass", "clear", "clear chest, no mass"]
@@ -125,6 +125,29 @@ def test_a_frozen_transformer_gives_its_last_states(folder, tmp_path):
     again, card = load_text_encoder(tmp_path / "text")
     assert np.array_equal(again.batch(["left mass"]), encoder.batch(["left mass"]), equal_nan=True)
     assert str(tmp_path) not in json.dumps(card) and build(card["encoder"]).width == 8
+
+
+def test_an_encoder_without_pooler_is_the_same_each_time(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = folder / "model.safetensors"
+    whole = load_file(weights)
+    assert any(name.startswith("pooler.") for name in whole)
+    save_file({k: v for k, v in whole.items() if not k.startswith("pooler.")}, weights, {"format": "pt"})
+    first, second = (read_transformer(folder, 6) for _ in range(2))
+    assert weights_digest(first.state_dict()) == weights_digest(second.state_dict())
+    assert np.array_equal(first.batch(["left mass"]), second.batch(["left mass"]), equal_nan=True)
+
+
+def test_an_encoder_that_counts_from_behind_padding_reads_fewer_tokens(folder):
+    import transformers
+
+    sizes = {"vocab_size": 7, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    settings = transformers.RobertaConfig(**sizes, intermediate_size=8, max_position_embeddings=16, pad_token_id=1)
+    transformers.RobertaModel(settings).save_pretrained(folder)
+    with pytest.raises(UserError, match="text.max_tokens: 15, but roberta reads 14 at most"):
+        read_transformer(folder, 15)
+    assert np.isfinite(read_transformer(folder, 14).batch(["mass " * 20])).all()
 
 
 def test_what_is_no_encoder_is_refused(folder):

@@ -109,6 +109,13 @@ def test_given_weights_are_asked_which_covariates_they_know(root):
     ((state, text),) = told(found, "init_from")
     assert state == "fail" and all(name in text for name in known.names)
     assert "init_from.models: its network is then trained from nothing" in text
+    theirs = read_json(given / "config.json")["covariates"]
+    months = theirs | {"age": theirs["age"] | {"unit": "month", "range": [480, 1080]}}
+    declared = {name: {key: value for key, value in each.items() if value is not None} for name, each in months.items()}
+    simulated = {"cohort": {"source": "simulated"}, "covariates": declared}
+    found, _ = check.cohort(study(root, **start | simulated))
+    ((state, text),) = told(found, "init_from")
+    assert state == "fail" and "covariates.age.unit: 'month'" in text and "learnt age in 'year'" in text
     alone = start["init_from"] | {"models": ["autoencoder"]}
     found, _ = check.cohort(study(root, **start | {"init_from": alone}))
     assert not told(found, "init_from")

@@ -6,6 +6,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,6 +18,7 @@ from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import Compute
 from meddiff_steps.core.folders import BUNDLE
 from meddiff_steps.diffusion.conditioning import Condition
+from meddiff_steps.imaging.encoding import Grid
 from meddiff_steps.models.drawing.base import build as build_drawing
 from meddiff_steps.models.first_stage.base import build, latent_shape
 from meddiff_steps.models.tone import ToneCurve
@@ -40,6 +43,8 @@ KINDS = {
     "published": ("kl", "published", "v_prediction", {}, False),
 }
 STEPS = 5
+#: Voxels with thick slices, in mm.
+SPACING = (2.0, 2.0, 6.0)
 #: As the README of a model release says, in a Python that has never heard of this package.
 RUN = """
 import sys, torch
@@ -52,6 +57,7 @@ for folder in sys.argv[1:]:
     bundle["covariates"] = {"age": 75.0, "sex": None}
     bundle["num_inference_steps"] = STEPS
     found = {name: bundle.get_parsed_content(name) for name in ("noise", "drawing_noise", "latents", "image")}
+    bundle.get_parsed_content("run")
     save_file({name: value.contiguous() for name, value in found.items()}, folder + "/made.safetensors")
 assert not [name for name in sys.modules if name.startswith("meddiff")]
 """
@@ -82,7 +88,7 @@ def made(tmp_path_factory):
         sampler = "flow" if prediction == "flow" else "ddim_even"
         settings = config.Generate(sampler=sampler, num_inference_steps=STEPS, drawing_steps=3, **guidance)
         models[kind] = model_of(kind, decoder), settings
-        bundle.write(models[kind][0], settings, root / kind, {"license": "A licence"})
+        bundle.write(models[kind][0], settings, root / kind, {"license": "A licence"}, SPACING)
     script = root / "run.py"
     script.write_text(RUN.replace("STEPS", str(STEPS)))
     # -I: neither the folder nor PYTHONPATH, so that this package is not even there where it is not installed
@@ -104,6 +110,15 @@ def test_monai_alone_makes_the_same_image(made, kind):
     assert found["latents"].std() > 0.1 and found["image"].shape == (1, *IMAGE)
     assert float((found["latents"] - latents).abs().max()) < 2e-4 * float(latents.abs().max())
     assert float((found["image"] - image).abs().max()) < 2e-4
+
+
+def test_monai_alone_saves_voxels_of_their_size(made):
+    root, _ = made
+    (path,) = (root / "light/output").glob("*.nii.gz")
+    saved = nib.load(path)
+    assert saved.header.get_zooms() == SPACING and saved.shape == IMAGE[1:]
+    np.testing.assert_allclose(saved.affine, Grid(IMAGE[1:], SPACING).affine)
+    np.testing.assert_allclose(saved.get_fdata(), load_file(root / "light/made.safetensors")["image"][0, 0], atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [bundle.DECODER, bundle.DENOISER])
@@ -128,4 +143,5 @@ def test_a_bundle_says_what_it_is(made):
     assert metadata["license"] == "A licence"
     assert data["inputs"]["covariates"]["channel_def"] == {"0": "age, in its unit", "1": "sex: 0 F, 1 M"}
     assert data["outputs"]["pred"]["spatial_shape"] == list(IMAGE[1:])
+    assert metadata["spacing_mm"] == list(SPACING)
     assert {"version", "monai_version", "pytorch_version", "numpy_version", "task"} <= metadata.keys()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from test_bundle import model_of
 
 from meddiff_steps import config
+from meddiff_steps.cohort.covariates import RESERVED
 from meddiff_steps.command import init
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import CHECKSUMS, read_json, sha256_file
@@ -29,6 +30,7 @@ from meddiff_steps.release import card, shipping
 from meddiff_steps.release.facts import with_base
 from meddiff_steps.release.starting import examples, spread, study_text
 from meddiff_steps.report.sections import given_weights
+from meddiff_steps.steps import init_weights
 
 IMAGE = (1, 8, 16, 8)
 LICENCE = "A licence of the models"
@@ -120,6 +122,13 @@ def test_what_cannot_be_shipped_is_refused(release, tmp_path, monkeypatch):
     monkeypatch.setattr(shipping, "LARGEST", 1000)
     with pytest.raises(UserError, match="MB, at most"):
         shipping.ship(release, tmp_path)
+    unlike = shutil.copytree(release, tmp_path / "unlike-monai")
+    shutil.rmtree(unlike / "configs")
+    (out := tmp_path / "out").mkdir()
+    (out / "LICENSE").touch()
+    with pytest.raises(UserError, match=r"configs/metadata.json not there.*MONAI bundle.*student.*cannot be shipped"):
+        shipping.ship(unlike, out)
+    assert [path.name for path in out.iterdir()] == ["LICENSE"]
     network = torch.nn.Linear(2, 2)
     network.weight.data[0, 0] = 1e5
     with pytest.raises(UserError, match="float16"):
@@ -146,6 +155,90 @@ def test_a_study_that_starts_from_models_can_be_converted_and_names_them(shipped
     (lacking := tmp_path / "lacking").mkdir()
     with pytest.raises(UserError, match="config.json: not there"):
         study_text(lacking, lacking, "x.yaml", "x")
+
+
+def test_whom_given_weights_learnt_from_must_not_be_held_out(release, tmp_path, caplog):
+    models = shutil.copytree(release, tmp_path / "base/model-release")
+    (tmp_path / "mine.yaml").write_text(study_text(models, models, "mine.yaml", "mine"))
+    frozen = config.freeze(config.load_study(tmp_path / "mine.yaml"), "init_weights", tmp_path)
+    rows = pd.DataFrame({name: [f"{name}{i}" for i in range(3)] for name in RESERVED})
+    ours, theirs = tmp_path / "manifest.parquet", tmp_path / "base/cohort/manifest.parquet"
+    theirs.parent.mkdir()
+    rows.assign(split=["train", "calibration", "test"]).to_parquet(ours)
+    init_weights.run(frozen, ours, tmp_path / "init")
+    assert "nothing here says whom the given weights learnt from" in caplog.text
+    rows.assign(split=["train", "train", "test"]).to_parquet(theirs)
+    with pytest.raises(UserError, match=r"learnt from scans of 1 subject\(s\).*\(subject_id1\)"):
+        init_weights.run(frozen, ours, tmp_path / "second")
+    assert not (tmp_path / "second").exists()
+
+
+def with_settings(release, folder, metadata=None, **sections):
+    """The same models of a study with other settings; None: without a MONAI bundle."""
+    shutil.copytree(release, folder)
+    made = read_json(folder / "config.json")
+    made |= {name: made.get(name, {}) | section for name, section in sections.items()}
+    (folder / "config.json").write_text(json.dumps(made))
+    if metadata is not None:
+        (folder / "configs/metadata.json").write_text(json.dumps(metadata))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"foreground": "ct", "window": [0, 80], "interpolation": "linear", "spacing_mm": [10.0, 10.0, 20.0]},
+        {"percentiles": [1.0, 99.0], "bias_field": "n4", "brain_extraction": "deepbet", "center": "foreground"},
+        {"depth": 8, "colour": "green"},
+        {"brain_mask": "(path)", "registration": {"template": "(path)", "transform": "affine"}},
+    ],
+)
+def test_a_study_that_starts_from_models_preprocesses_as_they_did(release, tmp_path, settings):
+    others = {"exclude": "(path)", "shards": 7, "max_failed_share": 0.5, "channels": {"t2": {"path": "(path)"}}}
+    models = with_settings(release, tmp_path / "models", preprocess=settings | others)
+    text = study_text(models, models, "mine.yaml", "mine")
+    (tmp_path / "mine.yaml").write_text(text)
+    study = config.load_study(tmp_path / "mine.yaml")
+    found = study.preprocess.model_dump(mode="json")
+    for key in settings.keys() - {"brain_mask", "registration"}:
+        assert found[key] == settings[key], key
+    assert found["exclude"] is None and not found["channels"] and found["shards"] == 2
+    simulated = not settings.keys() & {"foreground", "depth", "brain_mask"}
+    assert study.cohort.source == ("simulated" if simulated else "bids")
+    if "brain_mask" in settings:
+        assert "(path)" not in text and "# <-- PATH: where yours lie" in text
+        assert found["brain_mask"].startswith("PATH/") and found["registration"]["transform"] == "affine"
+
+
+def test_a_study_that_starts_from_models_of_pictures(release, tmp_path):
+    models = with_settings(release, tmp_path / "models", preprocess={"shape": [16, 16], "spacing_mm": None})
+    card = models / "autoencoder/card.json"
+    card.write_text(json.dumps(read_json(card) | {"image_shape": [1, 16, 16]}))
+    (tmp_path / "mine.yaml").write_text(study_text(models, models, "mine.yaml", "mine"))
+    study = config.load_study(tmp_path / "mine.yaml")
+    assert study.preprocess.spacing_mm is None and study.cohort.source == "table"
+
+
+def test_models_that_no_training_goes_on_from_start_no_study(release, tmp_path):
+    student = with_settings(release, tmp_path / "student", generate={"sampler": "consistency"})
+    with pytest.raises(UserError, match="generate.sampler is consistency, .* student of few steps.*without few_step"):
+        study_text(student, student, "mine.yaml", "mine")
+    told = with_settings(release, tmp_path / "told", text={"column": "report"})
+    with pytest.raises(UserError, match="text.column is report, .*told texts"):
+        study_text(told, told, "mine.yaml", "mine")
+
+
+def test_terms_of_models_are_told_whole_and_not_made_up(release, tmp_path):
+    for place, metadata in enumerate(({}, {"license": "not stated"})):
+        models = with_settings(release, tmp_path / str(place), metadata)
+        text = study_text(models, models, "mine.yaml", "mine")
+        said = yaml.safe_load(text)
+        assert said["release"]["licence"] == "to be decided" and "# <-- NOT STATED by these models" in text
+        assert said["init_from"]["licence"] == ""
+    terms = "CC-BY-SA-4.0; started from weights under: 'their own'\n # terms"
+    models = with_settings(release, tmp_path / "several", {"license": terms})
+    said = yaml.safe_load(study_text(models, models, "mine.yaml", "mine"))
+    assert said["release"]["licence"] == said["init_from"]["licence"] == " ".join(terms.split())
 
 
 def test_example_subjects_are_spread(shipped):
