@@ -154,9 +154,10 @@ def test_a_whole_sample_is_that_of_monais_ddim(tmp_path, prediction):
 
 @torch.no_grad()
 def test_files_without_a_bundle_are_the_studys_networks(bundle, tmp_path):
-    """As BrLP publishes: .pth files alone, in a trainer's dictionary and behind a wrapper's names."""
+    """As BrLP publishes: .pth files alone, in a trainer's dictionary and behind wrappers' names."""
     tensors = torch.load(bundle / "models/model.pt", weights_only=True)
-    torch.save({"epoch": 3, "state_dict": {f"module.{name}": v for name, v in tensors.items()}}, tmp_path / "unet.pth")
+    wrapped = {f"_orig_mod.module.{name}": value for name, value in tensors.items()}
+    torch.save({"epoch": 3, "state_dict": wrapped}, tmp_path / "unet.pth")
     base = config.InitFrom(
         autoencoder=str(bundle / "models/autoencoder.pt"), diffusion=str(tmp_path / "unet.pth"), scale_factor=0.5
     )
