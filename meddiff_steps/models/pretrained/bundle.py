@@ -51,7 +51,6 @@ USUAL_UNET: dict[str, Any] = {
     "cross_attention_dim": None,
     "num_class_embeds": None,
     "upcast_attention": False,
-    "include_fc": True,
     "use_combined_linear": False,
     "include_spacing_input": False,
     "include_top_region_index_input": False,
@@ -87,6 +86,8 @@ class Bundle:
         What the network is told, in order, by the words of the bundle.
     scale_factor
         What latents are multiplied by, where the configuration has it as a number.
+    include_fc
+        Whether the diffusion network has projections after attention, as most have.
     said
         Name, version, licence and the like, from metadata.json.
     """
@@ -98,6 +99,7 @@ class Bundle:
     image_shape: tuple[int, ...] | None = None
     inputs: tuple[str, ...] = ()
     scale_factor: float | None = None
+    include_fc: bool = True
     said: dict[str, str] = field(default_factory=dict)
 
 
@@ -148,6 +150,7 @@ def read_bundle(path: Path) -> Bundle:
         shape,
         inputs,
         _number(content.get("scale_factor")),
+        unet is None or unet.get("include_fc", True),
         {"name": root.name} | {key: str(metadata[key]) for key in _SAID if metadata.get(key)},
     )
 
@@ -264,7 +267,7 @@ def _diffusion(
     maisi = str(unet["_target_"]).endswith("Maisi")
     given = USUAL_UNET | _channels(unet)
     regions = {"include_top_region_index_input": False, "include_bottom_region_index_input": False}
-    _refuse("the diffusion network", given, {"norm_eps": 1e-6, "include_fc": True} | regions, origin)
+    _refuse("the diffusion network", given, {"norm_eps": 1e-6} | regions, origin)
     _refuse("the diffusion network", given, {"use_combined_linear": False}, origin)
     if not maisi:
         _refuse("the diffusion network", given, {"num_class_embeds": None}, origin)

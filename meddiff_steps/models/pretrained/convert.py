@@ -210,7 +210,8 @@ def _convert_published(base: config.InitFrom, sections: Sections, out: Path) -> 
             _autoencoder(checkpoint.tensors, sections, place, out / model, facts)
         else:
             scale = base.scale_factor or checkpoint.scale_factor or (bundle.scale_factor if bundle else None) or 1.0
-            _denoiser(checkpoint.tensors, scale, sections, place, out / model, facts)
+            include_fc = bundle is None or bundle.include_fc
+            _denoiser(checkpoint.tensors, scale, include_fc, sections, place, out / model, facts)
 
 
 def _file(base: config.InitFrom, bundle: Bundle | None, model: str) -> Path:
@@ -296,6 +297,7 @@ def _autoencoder(
 def _denoiser(
     tensors: Mapping[str, Tensor],
     scale_factor: float,
+    include_fc: bool,
     sections: Sections,
     origin: Path,
     out: Path,
@@ -311,7 +313,7 @@ def _denoiser(
     made = DenoiserCard(settings, shape, published_encoding(settings, sections.covariates), 0)
     denoiser = made.build()
     network: Any = denoiser.network
-    network.unet.load_state_dict(renamed(tensors, network.unet, str(origin)))
+    network.unet.load_state_dict(renamed(tensors, network.unet, str(origin), include_fc))
     denoiser.scale = torch.tensor(1.0 / scale_factor)
     save_denoiser(denoiser, made, out, {"scale_factor": scale_factor, **facts})
 
