@@ -15,12 +15,13 @@ from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json
 from meddiff_steps.diffusion.conditioning import Condition
+from meddiff_steps.models.first_stage.base import build as build_first_stage
 from meddiff_steps.models.pretrained.bundle import read_bundle
 from meddiff_steps.models.pretrained.checkpoint import read_checkpoint
 from meddiff_steps.models.pretrained.convert import Sections, convert
 from meddiff_steps.models.pretrained.names import renamed
 from meddiff_steps.models.pretrained.study import sections_of as study_of
-from meddiff_steps.models.trained import TrainedModel, load_denoiser, load_first_stage
+from meddiff_steps.models.trained import TrainedModel, load_denoiser, load_first_stage, save_image_network
 
 COVARIATES = {
     "age": config.ContinuousCovariate(unit="year", range=(40, 90)),
@@ -40,6 +41,12 @@ SUBJECTS = pd.DataFrame(
 #: The same in the bundle's order and scale.
 TOLD = torch.tensor([[0.0, 0.0, 0.2, 0.4], [1.0, 0.5, 0.5, 1.0]])
 SHAPE = (32, 32, 16)
+STUDY = {
+    "study": "a",
+    "cohort": {"source": "simulated"},
+    "covariates": {"age": {"unit": "year", "range": [0, 99]}},
+    "plan": [{"name": "syn", "subjects": 1}],
+}
 LATENT = (3, 8, 8, 4)
 
 
@@ -301,6 +308,31 @@ def test_models_of_our_own_are_taken_over(bundle, model, tmp_path):
         convert(config.InitFrom(path=str(folder), models=["decoder"]), sections, tmp_path / "no")
 
 
+def test_codebooks_of_our_own_are_taken_over(tmp_path):
+    """Their size belongs to the network, how they are trained does not."""
+    settings = config.Autoencoder(
+        network="vq", channels=[8, 16], latent_channels=4, codebook={"entries": 8, "parts": 2, "decay": 0.9}
+    )
+    stage, released = build_first_stage(settings, 3), tmp_path / "released/autoencoder"
+    save_image_network(
+        stage, released, (1, *SHAPE), {"settings": settings.model_dump(mode="json"), "latent_shape": [4, 8, 8, 4]}
+    )
+    said = yaml.safe_load(study_of(released.parent))["autoencoder"]
+    assert said["codebook"] == {"entries": 8, "parts": 2}
+
+    def taken(codebook):
+        given = {"path": str(released.parent), "models": ["autoencoder"]}
+        study = config.parse_study(STUDY | {"init_from": given, "autoencoder": said | {"codebook": codebook}}, "test")
+        frozen = config.load_stage(config.freeze(study, "init_weights", tmp_path), "init_weights")
+        convert(study.init_from, replace(Sections.of_study(frozen), image_shape=SHAPE), tmp_path / "init")
+
+    taken({"entries": 8, "parts": 2, "commitment_weight": 0.5})
+    found, _ = load_first_stage(tmp_path / "init/autoencoder")
+    assert all(torch.equal(value, stage.state_dict()[name]) for name, value in found.state_dict().items())
+    with pytest.raises(UserError, match=r"codebook\.parts is 4, expected 2"):
+        taken({"entries": 8, "parts": 4})
+
+
 def changed(section, key, value):
     return section.model_copy(update={key: value})
 
@@ -432,11 +464,5 @@ def test_what_read_bundle_prints_is_the_study_that_is_accepted(bundle, tmp_path)
     ],
 )
 def test_a_study_that_cannot_be_is_refused_when_it_is_read(changes, said):
-    study = {
-        "study": "a",
-        "cohort": {"source": "simulated"},
-        "covariates": {"age": {"unit": "year", "range": [0, 99]}},
-        "plan": [{"name": "syn", "subjects": 1}],
-    }
     with pytest.raises(UserError, match=said):
-        config.parse_study(study | changes, "test")
+        config.parse_study(STUDY | changes, "test")

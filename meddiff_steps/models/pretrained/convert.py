@@ -12,7 +12,7 @@ from torch import Tensor
 
 from meddiff_steps import config
 from meddiff_steps.cohort.covariates import CovariateEncoding, as_declared
-from meddiff_steps.config.init_from import ARCHITECTURE
+from meddiff_steps.config.init_from import ARCHITECTURE, OF_CODEBOOK
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json, sha256_file
 from meddiff_steps.core.folders import CARD
@@ -42,7 +42,9 @@ UNUSED: Mapping[str, Sequence[str]] = {
         "published",
         "grey_levels",
         "upsampling",
+        "codebook",
     ),
+    "kl": ("codebook",),
     "unet": ("published",),
     "published": ("num_head_channels", "covariate_dim"),
 }
@@ -74,7 +76,10 @@ class Sections:
             section = getattr(study, name)
             values = {key: getattr(section, key) for key in ARCHITECTURE[name]}
             return {
-                key: value.model_dump() if isinstance(value, config.Section) else value for key, value in values.items()
+                key: value.model_dump(include=set(OF_CODEBOOK) if key == "codebook" else None)
+                if isinstance(value, config.Section)
+                else value
+                for key, value in values.items()
             }
 
         rare = study.diffusion.rare
@@ -255,6 +260,12 @@ def _compare(
                 f"published.{name} is {study[key][name]}, expected {value}"
                 for name, value in found[key].items()
                 if not _alike(name, study[key][name], value)
+            ]
+        elif key == "codebook" and key in found:
+            wrong += [
+                f"codebook.{name} is {study[key][name]}, expected {found[key][name]}"
+                for name in OF_CODEBOOK
+                if study[key][name] != found[key][name]
             ]
         elif key in found and study[key] != found[key]:
             wrong.append(f"{key} is {study[key]}, expected {found[key]}")

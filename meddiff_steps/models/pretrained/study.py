@@ -8,9 +8,10 @@ from typing import Any
 
 import yaml
 
-from meddiff_steps.config.init_from import ARCHITECTURE
+from meddiff_steps.config.init_from import ARCHITECTURE, OF_CODEBOOK
 from meddiff_steps.core.files import read_json
 from meddiff_steps.core.folders import CARD
+from meddiff_steps.core.registries import claimed_keys
 from meddiff_steps.models.pretrained.bundle import read_bundle
 from meddiff_steps.models.pretrained.convert import is_release
 
@@ -50,6 +51,9 @@ def _of_release(folder: Path) -> str:
         settings = {key: card["settings"][key] for key in ARCHITECTURE[model] if key in card["settings"]}
         if settings.get("network") != "published":
             settings.pop("published", None)
+        book = settings.pop("codebook", None)
+        if settings.get("network") in claimed_keys()["codebook"] and book is not None:
+            settings["codebook"] = {key: book[key] for key in OF_CODEBOOK}
         sections[model] = settings | {"optimiser": {"steps": 0}}
     return OUR_OWN + _yaml(sections)
 
