@@ -92,7 +92,10 @@ METADATA: dict[str, Any] = {
 
 
 def as_generative(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """By the names of monai-generative, in which the published weights are."""
+    """By the names of monai-generative, in which the published weights are.
+
+    Its self-attention has a `proj_attn` that is never applied: here `attn.out_proj` stands for its random values.
+    """
 
     def old(name: str) -> str:
         name = re.sub(r"\.postconv\.conv\.(weight|bias)$", r".conv.conv.\1", name)
@@ -133,10 +136,12 @@ def write_bundle(
     return folder
 
 
-def run_by_monai(folder: Path) -> tuple[Any, Any, Any]:
-    """Autoencoder, UNet and scheduler, as MONAI makes and loads them from the bundle's own configuration."""
+def run_by_monai(folder: Path, **changes: Any) -> tuple[Any, Any, Any]:
+    """Autoencoder, UNet and scheduler, as MONAI makes and loads them from the bundle's own configuration; `changes` to
+    the definition of the UNet."""
     parser = ConfigParser()
     parser.read_config(folder / "configs/inference.json")
+    parser["diffusion_def"] = parser["diffusion_def"] | changes
     parser["bundle_root"] = str(folder)
     scheduler = parser.get_parsed_content("scheduler")  # which requires the weights of both
     autoencoder, unet = (parser.get_parsed_content(name).eval() for name in ("autoencoder", "diffusion"))

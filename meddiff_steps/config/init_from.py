@@ -14,7 +14,7 @@ BaseModelName = Literal["autoencoder", "decoder", "diffusion"]
 ARCHITECTURE: Mapping[str, Sequence[str]] = {
     "autoencoder": (
         *("network", "stem", "grey_levels", "channels", "num_res_blocks", "norm_num_groups", "latent_channels"),
-        "upsampling",
+        *("upsampling", "codebook"),
     ),
     "decoder": ("network", "channels", "num_res_blocks"),
     "diffusion": (
@@ -23,6 +23,8 @@ ARCHITECTURE: Mapping[str, Sequence[str]] = {
         *("prediction_type", "schedule", "num_train_timesteps", "beta_start", "beta_end", "zero_terminal_snr"),
     ),
 }
+#: Keys of `autoencoder.codebook` that say what a network is.
+OF_CODEBOOK: Sequence[str] = ("entries", "parts")
 
 
 class InitFrom(Section):

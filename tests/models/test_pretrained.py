@@ -15,12 +15,13 @@ from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json
 from meddiff_steps.diffusion.conditioning import Condition
+from meddiff_steps.models.first_stage.base import build as build_first_stage
 from meddiff_steps.models.pretrained.bundle import read_bundle
 from meddiff_steps.models.pretrained.checkpoint import read_checkpoint
 from meddiff_steps.models.pretrained.convert import Sections, convert
 from meddiff_steps.models.pretrained.names import renamed
 from meddiff_steps.models.pretrained.study import sections_of as study_of
-from meddiff_steps.models.trained import TrainedModel, load_denoiser, load_first_stage
+from meddiff_steps.models.trained import TrainedModel, load_denoiser, load_first_stage, save_image_network
 
 COVARIATES = {
     "age": config.ContinuousCovariate(unit="year", range=(40, 90)),
@@ -40,6 +41,12 @@ SUBJECTS = pd.DataFrame(
 #: The same in the bundle's order and scale.
 TOLD = torch.tensor([[0.0, 0.0, 0.2, 0.4], [1.0, 0.5, 0.5, 1.0]])
 SHAPE = (32, 32, 16)
+STUDY = {
+    "study": "a",
+    "cohort": {"source": "simulated"},
+    "covariates": {"age": {"unit": "year", "range": [0, 99]}},
+    "plan": [{"name": "syn", "subjects": 1}],
+}
 LATENT = (3, 8, 8, 4)
 
 
@@ -100,15 +107,27 @@ KINDS = {
     "plain blocks": {"resblock_updown": False, "upcast_attention": False, "num_head_channels": 8},
     "many heads": {"num_head_channels": [8, 8, 12], "transformer_num_layers": 2, "num_res_blocks": 2},
 }
+#: Without projections after attention; MONAI cannot load the old names of these where blocks are transformers.
+NO_PROJECTION = {
+    "no projection": {"include_fc": False},
+    "concatenation": KINDS["concatenation"] | {"include_fc": False},
+}
 
 
-@pytest.mark.parametrize("old", [True, False], ids=["monai-generative", "monai"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "changes", "old"),
+    [
+        *((kind, changes, old) for kind, changes in KINDS.items() for old in (True, False)),
+        *((kind, changes, False) for kind, changes in NO_PROJECTION.items()),
+    ],
+)
 @torch.no_grad()
-def test_the_unet_is_monais(tmp_path, kind, old):
-    folder = write_bundle(tmp_path / "bundle", {"diffusion_def": KINDS[kind]}, old=old)
+def test_the_unet_is_monais(tmp_path, kind, changes, old):
+    folder = write_bundle(tmp_path / "bundle", {"diffusion_def": changes}, old=old)
     model = model_of(folder, tmp_path / "init", [] if kind == "unconditional" else INPUTS)
-    _, unet, _ = run_by_monai(folder)
+    # What monai-generative computes: its self-attention has no projection, whatever its weights hold
+    plain = old and not changes.get("with_conditioning", True)
+    _, unet, _ = run_by_monai(folder, **({"include_fc": False} if plain else {}))
     x, timesteps = torch.randn(2, *LATENT), torch.tensor([3.0, 977.0])
     maps = TOLD[:, :, None, None, None].expand(-1, -1, *LATENT[1:])
     concatenated = kind not in ("cross_attention", "unconditional")
@@ -154,9 +173,10 @@ def test_a_whole_sample_is_that_of_monais_ddim(tmp_path, prediction):
 
 @torch.no_grad()
 def test_files_without_a_bundle_are_the_studys_networks(bundle, tmp_path):
-    """As BrLP publishes: .pth files alone, in a trainer's dictionary and behind a wrapper's names."""
+    """As BrLP publishes: .pth files alone, in a trainer's dictionary and behind wrappers' names."""
     tensors = torch.load(bundle / "models/model.pt", weights_only=True)
-    torch.save({"epoch": 3, "state_dict": {f"module.{name}": v for name, v in tensors.items()}}, tmp_path / "unet.pth")
+    wrapped = {f"_orig_mod.module.{name}": value for name, value in tensors.items()}
+    torch.save({"epoch": 3, "state_dict": wrapped}, tmp_path / "unet.pth")
     base = config.InitFrom(
         autoencoder=str(bundle / "models/autoencoder.pt"), diffusion=str(tmp_path / "unet.pth"), scale_factor=0.5
     )
@@ -169,6 +189,29 @@ def test_files_without_a_bundle_are_the_studys_networks(bundle, tmp_path):
     assert torch.equal(torch.from_numpy(made.encoding.encode(SUBJECTS)[:, 0]), torch.tensor([0.0, 0.5]))
 
 
+@pytest.mark.parametrize(
+    ("said", "scale"),
+    [
+        ({"s": 0.5, "scale_factor": "@s"}, 0.5),
+        ({"inferer": {"_target_": "monai.inferers.LatentDiffusionInferer", "scale_factor": 0.25}}, 0.25),
+        ({"inferer": {"_target_": "monai.inferers.LatentDiffusionInferer"}}, 1.0),
+        ({"s": "$1.0 / 5.0", "scale_factor": "@s"}, None),
+    ],
+)
+def test_the_scale_factor_is_the_bundles(tmp_path, said, scale):
+    bundle = write_bundle(tmp_path / "bundle")
+    path = bundle / "configs/inference.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | said))
+    base = config.InitFrom(path=str(bundle))
+    if scale is None:
+        with pytest.raises(UserError, match=r"'\$1\.0 / 5\.0'.*init_from\.scale_factor"):
+            convert(base, sections_of(bundle), tmp_path / "init")
+        assert "`init_from.scale_factor`, which is '$1.0 / 5.0' here" in study_of(bundle)
+        base, scale = config.InitFrom(path=str(bundle), scale_factor=0.2), 0.2
+    convert(base, sections_of(bundle), tmp_path / "init")
+    assert read_json(tmp_path / "init/diffusion/card.json")["scale_factor"] == scale
+
+
 @torch.no_grad()
 def test_what_is_not_known_is_told_as_the_inputs_value(bundle, tmp_path):
     inputs = [{"covariate": "age", "range": [40, 90], "value": 0.25}, {"value": 0.125}, {"value": 0.7}, {"value": 0.5}]
@@ -179,64 +222,72 @@ def test_what_is_not_known_is_told_as_the_inputs_value(bundle, tmp_path):
     assert torch.allclose(told, torch.tensor([[0.5, 0.125, 0.7, 0.5], [0.25, 0.125, 0.7, 0.5]]))
 
 
+#: As NV-Generate-CTMR publishes, but for the sizes of the networks.
+MAISI = {
+    "spatial_dims": 3,
+    "latent_channels": 4,
+    "autoencoder_def": {
+        "_target_": "monai.apps.generation.maisi.networks.autoencoderkl_maisi.AutoencoderKlMaisi",
+        "spatial_dims": 3,
+        "in_channels": 1,
+        "out_channels": 1,
+        "latent_channels": 4,
+        "num_channels": [8, 8, 16],
+        "num_res_blocks": [1, 1, 1],
+        "norm_num_groups": 4,
+        "norm_eps": 1e-6,
+        "attention_levels": [False, False, False],
+        "with_encoder_nonlocal_attn": False,
+        "with_decoder_nonlocal_attn": False,
+        "use_checkpointing": False,
+        "use_convtranspose": False,
+        "norm_float16": False,
+        "num_splits": 1,
+        "dim_split": 1,
+    },
+    "diffusion_unet_def": {
+        "_target_": "monai.apps.generation.maisi.networks.diffusion_model_unet_maisi.DiffusionModelUNetMaisi",
+        "spatial_dims": 3,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_channels": [8, 16],
+        "attention_levels": [False, True],
+        "norm_num_groups": 8,
+        "num_head_channels": [0, 8],
+        "num_res_blocks": 1,
+        "include_spacing_input": True,
+        "num_class_embeds": 5,
+        "resblock_updown": True,
+        "include_fc": True,
+    },
+    "noise_scheduler": {
+        "_target_": "monai.networks.schedulers.rectified_flow.RFlowScheduler",
+        "num_train_timesteps": 1000,
+        "use_timestep_transform": True,
+    },
+}
+
+
+def write_maisi(folder):
+    """Its configuration, which defines more networks and refers to numbers by name."""
+    published = MAISI | {
+        "autoencoder_def": MAISI["autoencoder_def"] | {"spatial_dims": "@spatial_dims"},
+        "diffusion_unet_def": MAISI["diffusion_unet_def"] | {"in_channels": "@latent_channels"},
+        "mask_generation_autoencoder_def": MAISI["autoencoder_def"] | {"out_channels": 125},
+    }
+    (folder / "config_network_rflow.json").write_text(json.dumps(published))
+    return folder / "config_network_rflow.json"
+
+
 @torch.no_grad()
 def test_a_maisi_network_is_nvidias(tmp_path):
     """As NV-Generate-CTMR publishes: a configuration, and files beside it; the scale factor lies with the weights."""
-    definitions = {
-        "spatial_dims": 3,
-        "latent_channels": 4,
-        "autoencoder_def": {
-            "_target_": "monai.apps.generation.maisi.networks.autoencoderkl_maisi.AutoencoderKlMaisi",
-            "spatial_dims": 3,
-            "in_channels": 1,
-            "out_channels": 1,
-            "latent_channels": 4,
-            "num_channels": [8, 8, 16],
-            "num_res_blocks": [1, 1, 1],
-            "norm_num_groups": 4,
-            "norm_eps": 1e-6,
-            "attention_levels": [False, False, False],
-            "with_encoder_nonlocal_attn": False,
-            "with_decoder_nonlocal_attn": False,
-            "use_checkpointing": False,
-            "use_convtranspose": False,
-            "norm_float16": False,
-            "num_splits": 1,
-            "dim_split": 1,
-        },
-        "diffusion_unet_def": {
-            "_target_": "monai.apps.generation.maisi.networks.diffusion_model_unet_maisi.DiffusionModelUNetMaisi",
-            "spatial_dims": 3,
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_channels": [8, 16],
-            "attention_levels": [False, True],
-            "norm_num_groups": 8,
-            "num_head_channels": [0, 8],
-            "num_res_blocks": 1,
-            "include_spacing_input": True,
-            "num_class_embeds": 5,
-            "resblock_updown": True,
-            "include_fc": True,
-        },
-        "noise_scheduler": {
-            "_target_": "monai.networks.schedulers.rectified_flow.RFlowScheduler",
-            "num_train_timesteps": 1000,
-            "use_timestep_transform": True,
-        },
-    }
-    published = definitions | {
-        "autoencoder_def": definitions["autoencoder_def"] | {"spatial_dims": "@spatial_dims"},
-        "diffusion_unet_def": definitions["diffusion_unet_def"] | {"in_channels": "@latent_channels"},
-        "mask_generation_autoencoder_def": definitions["autoencoder_def"] | {"out_channels": 125},
-    }
-    (tmp_path / "config_network_rflow.json").write_text(json.dumps(published))
-    autoencoder, unet = (network(definitions[name], 3) for name in ("autoencoder_def", "diffusion_unet_def"))
+    path = write_maisi(tmp_path)
+    autoencoder, unet = (network(MAISI[name], 3) for name in ("autoencoder_def", "diffusion_unet_def"))
     torch.save(autoencoder.state_dict(), tmp_path / "autoencoder_v1.pt")
     torch.save(
         {"unet_state_dict": unet.state_dict(), "scale_factor": torch.tensor(0.8), "epoch": 2}, tmp_path / "unet.pt"
     )
-    path = tmp_path / "config_network_rflow.json"
     sections = sections_of(path, [], diffusion={})
     published = sections.diffusion.published
     maisi = published.maisi.model_copy(update={"class_label": 3, "spacing_mm": (1.0, 1.5, 2.0)})
@@ -286,6 +337,31 @@ def test_models_of_our_own_are_taken_over(bundle, model, tmp_path):
     refused("levels in the same order", covariates=COVARIATES | {"sex": sex})
     with pytest.raises(UserError, match="there is no decoder among these models"):
         convert(config.InitFrom(path=str(folder), models=["decoder"]), sections, tmp_path / "no")
+
+
+def test_codebooks_of_our_own_are_taken_over(tmp_path):
+    """Their size belongs to the network, how they are trained does not."""
+    settings = config.Autoencoder(
+        network="vq", channels=[8, 16], latent_channels=4, codebook={"entries": 8, "parts": 2, "decay": 0.9}
+    )
+    stage, released = build_first_stage(settings, 3), tmp_path / "released/autoencoder"
+    save_image_network(
+        stage, released, (1, *SHAPE), {"settings": settings.model_dump(mode="json"), "latent_shape": [4, 8, 8, 4]}
+    )
+    said = yaml.safe_load(study_of(released.parent))["autoencoder"]
+    assert said["codebook"] == {"entries": 8, "parts": 2}
+
+    def taken(codebook):
+        given = {"path": str(released.parent), "models": ["autoencoder"]}
+        study = config.parse_study(STUDY | {"init_from": given, "autoencoder": said | {"codebook": codebook}}, "test")
+        frozen = config.load_stage(config.freeze(study, "init_weights", tmp_path), "init_weights")
+        convert(study.init_from, replace(Sections.of_study(frozen), image_shape=SHAPE), tmp_path / "init")
+
+    taken({"entries": 8, "parts": 2, "commitment_weight": 0.5})
+    found, _ = load_first_stage(tmp_path / "init/autoencoder")
+    assert all(torch.equal(value, stage.state_dict()[name]) for name, value in found.state_dict().items())
+    with pytest.raises(UserError, match=r"codebook\.parts is 4, expected 2"):
+        taken({"entries": 8, "parts": 4})
 
 
 def changed(section, key, value):
@@ -357,6 +433,11 @@ def test_incomplete_weights_are_refused_by_name(bundle, tmp_path, change, said):
         ({"diffusion_def": {"channels": "$[8] * 3"}}, "nothing of a bundle is run here"),
         ({"diffusion_def": {"cross_attention_dim": 5}}, "Expected the same numbers in both"),
         ({"scheduler": {"schedule": "sigmoid_beta"}}, "schedule sigmoid_beta"),
+        ({"scheduler": {"beta_schedule": "scaled_linear"}}, r"the scheduler has \['beta_schedule'\].*known are"),
+        (
+            {"scheduler": {"_target_": "scripts.own.EdmScheduler"}},
+            r"found: \['scripts\.own\.EdmScheduler'\].*noise_sch",
+        ),
     ],
 )
 def test_networks_that_are_not_known_are_refused(tmp_path, changes, said):
@@ -405,6 +486,33 @@ def test_what_read_bundle_prints_is_the_study_that_is_accepted(bundle, tmp_path)
     assert convert(study.init_from, Sections.of_study(frozen), tmp_path).keys() == {"autoencoder", "diffusion"}
 
 
+def test_a_maisi_study_says_its_modality_and_its_voxels(tmp_path):
+    text = study_of(write_maisi(tmp_path))
+    assert "To be completed: `published.maisi`" in text and "# use_timestep_transform: true" in text
+    said = yaml.safe_load(text)
+    files = {"autoencoder": "a.pt", "diffusion": "b.pt"}
+    grid = {"preprocess": {"shape": [32, 32, 32], "spacing_mm": [1.0, 1.0, 2.0]}}
+
+    def parsed(maisi, **generate):
+        published = said["diffusion"]["published"] | {"maisi": said["diffusion"]["published"]["maisi"] | maisi}
+        changes = {
+            "init_from": said["init_from"] | files,
+            "diffusion": said["diffusion"] | {"published": published},
+            "generate": said["generate"] | generate,
+        }
+        return config.parse_study(STUDY | said | grid | changes, "test")
+
+    told = {"class_label": 3, "spacing_mm": [1.0, 1.0, 2.0]}
+    parsed(told)
+    for maisi, generate, pattern in (
+        ({"spacing_mm": [1.0, 1.0, 2.0]}, {}, "class_label: 0 is images of unknown modality"),
+        ({"class_label": 3}, {}, r"spacing_mm: \[1\.0, 1\.0, 1\.0\], but voxels are \[1\.0, 1\.0, 2\.0\]"),
+        (told, {"guidance_scale": 2.0}, "a MAISI network is told none; set 1"),
+    ):
+        with pytest.raises(UserError, match=pattern):
+            parsed(maisi, **generate)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -419,11 +527,5 @@ def test_what_read_bundle_prints_is_the_study_that_is_accepted(bundle, tmp_path)
     ],
 )
 def test_a_study_that_cannot_be_is_refused_when_it_is_read(changes, said):
-    study = {
-        "study": "a",
-        "cohort": {"source": "simulated"},
-        "covariates": {"age": {"unit": "year", "range": [0, 99]}},
-        "plan": [{"name": "syn", "subjects": 1}],
-    }
     with pytest.raises(UserError, match=said):
-        config.parse_study(study | changes, "test")
+        config.parse_study(STUDY | changes, "test")

@@ -27,7 +27,7 @@ NESTED = (
     "diffusion",
     "autoencoder",
 )
-#: What wrappers put before each name.
+#: What wrappers put before each name; several in any order.
 WRAPPERS = ("module.", "_orig_mod.", "_forward_module.")
 
 
@@ -93,7 +93,6 @@ def _weights(content: Any) -> dict[str, Tensor]:
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if len(tensors) < len(content):
         tensors.pop("scale_factor", None)
-    for wrapper in WRAPPERS:
-        if tensors and all(name.startswith(wrapper) for name in tensors):
-            tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
+    while tensors and (wrapper := next((w for w in WRAPPERS if all(name.startswith(w) for name in tensors)), None)):
+        tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
     return tensors

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from meddiff_steps import config
 from meddiff_steps.cohort.covariates import CovariateEncoding, as_declared
-from meddiff_steps.config.init_from import ARCHITECTURE
+from meddiff_steps.config.init_from import ARCHITECTURE, OF_CODEBOOK
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json, sha256_file
 from meddiff_steps.core.folders import CARD
@@ -42,7 +42,9 @@ UNUSED: Mapping[str, Sequence[str]] = {
         "published",
         "grey_levels",
         "upsampling",
+        "codebook",
     ),
+    "kl": ("codebook",),
     "unet": ("published",),
     "published": ("num_head_channels", "covariate_dim"),
 }
@@ -74,7 +76,10 @@ class Sections:
             section = getattr(study, name)
             values = {key: getattr(section, key) for key in ARCHITECTURE[name]}
             return {
-                key: value.model_dump() if isinstance(value, config.Section) else value for key, value in values.items()
+                key: value.model_dump(include=set(OF_CODEBOOK) if key == "codebook" else None)
+                if isinstance(value, config.Section)
+                else value
+                for key, value in values.items()
             }
 
         rare = study.diffusion.rare
@@ -210,7 +215,13 @@ def _convert_published(base: config.InitFrom, sections: Sections, out: Path) -> 
             _autoencoder(checkpoint.tensors, sections, place, out / model, facts)
         else:
             scale = base.scale_factor or checkpoint.scale_factor or (bundle.scale_factor if bundle else None) or 1.0
-            _denoiser(checkpoint.tensors, scale, sections, place, out / model, facts)
+            if isinstance(scale, str):
+                raise UserError(
+                    f"{base.path}: its scale_factor is {scale!r}, which MONAI would evaluate as Python, and"
+                    f" {place} holds none. Give the number: init_from.scale_factor."
+                )
+            include_fc = bundle is None or bundle.include_fc
+            _denoiser(checkpoint.tensors, scale, include_fc, sections, place, out / model, facts)
 
 
 def _file(base: config.InitFrom, bundle: Bundle | None, model: str) -> Path:
@@ -255,6 +266,12 @@ def _compare(
                 for name, value in found[key].items()
                 if not _alike(name, study[key][name], value)
             ]
+        elif key == "codebook" and key in found:
+            wrong += [
+                f"codebook.{name} is {study[key][name]}, expected {found[key][name]}"
+                for name in OF_CODEBOOK
+                if study[key][name] != found[key][name]
+            ]
         elif key in found and study[key] != found[key]:
             wrong.append(f"{key} is {study[key]}, expected {found[key]}")
     if wrong:
@@ -296,6 +313,7 @@ def _autoencoder(
 def _denoiser(
     tensors: Mapping[str, Tensor],
     scale_factor: float,
+    include_fc: bool,
     sections: Sections,
     origin: Path,
     out: Path,
@@ -311,7 +329,7 @@ def _denoiser(
     made = DenoiserCard(settings, shape, published_encoding(settings, sections.covariates), 0)
     denoiser = made.build()
     network: Any = denoiser.network
-    network.unet.load_state_dict(renamed(tensors, network.unet, str(origin)))
+    network.unet.load_state_dict(renamed(tensors, network.unet, str(origin), include_fc))
     denoiser.scale = torch.tensor(1.0 / scale_factor)
     save_denoiser(denoiser, made, out, {"scale_factor": scale_factor, **facts})
 

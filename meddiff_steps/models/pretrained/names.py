@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from meddiff_steps.core.errors import UserError
@@ -28,12 +29,19 @@ OF_GENERATIVE: Sequence[tuple[str, str]] = (
     (r"\.conv\.conv\.(weight|bias)$", r".conv.\1"),
     (r"\.conv\.conv\.conv\.(weight|bias)$", r".conv.conv.\1"),
 )
-#: Tensors that older versions had and no output depends on: an attention block whose projection MONAI left out.
+#: Layer that self-attention of monai-generative makes and never applies, so that trained weights hold its random start.
+#: `load_old_state_dict` of MONAI's UNet (monai 1.6) takes it for `attn.out_proj`, which is applied.
+NEVER_APPLIED = ".proj_attn."
+#: Names that a message shows.
 SHOWN = 5
 
 
-def renamed(tensors: Mapping[str, Tensor], network: nn.Module, origin: str) -> dict[str, Tensor]:
+def renamed(
+    tensors: Mapping[str, Tensor], network: nn.Module, origin: str, include_fc: bool = True
+) -> dict[str, Tensor]:
     """Tensors by the names of `network`, each of the shape that it has there.
+
+    A projection after attention that the weights' own network does not apply is the identity here.
 
     Parameters
     ----------
@@ -43,6 +51,8 @@ def renamed(tensors: Mapping[str, Tensor], network: nn.Module, origin: str) -> d
         Of MONAI.
     origin
         Where the tensors come from, for messages.
+    include_fc
+        Whether the network that the weights are of has projections after attention (MONAI's `include_fc`).
 
     Raises
     ------
@@ -57,7 +67,10 @@ def renamed(tensors: Mapping[str, Tensor], network: nn.Module, origin: str) -> d
         if place is None:
             unexpected.append(name)
         else:
-            found[place] = value
+            found[place] = _identity(value) if NEVER_APPLIED in name else value
+    if not include_fc:
+        left_out = [name for name in wanted if ".out_proj." in name and name not in found]
+        found |= {name: _identity(wanted[name]) for name in left_out}
     missing = [name for name in wanted if name not in found]
     if missing or unexpected:
         said = "; ".join(
@@ -80,6 +93,11 @@ def renamed(tensors: Mapping[str, Tensor], network: nn.Module, origin: str) -> d
             " another size of network: compare with `python -m meddiff_steps read_bundle`."
         )
     return {name: value.to(wanted[name].dtype) for name, value in found.items()}
+
+
+def _identity(value: Tensor) -> Tensor:
+    """Weight or bias of a linear layer that changes nothing, in the shape of `value`."""
+    return torch.eye(*value.shape) if value.ndim == 2 else torch.zeros_like(value)
 
 
 def _readings(name: str) -> Iterable[str]:
