@@ -17,8 +17,9 @@ from typing import Self
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import brentq, minimize
+from scipy.optimize import brentq
 from scipy.special import ndtr, ndtri, softmax
+from sklearn.linear_model import LogisticRegression
 
 from meddiff_steps.cohort.learnt import LearntNumber
 from meddiff_steps.config import ContinuousCovariate, Covariates
@@ -185,21 +186,11 @@ class NominalMargin:
     @classmethod
     def fit(cls, column: pd.Series, features: np.ndarray) -> Self:
         """Fit to the levels of rows (n,), none missing, and their features (n, features)."""
-        levels, place = np.unique(column.to_numpy(dtype=str), return_inverse=True)
-        is_level = place[:, None] == np.arange(len(levels))
-        features = np.column_stack([np.ones(len(place)), features])
-
-        def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
-            weights = flat.reshape(-1, len(levels))
-            chances = softmax(features @ weights, axis=1)
-            prior = weights * (np.arange(len(weights)) > 0)[:, None]  # not of the intercepts
-            value = (prior**2).sum() / 2 - np.log(np.maximum(chances[is_level], 1e-300)).sum()
-            return float(value) / len(place), ((features.T @ (chances - is_level) + prior) / len(place)).ravel()
-
-        start = np.zeros(features.shape[1] * len(levels))
-        weights = minimize(loss, start, jac=True, options={"maxiter": 1000, "gtol": 1e-7}, method="L-BFGS-B").x
-        intercepts, *slopes = weights.reshape(-1, len(levels))
-        return cls(str(column.name), tuple(levels.tolist()), intercepts, np.array(slopes).reshape(-1, len(levels)))
+        if features.shape[1] == 0:  # which scikit-learn refuses
+            shares = column.value_counts(normalize=True).sort_index()
+            return cls(str(column.name), tuple(shares.index), np.log(shares.to_numpy()), np.empty((0, len(shares))))
+        model = LogisticRegression(tol=1e-7, max_iter=1000).fit(features, column.to_numpy(dtype=str))
+        return cls(str(column.name), tuple(model.classes_.tolist()), model.intercept_, model.coef_.T)
 
     def log_odds(self, features: Sequence[np.ndarray], n: int) -> np.ndarray:
         """Of n subjects with these features, each (n,): (n, levels)."""
