@@ -189,6 +189,29 @@ def test_files_without_a_bundle_are_the_studys_networks(bundle, tmp_path):
     assert torch.equal(torch.from_numpy(made.encoding.encode(SUBJECTS)[:, 0]), torch.tensor([0.0, 0.5]))
 
 
+@pytest.mark.parametrize(
+    ("said", "scale"),
+    [
+        ({"s": 0.5, "scale_factor": "@s"}, 0.5),
+        ({"inferer": {"_target_": "monai.inferers.LatentDiffusionInferer", "scale_factor": 0.25}}, 0.25),
+        ({"inferer": {"_target_": "monai.inferers.LatentDiffusionInferer"}}, 1.0),
+        ({"s": "$1.0 / 5.0", "scale_factor": "@s"}, None),
+    ],
+)
+def test_the_scale_factor_is_the_bundles(tmp_path, said, scale):
+    bundle = write_bundle(tmp_path / "bundle")
+    path = bundle / "configs/inference.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | said))
+    base = config.InitFrom(path=str(bundle))
+    if scale is None:
+        with pytest.raises(UserError, match=r"'\$1\.0 / 5\.0'.*init_from\.scale_factor"):
+            convert(base, sections_of(bundle), tmp_path / "init")
+        assert "`init_from.scale_factor`, which is '$1.0 / 5.0' here" in study_of(bundle)
+        base, scale = config.InitFrom(path=str(bundle), scale_factor=0.2), 0.2
+    convert(base, sections_of(bundle), tmp_path / "init")
+    assert read_json(tmp_path / "init/diffusion/card.json")["scale_factor"] == scale
+
+
 @torch.no_grad()
 def test_what_is_not_known_is_told_as_the_inputs_value(bundle, tmp_path):
     inputs = [{"covariate": "age", "range": [40, 90], "value": 0.25}, {"value": 0.125}, {"value": 0.7}, {"value": 0.5}]
@@ -402,6 +425,11 @@ def test_incomplete_weights_are_refused_by_name(bundle, tmp_path, change, said):
         ({"diffusion_def": {"channels": "$[8] * 3"}}, "nothing of a bundle is run here"),
         ({"diffusion_def": {"cross_attention_dim": 5}}, "Expected the same numbers in both"),
         ({"scheduler": {"schedule": "sigmoid_beta"}}, "schedule sigmoid_beta"),
+        ({"scheduler": {"beta_schedule": "scaled_linear"}}, r"the scheduler has \['beta_schedule'\].*known are"),
+        (
+            {"scheduler": {"_target_": "scripts.own.EdmScheduler"}},
+            r"found: \['scripts\.own\.EdmScheduler'\].*noise_sch",
+        ),
     ],
 )
 def test_networks_that_are_not_known_are_refused(tmp_path, changes, said):

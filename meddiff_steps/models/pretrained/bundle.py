@@ -63,6 +63,12 @@ USUAL_SCHEDULER: dict[str, Any] = {
     "beta_end": 2e-2,
     "prediction_type": "epsilon",
 }
+#: Keys of schedulers that say how to sample, or which times are trained on more often, and not what is learnt.
+OF_SAMPLING = (
+    *("clip_sample", "clip_sample_min", "clip_sample_max", "set_alpha_to_one", "steps_offset", "variance_type"),
+    *("skip_prk_steps", "use_discrete_timesteps", "sample_method", "loc", "scale", "spatial_dim"),
+    *("use_timestep_transform", "transform_scale", "base_img_size_numel"),
+)
 #: MONAI's names of schedules, and ours.
 SCHEDULES = {"scaled_linear_beta": "scaled_linear", "linear_beta": "linear", "cosine": "cosine"}
 _FILE = re.compile(r"[\w.\-]+\.(?:pt|pth|safetensors)\b")
@@ -85,9 +91,11 @@ class Bundle:
     inputs
         What the network is told, in order, by the words of the bundle.
     scale_factor
-        What latents are multiplied by, where the configuration has it as a number.
+        What latents are multiplied by: a number, or the text of an expression; None where nothing is said.
     include_fc
         Whether the diffusion network has projections after attention, as most have.
+    sampling
+        What the scheduler says of sampling alone, which no section takes over.
     said
         Name, version, licence and the like, from metadata.json.
     """
@@ -98,8 +106,9 @@ class Bundle:
     files: dict[str, Path] = field(default_factory=dict)
     image_shape: tuple[int, ...] | None = None
     inputs: tuple[str, ...] = ()
-    scale_factor: float | None = None
+    scale_factor: float | str | None = None
     include_fc: bool = True
+    sampling: dict[str, Any] = field(default_factory=dict)
     said: dict[str, str] = field(default_factory=dict)
 
 
@@ -149,8 +158,9 @@ def read_bundle(path: Path) -> Bundle:
         _files(content, root),
         shape,
         inputs,
-        _number(content.get("scale_factor")),
+        _scale_factor(content),
         unet is None or unet.get("include_fc", True),
+        {key: value for key, value in (scheduler or {}).items() if key in OF_SAMPLING},
         {"name": root.name} | {key: str(metadata[key]) for key in _SAID if metadata.get(key)},
     )
 
@@ -196,16 +206,22 @@ def _definition(
     return {key: _value(value, content, f"{name}.{key}", origin) for key, value in entry.items() if key != "_requires_"}
 
 
-def _value(value: Any, content: Mapping[str, Any], where: str, origin: Path, depth: int = 0) -> Any:
-    """A plain value; a reference to one is followed, an expression refused."""
-    if isinstance(value, list):
-        return [_value(one, content, where, origin, depth) for one in value]
+def _followed(value: Any, content: Mapping[str, Any], depth: int = 0) -> Any:
+    """What a reference leads to; all else as it is."""
     if isinstance(value, str) and value.startswith("@") and depth < 10:
         target: Any = content
         for key in re.split(r"::|#", value[1:]):
             target = target.get(key) if isinstance(target, Mapping) else None
         if target is not None:
-            return _value(target, content, where, origin, depth + 1)
+            return _followed(target, content, depth + 1)
+    return value
+
+
+def _value(value: Any, content: Mapping[str, Any], where: str, origin: Path, depth: int = 0) -> Any:
+    """A plain value; a reference to one is followed, an expression refused."""
+    value = _followed(value, content, depth)
+    if isinstance(value, list):
+        return [_value(one, content, where, origin, depth + 1) for one in value]
     if isinstance(value, str) and value.startswith(("$", "@")):
         raise UserError(
             f"{origin}: {where} is {value!r}, which MONAI would evaluate as Python; nothing of a bundle is run here."
@@ -307,11 +323,28 @@ def _diffusion(
         "num_res_blocks": _scalar(given["num_res_blocks"], "num_res_blocks of the diffusion network", origin),
         "norm_num_groups": given["norm_num_groups"],
         "published": published,
-        **(_process(scheduler, origin) if scheduler is not None else {}),
+        **_process(scheduler, content, origin),
     }
 
 
-def _process(scheduler: Mapping[str, Any], origin: Path) -> dict[str, Any]:
+def _process(scheduler: Mapping[str, Any] | None, content: Mapping[str, Any], origin: Path) -> dict[str, Any]:
+    if scheduler is None:
+        found = sorted({str(entry["_target_"]) for _, entry in _targets(content) if "Scheduler" in entry["_target_"]})
+        raise UserError(
+            f"{origin}: it defines a diffusion network and no scheduler that is known here (found: {found or 'none'};"
+            f" known are {', '.join(SCHEDULERS)}, of MONAI), so that nothing says what the network predicts. Ask its"
+            " authors, and write it into a copy of the configuration, such as `noise_scheduler: {_target_:"
+            " DDPMScheduler, prediction_type: epsilon, schedule: scaled_linear_beta, beta_start: 0.0015, beta_end:"
+            " 0.0195}`; name that in init_from.path."
+        )
+    known = {*USUAL_SCHEDULER, *OF_SAMPLING}
+    strange = sorted(key for key in scheduler if key not in known and not key.startswith("_"))
+    if strange:
+        raise UserError(
+            f"{origin}: the scheduler has {strange}, which may change what the network learnt and are not known here;"
+            f" known are {', '.join(USUAL_SCHEDULER)}. Write the scheduler by these into a copy of the configuration,"
+            " and name that in init_from.path."
+        )
     given = USUAL_SCHEDULER | dict(scheduler)
     if str(given["_target_"]).endswith("RFlowScheduler"):
         return {"prediction_type": "flow", "num_train_timesteps": given["num_train_timesteps"]}
@@ -367,8 +400,12 @@ def _told(metadata: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[int, ...]
     return inputs, None
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+def _scale_factor(content: Mapping[str, Any]) -> float | str | None:
+    """That of the inferer for latents, or the one at the top; as text where it is no number."""
+    inferers = [entry for _, entry in _targets(content) if entry["_target_"].endswith("LatentDiffusionInferer")]
+    given = [each["scale_factor"] for each in (*inferers, content) if each.get("scale_factor") is not None]
+    value = _followed(given[0], content) if given else None
+    return float(value) if isinstance(value, (int, float)) else None if value is None else str(value)
 
 
 def _values(content: Any) -> list[Mapping[str, Any]]:

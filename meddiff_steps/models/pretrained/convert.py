@@ -215,6 +215,11 @@ def _convert_published(base: config.InitFrom, sections: Sections, out: Path) -> 
             _autoencoder(checkpoint.tensors, sections, place, out / model, facts)
         else:
             scale = base.scale_factor or checkpoint.scale_factor or (bundle.scale_factor if bundle else None) or 1.0
+            if isinstance(scale, str):
+                raise UserError(
+                    f"{base.path}: its scale_factor is {scale!r}, which MONAI would evaluate as Python, and"
+                    f" {place} holds none. Give the number: init_from.scale_factor."
+                )
             include_fc = bundle is None or bundle.include_fc
             _denoiser(checkpoint.tensors, scale, include_fc, sections, place, out / model, facts)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,20 @@ from meddiff_steps.config.init_from import ARCHITECTURE, OF_CODEBOOK
 from meddiff_steps.core.files import read_json
 from meddiff_steps.core.folders import CARD
 from meddiff_steps.core.registries import claimed_keys
-from meddiff_steps.models.pretrained.bundle import read_bundle
+from meddiff_steps.models.pretrained.bundle import Bundle, read_bundle
 from meddiff_steps.models.pretrained.convert import is_release
 
 TO_COMPLETE = """\
 # To be completed: `covariates`, and which of them each input is. Of a continuous one, `range` has the values that the
 # network knows as 0 and 1; of a categorical one, `levels` has the number of each level. Where the bundle does not
 # document them, ask its authors: a wrong range makes wrong images.
+"""
+SAMPLING = """\
+# Not taken over from the scheduler, for `generate` says how to sample:
+# {}
+"""
+EXPRESSION = """\
+# To be completed, where the weights do not hold it: `init_from.scale_factor`, which is {!r} here.
 """
 OUR_OWN = """\
 # Covariates have to be declared as they were when these models were trained, levels in the same order.
@@ -76,14 +84,20 @@ def _of_bundle(folder: Path) -> str:
         flow = bundle.diffusion.get("prediction_type") == "flow"
         sampler = {"sampler": "flow"} if flow else {"sampler": "ddim_even", "num_inference_steps": 50}
         sections["generate"] = sampler | {"guidance_scale": 1.0}
-    text = _yaml(sections)
-    if bundle.diffusion is None or not bundle.diffusion["published"]["inputs"]:
-        return text
-    return TO_COMPLETE + _inputs(bundle.inputs) + text
+    return "".join(_comments(bundle)) + _yaml(sections)
 
 
-def _inputs(words: Sequence[str]) -> str:
-    return f"# Inputs, by the bundle's words: {', '.join(words)}\n" if words else ""
+def _comments(bundle: Bundle) -> Iterator[str]:
+    """What is left for the user to say, and what is not taken over."""
+    published = bundle.diffusion["published"] if bundle.diffusion is not None else {}
+    if published.get("inputs"):
+        yield TO_COMPLETE
+        if bundle.inputs:
+            yield f"# Inputs, by the bundle's words: {', '.join(bundle.inputs)}\n"
+    if isinstance(bundle.scale_factor, str):
+        yield EXPRESSION.format(bundle.scale_factor)
+    if bundle.sampling:
+        yield SAMPLING.format(", ".join(f"{key}: {json.dumps(value)}" for key, value in bundle.sampling.items()))
 
 
 def _yaml(content: Any) -> str:
