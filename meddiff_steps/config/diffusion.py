@@ -75,9 +75,13 @@ class Maisi(Section):
     """What NVIDIA's MAISI networks are told beside the time: size of voxels, and a class (body region or modality)."""
 
     num_class_embeds: Count = Field(0, description="Classes that the network knows; 0: it is told none.")
-    class_label: Count = Field(0, description="Class of this study's images, by its number.")
+    class_label: Count = Field(
+        0, description="Class of this study's images, by its number; 0 is images of unknown modality, and refused."
+    )
     spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = Field(
-        None, description="Size of this study's voxels; `null`: the network is not told."
+        None,
+        description="Size of this study's voxels, that of `preprocess.spacing_mm` along each axis; `null`: the network "
+        "is not told.",
     )
 
     @model_validator(mode="after")

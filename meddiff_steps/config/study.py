@@ -16,7 +16,7 @@ from meddiff_steps.config.cost import Cost
 from meddiff_steps.config.counterfactual import Counterfactual
 from meddiff_steps.config.covariates import CategoricalCovariate, ContinuousCovariate, Covariates, level_text
 from meddiff_steps.config.decoder import Decoder
-from meddiff_steps.config.diffusion import Diffusion
+from meddiff_steps.config.diffusion import Diffusion, Maisi
 from meddiff_steps.config.downstream import Downstream
 from meddiff_steps.config.evaluate import Evaluate
 from meddiff_steps.config.few_step import FewStep
@@ -760,8 +760,29 @@ def _published(study: Study) -> Iterator[str]:
         yield f"diffusion.published.inputs: each covariate at most once, found {named}"
     if study.few_step.method is not None:
         yield "few_step.method: students are of the networks `resnet` and `unet`; leave it out"
-    if told.maisi is not None and told.inputs:
+    if told.maisi is not None:
+        yield from _maisi(study, told.maisi)
+
+
+def _maisi(study: Study, told: Maisi) -> Iterator[str]:
+    if study.diffusion.published.inputs:
         yield "diffusion.published: MAISI networks are told no covariates; leave `inputs` out"
+    voxel = study.preprocess.voxel_mm
+    if told.spacing_mm is not None and voxel is not None and told.spacing_mm != voxel:
+        yield (
+            f"diffusion.published.maisi.spacing_mm: {list(told.spacing_mm)}, but voxels are {list(voxel)} mm"
+            " (preprocess.spacing_mm); give the same, axis by axis"
+        )
+    if told.num_class_embeds and told.class_label == 0:
+        yield (
+            "diffusion.published.maisi.class_label: 0 is images of unknown modality; give the number of your scans'"
+            " modality (in NV-Generate, of configs/modality_mapping.json)"
+        )
+    if study.generate.guidance == "classifier_free" and study.generate.guidance_scale != 1.0:
+        yield (
+            f"generate.guidance_scale: {study.generate.guidance_scale:g} moves away from the prediction without"
+            " covariates, of which a MAISI network is told none; set 1"
+        )
 
 
 # ............................................................................................ downstream

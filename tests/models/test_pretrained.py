@@ -222,64 +222,72 @@ def test_what_is_not_known_is_told_as_the_inputs_value(bundle, tmp_path):
     assert torch.allclose(told, torch.tensor([[0.5, 0.125, 0.7, 0.5], [0.25, 0.125, 0.7, 0.5]]))
 
 
+#: As NV-Generate-CTMR publishes, but for the sizes of the networks.
+MAISI = {
+    "spatial_dims": 3,
+    "latent_channels": 4,
+    "autoencoder_def": {
+        "_target_": "monai.apps.generation.maisi.networks.autoencoderkl_maisi.AutoencoderKlMaisi",
+        "spatial_dims": 3,
+        "in_channels": 1,
+        "out_channels": 1,
+        "latent_channels": 4,
+        "num_channels": [8, 8, 16],
+        "num_res_blocks": [1, 1, 1],
+        "norm_num_groups": 4,
+        "norm_eps": 1e-6,
+        "attention_levels": [False, False, False],
+        "with_encoder_nonlocal_attn": False,
+        "with_decoder_nonlocal_attn": False,
+        "use_checkpointing": False,
+        "use_convtranspose": False,
+        "norm_float16": False,
+        "num_splits": 1,
+        "dim_split": 1,
+    },
+    "diffusion_unet_def": {
+        "_target_": "monai.apps.generation.maisi.networks.diffusion_model_unet_maisi.DiffusionModelUNetMaisi",
+        "spatial_dims": 3,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_channels": [8, 16],
+        "attention_levels": [False, True],
+        "norm_num_groups": 8,
+        "num_head_channels": [0, 8],
+        "num_res_blocks": 1,
+        "include_spacing_input": True,
+        "num_class_embeds": 5,
+        "resblock_updown": True,
+        "include_fc": True,
+    },
+    "noise_scheduler": {
+        "_target_": "monai.networks.schedulers.rectified_flow.RFlowScheduler",
+        "num_train_timesteps": 1000,
+        "use_timestep_transform": True,
+    },
+}
+
+
+def write_maisi(folder):
+    """Its configuration, which defines more networks and refers to numbers by name."""
+    published = MAISI | {
+        "autoencoder_def": MAISI["autoencoder_def"] | {"spatial_dims": "@spatial_dims"},
+        "diffusion_unet_def": MAISI["diffusion_unet_def"] | {"in_channels": "@latent_channels"},
+        "mask_generation_autoencoder_def": MAISI["autoencoder_def"] | {"out_channels": 125},
+    }
+    (folder / "config_network_rflow.json").write_text(json.dumps(published))
+    return folder / "config_network_rflow.json"
+
+
 @torch.no_grad()
 def test_a_maisi_network_is_nvidias(tmp_path):
     """As NV-Generate-CTMR publishes: a configuration, and files beside it; the scale factor lies with the weights."""
-    definitions = {
-        "spatial_dims": 3,
-        "latent_channels": 4,
-        "autoencoder_def": {
-            "_target_": "monai.apps.generation.maisi.networks.autoencoderkl_maisi.AutoencoderKlMaisi",
-            "spatial_dims": 3,
-            "in_channels": 1,
-            "out_channels": 1,
-            "latent_channels": 4,
-            "num_channels": [8, 8, 16],
-            "num_res_blocks": [1, 1, 1],
-            "norm_num_groups": 4,
-            "norm_eps": 1e-6,
-            "attention_levels": [False, False, False],
-            "with_encoder_nonlocal_attn": False,
-            "with_decoder_nonlocal_attn": False,
-            "use_checkpointing": False,
-            "use_convtranspose": False,
-            "norm_float16": False,
-            "num_splits": 1,
-            "dim_split": 1,
-        },
-        "diffusion_unet_def": {
-            "_target_": "monai.apps.generation.maisi.networks.diffusion_model_unet_maisi.DiffusionModelUNetMaisi",
-            "spatial_dims": 3,
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_channels": [8, 16],
-            "attention_levels": [False, True],
-            "norm_num_groups": 8,
-            "num_head_channels": [0, 8],
-            "num_res_blocks": 1,
-            "include_spacing_input": True,
-            "num_class_embeds": 5,
-            "resblock_updown": True,
-            "include_fc": True,
-        },
-        "noise_scheduler": {
-            "_target_": "monai.networks.schedulers.rectified_flow.RFlowScheduler",
-            "num_train_timesteps": 1000,
-            "use_timestep_transform": True,
-        },
-    }
-    published = definitions | {
-        "autoencoder_def": definitions["autoencoder_def"] | {"spatial_dims": "@spatial_dims"},
-        "diffusion_unet_def": definitions["diffusion_unet_def"] | {"in_channels": "@latent_channels"},
-        "mask_generation_autoencoder_def": definitions["autoencoder_def"] | {"out_channels": 125},
-    }
-    (tmp_path / "config_network_rflow.json").write_text(json.dumps(published))
-    autoencoder, unet = (network(definitions[name], 3) for name in ("autoencoder_def", "diffusion_unet_def"))
+    path = write_maisi(tmp_path)
+    autoencoder, unet = (network(MAISI[name], 3) for name in ("autoencoder_def", "diffusion_unet_def"))
     torch.save(autoencoder.state_dict(), tmp_path / "autoencoder_v1.pt")
     torch.save(
         {"unet_state_dict": unet.state_dict(), "scale_factor": torch.tensor(0.8), "epoch": 2}, tmp_path / "unet.pt"
     )
-    path = tmp_path / "config_network_rflow.json"
     sections = sections_of(path, [], diffusion={})
     published = sections.diffusion.published
     maisi = published.maisi.model_copy(update={"class_label": 3, "spacing_mm": (1.0, 1.5, 2.0)})
@@ -476,6 +484,33 @@ def test_what_read_bundle_prints_is_the_study_that_is_accepted(bundle, tmp_path)
     study = config.parse_study(whole, "test")
     frozen = config.load_stage(config.freeze(study, "init_weights", tmp_path), "init_weights")
     assert convert(study.init_from, Sections.of_study(frozen), tmp_path).keys() == {"autoencoder", "diffusion"}
+
+
+def test_a_maisi_study_says_its_modality_and_its_voxels(tmp_path):
+    text = study_of(write_maisi(tmp_path))
+    assert "To be completed: `published.maisi`" in text and "# use_timestep_transform: true" in text
+    said = yaml.safe_load(text)
+    files = {"autoencoder": "a.pt", "diffusion": "b.pt"}
+    grid = {"preprocess": {"shape": [32, 32, 32], "spacing_mm": [1.0, 1.0, 2.0]}}
+
+    def parsed(maisi, **generate):
+        published = said["diffusion"]["published"] | {"maisi": said["diffusion"]["published"]["maisi"] | maisi}
+        changes = {
+            "init_from": said["init_from"] | files,
+            "diffusion": said["diffusion"] | {"published": published},
+            "generate": said["generate"] | generate,
+        }
+        return config.parse_study(STUDY | said | grid | changes, "test")
+
+    told = {"class_label": 3, "spacing_mm": [1.0, 1.0, 2.0]}
+    parsed(told)
+    for maisi, generate, pattern in (
+        ({"spacing_mm": [1.0, 1.0, 2.0]}, {}, "class_label: 0 is images of unknown modality"),
+        ({"class_label": 3}, {}, r"spacing_mm: \[1\.0, 1\.0, 1\.0\], but voxels are \[1\.0, 1\.0, 2\.0\]"),
+        (told, {"guidance_scale": 2.0}, "a MAISI network is told none; set 1"),
+    ):
+        with pytest.raises(UserError, match=pattern):
+            parsed(maisi, **generate)
 
 
 @pytest.mark.parametrize(

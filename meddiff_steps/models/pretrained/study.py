@@ -21,6 +21,11 @@ TO_COMPLETE = """\
 # network knows as 0 and 1; of a categorical one, `levels` has the number of each level. Where the bundle does not
 # document them, ask its authors: a wrong range makes wrong images.
 """
+OF_MAISI = """\
+# To be completed: `published.maisi`. `class_label` is the number of your scans' modality (in NV-Generate, of its
+# configs/modality_mapping.json; 0 is images of unknown modality, and refused), `spacing_mm` the size of your voxels,
+# that of `preprocess.spacing_mm`.
+"""
 SAMPLING = """\
 # Not taken over from the scheduler, for `generate` says how to sample:
 # {}
@@ -94,6 +99,8 @@ def _comments(bundle: Bundle) -> Iterator[str]:
         yield TO_COMPLETE
         if bundle.inputs:
             yield f"# Inputs, by the bundle's words: {', '.join(bundle.inputs)}\n"
+    if published.get("maisi"):
+        yield OF_MAISI
     if isinstance(bundle.scale_factor, str):
         yield EXPRESSION.format(bundle.scale_factor)
     if bundle.sampling:
