@@ -1,4 +1,4 @@
-"""Covariates of subjects who do not exist: a Gaussian copula fitted to the training rows.
+"""Covariates of subjects who do not exist: a Gaussian copula fitted to the training subjects.
 
 Each number, and each covariate of two levels, keeps its own distribution (its margin); how they hang together is one
 correlation matrix of latent standard normals (Nelsen 2006; Patki et al. 2016 for tables).  Three and more levels have
