@@ -75,8 +75,9 @@ class MicroBatch:
         for start in range(0, count, size):
             rows = slice(start, min(start + size, count))
             share = (rows.stop - rows.start) / count
-            loss, named = losses(rows)
+            # Whether gradients are exchanged is decided as the network is asked
             with self.fabric.no_backward_sync(module, enabled=rows.stop < count and self.fabric.world_size > 1):
+                loss, named = losses(rows)
                 self.fabric.backward(loss * share)
             for name, value in named.items():
                 sums[name] = sums[name] + value.detach() * share
