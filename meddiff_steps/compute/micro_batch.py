@@ -68,6 +68,13 @@ class MicroBatch:
                 torch.cuda.empty_cache()
             self._halve(count, said)
 
+    def parts(self, count: int, batch_size: int, share: float = 1.0) -> list[slice]:
+        """Rows of `count` images that are looked at without gradients: as many at a time as in training, whose batches
+        have `batch_size` images, or patches that are a `share` of one.
+        """
+        size = max(1, int((self.size or batch_size // self.fabric.world_size) * share))
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
     def _accumulate(self, module: _FabricModule, count: int, losses: Losses) -> dict[str, Tensor]:
         module.zero_grad(set_to_none=True)
         size = min(self.size or count, count)
