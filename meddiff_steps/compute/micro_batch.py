@@ -68,6 +68,13 @@ class MicroBatch:
                 torch.cuda.empty_cache()
             self._halve(count, said)
 
+    def parts(self, count: int, batch_size: int, share: float = 1.0) -> list[slice]:
+        """Rows of `count` images that are looked at without gradients: as many at a time as in training, whose batches
+        have `batch_size` images, or patches that are a `share` of one.
+        """
+        size = max(1, int((self.size or batch_size // self.fabric.world_size) * share))
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
     def _accumulate(self, module: _FabricModule, count: int, losses: Losses) -> dict[str, Tensor]:
         module.zero_grad(set_to_none=True)
         size = min(self.size or count, count)
@@ -75,8 +82,9 @@ class MicroBatch:
         for start in range(0, count, size):
             rows = slice(start, min(start + size, count))
             share = (rows.stop - rows.start) / count
-            loss, named = losses(rows)
+            # Whether gradients are exchanged is decided as the network is asked
             with self.fabric.no_backward_sync(module, enabled=rows.stop < count and self.fabric.world_size > 1):
+                loss, named = losses(rows)
                 self.fabric.backward(loss * share)
             for name, value in named.items():
                 sums[name] = sums[name] + value.detach() * share

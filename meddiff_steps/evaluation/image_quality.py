@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -156,12 +156,30 @@ def reconstruction_quality(
             " not empty."
         )
     n, shape = len(images), images.shape[2:]
+    step = max(1, BATCH_VOXELS // int(np.prod(shape)))
+    batches = ((images[at : at + step], reconstructions[at : at + step]) for at in range(0, n, step))
+    units = [str(i) for i in range(n)] if subjects is None else subjects
+    return quality_of_batches(batches, shape, units, data_range, resamples=resamples, seed=seed)
+
+
+def quality_of_batches(
+    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    shape: Sequence[int],
+    subjects: Sequence[str],
+    data_range: float = 1.0,
+    *,
+    resamples: int = 1000,
+    seed: str = "",
+) -> dict[str, Any]:
+    """`reconstruction_quality` of images that are not all there at once: some (b, 1, *spatial) and their
+    reconstructions at a time; spatial `shape`, and the subject of every image.
+    """
+    n, start = len(subjects), 0
     settings = SsimSettings.for_shape(shape)
     compared = np.unique(np.linspace(0, n - 1, min(n, MAX_SSIM_IMAGES)).round().astype(int))
     ratios, errors, similarities = [], [], []
-    step = max(1, BATCH_VOXELS // int(np.prod(shape)))
-    for start in range(0, n, step):
-        image, other = (np.asarray(a[start : start + step], dtype=np.float32) for a in (images, reconstructions))
+    for batch in batches:
+        image, other = (np.asarray(part, dtype=np.float32) for part in batch)
         if not (np.isfinite(image).all() and np.isfinite(other).all()):
             raise UserError(
                 f"reconstructions: values that are not finite among rows {start} to {start + len(image) - 1}. The"
@@ -169,10 +187,11 @@ def reconstruction_quality(
             )
         ratios.append(psnr(image, other, data_range))
         errors.append(np.abs(image - other).mean(axis=tuple(range(1, image.ndim)), dtype=np.float64))
-        chosen = compared[(compared >= start) & (compared < start + step)] - start
+        chosen = compared[(compared >= start) & (compared < start + len(image))] - start
+        start += len(image)
         if len(chosen):
             similarities.append(structural_similarity(image[chosen], other[chosen], settings, data_range))
-    units = np.asarray(np.arange(n) if subjects is None else subjects, dtype=str)
+    units = np.asarray(subjects, dtype=str)
     every = Bootstrap(units, resamples, seed, "reconstruction")
     some = Bootstrap(units[compared], resamples, seed, "reconstruction")
     return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from meddiff_steps.evaluation.image_quality import reconstruction_quality
+from meddiff_steps.evaluation.image_quality import quality_of_batches
 from meddiff_steps.imaging.shards import ShardWriter, TensorColumn
 from meddiff_steps.models.first_stage.quantiser import perplexity, used_share
 from meddiff_steps.statistics.bootstrap import Bootstrap, Figure, centred, figure
@@ -54,22 +54,21 @@ def write_reconstructions(
     image = TensorColumn("float16", shape)
     columns = {"scan_id": pa.string(), "split": pa.string(), "image": image, "reconstruction": image}
     held_out = [(split, row) for split in ("test", "val") for row in rows[split]][:MAX_RECONSTRUCTIONS]
-    pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"test": [], "val": []}
+    subject, found = scans.set_index("scan_id")["subject_id"], {}
     with ShardWriter(path, columns) as writer:
-        for split, row in held_out:
-            real, made = reconstruct(row)
-            writer.append(scan_id=ids[row], split=split, image=real, reconstruction=made)
-            pairs[split].append((real, made))
-    subject = scans.set_index("scan_id")["subject_id"]
-    return {
-        split: reconstruction_quality(
-            np.stack([real for real, _ in found]),
-            np.stack([made for _, made in found]),
-            subjects=[subject[ids[row]] for name, row in held_out if name == split],
-        )
-        for split, found in pairs.items()
-        if found
-    }
+
+        def written(split: str, chosen: Sequence[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for row in chosen:
+                real, made = reconstruct(row)
+                writer.append(scan_id=ids[row], split=split, image=real, reconstruction=made)
+                yield real[None], made[None]
+
+        for split in ("test", "val"):
+            chosen = [row for name, row in held_out if name == split]
+            if chosen:
+                subjects = [subject[ids[row]] for row in chosen]
+                found[split] = quality_of_batches(written(split, chosen), shape[1:], subjects)
+    return found
 
 
 def codebook_use(counts: np.ndarray, subjects: Sequence[str]) -> dict[str, Figure]:

@@ -43,7 +43,8 @@ class Embedder(nn.Module):
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()
         dims = len(shape)
-        self.factor = -(-max(shape) // LONGEST_SIDE[dims])
+        #: Voxels that become one, along each axis: as many along all, but for a side that is shorter.
+        self.factors = [min(-(-max(shape) // LONGEST_SIDE[dims]), n) for n in shape]
         layers: list[nn.Module] = []
         for before, after in zip((1, *CHANNELS), CHANNELS, strict=False):
             layers.append(
@@ -51,12 +52,12 @@ class Embedder(nn.Module):
                     dims, before, after, strides=2, kernel_size=3, norm=("GROUP", {"num_groups": 8}), act="LEAKYRELU"
                 )
             )
-        side = [-(-(n // self.factor) // 2 ** len(CHANNELS)) for n in shape]
+        side = [-(-(n // factor) // 2 ** len(CHANNELS)) for n, factor in zip(shape, self.factors, strict=True)]
         self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(CHANNELS[-1] * int(np.prod(side)), DIM))
 
     def reduce(self, images: Tensor) -> Tensor:
-        """Block means, (b, 1, *spatial / factor)."""
-        return (functional.avg_pool3d if images.ndim == 5 else functional.avg_pool2d)(images, self.factor)
+        """Block means, (b, 1, *spatial / factors)."""
+        return (functional.avg_pool3d if images.ndim == 5 else functional.avg_pool2d)(images, self.factors)
 
     def embed(self, reduced: Tensor) -> Tensor:
         """Directions of images that were reduced already."""

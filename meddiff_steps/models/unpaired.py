@@ -9,7 +9,7 @@ look like (Xiao et al. 2022).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,13 +143,16 @@ class Unpaired(nn.Module):
         toned = (grey - here[:, -1:]) / width[:, -1:] * other[:, :-1] + there[:, :-1]
         return torch.where(within(sources), toned, -1.0)
 
-    def measure_tone(self, side: Side, images: Tensor) -> None:
-        """Keep the mean and spread of grey values of images (n, c, *spatial) within the head."""
-        every = torch.cat([images, images.mean(1, keepdim=True)], 1).movedim(1, 0)
-        values = every[:, within(images)[:, 0]]
+    def measure_tone(self, side: Side, images: Iterable[Tensor]) -> None:
+        """Keep the mean and spread of grey values of images, some (n, c, *spatial) at a time, within the head."""
+        count, total, square = 0, torch.zeros(1).double(), torch.zeros(1).double()
+        for some in images:
+            every = torch.cat([some, some.mean(1, keepdim=True)], 1).movedim(1, 0)
+            values = every[:, within(some)[:, 0]].double()
+            count, total, square = count + values.shape[1], total + values.sum(1), square + values.square().sum(1)
         mean, spread = (getattr(self, f"{name}_{side}") for name in ("mean", "spread"))
-        mean.copy_(values.mean(1))
-        spread.copy_(values.std(1).clamp_min(1e-3))
+        mean.copy_(total / count)
+        spread.copy_((square / count - (total / count).square()).clamp_min(0).sqrt().clamp_min(1e-3))
 
     def _tone(self, side: Side, ndim: int) -> tuple[Tensor, Tensor]:
         shape = (1, -1, *[1] * (ndim - 2))

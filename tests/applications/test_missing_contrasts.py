@@ -121,13 +121,14 @@ def test_a_target_that_a_scan_lacks_is_not_learnt(fabric: Any) -> None:
         "regression", settings_of(), config.Variants(), pairs_of(Scans()), range(8), [], "x", fabric
     )
     drawn = task._batch(np.arange(4), np.random.default_rng(0), varied=False)
-    sources, targets, noise, timesteps, known = (torch.from_numpy(one) for one in drawn)
-    assert known.tolist() == [[True] * 3, [True, True, False], [True] * 3, [True] * 3]
+    sources, targets, noise, timesteps, weights = (torch.from_numpy(one) for one in drawn)
+    expected = torch.tensor([[1.0] * 3, [1.0, 1.0, 0.0], [1.0] * 3, [1.0] * 3]) * 12 / 11
+    torch.testing.assert_close(weights, expected)
     there = sources.isfinite().flatten(2).all(2)
     assert there.any(1).all() and not there.all(1).any() and not there[1, 2]
     changed = targets.clone()
     changed[1, 2] = 0.3
-    losses = [task._loss(task.model, sources, t, noise, timesteps, known) for t in (targets, changed)]
+    losses = [task._loss(task.model, sources, t, noise, timesteps, weights) for t in (targets, changed)]
     assert torch.equal(*losses)
 
 

@@ -1,11 +1,17 @@
 """PSNR, L1 and (MS-)SSIM with known answers."""
 
+import weakref
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
 
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.random_streams import philox
 from meddiff_steps.evaluation.image_quality import MAX_PSNR, MS_SSIM_WEIGHTS, SsimSettings, reconstruction_quality
+from meddiff_steps.evaluation.reconstructions import write_reconstructions
+from meddiff_steps.imaging.shards import Shards
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +111,24 @@ def test_bad_input_is_refused(images: np.ndarray) -> None:
     broken[2, 0, 0, 0, 0] = np.nan
     with pytest.raises(UserError, match="not finite"):
         reconstruction_quality(images, broken)
+
+
+def test_reconstructions_are_measured_as_they_are_made(images: np.ndarray, tmp_path: Path) -> None:
+    made: list[weakref.ref[np.ndarray]] = []
+
+    def reconstruct(row: int) -> tuple[np.ndarray, np.ndarray]:
+        pair = images[row].copy(), images[row] * (1 - 0.02 * row)
+        made.extend(weakref.ref(one) for one in pair)
+        assert sum(one() is not None for one in made) <= 4, "those of earlier rows are still held"
+        return pair
+
+    ids = [f"s{row}" for row in range(6)]
+    scans = pd.DataFrame({"scan_id": ids, "subject_id": list("aabbcc")})
+    rows = {"test": [4, 1, 2, 5], "val": [3, 0]}
+    found = write_reconstructions(tmp_path / "x.arrow", scans, ids, (1, 40, 40, 40), rows, reconstruct)
+    assert Shards([tmp_path / "x.arrow"]).column("scan_id") == ["s4", "s1", "s2", "s5", "s3", "s0"]
+    factors = 1 - 0.02 * np.arange(6, dtype=np.float32).reshape(-1, 1, 1, 1, 1)
+    for split, chosen in rows.items():
+        subjects = [scans["subject_id"][row] for row in chosen]
+        real = images[chosen]
+        assert found[split] == reconstruction_quality(real, real * factors[chosen], subjects=subjects)

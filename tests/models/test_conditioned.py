@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from meddiff_steps import config
 from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.compute.device import make_fabric
+from meddiff_steps.compute.recompute import kept_for_gradients
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
@@ -78,6 +79,20 @@ def test_maps_are_local_and_begin_as_nothing(covariates, maps):
 def test_a_control_branch_doubles_the_blocks_and_the_others_do_not():
     size = {maps: sum(p.numel() for p in made(True, maps=maps).network.net.parameters()) for maps in MAPS}
     assert size["controlnet"] > 1.7 * size["concatenation"] and size["spade"] > size["concatenation"]
+
+
+def test_blocks_of_a_control_branch_are_recomputed_too():
+    hidden, maps, embedding = (torch.randn(2, *shape) for shape in ((8, 6, 6, 6), (2, 6, 6, 6), (16,)))
+    kept, found = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        changed = settings(maps="controlnet").model_copy(update={"gradient_checkpointing": checkpointing})
+        control = awake(Denoiser(changed, (4, 6, 6, 6), [0], maps={"labels": 2})).network.net.control
+        kept.append(kept_for_gradients(lambda control=control: sum(a.sum() for a in control(hidden, maps, embedding))))
+        sum(added.square().sum() for added in control(hidden, maps, embedding)).backward()
+        found.append([parameter.grad for parameter in control.parameters()])
+    assert kept[1] < 0.7 * kept[0]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.fixture

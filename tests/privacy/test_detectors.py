@@ -8,7 +8,7 @@ from scipy.ndimage import gaussian_filter
 from meddiff_steps import config
 from meddiff_steps.imaging import perturbations
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
-from meddiff_steps.instruments.embedder import train_embedder
+from meddiff_steps.instruments.embedder import Embedder, train_embedder
 from meddiff_steps.privacy import size
 from meddiff_steps.privacy.detectors.aligned import Aligned, extent, ssim_map
 from meddiff_steps.privacy.detectors.base import TrainingImages, references
@@ -106,6 +106,16 @@ def test_the_learned_detector_finds_rotated_copies(scans):
     for kind in ("rotated", "mirrored", "noised"):
         assert (copies[kind][0] > highest).mean() > 0.9, kind
         assert (copies[kind][1] == np.arange(12)).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("shape", "factors"),
+    [((160, 224, 160), [7, 7, 7]), ((320, 320, 4), [10, 10, 4]), ((2, 200, 48), [2, 7, 7]), ((300, 3), [5, 3])],
+)
+def test_the_learned_detector_takes_grids_with_a_short_side(shape, factors):
+    embedder = Embedder(shape)
+    assert embedder.factors == factors
+    assert embedder(torch.rand(2, 1, *shape)).shape == (2, 64)
 
 
 def test_constant_images_are_similar_to_nobody(scans):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,31 @@ def test_of_several_readers_one_is_looked_at_at_a_time(shards: Shards, fabric: A
     marked = [(made._batch(np.arange(4), rng, varied=False)[1] > 0).any((1, 2, 3)) for _ in range(50)]
     assert 0.35 < np.mean(marked) < 0.65
     assert made.model.scale > 0 and float(made.model.offset[:, 0].mean()) > -2  # halves of one reader's, in Haar means
+
+
+@pytest.mark.parametrize("coordinates", [True, False])
+def test_targets_are_standardised_one_by_one(
+    coordinates: bool, shards: Shards, fabric: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    truths = Pairs.truths
+
+    def read(pairs: Pairs, rows: Any) -> np.ndarray:
+        held.append(sum(isinstance(one, torch.Tensor) and one.shape[-3:] == (4, 4, 4) for one in gc.get_objects()))
+        return truths(pairs, rows)
+
+    monkeypatch.setattr(Pairs, "truths", read)
+    made = task("diffusion", shards, ["first", "second"], fabric, coordinates=coordinates)
+    assert len(held) == 10 and held[-1] <= held[1]
+    blocks = torch.stack(
+        [
+            made.model.in_blocks(torch.from_numpy(made.pairs.encoded(truths(made.pairs, [row])[0][:, None]))).mean(0)
+            for row in range(10)
+        ]
+    )
+    mean = blocks.mean(0) if coordinates else blocks.mean((0, 2, 3))[:, None, None].expand(4, 4, 4)
+    torch.testing.assert_close(made.model.offset[0], mean)
+    assert float(made.model.scale) == pytest.approx(float((blocks - mean).square().mean().sqrt()), rel=1e-5)
 
 
 @pytest.mark.parametrize("way", ["diffusion", "regression"])

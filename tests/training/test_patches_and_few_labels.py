@@ -147,6 +147,13 @@ def test_without_coordinates_the_mean_tells_no_place_either(shards: Shards, fabr
     assert untold.place.abs().max() == 0 < told.place.abs().max()
 
 
+def test_whole_scans_are_validated_in_the_memory_of_patches(shards: Shards, fabric: Any) -> None:
+    made, seen = task("diffusion", shards, fabric, patch=[8, 6]), []
+    made.modules["average"].register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    made.validate()
+    assert seen == [2, 2]  # a batch is eight quarters of a scan
+
+
 def test_a_patch_keeps_its_share_of_the_memory(shards: Shards, fabric: Any) -> None:
     whole, patch = (task("diffusion", shards, fabric, patch=cut).kept() for cut in (None, [8, 6]))
     # The vector of the noise level (a few hundred numbers) is as long for both

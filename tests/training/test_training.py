@@ -1,14 +1,18 @@
+import contextlib
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from monai.losses import DiceLoss
 
 from meddiff_steps import config
 from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.compute.device import make_fabric
+from meddiff_steps.compute.micro_batch import MicroBatch
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.imaging.pairs import Pairs
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.imaging.variants import Variant, draw_variant, untouched
 from meddiff_steps.models.first_stage.base import build as build_first_stage
@@ -18,9 +22,11 @@ from meddiff_steps.models.weights import weights_digest
 from meddiff_steps.training import loop
 from meddiff_steps.training.checkpoints import CheckpointFolder
 from meddiff_steps.training.latent_data import LatentData, drop
+from meddiff_steps.training.tasks import image_to_image
 from meddiff_steps.training.tasks.autoencoder import AutoencoderTask, perceptual_loss, spectral_loss
 from meddiff_steps.training.tasks.decoder import BLACK, LEAST_SHARE, DecoderTask
 from meddiff_steps.training.tasks.diffusion import DiffusionTask
+from meddiff_steps.training.tasks.image_to_image import ImageToImageTask
 
 #: Sums of parts are rounded otherwise. Largest relative difference of a point of the curve: 2e-7 (AVX2: 2e-5) with
 #: AdamW; 2.1e-3 with Muon, which makes matrices orthogonal in bfloat16.
@@ -142,6 +148,33 @@ def decoder_task(images, first_stage, fabric, variants=2, base=None, **changes):
 
 
 @pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Ten scans, of which most have nothing marked, and some no other contrast."""
+    path = tmp_path_factory.mktemp("pairs") / "shard.arrow"
+    columns = {
+        "image": TensorColumn("float16", (1, 8, 8, 8)),
+        "other": TensorColumn("float16", (1, 8, 8, 8), "contrast"),
+    }
+    rng = np.random.default_rng(0)
+    with ShardWriter(path, columns | {"mask": TensorColumn("uint8", (1, 8, 8, 8), "mask")}) as shard:
+        for i in range(10):
+            image = rng.uniform(0.1, 0.9, (1, 8, 8, 8))
+            shard.append(image=image, other=(i > 4) * image, mask=(i % 4 == 0) & (image > 0.5))
+    return Shards([path])
+
+
+def image_to_image_task(shards, fabric, kind, optimiser):
+    names, missing = ["image", "other"], kind == "missing contrasts"
+    source, target, way = (names, names, "diffusion") if missing else (["image"], ["mask"], "regression")
+    settings = config.Translation(
+        **{"source": source, "target": target, "missing": missing, "optimiser": optimiser.model_dump()},
+        **{"block": 2, "channels": [8], "num_res_blocks": 1},
+    )
+    variants, drawn = config.Variants(max_shift_voxels=1), Pairs.of(shards, source, target, range(8), "x", missing)
+    return ImageToImageTask(way, settings, variants, drawn, range(8), range(8, 10), "seed", fabric)
+
+
+@pytest.fixture(scope="module")
 def first_stage():
     """Untrained: what it leaves open is nearly the whole image."""
     torch.manual_seed(0)
@@ -159,14 +192,17 @@ class Killed(Exception):
 
 #: What is trained by the loop.
 FIRST_STAGES = ["autoencoder", "kl", "vq", "adversarial"]
-KINDS = [*FIRST_STAGES, "decoder", "diffusion", "unet", "no posterior", "learnt weights", "guide"]
+DRAWINGS = ["masks", "missing contrasts"]
+KINDS = [*FIRST_STAGES, *DRAWINGS, "decoder", "diffusion", "unet", "no posterior", "learnt weights", "guide"]
 
 
 @pytest.fixture
-def task_of(images, latents, bare_latents, first_stage, fabric):
+def task_of(images, latents, bare_latents, pairs, first_stage, fabric):
     """Makes the task of one of `KINDS`."""
 
     def make(kind, optimiser=OPTIMISER):
+        if kind in DRAWINGS:
+            return image_to_image_task(pairs, fabric, kind, optimiser)
         changes = {"optimiser": optimiser.model_dump()}
         if kind == "learnt weights":
             changes["loss_weights"] = "learnt"
@@ -325,6 +361,85 @@ def test_out_of_memory_halves_what_is_computed_at_a_time_and_not_the_batch(tmp_p
     again = make()  # a later attempt does not try what did not fit
     loop.fit(again, OPTIMISER, again.fabric, tmp_path / "parts", "test")
     assert again.micro.size == parts.micro.size
+
+
+class Rank:
+    """One of two processes that run one after the other; means over both are right once both have told theirs."""
+
+    world_size = 2
+
+    def __init__(self, fabric, rank, told):
+        self.fabric, self.global_rank, self.told = fabric, rank, told
+
+    def __getattr__(self, name):
+        return getattr(self.fabric, name)
+
+    def all_reduce(self, value, reduce_op):
+        self.told[self.global_rank] = value
+        return getattr(torch.stack(list(self.told.values())), reduce_op)(0)
+
+
+@pytest.mark.parametrize("kind", DRAWINGS)
+def test_processes_have_the_loss_of_the_batch_and_its_gradients(task_of, fabric, kind, monkeypatch):
+    monkeypatch.setattr(image_to_image, "clip_gradients", lambda *_: None)
+    whole, told, shares = task_of(kind), {}, {}
+    loss = float(whole.train_step(0)["train/loss"])
+    for rank in (0, 1, 0):
+        task = task_of(kind)
+        task.fabric = Rank(fabric, rank, told)
+        shares[rank] = float(task.train_step(0)["train/loss"]), [p.grad for p in task.model.parameters()]
+    assert (shares[0][0] + shares[1][0]) / 2 == pytest.approx(loss, rel=1e-5)
+    for parameter, *grads in zip(whole.model.parameters(), shares[0][1], shares[1][1], strict=True):
+        torch.testing.assert_close(sum(grads) / 2, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_dice_is_that_of_monai_over_the_batch(channels):
+    logits = torch.randn(4, channels, 6, 6)
+    shares = torch.eye(3)[torch.randint(3, (4, 6, 6))].movedim(-1, 1)[:, :channels]
+    expected = DiceLoss(sigmoid=channels == 1, softmax=channels > 1, batch=True)(logits, shares)
+    torch.testing.assert_close(image_to_image.dice_loss(image_to_image.overlap(logits, shares)), expected)
+
+
+def test_gradients_of_all_parts_but_the_last_stay_in_their_process():
+    """Where a network is asked decides it, as where its gradients are taken."""
+    inside = []
+
+    class Two:
+        world_size, device = 2, torch.device("cpu")
+
+        @contextlib.contextmanager
+        def no_backward_sync(self, module, enabled):
+            inside.append(enabled)
+            yield
+            inside.pop()
+
+        def backward(self, loss):
+            loss.backward()
+            seen.append(inside[-1])
+
+    def losses(rows):
+        seen.append(inside[-1])
+        return net(torch.ones(rows.stop - rows.start, 2)).mean(), {}
+
+    net, seen, micro = torch.nn.Linear(2, 1), [], MicroBatch(Two())
+    inside.append("outside")
+    micro.size = 2
+    micro.gradients(net, 6, losses)
+    assert seen == [True, True, True, True, False, False]
+
+
+@pytest.mark.parametrize("kind", [*DRAWINGS, "diffusion"])
+def test_held_out_images_are_looked_at_as_many_at_a_time_as_in_training(task_of, kind, monkeypatch):
+    task, seen = task_of(kind), []
+    task.val_rows = np.arange(10)
+    task.modules["average"].register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    expected = task.validate()["val/loss"]
+    looks = 2 if kind == "masks" else 1  # Dice of parts needs what the whole has in common
+    assert seen == looks * [4, 4, 2]
+    for room, sizes in ((3, looks * [3, 3, 3, 1]), (16, [10])):
+        task.micro.size, seen[:] = room, []
+        assert task.validate()["val/loss"] == pytest.approx(expected, rel=1e-5) and seen == sizes
 
 
 def test_one_image_that_does_not_fit_is_an_error_that_says_what_helps(tmp_path, latents, fabric):

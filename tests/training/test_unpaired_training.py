@@ -226,6 +226,30 @@ def test_a_batch_in_parts_is_the_same_step(shards: Shards, fabric: Any) -> None:
         torch.testing.assert_close(value, parts.model.state_dict()[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_scans_are_measured_one_by_one_and_validated_as_many_at_a_time_as_in_training(
+    shards: Shards, fabric: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    images = Domain.images
+    monkeypatch.setattr(Domain, "images", lambda domain, rows: read.append(len(rows)) or images(domain, rows))
+    made = task(shards, fabric)
+    assert set(read) == {1}
+    for side, domain in made.domains.items():
+        every = torch.from_numpy(images(domain, domain.rows)) * 2 - 1
+        net = made.model.diffusion(side)
+        blocks = net.in_blocks(every)
+        torch.testing.assert_close(net.offset[0], blocks.mean(0))
+        assert float(net.scale) == pytest.approx(float((blocks - blocks.mean(0)).square().mean().sqrt()), rel=1e-5)
+    seen: list[int] = []
+    model: Any = made.modules["average"]
+    clean = model.clean
+    model.clean = lambda side, sources, *more: seen.append(len(sources)) or clean(side, sources, *more)
+    in_parts = made.validate()
+    assert seen == [4] * 4
+    made.micro.size = 16
+    assert made.validate() == pytest.approx(in_parts, rel=1e-5, abs=1e-7) and seen[4:] == [8, 8]
+
+
 def test_what_is_written_draws_as_what_was_trained(shards: Shards, fabric: Any, tmp_path: Path) -> None:
     made = task(shards, fabric)
     train_unpaired(

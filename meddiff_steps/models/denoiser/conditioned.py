@@ -211,7 +211,7 @@ class ConditionedResNet(nn.Module):
             settings=told,
         )
         if settings.gradient_checkpointing:
-            recompute(self.net.blocks)
+            recompute([*self.net.blocks, *(self.net.control.blocks if self.net.control is not None else [])])
 
     @property
     def costly(self) -> list[nn.Module]:

@@ -241,17 +241,18 @@ class DiffusionTask:
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Loss of the averaged weights on held-out latents at fixed times and noise."""
-        losses = []
+        losses: list[float] = []
         for start in range(0, len(self.val_rows), 16):
             rows = self.val_rows[start : start + 16]
             generator = step_generator(self.root, "validation", start)
             x0 = self.data.draw(rows, generator)
             uniform = (np.arange(start, start + len(rows)) + 0.5) / len(self.val_rows)
             noise = generator.standard_normal(x0.shape, dtype=np.float32)
-            with self.fabric.autocast():
-                covariates, variants = self.data.covariates[rows], self.data.shards.tensors("numbers", rows)
-                tokens = [self.data.tokens[name](rows) for name in self._token_names]
-                told = (covariates, variants, *tokens, *self._maps(rows))
-                errors, _ = self._errors(self.modules["average"], x0, uniform, noise, *told)
-            losses.append((float(errors.mean()), len(rows)))
-        return {"val/loss": sum(loss * n for loss, n in losses) / len(self.val_rows)} if losses else {}
+            covariates, variants = self.data.covariates[rows], self.data.shards.tensors("numbers", rows)
+            tokens = [self.data.tokens[name](rows) for name in self._token_names]
+            drawn = (x0, uniform, noise, covariates, variants, *tokens, *self._maps(rows))
+            for part in self.micro.parts(len(rows), self.settings.optimiser.batch_size):
+                with self.fabric.autocast():
+                    errors, _ = self._errors(self.modules["average"], *(one[part] for one in drawn))
+                losses += errors.tolist()
+        return {"val/loss": float(np.mean(losses))} if losses else {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +17,7 @@ from meddiff_steps.compute.micro_batch import MicroBatch
 from meddiff_steps.core.random_streams import step_generator
 from meddiff_steps.imaging.domains import Domain
 from meddiff_steps.imaging.variants import draw_variant
+from meddiff_steps.models.latent_statistics import measure_standardisation
 from meddiff_steps.models.unpaired import OTHER, Critics, Side, Unpaired
 from meddiff_steps.training.loop import batch_rows, clip_gradients
 from meddiff_steps.training.optimisers import set_up
@@ -84,11 +85,14 @@ class UnpairedTask:
         """Mean of a group's images at every place and one spread about it, and their grey values."""
         rows = domain.rows[:: max(1, len(domain.rows) // MEASURED_SCANS)][:MEASURED_SCANS]
         net = self.model.diffusion(side)
-        images = torch.from_numpy(domain.images(rows) * 2.0 - 1.0)
-        self.model.measure_tone(side, images)
-        found = net.in_blocks(images)
-        net.offset.copy_(found.mean(0, keepdim=True))
-        net.scale.copy_((found - found.mean(0)).square().mean().sqrt().clamp_min(1e-6))
+
+        def images() -> Iterator[Tensor]:
+            return (torch.from_numpy(domain.images([row]) * 2.0 - 1.0) for row in rows)
+
+        self.model.measure_tone(side, images())
+        found = measure_standardisation(net.in_blocks(each)[0].numpy() for each in images())
+        net.offset.copy_(torch.from_numpy(found.offset))
+        net.scale.fill_(float(found.scale))
 
     def rows(self, side: Side, step: int) -> np.ndarray:
         """Of the group's images in the batch of a step."""
@@ -189,7 +193,7 @@ class UnpairedTask:
         """
         average = self.modules["average"]
         assert isinstance(average, Unpaired)
-        found: dict[str, list[float]] = {"val/cycle": [], "val/clean": []}
+        found: dict[str, list[float]] = {"val/cycle": [], "val/clean": []}  # of each group
         for side, other in OTHER.items():
             rows = self.domains[side].held_out[:VALIDATION_SCANS]
             if not len(rows):
@@ -197,13 +201,18 @@ class UnpairedTask:
             generator = step_generator(self.root, f"validation/{side}", 0)
             images = self._images(side, rows, None)
             level = to_device(np.arange(len(rows)) % average.steps.count, self.fabric)
-            noises = (self._noise(side, len(rows), generator) for _ in range(2))
-            with self.fabric.autocast():
-                _, states = average.steps.noisier(level, average.standardised(side, images), *noises)
-                guess = average.guess(other, images)
-                found["val/cycle"].append(float(cycle_error(images, average.guess(side, guess))))
-                clean = average.images(side, average.clean(side, guess, states, level))
-                found["val/clean"].append(float(cycle_error(images, clean)))
+            noise, more = (self._noise(side, len(rows), generator) for _ in range(2))
+            cycle = clean = 0.0
+            for part in self.micro.parts(len(rows), self.settings.optimiser.batch_size):
+                real, at = images[part], level[part]
+                with self.fabric.autocast():
+                    _, states = average.steps.noisier(at, average.standardised(side, real), noise[part], more[part])
+                    guess = average.guess(other, real)
+                    cycle += len(real) * float(cycle_error(real, average.guess(side, guess)))
+                    made = average.images(side, average.clean(side, guess, states, at))
+                    clean += len(real) * float(cycle_error(real, made))
+            found["val/cycle"].append(cycle / len(rows))
+            found["val/clean"].append(clean / len(rows))
         return {name: float(np.mean(values)) for name, values in found.items() if values}
 
 
