@@ -262,6 +262,10 @@ def _asked(study: Study, frame: pd.DataFrame) -> Iterator[Finding]:
 def licence(study: Study) -> Finding:
     """Whether a release can say what is allowed with it."""
     asked = study.release
+    if spdx(asked.licence) == "CC0-1.0" and not isinstance(study.cohort, SimulatedSource):
+        return Finding(
+            "warning", "release.licence", f"{asked.licence} gives all rights away: do the cohort's terms allow it?"
+        )
     if spdx(asked.licence) or asked.licence_text.strip():
         return Finding("ok", "release.licence", f"{asked.licence}, whose text goes into the release.")
     return Finding(

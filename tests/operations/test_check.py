@@ -250,6 +250,9 @@ def test_a_licence_without_a_text_is_warned_of(root):
     ):
         found = check.licence(study(root, release=release))
         assert found.state == state and release["licence"] in found.text
+    given_away = check.licence(study(root))
+    assert given_away.state == "warning" and given_away.text.startswith("CC0 gives all rights away")
+    assert check.licence(study(root, cohort={"source": "simulated"})).state == "ok"
 
 
 def test_a_sample_is_spread_over_all():
