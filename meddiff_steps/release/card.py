@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from meddiff_steps.config import Card
-from meddiff_steps.privacy.verdict import STRANGERS, bounds_text
+from meddiff_steps.privacy.verdict import STRANGERS, bounds_text, shown_name
 
 _BANDS = {
     "below_quarter": "power below 1/4 of Nyquist, over {}",
@@ -110,7 +110,7 @@ def privacy(report: Mapping[str, Any]) -> str:
     """A table of the tests behind the verdict, and how many subjects were left out."""
     gates = report.get("gates", [])
     rows = [
-        (gate["name"], figure(gate["figure"]), bounds_text(gate["name"], gate["limit"]), gate["outcome"])
+        (shown_name(gate["name"]), figure(gate["figure"]), bounds_text(gate["name"], gate["limit"]), gate["outcome"])
         for gate in gates
     ]
     counts = report.get("counts", {})

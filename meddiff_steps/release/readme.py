@@ -12,6 +12,7 @@ from typing import Any
 from meddiff_steps import __version__
 from meddiff_steps.config import CategoricalCovariate
 from meddiff_steps.imaging.encoding import PICTURE_SCALE, SYNTHETIC, VOLUME_SCALE
+from meddiff_steps.privacy.verdict import shown_name
 from meddiff_steps.provenance import verify
 from meddiff_steps.provenance.ledger import MEASURED
 from meddiff_steps.release import card
@@ -104,7 +105,7 @@ def _about_privacy(report: Mapping[str, Any] | None) -> str:
     if report is None:
         return "not tested."
     gates = report.get("gates", [])
-    bad = [gate["name"] for gate in gates if gate["outcome"] != "PASS"]
+    bad = [shown_name(gate["name"]) for gate in gates if gate["outcome"] != "PASS"]
     passed = f", {len(gates) - len(bad)} of {len(gates)} tests passed" if gates else ""
     more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
     others = f" (not: {'; '.join(bad[:3])}{more})" if bad else ""
