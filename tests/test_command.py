@@ -115,6 +115,14 @@ def test_the_report_is_found_by_its_study(tmp_path):
     (folder / "report.html").touch()
     assert meddiff("report", str(STUDY), cwd=tmp_path).stdout.strip() == "results/ixi/report.html"
     assert meddiff("report", "results/ixi", cwd=tmp_path).stdout.strip() == "results/ixi/report.html"
+    assert "mean `meddiff report results/ixi`?" in meddiff("report", "results/ixi/inpainting", cwd=tmp_path).stderr
+
+
+def test_an_audit_of_results_names_their_release(tmp_path):
+    (tmp_path / "results/s/release/provenance").mkdir(parents=True)
+    said = meddiff("audit", "results/s", cwd=tmp_path).stderr
+    assert "no folder `provenance`" in said and said.rstrip().endswith("Did you mean results/s/release?")
+    assert "Did you mean" not in meddiff("audit", "results", cwd=tmp_path).stderr
 
 
 # ------------------------------------------------------------------------------------------------------- run
