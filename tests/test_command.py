@@ -24,8 +24,9 @@ from meddiff_steps.command.run import (
     tell_what_would_fail,
     workflow_folder,
 )
-from meddiff_steps.config import load_study, parse_study
+from meddiff_steps.config import freeze, load_study, parse_study
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.operations.status import another_cohort
 
 ROOT = Path(__file__).parents[1]
 STUDY = ROOT / "config/studies/ixi.yaml"
@@ -114,6 +115,14 @@ def test_the_report_is_found_by_its_study(tmp_path):
     (folder / "report.html").touch()
     assert meddiff("report", str(STUDY), cwd=tmp_path).stdout.strip() == "results/ixi/report.html"
     assert meddiff("report", "results/ixi", cwd=tmp_path).stdout.strip() == "results/ixi/report.html"
+    assert "mean `meddiff report results/ixi`?" in meddiff("report", "results/ixi/inpainting", cwd=tmp_path).stderr
+
+
+def test_an_audit_of_results_names_their_release(tmp_path):
+    (tmp_path / "results/s/release/provenance").mkdir(parents=True)
+    said = meddiff("audit", "results/s", cwd=tmp_path).stderr
+    assert "no folder `provenance`" in said and said.rstrip().endswith("Did you mean results/s/release?")
+    assert "Did you mean" not in meddiff("audit", "results", cwd=tmp_path).stderr
 
 
 # ------------------------------------------------------------------------------------------------------- run
@@ -197,6 +206,37 @@ def test_run_says_what_is_wrong_with_a_study_before_snakemake_starts(tmp_path):
     (tmp_path / "bad.yaml").write_text("study: bad\nplann: []\n")
     done = meddiff("run", "bad.yaml", cwd=tmp_path)
     assert done.returncode == 2 and "Did you mean `plan`?" in done.stderr and "snakemake" not in done.stderr
+
+
+def test_results_of_another_cohort_are_not_replaced(tmp_path, monkeypatch):
+    """A study takes the name of a finished one: refused; the cohort of the same study was moved: said."""
+
+    def study(source, title="One"):
+        (tmp_path / "study.yaml").write_text(
+            f"study: s\ntitle: {title}\ncohort: {source}\ncovariates: {{age: {{unit: year, range: [18, 95]}}}}\n"
+            "plan: [{name: syn, subjects: 10}]\n"
+        )
+        return load_study(tmp_path / "study.yaml")
+
+    def said(*arguments):
+        done = meddiff(*arguments, "study.yaml", cwd=tmp_path)
+        return done.stdout + done.stderr
+
+    monkeypatch.chdir(tmp_path)
+    freeze(study("{source: bids, root: here}"), None, tmp_path / "results/s/config")
+    assert another_cohort(study("{source: simulated}")) is None  # nothing but a plan was made
+    (tmp_path / "results/s/cohort").mkdir()
+    (tmp_path / "results/s/cohort/manifest.parquet").touch()
+    for arguments in (["run"], ["run", "-n"]):
+        refused = said(*arguments)
+        assert refused.startswith("error: study: results/s holds results of another cohort (bids, "), refused
+        assert "this study: simulated)" in refused and "move the folder away" in refused
+    assert "FAIL    study: results/s holds" in said("check")
+    state, text = another_cohort(study("{source: bids, root: there}"))
+    assert state == "warning" and text.startswith("results/s holds results of a cohort that lay elsewhere (bids, ")
+    assert another_cohort(study("{source: bids, root: there}", "Two"))[0] == "fail"
+    assert another_cohort(study("{source: bids, root: ./here}", "Two")) is None
+    assert len(list((tmp_path / "results/s/config").iterdir())) == 1
 
 
 def test_a_folder_that_is_unlocked_says_how_to_go_on(tmp_path):

@@ -35,9 +35,10 @@ def audit(request: Request) -> Report:
         There is no release with provenance, or the key cannot be read.
     """
     if not (request.release / seal.FOLDER).is_dir():
+        below = request.release / "release"  # of the results of a study
         raise UserError(
             f"{request.release}: no folder `{seal.FOLDER}`. Give the root of a release; one that was made without a"
-            " ledger cannot be audited."
+            " ledger cannot be audited." + (f" Did you mean {below}?" if (below / seal.FOLDER).is_dir() else "")
         )
     key = signature.load_public(request.key) if request.key else None
     report = Report(str(request.release))

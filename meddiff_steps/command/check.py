@@ -17,6 +17,7 @@ from meddiff_steps.operations import check
 from meddiff_steps.operations.check import Finding
 from meddiff_steps.operations.expected import Expected, expected
 from meddiff_steps.operations.machine import free_bytes, this_machine
+from meddiff_steps.operations.status import another_cohort
 from meddiff_steps.synthesis.size import planned_subjects
 
 #: Wide enough for the longest state.
@@ -59,6 +60,8 @@ def findings(
     """Everything that is known, in the order in which it is found out."""
     with DryRun(path, targets) as planned:  # Snakemake plans while scans are looked at
         yield Finding("ok", "study", f"{path} can be read: {study.title or study.study}.")
+        if other := another_cohort(study):
+            yield Finding(other[0], "study", other[1])
         rules = _rules(planned) if targets else None
         if targets and "cohort" not in (rules or ()):
             told, count = check.shapes(study) if "shape_completion" in (rules or ()) else ([], 0)

@@ -20,6 +20,9 @@ def run(
     """Print where the report of a study lies."""
     page = results_of(study) / "report.html"
     if not page.is_file():
+        above = page.parent.parent / "report.html"  # of a release, or another folder of the results
+        if above.is_file():
+            raise UserError(f"{page}: not there. Did you mean `meddiff report {above.parent}`?")
         made = sorted(figures.parent for figures in page.parent.glob(f"*/{DERIVATIVE[1]}"))
         raise UserError(
             f"{page}: not there yet. `meddiff status {page.parent}` says how far the study is, `meddiff run STUDY.yaml`"

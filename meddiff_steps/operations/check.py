@@ -49,6 +49,8 @@ State = Literal["ok", "warning", "fail"]
 MANY_MISSING = 0.5
 #: Of the field of view, what a grid shows at least; less is probably smaller than the head.
 SMALL_GRID = 0.7
+#: Of the largest field of view, what no grid shows less of by intention: a digit of the spacing is wrong.
+FAR_TOO_SMALL = 0.5
 #: Voxels of scans may be larger than those of the grid by this factor before the grid is called finer than its data.
 FINER = 1.25
 #: Bytes that a voxel takes as it is kept (float16), and images kept per planned subject: drawn, accepted, released.
@@ -260,6 +262,10 @@ def _asked(study: Study, frame: pd.DataFrame) -> Iterator[Finding]:
 def licence(study: Study) -> Finding:
     """Whether a release can say what is allowed with it."""
     asked = study.release
+    if spdx(asked.licence) == "CC0-1.0" and not isinstance(study.cohort, SimulatedSource):
+        return Finding(
+            "warning", "release.licence", f"{asked.licence} gives all rights away: do the cohort's terms allow it?"
+        )
     if spdx(asked.licence) or asked.licence_text.strip():
         return Finding("ok", "release.licence", f"{asked.licence}, whose text goes into the release.")
     return Finding(
@@ -353,6 +359,13 @@ def _grid(study: Study, found: Sequence[Header], spacing: np.ndarray) -> Finding
     largest = views.max(axis=0)
     if (box >= largest - spacing / 2).all():
         return Finding("ok", "grid", f"{_by(box)} mm holds every field of view (largest {_by(largest)} mm).")
+    if (box < FAR_TOO_SMALL * largest).any():
+        return Finding(
+            "fail",
+            "grid",
+            f"{_by(box)} mm (preprocess.shape times spacing_mm, {_by(spacing)} mm), less than half of the largest field"
+            f" of view of the scans, {_by(largest)} mm: heads would be cut off. Take larger voxels, or more of them.",
+        )
     middle = np.median(views, axis=0)
     said = (
         f"{_by(box)} mm, smaller than the field of view of scans ({_by(middle)} mm in the middle): heads must be"

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 from meddiff_steps.config import Study, load_study, parse_study
 from meddiff_steps.core.errors import UserError
@@ -39,6 +40,8 @@ TRAININGS = (
     *("registration/train", "shape_completion/train"),
     *("masks/autoencoder", "masks/diffusion"),
 )
+#: Below the results: the cohort, once it was read.
+MANIFEST = "cohort/manifest.parquet"
 #: Below the results: how many jobs of the last `meddiff run` are done, and how many there are (JSON).
 JOBS = "logs/jobs.json"
 #: How a log ends whose step has given up, and whose was asked to stop; a step that was killed says nothing.
@@ -166,9 +169,45 @@ def results_of(study: Path) -> Path:
     return Path(content.results, content.study)
 
 
+def another_cohort(study: Study) -> tuple[Literal["warning", "fail"], str] | None:
+    """What differs where results of this study's name were made of a cohort of another kind or from another place.
+
+    A cohort may have been moved, so that another place alone is a warning.
+    """
+    results = Path(study.results, study.study)
+    frozen = _frozen(results)
+    if not frozen or not (results / MANIFEST).is_file():
+        return None
+    before = json.loads(frozen[-1].read_text(encoding="utf-8"))
+    now = study.model_dump(mode="json")
+    was, here = (_place(content["cohort"]) for content in (before, now))
+    if was == here:
+        return None
+    told = f"{results} holds results of {{}} ({', '.join(was)}; this study: {', '.join(here)})."
+    if was[0] == here[0] and before["title"] == now["title"]:
+        return "warning", told.format("a cohort that lay elsewhere") + (
+            " If it was moved, go on; if it is another one, give this study another name (`study`), or its results will"
+            " replace those."
+        )
+    return "fail", told.format("another cohort") + (
+        " They would be replaced. Give this study another name (`study`), or move the folder away."
+    )
+
+
+def _place(cohort: Mapping[str, Any]) -> list[str]:
+    """The kind of a cohort, and where it lies."""
+    paths = [cohort[key] for key in ("table", "root") if cohort.get(key)]
+    return [cohort["source"], *(str(Path(path).resolve()) for path in paths)]
+
+
+def _frozen(results: Path) -> list[Path]:
+    """Whole studies as runs froze them, the newest last."""
+    return sorted((results / "config").glob("study-*.json"), key=lambda path: path.stat().st_mtime)
+
+
 def newest_study(results: Path) -> Study:
     """The study as the last run froze it."""
-    frozen = sorted((results / "config").glob("study-*.json"), key=lambda path: path.stat().st_mtime)
+    frozen = _frozen(results)
     if not frozen:
         raise UserError(
             f"{results}: no study was started here (no config/study-*.json). `meddiff run` starts one; give its folder"

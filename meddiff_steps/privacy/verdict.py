@@ -109,6 +109,15 @@ def limits_of(
     return found | {FILLED: settings.max_failed_share}
 
 
+def shown_name(name: str) -> str:
+    """The name of a gate as people read it beside its figure; releases and audits keep the name itself.
+
+    >>> shown_name("planned subjects are filled")
+    'planned subjects left without an image'
+    """
+    return "planned subjects left without an image" if name == FILLED else name
+
+
 def bounds(name: str, limit: float) -> tuple[float, float]:
     """Lowest and highest figure within the limit of a gate."""
     return (1 - limit if name.removeprefix(RARE).startswith(AROUND_HALF) else -math.inf), limit

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from meddiff_steps.config import Card
-from meddiff_steps.privacy.verdict import STRANGERS, bounds_text
+from meddiff_steps.privacy.verdict import STRANGERS, bounds_text, shown_name
 
 _BANDS = {
-    "below_quarter": "power below 1/4 of Nyquist, over real",
-    "quarter_to_half": "power between 1/4 and 1/2 of Nyquist, over real",
-    "above_half": "power above 1/2 of Nyquist, over real",
+    "below_quarter": "power below 1/4 of Nyquist, over {}",
+    "quarter_to_half": "power between 1/4 and 1/2 of Nyquist, over {}",
+    "above_half": "power above 1/2 of Nyquist, over {}",
 }
 
 
@@ -110,7 +110,7 @@ def privacy(report: Mapping[str, Any]) -> str:
     """A table of the tests behind the verdict, and how many subjects were left out."""
     gates = report.get("gates", [])
     rows = [
-        (gate["name"], figure(gate["figure"]), bounds_text(gate["name"], gate["limit"]), gate["outcome"])
+        (shown_name(gate["name"]), figure(gate["figure"]), bounds_text(gate["name"], gate["limit"]), gate["outcome"])
         for gate in gates
     ]
     counts = report.get("counts", {})
@@ -136,8 +136,10 @@ def privacy(report: Mapping[str, Any]) -> str:
     )
 
 
-def quality(metrics: Mapping[str, Any]) -> str:
-    """A table of what was measured in the synthetic images, beside the same figure on held-out real ones."""
+def quality(metrics: Mapping[str, Any], source: str = "real") -> str:
+    """A table of what was measured in the synthetic images, beside the same figure on held-out scans, which `source`
+    says the kind of: real or simulated.
+    """
     rows = []
     for name, found in sorted(metrics.get("covariates", {}).items()):
         key, words = (
@@ -148,13 +150,13 @@ def quality(metrics: Mapping[str, Any]) -> str:
         rows.append((f"{name}, {words}", figure(found[key]), figure(found[key].get("ceiling"))))
     for band, words in _BANDS.items():
         power = metrics.get("spectrum", {}).get("synthetic", {}).get(band)
-        rows += [(words, figure(power), figure(power.get("ceiling")))] if power else []
+        rows += [(words.format(source), figure(power), figure(power.get("ceiling")))] if power else []
     for space, found in sorted(metrics.get("realism", {}).items()):
         auc = found.get("classifier_auc")
         rows += (
             [
                 (
-                    f"told from real by a classifier on {space} features, AUC",
+                    f"told from {source} by a classifier on {space} features, AUC",
                     figure(auc),
                     figure(auc.get("floor")),
                 )
@@ -162,7 +164,7 @@ def quality(metrics: Mapping[str, Any]) -> str:
             if auc
             else []
         )
-    return _table(("measured", "synthetic [95 % interval]", "held-out real"), rows)
+    return _table(("measured", "synthetic [95 % interval]", f"held-out {source}"), rows)
 
 
 def blanks(card: Card) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from meddiff_steps import __version__
 from meddiff_steps.config import CategoricalCovariate
 from meddiff_steps.imaging.encoding import PICTURE_SCALE, SYNTHETIC, VOLUME_SCALE
+from meddiff_steps.privacy.verdict import shown_name
 from meddiff_steps.provenance import verify
 from meddiff_steps.provenance.ledger import MEASURED
 from meddiff_steps.release import card
@@ -71,7 +72,7 @@ def readme(
         " within this dataset: how well anything works on people, only scans of\npeople can tell.",
         f"## Where they come from\n{origin(story)}\nSampling: {story.sampler}. Software: meddiff_steps {__version__}.",
         *([f"## Model\n{card.model(story.models, story.distilled)}"] if story.models else []),
-        f"## Quality\n{(card.quality(story.metrics) if story.metrics else '') or 'Not measured.'}",
+        f"## Quality\n{(card.quality(story.metrics, story.source) if story.metrics else '') or 'Not measured.'}",
         "\n\n".join(filter(None, [f"## Privacy\n{privacy(story)}", card.privacy(story.privacy or {})])),
         f"## Please note\n{_CAUTION}",
         f"## From the publisher\n{card.blanks(story.config.card)}",
@@ -91,8 +92,8 @@ def _five_lines(story: Story) -> Iterator[str]:
     """Privacy, realism, fidelity, usefulness, limits: of each the figure that is least in favour of the images."""
     metrics = story.metrics or {}
     yield f"**Privacy**: {_about_privacy(story.privacy)}"
-    yield f"**Realism**: {_about_realism(metrics)}"
-    yield f"**Fidelity**: {_about_fidelity(metrics)}"
+    yield f"**Realism**: {_about_realism(metrics, story.source)}"
+    yield f"**Fidelity**: {_about_fidelity(metrics, story.source)}"
     yield (
         "**Usefulness**: not told by these figures. Whether images of this kind help a task is found on real scans that"
         " neither model nor task learnt from."
@@ -104,14 +105,14 @@ def _about_privacy(report: Mapping[str, Any] | None) -> str:
     if report is None:
         return "not tested."
     gates = report.get("gates", [])
-    bad = [gate["name"] for gate in gates if gate["outcome"] != "PASS"]
+    bad = [shown_name(gate["name"]) for gate in gates if gate["outcome"] != "PASS"]
     passed = f", {len(gates) - len(bad)} of {len(gates)} tests passed" if gates else ""
     more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
     others = f" (not: {'; '.join(bad[:3])}{more})" if bad else ""
     return f"{report['verdict']}{passed}{others}. That is the outcome of stated tests, not a proof of anonymity."
 
 
-def _about_realism(metrics: Mapping[str, Any]) -> str:
+def _about_realism(metrics: Mapping[str, Any], source: str) -> str:
     spaces = {
         name: found["classifier_auc"] for name, found in metrics.get("realism", {}).items() if "classifier_auc" in found
     }
@@ -120,13 +121,13 @@ def _about_realism(metrics: Mapping[str, Any]) -> str:
         return "not measured."
     name = max(sorted(known), key=lambda one: known[one]["value"])
     return (
-        f"a classifier tells synthetic from real images with AUC {card.figure(known[name])}, where it finds that"
-        f" easiest ({name} features); real from other real ones {card.figure(known[name].get('floor'))}. 0.5 would be"
-        " not at all."
+        f"a classifier tells synthetic from {source} images with AUC {card.figure(known[name])}, where it finds that"
+        f" easiest ({name} features); {source} from other {source} ones"
+        f" {card.figure(known[name].get('floor'))}. 0.5 would be not at all."
     )
 
 
-def _about_fidelity(metrics: Mapping[str, Any]) -> str:
+def _about_fidelity(metrics: Mapping[str, Any], source: str) -> str:
     shares = {}
     for name, found in metrics.get("covariates", {}).items():
         key = "auc" if found["kind"] == "categorical" else "r"
@@ -140,7 +141,7 @@ def _about_fidelity(metrics: Mapping[str, Any]) -> str:
     words = "AUC of reading it" if key == "auc" else "r of asked for and measured"
     return (
         f"of {len(shares)} covariates {name} is shown least as it was asked for: {words} {card.figure(figure)}, where"
-        f" held-out real scans give {card.figure(ceiling)}."
+        f" held-out {source} scans give {card.figure(ceiling)}."
     )
 
 
@@ -148,7 +149,7 @@ def _about_limits(story: Story, metrics: Mapping[str, Any]) -> str:
     fine = metrics.get("spectrum", {}).get("synthetic", {}).get("above_half") or {}
     told = [story.config.card.limitations.strip()]
     if fine.get("value") is not None:
-        told.append(f"The finest detail has {card.figure(fine)} of the power that it has in real images.")
+        told.append(f"The finest detail has {card.figure(fine)} of the power that it has in {story.source} images.")
     part = f"the training part of a cohort of {story.card['subjects']} subjects"
     told.append(f"The model knows what {part} shows, and nothing beyond it.")
     return " ".join(filter(None, told))
@@ -216,7 +217,8 @@ def _covariates(story: Story, measured: Sequence[str]) -> str:
         return f"{text}\n\nNothing was measured in the images."
     return (
         f"{text}\n\nBeside them is what was measured in each image: {', '.join(measured)}. `_measured` is read by"
-        " predictors that learnt from real scans\nand err on real scans, too (Quality, last column);"
+        f" predictors that learnt from {story.source} scans\nand err on {story.source} scans, too (Quality, last"
+        " column);"
         " `_segmented` is the volume of the label map. Use these where it matters what an image shows."
     )
 

@@ -85,7 +85,7 @@ privacy: {{level: 0.2, enforce: report}}
 
 release:
   name: Synthetic brains that started from {base}     # <--
-  authors: [Jane Doe]               # <--
+  authors: []                       # <-- for example [Jane Doe]
   licence: {licence}     # <-- {terms}
 """
 

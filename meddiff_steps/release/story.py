@@ -84,6 +84,11 @@ class Story:
         return self.facts["cohort"]
 
     @property
+    def source(self) -> str:
+        """What the scans are that the model learnt from and is compared with, in a word."""
+        return "simulated" if self.card.get("simulated") else "real"
+
+    @property
     def privacy(self) -> Mapping[str, Any] | None:
         return self.facts["privacy"]
 
@@ -121,12 +126,12 @@ def privacy(story: Story) -> str:
         text += (
             f" Every image was compared with every training scan by {_counted(calibration['detectors'])}, and"
             f" drawn again if one of them found it nearer than {100 * (1 - calibration['level']):g} % of"
-            f" {calibration['subjects']} unseen real subjects come."
+            f" {calibration['subjects']} unseen {story.source} subjects come."
         )
     else:
         text += (
-            f" The filter had no thresholds and rejected nothing: {calibration['needed']} unseen real subjects are"
-            f" needed for its level and there were {calibration['subjects']}."
+            f" The filter had no thresholds and rejected nothing: {calibration['needed']} unseen {story.source}"
+            f" subjects are needed for its level and there were {calibration['subjects']}."
         )
     if bad := stopping(story.privacy.get("gates", [])):
         why = "it failed" if story.privacy["verdict"] == "FAIL" else f"the filter is none ({bad[0]['name']})"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from meddiff_steps.config import Covariates
 from meddiff_steps.core.registries import DETECTORS, FEATURE_SPACES, METRICS
 from meddiff_steps.core.registry import Registry
+from meddiff_steps.privacy.verdict import shown_name
 
 #: Longer descriptions are sentences and no names.
 LONGEST = 40
@@ -32,7 +33,7 @@ class Names:
 
     def gate(self, name: str) -> str:
         """Of a gate of the privacy verdict, which may end in a covariate."""
-        return re.sub(r"(?<=^inference of ).+$", lambda found: self.covariate(found[0]), name)
+        return re.sub(r"(?<=^inference of ).+$", lambda found: self.covariate(found[0]), shown_name(name))
 
 
 def of(covariates: Covariates) -> Names:

@@ -198,7 +198,9 @@ def test_the_grid_is_compared_with_the_scans(root):
         return told(list(check.images(study(root, preprocess=preprocess), found)), "grid")
 
     assert grid(shape=[16, 16, 16], spacing_mm=2)[0][0] == "ok"
-    assert grid(shape=[8, 8, 8], spacing_mm=1)[0][0] == "warning"
+    assert grid(shape=[8, 8, 8], spacing_mm=1.3)[0][0] == "warning"
+    state, text = grid(shape=[16, 16, 16], spacing_mm=0.2)[0]
+    assert state == "fail" and text.startswith("3.2 x 3.2 x 3.2 mm") and "less than half" in text
     assert any("finer than" in text for _, text in grid(shape=[32, 32, 32], spacing_mm=1))
     assert grid(shape=[32, 32], spacing_mm=None)[0] == (
         "fail",
@@ -248,6 +250,9 @@ def test_a_licence_without_a_text_is_warned_of(root):
     ):
         found = check.licence(study(root, release=release))
         assert found.state == state and release["licence"] in found.text
+    given_away = check.licence(study(root))
+    assert given_away.state == "warning" and given_away.text.startswith("CC0 gives all rights away")
+    assert check.licence(study(root, cohort={"source": "simulated"})).state == "ok"
 
 
 def test_a_sample_is_spread_over_all():

@@ -380,7 +380,9 @@ def test_the_card_holds_figures_and_blanks(tmp_path: Path) -> None:
 def test_simulated_source_is_named(tmp_path: Path) -> None:
     place = Workplace(tmp_path)
     place.card["simulated"] = True
-    assert "simulated images (no real person was ever imaged)" in (place.run() / "README.md").read_text()
+    told = (place.run() / "README.md").read_text()
+    assert "simulated images (no real person was ever imaged)" in told
+    assert "unseen simulated subjects" in told and "unseen real subjects" not in told
 
 
 def test_source_dataset_is_named_if_it_has_an_address(tmp_path: Path) -> None:

@@ -213,6 +213,7 @@ def test_covariates_are_called_as_the_study_describes_them() -> None:
     assert called.pair("age~a_b = x_y") == "Age at scan and a b = x_y"
     assert called.gate("inference of csf_ml") == "inference of Ventricular CSF"
     assert called.gate("singling out by covariates") == "singling out by covariates"
+    assert called.gate("planned subjects are filled") == "planned subjects left without an image"  # what its figure is
 
 
 def test_feature_spaces_and_metrics_have_names_and_unknown_ones_their_key() -> None:
