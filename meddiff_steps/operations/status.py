@@ -184,7 +184,7 @@ def another_cohort(study: Study) -> tuple[Literal["warning", "fail"], str] | Non
     if was == here:
         return None
     told = f"{results} holds results of {{}} ({', '.join(was)}; this study: {', '.join(here)})."
-    if was[0] == here[0] and before["title"] == now["title"]:
+    if was[0] == here[0] and before.get("title") == now["title"]:
         return "warning", told.format("a cohort that lay elsewhere") + (
             " If it was moved, go on; if it is another one, give this study another name (`study`), or its results will"
             " replace those."
