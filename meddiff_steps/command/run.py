@@ -27,9 +27,9 @@ import meddiff_steps
 from meddiff_steps.config import SimulatedSource, Study, load_study
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import write_atomic
-from meddiff_steps.core.folders import DERIVATIVE
+from meddiff_steps.core.folders import DERIVATIVE, MANIFEST
 from meddiff_steps.operations.machine import this_machine
-from meddiff_steps.operations.status import JOBS, MANIFEST, another_cohort
+from meddiff_steps.operations.status import JOBS, another_cohort
 
 #: Seconds before hours are counted, which loads torch: who runs for less does not ask what is left.
 NOT_YET_S = 15.0

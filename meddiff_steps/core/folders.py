@@ -25,6 +25,8 @@ OF_BASE = (
     *(f"{folder}*.{suffix}" for folder in ("configs/", "") for suffix in ("json", "yaml")),
     *(f"{folder}*.{suffix}" for folder in ("models/", "") for suffix in ("pt", "pth", "safetensors")),
 )
+#: Below a study's results: its cohort, once it was read.
+MANIFEST = "cohort/manifest.parquet"
 #: The study that made weights, in the folder of a model release or in a study's results.
 CONFIGS_OF_BASE = ("config.json", "release/provenance/config.json")
 #: The networks of label maps.
@@ -138,7 +140,7 @@ def files_of_base(path: str | None, *files: str | None) -> list[str]:
 def manifest_of_base(path: str | None) -> Path | None:
     """The manifest that given weights learnt from, of the results that they are or lie in; None where there is none."""
     folders = [] if path is None else [Path(path), Path(path).parent]
-    return next((found for each in folders if (found := each / "cohort" / "manifest.parquet").is_file()), None)
+    return next((found for each in folders if (found := each / MANIFEST).is_file()), None)
 
 
 def folders_of(step: str) -> dict[str, tuple[str, ...]]:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from meddiff_steps.config import Compute, Study
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.folders import MANIFEST
 from meddiff_steps.operations.counting import Group, Work
 from meddiff_steps.operations.rates import (
     COMPILE_S,
@@ -202,7 +203,7 @@ def finished(folder: Path) -> tuple[Study, dict[str, Work]]:
     UserError
         There is none in the folder.
     """
-    manifest = folder / "cohort/manifest.parquet"
+    manifest = folder / MANIFEST
     if not manifest.is_file():
         raise UserError(
             f"{folder}: no cohort/manifest.parquet, expected the results of a finished study to measure by, such as"

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from meddiff_steps.config import Study, load_study, parse_study
 from meddiff_steps.core.errors import UserError
+from meddiff_steps.core.folders import MANIFEST
 from meddiff_steps.operations.machine import this_machine
 from meddiff_steps.synthesis.size import plan_shards
 
@@ -40,8 +41,6 @@ TRAININGS = (
     *("registration/train", "shape_completion/train"),
     *("masks/autoencoder", "masks/diffusion"),
 )
-#: Below the results: the cohort, once it was read.
-MANIFEST = "cohort/manifest.parquet"
 #: Below the results: how many jobs of the last `meddiff run` are done, and how many there are (JSON).
 JOBS = "logs/jobs.json"
 #: How a log ends whose step has given up, and whose was asked to stop; a step that was killed says nothing.

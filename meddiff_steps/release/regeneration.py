@@ -21,7 +21,7 @@ from meddiff_steps.cohort.texts import COLUMN as TEXT
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import sha256_file, write_atomic
-from meddiff_steps.core.folders import NETWORK, TONE
+from meddiff_steps.core.folders import MANIFEST, NETWORK, TONE
 from meddiff_steps.core.weights_digest import safetensors_digest
 from meddiff_steps.imaging import encoding
 from meddiff_steps.models.masks import MaskModel
@@ -342,7 +342,7 @@ def plan_more(release: Sealed, models: Path, count: int, group: str | None) -> t
             f"group {wanted.name}: its covariates come from a table of the publisher's, which is not in the release."
             " Enlarge another group."
         )
-    manifest = models / "cohort/manifest.parquet"
+    manifest = models / MANIFEST
     training = pd.DataFrame(columns=list(study.covariates))
     if draws(wanted, study.covariates):
         if not manifest.is_file():

@@ -10,6 +10,7 @@ import typer
 
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import holder
+from meddiff_steps.core.folders import MANIFEST
 from meddiff_steps.operations.status import (
     Stage,
     gpus_of,
@@ -78,7 +79,7 @@ def estimated_hours(results: Path, measured: Path) -> dict[str, tuple[int, float
 
     from meddiff_steps.operations.cost import Machine, estimates, of_all  # loads torch
 
-    manifest = results / "cohort/manifest.parquet"
+    manifest = results / MANIFEST
     if not manifest.is_file():
         raise UserError(
             f"{manifest}: not there yet, so the number of scans is not known. Ask again after the stage `cohort`, or"
