@@ -12,6 +12,7 @@ from snakemake.utils import update_config
 from meddiff_steps import config as study_config
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import hold
+from meddiff_steps.operations.status import another_cohort
 
 if workflow.modifier.namespace:
     # Which is given neither the files of the study nor handlers that hold the lock and look after what is protected.
@@ -83,7 +84,22 @@ except UserError as error:
     raise WorkflowError(str(error)) from None
 
 RESULTS = str(Path(STUDY.results, STUDY.study))
+
+
+def refuse_another_cohort():
+    """Refuse to replace the results of another study of this name; say so where the cohort only lies elsewhere.
+
+    Before this study is frozen, because what was frozen last says whose the results are.
+    """
+    state, text = another_cohort(STUDY) or ("ok", "")
+    if state == "fail":
+        raise WorkflowError(f"study: {text}")
+    if text:
+        print(f"warning: study: {text}", file=sys.stderr)
+
+
 if workflow.is_main_process:
+    refuse_another_cohort()
     environ["MEDDIFF_STUDY"] = str(study_config.freeze(STUDY, None, Path(RESULTS, "config")))
 
 # What torch compiles for one job, the others find: entries are named by what they are made of and appear under their

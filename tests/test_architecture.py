@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -115,3 +117,11 @@ def test_no_circle_between_modules():
     while free := {module for module, needed in leads.items() if not needed & leads.keys()}:
         leads = {module: needed for module, needed in leads.items() if module not in free}
     assert not leads, f"a circle runs through {sorted(leads)}"
+
+
+def test_steps_without_networks_start_without_torch():
+    """Which takes seconds of each job."""
+    steps = "cohort, describe, gate, ledger, plan, preprocess, quality, report"
+    code = f"import sys; from meddiff_steps.steps import {steps}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

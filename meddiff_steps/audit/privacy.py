@@ -17,9 +17,9 @@ from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json, sha256_file
 from meddiff_steps.imaging import encoding
+from meddiff_steps.imaging.signed_distances import LABELS
 from meddiff_steps.privacy.calibration import Thresholds, thresholds_of
 from meddiff_steps.privacy.detectors.base import Detector, score
-from meddiff_steps.privacy.label_maps import NAME as LABELS
 from meddiff_steps.privacy.label_maps import LabelMapDetector
 from meddiff_steps.privacy.reference import ReferenceFiles, load_detectors
 from meddiff_steps.privacy.size import batch_size

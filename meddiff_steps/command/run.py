@@ -29,7 +29,7 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import write_atomic
 from meddiff_steps.core.folders import DERIVATIVE, MANIFEST
 from meddiff_steps.operations.machine import this_machine
-from meddiff_steps.operations.status import JOBS, another_cohort
+from meddiff_steps.operations.status import JOBS
 
 #: Seconds before hours are counted, which loads torch: who runs for less does not ask what is left.
 NOT_YET_S = 15.0
@@ -72,8 +72,6 @@ def run(
     content = load_study(study)  # what is wrong with it is said at once
     wanted, extra = split_targets(targets or [])
     check_targets(wanted, workflow_folder())
-    if not {"--config", "-C"} & set(extra):  # which may name another folder
-        refuse_another_cohort(content)
     command = snakemake_command(study, wanted, extra, cores, profile, dry_run)
     print(f"$ {shlex.join(command)}", file=sys.stderr, flush=True)
     if profile is not None:
@@ -106,21 +104,6 @@ def run(
         elif not done:
             print("\n".join(f"see {place}" for place in places(content, wanted)), file=sys.stderr)
     raise typer.Exit(done)
-
-
-def refuse_another_cohort(study: Study) -> None:
-    """Refuse to replace the results of another study of this name; say so where the cohort only lies elsewhere.
-
-    Raises
-    ------
-    UserError
-        The results are those of another cohort.
-    """
-    state, text = another_cohort(study) or ("ok", "")
-    if state == "fail":
-        raise UserError(f"study: {text}")
-    if text:
-        print(f"warning: study: {text}", file=sys.stderr)
 
 
 def tell_what_would_fail(study: Study, path: Path, targets: Sequence[str]) -> None:

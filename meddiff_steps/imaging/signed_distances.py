@@ -16,6 +16,8 @@ from meddiff_steps.core.errors import UserError
 #: What shards say of an image that holds signed distances: mirrored and shifted like a scan, but its numbers are no
 #: grey levels.
 DISTANCES = "distances"
+#: What shards, detectors of copies and conditions of the model of images (`Condition.maps`) call a label map.
+LABELS = "labels"
 #: Distance in voxels from which on all are the same: the width of a cell of latents at a quarter of the resolution.
 LIMIT = 4.0
 

@@ -13,14 +13,11 @@ from torch import Tensor
 
 from meddiff_steps import config
 from meddiff_steps.diffusion.conditioning import Condition
-from meddiff_steps.imaging.signed_distances import from_distances, structures_of, to_distances
+from meddiff_steps.imaging.signed_distances import LABELS, from_distances, structures_of, to_distances
 from meddiff_steps.models.trained import TrainedModel
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-
-#: What the model of images calls the map that it is told (`Condition.maps`).
-LABELS = "labels"
 
 
 class MaskModel:

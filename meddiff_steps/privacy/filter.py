@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import torch
 
+from meddiff_steps.imaging.signed_distances import LABELS
 from meddiff_steps.privacy.calibration import Thresholds
 from meddiff_steps.privacy.detectors.base import Detector, score
-from meddiff_steps.privacy.label_maps import NAME as LABELS
 from meddiff_steps.privacy.label_maps import LabelMapDetector
 from meddiff_steps.privacy.size import batch_size
 from meddiff_steps.synthesis.plan import redraw

@@ -17,8 +17,6 @@ from meddiff_steps.privacy.detectors.base import reduced
 from meddiff_steps.privacy.search import nearest, unit_rows
 from meddiff_steps.privacy.size import batch_size
 
-#: What its similarity is called in decisions and calibration.
-NAME = "labels"
 #: By how many voxels along each axis a copy of the positive control is shifted.
 SHIFT = 2
 #: Standard deviation, in voxels, of the Gaussian that smooths the signed distances of another.

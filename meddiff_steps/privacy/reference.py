@@ -24,6 +24,7 @@ from meddiff_steps.core.random_streams import step_generator
 from meddiff_steps.core.registries import DETECTORS
 from meddiff_steps.imaging.perturbations import perturbed_copies
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
+from meddiff_steps.imaging.signed_distances import LABELS
 from meddiff_steps.instruments.embedder import load_embedder
 from meddiff_steps.models.first_stage.base import FirstStage, reconstruct
 from meddiff_steps.models.latent_statistics import Standardisation
@@ -39,7 +40,6 @@ from meddiff_steps.privacy.detectors.base import (
     reduced,
     score,
 )
-from meddiff_steps.privacy.label_maps import NAME as LABELS
 from meddiff_steps.privacy.label_maps import LabelMapDetector, RealLabelMaps
 from meddiff_steps.privacy.label_maps import copies as copies_of_labels
 from meddiff_steps.privacy.size import batch_size, subjects_needed

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -36,14 +36,16 @@ from meddiff_steps.imaging.encoding import (
     voxel_digest,
 )
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.models.masks import LABELS
+from meddiff_steps.imaging.signed_distances import LABELS
 from meddiff_steps.provenance import ledger, verify
 from meddiff_steps.release import licences, preview
 from meddiff_steps.release.citation import citation_file
 from meddiff_steps.release.layout import image_path
-from meddiff_steps.release.measuring import Instruments
 from meddiff_steps.release.readme import BIDS_VERSION, readme
 from meddiff_steps.release.story import VERSION, Part, Story, origin, privacy
+
+if TYPE_CHECKING:  # which loads torch; who describes a release needs none
+    from meddiff_steps.release.measuring import Instruments
 
 logger = logging.getLogger(__name__)
 

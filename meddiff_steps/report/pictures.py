@@ -11,7 +11,7 @@ import pandas as pd
 from meddiff_steps.config import CategoricalCovariate, Covariates, Study
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.models.masks import LABELS
+from meddiff_steps.imaging.signed_distances import LABELS
 from meddiff_steps.report import charts, figures, names
 from meddiff_steps.report.lineup import tile
 from meddiff_steps.report.names import Names

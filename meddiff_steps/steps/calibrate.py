@@ -20,7 +20,7 @@ from meddiff_steps.config import load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path, write_json
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.privacy.label_maps import NAME as LABELS
+from meddiff_steps.imaging.signed_distances import LABELS
 from meddiff_steps.privacy.label_maps import RealLabelMaps, vectors
 from meddiff_steps.privacy.reference import ReferenceFiles, build_reference, calibration_card
 from meddiff_steps.steps import options

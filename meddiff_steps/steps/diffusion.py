@@ -19,7 +19,7 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import atomic_path
 from meddiff_steps.core.folders import CARD, TEXT, WEIGHTS
 from meddiff_steps.imaging.shards import Shards
-from meddiff_steps.models.masks import LABELS
+from meddiff_steps.imaging.signed_distances import LABELS
 from meddiff_steps.models.pretrained.convert import published_encoding
 from meddiff_steps.models.text_encoder import TextEncoder
 from meddiff_steps.models.trained import load_denoiser, load_text_encoder, save_denoiser

@@ -16,7 +16,8 @@ from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import load_stage
 from meddiff_steps.core.files import atomic_path, read_json
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn, in_background
-from meddiff_steps.models.masks import LABELS, MaskModel
+from meddiff_steps.imaging.signed_distances import LABELS
+from meddiff_steps.models.masks import MaskModel
 from meddiff_steps.models.trained import TrainedModel
 from meddiff_steps.privacy.calibration import thresholds_of
 from meddiff_steps.privacy.duplicates import block_means

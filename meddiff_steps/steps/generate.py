@@ -10,7 +10,8 @@ import typer
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import load_stage
 from meddiff_steps.imaging.shards import ShardWriter, TensorColumn, in_background
-from meddiff_steps.models.masks import LABELS, MaskModel
+from meddiff_steps.imaging.signed_distances import LABELS
+from meddiff_steps.models.masks import MaskModel
 from meddiff_steps.models.trained import TrainedModel
 from meddiff_steps.steps import options
 from meddiff_steps.synthesis.generate import CohortGenerator

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
-from meddiff_steps.models.masks import LABELS
+from meddiff_steps.imaging.signed_distances import LABELS
 from meddiff_steps.report import charts, figures, pictures
 from meddiff_steps.report.charts import Chart
 from meddiff_steps.report.figures import Block, Tile
