@@ -32,6 +32,31 @@ COUNTED, TEMPLATE = (56, 189, 248), (251, 146, 60)
 LEAST_SCANS = 2
 #: Columns that number things and measure nothing.
 _NO_MEASURE = ("background_value",)
+#: What the measures of the quality table say, by column (docs/preprocessing.md has all of them).
+LEGEND: Mapping[str, str] = {
+    "oddness": "how far the scan is from the middle of the cohort, in the measure where it is furthest: robust standard"
+    " deviations",
+    "percentile_low": "grey level that became 0",
+    "percentile_high": "grey level that became 1",
+    "cut_off_share": "share of the foreground outside of the grid",
+    "foreground_share": "share of the scan that counts",
+    "mask_ml": "volume of the brain mask, mL",
+    "mask_on_head": "share of the brain mask that lies on the head",
+    "head_ml": "volume of what is not background, with what it encloses, mL",
+    "skull_valley": "depth of the dark ring below the surface: high where a skull is left",
+    "bias_field_low": "1st percentile of the field that the scan was divided by",
+    "bias_field_high": "99th percentile of it",
+    "registration_rotation_deg": "by how many degrees it was turned onto the template",
+    "registration_translation_mm": "by how many mm it was moved there",
+    "registration_scale": "size of the head as a share of the template's",
+    "registration_correlation": "absolute correlation with the template afterwards, 0 to 1",
+}
+#: Of named channels, by the end of the column.
+CHANNEL_LEGEND: Mapping[str, str] = {
+    "_on_head": "share of that mask or label map that lies on the head",
+    "_percentile_low": "grey level of that channel that became 0",
+    "_percentile_high": "grey level of that channel that became 1",
+}
 #: Columns in grey values, which have a unit in CT alone: of MR they say which scanner it was, and make nothing odd.
 _GREY_VALUES = ["percentile_low", "percentile_high"]
 
@@ -104,6 +129,12 @@ def thumbnail(image: np.ndarray, template: np.ndarray | None = None) -> bytes:
     return buffer.getvalue()
 
 
+def meaning(name: str) -> str:
+    """Of a measure, in a few words."""
+    ends = (words for end, words in CHANNEL_LEGEND.items() if name.startswith("channel_") and name.endswith(end))
+    return LEGEND.get(name) or next(ends, "")
+
+
 @dataclass(frozen=True)
 class Card:
     """A scan on a page: `jpeg` is None where it was left out, `values` are its measures."""
@@ -167,7 +198,7 @@ def render(
             title=title,
             simulated=simulated,
             cards=cards,
-            names=names,
+            names={name: meaning(name) for name in names},
             page=page,
             pages=pages,
             scans=scans,

@@ -23,7 +23,17 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.preprocess import QC_COLUMNS, preprocess_shard
 from meddiff_steps.imaging.registration import load_template, template_on_grid
 from meddiff_steps.imaging.shards import ShardWriter, TensorColumn
-from meddiff_steps.report.scan_pages import COUNTED, TEMPLATE, in_order, measures, oddness, thumbnail
+from meddiff_steps.report.scan_pages import (
+    _NO_MEASURE,
+    COUNTED,
+    LEGEND,
+    TEMPLATE,
+    in_order,
+    meaning,
+    measures,
+    oddness,
+    thumbnail,
+)
 from meddiff_steps.steps import quality as quality_step
 from meddiff_steps.steps import scan_pages
 
@@ -86,6 +96,14 @@ def test_the_oddest_come_first() -> None:
     ct = in_order(table(12).assign(background="air"))
     assert ct["oddest"][1] == "percentile_high" and ct["scan_id"][1] == "sub-04", "those of CT have"
     assert set(measures(table(12))) == {"percentile_high", "head_ml"}, "what is the same everywhere measures nothing"
+
+
+def test_every_measure_is_told_on_the_page(place: Path) -> None:
+    numbers = {name for name, kind in QC_COLUMNS.items() if kind == "float64"} - set(_NO_MEASURE)
+    assert numbers == set(LEGEND) - {"oddness"}, "of the quality table"
+    assert meaning("channel_lesion_on_head").startswith("share of that mask") and not meaning("channel_on_call")
+    page = made(place).read_text(encoding="utf-8")
+    assert f"<dt>head_ml</dt><dd>{LEGEND['head_ml']}</dd>" in page and LEGEND["skull_valley"] not in page
 
 
 def test_oddness_is_in_robust_deviations() -> None:
