@@ -158,7 +158,7 @@ def _column(column: str, raw: Sequence[Any], says: Mapping[str, Any]) -> Column:
     numbers = _numbers(counts)
     rare = [level for level, count in counts.items() if count < max(LEAST_OF_LEVEL, LEAST_SHARE * len(given))]
     few = len(counts) <= FEW_NUMBERS and (numbers is None or all(number.is_integer() for number in numbers))
-    if numbers is not None and not few:
+    if numbers is not None and not few and not _named(counts, says):
         unit, sure = _unit(column, says)
         why = f"{missing:.0%} of its values are missing" if missing > MANY_MISSING else None
         low, high = _range(min(numbers), max(numbers))
@@ -182,6 +182,26 @@ def _numbers(counts: Mapping[str, int]) -> list[float] | None:
     except ValueError:
         return None
     return numbers if len(numbers) == len(counts) and all(map(math.isfinite, numbers)) else None
+
+
+def _named(counts: Mapping[str, int], says: Mapping[str, Any]) -> bool:
+    """Whether `Levels` of the sidecar name most of the values: then they are codes. Of ages it may name 90 and more.
+
+    >>> _named({"0": 9, "1.0": 5}, {"Levels": {"0": "CN", "1": "AD"}})
+    True
+    """
+    levels = says.get("Levels")
+    if not isinstance(levels, dict):
+        return False
+    known = {_value(str(level)) for level in levels}
+    return 2 * sum(_value(text) in known for text in counts) > len(counts)
+
+
+def _value(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _unit(column: str, says: Mapping[str, Any]) -> tuple[str, bool]:

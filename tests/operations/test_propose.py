@@ -285,6 +285,26 @@ def test_names_that_no_covariate_may_have_are_changed():
     assert covariate_name("Größe") == "Gr_e"
 
 
+def test_codes_that_the_sidecar_names_are_levels():
+    cells = pd.DataFrame(
+        {
+            "diagnosis": [f"{n % 5}.0" for n in range(60)],
+            "site": [str(n % 9) for n in range(60)],
+            "age": [str(31 + n) for n in range(60)],
+        }
+    )
+    sidecar = {
+        "diagnosis": {"Levels": {"0": "CN", "1": "SCD", "2": "MCI", "3": "AD", "4": "FTD"}},
+        "site": {"Levels": {str(n): f"Hospital {n}" for n in range(9)}},
+        "age": {"Units": "year", "Levels": {"90": "90 or older"}},
+    }
+    found = {one.name: one for one in columns(cells, sidecar)}
+    assert found["diagnosis"].covariate.levels == ["0.0", "1.0", "2.0", "3.0", "4.0"]
+    assert found["diagnosis"].why_not is None
+    assert "9 different values" in found["site"].why_not and found["site"].covariate is None
+    assert isinstance(found["age"].covariate, ContinuousCovariate), "one of many values has a name"
+
+
 @pytest.mark.parametrize(("subjects", "level"), [(1000, 0.05), (400, 0.05), (90, None), (30, None)])
 def test_splits_leave_the_filter_what_it_needs(subjects, level):
     parts = division([f"sub-{n}" for n in range(subjects)], "seed")
