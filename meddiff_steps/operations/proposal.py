@@ -8,16 +8,18 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from meddiff_steps.cohort.covariates import RESERVED, cell_text, is_null
+from meddiff_steps.cohort.covariates import cell_text, is_null
 from meddiff_steps.cohort.splits import SPLITS, assign_splits
 from meddiff_steps.config import (
     MNI152,
+    RESERVED_COLUMNS,
     CategoricalCovariate,
     ContinuousCovariate,
     Covariate,
@@ -82,7 +84,21 @@ def covariate_name(column: str) -> str:
     """
     name = re.sub(r"\W+", "_", column, flags=re.ASCII).strip("_") or "column"
     name = name if name[0].isalpha() else f"c_{name}"
-    return f"{name}_value" if name in RESERVED else name
+    return f"{name}_value" if name in RESERVED_COLUMNS else name
+
+
+def covariate_names(columns: Iterable[str]) -> dict[str, str]:
+    """A name of its own for the covariate of each column; a column keeps its name where that can be one.
+
+    >>> covariate_names(["age (y)", "年齢", "性別", "age_y"])
+    {'age_y': 'age_y', 'age (y)': 'age_y_2', '年齢': 'column', '性別': 'column_2'}
+    """
+    names: dict[str, str] = {}
+    for column in sorted(columns, key=lambda column: covariate_name(column) != column):
+        name = covariate_name(column)
+        further = (f"{name}_{number}" for number in count(2))
+        names[column] = next(one for one in chain([name], further) if one not in names.values())
+    return names
 
 
 def columns(cells: pd.DataFrame, sidecar: Mapping[str, Any]) -> list[Column]:
@@ -95,7 +111,11 @@ def columns(cells: pd.DataFrame, sidecar: Mapping[str, Any]) -> list[Column]:
     sidecar
         participants.json.
     """
-    found = [_column(str(name), cells[name].tolist(), sidecar.get(str(name)) or {}) for name in cells]
+    names = covariate_names(map(str, cells))
+    found = [
+        _column(names[str(column)], str(column), cells[column].tolist(), sidecar.get(str(column)) or {})
+        for column in cells
+    ]
     order = {name: place for place, name in enumerate(FIRST)}
     found.sort(key=lambda one: (one.why_not is not None, order.get(one.column.lower(), len(order))))
     taken: list[Column] = []
@@ -146,8 +166,8 @@ def _left_out(one: Column, why: str) -> Column:
     return Column(one.name, one.column, one.covariate, why, one.unsure)
 
 
-def _column(column: str, raw: Sequence[Any], says: Mapping[str, Any]) -> Column:
-    name, texts = covariate_name(column), [cell_text(cell) for cell in raw]
+def _column(name: str, column: str, raw: Sequence[Any], says: Mapping[str, Any]) -> Column:
+    texts = [cell_text(cell) for cell in raw]
     given = [text for text in texts if not is_null(text)]
     missing = 1 - len(given) / len(texts)
     counts = Counter(given)

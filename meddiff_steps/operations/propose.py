@@ -27,7 +27,7 @@ from meddiff_steps.operations.proposal import (
     Heads,
     affordable,
     columns,
-    covariate_name,
+    covariate_names,
     division,
     grid,
     heads,
@@ -118,9 +118,10 @@ def propose(
     )
     known = [column for column in read_delimited(table, "\t")[0] if column and column != "participant_id"]
     # Raw cells of all columns, as the study would read them: what is declared of them does not matter here.
-    unread = {covariate_name(column): CategoricalCovariate(levels=["a", "b"], column=column) for column in known}
+    names = covariate_names(known)
+    unread = {names[column]: CategoricalCovariate(levels=["a", "b"], column=column) for column in known}
     frame = read_bids(source, dict(unread))
-    cells = pd.DataFrame({column: frame[covariate_name(column)] for column in known})
+    cells = pd.DataFrame({column: frame[names[column]] for column in known})
     found = columns(cells, _json(root / "participants.json"))
     if not any(one.why_not is None for one in found):
         raise UserError(

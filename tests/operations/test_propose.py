@@ -285,6 +285,30 @@ def test_names_that_no_covariate_may_have_are_changed():
     assert covariate_name("Größe") == "Gr_e"
 
 
+def test_columns_that_would_have_one_name_do_not_mix(tmp_path, turned, monkeypatch):
+    lie = Heads(8, (160.0, 192.0, 160.0), True, 0.9, 15.0, 18.0)
+    monkeypatch.setattr("meddiff_steps.operations.propose.heads", lambda *_: lie)
+    monkeypatch.setattr("meddiff_steps.operations.proposal.SUBJECTS_PER_NUMBER", 1)
+    root = dataset(tmp_path, turned)
+    random = np.random.default_rng(0)
+    rows = ["participant_id\tage (y)\tage y\t年齢\t性別\tgroup"]
+    for n in range(SUBJECTS):
+        ages = (20 + n, f"{random.normal():.3f}", f"{random.normal(500):.2f}")
+        rows.append("\t".join(map(str, (f"sub-{n:03d}", *ages, "男女"[n % 2], "ab"[n % 2]))))
+    (root / "participants.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (tmp_path / "x.yaml").write_text(propose(root, "x", CORES, 8.0), encoding="utf-8")
+    covariates = load_study(tmp_path / "x.yaml").covariates
+    assert {name: one.column for name, one in covariates.items()} == {
+        "group_value": "group",
+        "age_y": "age (y)",
+        "age_y_2": "age y",
+        "column": "年齢",
+        "column_2": "性別",
+    }
+    assert covariates["age_y"].range[1] > 100 and covariates["age_y_2"].range[1] < 10
+    assert covariates["column_2"].levels == ["女", "男"]
+
+
 def test_codes_that_the_sidecar_names_are_levels():
     cells = pd.DataFrame(
         {
