@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from meddiff_steps import __version__
-from meddiff_steps.cohort.bids import EXTENSIONS, BidsName, read_bids
-from meddiff_steps.cohort.table import read_delimited
+from meddiff_steps.cohort.bids import EXTENSIONS, BidsName, read_columns
 from meddiff_steps.config import BidsSource, CategoricalCovariate, ContinuousCovariate, Study, parse_study
 from meddiff_steps.config.yaml_files import as_written, parse_yaml
 from meddiff_steps.core.errors import UserError
@@ -27,7 +25,6 @@ from meddiff_steps.operations.proposal import (
     Heads,
     affordable,
     columns,
-    covariate_names,
     division,
     grid,
     heads,
@@ -116,13 +113,8 @@ def propose(
     source = BidsSource.model_validate(
         {"source": "bids", "root": str(root), "suffix": suffix, "entities": entities or {}}
     )
-    known = [column for column in read_delimited(table, "\t")[0] if column and column != "participant_id"]
-    # Raw cells of all columns, as the study would read them: what is declared of them does not matter here.
-    names = covariate_names(known)
-    unread = {names[column]: CategoricalCovariate(levels=["a", "b"], column=column) for column in known}
-    frame = read_bids(source, dict(unread))
-    cells = pd.DataFrame({column: frame[names[column]] for column in known})
-    found = columns(cells, _json(root / "participants.json"))
+    frame, cells = read_columns(source)
+    found = columns(cells, _json(root / "participants.json") | _json(root / "sessions.json"))
     if not any(one.why_not is None for one in found):
         raise UserError(
             f"{table}: no column can be a covariate: {'; '.join(f'{one.column} {one.why_not}' for one in found)}. Add"
@@ -213,7 +205,7 @@ def _text(
         f"  suffix: {flow(source.suffix)}",
         *([f"  entities: {flow(source.entities)}"] if kinds else []),
         "",
-        "# What images are conditioned on, from participants.tsv. Ranges are those of the data and a little more;",
+        "# What images are conditioned on, from the tables. Ranges are those of the data and a little more;",
         "# values outside are refused. <-- Which of them matter?",
         "covariates:",
         *[_covariate(one, "  ") for one in found if one.why_not is None],

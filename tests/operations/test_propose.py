@@ -309,6 +309,29 @@ def test_columns_that_would_have_one_name_do_not_mix(tmp_path, turned, monkeypat
     assert covariates["column_2"].levels == ["女", "男"]
 
 
+def test_columns_of_sessions_are_seen(tmp_path, monkeypatch):
+    lie = Heads(8, (160.0, 192.0, 160.0), True, 0.9, 15.0, 18.0)
+    monkeypatch.setattr("meddiff_steps.operations.propose.heads", lambda *_: lie)
+    monkeypatch.setattr("meddiff_steps.operations.proposal.SUBJECTS_PER_NUMBER", 1)
+    image = saved(tmp_path / "one.nii", brain())
+    rows, root = ["participant_id\tsex"], tmp_path / "bids"
+    for n in range(60):
+        name = f"sub-{n:02d}"
+        rows.append(f"{name}\t{'MF'[n % 2]}")
+        for session in ("ses-1", "ses-2"):
+            file = root / name / session / "anat" / f"{name}_{session}_T1w.nii"
+            file.parent.mkdir(parents=True)
+            file.symlink_to(image)
+        table = f"session_id\tage\nses-1\t{20.5 + n}\nses-2\t{30.5 + n}\n"
+        (root / name / f"{name}_sessions.tsv").write_text(table)
+    (root / "participants.tsv").write_text("\n".join(rows) + "\n")
+    (root / "sessions.json").write_text(json.dumps({"age": {"Description": "Age at the scan"}}))
+    (tmp_path / "x.yaml").write_text(propose(root, "x", CORES, 8.0))
+    covariates = load_study(tmp_path / "x.yaml").covariates
+    assert list(covariates) == ["age", "sex"] and covariates["age"].description == "Age at the scan"
+    assert covariates["age"].range[0] <= 20.5 and 89.5 <= covariates["age"].range[1] < 100
+
+
 def test_codes_that_the_sidecar_names_are_levels():
     cells = pd.DataFrame(
         {
