@@ -29,9 +29,10 @@ from meddiff_steps.config import (
 )
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.registries import DETECTORS
+from meddiff_steps.imaging.background import AIR_HU, DENSER_THAN_AIR_HU
 from meddiff_steps.imaging.brain_extraction import extraction_installed
 from meddiff_steps.imaging.preprocess import preprocess_image
-from meddiff_steps.imaging.reading import ScanError
+from meddiff_steps.imaging.reading import ScanError, read_image
 from meddiff_steps.imaging.skull import shows_skull
 from meddiff_steps.operations.survey import spread
 from meddiff_steps.privacy.size import SUBJECTS_PER_NUMBER, subjects_needed
@@ -331,6 +332,8 @@ LOOK_MM, LOOK_SHAPE = 4.0, (72, 72, 72)
 #: Correlation with a brain without skull after registration from which a scan shows one; and how little brains are
 #: turned (degrees) and scattered (mm) that a pipeline has put into one pose already.
 BRAIN, TURNED_DEG, SCATTERED_MM = 0.85, 3.0, 3.0
+#: A scan is CT where so large a share of it is as dark as air, to so many Hounsfield units.
+AIR_SHARE, NEAR_AIR_HU = 0.05, 100.0
 
 
 @dataclass(frozen=True)
@@ -353,6 +356,8 @@ class Heads:
         How many show a skull.
     extract
         Whether the brains are to be taken out of them: where any shows a skull and the program is installed.
+    ct
+        Whether most are CT in Hounsfield units; they are neither registered nor held against a brain.
     """
 
     looked_at: int
@@ -363,6 +368,7 @@ class Heads:
     scattered: float = 0.0
     skulls: int = 0
     extract: bool = False
+    ct: bool = False
 
     @property
     def registered(self) -> bool:
@@ -393,11 +399,20 @@ def heads(paths: Sequence[str], told: Callable[[int, int], None], may_extract: b
     """
     chosen = spread(paths, LOOKED_AT)
     problems: list[str] = []
-    plain = Preprocess(shape=LOOK_SHAPE, spacing_mm=LOOK_MM, center="foreground")
+    ct = 2 * sum(map(_in_hounsfield, chosen)) > len(chosen)
+    plain = Preprocess(shape=LOOK_SHAPE, spacing_mm=LOOK_MM, center="foreground", foreground="ct" if ct else "nonzero")
     seen = [_looked(path, plain, problems) for path in chosen]
     read = [(path, found) for path, found in zip(chosen, seen, strict=True) if found is not None]
     if not read:
         raise UserError(f"none of {len(chosen)} scans can be read; the last one: {problems[-1]}")
+
+    def box(found: Sequence[_Look]) -> tuple[float, float, float]:
+        half = np.max([half for half, _ in found], axis=0)
+        return tuple(float(2 * n * LOOK_MM) for n in half)  # type: ignore[return-value]
+
+    if ct:
+        told(len(read), len(read))
+        return Heads(len(read), box([found for _, found in read]), False, ct=True)
     skulls = sum(shows_skull(facts) for _, (_, facts) in read)
     extract = bool(skulls) and may_extract and extraction_installed()
     pose = Registration.model_validate({"template": MNI152, "max_rotation_deg": 180, "min_correlation": 0})
@@ -406,10 +421,6 @@ def heads(paths: Sequence[str], told: Callable[[int, int], None], may_extract: b
     for number, (path, _) in enumerate(read, 1):
         posed.append(_looked(path, plain.model_copy(update={"registration": pose, **changes}), problems))
         told(number, len(read))
-
-    def box(found: Sequence[_Look]) -> tuple[float, float, float]:
-        half = np.max([half for half, _ in found], axis=0)
-        return tuple(float(2 * n * LOOK_MM) for n in half)  # type: ignore[return-value]
 
     def as_they_lie() -> tuple[float, float, float]:
         if not extract:
@@ -442,6 +453,16 @@ def _looked(path: str, config: Preprocess, problems: list[str]) -> _Look | None:
         problems.append(str(error))
         return None
     return _half_extent(image[0]), facts
+
+
+def _in_hounsfield(path: str) -> bool:
+    """Whether a scan shows air as CT does."""
+    try:
+        array = read_image(Path(path)).array
+    except ScanError:
+        return False
+    air = np.abs(array - AIR_HU) <= NEAR_AIR_HU
+    return bool(array.min() <= DENSER_THAN_AIR_HU and air.mean() >= AIR_SHARE)
 
 
 def _half_extent(image: np.ndarray) -> np.ndarray:

@@ -231,11 +231,17 @@ def _text(
         f"  shape: {flow(list(shape))}      # times spacing_mm: {_by([n * spacing for n in shape])} mm",
         f"  spacing_mm: {flow(spacing)}",
         "  center: foreground",
+        *(
+            ["  foreground: ct", "  window: [0, 80]      # <-- Hounsfield units that become 0 and 1: those of brain"]
+            if lie.ct
+            else []
+        ),
         *(["  brain_extraction: deepbet"] if lie.extract else []),
         *(["  registration: {template: mni152}"] if lie.to_register else []),
         f"  shards: {max(2 if scans > 50 else 1, round(scans / SCANS_PER_SHARD))}      # jobs",
         "",
-        "# Mirrored copies suit brains; not images in which left and right differ.",
+        f"# Mirrored copies {'are not for' if lie.ct else 'suit brains; not'} images in which left and right differ."
+        + (" <--" if lie.ct else ""),
         "variants: {count: 4, flip: true, max_shift_voxels: 1}",
         "",
         f"# For {machine.gpus} GPU(s) and {machine.cores} cores: {said or '...'}.",
@@ -317,6 +323,12 @@ def _privacy(parts: Division) -> list[str]:
 
 
 def _pose(lie: Heads) -> list[str]:
+    if lie.ct:
+        return [
+            "# They are CT in Hounsfield units (air near -1000). What is denser than air counts, a head rest, too, and",
+            "# heads are learnt as they lie, with their faces: is that meant? If not, give masks as",
+            "# preprocess.brain_mask (docs/preprocessing.md). <--",
+        ]
     lay = f"turned by {lie.turned:.0f} degrees in the median, scattered by {lie.scattered:.0f} mm"
     if lie.skulls and not lie.extract:
         return [

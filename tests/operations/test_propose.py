@@ -263,6 +263,33 @@ def test_how_heads_lie_is_seen(tmp_path, turned):
     assert not other.brains and not other.to_register
 
 
+def test_ct_is_recognised(cohort, tmp_path, monkeypatch):
+    random = np.random.default_rng(0)
+    inside = ndimage.binary_fill_holes(brain() > 0)
+    away = ndimage.distance_transform_edt(~inside)
+
+    def head():
+        values = np.select([inside, away <= 2], [random.uniform(25, 40, inside.shape), 900], -1000)
+        return values + random.normal(0, 8, inside.shape)
+
+    scans = [saved(tmp_path / f"{n}.nii", head(), (0, 4 * n, 0)) for n in range(3)]
+    others = [saved(tmp_path / "brain.nii", brain())]
+    lie = heads([*scans, *others], lambda done, total: None)
+    assert lie.ct and lie.looked_at == 3 and not (lie.brains or lie.skulls or lie.extract or lie.to_register)
+    extent = MM * (np.ptp(np.argwhere(away <= 2), axis=0) + 1)
+    assert (np.array(lie.extent) >= extent - MM).all() and (np.array(lie.extent) <= extent + 4 * MM).all()
+    assert not heads([*others, *others, scans[0]], lambda done, total: None).ct
+    monkeypatch.setattr("meddiff_steps.operations.propose.heads", lambda *_: lie)
+    text = propose(cohort, "heads", CORES, 8.0)
+    (tmp_path / "heads.yaml").write_text(text)
+    study = load_study(tmp_path / "heads.yaml")
+    assert study.preprocess.foreground == "ct" and study.preprocess.window == (0, 80)
+    assert study.preprocess.registration is None and not study.release.skull_stripped
+    assert not any(
+        word in text for word in ("deepbet", "brain-extraction", "skull of", "suit brains", "look like brains")
+    )
+
+
 def test_scans_that_cannot_be_read_are_told(tmp_path):
     (tmp_path / "a.nii").write_bytes(b"nothing")
     with pytest.raises(UserError, match="none of 1 scans can be read"):
