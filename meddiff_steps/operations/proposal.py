@@ -110,11 +110,11 @@ def columns(cells: pd.DataFrame, sidecar: Mapping[str, Any]) -> list[Column]:
     cells
         A row per scan and a column per column of participants.tsv, raw.
     sidecar
-        participants.json.
+        participants.json: an object per column; some write a text, its description.
     """
     names = covariate_names(map(str, cells))
     found = [
-        _column(names[str(column)], str(column), cells[column].tolist(), sidecar.get(str(column)) or {})
+        _column(names[str(column)], str(column), cells[column].tolist(), _said(sidecar.get(str(column))))
         for column in cells
     ]
     order = {name: place for place, name in enumerate(FIRST)}
@@ -172,7 +172,7 @@ def _column(name: str, column: str, raw: Sequence[Any], says: Mapping[str, Any])
     given = [text for text in texts if not is_null(text)]
     missing = 1 - len(given) / len(texts)
     counts = Counter(given)
-    description = str(says.get("Description", "")).replace("\n", " ").strip()
+    description = " ".join(says.get("Description", "").split())
     common: dict[str, Any] = {"column": None if name == column else column, "description": description}
     if len(counts) < 2:
         return Column(name, column, None, "has one value" if counts else "is empty")
@@ -195,6 +195,19 @@ def _column(name: str, column: str, raw: Sequence[Any], says: Mapping[str, Any])
         why = f"few scans have {', '.join(f'{level} ({counts[level]})' for level in rare[:3])}"
     unsure = "better words than numbers: they appear in every figure" if numbers is not None else None
     return Column(name, column, CategoricalCovariate(levels=levels, **common), why, unsure)
+
+
+def _said(entry: Any) -> dict[str, Any]:
+    """An entry of a sidecar, of which a description is a text.
+
+    >>> _said("in years"), _said({"Units": "year", "Description": None}), _said(["?"])
+    ({'Description': 'in years'}, {'Units': 'year', 'Description': ''}, {})
+    """
+    if isinstance(entry, str):
+        return {"Description": entry}
+    if not isinstance(entry, dict):
+        return {}
+    return entry if isinstance(entry.get("Description", ""), str) else entry | {"Description": ""}
 
 
 def _numbers(counts: Mapping[str, int]) -> list[float] | None:

@@ -336,6 +336,12 @@ def test_columns_that_would_have_one_name_do_not_mix(tmp_path, turned, monkeypat
     assert covariates["column_2"].levels == ["女", "男"]
 
 
+def test_a_sidecar_may_hold_texts():
+    cells = pd.DataFrame({"age": [str(20.5 + n) for n in range(60)], "sex": ["F", "M"] * 30, "hand": ["l", "r"] * 30})
+    found = {one.name: one for one in columns(cells, {"age": "in years", "sex": ["F"], "hand": {"Description": None}})}
+    assert [found[name].covariate.description for name in cells] == ["in years", "", ""]
+
+
 def test_columns_of_sessions_are_seen(tmp_path, monkeypatch):
     lie = Heads(8, (160.0, 192.0, 160.0), True, 0.9, 15.0, 18.0)
     monkeypatch.setattr("meddiff_steps.operations.propose.heads", lambda *_: lie)
