@@ -166,12 +166,13 @@ def test_slow_cores_get_shorter_trainings(cohort, monkeypatch, speed):
     assert parse_yaml(text)["decoder"]["optimiser"]["steps"] < fast / 2 and "cores like those here" in text
 
 
-def test_what_the_dataset_says_of_itself_is_taken_over(cohort, monkeypatch):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_what_the_dataset_says_of_itself_is_taken_over(cohort, monkeypatch, encoding):
     lie = Heads(8, (160.0, 192.0, 160.0), True, 0.9, 15.0, 18.0)
     monkeypatch.setattr("meddiff_steps.operations.propose.heads", lambda *_: lie)
     assert parse_yaml(propose(cohort, "brains", CORES, 8.0))["release"]["licence"] == "CC0"
     says = {"Name": "Brains: of\nBergen", "License": "CC BY-SA 3.0; ask", "Acknowledgements": "Thank us."}
-    (cohort / "dataset_description.json").write_text(json.dumps(says))
+    (cohort / "dataset_description.json").write_text(json.dumps(says), encoding)
     try:
         content = parse_yaml(propose(cohort, "brains", CORES, 8.0))
     finally:
