@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from meddiff_steps import __version__
 from meddiff_steps.cohort.bids import EXTENSIONS, BidsName, read_columns
-from meddiff_steps.config import BidsSource, CategoricalCovariate, ContinuousCovariate, Study, parse_study
+from meddiff_steps.config import BidsSource, CategoricalCovariate, ContinuousCovariate, Release, Study, parse_study
 from meddiff_steps.config.yaml_files import as_written, parse_yaml
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.operations.expected import expected, hours
@@ -273,7 +274,7 @@ def _text(
         f"  name: {flow(f'Synthetic {source.suffix} images learnt from {called}')}     # <--",
         "  authors: []                       # <-- names of its publishers",
         _licence(says),
-        *([f"  suffix: {source.suffix}"] if source.suffix in RELEASED and source.suffix != "T1w" else []),
+        *_released(source.suffix),
         *([] if lie.brains else ["  skull_stripped: false"]),
         _acknowledgements(says),
         "",
@@ -285,8 +286,13 @@ def _by(numbers: Sequence[float]) -> str:
     return " x ".join(f"{number:.4g}" for number in numbers)
 
 
-#: Suffixes that a release may have (`config.release`).
-RELEASED = ("T1w", "T2w", "PDw", "FLAIR", "T2starw", "inplaneT1", "inplaneT2")
+def _released(suffix: str) -> list[str]:
+    """`release.suffix`: that of the images, or one to be chosen where a release cannot have it."""
+    try:
+        Release.model_validate({"suffix": suffix})
+    except ValidationError:
+        return [f"  suffix: T1w      # <-- choose one (config/keys.md): a release cannot have {suffix}"]
+    return [] if suffix == "T1w" else [f"  suffix: {suffix}"]
 
 
 def _covariate(one: Column, indent: str) -> str:

@@ -182,6 +182,16 @@ def test_what_the_dataset_says_of_itself_is_taken_over(cohort, monkeypatch, enco
     assert content["release"]["acknowledgements"] == "Thank us."
 
 
+@pytest.mark.parametrize(("suffix", "said"), [("T2w", ""), ("angio", "cannot have angio")])
+def test_a_suffix_that_no_release_has_is_to_be_chosen(tmp_path, turned, monkeypatch, suffix, said):
+    lie = Heads(8, (160.0, 192.0, 160.0), True, 0.9, 15.0, 18.0)
+    monkeypatch.setattr("meddiff_steps.operations.propose.heads", lambda *_: lie)
+    text = propose(dataset(tmp_path, turned, suffix), "x", CORES, 8.0)
+    lines = [line for line in text.splitlines() if line.startswith("  suffix: ")]
+    assert lines[0] == f"  suffix: {suffix}" and len(lines) == 2
+    assert ("# <--" in lines[1]) == bool(said) and said in lines[1]
+
+
 def test_too_few_hours_are_told(cohort, monkeypatch):
     lie = Heads(8, (160.0, 192.0, 160.0), True, 0.9, 15.0, 18.0)
     monkeypatch.setattr("meddiff_steps.operations.propose.heads", lambda *_: lie)
