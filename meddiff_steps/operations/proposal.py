@@ -51,7 +51,10 @@ MANY_MISSING, SAME = 0.5, 0.95
 MARGIN = 0.1
 #: Columns that come first, as they are often called.
 FIRST = ("age", "sex", "gender", "diagnosis", "group", "dx")
-UNITS = {"age": "year", "ml": "mL", "cm": "cm", "mm": "mm", "kg": "kg", "years": "year", "bmi": "kg/m2"}
+UNITS = {"age": "year", "ml": "mL", "cm": "cm", "mm": "mm", "kg": "kg", "bmi": "kg/m2"}
+UNITS |= {"year": "year", "years": "year", "month": "month", "months": "month"}
+#: Years that nobody is old.
+OLDEST = 130
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,10 @@ def _column(name: str, column: str, raw: Sequence[Any], says: Mapping[str, Any])
         why = f"{missing:.0%} of its values are missing" if missing > MANY_MISSING else None
         low, high = _range(min(numbers), max(numbers))
         covariate: Covariate = ContinuousCovariate(unit=unit, range=(low, high), **common)
-        return Column(name, column, covariate, why, None if sure else "which unit?")
+        unsure = None if sure else "which unit?"
+        if unit == "year" and "age" in _words(column) and max(numbers) > OLDEST:
+            unsure = f"{max(numbers):g} years of age?"
+        return Column(name, column, covariate, why, unsure)
     if len(counts) > MOST_LEVELS:
         return Column(name, column, None, f"has {len(counts)} different values, too many for levels")
     if any(level != level.strip() or len(level.splitlines()) != 1 for level in counts):
@@ -239,10 +245,15 @@ def _value(text: str) -> float | str:
 
 
 def _unit(column: str, says: Mapping[str, Any]) -> tuple[str, bool]:
-    if isinstance(says.get("Units"), str) and says["Units"].strip():
-        return says["Units"].strip(), True
-    last = re.split(r"[^a-z]+", column.lower())[-1]
+    given = says.get("Units")
+    if isinstance(given, str) and given.strip():
+        return UNITS.get(given.strip().lower(), given.strip()), True
+    last = _words(column)[-1]
     return UNITS.get(last, "unknown"), last in UNITS
+
+
+def _words(column: str) -> list[str]:
+    return re.split(r"[^a-z]+", column.lower())
 
 
 def _range(low: float, high: float) -> tuple[float, float]:

@@ -353,6 +353,20 @@ def test_a_sidecar_may_hold_texts():
     assert [found[name].covariate.description for name in cells] == ["in years", "", ""]
 
 
+def test_units_are_written_in_one_way_and_ages_looked_at():
+    ages = [f"{100.5 + 2 * n:g}" for n in range(60)]
+    cells = pd.DataFrame(
+        {"age": ages, "years_at_school": ages[::-1], "age_months": [f"{float(age) ** 2:g}" for age in ages]}
+    )
+
+    def told(sidecar):
+        return {one.name: (one.covariate.unit, one.unsure) for one in columns(cells, sidecar)}
+
+    months = told({"age": {"Units": "months"}, "years_at_school": {"Units": "Years"}})
+    assert months["age"] == ("month", None) == months["age_months"] and months["years_at_school"] == ("year", None)
+    assert told({"age": {"Units": "years"}})["age"] == ("year", "218.5 years of age?") == told({})["age"]
+
+
 def test_columns_of_sessions_are_seen(tmp_path, monkeypatch):
     lie = Heads(8, (160.0, 192.0, 160.0), True, 0.9, 15.0, 18.0)
     monkeypatch.setattr("meddiff_steps.operations.propose.heads", lambda *_: lie)
