@@ -119,6 +119,55 @@ def read_bids(source: BidsSource, covariates: Covariates, text_column: str | Non
         The dataset is not there or breaks a rule, no image matches, images of several kinds do and `entities` does not
         say which, tables and directories spell an id in different ways, or a covariate column is missing.
     """
+    dataset = _read(source)
+    available, origin = dataset.columns, dataset.origin
+    columns = require_columns(covariates, available, origin) | text_columns(text_column, available, origin)
+    levels = {level for c in covariates.values() if isinstance(c, CategoricalCovariate) for level in c.levels}
+    rows = [
+        _ids(image) | {name: values.get(column) for name, column in columns.items()}
+        for image, values in _cells(dataset, levels)
+    ]
+    return pd.DataFrame(rows, dtype="object")
+
+
+def read_columns(source: BidsSource) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Every column that a covariate could be read from.
+
+    Returns
+    -------
+    scans
+        A row per scan, as of `read_bids` without covariates.
+    cells
+        A row per scan: raw text in the columns of participants.tsv, then in those of sessions.tsv alone.
+
+    Raises
+    ------
+    UserError
+        As of `read_bids`.
+    """
+    dataset = _read(source)
+    found = list(_cells(dataset, frozenset()))
+    cells = [{column: values.get(column) for column in dataset.columns} for _, values in found]
+    return (
+        pd.DataFrame([_ids(image) for image, _ in found], dtype="object"),
+        pd.DataFrame(cells, columns=dataset.columns, dtype="object"),
+    )
+
+
+@dataclass(frozen=True)
+class _Dataset:
+    images: list[_Image]
+    participants: dict[str, dict[str, str]]
+    """Cells by subject."""
+    sessions: dict[str, dict[str, dict[str, str]]]
+    """Cells by subject and session, of subjects with a sessions.tsv."""
+    columns: list[str]
+    origin: str
+    """The tables, for messages."""
+
+
+def _read(source: BidsSource) -> _Dataset:
+    """Images that match, by name, and what tables say of them; raises what `read_bids` does."""
     root = Path(source.root)
     if not root.exists():
         raise UserError(
@@ -151,11 +200,6 @@ def read_bids(source: BidsSource, covariates: Covariates, text_column: str | Non
     _check_names(images)
     _check_kinds(root, images, source)
 
-    session_columns = sorted({column for rows in session_rows.values() for row in rows.values() for column in row})
-    available = [*header, *(column for column in session_columns if column not in header)]
-    origin = f"{root / 'participants.tsv'}" + (" and sub-*_sessions.tsv" if session_columns else "")
-    columns = require_columns(covariates, available, origin) | text_columns(text_column, available, origin)
-
     unlisted = [
         i.name.stem
         for i in images
@@ -169,21 +213,32 @@ def read_bids(source: BidsSource, covariates: Covariates, text_column: str | Non
             shorten(unlisted),
         )
 
-    levels = {level for c in covariates.values() if isinstance(c, CategoricalCovariate) for level in c.levels}
-    rows = []
-    for image in sorted(images, key=lambda i: i.name.stem):
-        session = session_rows.get(image.subject, {}).get(image.session or "", {})
+    session_columns = sorted({column for rows in session_rows.values() for row in rows.values() for column in row})
+    return _Dataset(
+        sorted(images, key=lambda i: i.name.stem),
+        participants,
+        session_rows,
+        [*header, *(column for column in session_columns if column and column not in header)],
+        f"{root / 'participants.tsv'}" + (" and sub-*_sessions.tsv" if session_columns else ""),
+    )
+
+
+def _ids(image: _Image) -> dict[str, str | None]:
+    return {
+        "scan_id": image.name.stem,
+        "subject_id": image.subject,
+        "session_id": image.session,
+        "path": image.path,
+    }
+
+
+def _cells(dataset: _Dataset, levels: Collection[str]) -> Iterator[tuple[_Image, dict[str, str]]]:
+    """Images with their cells by column; a cell that means "missing" is a value where it is one of `levels`."""
+    rows = dataset.sessions
+    for image in dataset.images:
+        session = rows.get(image.subject, {}).get(image.session or "", {})
         known = {name: cell for name, cell in session.items() if cell.strip() in levels or not is_null(cell.strip())}
-        values = session | participants[image.subject] | known
-        row: dict[str, str | None] = {
-            "scan_id": image.name.stem,
-            "subject_id": image.subject,
-            "session_id": image.session,
-            "path": image.path,
-        }
-        row |= {name: values.get(column) for name, column in columns.items()}
-        rows.append(row)
-    return pd.DataFrame(rows, dtype="object")
+        yield image, session | dataset.participants[image.subject] | known
 
 
 # -------------------------------------------------------------------------------------------------- tables

@@ -8,16 +8,18 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from meddiff_steps.cohort.covariates import RESERVED, cell_text, is_null
+from meddiff_steps.cohort.covariates import cell_text, is_null
 from meddiff_steps.cohort.splits import SPLITS, assign_splits
 from meddiff_steps.config import (
     MNI152,
+    RESERVED_COLUMNS,
     CategoricalCovariate,
     ContinuousCovariate,
     Covariate,
@@ -27,9 +29,10 @@ from meddiff_steps.config import (
 )
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.registries import DETECTORS
+from meddiff_steps.imaging.background import AIR_HU, DENSER_THAN_AIR_HU
 from meddiff_steps.imaging.brain_extraction import extraction_installed
 from meddiff_steps.imaging.preprocess import preprocess_image
-from meddiff_steps.imaging.reading import ScanError
+from meddiff_steps.imaging.reading import ScanError, read_image
 from meddiff_steps.imaging.skull import shows_skull
 from meddiff_steps.operations.survey import spread
 from meddiff_steps.privacy.size import SUBJECTS_PER_NUMBER, subjects_needed
@@ -48,7 +51,10 @@ MANY_MISSING, SAME = 0.5, 0.95
 MARGIN = 0.1
 #: Columns that come first, as they are often called.
 FIRST = ("age", "sex", "gender", "diagnosis", "group", "dx")
-UNITS = {"age": "year", "ml": "mL", "cm": "cm", "mm": "mm", "kg": "kg", "years": "year", "bmi": "kg/m2"}
+UNITS = {"age": "year", "ml": "mL", "cm": "cm", "mm": "mm", "kg": "kg", "bmi": "kg/m2"}
+UNITS |= {"year": "year", "years": "year", "month": "month", "months": "month"}
+#: Years that nobody is old.
+OLDEST = 130
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,21 @@ def covariate_name(column: str) -> str:
     """
     name = re.sub(r"\W+", "_", column, flags=re.ASCII).strip("_") or "column"
     name = name if name[0].isalpha() else f"c_{name}"
-    return f"{name}_value" if name in RESERVED else name
+    return f"{name}_value" if name in RESERVED_COLUMNS else name
+
+
+def covariate_names(columns: Iterable[str]) -> dict[str, str]:
+    """A name of its own for the covariate of each column; a column keeps its name where that can be one.
+
+    >>> covariate_names(["age (y)", "年齢", "性別", "age_y"])
+    {'age_y': 'age_y', 'age (y)': 'age_y_2', '年齢': 'column', '性別': 'column_2'}
+    """
+    names: dict[str, str] = {}
+    for column in sorted(columns, key=lambda column: covariate_name(column) != column):
+        name = covariate_name(column)
+        further = (f"{name}_{number}" for number in count(2))
+        names[column] = next(one for one in chain([name], further) if one not in names.values())
+    return names
 
 
 def columns(cells: pd.DataFrame, sidecar: Mapping[str, Any]) -> list[Column]:
@@ -93,9 +113,13 @@ def columns(cells: pd.DataFrame, sidecar: Mapping[str, Any]) -> list[Column]:
     cells
         A row per scan and a column per column of participants.tsv, raw.
     sidecar
-        participants.json.
+        participants.json: an object per column; some write a text, its description.
     """
-    found = [_column(str(name), cells[name].tolist(), sidecar.get(str(name)) or {}) for name in cells]
+    names = covariate_names(map(str, cells))
+    found = [
+        _column(names[str(column)], str(column), cells[column].tolist(), _said(sidecar.get(str(column))))
+        for column in cells
+    ]
     order = {name: place for place, name in enumerate(FIRST)}
     found.sort(key=lambda one: (one.why_not is not None, order.get(one.column.lower(), len(order))))
     taken: list[Column] = []
@@ -146,24 +170,27 @@ def _left_out(one: Column, why: str) -> Column:
     return Column(one.name, one.column, one.covariate, why, one.unsure)
 
 
-def _column(column: str, raw: Sequence[Any], says: Mapping[str, Any]) -> Column:
-    name, texts = covariate_name(column), [cell_text(cell) for cell in raw]
+def _column(name: str, column: str, raw: Sequence[Any], says: Mapping[str, Any]) -> Column:
+    texts = [cell_text(cell) for cell in raw]
     given = [text for text in texts if not is_null(text)]
     missing = 1 - len(given) / len(texts)
     counts = Counter(given)
-    description = str(says.get("Description", "")).replace("\n", " ").strip()
+    description = " ".join(says.get("Description", "").split())
     common: dict[str, Any] = {"column": None if name == column else column, "description": description}
     if len(counts) < 2:
         return Column(name, column, None, "has one value" if counts else "is empty")
     numbers = _numbers(counts)
     rare = [level for level, count in counts.items() if count < max(LEAST_OF_LEVEL, LEAST_SHARE * len(given))]
     few = len(counts) <= FEW_NUMBERS and (numbers is None or all(number.is_integer() for number in numbers))
-    if numbers is not None and not few:
+    if numbers is not None and not few and not _named(counts, says):
         unit, sure = _unit(column, says)
         why = f"{missing:.0%} of its values are missing" if missing > MANY_MISSING else None
         low, high = _range(min(numbers), max(numbers))
         covariate: Covariate = ContinuousCovariate(unit=unit, range=(low, high), **common)
-        return Column(name, column, covariate, why, None if sure else "which unit?")
+        unsure = None if sure else "which unit?"
+        if unit == "year" and "age" in _words(column) and max(numbers) > OLDEST:
+            unsure = f"{max(numbers):g} years of age?"
+        return Column(name, column, covariate, why, unsure)
     if len(counts) > MOST_LEVELS:
         return Column(name, column, None, f"has {len(counts)} different values, too many for levels")
     if any(level != level.strip() or len(level.splitlines()) != 1 for level in counts):
@@ -176,6 +203,19 @@ def _column(column: str, raw: Sequence[Any], says: Mapping[str, Any]) -> Column:
     return Column(name, column, CategoricalCovariate(levels=levels, **common), why, unsure)
 
 
+def _said(entry: Any) -> dict[str, Any]:
+    """An entry of a sidecar, of which a description is a text.
+
+    >>> _said("in years"), _said({"Units": "year", "Description": None}), _said(["?"])
+    ({'Description': 'in years'}, {'Units': 'year', 'Description': ''}, {})
+    """
+    if isinstance(entry, str):
+        return {"Description": entry}
+    if not isinstance(entry, dict):
+        return {}
+    return entry if isinstance(entry.get("Description", ""), str) else entry | {"Description": ""}
+
+
 def _numbers(counts: Mapping[str, int]) -> list[float] | None:
     try:
         numbers = [float(text) for text in counts if "_" not in text]
@@ -184,11 +224,36 @@ def _numbers(counts: Mapping[str, int]) -> list[float] | None:
     return numbers if len(numbers) == len(counts) and all(map(math.isfinite, numbers)) else None
 
 
+def _named(counts: Mapping[str, int], says: Mapping[str, Any]) -> bool:
+    """Whether `Levels` of the sidecar name most of the values: then they are codes. Of ages it may name 90 and more.
+
+    >>> _named({"0": 9, "1.0": 5}, {"Levels": {"0": "CN", "1": "AD"}})
+    True
+    """
+    levels = says.get("Levels")
+    if not isinstance(levels, dict):
+        return False
+    known = {_value(str(level)) for level in levels}
+    return 2 * sum(_value(text) in known for text in counts) > len(counts)
+
+
+def _value(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def _unit(column: str, says: Mapping[str, Any]) -> tuple[str, bool]:
-    if isinstance(says.get("Units"), str) and says["Units"].strip():
-        return says["Units"].strip(), True
-    last = re.split(r"[^a-z]+", column.lower())[-1]
+    given = says.get("Units")
+    if isinstance(given, str) and given.strip():
+        return UNITS.get(given.strip().lower(), given.strip()), True
+    last = _words(column)[-1]
     return UNITS.get(last, "unknown"), last in UNITS
+
+
+def _words(column: str) -> list[str]:
+    return re.split(r"[^a-z]+", column.lower())
 
 
 def _range(low: float, high: float) -> tuple[float, float]:
@@ -291,6 +356,8 @@ LOOK_MM, LOOK_SHAPE = 4.0, (72, 72, 72)
 #: Correlation with a brain without skull after registration from which a scan shows one; and how little brains are
 #: turned (degrees) and scattered (mm) that a pipeline has put into one pose already.
 BRAIN, TURNED_DEG, SCATTERED_MM = 0.85, 3.0, 3.0
+#: A scan is CT where so large a share of it is as dark as air, to so many Hounsfield units.
+AIR_SHARE, NEAR_AIR_HU = 0.05, 100.0
 
 
 @dataclass(frozen=True)
@@ -313,6 +380,8 @@ class Heads:
         How many show a skull.
     extract
         Whether the brains are to be taken out of them: where any shows a skull and the program is installed.
+    ct
+        Whether most are CT in Hounsfield units; they are neither registered nor held against a brain.
     """
 
     looked_at: int
@@ -323,6 +392,7 @@ class Heads:
     scattered: float = 0.0
     skulls: int = 0
     extract: bool = False
+    ct: bool = False
 
     @property
     def registered(self) -> bool:
@@ -353,11 +423,20 @@ def heads(paths: Sequence[str], told: Callable[[int, int], None], may_extract: b
     """
     chosen = spread(paths, LOOKED_AT)
     problems: list[str] = []
-    plain = Preprocess(shape=LOOK_SHAPE, spacing_mm=LOOK_MM, center="foreground")
+    ct = 2 * sum(map(_in_hounsfield, chosen)) > len(chosen)
+    plain = Preprocess(shape=LOOK_SHAPE, spacing_mm=LOOK_MM, center="foreground", foreground="ct" if ct else "nonzero")
     seen = [_looked(path, plain, problems) for path in chosen]
     read = [(path, found) for path, found in zip(chosen, seen, strict=True) if found is not None]
     if not read:
         raise UserError(f"none of {len(chosen)} scans can be read; the last one: {problems[-1]}")
+
+    def box(found: Sequence[_Look]) -> tuple[float, float, float]:
+        half = np.max([half for half, _ in found], axis=0)
+        return tuple(float(2 * n * LOOK_MM) for n in half)  # type: ignore[return-value]
+
+    if ct:
+        told(len(read), len(read))
+        return Heads(len(read), box([found for _, found in read]), False, ct=True)
     skulls = sum(shows_skull(facts) for _, (_, facts) in read)
     extract = bool(skulls) and may_extract and extraction_installed()
     pose = Registration.model_validate({"template": MNI152, "max_rotation_deg": 180, "min_correlation": 0})
@@ -366,10 +445,6 @@ def heads(paths: Sequence[str], told: Callable[[int, int], None], may_extract: b
     for number, (path, _) in enumerate(read, 1):
         posed.append(_looked(path, plain.model_copy(update={"registration": pose, **changes}), problems))
         told(number, len(read))
-
-    def box(found: Sequence[_Look]) -> tuple[float, float, float]:
-        half = np.max([half for half, _ in found], axis=0)
-        return tuple(float(2 * n * LOOK_MM) for n in half)  # type: ignore[return-value]
 
     def as_they_lie() -> tuple[float, float, float]:
         if not extract:
@@ -402,6 +477,16 @@ def _looked(path: str, config: Preprocess, problems: list[str]) -> _Look | None:
         problems.append(str(error))
         return None
     return _half_extent(image[0]), facts
+
+
+def _in_hounsfield(path: str) -> bool:
+    """Whether a scan shows air as CT does."""
+    try:
+        array = read_image(Path(path)).array
+    except ScanError:
+        return False
+    air = np.abs(array - AIR_HU) <= NEAR_AIR_HU
+    return bool(array.min() <= DENSER_THAN_AIR_HU and air.mean() >= AIR_SHARE)
 
 
 def _half_extent(image: np.ndarray) -> np.ndarray:

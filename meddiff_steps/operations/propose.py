@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
+from pydantic import ValidationError
 
 from meddiff_steps import __version__
-from meddiff_steps.cohort.bids import EXTENSIONS, BidsName, read_bids
-from meddiff_steps.cohort.table import read_delimited
-from meddiff_steps.config import BidsSource, CategoricalCovariate, ContinuousCovariate, Study, parse_study
+from meddiff_steps.cohort.bids import EXTENSIONS, BidsName, read_columns
+from meddiff_steps.config import BidsSource, CategoricalCovariate, ContinuousCovariate, Release, Study, parse_study
 from meddiff_steps.config.yaml_files import as_written, parse_yaml
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.operations.expected import expected, hours
@@ -27,7 +26,6 @@ from meddiff_steps.operations.proposal import (
     Heads,
     affordable,
     columns,
-    covariate_name,
     division,
     grid,
     heads,
@@ -116,12 +114,8 @@ def propose(
     source = BidsSource.model_validate(
         {"source": "bids", "root": str(root), "suffix": suffix, "entities": entities or {}}
     )
-    known = [column for column in read_delimited(table, "\t")[0] if column and column != "participant_id"]
-    # Raw cells of all columns, as the study would read them: what is declared of them does not matter here.
-    unread = {covariate_name(column): CategoricalCovariate(levels=["a", "b"], column=column) for column in known}
-    frame = read_bids(source, dict(unread))
-    cells = pd.DataFrame({column: frame[covariate_name(column)] for column in known})
-    found = columns(cells, _json(root / "participants.json"))
+    frame, cells = read_columns(source)
+    found = columns(cells, _json(root / "participants.json") | _json(root / "sessions.json"))
     if not any(one.why_not is None for one in found):
         raise UserError(
             f"{table}: no column can be a covariate: {'; '.join(f'{one.column} {one.why_not}' for one in found)}. Add"
@@ -212,7 +206,7 @@ def _text(
         f"  suffix: {flow(source.suffix)}",
         *([f"  entities: {flow(source.entities)}"] if kinds else []),
         "",
-        "# What images are conditioned on, from participants.tsv. Ranges are those of the data and a little more;",
+        "# What images are conditioned on, from the tables. Ranges are those of the data and a little more;",
         "# values outside are refused. <-- Which of them matter?",
         "covariates:",
         *[_covariate(one, "  ") for one in found if one.why_not is None],
@@ -238,11 +232,17 @@ def _text(
         f"  shape: {flow(list(shape))}      # times spacing_mm: {_by([n * spacing for n in shape])} mm",
         f"  spacing_mm: {flow(spacing)}",
         "  center: foreground",
+        *(
+            ["  foreground: ct", "  window: [0, 80]      # <-- Hounsfield units that become 0 and 1: those of brain"]
+            if lie.ct
+            else []
+        ),
         *(["  brain_extraction: deepbet"] if lie.extract else []),
         *(["  registration: {template: mni152}"] if lie.to_register else []),
         f"  shards: {max(2 if scans > 50 else 1, round(scans / SCANS_PER_SHARD))}      # jobs",
         "",
-        "# Mirrored copies suit brains; not images in which left and right differ.",
+        f"# Mirrored copies {'are not for' if lie.ct else 'suit brains; not'} images in which left and right differ."
+        + (" <--" if lie.ct else ""),
         "variants: {count: 4, flip: true, max_shift_voxels: 1}",
         "",
         f"# For {machine.gpus} GPU(s) and {machine.cores} cores: {said or '...'}.",
@@ -274,7 +274,7 @@ def _text(
         f"  name: {flow(f'Synthetic {source.suffix} images learnt from {called}')}     # <--",
         "  authors: []                       # <-- names of its publishers",
         _licence(says),
-        *([f"  suffix: {source.suffix}"] if source.suffix in RELEASED and source.suffix != "T1w" else []),
+        *_released(source.suffix),
         *([] if lie.brains else ["  skull_stripped: false"]),
         _acknowledgements(says),
         "",
@@ -286,8 +286,13 @@ def _by(numbers: Sequence[float]) -> str:
     return " x ".join(f"{number:.4g}" for number in numbers)
 
 
-#: Suffixes that a release may have (`config.release`).
-RELEASED = ("T1w", "T2w", "PDw", "FLAIR", "T2starw", "inplaneT1", "inplaneT2")
+def _released(suffix: str) -> list[str]:
+    """`release.suffix`: that of the images, or one to be chosen where a release cannot have it."""
+    try:
+        Release.model_validate({"suffix": suffix})
+    except ValidationError:
+        return [f"  suffix: T1w      # <-- choose one (config/keys.md): a release cannot have {suffix}"]
+    return [] if suffix == "T1w" else [f"  suffix: {suffix}"]
 
 
 def _covariate(one: Column, indent: str) -> str:
@@ -324,6 +329,12 @@ def _privacy(parts: Division) -> list[str]:
 
 
 def _pose(lie: Heads) -> list[str]:
+    if lie.ct:
+        return [
+            "# They are CT in Hounsfield units (air near -1000). What is denser than air counts, a head rest, too, and",
+            "# heads are learnt as they lie, with their faces: is that meant? If not, give masks as",
+            "# preprocess.brain_mask (docs/preprocessing.md). <--",
+        ]
     lay = f"turned by {lie.turned:.0f} degrees in the median, scattered by {lie.scattered:.0f} mm"
     if lie.skulls and not lie.extract:
         return [
@@ -411,7 +422,7 @@ def _suffix(root: Path) -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -68,7 +68,7 @@ def _sources(study: Study) -> list[dict[str, str]]:
     if not isinstance(study.cohort, BidsSource):
         return []
     try:
-        described = json.loads((Path(study.cohort.root) / "dataset_description.json").read_text(encoding="utf-8"))
+        described = json.loads((Path(study.cohort.root) / "dataset_description.json").read_text(encoding="utf-8-sig"))
         if isinstance(described.get("DatasetDOI"), str):
             return [{"DOI": described["DatasetDOI"]}]
         entries = [

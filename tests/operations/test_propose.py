@@ -166,12 +166,13 @@ def test_slow_cores_get_shorter_trainings(cohort, monkeypatch, speed):
     assert parse_yaml(text)["decoder"]["optimiser"]["steps"] < fast / 2 and "cores like those here" in text
 
 
-def test_what_the_dataset_says_of_itself_is_taken_over(cohort, monkeypatch):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_what_the_dataset_says_of_itself_is_taken_over(cohort, monkeypatch, encoding):
     lie = Heads(8, (160.0, 192.0, 160.0), True, 0.9, 15.0, 18.0)
     monkeypatch.setattr("meddiff_steps.operations.propose.heads", lambda *_: lie)
     assert parse_yaml(propose(cohort, "brains", CORES, 8.0))["release"]["licence"] == "CC0"
     says = {"Name": "Brains: of\nBergen", "License": "CC BY-SA 3.0; ask", "Acknowledgements": "Thank us."}
-    (cohort / "dataset_description.json").write_text(json.dumps(says))
+    (cohort / "dataset_description.json").write_text(json.dumps(says), encoding)
     try:
         content = parse_yaml(propose(cohort, "brains", CORES, 8.0))
     finally:
@@ -179,6 +180,16 @@ def test_what_the_dataset_says_of_itself_is_taken_over(cohort, monkeypatch):
     assert content["title"] == "T1w images of Brains: of Bergen"
     assert content["release"]["licence"] == "CC BY-SA 3.0; ask"
     assert content["release"]["acknowledgements"] == "Thank us."
+
+
+@pytest.mark.parametrize(("suffix", "said"), [("T2w", ""), ("angio", "cannot have angio")])
+def test_a_suffix_that_no_release_has_is_to_be_chosen(tmp_path, turned, monkeypatch, suffix, said):
+    lie = Heads(8, (160.0, 192.0, 160.0), True, 0.9, 15.0, 18.0)
+    monkeypatch.setattr("meddiff_steps.operations.propose.heads", lambda *_: lie)
+    text = propose(dataset(tmp_path, turned, suffix), "x", CORES, 8.0)
+    lines = [line for line in text.splitlines() if line.startswith("  suffix: ")]
+    assert lines[0] == f"  suffix: {suffix}" and len(lines) == 2
+    assert ("# <--" in lines[1]) == bool(said) and said in lines[1]
 
 
 def test_too_few_hours_are_told(cohort, monkeypatch):
@@ -263,6 +274,33 @@ def test_how_heads_lie_is_seen(tmp_path, turned):
     assert not other.brains and not other.to_register
 
 
+def test_ct_is_recognised(cohort, tmp_path, monkeypatch):
+    random = np.random.default_rng(0)
+    inside = ndimage.binary_fill_holes(brain() > 0)
+    away = ndimage.distance_transform_edt(~inside)
+
+    def head():
+        values = np.select([inside, away <= 2], [random.uniform(25, 40, inside.shape), 900], -1000)
+        return values + random.normal(0, 8, inside.shape)
+
+    scans = [saved(tmp_path / f"{n}.nii", head(), (0, 4 * n, 0)) for n in range(3)]
+    others = [saved(tmp_path / "brain.nii", brain())]
+    lie = heads([*scans, *others], lambda done, total: None)
+    assert lie.ct and lie.looked_at == 3 and not (lie.brains or lie.skulls or lie.extract or lie.to_register)
+    extent = MM * (np.ptp(np.argwhere(away <= 2), axis=0) + 1)
+    assert (np.array(lie.extent) >= extent - MM).all() and (np.array(lie.extent) <= extent + 4 * MM).all()
+    assert not heads([*others, *others, scans[0]], lambda done, total: None).ct
+    monkeypatch.setattr("meddiff_steps.operations.propose.heads", lambda *_: lie)
+    text = propose(cohort, "heads", CORES, 8.0)
+    (tmp_path / "heads.yaml").write_text(text)
+    study = load_study(tmp_path / "heads.yaml")
+    assert study.preprocess.foreground == "ct" and study.preprocess.window == (0, 80)
+    assert study.preprocess.registration is None and not study.release.skull_stripped
+    assert not any(
+        word in text for word in ("deepbet", "brain-extraction", "skull of", "suit brains", "look like brains")
+    )
+
+
 def test_scans_that_cannot_be_read_are_told(tmp_path):
     (tmp_path / "a.nii").write_bytes(b"nothing")
     with pytest.raises(UserError, match="none of 1 scans can be read"):
@@ -283,6 +321,93 @@ def test_names_that_no_covariate_may_have_are_changed():
     assert [one.name for one in found] == ["Age_y", "path_value"]
     assert all(one.covariate.column == one.column for one in found)
     assert covariate_name("Größe") == "Gr_e"
+
+
+def test_columns_that_would_have_one_name_do_not_mix(tmp_path, turned, monkeypatch):
+    lie = Heads(8, (160.0, 192.0, 160.0), True, 0.9, 15.0, 18.0)
+    monkeypatch.setattr("meddiff_steps.operations.propose.heads", lambda *_: lie)
+    monkeypatch.setattr("meddiff_steps.operations.proposal.SUBJECTS_PER_NUMBER", 1)
+    root = dataset(tmp_path, turned)
+    random = np.random.default_rng(0)
+    rows = ["participant_id\tage (y)\tage y\t年齢\t性別\tgroup"]
+    for n in range(SUBJECTS):
+        ages = (20 + n, f"{random.normal():.3f}", f"{random.normal(500):.2f}")
+        rows.append("\t".join(map(str, (f"sub-{n:03d}", *ages, "男女"[n % 2], "ab"[n % 2]))))
+    (root / "participants.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (tmp_path / "x.yaml").write_text(propose(root, "x", CORES, 8.0), encoding="utf-8")
+    covariates = load_study(tmp_path / "x.yaml").covariates
+    assert {name: one.column for name, one in covariates.items()} == {
+        "group_value": "group",
+        "age_y": "age (y)",
+        "age_y_2": "age y",
+        "column": "年齢",
+        "column_2": "性別",
+    }
+    assert covariates["age_y"].range[1] > 100 and covariates["age_y_2"].range[1] < 10
+    assert covariates["column_2"].levels == ["女", "男"]
+
+
+def test_a_sidecar_may_hold_texts():
+    cells = pd.DataFrame({"age": [str(20.5 + n) for n in range(60)], "sex": ["F", "M"] * 30, "hand": ["l", "r"] * 30})
+    found = {one.name: one for one in columns(cells, {"age": "in years", "sex": ["F"], "hand": {"Description": None}})}
+    assert [found[name].covariate.description for name in cells] == ["in years", "", ""]
+
+
+def test_units_are_written_in_one_way_and_ages_looked_at():
+    ages = [f"{100.5 + 2 * n:g}" for n in range(60)]
+    cells = pd.DataFrame(
+        {"age": ages, "years_at_school": ages[::-1], "age_months": [f"{float(age) ** 2:g}" for age in ages]}
+    )
+
+    def told(sidecar):
+        return {one.name: (one.covariate.unit, one.unsure) for one in columns(cells, sidecar)}
+
+    months = told({"age": {"Units": "months"}, "years_at_school": {"Units": "Years"}})
+    assert months["age"] == ("month", None) == months["age_months"] and months["years_at_school"] == ("year", None)
+    assert told({"age": {"Units": "years"}})["age"] == ("year", "218.5 years of age?") == told({})["age"]
+
+
+def test_columns_of_sessions_are_seen(tmp_path, monkeypatch):
+    lie = Heads(8, (160.0, 192.0, 160.0), True, 0.9, 15.0, 18.0)
+    monkeypatch.setattr("meddiff_steps.operations.propose.heads", lambda *_: lie)
+    monkeypatch.setattr("meddiff_steps.operations.proposal.SUBJECTS_PER_NUMBER", 1)
+    image = saved(tmp_path / "one.nii", brain())
+    rows, root = ["participant_id\tsex"], tmp_path / "bids"
+    for n in range(60):
+        name = f"sub-{n:02d}"
+        rows.append(f"{name}\t{'MF'[n % 2]}")
+        for session in ("ses-1", "ses-2"):
+            file = root / name / session / "anat" / f"{name}_{session}_T1w.nii"
+            file.parent.mkdir(parents=True)
+            file.symlink_to(image)
+        table = f"session_id\tage\nses-1\t{20.5 + n}\nses-2\t{30.5 + n}\n"
+        (root / name / f"{name}_sessions.tsv").write_text(table)
+    (root / "participants.tsv").write_text("\n".join(rows) + "\n")
+    (root / "sessions.json").write_text(json.dumps({"age": {"Description": "Age at the scan"}}))
+    (tmp_path / "x.yaml").write_text(propose(root, "x", CORES, 8.0))
+    covariates = load_study(tmp_path / "x.yaml").covariates
+    assert list(covariates) == ["age", "sex"] and covariates["age"].description == "Age at the scan"
+    assert covariates["age"].range[0] <= 20.5 and 89.5 <= covariates["age"].range[1] < 100
+
+
+def test_codes_that_the_sidecar_names_are_levels():
+    cells = pd.DataFrame(
+        {
+            "diagnosis": [f"{n % 5}.0" for n in range(60)],
+            "site": [str(n % 9) for n in range(60)],
+            "age": [str(31 + n) for n in range(60)],
+        }
+    )
+    sidecar = {
+        "diagnosis": {"Levels": {"0": "CN", "1": "SCD", "2": "MCI", "3": "AD", "4": "FTD"}},
+        "site": {"Levels": {str(n): f"Hospital {n}" for n in range(9)}},
+        "age": {"Units": "year", "Levels": {"90": "90 or older"}},
+    }
+    found = {one.name: one for one in columns(cells, sidecar)}
+    assert found["diagnosis"].covariate.levels == ["0.0", "1.0", "2.0", "3.0", "4.0"]
+    assert found["diagnosis"].why_not is None
+    assert "9 different values" in found["site"].why_not and found["site"].covariate is None
+    assert isinstance(found["age"].covariate, ContinuousCovariate), "one of many values has a name"
 
 
 @pytest.mark.parametrize(("subjects", "level"), [(1000, 0.05), (400, 0.05), (90, None), (30, None)])

@@ -385,13 +385,14 @@ def test_simulated_source_is_named(tmp_path: Path) -> None:
     assert "unseen simulated subjects" in told and "unseen real subjects" not in told
 
 
-def test_source_dataset_is_named_if_it_has_an_address(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_source_dataset_is_named_if_it_has_an_address(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "source").mkdir()
     described = {
         "Name": "Source",
         "SourceDatasets": [{"URL": "https://example.org/data", "Version": "2"}, {"URL": "file:///private/data"}],
     }
-    (tmp_path / "source" / "dataset_description.json").write_text(json.dumps(described))
+    (tmp_path / "source" / "dataset_description.json").write_text(json.dumps(described), encoding)
     place = Workplace(tmp_path, cohort={"source": "bids", "root": str(tmp_path / "source")})
     place.run()
     assert read_json(place.release / "dataset_description.json")["SourceDatasets"] == [
