@@ -23,6 +23,7 @@ from meddiff_steps.cohort.covariates import (
     parse_covariates,
     shorten,
 )
+from meddiff_steps.cohort.decisions import read_decisions
 from meddiff_steps.cohort.identity import alike, one_spelling, shown
 from meddiff_steps.cohort.splits import SPLITS, assign_splits
 from meddiff_steps.cohort.table import read_table
@@ -147,9 +148,19 @@ def cohort(study: Study) -> tuple[list[Finding], Cohort | None]:
     raw["split"] = raw["subject_id"].map(assigned)
     counts = Counter(raw.groupby(raw["subject_id"].replace(one_spelling(same)))["split"].first())
     found.append(_splits({name: counts[name] for name in SPLITS}, study))
-    found += _learnable(study, raw)
-    found += _asked(study, raw)
+    try:
+        kept = raw[~raw["scan_id"].isin(_excluded(study, raw["scan_id"].tolist()))]
+    except UserError as error:
+        return [*found, Finding("fail", "preprocess.exclude", str(error))], Cohort(raw, subjects, counts)
+    found += _learnable(study, kept)
+    found += _asked(study, kept)
     return found, Cohort(raw, subjects, counts)
+
+
+def _excluded(study: Study, scans: list[str]) -> dict[str, str]:
+    """Scans that a person excluded: by the study's table, or the one that lies with its results."""
+    decided = Path(study.preprocess.exclude or Path(study.results, study.study, "qc.tsv"))
+    return read_decisions(decided, scans) if decided.is_file() else {}
 
 
 def _splits(counts: Mapping[str, int], study: Study) -> Finding:

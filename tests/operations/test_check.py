@@ -100,6 +100,25 @@ def test_levels_are_compared_both_ways(root):
     assert told(found, "plan.x") == [("fail", "asks for sex X, which no training scan has.")]
 
 
+def test_what_was_excluded_cannot_be_asked_for(root, tmp_path):
+    """All women are excluded by hand: a plan of women would be of nothing that was learnt."""
+    _, cohort = check.cohort(study(root))
+    women = cohort.frame.loc[cohort.frame["sex"] == "F", "scan_id"]
+    table = tmp_path / "qc.tsv"
+    table.write_text("scan_id\tdecision\n" + "".join(f"{name}\texclude\n" for name in women))
+    asked = {
+        "plan": [{"name": "x", "subjects": 3, "where": {"sex": "F"}}],
+        "preprocess": {"shape": [16, 16, 16], "spacing_mm": 2, "exclude": str(table)},
+    }
+    found, _ = check.cohort(study(root, **asked))
+    assert told(found, "plan.x") == [("fail", "asks for sex F, which no training scan has.")]
+    assert "fail" in {state for state, _ in told(found, "covariates.sex")}
+    table.write_text("scan_id\tdecision\nnobody\texclude\n")
+    found, _ = check.cohort(study(root, **asked))
+    ((state, text),) = told(found, "preprocess.exclude")
+    assert state == "fail" and "nobody" in text
+
+
 def test_given_weights_are_asked_which_covariates_they_know(root):
     """A few subjects suffice for what they know; with other covariates training would be refused after hours."""
     given = shipping.models_named("simulated-5mm")
