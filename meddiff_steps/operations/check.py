@@ -40,7 +40,7 @@ from meddiff_steps.imaging.points import read_shapes
 from meddiff_steps.operations.expected import Expected, hours
 from meddiff_steps.operations.machine import Machine
 from meddiff_steps.operations.proposal import numbers_of
-from meddiff_steps.operations.survey import Header, read_header, spread
+from meddiff_steps.operations.survey import Header, read_header, repeated, spread
 from meddiff_steps.privacy.size import FEW_TRAINING_SUBJECTS, SUBJECTS_PER_NUMBER, subjects_needed
 from meddiff_steps.release.licences import KNOWN, spdx
 
@@ -331,7 +331,8 @@ def headers(frame: pd.DataFrame, told: Callable[[int, int], None]) -> list[Heade
 def images(study: Study, found: Sequence[Header]) -> Iterator[Finding]:
     """Headers against the grid."""
     bad = [header for header in found if header.problem]
-    good = [header for header in found if header.size]
+    depth = study.preprocess.depth
+    good = [repeated(header, depth) if depth else header for header in found if header.size]
     if bad:
         share = len(bad) / len(found)
         state: State = "fail" if share > study.preprocess.max_failed_share else "warning"

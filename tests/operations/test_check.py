@@ -227,6 +227,19 @@ def test_the_grid_is_compared_with_the_scans(root):
     )
 
 
+def test_pictures_that_are_repeated_along_depth_are_volumes(root, tmp_path):
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for path in paths:
+        Image.new("L", (64, 64)).save(path)
+    found = [read_header(str(path)) for path in paths]
+    shape = {"shape": [32, 32, 32], "spacing_mm": 2}
+    deep = list(check.images(study(root, preprocess=shape | {"depth": 64}), found))
+    assert {one.state for one in deep} == {"ok"} and "64x64x64 (3)" in told(deep, "scans")[0][1]
+    assert "largest 64 x 64 x 64 mm" in told(deep, "grid")[0][1]
+    ((state, text),) = told(list(check.images(study(root, preprocess=shape), found)), "grid")
+    assert state == "fail" and "are pictures" in text
+
+
 def test_damaged_scans_fail_where_too_many_are(root):
     _, cohort = check.cohort(study(root))
     for path in cohort.frame["path"][:2]:
