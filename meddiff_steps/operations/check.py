@@ -118,9 +118,10 @@ def cohort(study: Study) -> tuple[list[Finding], Cohort | None]:
     log.addHandler(warnings)
     propagated, log.propagate = log.propagate, False
     try:
-        raw = read_table(source, study.covariates) if isinstance(source, TableSource) else None
+        text = study.text.column
+        raw = read_table(source, study.covariates, text) if isinstance(source, TableSource) else None
         if raw is None and isinstance(source, BidsSource):
-            raw = read_bids(source, study.covariates)
+            raw = read_bids(source, study.covariates, text)
     except UserError as error:
         return [Finding("fail", "cohort", str(error))], None
     finally:

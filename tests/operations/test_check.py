@@ -149,6 +149,16 @@ def test_a_covariate_from_which_nothing_can_be_learnt(root):
     assert "fail" in {state for state, _ in told(found, "covariates.sex")}
 
 
+def test_the_column_of_texts_is_looked_for(root):
+    found, cohort = check.cohort(study(root, text={"column": "report"}))
+    assert cohort is None and found[0].state == "fail" and "'report'" in found[0].text
+    table = root / "participants.tsv"
+    first, *rows = table.read_text().splitlines()
+    table.write_text("\n".join([f"{first}\treport", *(f"{row}\tNo mass." for row in rows)]) + "\n")
+    _, cohort = check.cohort(study(root, text={"column": "report"}))
+    assert (cohort.frame["text"] == "No mass.").all()
+
+
 def test_what_is_missing_is_told_and_what_readers_warn_of(root):
     with open(root / "participants.tsv", "a") as table:
         table.write("sub-99\t30\tF\n")
