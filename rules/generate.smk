@@ -1,6 +1,7 @@
 rule plan:
     input:
         manifest=MANIFEST,
+        qc=QC,
         after_tables=given("plan", [group.table for group in STUDY.plan if group.table]),
     output:
         out=PLAN,

@@ -4,6 +4,7 @@ rule showcase:
         autoencoder=AUTOENCODER,
         decoder=DECODER,
         masks=MASKS,
+        qc=QC,
         diffusion=RELEASED_MODEL,
     output:
         out=SHOWCASE,

@@ -14,6 +14,7 @@ if STUDY.second_model.subjects:
     use rule plan as teacher_plan with:
         input:
             manifest=MANIFEST,
+            qc=QC,
         output:
             out=f"{TEACHER}/plan.parquet",
         log:

@@ -821,3 +821,36 @@ def test_a_cycle_goes_through_contrasts_that_every_scan_has():
     for changes in ({"kind": "mask"}, {"required": False}):
         with pytest.raises(UserError, match=r"preprocess.channels.t2 must be of kind: contrast, and required: true"):
             channel(**changes)
+
+
+def of_scans(suffix: str | None, asked: str | None) -> dict:
+    named = {"suffix": suffix} if suffix else {}
+    study = MINIMAL | {"cohort": {"source": "bids", "root": "x"} | named}
+    return study | {"release": {"suffix": asked}} if asked else study
+
+
+def saved(folder: Path, study: dict) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(study))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("scans", "asked", "found"),
+    [("FLAIR", None, "FLAIR"), ("CT", None, "CT"), (None, None, "T1w"), ("T2w", "T2w", "T2w"), ("scan", "PDw", "PDw")],
+)
+def test_a_release_shows_what_its_scans_show(tmp_path, scans, asked, found):
+    study = config.load_study(saved(tmp_path, of_scans(scans, asked)))
+    assert study.release.suffix == found
+    assert config.parse_study(config.published(study), "a release").release == study.release
+
+
+@pytest.mark.parametrize(("scans", "asked"), [("FLAIR", "T1w"), ("T1w", "CT"), ("scan", None)])
+def test_a_release_that_says_otherwise_is_refused_at_the_door(tmp_path, scans, asked):
+    content = of_scans(scans, asked)
+    with pytest.raises(UserError, match=f"release.suffix.*{scans}"):
+        config.load_study(saved(tmp_path, content))
+    sealed = config.parse_study(content, "a release that was made so")
+    assert sealed.release.suffix == (asked or "T1w"), "it can still be read, as it is"
+    flat = content | {"preprocess": {"shape": [64, 64], "spacing_mm": None}}
+    assert config.load_study(saved(tmp_path, flat)).spatial_dims == 2, "pictures have no suffix"

@@ -84,6 +84,15 @@ def test_manifest_and_plan_have_their_columns(study):
     assert (old["sex"] == "F").all()
 
 
+def test_the_texts_of_a_release_count_what_was_learnt_from(study):
+    results = study / "results/tiny"
+    manifest, quality = map(pd.read_parquet, (results / "cohort/manifest.parquet", results / "preprocessed/qc.parquet"))
+    train = manifest[manifest["split"] == "train"].merge(quality[quality["status"] == "ok"], on="scan_id")
+    told = f"The model learnt from {len(train)} simulated images (no real person was ever imaged) of"
+    for name in ("README.md", "dataset_description.json", "croissant.json"):
+        assert told in (results / "release" / name).read_text(), name
+
+
 def test_images_are_in_range_and_differ(study):
     shards = Shards(sorted((study / "results/tiny/generated").glob("*.arrow")))
     images = shards.tensors("image")

@@ -24,6 +24,7 @@ from meddiff_steps.provenance.verify import Check, judged
 from meddiff_steps.release import crate, croissant, seal, versions
 from meddiff_steps.release.dataset import previews, texts
 from meddiff_steps.release.facts import are_facts
+from meddiff_steps.release.layout import unknown_to_bids
 from meddiff_steps.release.sealed import Sealed
 from meddiff_steps.release.story import Story
 
@@ -170,7 +171,7 @@ def _texts(release: Sealed) -> Iterator[tuple[str, bytes]]:
     files = release.root["files"]
     yield from texts(plan, images, story, {name: files[name]["sha256"] for name in previews(images, story)})
     if study.spatial_dims == 3 and "BIDSVersion" in described:
-        yield ".bidsignore", seal.IGNORED
+        yield ".bidsignore", seal.IGNORED + unknown_to_bids(study.release.suffix)
 
 
 def _image(row: dict[str, Any]) -> dict[str, Any]:

@@ -441,13 +441,11 @@ def _check_kinds(root: Path, images: list[_Image], source: BidsSource) -> None:
         key: Counter(image.name.label(key) for image in images)
         for key in sorted({key for image in images for key in image.name.entities} - {"sub", "ses"})
     }
+    labels = {key: sorted(counts, key=lambda label: (label is not None, label)) for key, counts in found.items()}
     told = {
         key: f"{key}: "
         + shorten(
-            [
-                f"{'none' if label is None else repr(label)} ({count})"
-                for label, count in sorted(counts.items(), key=lambda item: (item[0] is not None, item[0]))
-            ],
+            [f"{'none' if label is None else repr(label)} ({counts[label]})" for label in labels[key]],
             10,
         )
         for key, counts in found.items()
@@ -470,11 +468,14 @@ def _check_kinds(root: Path, images: list[_Image], source: BidsSource) -> None:
         if len(counts) > 1 and key not in {*source.entities, *WHO_AND_WHEN} and (key in beside or key not in PROTOCOL)
     ]
     if mixed:
+        key = mixed[0]
+        first = labels[key][0] or "null"
+        named = f"{{{key}: {first}}}" + (" for images without it" if first == "null" else "")
         raise UserError(
             f"{root}: images of several kinds match, and cohort.entities does not say which are meant:\n  "
             + "\n  ".join(told[key] for key in mixed)
-            + f"\nName one of each in cohort.entities ({{{mixed[0]}: null}} for images without it), or a list of those"
-            f" that may be mixed; `meddiff propose` takes --entity {mixed[0]}=null for the first."
+            + f"\nName one of each in cohort.entities ({named}), or a list of those that may be mixed;"
+            f" `meddiff propose` takes --entity {key}={first} for the first."
         )
 
 

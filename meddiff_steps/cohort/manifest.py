@@ -241,8 +241,7 @@ def build_manifest(
     card = {
         "source": source,
         "simulated": source == "simulated",
-        "scans": len(manifest),
-        "subjects": int(manifest["subject_id"].nunique()),
+        **counts(manifest),
         "sessions": len(manifest[["subject_id", "session_id"]].drop_duplicates()),
         "splits": split_balance(manifest, covariates, splits),
         "covariates": {
@@ -265,12 +264,16 @@ def build_manifest(
     return manifest, card
 
 
+def counts(manifest: pd.DataFrame) -> dict[str, int]:
+    """How many scans these are, and of how many subjects."""
+    return {"scans": len(manifest), "subjects": int(manifest["subject_id"].nunique())}
+
+
 def _texts(manifest: pd.DataFrame) -> dict[str, int]:
     """How many scans and subjects have a text, and how many texts differ."""
     having = manifest[manifest[TEXT].notna()]
     return {
-        "scans": len(having),
-        "subjects": int(having["subject_id"].nunique()),
+        **counts(having),
         "distinct": int(having[TEXT].nunique()),
     }
 
@@ -382,3 +385,21 @@ def rows_by_split(manifest: pd.DataFrame, scan_ids: Sequence[str]) -> dict[str, 
             "no scan of the train split is left after preprocessing. See preprocessed/qc.parquet for the reasons."
         )
     return rows
+
+
+def usable(manifest: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
+    """The rows of scans that preprocessing kept, by its quality table: those that models can learn from.
+
+    Raises
+    ------
+    UserError
+        The table does not tell of a scan.
+    """
+    untold = sorted(set(manifest["scan_id"]) - set(quality["scan_id"]))
+    if untold:
+        raise UserError(
+            f"preprocessed/qc.parquet: nothing of {len(untold)} scans of the manifest, for example {untold[0]}. It is"
+            " of another cohort; run the workflow again."
+        )
+    kept = set(quality.loc[quality["status"] == "ok", "scan_id"])
+    return manifest[manifest["scan_id"].isin(kept)]

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from meddiff_steps.config.base import Keys, fields_of
 from meddiff_steps.config.renamed import before_renaming, keys_gone, old_names, translated, without_gone
-from meddiff_steps.config.study import Study
+from meddiff_steps.config.study import Study, other_contrast
 from meddiff_steps.config.yaml_files import read_yaml, where_is
 from meddiff_steps.core.errors import UserError
 
@@ -41,7 +41,7 @@ def parse_study(raw: Any, origin: str, files: Sequence[Path] = ()) -> Study:
     """Validate an already parsed study; `origin` names it in error messages, and `files` are where its keys stand.
 
     Keys that are gone change nothing: somebody's own `files` may still hold them, which is told. Of what this package
-    wrote itself they are refused.
+    wrote itself they are refused. Names of contrasts that contradict each other are refused in somebody's own files.
 
     Raises
     ------
@@ -60,6 +60,7 @@ def parse_study(raw: Any, origin: str, files: Sequence[Path] = ()) -> Study:
         raw = {name: section for name, section in raw.items() if name != "release"}
     try:
         study = Study.model_validate(translated(raw) if problems else raw)
+        problems += other_contrast(study) if files else ()
     except ValidationError as error:
         problems += _listed(error.errors(include_url=False), files)
     if problems:

@@ -1,10 +1,14 @@
 """Section `release`: what the published cohort says of itself."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
 from meddiff_steps.config.base import TEXT, Fraction, NoOrLocalPath, PositiveInt, Section, Text
+
+#: What 3D images can show, as file names say it. BIDS has no name for CT yet: its validator is told to pass it over.
+Suffix = Literal["T1w", "T2w", "PDw", "FLAIR", "T2starw", "inplaneT1", "inplaneT2", "CT"]
+SUFFIXES: tuple[str, ...] = get_args(Suffix)
 
 
 class Card(Section):
@@ -32,8 +36,10 @@ class Release(Section):
         description="Full text of the licence; needed where it is none of CC0, PDDL, CC-BY-4.0, CC-BY-SA-4.0, "
         "CC-BY-NC-4.0 and CC-BY-NC-SA-4.0, whose texts are known.",
     )
-    suffix: Literal["T1w", "T2w", "PDw", "FLAIR", "T2starw", "inplaneT1", "inplaneT2"] = Field(
-        "T1w", description="BIDS suffix of 3D images: their contrast."
+    suffix: Suffix = Field(
+        "T1w",
+        description="BIDS suffix of 3D images: their contrast. By default that of the scans, `cohort.suffix`, where it "
+        "is one of these.",
     )
     skull_stripped: bool = Field(
         True, description="Whether the images that the model learnt from show the brain only (BIDS SkullStripped)."

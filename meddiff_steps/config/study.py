@@ -33,7 +33,7 @@ from meddiff_steps.config.preprocess import Preprocess
 from meddiff_steps.config.privacy import Privacy
 from meddiff_steps.config.reconstruction import Reconstruction
 from meddiff_steps.config.registration import PairRegistration
-from meddiff_steps.config.release import Release
+from meddiff_steps.config.release import SUFFIXES, Release
 from meddiff_steps.config.sampler_study import SamplerStudy
 from meddiff_steps.config.second_model import SecondModel
 from meddiff_steps.config.segmentation import Segmentation
@@ -124,7 +124,7 @@ class Study(Section):
     @model_validator(mode="before")
     @classmethod
     def _values_as_declared(cls, content: Any) -> Any:
-        return values_as_declared(content) if isinstance(content, Mapping) else content
+        return values_as_declared(with_suffix(content)) if isinstance(content, Mapping) else content
 
     @model_validator(mode="after")
     def _consistent(self, info: ValidationInfo) -> Self:
@@ -173,6 +173,35 @@ class Study(Section):
     def _drawn_with(self, sampler: str) -> Self:
         changes = {"sampler": sampler, "num_inference_steps": None}
         return self.model_copy(update={"generate": self.generate.model_copy(update=changes)})
+
+
+def with_suffix(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A study's content in which images that are released have the suffix of the scans, if it says no other."""
+    source, release = content.get("cohort"), content.get("release", {})
+    if not isinstance(source, Mapping) or not isinstance(release, Mapping) or "suffix" in release:
+        return content
+    suffix = source.get("suffix")
+    return {**content, "release": {**release, "suffix": suffix}} if suffix in SUFFIXES else content
+
+
+def other_contrast(study: Study) -> Iterator[str]:
+    """What is wrong with a release that calls its images other than its scans are called.
+
+    No relation: a release that was made so can be read and audited.
+    """
+    if not isinstance(study.cohort, BidsSource) or study.spatial_dims != 3:
+        return
+    scans, images = study.cohort.suffix, study.release.suffix
+    if scans in SUFFIXES and images != scans:
+        yield (
+            f"release.suffix: {images}, but scans are {scans} (cohort.suffix), and images show what scans do; leave it "
+            "out, or correct cohort.suffix"
+        )
+    elif scans not in SUFFIXES and "suffix" not in study.release.model_fields_set:
+        yield (
+            f"release.suffix: is needed, as cohort.suffix is {scans!r}, which no released image can have; name what "
+            f"the scans show, one of {', '.join(SUFFIXES)}"
+        )
 
 
 def values_as_declared(content: Mapping[str, Any]) -> Mapping[str, Any]:

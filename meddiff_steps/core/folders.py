@@ -27,6 +27,8 @@ OF_BASE = (
 )
 #: Below a study's results: its cohort, once it was read.
 MANIFEST = "cohort/manifest.parquet"
+#: What was done to each scan, and why any was left out.
+QUALITY = "preprocessed/qc.parquet"
 #: The study that made weights, in the folder of a model release or in a study's results.
 CONFIGS_OF_BASE = ("config.json", "release/provenance/config.json")
 #: The networks of label maps.
@@ -71,7 +73,7 @@ OF_STEP: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "downstream": ("results.json", "test-opened.json"),
     },
     "describe": {
-        "cohort": ("card.json",),
+        "cohort": ("manifest.parquet", "card.json"),
         "autoencoder": ("card.json",),
         "decoder": ("card.json",),
         "masks": CARDS_OF_MASKS,

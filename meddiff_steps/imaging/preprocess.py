@@ -205,7 +205,8 @@ def _preprocess(
     facts |= {"path": str(path), "status": "ok", "shape": json.dumps(scan.array.shape)}
     mask = None
     if mask_path is not None:
-        mask = (Path(mask_path), as_volume(mask_path, read_image(mask_path, allow_constant=True), config.depth))
+        found_mask = read_image(mask_path, allow_constant=True, labels=True)
+        mask = (Path(mask_path), as_volume(mask_path, found_mask, config.depth))
     if config.brain_extraction is not None:
         with seconds("brain extraction"):
             brain, found = extracted(path, scan, config.foreground)

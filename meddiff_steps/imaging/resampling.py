@@ -6,7 +6,8 @@ values are copied and not interpolated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -31,7 +32,10 @@ SNAP_TOLERANCE = 0.05
 #: A voxel belongs to a grid when its centre is within the grid's outer voxel faces; rounding must not decide.
 _FACE = 0.5 + 1e-3
 #: Added before rounding down: a half goes down, whatever the rounding of the header; or up.
-_HALF_DOWN, _HALF_UP = 0.5 - 1e-3, 0.5 + 1e-3
+_HALVES = _HALF_DOWN, _HALF_UP = 0.5 - 1e-3, 0.5 + 1e-3
+#: Multiples of these (powers of the root of x^4 = x + 1) mod 1, added over a voxel's index, are below a half for every
+#: other voxel of a grid, and of any regular part of it.
+_SPREAD = 0.8191725133961645 ** np.arange(1, 4)
 #: Excess (square of a ratio less 1) below which two spacings count as the same; a Gaussian of it would change nothing.
 _SAME_WIDTH = 1e-3
 #: Places that `majority` looks at in one go; bounds its memory (a few times as many bytes per label).
@@ -256,7 +260,7 @@ def interpolated(array: np.ndarray, index_map: IndexMap, shape: tuple[int, ...])
     """
     sigmas, matrix = index_map.sigmas, index_map.matrix
     if index_map.order == 0:
-        return nearest_label(array, matrix, shape).astype(np.float32, copy=False)
+        return _nearest_label(array, matrix, shape, half_up=False).astype(np.float32, copy=False)
     if index_map.aligned and (index_map.order == 1 or index_map.copies):
         return separable(array, index_map.starts, index_map.steps, index_map.sigmas, shape)
     smooth = ndimage.gaussian_filter(array, sigmas, mode="nearest") if sigmas.max() > 0 else array
@@ -353,10 +357,10 @@ def majority(labels: np.ndarray, matrix: np.ndarray, shape: tuple[int, ...]) -> 
 
     A voxel of the grid is looked at in evenly spaced places, about one per voxel of the label map that it covers, and
     twice, so that places between two voxels of the label map count for both and structures stay where they are; where
-    it covers one or less this is nearest neighbour.  When two labels fill the same part the one at the voxel's centre
-    wins, else the smaller.  (A fixed rule for ties, such as "outside", would shrink every structure whose surface lies
-    in the middle of the grid's voxels; halving the resolution makes that the usual case.)  What is thinner than half a
-    voxel of the grid vanishes.
+    it covers one or less this is `nearest_label`.  When two labels fill the same part the one at the voxel's centre
+    wins, as of `nearest_label`, else the smaller.  (A fixed rule for ties, such as "outside", would shrink every
+    structure whose surface lies in the middle of the grid's voxels; halving the resolution makes that the usual case.)
+    What is thinner than half a voxel of the grid vanishes.
 
     Parameters
     ----------
@@ -372,25 +376,33 @@ def majority(labels: np.ndarray, matrix: np.ndarray, shape: tuple[int, ...]) -> 
     numpy.ndarray
         (*shape), of the type of `labels`; 0 outside of the label map.
     """
-    axes, (parts, finer) = labels.ndim, places_of(matrix)
-    places = int(parts.prod())
+    axes, places = labels.ndim, int(places_of(matrix)[0].prod())
+    centre = nearest_label(labels, matrix, shape)
     if places == 1:
-        return nearest_label(labels, matrix, shape)
+        return centre
     found = np.empty(shape, labels.dtype)
     rows = max(1, _PLACES // (2 * places * int(np.prod(shape[1:]))))
     for first in range(0, shape[0], rows):
         slab = found[first : first + rows]
         moved = matrix.copy()
         moved[:axes, axes] += first * matrix[:axes, 0]
-        fine_shape = tuple(int(n) for n in np.array(slab.shape) * parts)
-        both = []
-        for half_up in (False, True):
-            fine = nearest_label(labels, moved @ finer, fine_shape, half_up)
-            blocks = fine.reshape([n for pair in zip(slab.shape, parts, strict=True) for n in pair])
-            both.append(np.moveaxis(blocks, range(1, 2 * axes, 2), range(axes, 2 * axes)).reshape(-1, places))
-        samples = np.concatenate(both, axis=1)
-        slab[...] = _commonest(samples, nearest_label(labels, moved, slab.shape).ravel()).reshape(slab.shape)
+        samples = np.concatenate(list(sampled_labels(labels, moved, slab.shape)), axis=axes).reshape(-1, 2 * places)
+        slab[...] = _commonest(samples, centre[first : first + rows].ravel()).reshape(slab.shape)
     return found
+
+
+def sampled_labels(labels: np.ndarray, matrix: np.ndarray, shape: Sequence[int]) -> Iterator[np.ndarray]:
+    """Labels at the places of each voxel of a grid (`places_of`), (*shape, places), twice: where a place lies between
+    two voxels of the label map, of the one before, then of the one behind, so that together both count.
+
+    Parameters as of `majority`.
+    """
+    axes, (parts, finer) = labels.ndim, places_of(matrix)
+    fine_shape = tuple(int(n) for n in np.array(shape) * parts)
+    for half_up in (False, True):
+        fine = _nearest_label(labels, matrix @ finer, fine_shape, half_up)
+        blocks = fine.reshape([n for pair in zip(shape, parts, strict=True) for n in pair])
+        yield np.moveaxis(blocks, range(1, 2 * axes, 2), range(axes, 2 * axes)).reshape(*shape, -1)
 
 
 def places_of(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -418,12 +430,33 @@ def _commonest(samples: np.ndarray, centre: np.ndarray) -> np.ndarray:
     return found
 
 
-def nearest_label(labels: np.ndarray, matrix: np.ndarray, shape: tuple[int, ...], half_up: bool = False) -> np.ndarray:
+def nearest_label(labels: np.ndarray, matrix: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Labels on a grid by nearest neighbour, 0 outside of the label map; parameters as of `majority`.
 
-    In the middle between two voxels it is the one before along each axis, or with `half_up` the one behind.
+    In the middle between several voxels it is the label that most of them have.  Where that is a draw, every other
+    place of the grid takes the first of them and the rest the last: structures neither move nor grow nor shrink.
     """
-    axes, half = labels.ndim, _HALF_UP if half_up else _HALF_DOWN
+    before, behind = (_nearest_label(labels, matrix, shape, half_up) for half_up in (False, True))
+    unsure = np.nonzero(before != behind)
+    if not len(unsure[0]):
+        return before
+    index = np.stack(unsure, axis=1)
+    positions = index @ matrix[:-1, :-1].T + matrix[:-1, -1]
+    beyond = ((positions < -_FACE) | (positions > np.array(labels.shape) - 1 + _FACE)).any(axis=1)
+    ends = [np.clip(np.floor(positions + half).astype(np.int64), 0, np.array(labels.shape) - 1) for half in _HALVES]
+    corners = [
+        labels[tuple(ends[end][:, axis] for axis, end in enumerate(corner))]
+        for corner in itertools.product((0, 1), repeat=labels.ndim)
+    ]
+    samples = np.where(beyond[:, np.newaxis], labels.dtype.type(0), np.stack(corners, axis=1))
+    last = index @ _SPREAD[: labels.ndim] % 1 < 0.5
+    before[unsure] = _commonest(samples, np.where(last, samples[:, -1], samples[:, 0]))
+    return before
+
+
+def _nearest_label(labels: np.ndarray, matrix: np.ndarray, shape: tuple[int, ...], half_up: bool) -> np.ndarray:
+    """As `nearest_label`, but that in the middle it is the voxel before along each axis, or with `half_up` behind."""
+    axes, half = labels.ndim, _HALVES[half_up]
     starts, steps = matrix[:axes, axes], np.diag(matrix)[:axes]
     if not np.array_equal(matrix[:axes, :axes], np.diag(steps)):
         down = starts + (half - 0.5)

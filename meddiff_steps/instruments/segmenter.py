@@ -34,7 +34,7 @@ from meddiff_steps.imaging.channels import filled_in
 from meddiff_steps.imaging.label_maps import read_labels
 from meddiff_steps.imaging.masks import on_head
 from meddiff_steps.imaging.reading import Image, ScanError
-from meddiff_steps.imaging.resampling import nearest_label, places_of
+from meddiff_steps.imaging.resampling import sampled_labels
 from meddiff_steps.imaging.selection import Images
 from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.models.weights import load_weights
@@ -184,16 +184,12 @@ def label_shares(
     whole = labels.array
     on_head(path, head, labels, path)
     to_labels = np.linalg.inv(labels.affine) @ affine
-    # Each voxel is sampled at `parts` places per axis, twice: what lies between two voxels of the label map counts half
-    # for each.  Its share is their mean.
-    parts, fine = places_of(to_labels)
+    # What lies between two voxels of the label map counts half for each.
     shares = np.zeros((len(structures), *shape), np.float32)
-    for half_up in (False, True):
-        sampled = nearest_label(whole, to_labels @ fine, tuple(int(n) for n in np.array(shape) * parts), half_up)
-        blocks = sampled.reshape(shape[0], parts[0], shape[1], parts[1], shape[2], parts[2])
+    for sampled in sampled_labels(whole, to_labels, shape):
         for share, s in zip(shares, structures.values(), strict=True):
-            held = np.isin(blocks, s.labels) if s.labels else (blocks > 0) & ~np.isin(blocks, s.all_but)
-            share += held.mean(axis=(1, 3, 5), dtype=np.float32) / 2
+            held = np.isin(sampled, s.labels) if s.labels else (sampled > 0) & ~np.isin(sampled, s.all_but)
+            share += held.mean(axis=-1, dtype=np.float32) / 2
     return shares
 
 

@@ -23,6 +23,7 @@ from meddiff_steps.cohort.covariates import (
     parse_covariates,
     shorten,
 )
+from meddiff_steps.cohort.decisions import read_decisions
 from meddiff_steps.cohort.identity import alike, one_spelling, shown
 from meddiff_steps.cohort.splits import SPLITS, assign_splits
 from meddiff_steps.cohort.table import read_table
@@ -39,7 +40,7 @@ from meddiff_steps.imaging.points import read_shapes
 from meddiff_steps.operations.expected import Expected, hours
 from meddiff_steps.operations.machine import Machine
 from meddiff_steps.operations.proposal import numbers_of
-from meddiff_steps.operations.survey import Header, read_header, spread
+from meddiff_steps.operations.survey import Header, read_header, repeated, spread
 from meddiff_steps.privacy.size import FEW_TRAINING_SUBJECTS, SUBJECTS_PER_NUMBER, subjects_needed
 from meddiff_steps.release.licences import KNOWN, spdx
 
@@ -117,9 +118,10 @@ def cohort(study: Study) -> tuple[list[Finding], Cohort | None]:
     log.addHandler(warnings)
     propagated, log.propagate = log.propagate, False
     try:
-        raw = read_table(source, study.covariates) if isinstance(source, TableSource) else None
+        text = study.text.column
+        raw = read_table(source, study.covariates, text) if isinstance(source, TableSource) else None
         if raw is None and isinstance(source, BidsSource):
-            raw = read_bids(source, study.covariates)
+            raw = read_bids(source, study.covariates, text)
     except UserError as error:
         return [Finding("fail", "cohort", str(error))], None
     finally:
@@ -147,9 +149,19 @@ def cohort(study: Study) -> tuple[list[Finding], Cohort | None]:
     raw["split"] = raw["subject_id"].map(assigned)
     counts = Counter(raw.groupby(raw["subject_id"].replace(one_spelling(same)))["split"].first())
     found.append(_splits({name: counts[name] for name in SPLITS}, study))
-    found += _learnable(study, raw)
-    found += _asked(study, raw)
+    try:
+        kept = raw[~raw["scan_id"].isin(_excluded(study, raw["scan_id"].tolist()))]
+    except UserError as error:
+        return [*found, Finding("fail", "preprocess.exclude", str(error))], Cohort(raw, subjects, counts)
+    found += _learnable(study, kept)
+    found += _asked(study, kept)
     return found, Cohort(raw, subjects, counts)
+
+
+def _excluded(study: Study, scans: list[str]) -> dict[str, str]:
+    """Scans that a person excluded: by the study's table, or the one that lies with its results."""
+    decided = Path(study.preprocess.exclude or Path(study.results, study.study, "qc.tsv"))
+    return read_decisions(decided, scans) if decided.is_file() else {}
 
 
 def _splits(counts: Mapping[str, int], study: Study) -> Finding:
@@ -320,7 +332,8 @@ def headers(frame: pd.DataFrame, told: Callable[[int, int], None]) -> list[Heade
 def images(study: Study, found: Sequence[Header]) -> Iterator[Finding]:
     """Headers against the grid."""
     bad = [header for header in found if header.problem]
-    good = [header for header in found if header.size]
+    depth = study.preprocess.depth
+    good = [repeated(header, depth) if depth else header for header in found if header.size]
     if bad:
         share = len(bad) / len(found)
         state: State = "fail" if share > study.preprocess.max_failed_share else "warning"

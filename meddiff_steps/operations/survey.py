@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import nibabel as nib
@@ -51,6 +51,12 @@ class Header:
     def extent(self) -> np.ndarray:
         """Field of view in mm."""
         return np.multiply(self.size, self.spacing or 1)
+
+
+def repeated(header: Header, depth: int) -> Header:
+    """The volume that `imaging.reading.as_volume` makes of a picture, or of a volume: voxels of 1 mm."""
+    size = (depth, *header.size) if len(header.size) == 2 else header.size
+    return replace(header, size=size, spacing=(1.0,) * len(size), affine=np.eye(4))
 
 
 def spread(items: Sequence[T], count: int = SAMPLE) -> list[T]:

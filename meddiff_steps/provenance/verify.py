@@ -65,7 +65,7 @@ LABEL_FILES = (f"{LABELS}.tsv", f"{LABELS}.json")
 FREE_TEXT = "text"
 #: Of every ten subjects alike, in an order drawn by key, so many are of each split.
 SPLITS = ("train",) * 8 + ("val", "test")
-SUFFIXES = ("T1w", "T2w", "PDw", "FLAIR", "T2starw", "inplaneT1", "inplaneT2")
+SUFFIXES = ("T1w", "T2w", "PDw", "FLAIR", "T2starw", "inplaneT1", "inplaneT2", "CT")
 _RECORD = re.compile(r"provenance/records(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+\.json")
 _DATASET_FOLDER = re.compile(r"shard-[A-Za-z0-9]+-\d{4,9}")
 _ID = re.compile(r"[A-Za-z0-9]{1,100}")

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from meddiff_steps import __version__
 from meddiff_steps.cohort.texts import COLUMN as TEXT
 from meddiff_steps.config import CategoricalCovariate, Covariates, Release
+from meddiff_steps.config.release import SUFFIXES
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import CHECKSUMS, sha256_file, write_atomic
 from meddiff_steps.imaging.encoding import (
@@ -40,7 +41,7 @@ from meddiff_steps.imaging.signed_distances import LABELS
 from meddiff_steps.provenance import ledger, verify
 from meddiff_steps.release import licences, preview
 from meddiff_steps.release.citation import citation_file
-from meddiff_steps.release.layout import image_path
+from meddiff_steps.release.layout import image_path, unknown_to_bids
 from meddiff_steps.release.readme import BIDS_VERSION, readme
 from meddiff_steps.release.story import VERSION, Part, Story, origin, privacy
 
@@ -49,7 +50,6 @@ if TYPE_CHECKING:  # which loads torch; who describes a release needs none
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = get_args(Release.model_fields["suffix"].annotation)
 TEXTS = (verify.README, "CHANGES", "CITATION.cff", "LICENSE")
 
 _SAMPLE_ID = re.compile(r"[A-Za-z0-9]+")
@@ -280,7 +280,7 @@ def _dataset_texts(
     if volumes:
         found[f"{story.config.suffix}.json"] = _json(_sidecar(story.study, story.config))
     if volumes and part is not None:
-        found[".bidsignore"] = f"/{CHECKSUMS}\n/{verify.PREVIEW}\n".encode()
+        found[".bidsignore"] = f"/{CHECKSUMS}\n/{verify.PREVIEW}\n".encode() + unknown_to_bids(story.config.suffix)
     found |= _common_texts(len(plan), story, part, [], measured, labels)
     if part is not None:
         sums = {name: hashlib.sha256(content).hexdigest() for name, content in found.items()} | dict(digests)

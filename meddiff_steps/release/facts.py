@@ -108,10 +108,16 @@ class Model(Told):
     base: Base | None = None
 
 
-class Cohort(Told):
+class Counts(Told):
     scans: Count
     subjects: Count
+
+
+class Cohort(Counts):
+    """What could be used of the cohort, and of that the training part."""
+
     simulated: bool = False
+    learnt_from: Counts | None = None
 
 
 class Facts(Told):
@@ -134,7 +140,7 @@ def facts_of(
     Parameters
     ----------
     cohort
-        The cohort's card.
+        The cohort's card, with the counts of what could be used, and under `learnt_from` of its training part.
     privacy
         The privacy report. None: not tested.
     models

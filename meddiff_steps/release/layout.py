@@ -61,6 +61,11 @@ class Layout:
         return f"{folder}/{inside}" if folder else inside
 
 
+def unknown_to_bids(suffix: str) -> bytes:
+    """Lines of .bidsignore for volumes of a suffix that BIDS does not have; none of any other."""
+    return b"/sub-*/anat/*_CT.nii.gz\n/CT.json\n" if suffix == "CT" else b""
+
+
 def image_path(sample_id: str, spatial_dims: int, suffix: str = "T1w") -> str:
     """Where a sample's image lies in its dataset, with forward slashes.
 

@@ -16,19 +16,19 @@ import pandas as pd
 import torch
 
 from meddiff_steps import __version__, config
-from meddiff_steps.cohort.manifest import read_manifest
+from meddiff_steps.cohort.manifest import read_manifest, usable
 from meddiff_steps.cohort.texts import COLUMN as TEXT
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import sha256_file, write_atomic
-from meddiff_steps.core.folders import MANIFEST, NETWORK, TONE
+from meddiff_steps.core.folders import MANIFEST, NETWORK, QUALITY, TONE
 from meddiff_steps.core.weights_digest import safetensors_digest
 from meddiff_steps.imaging import encoding
 from meddiff_steps.models.masks import MaskModel
 from meddiff_steps.models.trained import TrainedModel
 from meddiff_steps.provenance import verify
 from meddiff_steps.provenance.ledger import Row, cell, shard_of
-from meddiff_steps.provenance.lineage import step_of
+from meddiff_steps.provenance.lineage import entries, step_of
 from meddiff_steps.provenance.record import environment
 from meddiff_steps.release import versions
 from meddiff_steps.release.layout import Layout
@@ -326,7 +326,8 @@ def plan_more(release: Sealed, models: Path, count: int, group: str | None) -> t
     ledger.
 
     Covariates are drawn as the study drew them.  What they are drawn from is not in a release: it comes from the
-    training rows of `models`/cohort/manifest.parquet, as the folder of the study has it.
+    training rows of `models`/cohort/manifest.parquet, as the folder of the study has it, less the scans that
+    `models`/preprocessed/qc.parquet left out, where the plan of the release was made so.
 
     Raises
     ------
@@ -352,6 +353,13 @@ def plan_more(release: Sealed, models: Path, count: int, group: str | None) -> t
                 " the study's own folder, or ask the publisher for more subjects."
             )
         scans = read_manifest(manifest, study.covariates)
+        if _by_quality(release):
+            if not (models / QUALITY).is_file():
+                raise UserError(
+                    f"{models / QUALITY}: not there. It says which of the training scans the plan of the release was"
+                    " made of. Give --models the study's own folder, or ask the publisher for more subjects."
+                )
+            scans = usable(scans, pd.read_parquet(models / QUALITY))
         training = scans[scans["split"] == "train"]
     texts, size_of_shards = study.text.column is not None, study.generate.shard_size
     plan = build_plan([wanted], study.covariates, training, study.seed, size_of_shards, with_texts=texts)
@@ -365,6 +373,16 @@ def plan_more(release: Sealed, models: Path, count: int, group: str | None) -> t
                     "Give --models the folder of the study that made this release, with the cohort as it was then."
                 )
     return plan, wanted
+
+
+def _by_quality(release: Sealed) -> bool:
+    """Whether the plan of a release was made of the scans alone that preprocessing kept, as its records say."""
+    return any(
+        entry["path"] == QUALITY
+        for record in release.records.values()
+        if step_of(record) == "plan"
+        for entry in entries(record, "inputs")
+    )
 
 
 def _covariates(subject: Mapping[Any, Any], covariates: config.Covariates) -> dict[str, Any]:

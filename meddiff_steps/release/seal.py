@@ -32,6 +32,7 @@ from meddiff_steps.provenance import ledger, lineage, merkle, record, signature,
 from meddiff_steps.provenance.ledger import Written
 from meddiff_steps.provenance.lineage import read_strictly as read
 from meddiff_steps.release import crate, croissant, published
+from meddiff_steps.release.layout import unknown_to_bids
 from meddiff_steps.release.published import Published
 
 FOLDER = "provenance"
@@ -120,7 +121,7 @@ def complete(
     write_atomic(release / LOCK, facts.lock)
     write_atomic(release / VERIFIER, Path(verify.__file__).read_bytes())
     if "BIDSVersion" in read(release, verify.DESCRIPTION, ascii_only=False):
-        write_atomic(release / ".bidsignore", IGNORED)
+        write_atomic(release / ".bidsignore", IGNORED + unknown_to_bids(study["release"]["suffix"]))
     sealed = {
         "schema": ledger.SCHEMA,
         "scheme": merkle.SCHEME,

@@ -111,6 +111,12 @@ class Part:
 
 def origin(story: Story) -> str:
     what = "simulated images (no real person was ever imaged)" if story.card.get("simulated") else "real images"
+    if learnt := story.card.get("learnt_from"):
+        held_out = story.card["scans"] - learnt["scans"]
+        return (
+            f"The model learnt from {learnt['scans']} {what} of {learnt['subjects']} subjects. {held_out} more of the"
+            " same cohort were held out for evaluation."
+        )
     return (
         f"The model learnt from a cohort of {story.card['scans']} {what} of {story.card['subjects']} subjects, of which"
         " a part was held out for evaluation."

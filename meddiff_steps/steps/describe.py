@@ -10,10 +10,11 @@ from typing import Annotated
 import pandas as pd
 import typer
 
+from meddiff_steps.cohort.manifest import counts, read_manifest, usable
 from meddiff_steps.config import BidsSource, Study, load_stage
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json
-from meddiff_steps.core.folders import CARD
+from meddiff_steps.core.folders import CARD, MANIFEST
 from meddiff_steps.release.dataset import Story, complete_dataset
 from meddiff_steps.release.facts import facts_of, with_base
 from meddiff_steps.steps import options
@@ -32,6 +33,7 @@ def run(
     out: Annotated[Path, typer.Option(help="dataset_description.json in the root folder of the release.")],
     decoder: options.Decoder = None,
     masks: options.Masks = None,
+    qc: options.KeptBy = None,
     metrics: Annotated[
         Path | None, typer.Option(help="evaluation/metrics.json; without, README says that nothing was measured.")
     ] = None,
@@ -56,7 +58,11 @@ def run(
             for name, folder in (("autoencoder", "autoencoder"), ("diffusion model", "diffusion"))
         }
     cards = {name: with_base(card, study.init_from) for name, card in cards.items()}
-    told = facts_of(read_json(cohort / CARD), read_json(privacy), cards, read_json(metrics) if metrics else None)
+    learnt_from = read_json(cohort / CARD)
+    if qc is not None:
+        scans = usable(read_manifest(cohort / Path(MANIFEST).name), pd.read_parquet(qc))
+        learnt_from |= counts(scans) | {"learnt_from": counts(scans[scans["split"] == "train"])}
+    told = facts_of(learnt_from, read_json(privacy), cards, read_json(metrics) if metrics else None)
     story = Story.of(study, told, _sources(study))
     tables = pd.concat([pd.read_parquet(path) for path in images], ignore_index=True)
     complete_dataset(out.parent, pd.read_parquet(released), tables, story)

@@ -62,7 +62,7 @@ def run(
     elif settings.network == "published":
         encoding = published_encoding(settings, study.covariates)
     else:
-        encoding = CovariateEncoding.fit(table, study.covariates)
+        encoding = CovariateEncoding.fit(table[table["scan_id"].isin(ids)], study.covariates)
     scans = table.set_index("scan_id").loc[ids].reset_index()
     encoder: TextEncoder | None = None
     tokens: dict[str, CachedTokens] = {}

@@ -11,6 +11,10 @@ Config = Annotated[Path, typer.Option(help="frozen config of this step's stage; 
 Manifest = Annotated[Path, typer.Option(help="cohort/manifest.parquet")]
 Images = Annotated[list[Path], typer.Option(help="preprocessed shard; repeat for all of them")]
 Quality = Annotated[Path, typer.Option(help="preprocessed/qc.parquet")]
+KeptBy = Annotated[
+    Path | None,
+    typer.Option("--qc", help="preprocessed/qc.parquet: scans that it left out do not count. Without, all do"),
+]
 Latents = Annotated[list[Path], typer.Option(help="latent shard; repeat for all of them")]
 Scale = Annotated[Path, typer.Option(help="latents/scale.safetensors")]
 Autoencoder = Annotated[Path, typer.Option(help="folder autoencoder/: model.safetensors and card.json")]

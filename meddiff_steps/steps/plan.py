@@ -1,4 +1,4 @@
-"""Step `plan`: from the manifest's training rows to plan.parquet."""
+"""Step `plan`: from the training scans to plan.parquet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 import typer
 
 from meddiff_steps.cohort.covariates import parse_covariates
-from meddiff_steps.cohort.manifest import read_manifest
+from meddiff_steps.cohort.manifest import read_manifest, usable
 from meddiff_steps.cohort.table import load_table
 from meddiff_steps.cohort.texts import COLUMN
 from meddiff_steps.config import Covariates, PlanGroup, load_stage
@@ -28,14 +28,17 @@ def run(
     config: options.Config,
     manifest: options.Manifest,
     out: Annotated[Path, typer.Option(help="Plan to write (Parquet).")],
+    qc: options.KeptBy = None,
 ) -> None:
     """Decide which synthetic subjects to make: one row each, with its covariates, its seed key and its shard.
 
-    The covariates come from a copula fitted to the training subjects, from the user's table, or from a grid.  A
-    subject's row does not depend on how many subjects are asked for.
+    The covariates come from a copula fitted to the training subjects, less scans that preprocessing left out, from the
+    user's table, or from a grid.  A subject's row does not depend on how many subjects are asked for.
     """
     study = load_stage(config, "plan")
     scans = read_manifest(manifest, study.covariates)
+    if qc is not None:
+        scans = usable(scans, pd.read_parquet(qc))
     training = scans[scans["split"] == "train"]
     tables = {group.name: _read_requests(group, study.covariates) for group in study.plan if group.table is not None}
     with_texts = study.text.column is not None

@@ -73,7 +73,7 @@ def _measured(
     threads: int,
 ) -> dict[str, np.ndarray]:
     standardise = measure_standardisation(shards.tensor("mean", row) for row in rows)
-    encoding = CovariateEncoding.fit(table, study.covariates)
+    encoding = CovariateEncoding.fit(table[table["scan_id"].isin(ids)], study.covariates)
     scans = table.set_index("scan_id").loc[[ids[row] for row in rows]].reset_index()
     values, known = covariate_features(torch.from_numpy(encoding.encode(scans)), encoding.level_counts)
     fabric = make_fabric(study.compute, threads)

@@ -4,11 +4,12 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import pandas as pd
 import pyarrow as pa
 import typer
 from tqdm import tqdm
 
-from meddiff_steps.cohort.manifest import read_manifest
+from meddiff_steps.cohort.manifest import read_manifest, usable
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import load_stage
 from meddiff_steps.imaging.shards import ShardWriter, TensorColumn
@@ -27,11 +28,14 @@ def run(
     out: Annotated[Path, typer.Option(help="images to write (Arrow)")],
     decoder: options.Decoder = None,
     masks: options.Masks = None,
+    qc: options.KeptBy = None,
     threads: options.Threads = 1,
 ) -> None:
     """Sample the counterfactual sweeps and interpolations that the report shows."""
     study = load_stage(config, "showcase")
     table = read_manifest(manifest)
+    if qc is not None:
+        table = usable(table, pd.read_parquet(qc))
     fabric = make_fabric(study.compute, threads)
     model = TrainedModel.load(autoencoder, diffusion, fabric, study.compute, decoder=decoder)
     generator = CohortGenerator(model, study.generate, MaskModel.where_there_is(masks, fabric, study.compute))

@@ -187,6 +187,19 @@ def test_kinds_that_lie_in_different_subjects_are_a_mixture_too(root: Path) -> N
         read(root)
 
 
+def test_the_choice_that_is_shown_is_one_that_matches(root: Path) -> None:
+    """No image is without the entity, so that null would leave none."""
+    for number, path in enumerate(sorted(root.glob("sub-*/**/anat/*_T1w.nii*"))):
+        ending = path.name.removeprefix(path.name.partition("_T1w")[0])
+        stem = path.name.removesuffix(ending).split("_acq-")[0].split("_run-")[0]
+        path.rename(path.with_name(f"{stem}_space-{'MNI' if number % 2 else 'T1w'}{ending}"))
+    with pytest.raises(UserError) as refusal:
+        read(root)
+    assert "{space: MNI}" in str(refusal.value) and "--entity space=MNI" in str(refusal.value)
+    assert "null" not in str(refusal.value)
+    assert len(read(root, entities={"space": "MNI"})) > 0
+
+
 def test_what_was_found_is_told_per_entity(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         read(root)

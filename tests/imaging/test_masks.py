@@ -14,6 +14,7 @@ from meddiff_steps.config import Preprocess
 from meddiff_steps.imaging.masks import mask_on, misplaced
 from meddiff_steps.imaging.preprocess import preprocess_scan, preprocess_shard
 from meddiff_steps.imaging.reading import Image, ScanError
+from meddiff_steps.imaging.resampling import majority
 
 AFFINE = np.diag([4.0, 4, 4, 1])
 SHAPE = (32, 36, 34)
@@ -123,3 +124,16 @@ def test_an_optional_channel_that_was_not_fetched_is_not_taken_for_absent(scan: 
     settings = config(channels={"x": {"path": "x", "kind": "mask", "required": False}})
     with pytest.raises(Exception, match="datalad get"):
         preprocess_scan(scan, settings, channels={"x": tmp_path / "x.nii.gz"})
+
+
+def test_a_mask_of_larger_voxels_stays_where_it_is() -> None:
+    """2 mm on 1 mm, centres on centres: every other voxel lies in the middle between two of the mask."""
+    scan_affine, mask_affine = (nib.affines.from_matvec(np.eye(3) * mm, [-32.0] * 3) for mm in (1, 2))
+    place = (np.indices((33, 33, 33)) - 16.0) * 2
+    mask = Image((np.linalg.norm(place, axis=0) < 20).astype(np.float32), mask_affine)
+    scan = Image(np.zeros((65, 65, 65), np.float32), scan_affine)
+    inside = mask_on(Path("scan"), scan, mask, Path("mask"))
+    assert np.argwhere(inside).mean(axis=0) == pytest.approx([32, 32, 32], abs=0.02)
+    assert inside.sum() == pytest.approx(8 * mask.array.sum(), rel=0.02)
+    labels = majority(mask.array.astype(np.int16), np.linalg.inv(mask_affine) @ scan_affine, inside.shape)
+    assert np.array_equal(labels > 0, inside)

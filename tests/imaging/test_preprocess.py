@@ -430,6 +430,22 @@ def test_a_scan_that_changed_since_the_cohort_was_read_is_left_out(tmp_path: Pat
     assert Shards([tmp_path / "shard.arrow"]).column("scan_id") == ["sub-0"]
 
 
+def test_a_mask_that_is_a_picture_gives_numbers_not_grey_levels(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(4).integers(50, 256, (32, 32))
+    inside = np.zeros((32, 32), np.uint8)
+    inside[8:20, 10:24] = 1
+    indexed = PilImage.fromarray(inside).convert("P")
+    indexed.putpalette([255, 255, 255, 0, 0, 0])  # drawn black on white
+    indexed.save(tmp_path / "palette.png")
+    path = picture(tmp_path / "a.png", pixels)
+    image, _ = preprocess_image(path, config_2d(), tmp_path / "palette.png")
+    assert np.array_equal(image[0] > 0, (inside > 0) & (pixels > pixels[inside > 0].min()))
+    PilImage.fromarray(inside * 255).save(tmp_path / "mask.jpg")
+    with pytest.raises(ScanError) as caught:
+        preprocess_image(path, config_2d(), tmp_path / "mask.jpg")
+    assert caught.value.reason == "lossy labels"
+
+
 def test_mask_pattern(tmp_path: Path) -> None:
     rows = cohort(tmp_path, 2)
     for i in range(2):

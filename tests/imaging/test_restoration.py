@@ -152,6 +152,25 @@ def test_labels_stay_labels_and_return_to_their_places(tmp_path: Path, name: str
     assert mask.dtype == bool and np.array_equal(mask, back == 5)
 
 
+@pytest.mark.parametrize(
+    ("spacing", "side", "least"), [(2, 33, 0.97), (2, 32, 0.97), (4, 17, 0.92), (4, 16, 0.92), (3, 23, 0.95)]
+)
+def test_labels_come_back_without_a_shift(tmp_path: Path, spacing: float, side: int, least: float) -> None:
+    """A ball about the middle of an odd number of voxels: many lie in the middle between voxels of the grid."""
+    affine = nib.affines.from_matvec(np.eye(3), [-32.0] * 3)
+    offsets = world(affine, (65, 65, 65))
+    ball = np.linalg.norm(offsets, axis=-1) < 20
+    path = save(tmp_path / "scan.nii.gz", np.where(ball, 300 + offsets[..., 0], 0).astype(np.int16), affine)
+    file = save(tmp_path / "labels.nii.gz", ball.astype(np.int16), affine)
+    grid = config(shape=(side,) * 3, spacing_mm=spacing, channels={"ball": {"path": str(file), "kind": "labels"}})
+    arrays, facts = preprocess_scan(path, grid, channels={"ball": file})
+    back, _ = restore(arrays["ball"], facts, kind="labels")
+    assert offsets[back == 1].mean(axis=0) == pytest.approx(np.zeros(3), abs=0.03)
+    assert 2 * (ball & (back == 1)).sum() / (ball.sum() + (back == 1).sum()) > least
+    if spacing == 2:
+        assert back.sum() == pytest.approx(ball.sum(), rel=0.02), "neither grown nor shrunk"
+
+
 def test_numbers_have_no_scale(tmp_path: Path) -> None:
     shape = (20, 33, 40)
     affine = affine_of("LAS", (4, 4, 4), shape)

@@ -100,6 +100,25 @@ def test_levels_are_compared_both_ways(root):
     assert told(found, "plan.x") == [("fail", "asks for sex X, which no training scan has.")]
 
 
+def test_what_was_excluded_cannot_be_asked_for(root, tmp_path):
+    """All women are excluded by hand: a plan of women would be of nothing that was learnt."""
+    _, cohort = check.cohort(study(root))
+    women = cohort.frame.loc[cohort.frame["sex"] == "F", "scan_id"]
+    table = tmp_path / "qc.tsv"
+    table.write_text("scan_id\tdecision\n" + "".join(f"{name}\texclude\n" for name in women))
+    asked = {
+        "plan": [{"name": "x", "subjects": 3, "where": {"sex": "F"}}],
+        "preprocess": {"shape": [16, 16, 16], "spacing_mm": 2, "exclude": str(table)},
+    }
+    found, _ = check.cohort(study(root, **asked))
+    assert told(found, "plan.x") == [("fail", "asks for sex F, which no training scan has.")]
+    assert "fail" in {state for state, _ in told(found, "covariates.sex")}
+    table.write_text("scan_id\tdecision\nnobody\texclude\n")
+    found, _ = check.cohort(study(root, **asked))
+    ((state, text),) = told(found, "preprocess.exclude")
+    assert state == "fail" and "nobody" in text
+
+
 def test_given_weights_are_asked_which_covariates_they_know(root):
     """A few subjects suffice for what they know; with other covariates training would be refused after hours."""
     given = shipping.models_named("simulated-5mm")
@@ -128,6 +147,16 @@ def test_a_covariate_from_which_nothing_can_be_learnt(root):
     found, _ = check.cohort(study(root))
     assert "fail" in {state for state, _ in told(found, "covariates.age")}
     assert "fail" in {state for state, _ in told(found, "covariates.sex")}
+
+
+def test_the_column_of_texts_is_looked_for(root):
+    found, cohort = check.cohort(study(root, text={"column": "report"}))
+    assert cohort is None and found[0].state == "fail" and "'report'" in found[0].text
+    table = root / "participants.tsv"
+    first, *rows = table.read_text().splitlines()
+    table.write_text("\n".join([f"{first}\treport", *(f"{row}\tNo mass." for row in rows)]) + "\n")
+    _, cohort = check.cohort(study(root, text={"column": "report"}))
+    assert (cohort.frame["text"] == "No mass.").all()
 
 
 def test_what_is_missing_is_told_and_what_readers_warn_of(root):
@@ -206,6 +235,19 @@ def test_the_grid_is_compared_with_the_scans(root):
         "fail",
         f"preprocess.shape has 2 sides, but {found[0].path} and others are volumes.",
     )
+
+
+def test_pictures_that_are_repeated_along_depth_are_volumes(root, tmp_path):
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for path in paths:
+        Image.new("L", (64, 64)).save(path)
+    found = [read_header(str(path)) for path in paths]
+    shape = {"shape": [32, 32, 32], "spacing_mm": 2}
+    deep = list(check.images(study(root, preprocess=shape | {"depth": 64}), found))
+    assert {one.state for one in deep} == {"ok"} and "64x64x64 (3)" in told(deep, "scans")[0][1]
+    assert "largest 64 x 64 x 64 mm" in told(deep, "grid")[0][1]
+    ((state, text),) = told(list(check.images(study(root, preprocess=shape), found)), "grid")
+    assert state == "fail" and "are pictures" in text
 
 
 def test_damaged_scans_fail_where_too_many_are(root):

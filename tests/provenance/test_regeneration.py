@@ -160,7 +160,8 @@ def test_more_subjects_than_before_and_the_old_ones_as_they_were(place, tmp_path
     larger = place.study.model_copy(update={"plan": [place.study.plan[0].model_copy(update={"subjects": 12})]})
     (tmp_path / "plan").mkdir()
     root = tmp_path / "plan/plan.parquet"
-    plan_step.run(config.freeze(larger, "plan", tmp_path), place.results / "cohort/manifest.parquet", root)
+    cohort, quality = place.results / "cohort/manifest.parquet", place.results / "preprocessed/qc.parquet"
+    plan_step.run(config.freeze(larger, "plan", tmp_path), cohort, root, quality)
     planned = pd.read_parquet(root).set_index("sample_id")
     assert table[0].split("\t") == [
         "participant_id",
@@ -238,6 +239,9 @@ def test_more_subjects_want_to_know_what_covariates_are_drawn_from(place, copied
     (other / "cohort").mkdir()
     manifest = read_manifest(place.results / "cohort/manifest.parquet", place.study.covariates)
     write_manifest(manifest.assign(age=manifest["age"] * 0.9 + 5), other / "cohort/manifest.parquet")
+    with pytest.raises(UserError, match=r"qc\.parquet: not there\. It says which of the training scans"):
+        regenerate_more(release, other, tmp_path, 1, 12, "syn")
+    shutil.copytree(place.results / "preprocessed", other / "preprocessed")
     with pytest.raises(UserError, match=r"gives \w+ covariates .*, the release has"):
         regenerate_more(release, other, tmp_path, 1, 12, "syn")
     table = place.study.plan[0].model_copy(update={"covariates": "table", "table": "(path)", "where": {}})

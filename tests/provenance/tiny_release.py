@@ -193,7 +193,8 @@ class Place:
     def make(self) -> None:
         self.make_models()
         root, models = self.results, self.model_files()
-        self.real("plan", plan.run, manifest=root / "cohort/manifest.parquet", out=root / "plan.parquet")
+        cohort = {"manifest": root / "cohort/manifest.parquet", "qc": root / "preprocessed/qc.parquet"}
+        self.real("plan", plan.run, **cohort, out=root / "plan.parquet")
         self.plan = pd.read_parquet(root / "plan.parquet")
         self.shards = sorted(self.plan["shard"].unique())
         for shard in self.shards:
@@ -251,7 +252,16 @@ class Place:
 
         self.stand_in("cohort", write_cohort, out=manifest, card=card)
         shard = root / "preprocessed/shard-0000.arrow"
-        self.stand_in("preprocess", lambda: write_json(shard, {"stands for": "images"}), manifest=manifest, out=shard)
+        found, quality = root / "preprocessed/qc/shard-0000.parquet", root / "preprocessed/qc.parquet"
+        checks = pd.DataFrame({"scan_id": ids, "status": ["ok"] * 39 + ["left out"]})
+
+        def write_shard() -> None:
+            write_json(shard, {"stands for": "images"})
+            found.parent.mkdir()
+            checks.to_parquet(found)
+
+        self.stand_in("preprocess", write_shard, manifest=manifest, out=shard, qc=found)
+        self.stand_in("quality", lambda: checks.to_parquet(quality), qc=[found], out=quality)
         if self.measured:
             self.make_instruments(manifest, shard)
         torch.manual_seed(1)
@@ -496,6 +506,7 @@ class Place:
             privacy=report,
             images=self.tables,
             cohort=card.parent,
+            qc=root / "preprocessed/qc.parquet",
             **self.model_files(),
             out=out,
         )

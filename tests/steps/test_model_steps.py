@@ -22,7 +22,7 @@ from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.models.first_stage.base import build as build_first_stage
 from meddiff_steps.models.first_stage.base import latent_shape
 from meddiff_steps.models.trained import DenoiserCard, TrainedModel, load_decoder, save_denoiser, save_image_network
-from meddiff_steps.steps import decoder, latents, scale, tone
+from meddiff_steps.steps import decoder, diffusion, latents, scale, tone
 
 SHAPE = (1, 8, 12, 8)
 OPTIMISER = {"steps": 4, "batch_size": 4, "warmup_steps": 1, "checkpoint_every": 2, "validate_every": 2}
@@ -42,7 +42,7 @@ class Files:
             "variants": {"count": 2, "flip": True, **variants},
             "autoencoder": {"channels": [8, 8], "latent_channels": 4},
             "decoder": {"channels": 8, "num_res_blocks": 1, "crop": 8, "optimiser": OPTIMISER},
-            "diffusion": {"channels": [8], "num_res_blocks": 1},
+            "diffusion": {"channels": [8], "num_res_blocks": 1, "optimiser": OPTIMISER},
             "generate": {"batch_size": 4, "num_inference_steps": 2, "drawing_steps": 2},
             "plan": [{"name": "syn", "subjects": 2}],
             "compute": {"device": "cpu", "precision": "32-true"},
@@ -179,3 +179,23 @@ def test_latents_are_standardised_as_those_of_scans_as_they_are(tmp_path: Path) 
     mean = shards.tensors("mean", kept).mean(0)
     np.testing.assert_allclose(load_file(out)["offset"][0], mean, atol=1e-5)
     assert json.loads((tmp_path / "scale.json").read_text())["train_latents"] == 8
+
+
+def test_covariates_are_encoded_as_the_scans_that_are_learnt_from_have_them(tmp_path: Path) -> None:
+    """Training scans of the manifest that were left out, and so have no latents, do not count."""
+    files = Files(tmp_path)
+    made, scans = files.latents(), read_manifest(files.manifest, files.study.covariates)
+    learnt = CovariateEncoding.fit(scans, files.study.covariates)
+    left_out = scans.iloc[:4].assign(scan_id=[f"old{i}" for i in range(4)], age=99.0)
+    more, out = tmp_path / "more.parquet", tmp_path / "scale.safetensors"
+    pd.concat([scans, left_out.assign(subject_id=left_out["scan_id"])]).to_parquet(more)
+    folder = tmp_path / "autoencoder"
+    scales = []
+    for manifest in (files.manifest, more):
+        scale.run(files.frozen("scale"), manifest, [made], [files.images], folder, out, tmp_path / "scale.json")
+        scales.append(out.read_bytes())
+    assert scales[0] == scales[1]
+    diffusion.run(files.frozen("diffusion"), more, [made], out, tmp_path / "trained", tmp_path / "state")
+    found = json.loads((tmp_path / "trained/card.json").read_text())["encoding"]
+    encoding = CovariateEncoding.from_json(found)
+    assert (encoding.means, encoding.stds) == (learnt.means, learnt.stds)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from meddiff_steps.config import freeze, parse_study
+from meddiff_steps.core.errors import UserError
 from meddiff_steps.steps.plan import run
 from meddiff_steps.synthesis.size import plan_shards, planned_subjects
 
@@ -122,3 +123,28 @@ def test_a_bad_table_ends_with_one_message_and_no_traceback(tmp_path, manifest, 
     )
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert "plan.mine.table" in done.stderr and not (tmp_path / "plan.parquet").exists()
+
+
+def test_what_preprocessing_left_out_is_neither_drawn_from_nor_asked_for(tmp_path, manifest):
+    """Of three sites one was excluded: a plan has none of it, and cannot be asked for it."""
+    scans = pd.read_parquet(manifest)
+    site = np.array(list("ABC"))[np.arange(len(scans)) % 3]
+    scans.assign(sex=site).to_parquet(manifest, index=False)
+    quality = tmp_path / "qc.parquet"
+    status = np.where(site == "C", "left out", "ok")
+    pd.DataFrame({"scan_id": scans["scan_id"], "status": status}).to_parquet(quality)
+    covariates = {"sex": {"levels": ["A", "B", "C"]}, "age": {"unit": "year", "range": [18, 100]}}
+
+    def frozen(**group: Any) -> Path:
+        study = {"study": "t", "cohort": {"source": "simulated"}, "covariates": covariates}
+        return freeze(
+            parse_study(study | {"plan": [{"name": "syn", "subjects": 60, **group}]}, "test"), "plan", tmp_path
+        )
+
+    run(frozen(), manifest, tmp_path / "plan.parquet", quality)
+    assert set(pd.read_parquet(tmp_path / "plan.parquet")["sex"]) == {"A", "B"}
+    with pytest.raises(UserError, match=r"plan\.syn.*C"):
+        run(frozen(where={"sex": "C"}), manifest, tmp_path / "plan.parquet", quality)
+    pd.read_parquet(quality).iloc[1:].to_parquet(quality)
+    with pytest.raises(UserError, match=r"qc\.parquet: nothing of 1 scans of the manifest, for example sub-000"):
+        run(frozen(), manifest, tmp_path / "plan.parquet", quality)
