@@ -124,9 +124,9 @@ def _worst(grades: Sequence[Grade]) -> Grade:
 
 
 def ends(figure: Measured) -> tuple[float, float] | None:
-    """The interval, or the value twice where there is none; None where it is not defined."""
+    """The interval, or the value twice where there is none; None where it is not defined, or of too few to tell."""
     value = figure.get("value")
-    if value is None:
+    if value is None or "too_few" in figure:
         return None
     low, high = figure.get("low"), figure.get("high")
     return float(value if low is None else low), float(value if high is None else high)

@@ -164,6 +164,16 @@ def test_a_filter_that_filters_nothing_and_weights_that_tell_are_said() -> None:
     assert says(told.privacy_sentence(privacy("PASS", attacks=loss), CALLED), "whoever had the weights")
 
 
+def test_an_auc_of_too_few_decides_nothing() -> None:
+    few = {"value": 1.0, "low": None, "high": None, "n": 33, "too_few": 3}
+    assert told.ends(few) is None and told.apart(few, figure(0.5)) == 0
+    loss = {"denoising_loss": {"auc": few}}
+    assert not says(told.privacy_sentence(privacy("PASS", attacks=loss), CALLED), "whoever had the weights")
+    metrics = good_metrics()
+    metrics["realism"]["structure"]["classifier_auc"] = few | {"floor": few}
+    assert told.realism_sentence(metrics).grade != "bad"
+
+
 # ------------------------------------------------------------------------------------------------- realism
 
 
