@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from meddiff_steps.privacy.verdict import PLAIN, bounds, bounds_text, stopping
+from meddiff_steps.privacy.verdict import COPIES_FOUND, PLAIN, STRANGERS, bounds, bounds_text, stopping
 from meddiff_steps.report import names
 from meddiff_steps.report.names import Names
 from meddiff_steps.report.wording import counted, interval, limit, number, percent
@@ -145,8 +145,29 @@ def apart(figure: Measured, reference: Measured | None) -> int:
 # ------------------------------------------------------------------------------------------------- privacy
 
 
+#: What was found where a gate on a plain condition was measured and is neither passed nor failed.
+_NOT_MET = {
+    COPIES_FOUND: "detectors miss planted copies",
+    STRANGERS: "strangers are flagged more often than the level says",
+}
+
+
 def _gate(gate: Measured, called: Names) -> str:
-    return f"{called.gate(gate['name'])} {interval(gate['figure'])}, limit {bounds_text(gate['name'], gate['limit'])}"
+    return f"{called.gate(gate['name'])} {_held(gate)}"
+
+
+def _held(gate: Measured) -> str:
+    return f"{interval(gate['figure'])}, limit {bounds_text(gate['name'], gate['limit'])}"
+
+
+def _not_met(gate: Measured) -> bool:
+    """Whether a gate on a plain condition has a figure that says what its outcome means."""
+    return gate["name"] in PLAIN and gate["name"] in _NOT_MET and gate["figure"].get("value") is not None
+
+
+def _unknown(gate: Measured, called: Names) -> str:
+    few = gate["figure"].get("too_few")
+    return called.gate(gate["name"]) + ("" if few is None else f" ({few} on one side, too few)")
 
 
 def _beyond(gate: Measured) -> float:
@@ -168,14 +189,18 @@ def privacy_sentence(report: Measured | None, called: Names) -> Sentence:
         outcome: sorted((gate for gate in gates if gate["outcome"] == outcome), key=_beyond, reverse=True)
         for outcome in ("FAIL", "NOT_EVALUATED", "CONDITIONAL", "PASS")
     }
-    failed, unknown, open_, passed = by_outcome.values()
+    failed, passed = by_outcome["FAIL"], by_outcome["PASS"]
+    unmet = [gate for outcome in ("NOT_EVALUATED", "CONDITIONAL") for gate in by_outcome[outcome] if _not_met(gate)]
+    unknown = [gate for gate in by_outcome["NOT_EVALUATED"] if not _not_met(gate)]
+    open_ = [gate for gate in by_outcome["CONDITIONAL"] if not _not_met(gate)]
     total = counted(len(gates), "test")
     clauses = []
     if failed:
         shown = "; ".join(f"{_gate(gate, called)} ({gate.get('meaning') or 'over its limit'})" for gate in failed)
         clauses.append(f"{len(failed)} of {total} failed: {shown}")
+    clauses += [f"{_NOT_MET[gate['name']]}: {_held(gate)}" for gate in unmet]
     if unknown:
-        shown = ", ".join(called.gate(gate["name"]) for gate in unknown)
+        shown = ", ".join(_unknown(gate, called) for gate in unknown)
         clauses.append(f"{len(unknown)} of {total} could not be evaluated: {shown}")
     if open_:
         clauses.append(

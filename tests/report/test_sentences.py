@@ -150,6 +150,24 @@ def test_every_failure_is_told_and_what_else_could_not_be_said() -> None:
     assert says(found, "could not be evaluated: singling out") and says(found, "is undecided")
 
 
+def test_a_filter_that_flags_strangers_or_misses_copies_is_told_by_what_that_means() -> None:
+    strangers = gate(told.STRANGERS, "CONDITIONAL", 0.32, 0.09) | {"limit": 0.05}
+    missed = gate(told.COPIES_FOUND, "NOT_EVALUATED", 0.2, 0.15) | {"limit": 0.95}
+    report = privacy("NOT_EVALUATED", gate("membership", "CONDITIONAL", 0.6), strangers, missed)
+    found = told.privacy_sentence(report, CALLED)
+    assert says(found, "strangers are flagged more often than the level says: 0.32 [0.23, 0.41], limit 0.05")
+    assert says(found, "detectors miss planted copies: 0.20 [0.05, 0.35], limit 0.95")
+    assert says(found, "1 of 3 tests is undecided") and not says(found, "could not be evaluated")
+    unmeasured = missed | {"figure": {"value": None, "low": None, "high": None}}
+    assert says(told.privacy_sentence(privacy("NOT_EVALUATED", unmeasured), CALLED), "could not be evaluated: planted")
+
+
+def test_a_gate_with_too_few_people_says_so() -> None:
+    few = gate("membership", "NOT_EVALUATED") | {"figure": {"value": 1.0, "low": None, "high": None, "too_few": 3}}
+    found = told.privacy_sentence(privacy("NOT_EVALUATED", few), CALLED)
+    assert says(found, "could not be evaluated: membership (3 on one side, too few)")
+
+
 def test_a_pass_shows_the_figure_that_is_nearest_to_its_limit() -> None:
     found = told.privacy_sentence(privacy("PASS", gate("a", "PASS", 0.4), gate("b", "PASS", 0.5)), CALLED)
     assert found.grade == "good"
