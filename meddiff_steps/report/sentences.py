@@ -43,8 +43,10 @@ RULES: dict[str, str] = {
     "Fidelity": (
         "by every covariate that could be measured: good where r or AUC is at its ceiling or at"
         f" {100 * FOLLOWED:.0f} % of it, slope and bias are not apart from those of real scans, no subgroup is below"
-        f" its ceiling, and the ceiling is at least {READABLE['r']:g} (r) or {READABLE['auc']:g} (AUC); bad where r or"
-        f" AUC is apart and below {100 * LOST:.0f} % of its ceiling; middling otherwise"
+        " its ceiling and not all of them are too small to tell, and the ceiling is at least"
+        f" {READABLE['r']:g} (r) or {READABLE['auc']:g} (AUC); bad where r or AUC is apart and below"
+        f" {100 * LOST:.0f} % of its ceiling; middling otherwise, also where r or AUC is below {100 * FOLLOWED:.0f} % of"
+        " its ceiling and not apart, which is undecided"
     ),
     "Usefulness": "the verdict of the downstream study: helps is good, no evidence middling, harms bad",
     "Limits": (
@@ -366,9 +368,15 @@ def _covariate(name: str, entry: Measured) -> tuple[Grade, float, list[str], lis
         return "middling", 0.0, [], [f"{name} could not be compared with held-out scans"]
     grades, low, wrong = list[Grade](["good"]), list[str](), list[str]()
     share = _ratio(figure, ceiling)
-    if apart(figure, ceiling) < 0 and share < FOLLOWED:
+    if share < FOLLOWED and apart(figure, ceiling) < 0:
         grades.append("bad" if share < LOST else "middling")
         low.append(f"{name} follows with {_key(key)} {interval(figure)} (ceiling {interval(ceiling)})")
+    elif share < FOLLOWED:
+        grades.append("middling")
+        wrong.append(
+            f"whether {name} is followed is undecided: {_key(key)} {interval(figure)} is {percent({'value': share})} of"
+            f" its ceiling {interval(ceiling)}, and the intervals meet"
+        )
     for part, unit in (("slope", ""), ("bias", f" {entry.get('unit', '')}")):
         other = entry.get(part)
         if other and apart(other, other.get("ceiling")):
@@ -387,17 +395,21 @@ def _key(key: str) -> str:
 
 
 def _below_in_subgroups(metrics: Measured, called: Names) -> str:
-    """What falls below its ceiling within a level of a covariate."""
+    """What falls below its ceiling within a level of a covariate, or that nothing could be measured there."""
     found, total = [], 0
     for label, levels in metrics["subgroups"].items():
         for level, part in levels.items():
             for name, entry in part["covariates"].items():
                 key, figure = _read(entry)
+                if ends(figure) is None or ends(figure.get("ceiling") or {}) is None:
+                    continue
                 total += 1
                 if apart(figure, figure.get("ceiling")) < 0:
                     where = f"{called.covariate(name)} where {called.covariate(label)} = {level}"
                     shown = f"{_key(key)} {interval(figure)}, ceiling {interval(figure['ceiling'])}"
                     found.append((_ratio(figure, figure["ceiling"]), f"{where}: {shown}"))
+    if total == 0 and metrics["subgroups"] and len(metrics["covariates"]) > 1:
+        return "no subgroup could be measured: there are too few images of each"
     if not found:
         return ""
     return (

@@ -303,6 +303,12 @@ def test_one_covariate_is_told_as_one() -> None:
         ),
         ({"r": figure(0.2, ceiling=figure(0.21))}, "middling", "can hardly be read even from held-out scans"),
         ({"r": figure(None, ceiling=figure(None))}, "middling", "could not be compared"),
+        (
+            {"r": figure(0.42, 0.37, ceiling=figure(0.9, 0.2))},
+            "middling",
+            "undecided: r 0.42 [0.05, 0.79] is 47 % of its ceiling 0.90 [0.70, 1.10]",
+        ),
+        ({"r": figure(0.87, 0.1, ceiling=figure(0.9, 0.1))}, "good", "r 0.87"),
     ],
 )
 def test_covariates_that_are_not_followed_are_told(change: dict[str, Any], grade: str, words: str) -> None:
@@ -320,6 +326,17 @@ def test_no_covariate_that_falls_short_is_left_out() -> None:
     assert (found.grade, found.figure) == ("bad", "r 0.400")
     assert says(found, "the weakest is Age at scan")
     assert says(found, "Sex follows with AUC 0.700 [0.680, 0.720] (ceiling 0.950 [0.930, 0.970])")
+
+
+def test_a_study_without_a_subgroup_that_could_be_measured_says_so() -> None:
+    metrics = good_metrics()
+    few = {"value": 0.9, "low": None, "high": None, "n": 33, "too_few": 3}
+    unknown = {"kind": "categorical", "auc": few | {"ceiling": few}}
+    metrics["subgroups"] = {"sex": {"F": {"covariates": {}}, "M": {"covariates": {"diagnosis": unknown}}}}
+    found = told.fidelity_sentence(metrics, CALLED)
+    assert found.grade == "middling" and says(found, "no subgroup could be measured")
+    del metrics["covariates"]["age"]
+    assert told.fidelity_sentence(metrics, CALLED).grade == "good", "one covariate has no subgroups of others"
 
 
 def test_subgroups_a_second_instrument_and_missing_predictors_are_told() -> None:
