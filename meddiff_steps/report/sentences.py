@@ -35,18 +35,19 @@ RULES: dict[str, str] = {
         " untested is bad"
     ),
     "Realism": (
-        "good where no figure is apart from what real scans give; bad where a classifier tells the images in any"
-        f" feature space with an AUC whose interval begins at {TOLD:g} or above, or a figure is apart and a Frechet"
-        f" distance over {FAR:g} times its floor, a precision, recall, density or coverage below {LACKING:g} of its"
-        f" ceiling, or a power more than {100 * POWER:.0f} % from that of real images; middling otherwise"
+        "good where every figure was measured and none is apart from what real scans give; bad where a classifier tells"
+        f" the images in any feature space with an AUC whose interval begins at {TOLD:g} or above, or a figure is apart"
+        f" and a Frechet distance over {FAR:g} times its floor, a precision, recall, density or coverage below"
+        f" {LACKING:g} of its ceiling, or a power more than {100 * POWER:.0f} % from that of real images; middling"
+        " otherwise"
     ),
     "Fidelity": (
         "by every covariate that could be measured: good where r or AUC is at its ceiling or at"
         f" {100 * FOLLOWED:.0f} % of it, slope and bias are not apart from those of real scans, no subgroup is below"
         " its ceiling and not all of them are too small to tell, and the ceiling is at least"
         f" {READABLE['r']:g} (r) or {READABLE['auc']:g} (AUC); bad where r or AUC is apart and below"
-        f" {100 * LOST:.0f} % of its ceiling; middling otherwise, also where r or AUC is below {100 * FOLLOWED:.0f} % of"
-        " its ceiling and not apart, which is undecided"
+        f" {100 * LOST:.0f} % of its ceiling; middling otherwise, also where r or AUC is below"
+        f" {100 * FOLLOWED:.0f} % of its ceiling and not apart, which is undecided"
     ),
     "Usefulness": "the verdict of the downstream study: helps is good, no evidence middling, harms bad",
     "Limits": (
@@ -254,41 +255,49 @@ def _ratio(figure: Measured, reference: Measured) -> float:
     return float(value) / float(other) if value is not None and other else 1.0
 
 
-def realism_findings(metrics: Measured) -> Iterator[Finding]:
-    """Every figure of realism, diversity and sharpness that has a floor or ceiling."""
+def _with_reference(metrics: Measured) -> Iterator[tuple[str, str, Measured, Measured]]:
+    """Every figure of realism, diversity and sharpness that has a floor or ceiling: key, space, figure, and that."""
     for space, entry in metrics["realism"].items():
-        both = {**entry, **metrics["diversity"]["features"].get(space, {})}
-        for key, figure in both.items():
-            if not isinstance(figure, Mapping) or ends(figure) is None:
-                continue
-            reference = figure.get("floor") or figure.get("ceiling")
-            if reference is None:
-                continue
-            side, ratio = apart(figure, reference), _ratio(figure, reference)
-            if key == "classifier_auc":
-                bad, step = (ends(figure) or (0.0, 0.0))[0] >= TOLD, float(figure["value"])
-                yield Finding(key, space, figure, reference, side > 0, bad, step)
-            elif key in _SHARES:
-                yield Finding(key, space, figure, reference, side < 0, side < 0 and ratio < LACKING, -ratio)
-            elif key == "vendi":
-                yield Finding(key, space, figure, reference, side != 0, False, abs(ratio - 1))
-            else:
-                bad = key == "frechet" and side > 0 and ratio > FAR
-                yield Finding(key, space, figure, reference, side > 0, bad, ratio)
+        for key, figure in {**entry, **metrics["diversity"]["features"].get(space, {})}.items():
+            reference = (figure.get("floor") or figure.get("ceiling")) if isinstance(figure, Mapping) else None
+            if reference is not None:
+                yield key, space, figure, reference
     settings = metrics["diversity"].get("ssim_settings", {})
     pairs = metrics["diversity"].get(settings.get("metric"))
-    if pairs and pairs.get("floor") and ends(pairs):
-        side = apart(pairs, pairs["floor"])
-        yield Finding(settings["metric"], "", pairs, pairs["floor"], side > 0, False, _ratio(pairs, pairs["floor"]))
+    if pairs and pairs.get("floor"):
+        yield settings["metric"], "", pairs, pairs["floor"]
     for band, figure in metrics["spectrum"]["synthetic"].items():
-        if figure.get("ceiling") and ends(figure):
-            side, off = apart(figure, figure["ceiling"]), abs(float(figure["value"]) - 1)
-            yield Finding(band, "", figure, figure["ceiling"], side != 0, side != 0 and off > POWER, off)
+        if figure.get("ceiling"):
+            yield band, "", figure, figure["ceiling"]
+
+
+def realism_findings(metrics: Measured) -> Iterator[Finding | None]:
+    """Every figure beside its floor or ceiling; None for one that is not defined itself, or whose reference is not."""
+    for key, space, figure, reference in _with_reference(metrics):
+        found = ends(figure)
+        if found is None or ends(reference) is None:
+            yield None
+            continue
+        side, ratio = apart(figure, reference), _ratio(figure, reference)
+        if key == "classifier_auc":
+            yield Finding(key, space, figure, reference, side > 0, found[0] >= TOLD, float(figure["value"]))
+        elif key in _SHARES:
+            yield Finding(key, space, figure, reference, side < 0, side < 0 and ratio < LACKING, -ratio)
+        elif key == "vendi":
+            yield Finding(key, space, figure, reference, side != 0, False, abs(ratio - 1))
+        elif key in _BANDS:
+            off = abs(float(figure["value"]) - 1)
+            yield Finding(key, space, figure, reference, side != 0, side != 0 and off > POWER, off)
+        else:
+            bad = key == "frechet" and side > 0 and ratio > FAR
+            yield Finding(key, space, figure, reference, side > 0, bad, ratio)
 
 
 def realism_sentence(metrics: Measured) -> Sentence:
     """How well images are told from real ones, and every kind of figure that is apart from what real scans give."""
-    found = list(realism_findings(metrics))
+    every = list(realism_findings(metrics))
+    found = [finding for finding in every if finding is not None]
+    unknown = len(every) - len(found)
     skipped = {names.space(key): entry["skipped"] for key, entry in metrics["realism"].items() if "skipped" in entry}
     spaces = [entry for entry in metrics["realism"].values() if "skipped" not in entry]
     off = [finding for finding in found if finding.apart]
@@ -329,11 +338,15 @@ def realism_sentence(metrics: Measured) -> Sentence:
     if found:
         said = "none" if not off else str(len(off))
         clauses.append(f"{said} of {counted(len(found), 'figure')} {_are(len(off))} apart from what real scans give")
+    if unknown:
+        clauses.append(
+            f"not measured: {counted(unknown, 'figure')} where either the figure or what real scans give is not defined"
+        )
     if skipped:
         clauses.append(f"not measured: {_listed(skipped)}")
-    if not spaces:
+    if not spaces or not found:
         return _sentence("Realism", "bad" if any(one.bad for one in found) else "not measured", "not measured", clauses)
-    grade: Grade = "bad" if any(one.bad for one in found) else "middling" if off or skipped else "good"
+    grade: Grade = "bad" if any(one.bad for one in found) else "middling" if off or skipped or unknown else "good"
     stands = f"AUC {number(told.figure['value'])}" if told else f"{len(off)} of {len(found)} apart"
     return _sentence("Realism", grade, stands, clauses)
 

@@ -264,6 +264,20 @@ def test_spaces_that_were_not_measured_are_said() -> None:
     assert (found.grade, found.figure) == ("not measured", "not measured")
 
 
+@pytest.mark.parametrize("undefined", ["figure", "reference"])
+def test_a_figure_without_a_reference_is_not_measured_and_not_good(undefined: str) -> None:
+    metrics, nothing = good_metrics(), figure(None)
+    metrics["realism"]["structure"]["frechet"] = (
+        nothing | {"floor": figure(4.0)} if undefined == "figure" else figure(50.0, floor=nothing)
+    )
+    found = told.realism_sentence(metrics)
+    assert found.grade == "middling" and says(found, "not measured: 1 figure where")
+    assert says(found, "none of 15 figures are apart")
+    metrics["realism"] = {"structure": {"frechet": figure(50.0, floor=nothing)}}
+    metrics["diversity"], metrics["spectrum"] = {"features": {}}, {"synthetic": {}}
+    assert told.realism_sentence(metrics).grade == "not measured"
+
+
 def test_a_study_that_leaves_out_the_classifier_has_another_figure() -> None:
     metrics = good_metrics()
     for entry in metrics["realism"].values():
