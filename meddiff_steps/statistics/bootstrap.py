@@ -166,6 +166,11 @@ class Bootstrap:
         """The statistic with its interval; see `figure`."""
         return figure(*self.draws(statistic), self.n, share_of)
 
+    def error_figure(self, statistic: Statistic) -> Figure:
+        """An error that repeated rows make larger, of at least 0, with an interval about its value; see `centred`."""
+        value, draws = self.draws(statistic)
+        return figure(value, centred(value, draws, 0.0), self.n)
+
 
 def centred(value: float, draws: np.ndarray, lowest: float = -math.inf) -> np.ndarray:
     """Draws moved so that their median is the value, and no lower than `lowest`.
