@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from meddiff_steps import config
-from meddiff_steps.cohort.learnt import LearntLevels, learnt
+from meddiff_steps.cohort.learnt import LearntLevels, learnt, shown
 from meddiff_steps.core.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -88,4 +88,4 @@ def sweep(
         return list(settings.values)
     if isinstance(known, LearntLevels):
         return list(known.levels)
-    return [float(f"{value:.4g}") for value in known.sweep(settings.sweep_steps)]
+    return [float(text) for text in shown(known.sweep(settings.sweep_steps))]

@@ -23,6 +23,20 @@ SWEEP_QUANTILES = (0.03, 0.97)
 DECIMALS = 6
 
 
+def shown(values: Iterable[float], digits: int = 4) -> list[str]:
+    """Numbers with `digits` significant digits, or as many more as tell all that differ apart.
+
+    >>> shown([0.123456, 7.0]), shown([20240101.0, 20240102.0, 20250101.0])
+    (['0.1235', '7'], ['20240101', '20240102', '20250101'])
+    """
+    exact = [float(value) for value in values]
+    for count in range(digits, 18):
+        texts = [f"{value:.{count}g}" for value in exact]
+        if len({float(text) for text in texts}) == len(set(exact)):
+            break
+    return texts
+
+
 @dataclass(frozen=True)
 class LearntNumber:
     """The values of a continuous covariate among training rows, sorted, (n,), in its unit, and how many people have

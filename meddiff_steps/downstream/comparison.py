@@ -17,7 +17,7 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 from meddiff_steps.core.random_streams import philox
-from meddiff_steps.statistics.bootstrap import Bootstrap, Figure, Statistic, figure
+from meddiff_steps.statistics.bootstrap import Bootstrap, Figure, Side, Statistic, figure
 from meddiff_steps.statistics.measures import auc, average_precision, brier, calibration_error
 
 Verdict = Literal["helps", "no evidence", "harms", "not evaluated"]
@@ -64,15 +64,16 @@ class Draws:
         """
         count = len(self.by_generator)
         spread = float(np.var(self.by_generator, ddof=1)) / count if count > 1 else 0.0
-        if not spread > 0:
+        finite = self.draws[np.isfinite(self.draws)]
+        if not spread > 0 or len(finite) == 0:
             return self.draws
-        rest = float(np.var(self.draws[np.isfinite(self.draws)]))
+        rest = float(np.var(finite))
         freedom = (count - 1) * ((rest + spread) / spread) ** 2
         return self.value + (self.draws + self.deviations - self.value) * (
             student.ppf(0.975, freedom) / norm.ppf(0.975)
         )
 
-    def figure(self, lowest: float = -1.0, share_of: int = 0) -> Figure:
+    def figure(self, lowest: float = -1.0, share_of: int | Side = 0) -> Figure:
         """With its interval, which ends at `lowest` and at 1: the sum of the parts may step beyond what is possible."""
         return figure(self.value, np.clip(self.widened(), lowest, 1.0), self.n, share_of)
 

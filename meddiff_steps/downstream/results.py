@@ -12,7 +12,7 @@ import pandas as pd
 from meddiff_steps.config import Arm, Downstream
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.downstream.comparison import FIGURES, Draws, Resampling, verdict, verdict_text
-from meddiff_steps.statistics.bootstrap import Statistic, centred, figure, rounded
+from meddiff_steps.statistics.bootstrap import Side, Statistic, centred, figure, rounded
 from meddiff_steps.statistics.differences import delong_difference, holm
 from meddiff_steps.statistics.measures import auc, auc_within, one_versus_rest, smaller_side
 
@@ -37,10 +37,10 @@ class Scored:
     subgroup: np.ndarray
     probability: Mapping[str, np.ndarray]
 
-    def rests_on(self, rows: np.ndarray | slice = slice(None)) -> int:
-        """Subjects of the rarest class among some rows: what their AUC rests on."""
+    def rests_on(self, rows: np.ndarray | slice = slice(None)) -> Side:
+        """The rarest class among some rows, in subjects: what their AUC rests on."""
         levels, units = self.levels[rows], self.units[rows]
-        return min((smaller_side(levels == level, units) for level in np.unique(levels)), default=0)
+        return min((smaller_side(levels == level, units) for level in np.unique(levels)), default=Side(0, 0))
 
 
 def scored(predictions: pd.DataFrame, tested_on: str, levels: Sequence[str]) -> Scored:
@@ -149,6 +149,9 @@ def measure(
         max(cells) for cells in zip(*(probability.shape[:2] for probability in data.probability.values()), strict=True)
     )
     draws = Resampling(data.units, seeds, downstream.bootstrap, root, label, generators).draws(_statistics(data, names))
+    side = data.rests_on()
+    for key in (f"{arm}|{name}" for arm in names for name in ("auc", "auprc")):
+        draws[key] = replace(draws[key], draws=side.enough(draws[key].draws))
     for key in (f"{arm}|ece" for arm in names):  # a resample repeats images, which makes it look worse calibrated
         draws[key] = replace(draws[key], draws=centred(draws[key].value, draws[key].draws, 0.0))
     entries: dict[str, dict[str, Any]] = {}
@@ -161,10 +164,8 @@ def measure(
                     for probability in _cells(data.probability[arm])
                 ]
             ).reshape(-1, seeds)
-        entry: dict[str, Any] = {
-            name: draws[f"{arm}|{name}"].figure(0.0, data.rests_on() if name in ("auc", "auprc") else 0)
-            for name in FIGURES
-        }
+        rests_on: dict[str, int | Side] = {"auc": side, "auprc": side.units}
+        entry: dict[str, Any] = {name: draws[f"{arm}|{name}"].figure(0.0, rests_on.get(name, 0)) for name in FIGURES}
         entry["seeds"] = [rounded(float(value)) for value in each.ravel()]
         entry["sd_over_seeds"] = rounded(float(np.std(each.mean(0), ddof=1))) if seeds > 1 else None
         if len(each) > 1:
@@ -194,7 +195,11 @@ def _group_figures(data: Scored, groups: Mapping[str, Draws]) -> dict[str, Any]:
     shown: dict[str, Any] = {
         name: replace(entry, n=sizes[name]).figure(0.0, sides[name]) for name, entry in groups.items()
     }
-    judged = {name: entry for name, entry in groups.items() if np.isfinite(entry.value)}
+    judged = {
+        name: replace(entry, draws=sides[name].enough(entry.draws))
+        for name, entry in groups.items()
+        if np.isfinite(entry.value)
+    }
     if not judged:
         return {"groups": shown}
     values, draws = (

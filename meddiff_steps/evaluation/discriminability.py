@@ -62,7 +62,9 @@ def discriminability(
     space = build(Context(spatial_dims))
     card: dict[str, Any] = {"space": space.name, "digest": space.digest}
     if smallest(kinds) < MIN_IMAGES:
-        return card | {"skipped": f"{smallest(kinds)} images of one kind, at least {MIN_IMAGES} are needed"}
+        return card | {
+            "skipped": f"{smallest(kinds)} images of one kind, counted by subject, at least {MIN_IMAGES} are needed"
+        }
     cutoffs = [*sorted(settings.cutoffs), None]
     draws = Draws(settings.bootstrap, settings.realism_bootstrap, settings.permutations, seed, "")
     curves: dict[str, list[Any]] = {kind: [] for kind in kinds if kind != "held_out"}

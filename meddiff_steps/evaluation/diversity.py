@@ -17,6 +17,7 @@ from tqdm import tqdm
 from meddiff_steps.core.random_streams import philox
 from meddiff_steps.evaluation.image_quality import SsimSettings, structural_similarity
 from meddiff_steps.evaluation.realism.base import Sample
+from meddiff_steps.imaging.selection import one_of_each
 from meddiff_steps.statistics.bootstrap import Bootstrap, Figure, Statistic, figure, rounded
 from meddiff_steps.statistics.measures import mean_of
 
@@ -157,7 +158,9 @@ def variety(
 ) -> dict[str, Figure]:
     """`precision`, `recall`, `density` and `coverage` of a sample against the reference, and its `vendi`.
 
-    Where subjects are in both samples, a row is judged as if the other had none of its subject.
+    The first four are against one row of each unit of the reference: balls that reach the next scan of the same subject
+    would be those of a person, not of what people have in common.  Where subjects are in both samples, a row is judged
+    as if the other had none of its subject.
 
     Parameters
     ----------
@@ -170,6 +173,8 @@ def variety(
     resamples, seed, label
         Of their bootstrap.
     """
+    rows = one_of_each(reference.units)
+    reference = Sample(reference.features[rows], reference.units[rows])
     same = np.equal.outer(reference.units.astype(str), sample.units.astype(str))
     shares = manifold_shares(reference.features, sample.features, neighbours, same if same.any() else None)
     found: dict[str, Figure] = {}

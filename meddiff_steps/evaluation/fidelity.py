@@ -16,7 +16,7 @@ from scipy.stats import wasserstein_distance
 
 from meddiff_steps.config import CategoricalCovariate, Covariates
 from meddiff_steps.core.random_streams import philox
-from meddiff_steps.statistics.bootstrap import Bootstrap, Figure, Statistic, centred, figure
+from meddiff_steps.statistics.bootstrap import Bootstrap, Figure, Side, Statistic, centred, figure
 from meddiff_steps.statistics.measures import auc, calibration_error, macro, mean_of, pearson, slope, smaller_side
 
 #: Columns of a predictions table.  `unit` is what is resampled: the subject of a real scan, the noise of a synthetic
@@ -151,7 +151,7 @@ def covariate_fidelity(
         categorical = isinstance(covariate, CategoricalCovariate)
         head = "auc" if categorical else "r"
         results: dict[str, dict[str, tuple[float, np.ndarray, int]]] = {}
-        sides: dict[str, int] = {}
+        sides: dict[str, Side] = {}
         for kind in ("synthetic", "real"):
             part = rows[rows["kind"] == kind]
             statistics, units = _label_statistics(part) if categorical else _number_statistics(part)
@@ -167,12 +167,15 @@ def covariate_fidelity(
             else {"kind": "continuous", "unit": covariate.unit}
         )
         for key, drawn in results["synthetic"].items():
-            rests_on = sides if key == "auc" else dict.fromkeys(sides, 0)
-            ceiling = figure(*results["real"][key], rests_on["real"])
-            entry[key] = figure(*drawn, rests_on["synthetic"]) | {"ceiling": ceiling}
+            one, other = (sides["synthetic"], sides["real"]) if key == "auc" else (0, 0)
+            entry[key] = figure(*drawn, one) | {"ceiling": figure(*results["real"][key], other)}
         (value, draws, n), (best, bests, _) = results["synthetic"][head], results["real"][head]
         with np.errstate(divide="ignore", invalid="ignore"):
-            entry["share_of_ceiling"] = figure(float(np.divide(value, best)), draws / bests, n)
+            shares = draws / bests
+        if categorical:
+            shares = min(sides.values()).enough(shares)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            entry["share_of_ceiling"] = figure(float(np.divide(value, best)), shares, n)
         beyond = every[every["extrapolated"] & (every["kind"] == "synthetic")]
         if len(beyond):
             statistics, units = _number_statistics(beyond)
@@ -335,12 +338,12 @@ def _number_statistics(rows: pd.DataFrame) -> tuple[dict[str, Statistic], np.nda
     }, units
 
 
-def _smallest_side(rows: pd.DataFrame) -> int:
-    """Units of the rarest side of all levels; 0 of a number, which has none."""
+def _smallest_side(rows: pd.DataFrame) -> Side:
+    """The rarest side of all levels; of nobody, of a number."""
     sides = [
         smaller_side(part["requested_or_true"].to_numpy() > 0.5, part["unit"]) for _, part in rows.groupby("level")
     ]
-    return min(sides, default=0)
+    return min(sides, default=Side(0, 0))
 
 
 def _label_statistics(rows: pd.DataFrame) -> tuple[dict[str, Statistic], np.ndarray]:

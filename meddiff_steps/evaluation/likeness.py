@@ -44,10 +44,12 @@ class Kind:
 def kinds_of(synthetic: Images, training: Images, held_out: Images, paired: Images, most: int) -> dict[str, Kind]:
     """Which images are compared, `most` of each kind at most.
 
-    As many training scans as synthetic images stand in for these, so that a floor has the bias of its figure.
+    As many training scans as synthetic images stand in for these, so that a floor has the bias of its figure: one of
+    each subject, since synthetic images are of nobody twice, and no more synthetic images than there are such subjects.
     Reconstructions, no more than these, are those of `paired` whose scans are among the held-out ones; they are left
     out where there are fewer than `MIN_IMAGES`.
     """
+    training = training.one_of_each()
     count = min(len(synthetic), len(training), most)
     kinds = {
         "synthetic": Kind(synthetic.at_most(count)),
@@ -96,8 +98,8 @@ def space_card(space: FeatureSpace, kinds: Mapping[str, Kind]) -> dict[str, Any]
 
 
 def smallest(kinds: Mapping[str, Kind]) -> int:
-    """Images of the kind of which there are fewest, reconstructions aside."""
-    return min(len(kinds[name]) for name in ("synthetic", "training", "held_out"))
+    """Subjects of the kind of which there are fewest, reconstructions aside; of synthetic images each is one."""
+    return min(len(np.unique(kinds[name].images.units)) for name in ("synthetic", "training", "held_out"))
 
 
 def originals(held_out: Sample, kinds: Mapping[str, Kind], decoded: Images) -> Sample:

@@ -247,7 +247,7 @@ def realism_and_diversity(
     by_space: dict[str, Any] = {}
     places = [pd.DataFrame({"id": pd.Series(dtype="string"), "kind": "", "space": "", "pc1": 0.0, "pc2": 0.0})]
     if not found:
-        reason = f"{smallest(kinds)} images of one kind, at least {MIN_IMAGES} are needed"
+        reason = f"{smallest(kinds)} images of one kind, counted by subject, at least {MIN_IMAGES} are needed"
         like = {space.name: space_card(space, kinds) | {"skipped": reason} for space in spaces}
         by_space = dict(like)
     for one in found:

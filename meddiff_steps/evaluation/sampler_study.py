@@ -157,7 +157,7 @@ def compare(
     """
     train, real = cohort.of_splits(["train"]).at_most(MAX_TRAINING_SCANS), held_out(cohort)[0].at_most(MAX_HELD_OUT)
     reference, _ = measure(predictors, real, "real", study.covariates, {})
-    some = train.at_most(len(subjects))
+    some = train.one_of_each().at_most(len(subjects))
     features = {
         name: extract(spaces, s.shards, s.rows, f"features of {name} images")
         for name, s in (("training", some), ("held-out", real))
@@ -205,7 +205,9 @@ def compare(
 
 
 class _Yardstick:
-    """One feature space, and real images in it: training scans, as many as there are synthetic ones, and held-out."""
+    """One feature space, and real images in it: held-out scans, and training scans, one of each subject and as many as
+    there are synthetic images.  Where there are fewer, no more synthetic images are read than there are of these.
+    """
 
     def __init__(
         self, space: FeatureSpace, training: np.ndarray, held: np.ndarray, some: Images, real: Images, study: Study
@@ -216,9 +218,13 @@ class _Yardstick:
         self.training = Sample(self.scale.standard(training), some.units)
         self.width = kernel_width(self.training.features)
 
+    def _sample(self, features: np.ndarray, units: np.ndarray) -> Sample:
+        count = len(self.training)
+        return Sample(self.scale.standard(features[:count]), units[:count])
+
     def read(self, features: np.ndarray, units: np.ndarray) -> dict[str, Any]:
         """`frechet` with its `floor`, and `precision` and `recall` with a `ceiling`, of synthetic images (n, d)."""
-        sample = Sample(self.scale.standard(features), units)
+        sample = self._sample(features, units)
         floor = frechet.figure(self.training, self.held, self.scale, self._draws("training"))
         found, ceiling = (self._variety(*one) for one in ((sample, "synthetic"), (self.training, "training")))
         return {
@@ -228,7 +234,7 @@ class _Yardstick:
 
     def kid(self, features: np.ndarray, units: np.ndarray) -> dict[str, Any]:
         """`kid` with its `floor`."""
-        sample = Sample(self.scale.standard(features), units)
+        sample = self._sample(features, units)
         floor = kid.figure(self.training, self.held, self.scale, self._draws("training"))
         return kid.figure(sample, self.held, self.scale, self._draws("synthetic")) | {"floor": floor}
 

@@ -201,7 +201,7 @@ def figures(rows: pd.DataFrame, *, resamples: int, seed: str) -> list[dict[str, 
             )
         if part["bin_voxels"].notna().all():
             bins = [np.stack(part[name].tolist()) for name in listed]
-            entry["ece"] = draws.figure(calibration_error(*bins))
+            entry["ece"] = draws.error_figure(calibration_error(*bins))
             entry["reliability"] = _reliability(*(each.sum(0) for each in bins))
         for column in part.columns.difference(["method", "subject_id", "scan_id", *listed, *sums], sort=False):
             values = part[column].to_numpy(dtype=float)

@@ -18,7 +18,7 @@ from meddiff_steps.cohort.texts import COLUMN, mentions
 from meddiff_steps.config import CategoricalCovariate, Covariates
 from meddiff_steps.instruments.image_text import ImageTextScorer, right_above_wrong
 from meddiff_steps.instruments.predictors import Predictors
-from meddiff_steps.statistics.bootstrap import Bootstrap, Statistic
+from meddiff_steps.statistics.bootstrap import Bootstrap, Statistic, figure
 from meddiff_steps.statistics.measures import auc, mean_of, smaller_side
 
 ABSENT, PRESENT = "absent", "present"
@@ -93,15 +93,18 @@ def text_figures(
             found["findings"][name] = {"not_measured": reason}
             continue
         figures: dict[str, Any] = {"texts_naming_it": int(labels.sum()), "chance": CHANCE}
-        drawn = {}
+        drawn, sides = {}, []
         for kind, images in kinds.items():
             scores, truth, who = measured[kind][name][:, 1], labels[images.rows], subjects[images.rows]
             bootstrap = Bootstrap(who, resamples, seed, f"text/{name}")
-            figures[kind] = bootstrap.figure(auc(truth, scores), smaller_side(truth, who))
+            sides.append(smaller_side(truth, who))
+            figures[kind] = bootstrap.figure(auc(truth, scores), sides[-1])
             drawn[kind] = (truth, scores)
         one, other = auc(*drawn["with_text"]), auc(*drawn["covariates_alone"])
         who = subjects[kinds["with_text"].rows]
-        figures["gain"] = Bootstrap(who, resamples, seed, f"text/{name}").figure(_difference(one, other))
+        bootstrap = Bootstrap(who, resamples, seed, f"text/{name}")
+        gain, draws = bootstrap.draws(_difference(one, other))
+        figures["gain"] = figure(gain, min(sides).enough(draws), bootstrap.n)
         found["findings"][name] = figures
     return found
 

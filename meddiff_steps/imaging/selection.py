@@ -52,6 +52,19 @@ def none_accepted(origin: object, what: str) -> UserError:
     )
 
 
+def one_of_each(units: np.ndarray) -> np.ndarray:
+    """Positions of one row of each unit (rows,), in their order: which one a hash of the unit says, so that it is not
+    always the first visit.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, unit in enumerate(units.astype(str)):
+        rows.setdefault(unit, []).append(row)
+    chosen = [
+        some[int(hashlib.sha256(f"one of {unit}".encode()).hexdigest(), 16) % len(some)] for unit, some in rows.items()
+    ]
+    return np.sort(np.array(chosen, dtype=int))
+
+
 @dataclass(frozen=True)
 class Images:
     """Some images and what is known of each.
@@ -157,6 +170,11 @@ class Images:
         digests = self.table[self.key].map(lambda name: hashlib.sha256(str(name).encode()).hexdigest())
         logger.info("%d rows chosen by hash of %s", most, self.key)
         return replace(self, table=self.table[digests.rank(method="first") <= most].reset_index(drop=True))
+
+    def one_of_each(self) -> Self:
+        """One of each unit; see `one_of_each`."""
+        rows = one_of_each(self.units)
+        return self if len(rows) == len(self) else self.taken(rows.tolist())
 
     def whole_units(self, most: int, least: int) -> Self:
         """As `at_most`, but all of each of some units, where `least` units or more fit into `most` rows."""

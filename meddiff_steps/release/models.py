@@ -125,7 +125,11 @@ def pack(
 
 
 def _interval(figure: Mapping[str, Any]) -> str:
-    return "" if figure.get("value") is None else "{value:.2f} [{low:.2f}, {high:.2f}]".format(**figure)
+    if figure.get("value") is None:
+        return ""
+    if figure["low"] is None:
+        return f"{figure['value']:.2f} (no interval: too few on one side)"
+    return "{value:.2f} [{low:.2f}, {high:.2f}]".format(**figure)
 
 
 def _readme(title: str, root_sha256: str, privacy: Mapping[str, Any], card: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from meddiff_steps.privacy.verdict import PLAIN, bounds, bounds_text, stopping
+from meddiff_steps.privacy.verdict import COPIES_FOUND, PLAIN, STRANGERS, bounds, bounds_text, stopping
 from meddiff_steps.report import names
 from meddiff_steps.report.names import Names
 from meddiff_steps.report.wording import counted, interval, limit, number, percent
@@ -35,16 +35,19 @@ RULES: dict[str, str] = {
         " untested is bad"
     ),
     "Realism": (
-        "good where no figure is apart from what real scans give; bad where a classifier tells the images in any"
-        f" feature space with an AUC whose interval begins at {TOLD:g} or above, or a figure is apart and a Frechet"
-        f" distance over {FAR:g} times its floor, a precision, recall, density or coverage below {LACKING:g} of its"
-        f" ceiling, or a power more than {100 * POWER:.0f} % from that of real images; middling otherwise"
+        "good where every figure was measured and none is apart from what real scans give; bad where a classifier tells"
+        f" the images in any feature space with an AUC whose interval begins at {TOLD:g} or above, or a figure is apart"
+        f" and a Frechet distance over {FAR:g} times its floor, a precision, recall, density or coverage below"
+        f" {LACKING:g} of its ceiling, or a power more than {100 * POWER:.0f} % from that of real images; middling"
+        " otherwise"
     ),
     "Fidelity": (
         "by every covariate that could be measured: good where r or AUC is at its ceiling or at"
         f" {100 * FOLLOWED:.0f} % of it, slope and bias are not apart from those of real scans, no subgroup is below"
-        f" its ceiling, and the ceiling is at least {READABLE['r']:g} (r) or {READABLE['auc']:g} (AUC); bad where r or"
-        f" AUC is apart and below {100 * LOST:.0f} % of its ceiling; middling otherwise"
+        " its ceiling and not all of them are too small to tell, and the ceiling is at least"
+        f" {READABLE['r']:g} (r) or {READABLE['auc']:g} (AUC); bad where r or AUC is apart and below"
+        f" {100 * LOST:.0f} % of its ceiling; middling otherwise, also where r or AUC is below"
+        f" {100 * FOLLOWED:.0f} % of its ceiling and not apart, which is undecided"
     ),
     "Usefulness": "the verdict of the downstream study: helps is good, no evidence middling, harms bad",
     "Limits": (
@@ -124,9 +127,9 @@ def _worst(grades: Sequence[Grade]) -> Grade:
 
 
 def ends(figure: Measured) -> tuple[float, float] | None:
-    """The interval, or the value twice where there is none; None where it is not defined."""
+    """The interval, or the value twice where there is none; None where it is not defined, or of too few to tell."""
     value = figure.get("value")
-    if value is None:
+    if value is None or "too_few" in figure:
         return None
     low, high = figure.get("low"), figure.get("high")
     return float(value if low is None else low), float(value if high is None else high)
@@ -145,8 +148,29 @@ def apart(figure: Measured, reference: Measured | None) -> int:
 # ------------------------------------------------------------------------------------------------- privacy
 
 
+#: What was found where a gate on a plain condition was measured and is neither passed nor failed.
+_NOT_MET = {
+    COPIES_FOUND: "detectors miss planted copies",
+    STRANGERS: "strangers are flagged more often than the level says",
+}
+
+
 def _gate(gate: Measured, called: Names) -> str:
-    return f"{called.gate(gate['name'])} {interval(gate['figure'])}, limit {bounds_text(gate['name'], gate['limit'])}"
+    return f"{called.gate(gate['name'])} {_held(gate)}"
+
+
+def _held(gate: Measured) -> str:
+    return f"{interval(gate['figure'])}, limit {bounds_text(gate['name'], gate['limit'])}"
+
+
+def _not_met(gate: Measured) -> bool:
+    """Whether a gate on a plain condition has a figure that says what its outcome means."""
+    return gate["name"] in PLAIN and gate["name"] in _NOT_MET and gate["figure"].get("value") is not None
+
+
+def _unknown(gate: Measured, called: Names) -> str:
+    few = gate["figure"].get("too_few")
+    return called.gate(gate["name"]) + ("" if few is None else f" ({few} on one side, too few)")
 
 
 def _beyond(gate: Measured) -> float:
@@ -168,14 +192,18 @@ def privacy_sentence(report: Measured | None, called: Names) -> Sentence:
         outcome: sorted((gate for gate in gates if gate["outcome"] == outcome), key=_beyond, reverse=True)
         for outcome in ("FAIL", "NOT_EVALUATED", "CONDITIONAL", "PASS")
     }
-    failed, unknown, open_, passed = by_outcome.values()
+    failed, passed = by_outcome["FAIL"], by_outcome["PASS"]
+    unmet = [gate for outcome in ("NOT_EVALUATED", "CONDITIONAL") for gate in by_outcome[outcome] if _not_met(gate)]
+    unknown = [gate for gate in by_outcome["NOT_EVALUATED"] if not _not_met(gate)]
+    open_ = [gate for gate in by_outcome["CONDITIONAL"] if not _not_met(gate)]
     total = counted(len(gates), "test")
     clauses = []
     if failed:
         shown = "; ".join(f"{_gate(gate, called)} ({gate.get('meaning') or 'over its limit'})" for gate in failed)
         clauses.append(f"{len(failed)} of {total} failed: {shown}")
+    clauses += [f"{_NOT_MET[gate['name']]}: {_held(gate)}" for gate in unmet]
     if unknown:
-        shown = ", ".join(called.gate(gate["name"]) for gate in unknown)
+        shown = ", ".join(_unknown(gate, called) for gate in unknown)
         clauses.append(f"{len(unknown)} of {total} could not be evaluated: {shown}")
     if open_:
         clauses.append(
@@ -227,41 +255,49 @@ def _ratio(figure: Measured, reference: Measured) -> float:
     return float(value) / float(other) if value is not None and other else 1.0
 
 
-def realism_findings(metrics: Measured) -> Iterator[Finding]:
-    """Every figure of realism, diversity and sharpness that has a floor or ceiling."""
+def _with_reference(metrics: Measured) -> Iterator[tuple[str, str, Measured, Measured]]:
+    """Every figure of realism, diversity and sharpness that has a floor or ceiling: key, space, figure, and that."""
     for space, entry in metrics["realism"].items():
-        both = {**entry, **metrics["diversity"]["features"].get(space, {})}
-        for key, figure in both.items():
-            if not isinstance(figure, Mapping) or ends(figure) is None:
-                continue
-            reference = figure.get("floor") or figure.get("ceiling")
-            if reference is None:
-                continue
-            side, ratio = apart(figure, reference), _ratio(figure, reference)
-            if key == "classifier_auc":
-                bad, step = (ends(figure) or (0.0, 0.0))[0] >= TOLD, float(figure["value"])
-                yield Finding(key, space, figure, reference, side > 0, bad, step)
-            elif key in _SHARES:
-                yield Finding(key, space, figure, reference, side < 0, side < 0 and ratio < LACKING, -ratio)
-            elif key == "vendi":
-                yield Finding(key, space, figure, reference, side != 0, False, abs(ratio - 1))
-            else:
-                bad = key == "frechet" and side > 0 and ratio > FAR
-                yield Finding(key, space, figure, reference, side > 0, bad, ratio)
+        for key, figure in {**entry, **metrics["diversity"]["features"].get(space, {})}.items():
+            reference = (figure.get("floor") or figure.get("ceiling")) if isinstance(figure, Mapping) else None
+            if reference is not None:
+                yield key, space, figure, reference
     settings = metrics["diversity"].get("ssim_settings", {})
     pairs = metrics["diversity"].get(settings.get("metric"))
-    if pairs and pairs.get("floor") and ends(pairs):
-        side = apart(pairs, pairs["floor"])
-        yield Finding(settings["metric"], "", pairs, pairs["floor"], side > 0, False, _ratio(pairs, pairs["floor"]))
+    if pairs and pairs.get("floor"):
+        yield settings["metric"], "", pairs, pairs["floor"]
     for band, figure in metrics["spectrum"]["synthetic"].items():
-        if figure.get("ceiling") and ends(figure):
-            side, off = apart(figure, figure["ceiling"]), abs(float(figure["value"]) - 1)
-            yield Finding(band, "", figure, figure["ceiling"], side != 0, side != 0 and off > POWER, off)
+        if figure.get("ceiling"):
+            yield band, "", figure, figure["ceiling"]
+
+
+def realism_findings(metrics: Measured) -> Iterator[Finding | None]:
+    """Every figure beside its floor or ceiling; None for one that is not defined itself, or whose reference is not."""
+    for key, space, figure, reference in _with_reference(metrics):
+        found = ends(figure)
+        if found is None or ends(reference) is None:
+            yield None
+            continue
+        side, ratio = apart(figure, reference), _ratio(figure, reference)
+        if key == "classifier_auc":
+            yield Finding(key, space, figure, reference, side > 0, found[0] >= TOLD, float(figure["value"]))
+        elif key in _SHARES:
+            yield Finding(key, space, figure, reference, side < 0, side < 0 and ratio < LACKING, -ratio)
+        elif key == "vendi":
+            yield Finding(key, space, figure, reference, side != 0, False, abs(ratio - 1))
+        elif key in _BANDS:
+            off = abs(float(figure["value"]) - 1)
+            yield Finding(key, space, figure, reference, side != 0, side != 0 and off > POWER, off)
+        else:
+            bad = key == "frechet" and side > 0 and ratio > FAR
+            yield Finding(key, space, figure, reference, side > 0, bad, ratio)
 
 
 def realism_sentence(metrics: Measured) -> Sentence:
     """How well images are told from real ones, and every kind of figure that is apart from what real scans give."""
-    found = list(realism_findings(metrics))
+    every = list(realism_findings(metrics))
+    found = [finding for finding in every if finding is not None]
+    unknown = len(every) - len(found)
     skipped = {names.space(key): entry["skipped"] for key, entry in metrics["realism"].items() if "skipped" in entry}
     spaces = [entry for entry in metrics["realism"].values() if "skipped" not in entry]
     off = [finding for finding in found if finding.apart]
@@ -302,11 +338,15 @@ def realism_sentence(metrics: Measured) -> Sentence:
     if found:
         said = "none" if not off else str(len(off))
         clauses.append(f"{said} of {counted(len(found), 'figure')} {_are(len(off))} apart from what real scans give")
+    if unknown:
+        clauses.append(
+            f"not measured: {counted(unknown, 'figure')} where either the figure or what real scans give is not defined"
+        )
     if skipped:
         clauses.append(f"not measured: {_listed(skipped)}")
-    if not spaces:
+    if not spaces or not found:
         return _sentence("Realism", "bad" if any(one.bad for one in found) else "not measured", "not measured", clauses)
-    grade: Grade = "bad" if any(one.bad for one in found) else "middling" if off or skipped else "good"
+    grade: Grade = "bad" if any(one.bad for one in found) else "middling" if off or skipped or unknown else "good"
     stands = f"AUC {number(told.figure['value'])}" if told else f"{len(off)} of {len(found)} apart"
     return _sentence("Realism", grade, stands, clauses)
 
@@ -341,9 +381,15 @@ def _covariate(name: str, entry: Measured) -> tuple[Grade, float, list[str], lis
         return "middling", 0.0, [], [f"{name} could not be compared with held-out scans"]
     grades, low, wrong = list[Grade](["good"]), list[str](), list[str]()
     share = _ratio(figure, ceiling)
-    if apart(figure, ceiling) < 0 and share < FOLLOWED:
+    if share < FOLLOWED and apart(figure, ceiling) < 0:
         grades.append("bad" if share < LOST else "middling")
         low.append(f"{name} follows with {_key(key)} {interval(figure)} (ceiling {interval(ceiling)})")
+    elif share < FOLLOWED:
+        grades.append("middling")
+        wrong.append(
+            f"whether {name} is followed is undecided: {_key(key)} {interval(figure)} is {percent({'value': share})} of"
+            f" its ceiling {interval(ceiling)}, and the intervals meet"
+        )
     for part, unit in (("slope", ""), ("bias", f" {entry.get('unit', '')}")):
         other = entry.get(part)
         if other and apart(other, other.get("ceiling")):
@@ -362,17 +408,21 @@ def _key(key: str) -> str:
 
 
 def _below_in_subgroups(metrics: Measured, called: Names) -> str:
-    """What falls below its ceiling within a level of a covariate."""
+    """What falls below its ceiling within a level of a covariate, or that nothing could be measured there."""
     found, total = [], 0
     for label, levels in metrics["subgroups"].items():
         for level, part in levels.items():
             for name, entry in part["covariates"].items():
                 key, figure = _read(entry)
+                if ends(figure) is None or ends(figure.get("ceiling") or {}) is None:
+                    continue
                 total += 1
                 if apart(figure, figure.get("ceiling")) < 0:
                     where = f"{called.covariate(name)} where {called.covariate(label)} = {level}"
                     shown = f"{_key(key)} {interval(figure)}, ceiling {interval(figure['ceiling'])}"
                     found.append((_ratio(figure, figure["ceiling"]), f"{where}: {shown}"))
+    if total == 0 and metrics["subgroups"] and len(metrics["covariates"]) > 1:
+        return "no subgroup could be measured: there are too few images of each"
     if not found:
         return ""
     return (

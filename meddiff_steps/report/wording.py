@@ -29,9 +29,12 @@ def interval(figure: Mapping[str, Any] | None, digits: int = 3) -> str:
     """A figure with its interval, such as "0.942 [0.930, 0.951]".
 
     All three have as many decimals as the interval's width has a use for: two digits of it, more with more `digits`.
+    Where there are too few subjects for an interval, it says so.
     """
     if not figure or figure.get("value") is None:
         return "not defined"
+    if "too_few" in figure:
+        return f"{number(figure['value'], digits)} (no interval: {figure['too_few']} on one side, too few)"
     if figure.get("low") is None or figure.get("high") is None:
         return number(figure["value"], digits)
     value, low, high = (float(figure[key]) for key in ("value", "low", "high"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from meddiff_steps.statistics.bootstrap import Bootstrap, Figure, Statistic
+from meddiff_steps.statistics.bootstrap import Bootstrap, Figure, Side, Statistic
 
 #: Bins of equal width of the expected calibration error.
 ECE_BINS = 10
@@ -35,10 +35,10 @@ def mean_where_known(
     return Bootstrap(np.array(list(units))[known], resamples, seed, label).figure(mean_of(values[known]))
 
 
-def smaller_side(labels: np.ndarray, units: Iterable[Any]) -> int:
-    """Units of the rarer of two boolean labels, columns (rows,): what an AUC rests on."""
+def smaller_side(labels: np.ndarray, units: Iterable[Any]) -> Side:
+    """The rarer of two boolean labels, columns (rows,), counted in units: what an AUC rests on."""
     labels, units = np.asarray(labels, dtype=bool), np.array(list(units), dtype=str)
-    return min(len(np.unique(units[side])) for side in (labels, ~labels))
+    return Side(*sorted(len(np.unique(units[side])) for side in (labels, ~labels)))
 
 
 def _moments(x: np.ndarray, y: np.ndarray) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]:

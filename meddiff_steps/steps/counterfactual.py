@@ -18,6 +18,7 @@ from meddiff_steps.applications.counterfactual import Counterfactuals, counterfa
 from meddiff_steps.applications.guides import image_guides, latent_guides
 from meddiff_steps.applications.interpolation import interpolate
 from meddiff_steps.applications.scans import chosen_scans, sweep
+from meddiff_steps.cohort.learnt import shown
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import CategoricalCovariate, Study, load_stage
 from meddiff_steps.core.files import atomic_path, write_atomic, write_json
@@ -102,7 +103,7 @@ def run(
         rows.astype({"requested": str}).to_parquet(path, index=False)
     write_json(out / "figures.json", facts | figures)
     _write_images(study, out, scans, pd.read_parquet(qc).set_index("scan_id"), real, made, values)
-    names, captions = scans["scan_id"].tolist(), [_caption(study, value) for value in values]
+    names, captions = scans["scan_id"].tolist(), _captions(study, values)
     write_atomic(
         out / "contact-sheet.png", counterfactual_sheet(names, real, made.decoded, made.returned, made.moved, captions)
     )
@@ -119,9 +120,11 @@ def run(
     log.info("%s: %s of %d scans moved to %s; %s", out, settings.covariate, len(scans), values, figures["moved"])
 
 
-def _caption(study: Study, value: Any) -> str:
+def _captions(study: Study, values: list[Any]) -> list[str]:
     declared = study.covariates[str(study.counterfactual.covariate)]
-    return str(value) if isinstance(declared, CategoricalCovariate) else f"{value:.4g} {declared.unit}"
+    if isinstance(declared, CategoricalCovariate):
+        return [str(value) for value in values]
+    return [f"{text} {declared.unit}" for text in shown(values)]
 
 
 def _write_images(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from meddiff_steps.cohort.learnt import LearntNumber, learnt
+from meddiff_steps.cohort.learnt import LearntNumber, learnt, shown
 from meddiff_steps.config import ContinuousCovariate, Covariates
 from meddiff_steps.core.random_streams import noise, seed_key
 from meddiff_steps.synthesis.generate import CohortGenerator
@@ -48,8 +48,8 @@ def tiles(
         known = learnt(training[name], covariate, training["subject_id"])
         values: list[object]
         if isinstance(known, LearntNumber):
-            values = [round(float(v), 3) for v in known.sweep(steps)]
-            labels = [f"{v:.4g} {getattr(covariate, 'unit', '')}" for v in values]
+            values = known.sweep(steps).tolist()
+            labels = [f"{text} {getattr(covariate, 'unit', '')}" for text in shown(known.sweep(steps))]
         else:
             values, labels = list(known.levels), list(known.levels)
         found += [

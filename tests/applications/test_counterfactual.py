@@ -207,6 +207,12 @@ def test_a_sweep_stays_inside_what_was_trained_on() -> None:
         sweep(Counterfactual(covariate="sex", values=["F"]), COVARIATES, men)
     points = training.assign(size=np.arange(101) % 11)
     assert sweep(Counterfactual(covariate="size", sweep_steps=4), COVARIATES, points) == [0, 3, 7, 10]
+    days = training.assign(size=20240101.0 + np.arange(101) % 4)
+    assert sweep(Counterfactual(covariate="size", sweep_steps=4), COVARIATES, days) == [20240101 + i for i in range(4)]
+    near = sweep(
+        Counterfactual(covariate="size", sweep_steps=3), COVARIATES, training.assign(size=5 + 1e-6 * training["size"])
+    )
+    assert len(set(near)) == 3
     fields = training.assign(size=np.where(np.arange(101) % 2, 1.5, 3.0))
     assert sweep(Counterfactual(covariate="size", sweep_steps=5), COVARIATES, fields) == [1.5, 3.0]
 

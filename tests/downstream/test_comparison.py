@@ -302,6 +302,20 @@ def test_verdict_and_margin() -> None:
     assert "scans that they were not given" in verdict_text("helps", True, "a", "b", 0.03, share=0.25)
 
 
+def test_too_few_of_a_class_give_no_interval_of_an_auc_or_of_a_difference() -> None:
+    rng = philox("test", "too few")
+    levels = (np.arange(60) < 4).astype(int)
+    score = {name: rng.random((1, 2, 60)) * 0.5 + 0.5 * (name == "better") * levels for name in ("real", "better")}
+    probability = {name: np.stack([1 - one, one], axis=-1) for name, one in score.items()}
+    data = Scored(np.arange(60), levels, np.full(60, None), probability)
+    entries, draws = measure(data, Downstream(target="x"), "root", "test")
+    for arm in entries.values():
+        assert arm["auc"]["value"] is not None and arm["auc"]["too_few"] == 4
+        assert arm["auc"]["low"] is None and arm["auprc"]["low"] is None and arm["brier"]["low"] is not None
+    lead = draws["better"].minus(draws["real"])
+    assert lead.value > 0 and verdict(lead.figure(), 0.05) == ("not evaluated", None) and math.isnan(lead.p_value())
+
+
 def test_one_class_in_the_test_split_is_not_evaluated() -> None:
     labels = np.ones(10, bool)
     found = difference(labels, np.ones((2, 10)), np.ones((2, 10)), "one")

@@ -111,6 +111,18 @@ def test_rows_without_a_request_are_skipped() -> None:
     assert out["a"]["share_of_ceiling"]["value"] is None
 
 
+def test_a_label_that_few_real_scans_have_has_a_ceiling_without_interval() -> None:
+    rows = table()
+    real = rows[(rows["kind"] == "real") & (rows["covariate"] == "sex")]
+    rare = real.loc[real["requested_or_true"] > 0.5, "id"].unique()[3:]
+    entry = covariate_fidelity(rows[~((rows["covariate"] == "sex") & rows["id"].isin(rare))], COVARIATES, resamples=100)
+    found = entry["sex"]["auc"]
+    assert found["low"] is not None and "too_few" not in found
+    assert (found["ceiling"]["low"], found["ceiling"]["too_few"]) == (None, 3)
+    share = entry["sex"]["share_of_ceiling"]
+    assert share["value"] is not None and share["low"] is None
+
+
 def test_no_predictions_no_figures() -> None:
     empty = predictions_table([], [], "real", pd.DataFrame(columns=list(COVARIATES)), {}, COVARIATES)
     assert covariate_fidelity(empty, COVARIATES, resamples=100) == {}

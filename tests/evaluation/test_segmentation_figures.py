@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from meddiff_steps.core.random_streams import philox
 from meddiff_steps.evaluation import completion
 from meddiff_steps.evaluation.segmentation import (
     BINS,
@@ -100,8 +101,23 @@ def test_figures_are_over_subjects() -> None:
     assert found["dice_scan"]["n"] == 2  # of c nothing can be found
     assert (found["false_alarms"]["value"], found["false_alarms"]["n"]) == (1, 1)
     # Of six scans two mark two voxels too few, and two mark two too many: at 0 and at 1
+    assert found["ece"]["low"] <= found["ece"]["value"] <= found["ece"]["high"]
     assert found["ece"]["value"] == pytest.approx((4 + 4) / (6 * 16), rel=1e-4)
     assert {entry["voxels"] for entry in found["reliability"]} == {84, 12}
+
+
+def test_the_interval_of_the_calibration_error_lies_about_its_value() -> None:
+    middle = (np.arange(BINS) + 0.5) / BINS
+    signs = np.tile(np.concatenate([np.ones(50), -np.ones(50)])[:, None], BINS)  # errors of scans that cancel in all
+    errors = 0.01 + philox("test", "calibrated maps").permuted(signs, axis=0)
+    table = [
+        {"scan_id": str(i), "subject_id": str(i), "method": "m", "voxels_both": 1, "voxels_marked": 1, "voxels_true": 1}
+        | {"bin_voxels": [20.0] * BINS, "bin_foretold": 20 * middle, "bin_marked": 20 * middle - errors[i]}
+        for i in range(100)
+    ]
+    (found,) = figures(pd.DataFrame(table), resamples=300, seed="x")
+    assert found["ece"]["value"] == pytest.approx(0.01 / 20)
+    assert found["ece"]["low"] < found["ece"]["value"] < found["ece"]["high"]
 
 
 def test_a_lesion_is_found_in_images_or_not() -> None:

@@ -47,8 +47,10 @@ def test_nearer_to_training_is_half_where_nothing_leaked():
 
 
 def test_few_people_who_are_told_apart_perfectly_leave_much_open():
+    found = attacks.membership(np.arange(13) < 8, -np.arange(13.0), [str(i) for i in range(13)], 100, "s", "few")
+    assert found["auc"]["value"] == 1 and found["auc"]["low"] < 0.5, "of 5 people on the smaller side"
     found = attacks.membership(np.arange(12) < 8, -np.arange(12.0), [str(i) for i in range(12)], 100, "s", "few")
-    assert found["auc"]["value"] == 1 and found["auc"]["low"] < 0.5, "of 4 people on the smaller side"
+    assert found["auc"]["low"] is None and found["auc"]["too_few"] == 4
     assert found["tpr_at_0.01"]["value"] == 1 and found["tpr_at_0.01"]["low"] < 0.7
     none = attacks.membership(np.arange(12) < 8, np.arange(12.0), [str(i) for i in range(12)], 100, "s", "few")
     assert none["tpr_at_0.01"]["value"] == 0 and none["tpr_at_0.01"]["high"] > 0.3

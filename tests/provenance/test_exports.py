@@ -23,7 +23,7 @@ from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import sha256_file, write_json
 from meddiff_steps.imaging.encoding import voxel_digest
 from meddiff_steps.provenance.ledger import read_lines
-from meddiff_steps.release.models import weights_gate
+from meddiff_steps.release.models import refuse_weights, weights_gate
 from meddiff_steps.release.regeneration import find_models
 from meddiff_steps.steps import export, export_index, export_models
 
@@ -185,6 +185,11 @@ def test_the_few_people_of_a_rare_level_count_as_much_as_all():
     assert weights_gate({"attacks": attacks | {"rare": {"denoising_loss": told["few"]}}}, 0.6).outcome == "FAIL"
     for untried in ({"denoising_loss": None}, {}, attacks | {"rare": {"denoising_loss": None}}):
         assert weights_gate({"attacks": untried}, 0.6).outcome == "NOT_EVALUATED"
+    few = {"denoising_loss": {"auc": {"value": 0.9, "low": None, "high": None, "n": 34, "too_few": 4}}}
+    gate = weights_gate({"attacks": few}, 0.6)
+    assert gate.outcome == "NOT_EVALUATED"
+    with pytest.raises(UserError, match="is 0.90 .no interval: too few on one side., the limit 0.4 to 0.6"):
+        refuse_weights(gate, "stop")
 
 
 @pytest.mark.parametrize("name", ["diffusion/model", "diffusion/tone", "decoder/model", "autoencoder/model"])

@@ -47,6 +47,8 @@ def test_figures_read_well() -> None:
     ]
     assert interval({"value": None, "low": None, "high": None}) == percent(None) == "not defined"
     assert interval({"value": 0.5, "low": None, "high": None}) == "0.500"
+    few = {"value": 1.0, "low": None, "high": None, "n": 33, "too_few": 3}
+    assert interval(few) == "1.00 (no interval: 3 on one side, too few)"
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,24 @@ def test_every_failure_is_told_and_what_else_could_not_be_said() -> None:
     assert says(found, "could not be evaluated: singling out") and says(found, "is undecided")
 
 
+def test_a_filter_that_flags_strangers_or_misses_copies_is_told_by_what_that_means() -> None:
+    strangers = gate(told.STRANGERS, "CONDITIONAL", 0.32, 0.09) | {"limit": 0.05}
+    missed = gate(told.COPIES_FOUND, "NOT_EVALUATED", 0.2, 0.15) | {"limit": 0.95}
+    report = privacy("NOT_EVALUATED", gate("membership", "CONDITIONAL", 0.6), strangers, missed)
+    found = told.privacy_sentence(report, CALLED)
+    assert says(found, "strangers are flagged more often than the level says: 0.32 [0.23, 0.41], limit 0.05")
+    assert says(found, "detectors miss planted copies: 0.20 [0.05, 0.35], limit 0.95")
+    assert says(found, "1 of 3 tests is undecided") and not says(found, "could not be evaluated")
+    unmeasured = missed | {"figure": {"value": None, "low": None, "high": None}}
+    assert says(told.privacy_sentence(privacy("NOT_EVALUATED", unmeasured), CALLED), "could not be evaluated: planted")
+
+
+def test_a_gate_with_too_few_people_says_so() -> None:
+    few = gate("membership", "NOT_EVALUATED") | {"figure": {"value": 1.0, "low": None, "high": None, "too_few": 3}}
+    found = told.privacy_sentence(privacy("NOT_EVALUATED", few), CALLED)
+    assert says(found, "could not be evaluated: membership (3 on one side, too few)")
+
+
 def test_a_pass_shows_the_figure_that_is_nearest_to_its_limit() -> None:
     found = told.privacy_sentence(privacy("PASS", gate("a", "PASS", 0.4), gate("b", "PASS", 0.5)), CALLED)
     assert found.grade == "good"
@@ -162,6 +180,16 @@ def test_a_filter_that_filters_nothing_and_weights_that_tell_are_said() -> None:
     assert (found.grade, found.figure) == ("bad", "NOT EVALUATED") and says(found, "was not calibrated")
     loss = {"denoising_loss": {"auc": figure(0.7)}}
     assert says(told.privacy_sentence(privacy("PASS", attacks=loss), CALLED), "whoever had the weights")
+
+
+def test_an_auc_of_too_few_decides_nothing() -> None:
+    few = {"value": 1.0, "low": None, "high": None, "n": 33, "too_few": 3}
+    assert told.ends(few) is None and told.apart(few, figure(0.5)) == 0
+    loss = {"denoising_loss": {"auc": few}}
+    assert not says(told.privacy_sentence(privacy("PASS", attacks=loss), CALLED), "whoever had the weights")
+    metrics = good_metrics()
+    metrics["realism"]["structure"]["classifier_auc"] = few | {"floor": few}
+    assert told.realism_sentence(metrics).grade != "bad"
 
 
 # ------------------------------------------------------------------------------------------------- realism
@@ -236,6 +264,20 @@ def test_spaces_that_were_not_measured_are_said() -> None:
     assert (found.grade, found.figure) == ("not measured", "not measured")
 
 
+@pytest.mark.parametrize("undefined", ["figure", "reference"])
+def test_a_figure_without_a_reference_is_not_measured_and_not_good(undefined: str) -> None:
+    metrics, nothing = good_metrics(), figure(None)
+    metrics["realism"]["structure"]["frechet"] = (
+        nothing | {"floor": figure(4.0)} if undefined == "figure" else figure(50.0, floor=nothing)
+    )
+    found = told.realism_sentence(metrics)
+    assert found.grade == "middling" and says(found, "not measured: 1 figure where")
+    assert says(found, "none of 15 figures are apart")
+    metrics["realism"] = {"structure": {"frechet": figure(50.0, floor=nothing)}}
+    metrics["diversity"], metrics["spectrum"] = {"features": {}}, {"synthetic": {}}
+    assert told.realism_sentence(metrics).grade == "not measured"
+
+
 def test_a_study_that_leaves_out_the_classifier_has_another_figure() -> None:
     metrics = good_metrics()
     for entry in metrics["realism"].values():
@@ -275,6 +317,12 @@ def test_one_covariate_is_told_as_one() -> None:
         ),
         ({"r": figure(0.2, ceiling=figure(0.21))}, "middling", "can hardly be read even from held-out scans"),
         ({"r": figure(None, ceiling=figure(None))}, "middling", "could not be compared"),
+        (
+            {"r": figure(0.42, 0.37, ceiling=figure(0.9, 0.2))},
+            "middling",
+            "undecided: r 0.42 [0.05, 0.79] is 47 % of its ceiling 0.90 [0.70, 1.10]",
+        ),
+        ({"r": figure(0.87, 0.1, ceiling=figure(0.9, 0.1))}, "good", "r 0.87"),
     ],
 )
 def test_covariates_that_are_not_followed_are_told(change: dict[str, Any], grade: str, words: str) -> None:
@@ -292,6 +340,17 @@ def test_no_covariate_that_falls_short_is_left_out() -> None:
     assert (found.grade, found.figure) == ("bad", "r 0.400")
     assert says(found, "the weakest is Age at scan")
     assert says(found, "Sex follows with AUC 0.700 [0.680, 0.720] (ceiling 0.950 [0.930, 0.970])")
+
+
+def test_a_study_without_a_subgroup_that_could_be_measured_says_so() -> None:
+    metrics = good_metrics()
+    few = {"value": 0.9, "low": None, "high": None, "n": 33, "too_few": 3}
+    unknown = {"kind": "categorical", "auc": few | {"ceiling": few}}
+    metrics["subgroups"] = {"sex": {"F": {"covariates": {}}, "M": {"covariates": {"diagnosis": unknown}}}}
+    found = told.fidelity_sentence(metrics, CALLED)
+    assert found.grade == "middling" and says(found, "no subgroup could be measured")
+    del metrics["covariates"]["age"]
+    assert told.fidelity_sentence(metrics, CALLED).grade == "good", "one covariate has no subgroups of others"
 
 
 def test_subgroups_a_second_instrument_and_missing_predictors_are_told() -> None:

@@ -4,11 +4,11 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 from sklearn.metrics import roc_auc_score
 
 from meddiff_steps.core.random_streams import philox
-from meddiff_steps.statistics.bootstrap import Bootstrap, figure, rounded, wilson
+from meddiff_steps.statistics.bootstrap import LEAST, Bootstrap, Side, figure, newcombe, rounded, wilson
 from meddiff_steps.statistics.measures import auc, macro, mean_of, pearson, slope, smaller_side
 
 
@@ -81,7 +81,7 @@ def test_figures_are_rounded() -> None:
     assert found == {"value": 0.333333, "low": 0.333333, "high": 0.666667, "n": 5}
 
 
-@pytest.mark.parametrize("few", [2, 3, 8, 20])
+@pytest.mark.parametrize("few", [5, 8, 20])
 def test_few_units_that_are_told_apart_perfectly_have_no_interval_of_width_0(few: int) -> None:
     labels = np.arange(2 * few) < few
     for value, scores in ((1.0, labels.astype(float)), (0.0, -labels.astype(float)), (0.5, np.zeros(2 * few))):
@@ -108,5 +108,41 @@ def test_the_interval_of_a_share_is_wilsons_and_no_narrower_than_the_rule_of_thr
 
 
 def test_the_smaller_side_is_counted_in_units() -> None:
-    assert smaller_side(np.array([True, True, True, False]), ["a", "a", "b", "c"]) == 1
-    assert smaller_side(np.array([True, True, False, False, False]), ["a", "b", "c", "d", "e"]) == 2
+    assert smaller_side(np.array([True, True, True, False]), ["a", "a", "b", "c"]) == Side(1, 2)
+    assert smaller_side(np.array([True, True, False, False, False]), ["a", "b", "c", "d", "e"]) == Side(2, 3)
+
+
+@pytest.mark.parametrize("area", [0.0, 0.03, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("side", [Side(1, 1), Side(5, 30), Side(100, 100)])
+def test_the_ends_of_an_auc_lie_its_standard_errors_away(area: float, side: Side) -> None:
+    def errors(true: float) -> float:
+        size = (sum(side) - 2) / 2  # Newcombe's: as if both sides were of the mean size
+        spread = true * (1 - true) + size * (true / (2 - true) - true**2) + size * (2 * true**2 / (1 + true) - true**2)
+        return abs(area - true) / math.sqrt(spread / math.prod(side))
+
+    low, high = newcombe(area, side)
+    assert 0.0 <= low <= area <= high <= 1.0
+    assert low == 0.0 or errors(low) == pytest.approx(1.96, abs=1e-3)
+    assert high == 1.0 or errors(high) == pytest.approx(1.96, abs=1e-3)
+
+
+@pytest.mark.parametrize("few", [5, 7, 10, 15, 30])
+@pytest.mark.parametrize(("distance", "spread"), [(0.0, 1.0), (2.2, 1.0), (1.2, 0.4)])
+def test_the_interval_of_an_auc_of_few_units_holds_the_truth(few: int, distance: float, spread: float) -> None:
+    rng, labels = philox("test", f"few {few} {distance}"), np.arange(30 + few) < 30
+    true, hits = norm.cdf(distance / math.hypot(1.0, spread)), 0
+    for trial in range(300):
+        scores = np.where(labels, rng.normal(distance, spread, len(labels)), rng.normal(size=len(labels)))
+        boot = Bootstrap(range(len(labels)), 200, f"trial {trial}")
+        found = boot.figure(auc(labels, scores), smaller_side(labels, range(len(labels))))
+        hits += found["low"] <= true <= found["high"]
+    assert hits / 300 >= 0.93
+
+
+@pytest.mark.parametrize("few", range(1, LEAST))
+def test_an_auc_of_too_few_units_has_no_interval_and_says_so(few: int) -> None:
+    labels = np.arange(30 + few) < 30
+    for scores in (philox("test", "too few").normal(size=30 + few), labels * 1.0):
+        found = Bootstrap(range(30 + few), 200, "s").figure(auc(labels, scores), smaller_side(labels, range(30 + few)))
+        assert found["value"] is not None and found["too_few"] == few
+        assert found["low"] is None and found["high"] is None
