@@ -1,7 +1,7 @@
 """Ways to ask how near an image comes to its nearest training scan.
 
 Each detector turns images into directions, searched exactly by cosine, and gives one similarity per image.  They fail
-in different ways: the aligned one misses what was rotated, the learned one may not have learnt what matters, the latent
+in different ways: the aligned one misses what was warped, the learned one may not have learnt what matters, the latent
 one sees only what the autoencoder kept.
 
 A detector (`privacy.detectors`) is a module of this package: `ENTRY` says what it is and `build(context)` makes it;
