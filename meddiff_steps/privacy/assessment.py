@@ -26,6 +26,7 @@ from meddiff_steps.privacy.verdict import (
     DENSITY_DETECTORS,
     FILLED,
     PLAIN,
+    RARE,
     SINGLING_OUT,
     STRANGERS,
     Gate,
@@ -154,12 +155,12 @@ class RareLevel:
     test: np.ndarray
     images: np.ndarray
 
-    @property
-    def has_strangers(self) -> bool:
+    def has_strangers(self, real: RealSplits) -> bool:
         """Whether there are unseen people with that level to compare with, two at least of either split; otherwise all
         unseen people are compared with, who differ for other reasons, too.
         """
-        return min(self.calibration.sum(), self.test.sum()) >= 2
+        sides = ((real.calibration, self.calibration), (real.test, self.test))
+        return min(len(set(scans.subjects[chosen])) for scans, chosen in sides) >= 2
 
 
 def attack_rare(
@@ -170,14 +171,19 @@ def attack_rare(
     seed: str,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """`attack` of the images with a rare level, on the few people whom it was learnt from: they are seen most often."""
+    """`attack` of the images with a rare level, on the few people whom it was learnt from: they are seen most often.
+
+    Where `strangers` are "all", figures also show how the level differs from others, and describe: `gates` leaves them
+    out.
+    """
+    compared = rare.has_strangers(real)
     found: dict[str, Any] = {
         "subjects": len(set(real.train.subjects[rare.train])),
         "images": int(rare.images.sum()),
-        "strangers": "of that level" if rare.has_strangers else "all",
+        "strangers": "of that level" if compared else "all",
     }
     strangers = (real.calibration, real.test)
-    if rare.has_strangers:
+    if compared:
         strangers = (real.calibration[rare.calibration], real.test[rare.test])
     if not found["images"] or found["subjects"] < 2:
         return found
@@ -307,7 +313,7 @@ def gates(
     counts
         From `count`.
     rare
-        From `attack_rare`, where a rare level was learnt.
+        From `attack_rare`, where a rare level was learnt; not judged where people of other levels were compared with.
     """
     calibrated = calibration["status"] == "CALIBRATED"
     limits = limits_of(settings, covariates, calibration, rare is not None)
@@ -331,15 +337,19 @@ def gates(
     near = "released images lie nearer to training subjects than to strangers, or where too many were rejected, farther"
     told = "from the released images it can be told who was in the training set"
     guessed = "the released covariates give away one covariate of a training subject whose others are known"
-    for of_level, seen in ((False, after), (True, rare or {})):
+    told_apart = rare if rare and rare["strangers"] == "of that level" else {}
+    for of_level, seen in ((False, after), (True, told_apart)):
         figures |= {
             nearer(name, of_level): (figure, near) for name, figure in seen.get("nearer_to_training", {}).items()
         }
         figures |= {membership(name, of_level): (one["auc"], told) for name, one in seen.get("membership", {}).items()}
     figures |= {inference(name): (figure, guessed) for name, figure in table.get("inference", {}).items()}
+    little = "there was too little to try it on"
+    few = "there are not two calibration and two test subjects of the level, and others differ in more than it"
     for name, limit in limits.items():
         if name not in PLAIN:
-            figure, meaning = figures.get(name, (None, "there was too little to try it on"))
+            untried = few if name.startswith(RARE) and rare and not told_apart else little
+            figure, meaning = figures.get(name, (None, untried))
             found.append(measured(name, figure, limit, meaning))
     share = (counts["failed"] + counts["duplicates"]) / max(1, counts["planned"])
     failed = {"value": share, "n": counts["planned"]}

@@ -5,8 +5,10 @@ import pytest
 from scipy.stats import norm
 from sklearn.metrics import roc_curve
 
+from meddiff_steps.config import Privacy
 from meddiff_steps.privacy import assessment, attacks
 from meddiff_steps.privacy.search import unit_rows
+from meddiff_steps.privacy.verdict import RARE
 
 
 def test_with_no_hit_the_interval_ends_at_the_rule_of_three():
@@ -165,5 +167,35 @@ def test_the_few_of_a_rare_level_are_found_where_images_copy_them_and_are_not_wh
         assert low <= found["nearer_to_training"]["learned"]["value"] <= high
     alone = assessment.RareLevel(few, np.zeros(40, bool), level, asked)
     assert assessment.attack_rare(alone, synthetic, real, 20, "s")["strangers"] == "all"
+    twice = assessment.RealSplits(real.train, people(40), people(40))
+    twice.test.subjects[:20] = "the same person"
+    assert not assessment.RareLevel(few, level, level, asked).has_strangers(twice), "two scans are not two people"
     nobody = assessment.RareLevel(few, level, level, np.zeros(96, bool))
     assert "nearer_to_training" not in assessment.attack_rare(nobody, synthetic, real, 20, "s")
+
+
+def test_people_of_another_level_are_no_measure_of_what_leaked():
+    """Images are fresh draws of the level's own population; nobody of the level is unseen."""
+    rng = np.random.default_rng(0)
+
+    def people(count, of_level):
+        vectors = unit_rows(rng.normal(size=(count, 16)) + of_level * np.r_[4.0, 4.0, np.zeros(14)])
+        return assessment.RealScans({"learned": vectors}, np.arange(count).astype(str))
+
+    real = assessment.RealSplits(people(12, True), people(60, False), people(60, False))
+    images = people(50, True)
+    nobody = np.zeros(60, bool)
+    rare = assessment.RareLevel(np.ones(12, bool), nobody, nobody, np.ones(50, bool))
+    found = assessment.attack_rare(rare, images.directions, real, 200, "s")
+    assert found["nearer_to_training"]["learned"]["low"] > 0.6, "told apart by the level alone"
+    card = {"status": "CALIBRATED", "level": 0.05, "detectors": ["learned"], "needed": 19, "subjects": 60}
+    controls = {"positive": {"noised": {"value": 1.0}}, "negative": {"value": 0.0, "n": 60, "nominal": True}}
+    counts = {"planned": 50, "failed": 0, "duplicates": 0}
+    gates = assessment.gates(Privacy(), [], card | {"controls": controls}, None, {}, {}, counts, found)
+    of_level = [gate for gate in gates if gate.name.startswith(RARE)]
+    assert len(of_level) == 3 and {gate.outcome for gate in of_level} == {"NOT_EVALUATED"}
+    assert all("of the level" in gate.meaning for gate in of_level)
+    fair = assessment.gates(
+        Privacy(), [], card | {"controls": controls}, None, {}, {}, counts, found | {"strangers": "of that level"}
+    )
+    assert "FAIL" in {gate.outcome for gate in fair}
