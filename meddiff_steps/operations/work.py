@@ -487,10 +487,11 @@ class Counter:
             folder="filtered",
         )
         released = min(MAX_IMAGES, planned)
-        flops, units = self._looked_at(unseen + 2 * released, judged=False)
+        ways = 1 + encodes_mirrors(study.variants.flip, chosen(DETECTORS, study.privacy.detectors, "privacy.detectors"))
+        flops, units = self._looked_at(unseen + 2 * ways * released, judged=False)
         scans = min(LOSS_SCANS, self.train) + min(LOSS_SCANS, self.test)
         members = self.test + max(self.test, min(self.train, 4 * self.test))
-        pairs = released * (min(self.train, MAX_PEOPLE) + min(unseen, MAX_PEOPLE) + self.train + members)
+        pairs = ways * released * (min(self.train, MAX_PEOPLE) + min(unseen, MAX_PEOPLE) + self.train + members)
         pairs += self.train**2 + self.test * self.train
         coarse = _reduced(study.preprocess.shape, COARSE_SIDE[study.spatial_dims])
         found["privacy"] = Work(

@@ -96,8 +96,12 @@ def attack(
     resamples: int,
     seed: str,
     device: torch.device | str = "cpu",
+    mirrored: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """All attacks that need the synthetic images alone.
+
+    Where training scans were mirrored, an image may be near to a person by its mirror image: `mirrored` are the
+    directions of these, in the order of `synthetic`, and the nearer of both counts, for members as for others.
 
     Members are the training scans; others are the test scans, which nothing was fitted or calibrated on.  The
     calibration scans are the reference of the density ratio, which is left out where none of `DENSITY_DETECTORS` is
@@ -112,26 +116,31 @@ def attack(
     is_member = np.arange(len(who)) < len(members)
     for name, images in synthetic.items():
         unseen = np.concatenate([calibration.directions[name], test.directions[name]])
+        ways = [images] if mirrored is None else [images, mirrored[name]]
         sides = []
         for vectors, owners in ((train.directions[name], train.subjects), (unseen, strangers)):
             some = np.isin(owners, generator.permutation(np.unique(owners))[:MAX_PEOPLE])
-            sides.append(nearest_of_each(images, vectors[some], owners[some]))
+            sides.append(np.maximum.reduce([nearest_of_each(way, vectors[some], owners[some]) for way in ways]))
         result["nearer_to_training"][name] = attacks.nearer_to_training(sides[0], sides[1], resamples, generator)
         known = torch.from_numpy(train.directions[name]).to(device)
         among = nearest(train.directions[name], known, 2)[0][:, -1]
-        for label, x in (("synthetic", images), ("held_out", test.directions[name])):
-            similarity, index = nearest(x, known)
+        for label, each in (("synthetic", ways), ("held_out", [test.directions[name]])):
+            similarity, index = (
+                np.concatenate(found, 1) for found in zip(*[nearest(x, known) for x in each], strict=True)
+            )
+            best = (np.arange(len(similarity)), similarity.argmax(1))
             result["authenticity"].setdefault(name, {})[label] = attacks.authenticity(
-                similarity[:, 0], index[:, 0], among
+                similarity[best], index[best], among
             )
         tested = np.concatenate([train.directions[name][members], test.directions[name]])
-        scores = nearest(tested, torch.from_numpy(images).to(device))[0][:, 0]
+        scores = np.maximum.reduce([nearest(tested, torch.from_numpy(way).to(device))[0][:, 0] for way in ways])
         result["membership"][f"distance, {name}"] = attacks.membership(
             is_member, scores, list(who), resamples, seed, f"distance|{name}"
         )
     for name in [name for name in DENSITY_DETECTORS if len(synthetic.get(name, ())) > 1][:1]:
         tested = np.concatenate([train.directions[name][members], test.directions[name]])
-        ratio = attacks.density_ratio(tested, synthetic[name], calibration.directions[name])
+        drawn = synthetic[name] if mirrored is None else np.concatenate([synthetic[name], mirrored[name]])
+        ratio = attacks.density_ratio(tested, drawn, calibration.directions[name])
         result["membership"][f"density ratio, {name}"] = attacks.membership(
             is_member, ratio, list(who), resamples, seed, "density"
         )
@@ -170,6 +179,7 @@ def attack_rare(
     resamples: int,
     seed: str,
     device: torch.device | str = "cpu",
+    mirrored: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """`attack` of the images with a rare level, on the few people whom it was learnt from: they are seen most often.
 
@@ -187,8 +197,13 @@ def attack_rare(
         strangers = (real.calibration[rare.calibration], real.test[rare.test])
     if not found["images"] or found["subjects"] < 2:
         return found
-    images = {name: vectors[rare.images] for name, vectors in synthetic.items()}
-    return found | attack(images, RealSplits(real.train[rare.train], *strangers), resamples, f"{seed}/rare", device)
+    images, flipped = (
+        None if each is None else {name: vectors[rare.images] for name, vectors in each.items()}
+        for each in (synthetic, mirrored)
+    )
+    assert images is not None
+    few = RealSplits(real.train[rare.train], *strangers)
+    return found | attack(images, few, resamples, f"{seed}/rare", device, flipped)
 
 
 @torch.no_grad()

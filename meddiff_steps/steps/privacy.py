@@ -91,7 +91,8 @@ def run(
         rows = kept[assessment.sample(ids[kept].tolist())]
         if len(rows) and len(held) and len(test):
             made = directions(detectors, drawn, rows)
-            told = (assessment.RealSplits(train, held, test), settings.bootstrap, study.seed, fabric.device)
+            flipped = directions(detectors, drawn, rows, mirrored=True) if card["mirrors"] else None
+            told = (assessment.RealSplits(train, held, test), settings.bootstrap, study.seed, fabric.device, flipped)
             sets[label] = assessment.attack(made, *told)
             if label == "after" and study.diffusion.rare is not None:
                 of_level = _rare_level(study.diffusion.rare, scans, planned.set_index("sample_id").loc[ids[rows]])

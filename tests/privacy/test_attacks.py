@@ -199,3 +199,28 @@ def test_people_of_another_level_are_no_measure_of_what_leaked():
         Privacy(), [], card | {"controls": controls}, None, {}, {}, counts, found | {"strangers": "of that level"}
     )
     assert "FAIL" in {gate.outcome for gate in fair}
+
+
+def test_what_was_learnt_from_mirrored_scans_is_found_in_mirror_images():
+    """Images look like some training people mirrored; of strangers and of fresh images nothing is told."""
+    rng = np.random.default_rng(0)
+
+    def people(count):
+        return assessment.RealScans({"learned": unit_rows(rng.normal(size=(count, 16)))}, np.arange(count).astype(str))
+
+    real = assessment.RealSplits(people(60), people(40), people(40))
+    fresh, other = (unit_rows(rng.normal(size=(60, 16))) for _ in range(2))
+    copies = unit_rows(real.train.directions["learned"] + 0.05 * rng.normal(size=(60, 16)))
+    found = {}
+    for name, flipped in (("unlooked", None), ("copies", copies), ("fresh", other)):
+        mirrored = None if flipped is None else {"learned": flipped}
+        found[name] = assessment.attack({"learned": fresh}, real, 100, "s", mirrored=mirrored)
+    for name in ("unlooked", "fresh"):
+        assert 0.3 < found[name]["nearer_to_training"]["learned"]["value"] < 0.7, name
+        assert 0.35 < found[name]["membership"]["distance, learned"]["auc"]["value"] < 0.65, name
+    assert found["copies"]["nearer_to_training"]["learned"]["value"] > 0.75
+    assert found["copies"]["membership"]["distance, learned"]["auc"]["value"] == 1
+    assert found["copies"]["authenticity"]["learned"]["synthetic"]["value"] < 0.1
+    rare = assessment.RareLevel(np.arange(60) < 8, np.ones(40, bool), np.ones(40, bool), np.arange(60) < 8)
+    few = assessment.attack_rare(rare, {"learned": fresh}, real, 100, "s", mirrored={"learned": copies})
+    assert few["nearer_to_training"]["learned"]["value"] > 0.9

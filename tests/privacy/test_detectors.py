@@ -11,7 +11,7 @@ from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.instruments.embedder import Embedder, train_embedder
 from meddiff_steps.privacy import size
 from meddiff_steps.privacy.detectors.aligned import Aligned, extent, ssim_map
-from meddiff_steps.privacy.detectors.base import TrainingImages, references
+from meddiff_steps.privacy.detectors.base import TrainingImages, directions, references
 from meddiff_steps.privacy.detectors.embedding import Embedding
 
 SHAPE = (1, 16, 18, 14)
@@ -77,6 +77,13 @@ def test_the_aligned_detector_finds_copies_that_were_shifted(scans, shift):
     for copies in (torch.from_numpy(shifted), perturbations.flip(torch.from_numpy(shifted))):
         similarity, index = detector.similarity(copies)
         assert (similarity > highest).all() and index.tolist() == list(range(12))
+
+
+def test_directions_of_mirror_images_are_those_of_flipped_ones(scans):
+    detector = Aligned(scans[np.arange(60)].mean(0), scans)
+    found = directions([detector], scans.shards, np.arange(5), mirrored=True)["aligned"]
+    flipped = perturbations.flip(torch.from_numpy(scans[np.arange(5)]))
+    np.testing.assert_array_equal(found, detector.vectors(flipped))
 
 
 def test_the_extent_is_the_bounding_box_of_what_is_not_zero():
