@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -240,6 +241,17 @@ def nearest_of_subject(
     return best, names
 
 
+def one_scan_of_each(subjects: np.ndarray) -> np.ndarray:
+    """Row of one scan of each subject, subjects in order; which one says the SHA-256 of the subject's id."""
+    names, number = np.unique(np.asarray(subjects, dtype=str), return_inverse=True)
+    rows = np.split(np.argsort(number, kind="stable"), np.cumsum(np.bincount(number))[:-1]) if len(names) else []
+    chosen_rows = [
+        mine[int(hashlib.sha256(name.encode()).hexdigest(), 16) % len(mine)]
+        for name, mine in zip(names, rows, strict=True)
+    ]
+    return np.array(chosen_rows, dtype=np.int64)
+
+
 def any_flag(flags: Mapping[str, np.ndarray]) -> np.ndarray:
     """Whether at least one detector fires, bool (n,)."""
     return np.logical_or.reduce(list(flags.values()))
@@ -288,8 +300,8 @@ def calibration_card(
     dict
         status (`CALIBRATED` or `NOT_CALIBRATED`), level, detectors, mirrors (whether the autoencoder also encodes
         mirror images, and those of label maps are compared), subjects, needed, thresholds, groups, and under
-        `controls`: positive (recall per kind of copy), negative (share of unseen real subjects flagged, and whether
-        that is nominal).
+        `controls`: positive (recall per kind of copy), negative (share of unseen real subjects flagged, whether
+        that is nominal, and how many are by one scan of theirs, which is what one image is compared with).
     """
     names = chosen(DETECTORS, names, "privacy.detectors")
     mirrors = encodes_mirrors(flip, names)
@@ -303,9 +315,9 @@ def calibration_card(
         found = score_scans(detectors, shards, rows, split)
         if maps is not None and of_labels is not None:
             found |= {LABELS: maps.similarity(of_labels, rows)}
-        return nearest_of_subject(found, scans["subject_id"].to_numpy())
+        return found, scans["subject_id"].to_numpy()
 
-    scores, subjects = of("calibration")
+    scores, subjects = nearest_of_subject(*of("calibration"))
     card: dict[str, Any] = {"status": "NOT_CALIBRATED", "level": level, "detectors": names, "mirrors": mirrors}
     card |= {"subjects": len(subjects), "needed": subjects_needed(level, len(scores))}
     card |= {} if maps is None else {"structures": maps.structures}
@@ -314,12 +326,17 @@ def calibration_card(
         return card
     card |= {"status": "CALIBRATED", "thresholds": thresholds.overall, "groups": thresholds.groups}
 
-    test_scores, test_subjects = of("test")
-    flags = any_flag(thresholds.flags(test_scores, groups.reindex(test_subjects).to_numpy()))
+    scan_scores, owners = of("test")
+    test_scores, test_subjects = nearest_of_subject(scan_scores, owners)
+    group = groups.reindex(test_subjects).to_numpy()
+    flags = any_flag(thresholds.flags(test_scores, group))
+    ones = one_scan_of_each(owners)
+    by_one = any_flag(thresholds.flags({name: values[ones] for name, values in scan_scores.items()}, group))
     negative = share(flags) | {
         "flagged": int(flags.sum()),
+        "flagged_by_one_scan": int(by_one.sum()),
         "level": level,
-        "nominal": flagged_as_expected(int(flags.sum()), len(flags), level),
+        "nominal": flagged_as_expected(int(flags.sum()), len(flags), level, len(subjects)),
     }
     positive = {}
     originals = step_generator(seed, "privacy/controls", 0).permutation(reference["rows"])[:CONTROL_SCANS]

@@ -105,7 +105,8 @@ def run(
         first, strangers = table[table["attempt"] == 0], card["controls"]["negative"]
         copies = attacks.excess_risk(
             ((first["decision"] == "rejected") & (first["reason"] != "not an image")).to_numpy(),
-            np.arange(strangers["n"]) < strangers["flagged"],
+            # An image is one scan; cards that do not say how many people are flagged by one are older.
+            np.arange(strangers["n"]) < strangers.get("flagged_by_one_scan", strangers["flagged"]),
         )
     found: dict[str, Any] = {"excess_copies_before": copies, **sets}
     exact = make_fabric(study.compute.model_copy(update=EXACT), threads)

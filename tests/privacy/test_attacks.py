@@ -7,6 +7,7 @@ from sklearn.metrics import roc_curve
 
 from meddiff_steps.config import Privacy
 from meddiff_steps.privacy import assessment, attacks
+from meddiff_steps.privacy.calibration import conformal_threshold
 from meddiff_steps.privacy.search import unit_rows
 from meddiff_steps.privacy.verdict import RARE
 
@@ -127,9 +128,20 @@ def test_the_density_ratio_finds_what_a_generator_has_learnt_by_heart():
 
 
 def test_a_flag_rate_far_above_the_level_is_not_nominal():
-    assert attacks.flagged_as_expected(7, 100, 0.05)
-    assert not attacks.flagged_as_expected(20, 100, 0.05)
-    assert not attacks.flagged_as_expected(0, 0, 0.05)
+    assert attacks.flagged_as_expected(7, 100, 0.05, 99)
+    assert not attacks.flagged_as_expected(20, 100, 0.05, 99)
+    assert not attacks.flagged_as_expected(0, 0, 0.05, 99)
+
+
+@pytest.mark.parametrize("calibrated_on", [19, 59, 99])
+def test_the_test_of_strangers_knows_that_the_threshold_was_drawn(calibrated_on):
+    """Nobody differs: at 1 % one test in a hundred fails; of a fixed threshold's, up to a quarter would."""
+    rng = np.random.default_rng(0)
+    failed = 0
+    for _ in range(1000):
+        limit = conformal_threshold(rng.random(calibrated_on), 0.05)
+        failed += not attacks.flagged_as_expected(int((rng.random(300) > limit).sum()), 300, 0.05, calibrated_on)
+    assert failed / 1000 <= 0.02
 
 
 @pytest.mark.parametrize("released", [1, 2])
