@@ -504,7 +504,7 @@ class Counter:
             added(
                 units,
                 {
-                    "voxel read": scans * voxels,
+                    "voxel read": (scans + unseen) * voxels + self.train * self.compared,
                     "product": 2 * 2 * pairs * self.directions + planned**2 * coarse,
                     "subject attacked": planned,
                     "resample": 12.0 * study.privacy.bootstrap,

@@ -171,6 +171,37 @@ def load_detectors(
     return make_detectors(replace(_context(files, reference, fabric), mirrors=mirrors), names)
 
 
+def load_attackers(
+    files: ReferenceFiles,
+    reference: Mapping[str, np.ndarray],
+    names: Sequence[str],
+    shards: Shards,
+    unseen: np.ndarray,
+    mirrors: bool = True,
+    fabric: Fabric | None = None,
+) -> tuple[list[Detector], dict[str, np.ndarray]]:
+    """Detectors whose `vectors` attacks compare, and under each the directions of the training scans, (m, d).
+
+    `aligned` takes off the mean of training and unseen scans together here.  The mean of training scans alone holds
+    each of these and nobody else, so that these lie farther from images than strangers do, although nothing leaked.
+
+    Parameters
+    ----------
+    shards, unseen
+        Preprocessed scans, and the rows of those of the calibration and test splits.
+    """
+    if "aligned" not in names:
+        return load_detectors(files, reference, names, mirrors, fabric), {name: reference[name] for name in names}
+    total = reference["mean"].astype(np.float64) * len(reference["rows"])
+    for _, images in batches(shards, unseen):
+        total += images.sum(0, dtype=torch.float64).numpy()
+    mean = (total / (len(reference["rows"]) + len(unseen))).astype(np.float32)
+    detectors = load_detectors(files, {**reference, "mean": mean}, names, mirrors, fabric)
+    scans = Shards([files.scans])
+    found = directions([one for one in detectors if one.name == "aligned"], scans, np.arange(len(scans)))
+    return detectors, {name: found.get(name, reference[name]) for name in names}
+
+
 def encodes_mirrors(flip: bool, names: Sequence[str]) -> bool:
     """Whether mirror images are encoded by the autoencoder, at the cost of the images themselves.
 

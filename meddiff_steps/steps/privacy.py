@@ -25,7 +25,7 @@ from meddiff_steps.privacy import assessment, attacks
 from meddiff_steps.privacy.detectors.base import directions
 from meddiff_steps.privacy.duplicates import near_duplicates
 from meddiff_steps.privacy.label_maps import RealLabelMaps
-from meddiff_steps.privacy.reference import ReferenceFiles, load_detectors
+from meddiff_steps.privacy.reference import ReferenceFiles, load_attackers
 from meddiff_steps.privacy.size import batch_size
 from meddiff_steps.privacy.table_attacks import table_attacks
 from meddiff_steps.steps import options
@@ -67,16 +67,13 @@ def run(
     shards, before, after = Shards(images), Shards(generated), Shards(filtered)
     tensors, card = load_file(reference), read_json(calibration)
     files = ReferenceFiles(reference_scans, autoencoder, scale, embedder)
-    detectors = load_detectors(files, tensors, card["detectors"], card["mirrors"], fabric)
     scans = read_manifest(manifest).set_index("scan_id").loc[shards.column("scan_id")].reset_index()
+    unseen = np.flatnonzero(scans["split"].isin(["calibration", "test"]).to_numpy())
+    detectors, of_training = load_attackers(files, tensors, card["detectors"], shards, unseen, card["mirrors"], fabric)
 
     def split(name: str) -> tuple[np.ndarray, assessment.RealScans]:
         rows = np.flatnonzero((scans["split"] == name).to_numpy())
-        known = (
-            {detector.name: tensors[detector.name] for detector in detectors}
-            if name == "train"
-            else directions(detectors, shards, rows)
-        )
+        known = of_training if name == "train" else directions(detectors, shards, rows)
         return rows, assessment.RealScans(known, scans["subject_id"].to_numpy()[rows])
 
     (train_rows, train), (_, held), (test_rows, test) = split("train"), split("calibration"), split("test")
@@ -121,8 +118,8 @@ def run(
         few, others = (
             (scans[level.covariate].iloc[rows] == level.level).to_numpy() for rows in (train_rows, test_rows)
         )
-        unseen = test_rows[others] if rare["strangers"] == "of that level" else test_rows
-        rare["denoising_loss"] = _loss_attack(study, scans, shards, train_rows[few], unseen, weights)
+        compared = test_rows[others] if rare["strangers"] == "of that level" else test_rows
+        rare["denoising_loss"] = _loss_attack(study, scans, shards, train_rows[few], compared, weights)
         found["rare"] = rare
     accepted = set(table.loc[table["decision"] == "accepted", "sample_id"]) - set(duplicates)
     released = planned[planned["sample_id"].isin(accepted)]
