@@ -38,7 +38,7 @@ from meddiff_steps.models.denoiser.base import Denoiser
 from meddiff_steps.models.drawing.base import build as build_decoder
 from meddiff_steps.models.first_stage.base import build as build_first_stage
 from meddiff_steps.operations.rates import CORE_FLOPS, PROCESSOR
-from meddiff_steps.privacy.detectors.aligned import MAX_SHIFT, WINDOW, extent, ssim_map
+from meddiff_steps.privacy.detectors.aligned import WINDOW, cell, extent, ssim_map, window_mean
 from meddiff_steps.privacy.search import nearest, unit_rows
 
 ROOT = Path(__file__).parents[1]
@@ -90,13 +90,11 @@ def units(image: np.ndarray, folder: Path) -> Iterator[tuple[str, float]]:
 
     def reduce() -> None:
         Embedder(shape).reduce(tensors)
-        seen = extent(tensors)
-        nn.functional.avg_pool3d((tensors - tensors.mean(0)) * seen, -(-max(shape) // 16))
+        window_mean(torch.cat([tensors, extent(tensors)]), cell(shape))
 
     yield "voxel reduced", quickest(reduce) / every
     # Every candidate is moved, and compared inside of its extent.
-    moved = torch.roll(tensors, (MAX_SHIFT,) * 3, (2, 3, 4))
-    yield "voxel compared", quickest(lambda: ssim_map(torch.roll(moved, (1,), (2,)), tensors, WINDOW)) / every
+    yield "voxel compared", quickest(lambda: ssim_map(torch.roll(tensors, (1,), (2,)), tensors, WINDOW)) / every
     queries, references, width = SEARCH
     vectors = unit_rows(np.random.default_rng(0).standard_normal((references, width), np.float32))
     yield "product", quickest(lambda: nearest(vectors[:queries], vectors)) / (2.0 * queries * references * width)

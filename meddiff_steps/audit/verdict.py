@@ -93,7 +93,8 @@ def _gate_problems(study: Study, facts: Mapping[str, Any]) -> Iterator[str]:
             plain[name] = (figure.get("value") or 0.0) >= limit
         elif name == STRANGERS:
             people = figure.get("n") or 0
-            plain[name] = flagged_as_expected(round((figure.get("value") or 0.0) * people), people, limit)
+            flagged = round((figure.get("value") or 0.0) * people)
+            plain[name] = flagged_as_expected(flagged, people, limit, said.get("subjects", 0))
         if name in plain and (gate["outcome"] == "PASS") != plain[name]:
             yield f"{name}: {gate['outcome']}, which does not follow from {figure.get('value')} and its limit {limit:g}"
 

@@ -112,10 +112,22 @@ def crop(images: Tensor, shares: np.ndarray) -> Tensor:
     return out
 
 
+def moved(image: np.ndarray, shift: Sequence[int] | np.ndarray) -> np.ndarray:
+    """An image or label map (*spatial), moved by whole voxels along each axis; 0 moves in."""
+    made = np.zeros_like(image)
+    to = tuple(slice(max(0, s), n + min(0, s)) for s, n in zip(shift, image.shape, strict=True))
+    since = tuple(slice(max(0, -s), n + min(0, -s)) for s, n in zip(shift, image.shape, strict=True))
+    made[to] = image[since]
+    return made
+
+
 def perturbed_copies(
     images: Tensor, generator: np.random.Generator, spacing: Sequence[float] | None = None
 ) -> dict[str, Tensor]:
     """The positive controls: each image changed in one way, by kind; strengths are those a thief would get away with.
+
+    Moved are they along every axis at once, either way, by two voxels, or by 4 % of the side where that is more; by an
+    eighth of sides of less than 16 voxels.
 
     Parameters
     ----------
@@ -133,10 +145,15 @@ def perturbed_copies(
     angle = zeros["degrees"].clone()
     angle[:, 0] = torch.from_numpy(generator.choice([-3.0, 3.0], b).astype(np.float32))
     noise = torch.from_numpy(generator.standard_normal(images.shape, dtype=np.float32))
+    steps = [min(max(2, round(MAX_TRANSLATION * n)), n // 8) for n in images.shape[2:]]
+    shifts = generator.choice([-1, 1], (b, dims)) * steps
     return {
         "rotated": affine(images, **(zeros | {"degrees": angle}), spacing=spacing),
         "mirrored": flip(images),
         "noised": (images + 0.03 * noise).clamp(0, 1),
         "recontrasted": images.clamp(0, 1) ** 1.2,
         "cropped": crop(images, np.full((b, dims, 2), 0.08)),
+        "moved": torch.from_numpy(
+            np.stack([moved(image[0], shift)[None] for image, shift in zip(images.numpy(), shifts, strict=True)])
+        ),
     }

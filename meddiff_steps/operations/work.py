@@ -36,7 +36,7 @@ from meddiff_steps.models.latent_statistics import FOLDS, MAX_READOUT_ROWS
 from meddiff_steps.operations.counting import RECOMPUTED, TRAINING, Work, added, counted, times, validations
 from meddiff_steps.operations.work_of_applications import of_applications
 from meddiff_steps.privacy.assessment import LOSS_SCANS, LOSS_TIMES, MAX_IMAGES, MAX_PEOPLE
-from meddiff_steps.privacy.detectors.aligned import ALIGNED_SIDE, CANDIDATES
+from meddiff_steps.privacy.detectors.aligned import ALIGNED_SIDE, CANDIDATES, SHORTLIST, reach, searched
 from meddiff_steps.privacy.duplicates import COARSE_SIDE
 from meddiff_steps.privacy.reference import CONTROL_SCANS, encodes_mirrors
 from meddiff_steps.privacy.size import reduction
@@ -52,7 +52,7 @@ from meddiff_steps.training.tasks.diffusion import VALIDATION_LATENTS
 #: Voxels of a scan as it is stored, where only the cohort knows: a head at 1 mm, a radiograph.
 HEAD_VOXELS = {2: 2**20, 3: 2**23}
 #: Ways in which the scans of the positive controls are copied.
-CONTROL_COPIES = 7
+CONTROL_COPIES = 8
 #: Images that an audit makes again, and as many that it looks at with the copy detectors.
 AUDITED = Request.sample
 #: Kinds of images that evaluation compares, and ways in which it spoils scans.
@@ -155,7 +155,11 @@ class Counter:
             share * scans for share in (splits.train, splits.val, splits.calibration, splits.test)
         )
         self.coarse = _reduced(shape, ALIGNED_SIDE[dims])
-        self.compared = math.prod(n // side for n, side in zip(shape, reduction(shape), strict=True))
+        small = [n // side for n, side in zip(shape, reduction(shape), strict=True)]
+        self.compared = math.prod(small)
+        #: Shifts of an image and of its mirror image at which the nearest are searched, and those that are tried.
+        self.searches = 2 * math.prod(len(along) for along in searched(small))
+        self.shifts = 2 * math.prod(2 * most + 1 for most in reach(small))
         #: Numbers of the directions of an image, of all detectors.
         self.directions = self.latent + DIM + self.coarse
         #: One image as `generate` makes it, and as the autoencoder gives it back.
@@ -440,8 +444,9 @@ class Counter:
         }
         units = {"voxel read": images * self.voxels, "voxel reduced": images * self.voxels}
         if judged:
+            directions = self.latent + DIM + self.searches * self.coarse
             units |= {
-                "product": 2.0 * images * self.train * self.directions,
+                "product": 2.0 * images * (self.train * directions + SHORTLIST * self.shifts * self.coarse),
                 "voxel compared": images * CANDIDATES * self.compared,
             }
         return flops, units
@@ -482,10 +487,11 @@ class Counter:
             folder="filtered",
         )
         released = min(MAX_IMAGES, planned)
-        flops, units = self._looked_at(unseen + 2 * released, judged=False)
+        ways = 1 + encodes_mirrors(study.variants.flip, chosen(DETECTORS, study.privacy.detectors, "privacy.detectors"))
+        flops, units = self._looked_at(unseen + 2 * ways * released, judged=False)
         scans = min(LOSS_SCANS, self.train) + min(LOSS_SCANS, self.test)
         members = self.test + max(self.test, min(self.train, 4 * self.test))
-        pairs = released * (min(self.train, MAX_PEOPLE) + min(unseen, MAX_PEOPLE) + self.train + members)
+        pairs = ways * released * (min(self.train, MAX_PEOPLE) + min(unseen, MAX_PEOPLE) + self.train + members)
         pairs += self.train**2 + self.test * self.train
         coarse = _reduced(study.preprocess.shape, COARSE_SIDE[study.spatial_dims])
         found["privacy"] = Work(
@@ -498,7 +504,7 @@ class Counter:
             added(
                 units,
                 {
-                    "voxel read": scans * voxels,
+                    "voxel read": (scans + unseen) * voxels + self.train * self.compared,
                     "product": 2 * 2 * pairs * self.directions + planned**2 * coarse,
                     "subject attacked": planned,
                     "resample": 12.0 * study.privacy.bootstrap,

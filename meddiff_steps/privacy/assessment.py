@@ -26,6 +26,7 @@ from meddiff_steps.privacy.verdict import (
     DENSITY_DETECTORS,
     FILLED,
     PLAIN,
+    RARE,
     SINGLING_OUT,
     STRANGERS,
     Gate,
@@ -95,8 +96,12 @@ def attack(
     resamples: int,
     seed: str,
     device: torch.device | str = "cpu",
+    mirrored: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """All attacks that need the synthetic images alone.
+
+    Where training scans were mirrored, an image may be near to a person by its mirror image: `mirrored` are the
+    directions of these, in the order of `synthetic`, and the nearer of both counts, for members as for others.
 
     Members are the training scans; others are the test scans, which nothing was fitted or calibrated on.  The
     calibration scans are the reference of the density ratio, which is left out where none of `DENSITY_DETECTORS` is
@@ -111,26 +116,31 @@ def attack(
     is_member = np.arange(len(who)) < len(members)
     for name, images in synthetic.items():
         unseen = np.concatenate([calibration.directions[name], test.directions[name]])
+        ways = [images] if mirrored is None else [images, mirrored[name]]
         sides = []
         for vectors, owners in ((train.directions[name], train.subjects), (unseen, strangers)):
             some = np.isin(owners, generator.permutation(np.unique(owners))[:MAX_PEOPLE])
-            sides.append(nearest_of_each(images, vectors[some], owners[some]))
+            sides.append(np.maximum.reduce([nearest_of_each(way, vectors[some], owners[some]) for way in ways]))
         result["nearer_to_training"][name] = attacks.nearer_to_training(sides[0], sides[1], resamples, generator)
         known = torch.from_numpy(train.directions[name]).to(device)
         among = nearest(train.directions[name], known, 2)[0][:, -1]
-        for label, x in (("synthetic", images), ("held_out", test.directions[name])):
-            similarity, index = nearest(x, known)
+        for label, each in (("synthetic", ways), ("held_out", [test.directions[name]])):
+            similarity, index = (
+                np.concatenate(found, 1) for found in zip(*[nearest(x, known) for x in each], strict=True)
+            )
+            best = (np.arange(len(similarity)), similarity.argmax(1))
             result["authenticity"].setdefault(name, {})[label] = attacks.authenticity(
-                similarity[:, 0], index[:, 0], among
+                similarity[best], index[best], among
             )
         tested = np.concatenate([train.directions[name][members], test.directions[name]])
-        scores = nearest(tested, torch.from_numpy(images).to(device))[0][:, 0]
+        scores = np.maximum.reduce([nearest(tested, torch.from_numpy(way).to(device))[0][:, 0] for way in ways])
         result["membership"][f"distance, {name}"] = attacks.membership(
             is_member, scores, list(who), resamples, seed, f"distance|{name}"
         )
     for name in [name for name in DENSITY_DETECTORS if len(synthetic.get(name, ())) > 1][:1]:
         tested = np.concatenate([train.directions[name][members], test.directions[name]])
-        ratio = attacks.density_ratio(tested, synthetic[name], calibration.directions[name])
+        drawn = synthetic[name] if mirrored is None else np.concatenate([synthetic[name], mirrored[name]])
+        ratio = attacks.density_ratio(tested, drawn, calibration.directions[name])
         result["membership"][f"density ratio, {name}"] = attacks.membership(
             is_member, ratio, list(who), resamples, seed, "density"
         )
@@ -154,12 +164,12 @@ class RareLevel:
     test: np.ndarray
     images: np.ndarray
 
-    @property
-    def has_strangers(self) -> bool:
+    def has_strangers(self, real: RealSplits) -> bool:
         """Whether there are unseen people with that level to compare with, two at least of either split; otherwise all
         unseen people are compared with, who differ for other reasons, too.
         """
-        return min(self.calibration.sum(), self.test.sum()) >= 2
+        sides = ((real.calibration, self.calibration), (real.test, self.test))
+        return min(len(set(scans.subjects[chosen])) for scans, chosen in sides) >= 2
 
 
 def attack_rare(
@@ -169,20 +179,31 @@ def attack_rare(
     resamples: int,
     seed: str,
     device: torch.device | str = "cpu",
+    mirrored: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Any]:
-    """`attack` of the images with a rare level, on the few people whom it was learnt from: they are seen most often."""
+    """`attack` of the images with a rare level, on the few people whom it was learnt from: they are seen most often.
+
+    Where `strangers` are "all", figures also show how the level differs from others, and describe: `gates` leaves them
+    out.
+    """
+    compared = rare.has_strangers(real)
     found: dict[str, Any] = {
         "subjects": len(set(real.train.subjects[rare.train])),
         "images": int(rare.images.sum()),
-        "strangers": "of that level" if rare.has_strangers else "all",
+        "strangers": "of that level" if compared else "all",
     }
     strangers = (real.calibration, real.test)
-    if rare.has_strangers:
+    if compared:
         strangers = (real.calibration[rare.calibration], real.test[rare.test])
     if not found["images"] or found["subjects"] < 2:
         return found
-    images = {name: vectors[rare.images] for name, vectors in synthetic.items()}
-    return found | attack(images, RealSplits(real.train[rare.train], *strangers), resamples, f"{seed}/rare", device)
+    images, flipped = (
+        None if each is None else {name: vectors[rare.images] for name, vectors in each.items()}
+        for each in (synthetic, mirrored)
+    )
+    assert images is not None
+    few = RealSplits(real.train[rare.train], *strangers)
+    return found | attack(images, few, resamples, f"{seed}/rare", device, flipped)
 
 
 @torch.no_grad()
@@ -307,7 +328,7 @@ def gates(
     counts
         From `count`.
     rare
-        From `attack_rare`, where a rare level was learnt.
+        From `attack_rare`, where a rare level was learnt; not judged where people of other levels were compared with.
     """
     calibrated = calibration["status"] == "CALIBRATED"
     limits = limits_of(settings, covariates, calibration, rare is not None)
@@ -331,15 +352,19 @@ def gates(
     near = "released images lie nearer to training subjects than to strangers, or where too many were rejected, farther"
     told = "from the released images it can be told who was in the training set"
     guessed = "the released covariates give away one covariate of a training subject whose others are known"
-    for of_level, seen in ((False, after), (True, rare or {})):
+    told_apart = rare if rare and rare["strangers"] == "of that level" else {}
+    for of_level, seen in ((False, after), (True, told_apart)):
         figures |= {
             nearer(name, of_level): (figure, near) for name, figure in seen.get("nearer_to_training", {}).items()
         }
         figures |= {membership(name, of_level): (one["auc"], told) for name, one in seen.get("membership", {}).items()}
     figures |= {inference(name): (figure, guessed) for name, figure in table.get("inference", {}).items()}
+    little = "there was too little to try it on"
+    few = "there are not two calibration and two test subjects of the level, and others differ in more than it"
     for name, limit in limits.items():
         if name not in PLAIN:
-            figure, meaning = figures.get(name, (None, "there was too little to try it on"))
+            untried = few if name.startswith(RARE) and rare and not told_apart else little
+            figure, meaning = figures.get(name, (None, untried))
             found.append(measured(name, figure, limit, meaning))
     share = (counts["failed"] + counts["duplicates"]) / max(1, counts["planned"])
     failed = {"value": share, "n": counts["planned"]}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest, hypergeom
+from scipy.stats import betabinom, hypergeom
 
 from meddiff_steps.statistics.bootstrap import Bootstrap, Figure, Statistic, figure, rounded, wilson
 from meddiff_steps.statistics.measures import auc, smaller_side
@@ -175,6 +175,12 @@ def density_ratio(
     return log_density(x, s) - log_density(x, r)
 
 
-def flagged_as_expected(flagged: int, people: int, level: float) -> bool:
-    """Whether no more unseen people are flagged than the level allows (one-sided binomial test at 1 %)."""
-    return people > 0 and bool(binomtest(flagged, people, level, alternative="greater").pvalue > 0.01)
+def flagged_as_expected(flagged: int, people: int, level: float, calibrated_on: int) -> bool:
+    """Whether no more unseen people are flagged than the level allows (one-sided test at 1 %).
+
+    Thresholds are random: the share that one detector flags is distributed as Beta(level (n + 1), (1 - level) (n + 1))
+    over calibrations on n subjects (Vovk 2012, where level (n + 1) is whole), so that the number flagged is
+    beta-binomial.  For the union of several detectors this is an approximation.
+    """
+    share_of = level * (calibrated_on + 1), (1.0 - level) * (calibrated_on + 1)
+    return people > 0 and bool(betabinom.sf(flagged - 1, people, *share_of) > 0.01)

@@ -10,7 +10,7 @@ import torch
 from scipy import ndimage
 
 from meddiff_steps.core.errors import UserError
-from meddiff_steps.imaging.perturbations import flip
+from meddiff_steps.imaging.perturbations import flip, moved
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.imaging.signed_distances import from_distances, structures_of, to_distances
 from meddiff_steps.privacy.detectors.base import reduced
@@ -77,15 +77,6 @@ def centred(labels: np.ndarray) -> np.ndarray:
     middle = np.array(ndimage.center_of_mass(labels > 0))
     shift = np.rint((np.array(labels.shape) - 1) / 2 - middle).astype(int)
     return moved(labels, shift)
-
-
-def moved(labels: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """A label map, moved by whole voxels; 0 moves in."""
-    made = np.zeros_like(labels)
-    to = tuple(slice(max(0, s), n + min(0, s)) for s, n in zip(shift, labels.shape, strict=True))
-    since = tuple(slice(max(0, -s), n + min(0, -s)) for s, n in zip(shift, labels.shape, strict=True))
-    made[to] = labels[since]
-    return made
 
 
 def mirrored(labels: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -170,6 +171,37 @@ def load_detectors(
     return make_detectors(replace(_context(files, reference, fabric), mirrors=mirrors), names)
 
 
+def load_attackers(
+    files: ReferenceFiles,
+    reference: Mapping[str, np.ndarray],
+    names: Sequence[str],
+    shards: Shards,
+    unseen: np.ndarray,
+    mirrors: bool = True,
+    fabric: Fabric | None = None,
+) -> tuple[list[Detector], dict[str, np.ndarray]]:
+    """Detectors whose `vectors` attacks compare, and under each the directions of the training scans, (m, d).
+
+    `aligned` takes off the mean of training and unseen scans together here.  The mean of training scans alone holds
+    each of these and nobody else, so that these lie farther from images than strangers do, although nothing leaked.
+
+    Parameters
+    ----------
+    shards, unseen
+        Preprocessed scans, and the rows of those of the calibration and test splits.
+    """
+    if "aligned" not in names:
+        return load_detectors(files, reference, names, mirrors, fabric), {name: reference[name] for name in names}
+    total = reference["mean"].astype(np.float64) * len(reference["rows"])
+    for _, images in batches(shards, unseen):
+        total += images.sum(0, dtype=torch.float64).numpy()
+    mean = (total / (len(reference["rows"]) + len(unseen))).astype(np.float32)
+    detectors = load_detectors(files, {**reference, "mean": mean}, names, mirrors, fabric)
+    scans = Shards([files.scans])
+    found = directions([one for one in detectors if one.name == "aligned"], scans, np.arange(len(scans)))
+    return detectors, {name: found.get(name, reference[name]) for name in names}
+
+
 def encodes_mirrors(flip: bool, names: Sequence[str]) -> bool:
     """Whether mirror images are encoded by the autoencoder, at the cost of the images themselves.
 
@@ -240,6 +272,17 @@ def nearest_of_subject(
     return best, names
 
 
+def one_scan_of_each(subjects: np.ndarray) -> np.ndarray:
+    """Row of one scan of each subject, subjects in order; which one says the SHA-256 of the subject's id."""
+    names, number = np.unique(np.asarray(subjects, dtype=str), return_inverse=True)
+    rows = np.split(np.argsort(number, kind="stable"), np.cumsum(np.bincount(number))[:-1]) if len(names) else []
+    chosen_rows = [
+        mine[int(hashlib.sha256(name.encode()).hexdigest(), 16) % len(mine)]
+        for name, mine in zip(names, rows, strict=True)
+    ]
+    return np.array(chosen_rows, dtype=np.int64)
+
+
 def any_flag(flags: Mapping[str, np.ndarray]) -> np.ndarray:
     """Whether at least one detector fires, bool (n,)."""
     return np.logical_or.reduce(list(flags.values()))
@@ -288,8 +331,8 @@ def calibration_card(
     dict
         status (`CALIBRATED` or `NOT_CALIBRATED`), level, detectors, mirrors (whether the autoencoder also encodes
         mirror images, and those of label maps are compared), subjects, needed, thresholds, groups, and under
-        `controls`: positive (recall per kind of copy), negative (share of unseen real subjects flagged, and whether
-        that is nominal).
+        `controls`: positive (recall per kind of copy), negative (share of unseen real subjects flagged, whether
+        that is nominal, and how many are by one scan of theirs, which is what one image is compared with).
     """
     names = chosen(DETECTORS, names, "privacy.detectors")
     mirrors = encodes_mirrors(flip, names)
@@ -303,9 +346,9 @@ def calibration_card(
         found = score_scans(detectors, shards, rows, split)
         if maps is not None and of_labels is not None:
             found |= {LABELS: maps.similarity(of_labels, rows)}
-        return nearest_of_subject(found, scans["subject_id"].to_numpy())
+        return found, scans["subject_id"].to_numpy()
 
-    scores, subjects = of("calibration")
+    scores, subjects = nearest_of_subject(*of("calibration"))
     card: dict[str, Any] = {"status": "NOT_CALIBRATED", "level": level, "detectors": names, "mirrors": mirrors}
     card |= {"subjects": len(subjects), "needed": subjects_needed(level, len(scores))}
     card |= {} if maps is None else {"structures": maps.structures}
@@ -314,12 +357,17 @@ def calibration_card(
         return card
     card |= {"status": "CALIBRATED", "thresholds": thresholds.overall, "groups": thresholds.groups}
 
-    test_scores, test_subjects = of("test")
-    flags = any_flag(thresholds.flags(test_scores, groups.reindex(test_subjects).to_numpy()))
+    scan_scores, owners = of("test")
+    test_scores, test_subjects = nearest_of_subject(scan_scores, owners)
+    group = groups.reindex(test_subjects).to_numpy()
+    flags = any_flag(thresholds.flags(test_scores, group))
+    ones = one_scan_of_each(owners)
+    by_one = any_flag(thresholds.flags({name: values[ones] for name, values in scan_scores.items()}, group))
     negative = share(flags) | {
         "flagged": int(flags.sum()),
+        "flagged_by_one_scan": int(by_one.sum()),
         "level": level,
-        "nominal": flagged_as_expected(int(flags.sum()), len(flags), level),
+        "nominal": flagged_as_expected(int(flags.sum()), len(flags), level, len(subjects)),
     }
     positive = {}
     originals = step_generator(seed, "privacy/controls", 0).permutation(reference["rows"])[:CONTROL_SCANS]

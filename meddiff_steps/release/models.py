@@ -23,7 +23,8 @@ NOT_STATED = "not stated"
 def weights_gate(privacy: Mapping[str, Any], limit: float) -> Gate:
     """Whether the weights themselves may go: how well they tell the scans that they learnt from (Carlini et al. 2022).
 
-    Where a rare level was learnt, the few people with it are attacked as well, and the worse outcome counts.
+    Where a rare level was learnt, the few people with it are attacked as well, and the worse outcome counts: it is
+    NOT_EVALUATED where no unseen people of the level could be compared with.
 
     Parameters
     ----------
@@ -40,7 +41,9 @@ def weights_gate(privacy: Mapping[str, Any], limit: float) -> Gate:
 
 
 def _told(attacks: Mapping[str, Any]) -> dict[str, Any] | None:
-    """AUC of the denoising loss, where there were scans to tell apart."""
+    """AUC of the denoising loss, where there were scans to tell apart, alike but for who was learnt from."""
+    if attacks.get("strangers") == "all":
+        return None
     return (attacks.get("denoising_loss") or {}).get("auc")
 
 

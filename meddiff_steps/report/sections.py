@@ -145,9 +145,10 @@ def _rare_level(found: Mapping[str, Any]) -> str:
     told = [f"{name} {interval(figure)}" for name, figure in found["nearer_to_training"].items()]
     loss = found.get("denoising_loss")
     weights = f" From the weights they are told from {compared} with AUC {interval(loss['auc'])}." if loss else ""
+    unjudged = "" if found["strangers"] == "of that level" else " These differ in more than that: no figure is judged."
     return (
         f"{people}. Its {counted(found['images'], 'image')} are nearer to these than to {compared} (0.5: no more than"
-        f" chance): {', '.join(told)}.{weights}"
+        f" chance): {', '.join(told)}.{weights}{unjudged}"
     )
 
 

@@ -25,7 +25,7 @@ from meddiff_steps.privacy import assessment, attacks
 from meddiff_steps.privacy.detectors.base import directions
 from meddiff_steps.privacy.duplicates import near_duplicates
 from meddiff_steps.privacy.label_maps import RealLabelMaps
-from meddiff_steps.privacy.reference import ReferenceFiles, load_detectors
+from meddiff_steps.privacy.reference import ReferenceFiles, load_attackers
 from meddiff_steps.privacy.size import batch_size
 from meddiff_steps.privacy.table_attacks import table_attacks
 from meddiff_steps.steps import options
@@ -67,16 +67,13 @@ def run(
     shards, before, after = Shards(images), Shards(generated), Shards(filtered)
     tensors, card = load_file(reference), read_json(calibration)
     files = ReferenceFiles(reference_scans, autoencoder, scale, embedder)
-    detectors = load_detectors(files, tensors, card["detectors"], card["mirrors"], fabric)
     scans = read_manifest(manifest).set_index("scan_id").loc[shards.column("scan_id")].reset_index()
+    unseen = np.flatnonzero(scans["split"].isin(["calibration", "test"]).to_numpy())
+    detectors, of_training = load_attackers(files, tensors, card["detectors"], shards, unseen, card["mirrors"], fabric)
 
     def split(name: str) -> tuple[np.ndarray, assessment.RealScans]:
         rows = np.flatnonzero((scans["split"] == name).to_numpy())
-        known = (
-            {detector.name: tensors[detector.name] for detector in detectors}
-            if name == "train"
-            else directions(detectors, shards, rows)
-        )
+        known = of_training if name == "train" else directions(detectors, shards, rows)
         return rows, assessment.RealScans(known, scans["subject_id"].to_numpy()[rows])
 
     (train_rows, train), (_, held), (test_rows, test) = split("train"), split("calibration"), split("test")
@@ -91,7 +88,8 @@ def run(
         rows = kept[assessment.sample(ids[kept].tolist())]
         if len(rows) and len(held) and len(test):
             made = directions(detectors, drawn, rows)
-            told = (assessment.RealSplits(train, held, test), settings.bootstrap, study.seed, fabric.device)
+            flipped = directions(detectors, drawn, rows, mirrored=True) if card["mirrors"] else None
+            told = (assessment.RealSplits(train, held, test), settings.bootstrap, study.seed, fabric.device, flipped)
             sets[label] = assessment.attack(made, *told)
             if label == "after" and study.diffusion.rare is not None:
                 of_level = _rare_level(study.diffusion.rare, scans, planned.set_index("sample_id").loc[ids[rows]])
@@ -104,7 +102,8 @@ def run(
         first, strangers = table[table["attempt"] == 0], card["controls"]["negative"]
         copies = attacks.excess_risk(
             ((first["decision"] == "rejected") & (first["reason"] != "not an image")).to_numpy(),
-            np.arange(strangers["n"]) < strangers["flagged"],
+            # An image is one scan; cards that do not say how many people are flagged by one are older.
+            np.arange(strangers["n"]) < strangers.get("flagged_by_one_scan", strangers["flagged"]),
         )
     found: dict[str, Any] = {"excess_copies_before": copies, **sets}
     exact = make_fabric(study.compute.model_copy(update=EXACT), threads)
@@ -119,8 +118,8 @@ def run(
         few, others = (
             (scans[level.covariate].iloc[rows] == level.level).to_numpy() for rows in (train_rows, test_rows)
         )
-        unseen = test_rows[others] if rare["strangers"] == "of that level" else test_rows
-        rare["denoising_loss"] = _loss_attack(study, scans, shards, train_rows[few], unseen, weights)
+        compared = test_rows[others] if rare["strangers"] == "of that level" else test_rows
+        rare["denoising_loss"] = _loss_attack(study, scans, shards, train_rows[few], compared, weights)
         found["rare"] = rare
     accepted = set(table.loc[table["decision"] == "accepted", "sample_id"]) - set(duplicates)
     released = planned[planned["sample_id"].isin(accepted)]

@@ -5,8 +5,11 @@ import pytest
 from scipy.stats import norm
 from sklearn.metrics import roc_curve
 
+from meddiff_steps.config import Privacy
 from meddiff_steps.privacy import assessment, attacks
+from meddiff_steps.privacy.calibration import conformal_threshold
 from meddiff_steps.privacy.search import unit_rows
+from meddiff_steps.privacy.verdict import RARE
 
 
 def test_with_no_hit_the_interval_ends_at_the_rule_of_three():
@@ -127,9 +130,20 @@ def test_the_density_ratio_finds_what_a_generator_has_learnt_by_heart():
 
 
 def test_a_flag_rate_far_above_the_level_is_not_nominal():
-    assert attacks.flagged_as_expected(7, 100, 0.05)
-    assert not attacks.flagged_as_expected(20, 100, 0.05)
-    assert not attacks.flagged_as_expected(0, 0, 0.05)
+    assert attacks.flagged_as_expected(7, 100, 0.05, 99)
+    assert not attacks.flagged_as_expected(20, 100, 0.05, 99)
+    assert not attacks.flagged_as_expected(0, 0, 0.05, 99)
+
+
+@pytest.mark.parametrize("calibrated_on", [19, 59, 99])
+def test_the_test_of_strangers_knows_that_the_threshold_was_drawn(calibrated_on):
+    """Nobody differs: at 1 % one test in a hundred fails; of a fixed threshold's, up to a quarter would."""
+    rng = np.random.default_rng(0)
+    failed = 0
+    for _ in range(1000):
+        limit = conformal_threshold(rng.random(calibrated_on), 0.05)
+        failed += not attacks.flagged_as_expected(int((rng.random(300) > limit).sum()), 300, 0.05, calibrated_on)
+    assert failed / 1000 <= 0.02
 
 
 @pytest.mark.parametrize("released", [1, 2])
@@ -167,5 +181,60 @@ def test_the_few_of_a_rare_level_are_found_where_images_copy_them_and_are_not_wh
         assert low <= found["nearer_to_training"]["learned"]["value"] <= high
     alone = assessment.RareLevel(few, np.zeros(40, bool), level, asked)
     assert assessment.attack_rare(alone, synthetic, real, 20, "s")["strangers"] == "all"
+    twice = assessment.RealSplits(real.train, people(40), people(40))
+    twice.test.subjects[:20] = "the same person"
+    assert not assessment.RareLevel(few, level, level, asked).has_strangers(twice), "two scans are not two people"
     nobody = assessment.RareLevel(few, level, level, np.zeros(96, bool))
     assert "nearer_to_training" not in assessment.attack_rare(nobody, synthetic, real, 20, "s")
+
+
+def test_people_of_another_level_are_no_measure_of_what_leaked():
+    """Images are fresh draws of the level's own population; nobody of the level is unseen."""
+    rng = np.random.default_rng(0)
+
+    def people(count, of_level):
+        vectors = unit_rows(rng.normal(size=(count, 16)) + of_level * np.r_[4.0, 4.0, np.zeros(14)])
+        return assessment.RealScans({"learned": vectors}, np.arange(count).astype(str))
+
+    real = assessment.RealSplits(people(12, True), people(60, False), people(60, False))
+    images = people(50, True)
+    nobody = np.zeros(60, bool)
+    rare = assessment.RareLevel(np.ones(12, bool), nobody, nobody, np.ones(50, bool))
+    found = assessment.attack_rare(rare, images.directions, real, 200, "s")
+    assert found["nearer_to_training"]["learned"]["low"] > 0.6, "told apart by the level alone"
+    card = {"status": "CALIBRATED", "level": 0.05, "detectors": ["learned"], "needed": 19, "subjects": 60}
+    controls = {"positive": {"noised": {"value": 1.0}}, "negative": {"value": 0.0, "n": 60, "nominal": True}}
+    counts = {"planned": 50, "failed": 0, "duplicates": 0}
+    gates = assessment.gates(Privacy(), [], card | {"controls": controls}, None, {}, {}, counts, found)
+    of_level = [gate for gate in gates if gate.name.startswith(RARE)]
+    assert len(of_level) == 3 and {gate.outcome for gate in of_level} == {"NOT_EVALUATED"}
+    assert all("of the level" in gate.meaning for gate in of_level)
+    fair = assessment.gates(
+        Privacy(), [], card | {"controls": controls}, None, {}, {}, counts, found | {"strangers": "of that level"}
+    )
+    assert "FAIL" in {gate.outcome for gate in fair}
+
+
+def test_what_was_learnt_from_mirrored_scans_is_found_in_mirror_images():
+    """Images look like some training people mirrored; of strangers and of fresh images nothing is told."""
+    rng = np.random.default_rng(0)
+
+    def people(count):
+        return assessment.RealScans({"learned": unit_rows(rng.normal(size=(count, 16)))}, np.arange(count).astype(str))
+
+    real = assessment.RealSplits(people(60), people(40), people(40))
+    fresh, other = (unit_rows(rng.normal(size=(60, 16))) for _ in range(2))
+    copies = unit_rows(real.train.directions["learned"] + 0.05 * rng.normal(size=(60, 16)))
+    found = {}
+    for name, flipped in (("unlooked", None), ("copies", copies), ("fresh", other)):
+        mirrored = None if flipped is None else {"learned": flipped}
+        found[name] = assessment.attack({"learned": fresh}, real, 100, "s", mirrored=mirrored)
+    for name in ("unlooked", "fresh"):
+        assert 0.3 < found[name]["nearer_to_training"]["learned"]["value"] < 0.7, name
+        assert 0.35 < found[name]["membership"]["distance, learned"]["auc"]["value"] < 0.65, name
+    assert found["copies"]["nearer_to_training"]["learned"]["value"] > 0.75
+    assert found["copies"]["membership"]["distance, learned"]["auc"]["value"] == 1
+    assert found["copies"]["authenticity"]["learned"]["synthetic"]["value"] < 0.1
+    rare = assessment.RareLevel(np.arange(60) < 8, np.ones(40, bool), np.ones(40, bool), np.arange(60) < 8)
+    few = assessment.attack_rare(rare, {"learned": fresh}, real, 100, "s", mirrored={"learned": copies})
+    assert few["nearer_to_training"]["learned"]["value"] > 0.9

@@ -14,7 +14,7 @@ from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.privacy import assessment as audit
 from meddiff_steps.privacy.calibration import thresholds_of
 from meddiff_steps.privacy.detectors.base import directions, score
-from meddiff_steps.privacy.reference import ReferenceFiles, load_detectors
+from meddiff_steps.privacy.reference import ReferenceFiles, load_attackers, load_detectors
 
 EVERY = ["aligned", "learned", "latent"]
 
@@ -122,3 +122,28 @@ def test_attacks_gates_and_report_are_about_the_chosen_detectors(cohort, every, 
         f"membership, {name}" for name in attacks
     }
     assert audit.report(Privacy(), card, gates, found, counts)["calibration"]["detectors"] == names
+
+
+def test_the_mean_that_attacks_take_off_holds_members_and_strangers_alike(cohort, every):
+    """Images of nobody: about a mean of the 30 training scans, these lie farther from them than strangers do."""
+    _, reference = every
+    shards, split = Shards([cohort.images]), np.array(SPLITS)
+    unseen = np.flatnonzero(split != "train")
+    made = torch.rand(60, *shards.shape("image"), generator=torch.Generator().manual_seed(0))
+
+    def attacked(detectors, of_training):
+        def scans(name):
+            rows = np.flatnonzero(split == name)
+            known = of_training if name == "train" else directions(detectors, shards, rows)
+            return audit.RealScans(known, rows.astype(str))
+
+        real = audit.RealSplits(*(scans(name) for name in ("train", "calibration", "test")))
+        found = audit.attack({one.name: one.vectors(made) for one in detectors}, real, 50, "s")
+        return found["membership"]["distance, aligned"]["auc"]["value"], found["nearer_to_training"]["aligned"]["value"]
+
+    plain = load_detectors(cohort.files(), reference, ["aligned"])
+    assert max(attacked(plain, {"aligned": reference["aligned"]})) < 0.2
+    auc, nearer = attacked(*load_attackers(cohort.files(), reference, ["aligned"], shards, unseen))
+    assert 0.3 < auc < 0.7 and 0.35 < nearer < 0.65
+    others, known = load_attackers(cohort.files(), reference, ["learned"], shards, unseen)
+    assert [one.name for one in others] == ["learned"] and known["learned"] is reference["learned"]

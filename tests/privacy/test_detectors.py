@@ -11,7 +11,7 @@ from meddiff_steps.imaging.shards import Shards, ShardWriter, TensorColumn
 from meddiff_steps.instruments.embedder import Embedder, train_embedder
 from meddiff_steps.privacy import size
 from meddiff_steps.privacy.detectors.aligned import Aligned, extent, ssim_map
-from meddiff_steps.privacy.detectors.base import TrainingImages, references
+from meddiff_steps.privacy.detectors.base import TrainingImages, directions, references
 from meddiff_steps.privacy.detectors.embedding import Embedding
 
 SHAPE = (1, 16, 18, 14)
@@ -66,8 +66,24 @@ def test_the_aligned_detector_finds_copies_and_whose_they_are(scans):
     for kind in ("mirrored", "noised", "recontrasted", "cropped"):
         assert (copies[kind][0] > highest).all(), kind
         assert copies[kind][1].tolist() == list(range(12))
-    shifted = torch.roll(torch.from_numpy(scans[np.arange(12)]), (1, -1), (2, 4))
-    assert (detector.similarity(shifted)[0] > highest).all()
+
+
+@pytest.mark.parametrize("shift", [(1, 0, -1), (-1, 1, 1), (2, 2, 2), (-2, 0, 2), (2, -3, 0)])
+def test_the_aligned_detector_finds_copies_that_were_shifted(scans, shift):
+    detector = Aligned(scans[np.arange(60)].mean(0), scans)
+    detector.references = references(detector, scans)
+    highest = detector.similarity(torch.from_numpy(scans.shards.tensors("image", np.arange(60, 80))))[0].max()
+    shifted = np.stack([perturbations.moved(scan[0], shift)[None] for scan in scans[np.arange(12)]])
+    for copies in (torch.from_numpy(shifted), perturbations.flip(torch.from_numpy(shifted))):
+        similarity, index = detector.similarity(copies)
+        assert (similarity > highest).all() and index.tolist() == list(range(12))
+
+
+def test_directions_of_mirror_images_are_those_of_flipped_ones(scans):
+    detector = Aligned(scans[np.arange(60)].mean(0), scans)
+    found = directions([detector], scans.shards, np.arange(5), mirrored=True)["aligned"]
+    flipped = perturbations.flip(torch.from_numpy(scans[np.arange(5)]))
+    np.testing.assert_array_equal(found, detector.vectors(flipped))
 
 
 def test_the_extent_is_the_bounding_box_of_what_is_not_zero():
@@ -90,8 +106,23 @@ def test_copies_of_pictures_that_fill_the_frame_are_found_when_their_borders_are
     detector = Aligned(scans[np.arange(40)].mean(0), scans)
     detector.references = references(detector, scans)
     highest, copies = strangers_and_copies(detector, scans, range(40, 60))
-    assert (copies["cropped"][0] > highest).all()
-    assert copies["cropped"][1].tolist() == list(range(12))
+    for kind in ("cropped", "moved"):
+        assert (copies[kind][0] > highest).all(), kind
+        assert copies[kind][1].tolist() == list(range(12))
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((48, 64, 60), (2, 3, 2)), ((160, 224, 10), (6, 9, 1)), ((512, 40), (20, 2))]
+)
+def test_planted_copies_are_moved_along_every_axis_by_whole_voxels(shape, expected):
+    image = torch.zeros(6, 1, *shape)
+    middle = tuple(n // 2 for n in shape)
+    image[(slice(None), 0, *middle)] = 1.0
+    found = perturbations.perturbed_copies(image, np.random.default_rng(0))["moved"]
+    steps = found.nonzero()[:, 2:] - torch.tensor(middle)
+    assert (steps.abs() == torch.tensor(expected)).all() and len(steps.unique(dim=0)) > 1
+    again = perturbations.perturbed_copies(image, np.random.default_rng(0))["moved"]
+    assert torch.equal(found, again)
 
 
 def test_the_learned_detector_finds_rotated_copies(scans):

@@ -169,7 +169,7 @@ def test_copies_of_large_images_are_found_by_block_means(tmp_path, monkeypatch, 
     unseen = np.array([0, 1, 2, 3, 4, *range(30, 40)])
     highest = detector.similarity(torch.from_numpy(shards.tensors("image", unseen)))[0].max()
     copies = perturbed_copies(torch.from_numpy(shards.tensors("image", rows[:8])), np.random.default_rng(1))
-    for kind in ("mirrored", "noised", "recontrasted", "cropped"):
+    for kind in ("mirrored", "noised", "recontrasted", "cropped", "moved"):
         similarity, index = detector.similarity(copies[kind])
         assert similarity.min() > highest and index.tolist() == list(range(8)), kind
 

@@ -4,7 +4,9 @@ from scipy.stats import binom
 
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.privacy import search
+from meddiff_steps.privacy.attacks import excess_risk
 from meddiff_steps.privacy.calibration import Thresholds, calibrate, conformal_threshold
+from meddiff_steps.privacy.reference import nearest_of_subject, one_scan_of_each
 from meddiff_steps.privacy.search import nearest, unit_rows
 from meddiff_steps.privacy.size import subjects_needed
 
@@ -87,3 +89,20 @@ def test_groups_get_their_own_threshold_only_where_they_are_large_enough():
 def test_too_few_subjects_are_not_calibrated():
     assert calibrate({"a": np.arange(10.0), "b": np.arange(10.0)}, np.zeros(10), 0.05) is None
     assert isinstance(calibrate({"a": np.arange(19.0)}, np.zeros(19), 0.05), Thresholds)
+
+
+def test_excess_copies_compare_an_image_with_one_scan_of_a_stranger():
+    """Thresholds are of people's nearest of four scans; an image is like one scan."""
+    rng = np.random.default_rng(0)
+    subjects = np.repeat([f"{number:04d}" for number in range(400)], 4)
+    rows = one_scan_of_each(subjects[::-1])
+    assert subjects[::-1][rows].tolist() == np.unique(subjects).tolist()
+    assert len({row % 4 for row in rows}) == 4, "not always the first"
+    scores = {"x": rng.random(1600)}
+    limit = conformal_threshold(nearest_of_subject(scores, subjects)[0]["x"], 0.05)
+    others = rng.random(1600)
+    by_person = nearest_of_subject({"x": others}, subjects)[0]["x"] > limit
+    by_one = others[one_scan_of_each(subjects)] > limit
+    images = (rng.random(4000) > limit) | (rng.random(4000) < 0.1)
+    assert excess_risk(images, by_person)["high"] < 0.1 < excess_risk(images, by_one)["high"]
+    assert len(one_scan_of_each(np.zeros(0, str))) == 0

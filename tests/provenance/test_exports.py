@@ -183,7 +183,13 @@ def test_the_few_people_of_a_rare_level_count_as_much_as_all():
     attacks = {"denoising_loss": told["all"]}
     assert weights_gate({"attacks": attacks}, 0.6).outcome == "PASS"
     assert weights_gate({"attacks": attacks | {"rare": {"denoising_loss": told["few"]}}}, 0.6).outcome == "FAIL"
-    for untried in ({"denoising_loss": None}, {}, attacks | {"rare": {"denoising_loss": None}}):
+    confounded = {"denoising_loss": told["few"], "strangers": "all"}
+    for untried in (
+        {"denoising_loss": None},
+        {},
+        attacks | {"rare": {"denoising_loss": None}},
+        attacks | {"rare": confounded},
+    ):
         assert weights_gate({"attacks": untried}, 0.6).outcome == "NOT_EVALUATED"
     few = {"denoising_loss": {"auc": {"value": 0.9, "low": None, "high": None, "n": 34, "too_few": 4}}}
     gate = weights_gate({"attacks": few}, 0.6)

@@ -1,7 +1,7 @@
 """Ways to ask how near an image comes to its nearest training scan.
 
 Each detector turns images into directions, searched exactly by cosine, and gives one similarity per image.  They fail
-in different ways: the aligned one misses what was rotated, the learned one may not have learnt what matters, the latent
+in different ways: the aligned one misses what was warped, the learned one may not have learnt what matters, the latent
 one sees only what the autoencoder kept.
 
 A detector (`privacy.detectors`) is a module of this package: `ENTRY` says what it is and `build(context)` makes it;
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from meddiff_steps.imaging.perturbations import flip
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.first_stage.base import FirstStage
 from meddiff_steps.models.latent_statistics import Standardisation
@@ -123,10 +124,15 @@ def reduced(images: Tensor) -> Tensor:
     return (functional.avg_pool3d if images.ndim == 5 else functional.avg_pool2d)(images, sides)
 
 
-def directions(detectors: Sequence[Detector], shards: Shards, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Per detector: directions of the images of `rows`, (len(rows), d); each image is read once."""
+def directions(
+    detectors: Sequence[Detector], shards: Shards, rows: np.ndarray, mirrored: bool = False
+) -> dict[str, np.ndarray]:
+    """Per detector: directions of the images of `rows`, or of their mirror images, (len(rows), d); each image is read
+    once.
+    """
     found = {detector.name: np.zeros((0, 0), np.float32) for detector in detectors}
     for part, images in batches(shards, rows):
+        images = flip(images) if mirrored else images
         for detector in detectors:
             vectors = detector.vectors(images)
             if part.start == 0:  # filled in place: a list of parts would need twice the memory

@@ -21,8 +21,8 @@ ENTRY = {
     "summary": "The codes of the generator's own autoencoder.",
     "source": "standardised posterior means of the first stage (Rombach et al. 2022)",
     "misses": (
-        "whatever the autoencoder did not keep, and copies that were moved, rotated or re-contrasted; mirrored ones,"
-        " where the study mirrors no training scan (`variants.flip`) and another detector sees them."
+        "whatever the autoencoder did not keep, and copies that were moved by a voxel or rotated by 8 degrees; mirrored"
+        " ones, where the study mirrors no training scan (`variants.flip`) and another detector sees them."
     ),
 }
 
