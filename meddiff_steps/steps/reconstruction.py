@@ -158,9 +158,11 @@ def _read(
     """The measurement of a scan from its file."""
     path = filled_in(str(study.reconstruction.measured), scan, "reconstruction.measured")
     given = read_npz(path, ("y",), "Write it with numpy.savez(path, y=...).")
-    values = given.pop("y")
-    operator = build(name, strength, study.reconstruction, shape, spacing, philox(study.seed, "unused"), given)
-    return Measurement(operator, operator.checked(values, path))
+    try:
+        operator = build(name, strength, study.reconstruction, shape, spacing, philox(study.seed, "unused"), given)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return Measurement(operator, operator.checked(given["y"], path))
 
 
 def _judged(truth: np.ndarray, clean: np.ndarray, share: np.ndarray, draws: np.ndarray) -> dict[str, float]:
