@@ -104,7 +104,7 @@ def run(
     if model is not None and settings.need("latents of the cohort") and latents and scale:
         ((covariate, value),) = settings.healthy.items()
         wanted = settings_of.Counterfactual(covariate=covariate, classifier_guidance=settings.classifier_guidance)
-        training = cohort.of_splits(["train"]).table
+        training = cohort.of_splits(["train"])
         guides = latent_guides(wanted, [value], training, Shards(latents), load_file(scale), model.encoding)
     reference: list[Scan] = []
     if settings.need("healthy validation scans"):

@@ -86,7 +86,7 @@ def run(
         declared = study.covariates[settings.moved]
         guides = image_guides(settings, values, declared, model, unseen, held_out[settings.moved])
     elif settings.classifier_guidance and latents and scale:
-        guides = latent_guides(settings, values, training.table, Shards(latents), load_file(scale), model.encoding)
+        guides = latent_guides(settings, values, training, Shards(latents), load_file(scale), model.encoding)
     keys = [seed_key(f"{study.seed}/counterfactual/{name}", 0, 0, "decoder") for name in scans["scan_id"]]
     made = counterfactuals(model, real, scans, values, settings, guides, keys if model.draws else None)
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from meddiff_steps.applications import guides as guiding
 from meddiff_steps.applications.counterfactual import counterfactuals
-from meddiff_steps.applications.guides import image_guides
+from meddiff_steps.applications.guides import image_guides, latent_guides
 from meddiff_steps.applications.interpolation import interpolate
 from meddiff_steps.applications.scans import chosen_scans, sweep
 from meddiff_steps.cohort.covariates import CovariateEncoding
@@ -23,6 +24,7 @@ from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.diffusion.guidance import ClassifierGuidance
 from meddiff_steps.diffusion.schedules import NoiseProcess
 from meddiff_steps.evaluation.counterfactual import figures, table
+from meddiff_steps.imaging.selection import Images
 from meddiff_steps.instruments.latent_predictors import fit_latent_predictor
 from meddiff_steps.models.trained import TrainedModel
 
@@ -122,7 +124,7 @@ def test_a_classifier_moves_a_scan_that_the_model_is_told_nothing_about() -> Non
     rng = np.random.default_rng(1)
     sizes = rng.uniform(-2, 2, 200).astype(np.float32)
     latents = sizes.reshape(-1, 1, 1, 1, 1) + STD * rng.standard_normal((200, *SHAPE)).astype(np.float32)
-    predictor = fit_latent_predictor(latents, sizes, levels=0)
+    predictor = fit_latent_predictor(latents, sizes, levels=0, subjects=np.arange(200))
     found = latents.reshape(200, -1) @ predictor.weights.numpy() + predictor.bias.numpy()
     assert np.corrcoef(found[:, 0], sizes)[0, 1] > 0.97
     guide = ClassifierGuidance(predictor.log_probability(2.0, categorical=False), scale=1.0)
@@ -138,12 +140,52 @@ def test_a_label_is_predicted_from_latents() -> None:
     latents = rng.standard_normal((150, 3, 2, 2)).astype(np.float32)
     latents[np.arange(150), level.astype(int)] += 2.0
     level[:5] = np.nan
-    predictor = fit_latent_predictor(latents, level, levels=3)
+    predictor = fit_latent_predictor(latents, level, levels=3, subjects=np.arange(150))
     probability = torch.stack(
         [predictor.log_probability(k, True)(torch.from_numpy(latents)).exp() for k in (0.0, 1.0, 2.0)], 1
     )
     np.testing.assert_allclose(probability.sum(1), 1.0, rtol=1e-5)
     assert (probability.argmax(1).numpy()[5:] == level[5:]).mean() > 0.9
+
+
+def test_a_predictor_is_as_unsure_as_it_is_of_other_people() -> None:
+    """Ten scans each, nearly alike: a scan whose twins are known is told well, another person is not."""
+    rng = np.random.default_rng(0)
+    people, sizes = rng.standard_normal((60, 4, 8, 8)), rng.standard_normal(60)
+    scans_ = np.repeat(people, 10, 0) + 0.3 * rng.standard_normal((600, 4, 8, 8))
+    predictor = fit_latent_predictor(scans_, np.repeat(sizes, 10), 0, np.repeat(np.arange(60), 10))
+    others = rng.standard_normal((500, 256)) @ predictor.weights.numpy() + predictor.bias.numpy()
+    error = float((others[:, 0] - rng.standard_normal(500)).std())
+    assert float(predictor.spread[0]) == pytest.approx(error, rel=0.2)
+
+
+def test_guidance_learns_from_whole_people_of_all_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """People of one level come first by id; a level that nobody has is refused."""
+    seen: dict[str, Any] = {}
+
+    def fitted(z: np.ndarray, encoded: np.ndarray, levels: int, subjects: np.ndarray) -> Any:
+        seen.update(encoded=encoded, subjects=subjects)
+        return SimpleNamespace(log_probability=lambda *_: None)
+
+    monkeypatch.setattr(guiding, "fit_latent_predictor", fitted)
+    monkeypatch.setattr(guiding, "MAX_LATENTS", 40)
+    monkeypatch.setattr(guiding, "LEAST_PEOPLE", 2)
+    names = [f"p{i // 2:02d}-{i % 2}" for i in range(80)]
+    table = pd.DataFrame({"scan_id": names, "sex": ["F"] * 40 + ["M"] * 40, "split": "train"})
+    table["subject_id"] = table["scan_id"].str[:3]
+    columns = {"scan_id": names, "variant": [0] * 80}
+    shards: Any = SimpleNamespace(
+        column=lambda name: columns[name], tensors=lambda _, rows: np.zeros((len(rows), 1, 2, 2))
+    )
+    training = Images(shards, table, "scan_id", "subject_id", "manifest")
+    scale = {"offset": np.zeros(1, np.float32), "scale": np.ones(1, np.float32)}
+    encoding = CovariateEncoding({"sex": CategoricalCovariate(levels=["F", "M", "X"])}, {}, {})
+    settings = Counterfactual(covariate="sex", classifier_guidance=1.0)
+    latent_guides(settings, ["F", "M"], training, shards, scale, encoding)
+    assert len(seen["encoded"]) == 40 and set(seen["encoded"]) == {0.0, 1.0}
+    assert (np.unique(seen["subjects"], return_counts=True)[1] == 2).all()
+    with pytest.raises(UserError, match=r"sex: \['X'\] is asked for, but the 40 training scans .* have \['F', 'M'\]"):
+        latent_guides(settings, ["F", "X"], training, shards, scale, encoding)
 
 
 def test_interpolation_goes_from_one_scan_to_the_other() -> None:
