@@ -58,6 +58,14 @@ def chosen_scans(
     return pd.concat(parts).drop_duplicates("scan_id").reset_index(drop=True)
 
 
+def one_a_session(scans: pd.DataFrame) -> pd.DataFrame:
+    """Of each session of each subject the middle scan by id (of slices of a head the same place), sorted by id."""
+    found = scans.sort_values("scan_id")
+    sessions = found.groupby(["subject_id", "session_id"], dropna=False, sort=False)["scan_id"]
+    middle = (sessions.cumcount() == sessions.transform("size") // 2).to_numpy(dtype=bool)
+    return found[middle].reset_index(drop=True)
+
+
 def sweep(
     settings: config.Counterfactual, covariates: config.Covariates, training: pd.DataFrame
 ) -> list[config.Scalar]:
