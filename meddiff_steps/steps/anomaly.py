@@ -18,7 +18,7 @@ from meddiff_steps.applications import anomaly, derivative
 from meddiff_steps.applications.anomaly import Mapped
 from meddiff_steps.applications.anomaly_maps.base import Context, Mapper, Scan, Translations, build
 from meddiff_steps.applications.guides import latent_guides
-from meddiff_steps.applications.scans import chosen_scans
+from meddiff_steps.applications.scans import CALIBRATED_ON, chosen_scans
 from meddiff_steps.cohort.manifest import having
 from meddiff_steps.cohort.texts import without_text
 from meddiff_steps.compute.device import make_fabric
@@ -82,7 +82,7 @@ def run(
     settings = study.anomaly
     cohort = Images.of_scans(images, manifest, study.covariates)
     worker = _Worker(study, cohort, pd.read_parquet(qc).set_index("scan_id"))
-    scans = chosen_scans(cohort.table, settings.scans, settings.most_scans, "anomaly")
+    scans = chosen_scans(cohort.table, settings.scans, settings.most_scans, "anomaly", CALIBRATED_ON)
     known = worker.healthy("calibration", settings.most_calibration_scans)
     anomaly.check_people(known["subject_id"].nunique(), settings)
     anomaly.warn_of_scans_each(known["subject_id"].tolist(), scans["subject_id"].tolist())
@@ -137,14 +137,18 @@ def run(
             [judging.measured(scan, limit, own, score_limit) for scan, own in zip(judged, scores, strict=True)]
         )
         entry: dict[str, Any] = {"method": name, "calibration": asdict(calibration)}
-        if worker.truth_known and any(scan.truth.any() for scan in judged):
-            figures, counts = judging.figures(name, judged, table, calibration.threshold, reference_counts, **chosen)
+        new = [i for i, case in enumerate(cases) if case.row["split"] not in CALIBRATED_ON]
+        unseen = [judged[i] for i in new]
+        if worker.truth_known and any(scan.truth.any() for scan in unseen):
+            figures, counts = judging.figures(
+                name, unseen, table.iloc[new].reset_index(drop=True), calibration.threshold, reference_counts, **chosen
+            )
             reference_counts = counts if name == REFERENCE else reference_counts
             entry |= figures
         elif not worker.truth_known:
             table = table.drop(columns=["lesion_voxels", "false_share", "false_marks", "dice"])
         found.append(entry)
-        tables.append(table.assign(method=name))
+        tables.append(table.assign(method=name, split=[case.row["split"] for case in cases]))
     facts: dict[str, Any] = {"scans": scans["scan_id"].tolist(), "settings": settings.model_dump(mode="json")}
     facts |= {"model": digests, "calibration_scans": known["scan_id"].tolist(), "methods": found}
     with atomic_path(out / "measurements.parquet") as path:

@@ -16,7 +16,7 @@ from meddiff_steps.applications import guides as guiding
 from meddiff_steps.applications.counterfactual import counterfactuals
 from meddiff_steps.applications.guides import image_guides, latent_guides
 from meddiff_steps.applications.interpolation import interpolate
-from meddiff_steps.applications.scans import chosen_scans, sweep
+from meddiff_steps.applications.scans import chosen_scans, sweep, unseen, with_split
 from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate, Counterfactual
 from meddiff_steps.core.errors import UserError
@@ -222,6 +222,16 @@ def test_scans_by_name_by_subject_or_of_the_test_split() -> None:
         chosen_scans(manifest(), ["sub-x"], 1)
     with pytest.raises(UserError, match="no preprocessed scan is in the test split"):
         chosen_scans(manifest()[2:], [], 1)
+
+
+def test_named_scans_that_were_learnt_from_are_told_and_left_out_of_figures(caplog: pytest.LogCaptureFixture) -> None:
+    named = manifest()[1:]
+    found = chosen_scans(manifest(), named["scan_id"].tolist(), 1)
+    assert "counterfactual.scans: 2 of 3 scans are of the split train (2), which was learnt from" in caplog.text
+    rows = with_split(pd.DataFrame({"scan_id": found["scan_id"].repeat(2), "value": 1.0}), found)
+    assert rows["split"].tolist() == ["test"] * 2 + ["train"] * 4
+    new = unseen(rows)
+    assert list(new) == ["scan_id", "value"] and set(new["scan_id"]) == {"sub-a_T1w"}
 
 
 def test_of_slices_every_subject_has_its_share_from_all_of_the_head() -> None:
