@@ -115,9 +115,10 @@ def run(
 
     healthy = []
     for number, row in enumerate(known.to_dict("records")):
-        healthy.append(Mapped.of(worker.scan(row), mappers, settings))
+        healthy.append(Mapped.of(worker.scan(row), mappers, settings).for_thresholds())
         log.info("%s: done, %d of %d healthy scans for thresholds", row["scan_id"], number + 1, len(known))
     calibrations, members = anomaly.calibrated(healthy, known["subject_id"].tolist(), settings)
+    del healthy
     cases = []
     ill = anomaly.planted(len(scans), f"{study.seed}/anomaly") if settings.lesions.given else {}
     for number, row in enumerate(scans.to_dict("records")):

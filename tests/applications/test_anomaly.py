@@ -23,7 +23,7 @@ from meddiff_steps.applications.anomaly import (
     warn_of_scans_each,
 )
 from meddiff_steps.applications.anomaly_maps._tiles import masks
-from meddiff_steps.applications.anomaly_maps.base import Context, Scan, build
+from meddiff_steps.applications.anomaly_maps.base import Context, Finding, Scan, build
 from meddiff_steps.applications.anomaly_maps.coarse_noise import coarse
 from meddiff_steps.applications.anomaly_maps.healing import surprise
 from meddiff_steps.applications.anomaly_maps.modality_cycles import Cycle, cycled
@@ -403,3 +403,18 @@ def test_tiles_of_a_cycle_are_drawn_beside_the_scan_as_it_is(monkeypatch: pytest
 def test_a_cycle_without_networks_is_refused() -> None:
     with pytest.raises(UserError, match=r"modality_cycles needs the networks of both ways .* translation.cycle: true"):
         build("modality_cycles", Context(None, settings("modality_cycles")))
+
+
+@pytest.mark.parametrize("depths", [[0.5], [0.3, 0.4, 0.5]])
+def test_a_scan_takes_no_more_memory_than_is_asked_for(depths: list[float]) -> None:
+    wanted, image = settings("gaussian_noise", "simplex_noise", "patches", depths=depths), scan()
+    found = Finding(0.1 * image.image[0], image.image.copy())
+    mappers: Any = dict.fromkeys(wanted.methods, lambda _: dict.fromkeys(["", *map(str, depths)], found))
+
+    def held(one: Mapped) -> float:
+        arrays = [*one.maps.values(), *one.healed.values(), one.scan.image, one.head.whole, one.head.interior]
+        return sum(array.nbytes for array in arrays) / (4 * image.image.size)
+
+    mapped = Mapped.of(image, mappers, wanted)
+    assert held(mapped) + 3 <= wanted.images_held <= held(mapped) + 8
+    assert held(mapped.for_thresholds()) == held(mapped) - len(wanted.methods)
