@@ -25,7 +25,7 @@ from meddiff_steps.applications.anomaly import (
 from meddiff_steps.applications.anomaly_maps._tiles import masks
 from meddiff_steps.applications.anomaly_maps.base import Context, Finding, Scan, build
 from meddiff_steps.applications.anomaly_maps.coarse_noise import coarse
-from meddiff_steps.applications.anomaly_maps.healing import surprise
+from meddiff_steps.applications.anomaly_maps.healing import on_grid, surprise
 from meddiff_steps.applications.anomaly_maps.modality_cycles import Cycle, cycled
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import Anomaly, Compute, Translation
@@ -162,6 +162,16 @@ def test_healing_draws_surprising_latents_anew_and_leaves_the_rest() -> None:
     assert found.difference[LESION].mean() > 0.5, "what surprises counts for more than its grey values"
     with pytest.raises(UserError, match="healing needs healthy scans in the val split"):
         build("healing", Context(model, wanted))
+
+
+@pytest.mark.parametrize("cell", [1, 7, 14])
+def test_a_cell_weighs_the_voxels_that_it_covers(cell: int) -> None:
+    cells = np.zeros((16, 12))
+    cells[cell, 5] = 1.0
+    found = on_grid(cells, (64, 36))
+    assert found.shape == (64, 36) and found.max() > 0.7
+    places = np.average(np.indices(found.shape).reshape(2, -1), axis=1, weights=found.ravel())
+    np.testing.assert_allclose(places, [4 * cell + 1.5, 3 * 5 + 1])
 
 
 def test_coarse_noise_has_blobs_of_its_cells() -> None:

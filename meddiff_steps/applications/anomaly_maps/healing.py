@@ -65,12 +65,18 @@ def build(context: Context) -> Mapper:
             resamples=1,
         )
         found = context.finding(latents, healed)
-        shape = found.difference.shape
-        weight = ndimage.zoom(ratio / limit, [n / m for n, m in zip(shape, ratio.shape, strict=True)], order=1)
+        weight = on_grid(ratio / limit, found.difference.shape)
         # As Pinaya et al. do: differences count where latents were surprising; the more so, the more they were.
         return {"": Finding((found.difference * weight).astype(np.float32), found.healed)}
 
     return find
+
+
+def on_grid(cells: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Values of cells (*latent spatial) at the voxels (*shape) that they cover, linearly between their centres."""
+    zooms = [n / m for n, m in zip(shape, cells.shape, strict=True)]
+    found: np.ndarray = ndimage.zoom(cells, zooms, order=1, mode="nearest", grid_mode=True)
+    return found
 
 
 def _noise(scan: Scan, count: int, shape: tuple[int, ...]) -> Iterator[Tensor]:
