@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from meddiff_steps import config as settings_of
 from meddiff_steps.applications import anomaly, derivative
 from meddiff_steps.applications.anomaly import Mapped
-from meddiff_steps.applications.anomaly_maps.base import Context, Mapper, Scan, Translations, build
+from meddiff_steps.applications.anomaly_maps.base import REFERENCE_SCANS, Context, Mapper, Scan, Translations, build
 from meddiff_steps.applications.guides import latent_guides
 from meddiff_steps.applications.scans import CALIBRATED_ON, chosen_scans
 from meddiff_steps.cohort.manifest import having
@@ -108,7 +108,7 @@ def run(
         guides = latent_guides(wanted, [value], training, Shards(latents), load_file(scale), model.encoding)
     reference: list[Scan] = []
     if settings.need("healthy validation scans"):
-        known_well = worker.healthy("val", settings.most_calibration_scans)
+        known_well = worker.healthy("val", min(REFERENCE_SCANS, settings.most_calibration_scans))
         reference = [worker.scan(row) for row in known_well.to_dict("records")]
     context = Context(model, settings, reference, guides[0], translations)
     mappers = {name: build(name, context) for name in settings.methods}

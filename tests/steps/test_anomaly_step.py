@@ -142,6 +142,24 @@ def test_lesions_are_found_and_everything_is_written(files: Files) -> None:
     assert json.loads((again / "figures.json").read_text())["methods"] == found["methods"]
 
 
+def test_no_more_healthy_scans_are_loaded_than_methods_are_given(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And they are chosen by lot, of all people."""
+    given: list[str] = []
+
+    def stop(name: str, context: Any) -> Any:
+        given.extend(scan.subject["scan_id"].iloc[0] for scan in context.reference)
+        raise InterruptedError
+
+    monkeypatch.setattr(anomaly, "build", stop)
+    monkeypatch.setattr(anomaly, "REFERENCE_SCANS", 3)
+    with pytest.raises(InterruptedError):
+        files.run("stopped", methods=["healing"], subject_false_positive_rate=0.3)
+    rows = pd.read_parquet(files.manifest)
+    healthy = rows[(rows["split"] == "val") & (rows["lesion"] == "0")]
+    assert len(given) == 3 < len(healthy) and set(given) <= set(healthy["scan_id"])
+    assert set(given) != set(healthy["scan_id"][:3])
+
+
 def test_figures_leave_out_scans_that_were_learnt_from(files: Files, caplog: pytest.LogCaptureFixture) -> None:
     """Their maps are written all the same."""
     manifest = pd.read_parquet(files.manifest)
