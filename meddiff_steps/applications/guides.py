@@ -127,13 +127,13 @@ def image_guides(
     if not levels:
         truth = known.to_numpy(dtype=float, na_value=np.nan)
         there = np.isfinite(truth)
-        with torch.no_grad():
-            found = torch.cat([predict(model.fabric.to_device(torch.from_numpy(one[None]))) for one in images[there]])
         if there.sum() < 3:
             raise UserError(
                 f"{key}: {there.sum()} validation scans have a {settings.covariate}, expected at least 3 to measure how"
                 " unsure the network is. Enlarge splits.val."
             )
+        with torch.no_grad():
+            found = torch.cat([predict(model.fabric.to_device(torch.from_numpy(one[None]))) for one in images[there]])
         spread = float(np.sqrt(np.square(found[:, 0].cpu().numpy() - truth[there]).mean()))
 
     def towards(value: config.Scalar) -> Callable[[Tensor], Tensor]:

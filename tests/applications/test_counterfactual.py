@@ -364,9 +364,11 @@ def test_a_network_that_says_something_else_is_refused(tmp_path: Path) -> None:
         guides[0][0].log_probability(torch.zeros(1, *SHAPE))
     number = ContinuousCovariate(unit="mL", range=(-10, 10))
     with pytest.raises(UserError, match=r"expected \(1, 1\): the covariate in its unit"):
-        image_guides(three, [1.0], number, Exact(), scans(), known)
+        image_guides(three, [1.0], number, Exact(), scans().repeat(2, axis=0), pd.Series([1.0, 2.0] * 2))
     one = three.model_copy(update={"predictor": given(tmp_path / "one.pt")})
     with pytest.raises(UserError, match="2 validation scans have a sex, expected at least 3"):
         image_guides(one, [1.0], number, Exact(), scans(), known)
+    with pytest.raises(UserError, match="0 validation scans have a sex, expected at least 3"):
+        image_guides(one, [1.0], number, Exact(), scans(), pd.Series([np.nan, np.nan]))
     with pytest.raises(ValueError, match="classifier_guidance, its weight, is 0"):
         Counterfactual(covariate="sex", predictor="p.pt")
