@@ -76,9 +76,8 @@ def run(
     values = sweep(settings, study.covariates, training.table)
     scans = chosen_scans(cohort.table, settings.scans, settings.most_scans)
     real = cohort.shards.tensors("image", scans["row"].to_numpy())
-    model = TrainedModel.load(
-        autoencoder, diffusion, make_fabric(study.compute, threads), study.compute, decoder=decoder
-    )
+    fabric = make_fabric(study.compute, threads)
+    model = TrainedModel.load(autoencoder, diffusion, fabric, study.compute, decoder=decoder, toned=False)
     guides: Sequence[tuple[Guidance, ...]] | None = None
     if settings.predictor is not None:
         held_out = cohort.of_splits(["val"]).table[:MOST_HELD_OUT]

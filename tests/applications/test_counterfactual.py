@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from meddiff_steps.applications.guides import image_guides, latent_guides
 from meddiff_steps.applications.interpolation import interpolate
 from meddiff_steps.applications.scans import chosen_scans, sweep, unseen, with_split
 from meddiff_steps.cohort.covariates import CovariateEncoding
-from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate, Counterfactual
+from meddiff_steps.config import CategoricalCovariate, Compute, ContinuousCovariate, Counterfactual
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.diffusion.guidance import ClassifierGuidance
@@ -372,3 +373,25 @@ def test_a_network_that_says_something_else_is_refused(tmp_path: Path) -> None:
         image_guides(one, [1.0], number, Exact(), scans(), pd.Series([np.nan, np.nan]))
     with pytest.raises(ValueError, match="classifier_guidance, its weight, is 0"):
         Counterfactual(covariate="sex", predictor="p.pt")
+
+
+def test_scans_keep_their_grey_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The curve of generated images is not for what is made of scans."""
+    step, asked = import_module("meddiff_steps.steps.counterfactual"), dict[str, Any]()
+
+    def load(*_: Any, **wanted: Any) -> Any:
+        asked.update(wanted)
+        raise InterruptedError
+
+    cohort = SimpleNamespace(shards=SimpleNamespace(tensors=lambda *_: scans()), table=manifest().assign(row=0))
+    cohort.of_splits = lambda splits: cohort
+    study = SimpleNamespace(counterfactual=Counterfactual(covariate="sex", values=["F"]), covariates=COVARIATES)
+    study.compute = Compute(device="cpu", precision="32-true")
+    monkeypatch.setattr(step, "load_stage", lambda *_: study)
+    monkeypatch.setattr(step, "Images", SimpleNamespace(of_scans=lambda *_: cohort))
+    monkeypatch.setattr(step, "sweep", lambda *_: ["F"])
+    monkeypatch.setattr(step, "TrainedModel", SimpleNamespace(load=load))
+    path = Path("x")
+    with pytest.raises(InterruptedError):
+        step.run(path, path, path, [path], path, path, path, path, path)
+    assert asked["toned"] is False
