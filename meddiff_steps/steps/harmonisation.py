@@ -114,7 +114,7 @@ def run(
     left = judging.anatomy(unseen(rows), **chosen)
     for entry in methods:
         entry["anatomy"] = left.get(str(entry["method"]), {})
-    features = [radiomic_features(torch.from_numpy(images)).numpy() for images in (plain, found["none"][new])]
+    learnt_from, read_of = (radiomic_features(torch.from_numpy(each)).numpy() for each in (plain, found["none"][new]))
 
     shutil.rmtree(out, ignore_errors=True)
     for i in moved[: settings.most_images]:
@@ -125,7 +125,7 @@ def run(
         "settings": settings.model_dump(mode="json"),
         "model": translator.digest,
         "methods": methods,
-        "features": judging.features_told(*features, tables, covariates, **chosen),
+        "features": judging.features_told(learnt_from, read_of, tables, covariates, **chosen),
     }
     with atomic_path(out / "measurements.parquet") as path:
         rows.to_parquet(path, index=False)
