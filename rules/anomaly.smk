@@ -23,9 +23,11 @@ rule anomaly:
         "../envs/meddiff.yaml"
     threads: 8
     resources:
-        # Maps of every method, of all scans and of those that thresholds come from.
+        # Maps of every method, first of the scans that thresholds come from, then of those that are asked about.
         mem_mb=memory(
-            4000, 4 * (4 + len(STUDY.anomaly.methods)), STUDY.anomaly.most_scans + STUDY.anomaly.most_calibration_scans
+            4000,
+            4 * STUDY.anomaly.images_held,
+            max(STUDY.anomaly.most_scans, STUDY.anomaly.most_calibration_scans),
         ),
         runtime=minutes(240),
         gpu=min(GPUS, 1),

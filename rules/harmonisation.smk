@@ -43,7 +43,9 @@ rule harmonisation:
         "../envs/meddiff.yaml"
     threads: 8
     resources:
-        mem_mb=memory(6000, 2400, STUDY.harmonisation.samples),
+        # Every way of test scans, most_scans of them; of as many training scans of each side three images, and half as
+        # many again that are of one side.
+        mem_mb=memory(6000, 2400 * STUDY.harmonisation.samples + 60 * STUDY.harmonisation.most_scans),
         runtime=minutes(240),
         gpu=min(GPUS, 1),
     params:

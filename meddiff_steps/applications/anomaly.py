@@ -272,6 +272,10 @@ class Mapped:
             healed[name] = findings[""].healed
         return cls(scan, head, maps, healed)
 
+    def for_thresholds(self) -> Self:
+        """The same without what no threshold is taken from."""
+        return replace(self, healed={})
+
     def with_ensemble(self, units: Mapping[str, Units], members: Sequence[str]) -> Mapped:
         """The same with the mean of some methods' maps, each in its units of healthy people."""
         scaled = [units[name].scaled(self.maps[name]) for name in members]

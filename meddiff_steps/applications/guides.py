@@ -15,20 +15,21 @@ from meddiff_steps import config
 from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.diffusion.guidance import ClassifierGuidance, Guidance
+from meddiff_steps.imaging.selection import Images
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.instruments.latent_predictors import fit_latent_predictor
 from meddiff_steps.models.latent_statistics import Standardisation
 from meddiff_steps.models.torchscript import load_torchscript
 from meddiff_steps.models.trained import TrainedModel
 
-#: Training latents that the predictor is fitted to, at most.
-MAX_LATENTS = 1024
+#: Training latents that the predictor is fitted to, at most; all of each of some people, where so many or more fit.
+MAX_LATENTS, LEAST_PEOPLE = 1024, 32
 
 
 def latent_guides(
     settings: config.Counterfactual,
     values: Sequence[config.Scalar],
-    training: pd.DataFrame,
+    training: Images,
     latents: Shards,
     scale: Mapping[str, np.ndarray],
     encoding: CovariateEncoding,
@@ -38,20 +39,34 @@ def latent_guides(
     Parameters
     ----------
     training
-        Rows of training scans.
+        Training scans.
     latents, scale
         Cached posteriors of the cohort, and their standardisation.
+
+    Raises
+    ------
+    UserError
+        None of the scans that are learnt from has a level that is asked for.
     """
     column = encoding.names.index(str(settings.covariate))
     levels = encoding.level_counts[column]
     variants = latents.column("variant")
     row_of = {name: i for i, name in enumerate(latents.column("scan_id")) if variants[i] == 0}
-    known = training[training["scan_id"].isin(row_of)][:MAX_LATENTS]
+    there = training.table["scan_id"].isin(row_of) & training.table[str(settings.covariate)].notna()
+    known = training.taken(np.flatnonzero(there).tolist()).whole_units(MAX_LATENTS, LEAST_PEOPLE).table
     standardise = Standardisation(scale["offset"], scale["scale"])
     z = standardise(latents.tensors("mean", [row_of[name] for name in known["scan_id"]]))
-    predictor = fit_latent_predictor(z, encoding.encode(known)[:, column], levels)
+    encoded = encoding.encode(known)[:, column]
     requests = pd.concat([known.iloc[[0]].assign(**{str(settings.covariate): [value]}) for value in values])
     targets = encoding.encode(requests)[:, column]
+    absent = [value for value, target in zip(values, targets, strict=True) if levels and target not in encoded]
+    if absent:
+        raise UserError(
+            f"{settings.covariate}: {absent} is asked for, but the {len(known)} training scans that guidance learns"
+            f" from only have {sorted(known[str(settings.covariate)].unique())}. Ask for another level, or add training"
+            " scans that have it."
+        )
+    predictor = fit_latent_predictor(z, encoded, levels, known["subject_id"].to_numpy())
     return [
         (
             ClassifierGuidance(
@@ -112,13 +127,13 @@ def image_guides(
     if not levels:
         truth = known.to_numpy(dtype=float, na_value=np.nan)
         there = np.isfinite(truth)
-        with torch.no_grad():
-            found = torch.cat([predict(model.fabric.to_device(torch.from_numpy(one[None]))) for one in images[there]])
         if there.sum() < 3:
             raise UserError(
                 f"{key}: {there.sum()} validation scans have a {settings.covariate}, expected at least 3 to measure how"
                 " unsure the network is. Enlarge splits.val."
             )
+        with torch.no_grad():
+            found = torch.cat([predict(model.fabric.to_device(torch.from_numpy(one[None]))) for one in images[there]])
         spread = float(np.sqrt(np.square(found[:, 0].cpu().numpy() - truth[there]).mean()))
 
     def towards(value: config.Scalar) -> Callable[[Tensor], Tensor]:

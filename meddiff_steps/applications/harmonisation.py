@@ -12,6 +12,7 @@ import pandas as pd
 from meddiff_steps import config
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.domains import Domain
+from meddiff_steps.imaging.selection import Images
 from meddiff_steps.imaging.shards import Shards
 from meddiff_steps.models.unpaired import Side
 
@@ -24,6 +25,8 @@ ENTRY = {
 
 #: Quantiles of a head's grey values that are brought onto those of the reference.
 QUANTILES = np.linspace(0.0, 1.0, 101)
+#: Training people of a side of whom all scans are taken, where so many fit.
+LEAST_PEOPLE = 16
 
 
 def sides(settings: config.Harmonisation, table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -47,6 +50,22 @@ def sides(settings: config.Harmonisation, table: pd.DataFrame) -> tuple[np.ndarr
                 f" {', '.join(sorted(map(str, site.dropna().unique())))}."
             )
     return here, there
+
+
+def training_scans(cohort: Images, most: int) -> pd.DataFrame:
+    """Training scans that ways are judged by, at most so many of each side, all of each of some people.
+
+    Parameters
+    ----------
+    cohort
+        Scans of both sides; column `there` of the table says whose look is taken.
+    """
+    table = cohort.table
+    there, train = table["there"].to_numpy(dtype=bool), (table["split"] == "train").to_numpy()
+    chosen: list[str] = []
+    for side in (there, ~there):
+        chosen += cohort.taken(np.flatnonzero(side & train).tolist()).whole_units(most, LEAST_PEOPLE).ids
+    return table[table[cohort.key].isin(chosen)].reset_index(drop=True)
 
 
 def domains(settings: config.Harmonisation, shards: Shards, table: pd.DataFrame) -> dict[Side, Domain]:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from meddiff_steps import config
 from meddiff_steps.applications.neighbours import neighbours
+from meddiff_steps.applications.scans import one_a_session
 from meddiff_steps.cohort.texts import without_text
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.imaging.selection import Images
@@ -117,7 +118,8 @@ def known_means(designs: np.ndarray) -> np.ndarray:
 class NormativeMaps:
     """z maps of scans, by draws and by regression, once it is known what is normal.
 
-    Scans are read one at a time, so memory does not grow with the cohort.
+    Scans are read one at a time, so memory does not grow with the cohort.  What is normal is learnt from one scan of
+    each subject, that of `one_a_session`: the maps of other scans of a session may be of other places.
 
     Attributes
     ----------
@@ -135,8 +137,8 @@ class NormativeMaps:
         shape = cohort.shards.shape("image")[1:]
         self.shape = shape
         self.spacing = study.preprocess.voxel_mm or (1.0,) * len(shape)
-        calibration = cohort.of_splits(["calibration"]).table
-        calibration = calibration[is_reference(calibration, self.settings)].sort_values("scan_id")
+        calibration = one_a_session(cohort.of_splits(["calibration"]).table)
+        calibration = calibration[is_reference(calibration, self.settings)]
         calibration = calibration.drop_duplicates("subject_id")[: self.settings.calibration_scans]
         self.count = len(calibration)
         if self.count < LEAST_SUBJECTS:
@@ -145,7 +147,7 @@ class NormativeMaps:
                 f" calibration split, expected at least {LEAST_SUBJECTS} to know what is normal. Enlarge"
                 " splits.calibration, or name another reference."
             )
-        training = cohort.of_splits(["train"]).table.drop_duplicates("subject_id")
+        training = one_a_session(cohort.of_splits(["train"]).table).drop_duplicates("subject_id")
         self.training = len(training)
         self.by_regression = self._regression(training)
         self.by_draws = self._calibrated(calibration)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import pandas as pd
@@ -15,8 +15,17 @@ from meddiff_steps.core.errors import UserError
 log = logging.getLogger(__name__)
 
 
+#: Splits that figures are not about, of all applications, and of those that calibrate on scans.
+LEARNT_FROM = ("train",)
+CALIBRATED_ON = ("train", "calibration")
+
+
 def chosen_scans(
-    scans: pd.DataFrame, wanted: Sequence[str], most: int, section: str = "counterfactual"
+    scans: pd.DataFrame,
+    wanted: Sequence[str],
+    most: int,
+    section: str = "counterfactual",
+    seen: Collection[str] = LEARNT_FROM,
 ) -> pd.DataFrame:
     """The scans that were asked for by scan or subject id; where none was, `most` of the test split: as many of each
     subject as can be, the same number but for one, evenly spaced where a subject has more (slices of a head).
@@ -27,6 +36,8 @@ def chosen_scans(
         Manifest rows of preprocessed scans.
     section
         Of the study that asks, for messages.
+    seen
+        Splits that figures are not about: a warning says how many named scans are of them.
 
     Raises
     ------
@@ -55,7 +66,36 @@ def chosen_scans(
                 " ... preprocessed/qc.parquet says which were left out, and why."
             )
         parts.append(rows)
-    return pd.concat(parts).drop_duplicates("scan_id").reset_index(drop=True)
+    found = pd.concat(parts).drop_duplicates("scan_id").reset_index(drop=True)
+    known = found.loc[found["split"].isin(seen), "split"].value_counts()
+    if len(known):
+        log.warning(
+            "%s.scans: %d of %d scans are of the split %s, which was learnt from; they are worked on, and figures leave"
+            " them out",
+            section,
+            known.sum(),
+            len(found),
+            ", ".join(f"{split} ({count})" for split, count in known.items()),
+        )
+    return found
+
+
+def with_split(rows: pd.DataFrame, scans: pd.DataFrame) -> pd.DataFrame:
+    """Measured rows with the split of their scan."""
+    return rows.assign(split=rows["scan_id"].map(scans.set_index("scan_id")["split"])) if len(rows) else rows
+
+
+def unseen(rows: pd.DataFrame, seen: Collection[str] = LEARNT_FROM) -> pd.DataFrame:
+    """Of rows as of `with_split` those that figures are about, without the split."""
+    return rows[~rows["split"].isin(seen)].drop(columns="split") if len(rows) else rows
+
+
+def one_a_session(scans: pd.DataFrame) -> pd.DataFrame:
+    """Of each session of each subject the middle scan by id (of slices of a head the same place), sorted by id."""
+    found = scans.sort_values("scan_id")
+    sessions = found.groupby(["subject_id", "session_id"], dropna=False, sort=False)["scan_id"]
+    middle = (sessions.cumcount() == sessions.transform("size") // 2).to_numpy(dtype=bool)
+    return found[middle].reset_index(drop=True)
 
 
 def sweep(

@@ -110,8 +110,15 @@ def _ensemble(pairs: Pairs, drawn: np.ndarray) -> Marked:
 
 
 def majority(truth: np.ndarray) -> np.ndarray:
-    """What at least half of the readers (readers, *spatial) marked, (*spatial); of one reader, what that one did."""
-    return truth[0] if len(truth) == 1 else (2 * (truth > 0).sum(0) >= len(truth)).astype(np.int16)
+    """What at least half of the readers (readers, *spatial) marked, with the label that most of them gave it (of as
+    many, the lowest), (*spatial).
+    """
+    labels = np.unique(truth[truth > 0])
+    if not labels.size:
+        return truth[0]
+    votes = np.stack([(truth == label).sum(0) for label in labels])
+    marked = 2 * votes.sum(0) >= len(truth)
+    return np.where(marked, labels[votes.argmax(0)], 0).astype(truth.dtype)
 
 
 def mean_label(pairs: Pairs, rows: Sequence[int] | np.ndarray) -> Marked:

@@ -47,7 +47,8 @@ def split(count: int, test_every: int, origin: object) -> tuple[np.ndarray, np.n
 def complete(
     model: PointDenoiser, left: np.ndarray, count: int, settings: config.ShapeCompletion, roots: Sequence[str]
 ) -> np.ndarray:
-    """Draw what is missing of some shapes, `settings.samples` times each.
+    """Draw what is missing of some shapes, `settings.samples` times each.  The draws of a shape are a batch of their
+    own, so that they do not depend on how many others there are.
 
     Parameters
     ----------
@@ -63,14 +64,16 @@ def complete(
     numpy.ndarray
         mm, float32 (b, samples, count, 3).
     """
-    device, draws = next(model.parameters()).device, settings.samples
-    keys = [seed_key(f"{root}/{i}", 0, 0, "shape") for root in roots for i in range(draws)]
-    # By their place, so that which points are looked at does not depend on their order either
-    seen = np.stack([chosen(points, settings.known, root) for points, root in zip(left, roots, strict=True)])
-    known = model.standardise(torch.from_numpy(seen.astype(np.float32)).to(device)).repeat_interleave(draws, 0)
-    noise = torch.from_numpy(batch_noise(keys, (3, count))).to(device)
-    drawn = sample(model, noise, told(known), model.process, "ddim", num_inference_steps=settings.num_inference_steps)
-    return model.millimetres(drawn.float()).reshape(len(roots), draws, count, 3).cpu().numpy()
+    device, draws, found = next(model.parameters()).device, settings.samples, []
+    for points, root in zip(left, roots, strict=True):
+        # By their place, so that which points are looked at does not depend on their order either
+        seen = torch.from_numpy(chosen(points, settings.known, root).astype(np.float32)).to(device)
+        known = told(model.standardise(seen[None]).repeat_interleave(draws, 0))
+        keys = [seed_key(f"{root}/{i}", 0, 0, "shape") for i in range(draws)]
+        noise = torch.from_numpy(batch_noise(keys, (3, count))).to(device)
+        drawn = sample(model, noise, known, model.process, "ddim", num_inference_steps=settings.num_inference_steps)
+        found.append(model.millimetres(drawn.float()).reshape(draws, count, 3).cpu().numpy())
+    return np.stack(found)
 
 
 def chosen(points: np.ndarray, count: int, root: str) -> np.ndarray:

@@ -27,6 +27,8 @@ ENTRY = {
 
 #: Factors of the thickness of inflated outlines that are tried on training bodies.
 FACTORS = np.arange(0.2, 2.01, 0.05)
+#: Training bodies that are looked at, at most.
+MOST_BODIES = 400
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,15 @@ class Shapes:
 
     @classmethod
     def of(cls, pairs: Pairs, rows: Sequence[int] | np.ndarray) -> Self | None:
-        """Of training bodies: thicknesses are those of the largest mean IoU.  None without an outline, which is the
-        first source of kind `mask`.
+        """Of training bodies, evenly spaced where there are more than `MOST_BODIES`: thicknesses are those of the
+        largest mean IoU.  None without an outline, which is the first source of kind `mask`.
         """
         kinds = channels_of(pairs.shards)
         masks = [i for i, name in enumerate(pairs.source) if kinds.get(name) == "mask"]
         if not masks:
             return None
+        if len(rows) > MOST_BODIES:
+            rows = np.asarray(rows)[np.linspace(0, len(rows) - 1, MOST_BODIES).round().astype(int)]
         return cls.fitted(masks[0], flat(pairs.sources(rows)[:, masks[0]]), pairs.truths(rows)[:, 0] > 0)
 
     @classmethod

@@ -113,6 +113,14 @@ class Anomaly(Section):
         "scans are drawn anew.",
     )
 
+    @property
+    def images_held(self) -> int:
+        """Images of 4 bytes a voxel that are held of one scan, at most: itself, its lesion and head, three maps
+        without a model and the ensemble, maps of every method at every depth and of all, the scan as each expects it,
+        and three while thresholds are found.
+        """
+        return 10 + len(self.methods) * (2 + len(self.depths))
+
     def need(self, what: str) -> bool:
         """Whether any of the methods says in its entry that it needs this."""
         return any(what in ANOMALY_MAPS.entry(name)["needs"] for name in self.methods)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from scipy import sparse
+from scipy import fft, sparse
 from scipy.sparse.linalg import cg, spsolve
 
 #: Voxels around a hole that its filling may depend on.
 RIM = 4
 #: Hidden voxels up to which equations are solved directly.
 DIRECT = 20_000
+#: Share of an image's energy that must be known on both sides of a mirror for it to be compared fairly.
+LEAST_KNOWN = 0.1
 
 
 def laplacian(shape: tuple[int, ...]) -> sparse.csr_matrix:
@@ -69,18 +71,38 @@ def biharmonic(image: np.ndarray, hidden: np.ndarray) -> np.ndarray:
 def mirror(image: np.ndarray, hidden: np.ndarray) -> np.ndarray:
     """The same place of the other side of the head; harmonic where that is hidden, too, or beyond the grid.
 
-    Left and right are the first axis of a volume and the last of a picture; the mirror stands in the middle of what is
-    known of the head.
+    Left and right are the first axis of a volume and the last of a picture; the mirror stands where the two sides are
+    most alike, as far as both are known.
     """
     axis = 0 if image.ndim == 3 else image.ndim - 1
-    found, size = np.nonzero(~hidden & (image > 0))[axis], image.shape[axis]
-    shift = round(2 * float(found.mean()) - (size - 1)) if found.size else 0
+    size, shift = image.shape[axis], _mirror_shift(image, hidden, axis)
     other, covered = (np.roll(np.flip(each, axis), shift, axis) for each in (image, hidden))
     beyond = slice(0, shift) if shift >= 0 else slice(size + shift, size)
     covered[(slice(None),) * axis + (beyond,)] = True
     filled = np.where(hidden & ~covered, other, image)
     both = hidden & covered
     return harmonic(filled, both) if both.any() else filled
+
+
+def _mirror_shift(image: np.ndarray, hidden: np.ndarray, axis: int) -> int:
+    """Voxels that the flipped image is moved to lie on the image: those of the largest correlation of both over pairs
+    of voxels that are known, so that no hole moves the mirror.  Beyond the grid there is nothing.
+    """
+    size = image.shape[axis]
+
+    def spectrum(values: np.ndarray) -> np.ndarray:
+        found: np.ndarray = fft.rfft(values.astype(np.float32), 2 * size, axis)
+        return found
+
+    known = np.where(hidden, 0.0, image)
+    own, power, gone = spectrum(known), spectrum(np.square(known)), spectrum(hidden)
+    others = tuple(a for a in range(image.ndim) if a != axis)
+    alike, lost = (fft.irfft(each.sum(others), 2 * size) for each in (own * own, power * gone))
+    total = float(np.square(known).sum())
+    if total == 0:
+        return 0
+    score = alike / np.maximum(total - lost, LEAST_KNOWN * total)
+    return int(score[: 2 * size - 1].argmax()) - (size - 1)
 
 
 def mean(image: np.ndarray, hidden: np.ndarray) -> np.ndarray:

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from meddiff_steps.imaging.operators.base import Operator
 
-#: Iterations, and the share of the step that the dual takes: the image of the test is then within 3e-3 of the
-#: solution (with a share of 1 within 3e-2).
-ITERATIONS, DUAL_STEP = 100, 8.0
+#: Iterations at least and at most, and the change from one to the next, as a share of the image, below which they end.
+#: Of thick slices (factor 4, best weight, three brains) PSNR is then 0.4 to 0.6 dB above that after 100 iterations.
+LEAST, MOST, TOLERANCE = 20, 600, 3e-5
+#: Share of the step that the dual takes: of noise alone the image is then within 3e-3 of the solution after 100
+#: iterations (with a share of 1 within 3e-2).
+DUAL_STEP = 8.0
 
 
 def _gradient(x: Tensor) -> Tensor:
@@ -33,7 +36,9 @@ def _divergence(p: Tensor) -> Tensor:
     return found
 
 
-def total_variation(operator: Operator, measured: Tensor, weight: float, iterations: int = ITERATIONS) -> Tensor:
+def total_variation(
+    operator: Operator, measured: Tensor, weight: float, most: int = MOST, tolerance: float = TOLERANCE
+) -> Tensor:
     """argmin over x of |y - A x|^2 / 2 + weight * TV(x), isotropic, (b, 1, *spatial).
 
     The primal-dual iteration of Condat 2013 (algorithm 3.1), whose smooth part is the data's.
@@ -42,6 +47,8 @@ def total_variation(operator: Operator, measured: Tensor, weight: float, iterati
     ----------
     weight
         In the units of the measurement's squares; 0 is least squares.
+    most, tolerance
+        Iterations at most, and the change that ends them, of all images together.
     """
     axes = len(operator.image_shape) - 1
     norm = squared_norm(operator, measured.device)
@@ -50,12 +57,14 @@ def total_variation(operator: Operator, measured: Tensor, weight: float, iterati
     tau = 1.0 / (norm / 2 + sigma * 4 * axes)
     x = operator.first_look(measured).clone()
     dual = x.new_zeros(len(x), axes, *x.shape[2:])
-    for _ in range(iterations):
+    for count in range(1, most + 1):
         slope = operator.adjoint(operator.forward(x) - measured) - _divergence(dual)
         following = x - tau * slope
         dual = dual + sigma * _gradient(2 * following - x)
         dual = dual / (dual.norm(dim=1, keepdim=True) / max(weight, 1e-12)).clamp(min=1.0)
-        x = following
+        change, x = (following - x).norm() / following.norm().clamp(min=1e-12), following
+        if count >= LEAST and change < tolerance:
+            break
     return x
 
 

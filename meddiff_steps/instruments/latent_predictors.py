@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,7 @@ class LatentPredictor:
     weights, bias
         (D, outputs) and (outputs,): one output for a number, one per level for a label.
     spread
-        Deviation of left-out scores about the truth, (outputs,); what the predictor is unsure of.
+        Deviation of scores of people who were left out about the truth, (outputs,); what the predictor is unsure of.
     """
 
     weights: Tensor
@@ -47,7 +47,9 @@ class LatentPredictor:
         return of
 
 
-def fit_latent_predictor(latents: np.ndarray, encoded: np.ndarray, levels: int) -> LatentPredictor:
+def fit_latent_predictor(
+    latents: np.ndarray, encoded: np.ndarray, levels: int, subjects: Sequence[str] | np.ndarray
+) -> LatentPredictor:
     """Ridge regression of one encoded covariate on latents, by the dual (as many unknowns as scans).
 
     Parameters
@@ -58,6 +60,8 @@ def fit_latent_predictor(latents: np.ndarray, encoded: np.ndarray, levels: int) 
         Standardised values or level numbers, (n,), NaN where missing.
     levels
         Number of levels, 0 for a number.
+    subjects
+        Whose scan each is, (n,).
     """
     known = np.isfinite(encoded)
     x = latents[known].reshape(int(known.sum()), -1).astype(np.float64)
@@ -69,8 +73,11 @@ def fit_latent_predictor(latents: np.ndarray, encoded: np.ndarray, levels: int) 
     penalty = PENALTY * np.trace(gram) / len(gram)
     inverse = np.linalg.inv(gram + penalty * np.eye(len(gram)))
     dual = inverse @ (target - mean)
-    # Residuals of scans that were left out, without fitting again (Allen 1974, PRESS).
-    left_out = dual / np.diag(inverse)[:, None]
+    # Residuals of people all of whose scans were left out, without fitting again (Allen 1974, PRESS, by blocks).
+    left_out, people = np.empty_like(dual), np.asarray(subjects)[known]
+    for person in np.unique(people):
+        own = np.flatnonzero(people == person)
+        left_out[own] = np.linalg.solve(inverse[np.ix_(own, own)], dual[own])
     weights = x.T @ dual
     spread = np.maximum(left_out.std(0), 1e-3)
     bias = mean - centre @ weights

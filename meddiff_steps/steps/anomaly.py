@@ -16,9 +16,9 @@ from safetensors.numpy import load_file
 from meddiff_steps import config as settings_of
 from meddiff_steps.applications import anomaly, derivative
 from meddiff_steps.applications.anomaly import Mapped
-from meddiff_steps.applications.anomaly_maps.base import Context, Mapper, Scan, Translations, build
+from meddiff_steps.applications.anomaly_maps.base import REFERENCE_SCANS, Context, Mapper, Scan, Translations, build
 from meddiff_steps.applications.guides import latent_guides
-from meddiff_steps.applications.scans import chosen_scans
+from meddiff_steps.applications.scans import CALIBRATED_ON, chosen_scans
 from meddiff_steps.cohort.manifest import having
 from meddiff_steps.cohort.texts import without_text
 from meddiff_steps.compute.device import make_fabric
@@ -82,7 +82,7 @@ def run(
     settings = study.anomaly
     cohort = Images.of_scans(images, manifest, study.covariates)
     worker = _Worker(study, cohort, pd.read_parquet(qc).set_index("scan_id"))
-    scans = chosen_scans(cohort.table, settings.scans, settings.most_scans, "anomaly")
+    scans = chosen_scans(cohort.table, settings.scans, settings.most_scans, "anomaly", CALIBRATED_ON)
     known = worker.healthy("calibration", settings.most_calibration_scans)
     anomaly.check_people(known["subject_id"].nunique(), settings)
     anomaly.warn_of_scans_each(known["subject_id"].tolist(), scans["subject_id"].tolist())
@@ -104,20 +104,21 @@ def run(
     if model is not None and settings.need("latents of the cohort") and latents and scale:
         ((covariate, value),) = settings.healthy.items()
         wanted = settings_of.Counterfactual(covariate=covariate, classifier_guidance=settings.classifier_guidance)
-        training = cohort.of_splits(["train"]).table
+        training = cohort.of_splits(["train"])
         guides = latent_guides(wanted, [value], training, Shards(latents), load_file(scale), model.encoding)
     reference: list[Scan] = []
     if settings.need("healthy validation scans"):
-        known_well = worker.healthy("val", settings.most_calibration_scans)
+        known_well = worker.healthy("val", min(REFERENCE_SCANS, settings.most_calibration_scans))
         reference = [worker.scan(row) for row in known_well.to_dict("records")]
     context = Context(model, settings, reference, guides[0], translations)
     mappers = {name: build(name, context) for name in settings.methods}
 
     healthy = []
     for number, row in enumerate(known.to_dict("records")):
-        healthy.append(Mapped.of(worker.scan(row), mappers, settings))
+        healthy.append(Mapped.of(worker.scan(row), mappers, settings).for_thresholds())
         log.info("%s: done, %d of %d healthy scans for thresholds", row["scan_id"], number + 1, len(known))
     calibrations, members = anomaly.calibrated(healthy, known["subject_id"].tolist(), settings)
+    del healthy
     cases = []
     ill = anomaly.planted(len(scans), f"{study.seed}/anomaly") if settings.lesions.given else {}
     for number, row in enumerate(scans.to_dict("records")):
@@ -137,14 +138,18 @@ def run(
             [judging.measured(scan, limit, own, score_limit) for scan, own in zip(judged, scores, strict=True)]
         )
         entry: dict[str, Any] = {"method": name, "calibration": asdict(calibration)}
-        if worker.truth_known and any(scan.truth.any() for scan in judged):
-            figures, counts = judging.figures(name, judged, table, calibration.threshold, reference_counts, **chosen)
+        new = [i for i, case in enumerate(cases) if case.row["split"] not in CALIBRATED_ON]
+        unseen = [judged[i] for i in new]
+        if worker.truth_known and any(scan.truth.any() for scan in unseen):
+            figures, counts = judging.figures(
+                name, unseen, table.iloc[new].reset_index(drop=True), calibration.threshold, reference_counts, **chosen
+            )
             reference_counts = counts if name == REFERENCE else reference_counts
             entry |= figures
         elif not worker.truth_known:
             table = table.drop(columns=["lesion_voxels", "false_share", "false_marks", "dice"])
         found.append(entry)
-        tables.append(table.assign(method=name))
+        tables.append(table.assign(method=name, split=[case.row["split"] for case in cases]))
     facts: dict[str, Any] = {"scans": scans["scan_id"].tolist(), "settings": settings.model_dump(mode="json")}
     facts |= {"model": digests, "calibration_scans": known["scan_id"].tolist(), "methods": found}
     with atomic_path(out / "measurements.parquet") as path:

@@ -17,7 +17,7 @@ from meddiff_steps.applications import derivative
 from meddiff_steps.applications.counterfactual import Counterfactuals, counterfactuals
 from meddiff_steps.applications.guides import image_guides, latent_guides
 from meddiff_steps.applications.interpolation import interpolate
-from meddiff_steps.applications.scans import chosen_scans, sweep
+from meddiff_steps.applications.scans import chosen_scans, sweep, unseen, with_split
 from meddiff_steps.cohort.learnt import shown
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import CategoricalCovariate, Study, load_stage
@@ -77,17 +77,16 @@ def run(
     values = sweep(settings, study.covariates, training.table)
     scans = chosen_scans(cohort.table, settings.scans, settings.most_scans)
     real = cohort.shards.tensors("image", scans["row"].to_numpy())
-    model = TrainedModel.load(
-        autoencoder, diffusion, make_fabric(study.compute, threads), study.compute, decoder=decoder
-    )
+    fabric = make_fabric(study.compute, threads)
+    model = TrainedModel.load(autoencoder, diffusion, fabric, study.compute, decoder=decoder, toned=False)
     guides: Sequence[tuple[Guidance, ...]] | None = None
     if settings.predictor is not None:
         held_out = cohort.of_splits(["val"]).table[:MOST_HELD_OUT]
-        unseen = cohort.shards.tensors("image", held_out["row"].to_numpy())
+        shown = cohort.shards.tensors("image", held_out["row"].to_numpy())
         declared = study.covariates[settings.moved]
-        guides = image_guides(settings, values, declared, model, unseen, held_out[settings.moved])
+        guides = image_guides(settings, values, declared, model, shown, held_out[settings.moved])
     elif settings.classifier_guidance and latents and scale:
-        guides = latent_guides(settings, values, training.table, Shards(latents), load_file(scale), model.encoding)
+        guides = latent_guides(settings, values, training, Shards(latents), load_file(scale), model.encoding)
     keys = [seed_key(f"{study.seed}/counterfactual/{name}", 0, 0, "decoder") for name in scans["scan_id"]]
     made = counterfactuals(model, real, scans, values, settings, guides, keys if model.draws else None)
 
@@ -96,7 +95,11 @@ def run(
     moved = str(settings.covariate)
     kinds = {"scan": real, "decoded": made.decoded, "returned": made.returned, "moved": made.moved}
     rows = measuring.measure(scans, kinds, values, moved, study.covariates, instrument, load_embedder(embedder))
-    figures = measuring.figures(rows, moved, study.covariates, resamples=study.evaluate.bootstrap, seed=study.seed)
+    rows = with_split(rows, scans)
+    new = unseen(rows)
+    figures: dict[str, Any] = {"moved": {}, "others": {}}
+    if len(new):
+        figures = measuring.figures(new, moved, study.covariates, resamples=study.evaluate.bootstrap, seed=study.seed)
     facts: dict[str, Any] = {"covariate": moved, "values": values, "scans": scans["scan_id"].tolist()}
     facts |= {"settings": settings.model_dump(mode="json"), "model": model.digests}
     with atomic_path(out / "measurements.parquet") as path:

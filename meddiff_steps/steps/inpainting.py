@@ -13,7 +13,7 @@ import typer
 
 from meddiff_steps.applications import derivative
 from meddiff_steps.applications.inpainting import Inpainted, inpaint
-from meddiff_steps.applications.scans import chosen_scans
+from meddiff_steps.applications.scans import chosen_scans, unseen, with_split
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import ContinuousCovariate, Study, load_stage
 from meddiff_steps.core.files import atomic_path, write_atomic, write_json
@@ -104,11 +104,11 @@ def run(
         parts.append((scan, facts, hidden, made))
         log.info("%s: %d voxels hidden, %.0f%% of latents known", scan["scan_id"], hidden.sum(), 100 * made.known)
 
-    table = pd.DataFrame(rows)
+    table = with_split(pd.DataFrame(rows), scans)
     options_: dict[str, Any] = {"resamples": study.evaluate.bootstrap, "seed": study.seed}
     facts_: dict[str, Any] = {"scans": scans["scan_id"].tolist(), "settings": settings.model_dump(mode="json")}
     facts_ |= {"model": model.digests, "nominal_coverage": completion.nominal_coverage(settings.samples)}
-    facts_ |= {"methods": completion.figures(table, ["method"], list(FILLINGS), **options_)}
+    facts_ |= {"methods": completion.figures(unseen(table), ["method"], list(FILLINGS), **options_)}
     if settings.lesions.given:
         facts_["volumes"] = _volumes(study, load_predictors(predictors), scans, kinds, options_)
     with atomic_path(out / "measurements.parquet") as path:
@@ -146,9 +146,10 @@ def _volumes(
         for kind, stack in kinds.items()
     }
     found = completion.volumes_after(measured, "true")
-    found["subject_id"] = scans["subject_id"].to_numpy()[found["row"]]
+    for column in ("scan_id", "subject_id"):
+        found[column] = scans[column].to_numpy()[found["row"]]
     units = {name: study.covariates[name].unit for name in numbers}  # type: ignore[union-attr]
-    return completion.volume_figures(found, units, **options_)
+    return completion.volume_figures(unseen(with_split(found, scans)), units, **options_)
 
 
 def _write_images(

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from meddiff_steps.applications import derivative
 from meddiff_steps.applications.normative import COUNTERFACTUAL, NormativeMaps, is_reference
-from meddiff_steps.applications.scans import chosen_scans
+from meddiff_steps.applications.scans import CALIBRATED_ON, chosen_scans, one_a_session, unseen, with_split
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import Study, load_stage
 from meddiff_steps.core.files import atomic_path, write_atomic, write_json
@@ -59,7 +59,23 @@ def run(
     study = load_stage(config, "normative")
     settings = study.normative
     cohort = Images.of_scans(images, manifest, study.covariates)
-    scans = chosen_scans(cohort.table, settings.scans, settings.most_scans, "normative")
+    comparable = one_a_session(cohort.table)
+    scans = chosen_scans(
+        cohort.table if settings.scans else comparable,
+        settings.scans,
+        settings.most_scans,
+        "normative",
+        CALIBRATED_ON,
+    )
+    elsewhere = ~scans["scan_id"].isin(comparable["scan_id"])
+    if elsewhere.any():
+        log.warning(
+            "normative.scans: %d of %d scans are not the middle one of their session, which what is normal was learnt"
+            " from (%s, ...). Where a session has slices of a head, their maps compare different places",
+            elsewhere.sum(),
+            len(scans),
+            scans.loc[elsewhere, "scan_id"].iloc[0],
+        )
     model = TrainedModel.load(autoencoder, diffusion, make_fabric(study.compute, threads), study.compute, toned=False)
     maps = NormativeMaps(study, model, cohort)
     quality = pd.read_parquet(qc).set_index("scan_id")
@@ -87,12 +103,14 @@ def run(
             tiles.append((f"{tiles[-1][0]} with a lesion", ill, draws.mean(0), found[COUNTERFACTUAL]))
             regions.append(share > 0)
 
-    table = pd.DataFrame(rows)
+    table = with_split(pd.DataFrame(rows), scans)
     nominal = 2 * float(stats.norm.sf(settings.beyond))
     facts_: dict[str, Any] = {"scans": scans["scan_id"].tolist(), "settings": settings.model_dump(mode="json")}
     facts_ |= {"model": model.digests, "calibration_scans": maps.count, "training_scans": maps.training}
     facts_ |= {
-        "methods": measuring.figures(table, nominal, resamples=study.evaluate.bootstrap, seed=study.seed),
+        "methods": measuring.figures(
+            unseen(table, CALIBRATED_ON), nominal, resamples=study.evaluate.bootstrap, seed=study.seed
+        ),
     }
     with atomic_path(out / "measurements.parquet") as path:
         table.to_parquet(path, index=False)

@@ -22,7 +22,7 @@ from meddiff_steps.applications.reconstruction import (
     first_stage_variance,
     without_a_model,
 )
-from meddiff_steps.applications.scans import chosen_scans
+from meddiff_steps.applications.scans import chosen_scans, unseen, with_split
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import Study, load_stage
 from meddiff_steps.core.errors import UserError
@@ -121,7 +121,7 @@ def run(
                 shown[task] = (scan["scan_id"], [truth, *(found[key][0] for key in SIMPLE), *means])
             log.info("%s %s: done", scan["scan_id"], task)
 
-    table = pd.DataFrame(rows)
+    table = with_split(pd.DataFrame(rows), scans)
     facts_: dict[str, Any] = {"scans": scans["scan_id"].tolist(), "settings": settings.model_dump(mode="json")}
     facts_ |= {"model": model.digests, "nominal_coverage": completion.nominal_coverage(settings.samples)}
     facts_ |= {
@@ -132,7 +132,7 @@ def run(
     if len(table):
         by = ["operator", "strength", "method"]
         chosen: dict[str, Any] = {"resamples": study.evaluate.bootstrap, "seed": study.seed}
-        facts_["results"] = completion.figures(table, by, list(SIMPLE), **chosen)
+        facts_["results"] = completion.figures(unseen(table), by, list(SIMPLE), **chosen)
     with atomic_path(out / "measurements.parquet") as path:
         table.to_parquet(path, index=False)
     write_json(out / "figures.json", facts_)
@@ -158,9 +158,11 @@ def _read(
     """The measurement of a scan from its file."""
     path = filled_in(str(study.reconstruction.measured), scan, "reconstruction.measured")
     given = read_npz(path, ("y",), "Write it with numpy.savez(path, y=...).")
-    values = given.pop("y")
-    operator = build(name, strength, study.reconstruction, shape, spacing, philox(study.seed, "unused"), given)
-    return Measurement(operator, operator.checked(values, path))
+    try:
+        operator = build(name, strength, study.reconstruction, shape, spacing, philox(study.seed, "unused"), given)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return Measurement(operator, operator.checked(given["y"], path))
 
 
 def _judged(truth: np.ndarray, clean: np.ndarray, share: np.ndarray, draws: np.ndarray) -> dict[str, float]:

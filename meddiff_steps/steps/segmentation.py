@@ -13,7 +13,7 @@ import typer
 
 from meddiff_steps.applications import derivative
 from meddiff_steps.applications.image_to_image import Drawer
-from meddiff_steps.applications.scans import chosen_scans
+from meddiff_steps.applications.scans import chosen_scans, unseen, with_split
 from meddiff_steps.applications.segmentation import (
     Brightness,
     Marked,
@@ -111,7 +111,7 @@ def run(
             _write_images(study, out, scan, quality.loc[scan["scan_id"]], ways["ensemble"], pairs.kind)
         log.info("%s: done", scan["scan_id"])
 
-    table = pd.DataFrame(rows)
+    table = with_split(pd.DataFrame(rows), scans)
     facts: dict[str, Any] = {"scans": scans["scan_id"].tolist(), "settings": settings.model_dump(mode="json")}
     networks = {"": drawer, **compared, **few}
     facts |= {"model": drawer.digests, "readers": pairs.readers}
@@ -123,7 +123,7 @@ def run(
     }
     facts |= {"brightness": vars(bright) if bright else None}
     facts |= {"shapes": {key: getattr(bodies, key) for key in ("middle", "factor", "half")} if bodies else None}
-    facts["methods"] = segmentation.figures(table, resamples=study.evaluate.bootstrap, seed=study.seed)
+    facts["methods"] = segmentation.figures(unseen(table), resamples=study.evaluate.bootstrap, seed=study.seed)
     with atomic_path(out / "measurements.parquet") as path:
         table.to_parquet(path, index=False)
     write_json(out / "figures.json", facts)

@@ -15,7 +15,7 @@ import typer
 
 from meddiff_steps.applications import derivative
 from meddiff_steps.applications.image_to_image import Drawer
-from meddiff_steps.applications.scans import chosen_scans
+from meddiff_steps.applications.scans import chosen_scans, unseen, with_split
 from meddiff_steps.applications.translation import (
     PatchRegression,
     head,
@@ -174,16 +174,17 @@ def run(
             f"translation: the target is empty in all of {len(scans)} scans, so there is nothing to compare with. Name"
             " scans that have it (translation.scans)."
         )
-    table = pd.DataFrame(rows)
+    table = with_split(pd.DataFrame(rows), scans)
     facts: dict[str, Any] = {"scans": scans["scan_id"].tolist(), "settings": settings.model_dump(mode="json")}
     facts |= {"model": digests, "nominal_coverage": completion.nominal_coverage(settings.samples)}
     chosen: dict[str, Any] = {"resamples": study.evaluate.bootstrap, "seed": study.seed}
     copies = [f"copy_of_{name}" for name in pairs.source]
-    images_ = table[table["method"] != "truth"].drop(columns=[c for c in table if str(c).startswith("lesion")])
+    known = unseen(table)
+    images_ = known[known["method"] != "truth"].drop(columns=[c for c in known if str(c).startswith("lesion")])
     by = ["present", "target", "method"] if pairs.missing else ["method"]
     facts["methods"] = completion.figures(images_, by, [*copies, "patches"], **chosen)
     if finder is not None:
-        facts["lesion"] = completion.figures_where_known(table, "lesion_dice", **chosen)
+        facts["lesion"] = completion.figures_where_known(known, "lesion_dice", **chosen)
     with atomic_path(out / "measurements.parquet") as path:
         table.to_parquet(path, index=False)
     write_json(out / "figures.json", facts)

@@ -23,9 +23,9 @@ from meddiff_steps.applications.anomaly import (
     warn_of_scans_each,
 )
 from meddiff_steps.applications.anomaly_maps._tiles import masks
-from meddiff_steps.applications.anomaly_maps.base import Context, Scan, build
+from meddiff_steps.applications.anomaly_maps.base import Context, Finding, Scan, build
 from meddiff_steps.applications.anomaly_maps.coarse_noise import coarse
-from meddiff_steps.applications.anomaly_maps.healing import surprise
+from meddiff_steps.applications.anomaly_maps.healing import on_grid, surprise
 from meddiff_steps.applications.anomaly_maps.modality_cycles import Cycle, cycled
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.config import Anomaly, Compute, Translation
@@ -162,6 +162,16 @@ def test_healing_draws_surprising_latents_anew_and_leaves_the_rest() -> None:
     assert found.difference[LESION].mean() > 0.5, "what surprises counts for more than its grey values"
     with pytest.raises(UserError, match="healing needs healthy scans in the val split"):
         build("healing", Context(model, wanted))
+
+
+@pytest.mark.parametrize("cell", [1, 7, 14])
+def test_a_cell_weighs_the_voxels_that_it_covers(cell: int) -> None:
+    cells = np.zeros((16, 12))
+    cells[cell, 5] = 1.0
+    found = on_grid(cells, (64, 36))
+    assert found.shape == (64, 36) and found.max() > 0.7
+    places = np.average(np.indices(found.shape).reshape(2, -1), axis=1, weights=found.ravel())
+    np.testing.assert_allclose(places, [4 * cell + 1.5, 3 * 5 + 1])
 
 
 def test_coarse_noise_has_blobs_of_its_cells() -> None:
@@ -403,3 +413,18 @@ def test_tiles_of_a_cycle_are_drawn_beside_the_scan_as_it_is(monkeypatch: pytest
 def test_a_cycle_without_networks_is_refused() -> None:
     with pytest.raises(UserError, match=r"modality_cycles needs the networks of both ways .* translation.cycle: true"):
         build("modality_cycles", Context(None, settings("modality_cycles")))
+
+
+@pytest.mark.parametrize("depths", [[0.5], [0.3, 0.4, 0.5]])
+def test_a_scan_takes_no_more_memory_than_is_asked_for(depths: list[float]) -> None:
+    wanted, image = settings("gaussian_noise", "simplex_noise", "patches", depths=depths), scan()
+    found = Finding(0.1 * image.image[0], image.image.copy())
+    mappers: Any = dict.fromkeys(wanted.methods, lambda _: dict.fromkeys(["", *map(str, depths)], found))
+
+    def held(one: Mapped) -> float:
+        arrays = [*one.maps.values(), *one.healed.values(), one.scan.image, one.head.whole, one.head.interior]
+        return sum(array.nbytes for array in arrays) / (4 * image.image.size)
+
+    mapped = Mapped.of(image, mappers, wanted)
+    assert held(mapped) + 3 <= wanted.images_held <= held(mapped) + 8
+    assert held(mapped.for_thresholds()) == held(mapped) - len(wanted.methods)

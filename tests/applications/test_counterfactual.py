@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,17 +13,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from meddiff_steps.applications import guides as guiding
 from meddiff_steps.applications.counterfactual import counterfactuals
-from meddiff_steps.applications.guides import image_guides
+from meddiff_steps.applications.guides import image_guides, latent_guides
 from meddiff_steps.applications.interpolation import interpolate
-from meddiff_steps.applications.scans import chosen_scans, sweep
+from meddiff_steps.applications.scans import chosen_scans, sweep, unseen, with_split
 from meddiff_steps.cohort.covariates import CovariateEncoding
-from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate, Counterfactual
+from meddiff_steps.config import CategoricalCovariate, Compute, ContinuousCovariate, Counterfactual
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.diffusion.conditioning import Condition
 from meddiff_steps.diffusion.guidance import ClassifierGuidance
 from meddiff_steps.diffusion.schedules import NoiseProcess
 from meddiff_steps.evaluation.counterfactual import figures, table
+from meddiff_steps.imaging.selection import Images
 from meddiff_steps.instruments.latent_predictors import fit_latent_predictor
 from meddiff_steps.models.trained import TrainedModel
 
@@ -122,7 +125,7 @@ def test_a_classifier_moves_a_scan_that_the_model_is_told_nothing_about() -> Non
     rng = np.random.default_rng(1)
     sizes = rng.uniform(-2, 2, 200).astype(np.float32)
     latents = sizes.reshape(-1, 1, 1, 1, 1) + STD * rng.standard_normal((200, *SHAPE)).astype(np.float32)
-    predictor = fit_latent_predictor(latents, sizes, levels=0)
+    predictor = fit_latent_predictor(latents, sizes, levels=0, subjects=np.arange(200))
     found = latents.reshape(200, -1) @ predictor.weights.numpy() + predictor.bias.numpy()
     assert np.corrcoef(found[:, 0], sizes)[0, 1] > 0.97
     guide = ClassifierGuidance(predictor.log_probability(2.0, categorical=False), scale=1.0)
@@ -138,12 +141,52 @@ def test_a_label_is_predicted_from_latents() -> None:
     latents = rng.standard_normal((150, 3, 2, 2)).astype(np.float32)
     latents[np.arange(150), level.astype(int)] += 2.0
     level[:5] = np.nan
-    predictor = fit_latent_predictor(latents, level, levels=3)
+    predictor = fit_latent_predictor(latents, level, levels=3, subjects=np.arange(150))
     probability = torch.stack(
         [predictor.log_probability(k, True)(torch.from_numpy(latents)).exp() for k in (0.0, 1.0, 2.0)], 1
     )
     np.testing.assert_allclose(probability.sum(1), 1.0, rtol=1e-5)
     assert (probability.argmax(1).numpy()[5:] == level[5:]).mean() > 0.9
+
+
+def test_a_predictor_is_as_unsure_as_it_is_of_other_people() -> None:
+    """Ten scans each, nearly alike: a scan whose twins are known is told well, another person is not."""
+    rng = np.random.default_rng(0)
+    people, sizes = rng.standard_normal((60, 4, 8, 8)), rng.standard_normal(60)
+    scans_ = np.repeat(people, 10, 0) + 0.3 * rng.standard_normal((600, 4, 8, 8))
+    predictor = fit_latent_predictor(scans_, np.repeat(sizes, 10), 0, np.repeat(np.arange(60), 10))
+    others = rng.standard_normal((500, 256)) @ predictor.weights.numpy() + predictor.bias.numpy()
+    error = float((others[:, 0] - rng.standard_normal(500)).std())
+    assert float(predictor.spread[0]) == pytest.approx(error, rel=0.2)
+
+
+def test_guidance_learns_from_whole_people_of_all_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """People of one level come first by id; a level that nobody has is refused."""
+    seen: dict[str, Any] = {}
+
+    def fitted(z: np.ndarray, encoded: np.ndarray, levels: int, subjects: np.ndarray) -> Any:
+        seen.update(encoded=encoded, subjects=subjects)
+        return SimpleNamespace(log_probability=lambda *_: None)
+
+    monkeypatch.setattr(guiding, "fit_latent_predictor", fitted)
+    monkeypatch.setattr(guiding, "MAX_LATENTS", 40)
+    monkeypatch.setattr(guiding, "LEAST_PEOPLE", 2)
+    names = [f"p{i // 2:02d}-{i % 2}" for i in range(80)]
+    table = pd.DataFrame({"scan_id": names, "sex": ["F"] * 40 + ["M"] * 40, "split": "train"})
+    table["subject_id"] = table["scan_id"].str[:3]
+    columns = {"scan_id": names, "variant": [0] * 80}
+    shards: Any = SimpleNamespace(
+        column=lambda name: columns[name], tensors=lambda _, rows: np.zeros((len(rows), 1, 2, 2))
+    )
+    training = Images(shards, table, "scan_id", "subject_id", "manifest")
+    scale = {"offset": np.zeros(1, np.float32), "scale": np.ones(1, np.float32)}
+    encoding = CovariateEncoding({"sex": CategoricalCovariate(levels=["F", "M", "X"])}, {}, {})
+    settings = Counterfactual(covariate="sex", classifier_guidance=1.0)
+    latent_guides(settings, ["F", "M"], training, shards, scale, encoding)
+    assert len(seen["encoded"]) == 40 and set(seen["encoded"]) == {0.0, 1.0}
+    assert (np.unique(seen["subjects"], return_counts=True)[1] == 2).all()
+    with pytest.raises(UserError, match=r"sex: \['X'\] is asked for, but the 40 training scans .* have \['F', 'M'\]"):
+        latent_guides(settings, ["F", "X"], training, shards, scale, encoding)
 
 
 def test_interpolation_goes_from_one_scan_to_the_other() -> None:
@@ -180,6 +223,16 @@ def test_scans_by_name_by_subject_or_of_the_test_split() -> None:
         chosen_scans(manifest(), ["sub-x"], 1)
     with pytest.raises(UserError, match="no preprocessed scan is in the test split"):
         chosen_scans(manifest()[2:], [], 1)
+
+
+def test_named_scans_that_were_learnt_from_are_told_and_left_out_of_figures(caplog: pytest.LogCaptureFixture) -> None:
+    named = manifest()[1:]
+    found = chosen_scans(manifest(), named["scan_id"].tolist(), 1)
+    assert "counterfactual.scans: 2 of 3 scans are of the split train (2), which was learnt from" in caplog.text
+    rows = with_split(pd.DataFrame({"scan_id": found["scan_id"].repeat(2), "value": 1.0}), found)
+    assert rows["split"].tolist() == ["test"] * 2 + ["train"] * 4
+    new = unseen(rows)
+    assert list(new) == ["scan_id", "value"] and set(new["scan_id"]) == {"sub-a_T1w"}
 
 
 def test_of_slices_every_subject_has_its_share_from_all_of_the_head() -> None:
@@ -318,9 +371,33 @@ def test_a_network_that_says_something_else_is_refused(tmp_path: Path) -> None:
         guides[0][0].log_probability(torch.zeros(1, *SHAPE))
     number = ContinuousCovariate(unit="mL", range=(-10, 10))
     with pytest.raises(UserError, match=r"expected \(1, 1\): the covariate in its unit"):
-        image_guides(three, [1.0], number, Exact(), scans(), known)
+        image_guides(three, [1.0], number, Exact(), scans().repeat(2, axis=0), pd.Series([1.0, 2.0] * 2))
     one = three.model_copy(update={"predictor": given(tmp_path / "one.pt")})
     with pytest.raises(UserError, match="2 validation scans have a sex, expected at least 3"):
         image_guides(one, [1.0], number, Exact(), scans(), known)
+    with pytest.raises(UserError, match="0 validation scans have a sex, expected at least 3"):
+        image_guides(one, [1.0], number, Exact(), scans(), pd.Series([np.nan, np.nan]))
     with pytest.raises(ValueError, match="classifier_guidance, its weight, is 0"):
         Counterfactual(covariate="sex", predictor="p.pt")
+
+
+def test_scans_keep_their_grey_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The curve of generated images is not for what is made of scans."""
+    step, asked = import_module("meddiff_steps.steps.counterfactual"), dict[str, Any]()
+
+    def load(*_: Any, **wanted: Any) -> Any:
+        asked.update(wanted)
+        raise InterruptedError
+
+    cohort = SimpleNamespace(shards=SimpleNamespace(tensors=lambda *_: scans()), table=manifest().assign(row=0))
+    cohort.of_splits = lambda splits: cohort
+    study = SimpleNamespace(counterfactual=Counterfactual(covariate="sex", values=["F"]), covariates=COVARIATES)
+    study.compute = Compute(device="cpu", precision="32-true")
+    monkeypatch.setattr(step, "load_stage", lambda *_: study)
+    monkeypatch.setattr(step, "Images", SimpleNamespace(of_scans=lambda *_: cohort))
+    monkeypatch.setattr(step, "sweep", lambda *_: ["F"])
+    monkeypatch.setattr(step, "TrainedModel", SimpleNamespace(load=load))
+    path = Path("x")
+    with pytest.raises(InterruptedError):
+        step.run(path, path, path, [path], path, path, path, path, path)
+    assert asked["toned"] is False

@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 
 from meddiff_steps import config
-from meddiff_steps.applications.harmonisation import GreyValues, domains, sides
+from meddiff_steps.applications.harmonisation import GreyValues, domains, sides, training_scans
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.evaluation import harmonisation as judging
+from meddiff_steps.imaging.selection import Images
 
 SHAPE = (16, 16)
 DRAWN: dict[str, Any] = {"resamples": 100, "seed": "x"}
@@ -124,6 +125,24 @@ def test_a_covariate_that_one_site_does_not_know_is_not_told_to_combat(caplog: p
 
 def settings(**changes: Any) -> config.Harmonisation:
     return config.Harmonisation(**({"covariate": "site", "to": "A"} | changes))
+
+
+def test_ways_are_judged_by_so_many_people_of_each_side() -> None:
+    table = pd.DataFrame(
+        [
+            {"scan_id": f"{who}{i:02d}-{slice_}", "subject_id": f"{who}{i:02d}", "split": split, "there": who == "a"}
+            for who, count in (("a", 30), ("b", 60))
+            for i in range(count)
+            for split in ["test" if i % 10 == 0 else "train"]
+            for slice_ in range(3)
+        ]
+    )
+    shards: Any = None
+    cohort = Images(shards, table, "scan_id", "subject_id", "manifest")
+    few = training_scans(cohort, 60)
+    assert few["split"].eq("train").all() and few["there"].value_counts().to_dict() == {True: 60, False: 60}
+    assert (few.groupby("subject_id").size() == 3).all() and few["scan_id"].is_monotonic_increasing
+    pd.testing.assert_frame_equal(training_scans(cohort, 1000), table[table["split"] == "train"].reset_index(drop=True))
 
 
 def test_nobody_is_in_both_groups() -> None:

@@ -20,9 +20,11 @@ from meddiff_steps.applications.normative import (
     reference_draws,
     smoothed,
 )
+from meddiff_steps.applications.scans import chosen_scans, one_a_session
 from meddiff_steps.cohort.covariates import CovariateEncoding
 from meddiff_steps.config import CategoricalCovariate, ContinuousCovariate, Normative
 from meddiff_steps.evaluation import normative as measuring
+from meddiff_steps.imaging.selection import Images
 from meddiff_steps.statistics.norms import NormSums
 from tests.applications.test_inpainting import SHAPE, STD, SUBJECT, Exact
 
@@ -123,6 +125,30 @@ def test_a_missing_value_is_the_mean_and_a_missing_label_the_share_of_each_level
     np.testing.assert_allclose(found[[2, 3], 1], 0.0, atol=1e-6)
     np.testing.assert_array_equal(found[:, 2:], [[0, 0], [0, 1], [0, 1], [1, 0], [0.25, 0.5]])
     np.testing.assert_array_equal(known_means(np.full((3, 2), np.nan)), [0, 0])
+
+
+def test_what_is_normal_is_learnt_at_the_place_that_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of twenty slices of each person the middle one, of everybody; of two sessions the first."""
+    table = pd.DataFrame(
+        [
+            {"scan_id": f"{who}_{ses}_{number:02d}", "subject_id": who, "session_id": ses or None, "split": split}
+            for split in ("train", "calibration", "test")
+            for who, ses in [(f"{split}{i}", "") for i in range(3)] + [(f"{split}0", "2")]
+            for number in range(20)
+        ]
+    ).sample(frac=1, random_state=0)
+    used: dict[str, list[str]] = {}
+    for split, name in (("train", "_regression"), ("calibration", "_calibrated")):
+        monkeypatch.setattr(
+            NormativeMaps, name, lambda self, scans, split=split: used.update({split: scans["scan_id"].tolist()})
+        )
+    shards: Any = SimpleNamespace(shape=lambda name: (1, 4, 4))
+    study: Any = SimpleNamespace(normative=Normative(), preprocess=SimpleNamespace(voxel_mm=None))
+    NormativeMaps(study, Exact(), Images(shards, table, "scan_id", "subject_id", "manifest"))
+    tested = chosen_scans(one_a_session(table), [], 24)["scan_id"].tolist()
+    assert tested == ["test0_2_10", "test0__10", "test1__10", "test2__10"]
+    for split, scans in used.items():
+        assert scans == [f"{split}0_2_10", f"{split}1__10", f"{split}2__10"]
 
 
 def test_figures_say_what_was_measured() -> None:

@@ -14,6 +14,7 @@ from meddiff_steps import config
 from meddiff_steps.applications import segmentation, translation
 from meddiff_steps.applications.image_to_image import Drawer
 from meddiff_steps.compute.device import make_fabric
+from meddiff_steps.evaluation.segmentation import overlap
 from meddiff_steps.imaging.pairs import Pairs
 from meddiff_steps.models.image_to_image import ImageToImage
 
@@ -145,6 +146,14 @@ def test_the_majority_of_readers_is_at_least_half_of_them() -> None:
     readers = np.array([[[1, 1, 1, 0]], [[1, 1, 0, 0]], [[1, 0, 0, 0]], [[1, 0, 0, 0]]])
     assert segmentation.majority(readers).tolist() == [[1, 1, 0, 0]]
     assert segmentation.majority(7 * readers[:1]).tolist() == [[7, 7, 7, 0]]
+    assert not segmentation.majority(0 * readers).any()
+
+
+def test_the_majority_of_readers_keeps_their_labels() -> None:
+    readers = np.array([[[1, 2, 2, 0]], [[1, 2, 3, 3]], [[0, 1, 2, 0]]], np.int16)
+    assert segmentation.majority(readers).tolist() == [[1, 2, 2, 0]]
+    alike = np.array([[[0, 1, 2]]] * 2, np.int16)
+    assert overlap(segmentation.majority(alike), alike[0], (1.0, 1.0))["dice_scan"] == 1
 
 
 def test_what_is_bright_in_a_head_is_found_and_its_rim_is_not() -> None:

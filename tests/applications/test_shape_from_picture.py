@@ -73,6 +73,15 @@ def test_what_needs_no_network_is_fitted_to_training_bodies() -> None:
     assert shape_from_picture.Shapes.of(without, [0]) is None
 
 
+def test_of_many_bodies_some_from_all_of_them_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shape_from_picture, "MOST_BODIES", 3)
+    volumes = bodies(9, np.random.default_rng(0))
+    shards: Any = Cells(volumes)
+    found = shape_from_picture.Shapes.of(Pairs(shards, ("outline",), ("volume",), "mask", (0, 1)), range(9))
+    assert found is not None
+    np.testing.assert_array_equal(found.volumes, volumes[[0, 4, 8]])
+
+
 def test_that_discs_are_balls_is_learnt(tmp_path: Path) -> None:
     generator, fabric = np.random.default_rng(1), make_fabric(config.Compute(device="cpu", precision="32-true"), 1)
     shards: Any = Cells(bodies(40, generator))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from meddiff_steps import config
+from meddiff_steps.applications import shape_completion
 from meddiff_steps.applications.shape_completion import chosen, complete, most_typical, split
 from meddiff_steps.compute.device import make_fabric
 from meddiff_steps.core.errors import UserError
@@ -62,8 +64,23 @@ def test_draws_are_those_of_their_keys() -> None:
     assert drawn.shape == (2, 3, 10, 3)
     again = complete(model, left[1:, ::-1], 10, SETTINGS, ["b"])
     np.testing.assert_allclose(again[0], drawn[1], atol=1e-3, err_msg="in another order, alone")
+    np.testing.assert_array_equal(complete(model, left[1:], 10, SETTINGS, ["b"])[0], drawn[1])
     assert np.abs(drawn[:, 0] - drawn[:, 1]).max() > 0.1
     np.testing.assert_array_equal(chosen(left[0], 12, "a"), chosen(left[0][::-1], 12, "a"))
+
+
+def test_a_shape_is_a_batch_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    plain = shape_completion.sample
+
+    def counted(model: Any, noise: torch.Tensor, *args: Any, **more: Any) -> torch.Tensor:
+        sizes.append(len(noise))
+        return plain(model, noise, *args, **more)
+
+    monkeypatch.setattr(shape_completion, "sample", counted)
+    left = np.random.default_rng(0).standard_normal((5, 30, 3)).astype(np.float32)
+    assert complete(network(), left, 10, SETTINGS, list("abcde")).shape == (5, 3, 10, 3)
+    assert sizes == [SETTINGS.samples] * 5
 
 
 def test_the_typical_draw_is_in_the_middle_of_the_others() -> None:

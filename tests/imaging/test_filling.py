@@ -60,6 +60,19 @@ def test_the_other_side_is_copied(shape: tuple[int, ...], axis: int, shift: int)
     np.testing.assert_allclose(filled, harmonic(truth, hidden))
 
 
+@pytest.mark.parametrize("place", [(30, 44), (25, 40), (36, 48), (32, 36)])
+def test_a_hole_does_not_move_the_mirror(place: tuple[int, int]) -> None:
+    """A large one in a head of two alike sides, which the other side fills exactly."""
+    y, x = np.mgrid[:64, :64]
+    head = ((y - 31.5) / 28) ** 2 + ((x - 31.5) / 22) ** 2 < 1
+    half = np.random.default_rng(0).uniform(0.3, 0.8, (64, 32))
+    truth = np.concatenate([half, half[:, ::-1]], 1) * head
+    hidden = ((y - place[0]) ** 2 + (x - place[1]) ** 2 < 10**2) & head
+    filled, alone = mirror(np.where(hidden, 0.9, truth), hidden), hidden & ~hidden[:, ::-1]
+    assert alone.any()
+    np.testing.assert_array_equal(filled[alone], truth[alone])
+
+
 def test_what_is_mirrored_from_beyond_the_grid_is_not_known() -> None:
     truth, hidden = np.zeros((6, 10)), np.zeros((6, 10), bool)
     truth[:, 6:], hidden[2:4, 1:3] = 0.5, True  # mirrored about column 7.5, the hole lies beyond the last column

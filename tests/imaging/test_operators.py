@@ -172,6 +172,19 @@ def test_total_variation_is_that_of_a_library() -> None:
     assert np.abs(found - image[0]).mean() < 0.5 * np.abs(noisy - image).mean()
 
 
+def test_total_variation_of_thick_slices_is_run_to_its_end() -> None:
+    """Which takes more iterations than noise alone."""
+    image = np.zeros((1, 24, 24, 24), np.float32)
+    image[0, 6:18, 8:20, 5:19], image[0, 10:14, 12:16, 8:13] = 0.6, 0.9
+    operator = made("super_resolution", image.shape)
+    operator, measured = operator.measure(torch.from_numpy(image)[None], np.random.default_rng(0))
+    weight = 15 * operator.noise_std**2
+    solution = total_variation(operator, measured, weight, 5000, 0.0)
+    error = float((total_variation(operator, measured, weight) - solution).norm() / solution.norm())
+    assert error < 0.01
+    assert torch.equal(total_variation(operator, measured, weight, 5000), total_variation(operator, measured, weight))
+
+
 def test_without_weight_it_is_least_squares() -> None:
     operator = made("super_resolution", (1, 4, 4, 8))
     measured = operator.forward(random((1, 4, 4, 8), 0))

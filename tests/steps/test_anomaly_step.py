@@ -142,6 +142,39 @@ def test_lesions_are_found_and_everything_is_written(files: Files) -> None:
     assert json.loads((again / "figures.json").read_text())["methods"] == found["methods"]
 
 
+def test_no_more_healthy_scans_are_loaded_than_methods_are_given(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And they are chosen by lot, of all people."""
+    given: list[str] = []
+
+    def stop(name: str, context: Any) -> Any:
+        given.extend(scan.subject["scan_id"].iloc[0] for scan in context.reference)
+        raise InterruptedError
+
+    monkeypatch.setattr(anomaly, "build", stop)
+    monkeypatch.setattr(anomaly, "REFERENCE_SCANS", 3)
+    with pytest.raises(InterruptedError):
+        files.run("stopped", methods=["healing"], subject_false_positive_rate=0.3)
+    rows = pd.read_parquet(files.manifest)
+    healthy = rows[(rows["split"] == "val") & (rows["lesion"] == "0")]
+    assert len(given) == 3 < len(healthy) and set(given) <= set(healthy["scan_id"])
+    assert set(given) != set(healthy["scan_id"][:3])
+
+
+def test_figures_leave_out_scans_that_were_learnt_from(files: Files, caplog: pytest.LogCaptureFixture) -> None:
+    """Their maps are written all the same."""
+    manifest = pd.read_parquet(files.manifest)
+    test, *others = (manifest.loc[manifest["split"] == name, "scan_id"] for name in ("test", "train", "calibration"))
+    own = files.run("own", methods=["gaussian_noise"], scans=test.tolist())
+    assert "learnt from" not in caplog.text
+    named = files.run("named", methods=["gaussian_noise"], scans=[*test, *others[0][:2], *others[1][:1]])
+    assert "anomaly.scans: 3 of" in caplog.text and "train (2), calibration (1)" in caplog.text
+    figures = [json.loads((out / "figures.json").read_text())["methods"] for out in (own, named)]
+    assert figures[0] == figures[1] and "average_precision" in figures[0][0]
+    rows = pd.read_parquet(named / "measurements.parquet").drop_duplicates("scan_id")
+    assert rows["split"].value_counts().to_dict() == {"test": len(test), "train": 2, "calibration": 1}
+    assert list(named.rglob(f"*{others[0].iloc[0].removeprefix('sub-')}*anomaly*"))
+
+
 def test_a_scan_tells_by_no_report_whether_it_is_healthy(files: Files) -> None:
     made = files.study()
     cohort = Images.of_scans([files.images], files.manifest, made.covariates)

@@ -38,6 +38,19 @@ def test_k_space_of_a_scan_is_read_with_its_maps_and_mask(tmp_path: Path) -> Non
     torch.testing.assert_close(found.values, measured)
 
 
+def test_a_measurement_without_what_says_how_it_was_made_is_refused(tmp_path: Path) -> None:
+    """And not taken for one of a mask, of coils, or of a rate that are drawn here."""
+    np.savez(tmp_path / "sub-1_T1w.npz", y=np.zeros((6, *SHAPE[1:]), np.complex64))
+    with pytest.raises(UserError, match=r"sub-1_T1w.npz: .*no array 'mask', only \['y'\], expected .*\(8, 8, 8\)"):
+        read(tmp_path)
+    np.savez(tmp_path / "sub-1_T1w.npz", y=np.zeros((6, *SHAPE[1:]), np.complex64), mask=np.ones(SHAPE[1:]))
+    with pytest.raises(UserError, match=r"sub-1_T1w.npz: .*no array 'maps', only \['mask', 'y'\]"):
+        read(tmp_path)
+    np.savez(tmp_path / "sub-1_T1w.npz", y=np.zeros(SHAPE))
+    with pytest.raises(UserError, match=r"sub-1_T1w.npz: .*no array 'rate', only \['y'\], expected .*\(1, 8, 8, 8\)"):
+        read(tmp_path, "low_count")
+
+
 def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"sub-1_T1w.npz: not readable as .npz"):
         read(tmp_path)

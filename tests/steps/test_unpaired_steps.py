@@ -121,14 +121,24 @@ def test_translation_without_pairs_stands_beside_that_with_pairs(place: Place) -
     assert (place.root / "translation/contact-sheet.png").is_file()
 
 
-def test_harmonisation_writes_images_and_figures(place: Place) -> None:
+def test_harmonisation_writes_images_and_figures(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     model = place.train("harmonisation_model")
     card = json.loads((model / "card.json").read_text())
     manifest = pd.read_parquet(place.manifest).set_index("scan_id")
     train = manifest[manifest["split"] == "train"]
     assert card["scans"]["b"]["train"] == (train["site"] == "A").sum()
     assert card["scans"]["a"]["train"] == (train["site"] != "A").sum()
+    step, held = import_module("meddiff_steps.steps.harmonisation"), list[int]()
+    made = step._ways
+
+    def counted(*args: Any) -> dict[str, np.ndarray]:
+        ways: dict[str, np.ndarray] = made(*args)
+        held.append(len(ways))
+        return ways
+
+    monkeypatch.setattr(step, "_ways", counted)
     found = place.apply("harmonisation", model=model)
+    assert max(held) == 2, "one way at a time, but for those that come of the same draws"
     methods = {entry["method"]: entry for entry in found["methods"]}
     assert list(methods) == ["none", "z_score", "histogram", "guess", "draw", "mean_of_draws"]
     assert methods["none"]["site_auc"]["value"] > 0.9

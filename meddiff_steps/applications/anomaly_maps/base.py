@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
+#: Healthy validation scans that methods are given, at most.
+REFERENCE_SCANS = 48
+
+
 @dataclass(frozen=True)
 class Scan:
     """One scan whose map is wanted.
@@ -85,7 +89,7 @@ class Context:
     settings
         The study's section.
     reference
-        Healthy validation scans.
+        Healthy validation scans, `REFERENCE_SCANS` of them at most.
     guides
         Guidance of the sampler towards the value of `settings.healthy`, for methods that need it.
     translations

@@ -26,8 +26,6 @@ ENTRY = {
 #: Depths that likelihoods are taken at: where what is drawn is neither noise nor detail (Pinaya et al. take 400 to 600
 #: of 1,000 timesteps).
 DEPTHS = (0.3, 0.4, 0.5, 0.6)
-#: Healthy scans that the threshold comes from, at most.
-MOST = 48
 #: Cells over which what is usual at a place is averaged: there are few scans.
 SMOOTHING = 1.5
 
@@ -39,7 +37,7 @@ def build(context: Context) -> Mapper:
             " Enlarge splits.val, or leave the method out."
         )
     model, settings = context.model, context.settings
-    usual = np.stack([surprise(context, scan) for scan in context.reference[:MOST]])
+    usual = np.stack([surprise(context, scan) for scan in context.reference])
     level = ndimage.gaussian_filter(usual.mean(0), SMOOTHING)
     limit = float(np.percentile(usual / level, settings.healing_percentile))
     levels = levels_of(context.sampler().sampler, model.process, settings.num_inference_steps)
@@ -65,12 +63,18 @@ def build(context: Context) -> Mapper:
             resamples=1,
         )
         found = context.finding(latents, healed)
-        shape = found.difference.shape
-        weight = ndimage.zoom(ratio / limit, [n / m for n, m in zip(shape, ratio.shape, strict=True)], order=1)
+        weight = on_grid(ratio / limit, found.difference.shape)
         # As Pinaya et al. do: differences count where latents were surprising; the more so, the more they were.
         return {"": Finding((found.difference * weight).astype(np.float32), found.healed)}
 
     return find
+
+
+def on_grid(cells: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Values of cells (*latent spatial) at the voxels (*shape) that they cover, linearly between their centres."""
+    zooms = [n / m for n, m in zip(shape, cells.shape, strict=True)]
+    found: np.ndarray = ndimage.zoom(cells, zooms, order=1, mode="nearest", grid_mode=True)
+    return found
 
 
 def _noise(scan: Scan, count: int, shape: tuple[int, ...]) -> Iterator[Tensor]:

@@ -115,7 +115,10 @@ def array(given: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) ->
         It is not there, or is of another shape.
     """
     if name not in given:
-        raise UserError(f"reconstruction.measured: a file has no array {name!r}, expected one of shape {shape}.")
+        raise UserError(
+            f"reconstruction.measured: has no array {name!r}, only {sorted(given)}, expected one of shape {shape}: what"
+            " was measured is not known without it. Save it beside y (docs/applications/reconstruction.md)."
+        )
     if given[name].shape != shape:
         raise UserError(
             f"reconstruction.measured: {name} has the shape {given[name].shape}, expected {shape}. Bring it to the"
@@ -163,14 +166,14 @@ def build(
     generator
         Of what is drawn: sampling masks.
     given
-        Arrays of a measured scan, where they are not to be simulated.
+        Arrays of a measured scan, which must have all that the operator needs; None where they are to be simulated.
 
     Raises
     ------
     UserError
-        An array does not fit the grid.
+        An array is missing, or does not fit the grid.
     """
     made: Operator = OPERATORS.load(name).build(
-        settings, strength, tuple(image_shape), tuple(spacing_mm), generator, given or {}
+        settings, strength, tuple(image_shape), tuple(spacing_mm), generator, given
     )
     return made

@@ -39,6 +39,6 @@ def build(
     image_shape: tuple[int, ...],
     spacing_mm: tuple[float, ...],
     generator: np.random.Generator,
-    given: Mapping[str, np.ndarray],
+    given: Mapping[str, np.ndarray] | None,
 ) -> Operator:
     return Denoising(image_shape, strength)

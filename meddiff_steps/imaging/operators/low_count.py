@@ -76,8 +76,8 @@ def build(
     image_shape: tuple[int, ...],
     spacing_mm: tuple[float, ...],
     generator: np.random.Generator,
-    given: Mapping[str, np.ndarray],
+    given: Mapping[str, np.ndarray] | None,
 ) -> Operator:
-    rate = array(given, "rate", image_shape) if "rate" in given else np.full(image_shape, strength)
+    rate = np.full(image_shape, strength) if given is None else array(given, "rate", image_shape)
     widths = tuple(settings.blur_mm / size for size in spacing_mm)
     return LowCount(image_shape, widths, strength, torch.from_numpy(rate.astype(np.float32)))

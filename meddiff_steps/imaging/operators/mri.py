@@ -153,10 +153,10 @@ def build(
     image_shape: tuple[int, ...],
     spacing_mm: tuple[float, ...],
     generator: np.random.Generator,
-    given: Mapping[str, np.ndarray],
+    given: Mapping[str, np.ndarray] | None,
 ) -> Operator:
     shape = image_shape[1:]
-    if given:
+    if given is not None:
         coils = given["maps"].shape[0] if given.get("maps", np.empty(0)).ndim == len(image_shape) else settings.coils
         mask, maps = array(given, "mask", shape) > 0, array(given, "maps", (coils, *shape))
         if not mask.any():

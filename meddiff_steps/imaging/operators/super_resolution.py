@@ -57,6 +57,6 @@ def build(
     image_shape: tuple[int, ...],
     spacing_mm: tuple[float, ...],
     generator: np.random.Generator,
-    given: Mapping[str, np.ndarray],
+    given: Mapping[str, np.ndarray] | None,
 ) -> Operator:
     return SuperResolution(image_shape, round(strength), settings.noise_std)
