@@ -3,6 +3,7 @@ if TEXT:
     rule text:
         input:
             manifest=MANIFEST,
+            qc=QC,
             after_encoder=given("text", [f"{STUDY.text.encoder}/config.json"]) if STUDY.text.encoder else [],
         output:
             out=TEXT,

@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import pandas as pd
 import pyarrow as pa
 import torch
 import typer
 from tqdm import tqdm
 
-from meddiff_steps.cohort.manifest import read_manifest
+from meddiff_steps.cohort.manifest import read_manifest, usable
 from meddiff_steps.cohort.texts import COLUMN, text_digest
 from meddiff_steps.config import load_stage
 from meddiff_steps.core.errors import UserError
@@ -30,6 +31,7 @@ def run(
     config: options.Config,
     manifest: options.Manifest,
     out: Annotated[Path, typer.Option(help="folder to write: the encoder, its card, and tokens.arrow")],
+    qc: options.KeptBy = None,
     threads: options.Threads = 1,
 ) -> None:
     """Encode every text of the cohort once: a row per text, by its digest.
@@ -40,7 +42,8 @@ def run(
     torch.set_num_threads(threads)
     table = read_manifest(manifest)
     having = table[table[COLUMN].notna()]
-    training = having[having["split"] == "train"].drop_duplicates(["subject_id", COLUMN])
+    learnt_from = having if qc is None else usable(having, pd.read_parquet(qc))
+    training = learnt_from[learnt_from["split"] == "train"].drop_duplicates(["subject_id", COLUMN])
     if training.empty:
         raise UserError("text.column: no scan of the train split has a text. Add some, or raise splits.train.")
     encoder: TextEncoder

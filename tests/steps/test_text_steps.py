@@ -112,6 +112,17 @@ def test_tokens_are_kept_by_the_digest_of_their_text(files):
     assert set(card["encoder"]["vocabulary"]) == {"left", "mass", "no", "no:mass", "no:effusion"}
 
 
+def test_words_of_scans_that_were_left_out_are_not_learnt(files, tmp_path):
+    scans = pd.read_parquet(files.manifest)
+    left = scans["text"].fillna("").str.contains("Left")
+    assert left.any() and not left.all()
+    qc = tmp_path / "qc.parquet"
+    scans.assign(status=np.where(left, "left out", "ok"))[["scan_id", "status"]].to_parquet(qc)
+    text.run(files.frozen("text"), files.manifest, tmp_path / "text", qc)
+    card = json.loads((tmp_path / "text/card.json").read_text())
+    assert "left" not in card["encoder"]["vocabulary"] and card["texts"]["training"] == 1
+
+
 def test_the_encoder_lies_with_the_weights(files):
     card = json.loads((files.folder / "diffusion/card.json").read_text())
     encoder = json.loads((files.folder / "text/card.json").read_text())
