@@ -236,7 +236,8 @@ def test_changed_tables_are_noticed_and_missing_ones_are_no_obstacle(tmp_path):
         return {rule for rule in ("cohort", "plan") if re.search(rf"^{rule} +1$", done.stdout, re.M)}
 
     assert planned() == {"cohort", "plan"}, "also without the tables"
-    for name in ("cohort/manifest.parquet", "cohort/card.json", "plan.parquet"):
+    parts = [f"preprocessed/{name}" for i in (0, 1) for name in (f"shard-000{i}.arrow", f"qc/shard-000{i}.parquet")]
+    for name in ("cohort/manifest.parquet", "cohort/card.json", *parts, "preprocessed/qc.parquet", "plan.parquet"):
         (results / name).parent.mkdir(parents=True, exist_ok=True)
         (results / name).touch()
     assert not planned(), "what was read once is taken as it is where the tables are gone"
@@ -249,8 +250,8 @@ def test_changed_tables_are_noticed_and_missing_ones_are_no_obstacle(tmp_path):
     assert planned() == {"plan"}
     os.utime(participants)
     assert planned() == {"cohort", "plan"}
-    participants.rename(tmp_path / "people.csv")
-    study["cohort"] = {"source": "table", "table": f"{tmp_path}/people.csv"}
+    participants.parent.rename(tmp_path / "moved")
+    study["cohort"]["root"] = f"{tmp_path}/moved"
     assert planned() == {"cohort", "plan"}
 
 
