@@ -30,7 +30,7 @@ LEAST = 5
 
 
 class Side(NamedTuple):
-    """The smaller side of an AUC: its units, and how many are on the other side."""
+    """The smaller side of an AUC: its units, and how many are on the other side, 0 of pairs."""
 
     units: int
     against: int
@@ -86,8 +86,9 @@ def figure(value: float, draws: np.ndarray, n: int, share_of: int | Side = 0) ->
     would lie.  A share has Wilson's interval then, and anything else has none.
 
     Resamples of few units scatter too little: of 5 against 30 their interval of an AUC held the truth 82 to 95 % of the
-    time, of 10 against 30 still 83 to 95 %.  So an AUC has the wider of it and `newcombe` at either end (95 % and
-    more), and none where its smaller side has fewer than `LEAST` units.
+    time, of 10 against 30 still 83 to 95 %.  So an AUC of independent sides has the wider of it and `newcombe` at
+    either end (95 % and more); of pairs, which differ less, it has that of resampled pairs.  Any has none where its
+    smaller side has fewer than `LEAST` units.
 
     Parameters
     ----------
@@ -115,7 +116,7 @@ def figure(value: float, draws: np.ndarray, n: int, share_of: int | Side = 0) ->
     low, high = np.percentile(finite, [2.5, 97.5]) if known else (math.nan, math.nan)
     if known and rounded(float(low)) == rounded(float(high)):
         low, high = wilson(float(value), units) if units else (math.nan, math.nan)
-    elif known and side is not None:
+    elif known and side is not None and side.against:
         least, most = newcombe(float(value), side)
         low, high = min(low, least), max(high, most)
     found = {"value": rounded(float(value)), "low": rounded(float(low)), "high": rounded(float(high)), "n": int(n)}

@@ -36,9 +36,12 @@ def mean_where_known(
 
 
 def smaller_side(labels: np.ndarray, units: Iterable[Any]) -> Side:
-    """The rarer of two boolean labels, columns (rows,), counted in units: what an AUC rests on."""
+    """The rarer of two boolean labels, columns (rows,), counted in units: what an AUC rests on.  Where all of its units
+    are on the other side, too, as reconstructions beside scans are, these are pairs: `against` is 0.
+    """
     labels, units = np.asarray(labels, dtype=bool), np.array(list(units), dtype=str)
-    return Side(*sorted(len(np.unique(units[side])) for side in (labels, ~labels)))
+    few, many = sorted((np.unique(units[side]) for side in (labels, ~labels)), key=len)
+    return Side(len(few), 0 if np.isin(few, many).all() else len(many))
 
 
 def _moments(x: np.ndarray, y: np.ndarray) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]:

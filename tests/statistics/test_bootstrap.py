@@ -110,6 +110,19 @@ def test_the_interval_of_a_share_is_wilsons_and_no_narrower_than_the_rule_of_thr
 def test_the_smaller_side_is_counted_in_units() -> None:
     assert smaller_side(np.array([True, True, True, False]), ["a", "a", "b", "c"]) == Side(1, 2)
     assert smaller_side(np.array([True, True, False, False, False]), ["a", "b", "c", "d", "e"]) == Side(2, 3)
+    assert smaller_side(np.array([True, False, True, False, False]), ["a", "a", "b", "b", "c"]) == Side(2, 0), "pairs"
+
+
+def test_pairs_have_the_interval_of_resampled_pairs() -> None:
+    """A reconstruction differs little from its scan: what both share moves no AUC of them."""
+    rng = np.random.default_rng(0)
+    scans, units = rng.normal(size=60), [*range(60), *range(60)]
+    labels = np.repeat([False, True], 60)
+    scores = np.concatenate([scans, scans + rng.normal(0, 0.2, 60)])
+    boot = Bootstrap(units, 300, "s")
+    found = boot.figure(auc(labels, scores), smaller_side(labels, units))
+    low, high = newcombe(found["value"], Side(60, 60))
+    assert found["high"] - found["low"] < 0.6 * (high - low)
 
 
 @pytest.mark.parametrize("area", [0.0, 0.03, 0.5, 0.9, 1.0])
