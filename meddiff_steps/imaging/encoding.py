@@ -236,6 +236,8 @@ def decode(path: Path, grid: Grid) -> Decoded:
         return _decode_volume(packed, grid, most) if len(grid.shape) == 3 else _decode_picture(packed, grid)
     except Undecodable:
         raise
+    except FileNotFoundError:
+        raise Undecodable("not there") from None
     except Exception as error:  # noqa: BLE001 decoders raise anything on damaged data
         raise Undecodable(f"{type(error).__name__}: {error}") from None
 
