@@ -32,7 +32,7 @@ def find(release: Path, subject: str) -> tuple[int, bytes, ledger.Row, list[byte
     """
     path = release / seal.LINES
     if not path.is_file():
-        raise UserError(f"{path}: not there. Give the root of a release that has a ledger.")
+        raise UserError(f"{path}: not there. {_which_release(release, subject)}")
     leaves: list[bytes] = []
     found: tuple[int, bytes, ledger.Row] | None = None
     for place, (content, row) in enumerate(ledger.read_lines(release)):
@@ -44,6 +44,15 @@ def find(release: Path, subject: str) -> tuple[int, bytes, ledger.Row, list[byte
             f"{path}: no subject {subject!r} among {len(leaves)}. Participants are listed in participants.tsv."
         )
     return (*found, leaves)
+
+
+def _which_release(release: Path, subject: str) -> str:
+    """What to do where `release` has no ledger."""
+    if Path(subject, seal.LINES).is_file():
+        return "The subject comes first, then the release."
+    if (release / "release" / seal.LINES).is_file():
+        return f"Did you mean {release / 'release'}?"
+    return "Give the root of a release that has a ledger."
 
 
 def prove(release: Path, subject: str) -> dict[str, Any]:

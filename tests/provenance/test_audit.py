@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -180,6 +181,13 @@ def test_explain_leads_from_the_image_to_the_cohort(place):
     assert story.explain(place.release, GIVEN_UP)[0] == f"{GIVEN_UP}: rejected after 2 attempt(s)"
     with pytest.raises(UserError, match="no subject 'nobody' among 10"):
         story.explain(place.release, "nobody")
+    for release, subject, said in (
+        (Path("nobody"), str(place.release), "The subject comes first, then the release."),
+        (place.release.parent, "nobody", f"Did you mean {place.release}?"),
+        (place.release / "provenance", "nobody", "Give the root of a release"),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            story.explain(release, subject)
 
 
 def test_a_proof_leads_to_the_root_and_another_row_does_not(place, tmp_path):
