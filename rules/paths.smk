@@ -32,11 +32,11 @@ def image_to_image(folder):
 
 SIMULATED = f"{RESULTS}/cohort/simulated/participants.tsv"
 FETCHED = f"{RESULTS}/cohort/fetched"
-MANIFEST = f"{RESULTS}/cohort/manifest.parquet"
+MANIFEST = f"{RESULTS}/{study_files.MANIFEST}"
 COHORT_CARD = f"{RESULTS}/cohort/card.json"
 PREPROCESSED = f"{RESULTS}/preprocessed/shard-{{shard}}.arrow"
 QC_SHARD = f"{RESULTS}/preprocessed/qc/shard-{{shard}}.parquet"
-QC = f"{RESULTS}/preprocessed/qc.parquet"
+QC = f"{RESULTS}/{study_files.QUALITY}"
 # Given weights that trainings start from (init_from), by model.
 BASE = None if SEALED else STUDY.init_from
 INIT = {name: network(f"{RESULTS}/init/{name}") for name in GIVEN if BASE and name in BASE.models}
@@ -162,7 +162,7 @@ LABEL_MAPS, LABEL_LATENTS = (
 REGISTRATION = STUDY.preprocess.registration
 TEMPLATE = REGISTRATION.template if REGISTRATION and REGISTRATION.template != study_config.MNI152 else None
 # Scans that a person excluded: the study's table, or the one that lies with its results.
-DECIDED = f"{RESULTS}/qc.tsv"
+DECIDED = f"{RESULTS}/{study_files.DECISIONS}"
 
 
 wildcard_constraints:

@@ -29,6 +29,8 @@ OF_BASE = (
 MANIFEST = "cohort/manifest.parquet"
 #: What was done to each scan, and why any was left out.
 QUALITY = "preprocessed/qc.parquet"
+#: Which scans a person excluded; the user writes it.
+DECISIONS = "qc.tsv"
 #: The study that made weights, in the folder of a model release or in a study's results.
 CONFIGS_OF_BASE = ("config.json", "release/provenance/config.json")
 #: The networks of label maps.

@@ -32,7 +32,7 @@ from meddiff_steps.config.cohort import SIMULATED_LEVELS
 from meddiff_steps.config.preprocess import MNI152
 from meddiff_steps.core.errors import UserError
 from meddiff_steps.core.files import read_json
-from meddiff_steps.core.folders import NETWORK
+from meddiff_steps.core.folders import DECISIONS, NETWORK
 from meddiff_steps.core.registries import DETECTORS
 from meddiff_steps.imaging.brain_extraction import extraction_installed
 from meddiff_steps.imaging.channels import filled_in
@@ -160,7 +160,7 @@ def cohort(study: Study) -> tuple[list[Finding], Cohort | None]:
 
 def _excluded(study: Study, scans: list[str]) -> dict[str, str]:
     """Scans that a person excluded: by the study's table, or the one that lies with its results."""
-    decided = Path(study.preprocess.exclude or Path(study.results, study.study, "qc.tsv"))
+    decided = Path(study.preprocess.exclude or Path(study.results, study.study, DECISIONS))
     return read_decisions(decided, scans) if decided.is_file() else {}
 
 
